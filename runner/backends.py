@@ -1,0 +1,257 @@
+"""Backends: how the agent (`runner.node`) is reached on nodes. ClusterShell does the fan-out.
+
+A backend is a function from a node and a Python argument list to the command that runs it there;
+`converse` starts one agent per node, feeds each its request, keeps the leash alive and passes on what
+they say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner import process
+from runner.errors import InfrastructureError
+from runner.inventory import Node
+
+AGENT = ("-P", "-u", "-m", "runner.node")
+HEARTBEAT_S = 2.0
+SILENCE_S = 30.0
+POLL_S = 0.1
+AGENT_END_S = 15.0
+
+
+def local(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[str]:
+    return [node.python, *arguments]
+
+
+def ssh(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[str]:
+    # The remote login shell reads this string: the one place where it is quoted.
+    return ["ssh", "-F", str(ssh_config), node.name, shlex.join(["exec", node.python, *arguments])]
+
+
+BACKENDS: dict[str, Callable[[Node, Sequence[str], str | None], list[str]]] = {"local": local, "ssh": ssh}
+
+
+@dataclass
+class Talk:
+    """One conversation with one agent: what starts it, what it is asked, how it ended."""
+
+    name: str
+    argv: Sequence[str]
+    request: Mapping[str, Any]
+    rc: int | None = None
+    stderr: list[str] = field(default_factory=list)
+    answered: bool = False  # it sent at least one message
+    heard: float = 0.0  # monotonic time of its last output
+    told: str | None = None  # the last word sent to it
+
+    @property
+    def alive(self) -> bool:
+        return self.rc is None
+
+
+def converse(
+    talks: Sequence[Talk],
+    on_message: Callable[[Talk, dict[str, Any]], None],
+    word: Callable[[Talk], str | None] = lambda talk: None,
+    patience_s: float = 20.0,
+) -> None:
+    """Run all talks to their end, calling `on_message` for each message of an agent.
+
+    `word(talk)` is asked ten times a second; what it returns is sent once to that agent ("stop",
+    "done"), which then has `patience_s` to end before it is given up. A talk ends with `rc`: the
+    command's, or -1 when it was given up. However this function is left, no command stays behind.
+    """
+    from ClusterShell.Event import EventHandler
+    from ClusterShell.Task import Task
+    from ClusterShell.Worker.Exec import ExecClient, ExecWorker
+
+    class Client(ExecClient):  # type: ignore[misc]
+        """An ExecClient that starts an argument list in a session of its own."""
+
+        def _build_cmd(self) -> tuple[list[str], None]:
+            return list(self.command), None
+
+        def _exec_nonblock(
+            self, commandlist: list[str], shell: bool = False, env: Any = None
+        ) -> subprocess.Popen[bytes]:
+            child = process.spawn(commandlist)
+            names = self.worker
+            self.streams.set_reader(names.SNAME_STDERR, child.stderr)
+            self.streams.set_reader(names.SNAME_STDOUT, child.stdout)
+            self.streams.set_writer(names.SNAME_STDIN, child.stdin, retain=False)
+            return child
+
+        def _close(self, abort: bool, timeout: bool) -> None:
+            # ssh ends at once, and the agent behind it notices; a local agent needs a moment to end
+            # its ranks, which a KILL would orphan.
+            if abort and self.popen is not None and self.popen.poll() is None:
+                self.popen.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.popen.wait(AGENT_END_S)
+            super()._close(abort, timeout)
+
+    class Worker(ExecWorker):  # type: ignore[misc]
+        SHELL_CLASS = Client
+
+    class Handler(EventHandler):  # type: ignore[misc]
+        def __init__(self, talk: Talk) -> None:
+            self.talk = talk
+
+        def ev_read(self, worker: Any, node: str, sname: str, msg: bytes) -> None:
+            self.talk.heard = time.monotonic()
+            if sname == worker.SNAME_STDERR:
+                self.talk.stderr.append(msg.decode(errors="replace"))
+                return
+            try:
+                message = json.loads(msg)
+                kind = message["message"]
+            except (ValueError, TypeError, KeyError):
+                self.talk.stderr.append(msg.decode(errors="replace"))  # a banner, or the shell's complaint
+                return
+            self.talk.answered = True
+            if kind != "alive":
+                on_message(self.talk, message)
+
+        def ev_hup(self, worker: Any, node: str, rc: int) -> None:
+            self.talk.rc = rc
+
+    workers: list[tuple[Talk, Any]] = []
+    given_up: dict[str, float] = {}
+
+    class Clock(EventHandler):  # type: ignore[misc]
+        beat = time.monotonic()
+
+        def ev_timer(self, timer: Any) -> None:
+            now = time.monotonic()
+            beat = now - self.beat >= HEARTBEAT_S
+            if beat:
+                self.beat = now
+            for talk, worker in workers:
+                if not talk.alive:
+                    continue
+                say = word(talk)
+                if say and say != talk.told:
+                    talk.told = say
+                    given_up.setdefault(talk.name, now + patience_s)
+                    worker.write(say.encode() + b"\n")
+                elif beat:
+                    worker.write(b"\n")
+                if now > given_up.get(talk.name, now):
+                    talk.rc = -1
+                    worker.abort()
+
+    task = Task()
+    task.set_info("fanout", max(64, len(talks)))
+    task.set_default("stderr", True)
+    task.set_default("stdout_msgtree", False)
+    task.set_default("stderr_msgtree", False)
+    try:
+        for talk in talks:
+            worker = Worker(talk.name, Handler(talk), command=tuple(talk.argv), stderr=True)
+            talk.heard = time.monotonic()
+            workers.append((talk, worker))
+            worker.write(json.dumps(talk.request).encode() + b"\n")
+            task.schedule(worker)
+        task.timer(POLL_S, Clock(), interval=POLL_S, autoclose=True)
+        task.run()
+    finally:
+        for talk, worker in workers:
+            if talk.alive:
+                talk.rc = -1
+                worker.abort()
+        task.abort()
+
+
+def ask(
+    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Mapping[str, Any], timeout_s: float = 30.0
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Put one short request to the agents of all `nodes`: (answers by name, one-line failures by name)."""
+    reach = BACKENDS[backend]
+    talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request) for node in nodes}
+    answers: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic() + timeout_s
+    converse(
+        list(talks.values()),
+        lambda talk, message: answers.__setitem__(talk.name, message),
+        lambda talk: "stop" if time.monotonic() > deadline else None,
+        patience_s=2.0,
+    )
+    by_name = {node.name: node for node in nodes}
+    failures = {
+        name: explain(by_name[name], talk.rc, talk.stderr) for name, talk in talks.items() if name not in answers
+    }
+    return answers, failures
+
+
+# What OpenSSH and shells print, and what it means to the user.
+_REASONS = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key differs from the pinned one: find out why before you trust it",
+    ),
+    ("Host key verification failed", "its host key is not the pinned one: compare it, then correct the inventory"),
+    ("Permission denied", "it refuses the key for this user"),
+    ("Connection refused", "nothing listens on its SSH port"),
+    ("Connection timed out", "no answer on its SSH port"),
+    ("Operation timed out", "no answer on its SSH port"),
+    ("No route to host", "no route to it"),
+    ("Could not resolve hostname", "its name does not resolve"),
+    ("Connection closed", "it closed the connection"),
+    ("No module named", "its environment lacks this package"),
+    ("ModuleNotFoundError", "its environment lacks a package"),
+)
+
+
+def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
+    """Why a node gave no answer, in one line."""
+    text = "\n".join(stderr)
+    for needle, meaning in _REASONS:
+        if needle in text:
+            return f"{meaning} ({node.address}:{node.port}, user {node.user})" if node.backend == "ssh" else meaning
+    if rc in (126, 127):
+        return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
+    if rc == -1:
+        return "is up but does not answer in time"
+    last = next((line for line in reversed(stderr) if line.strip()), f"agent ended with status {rc}")
+    return last.strip()
+
+
+def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
+    # -s: paths reach the far side as they are, not through its shell.
+    return process.run(
+        ["rsync", "-a", "-s", "--partial", "-e", f"ssh -F {ssh_config}", source, target], timeout_s=timeout_s
+    )
+
+
+def send(nodes: Sequence[Node], ssh_config: str, source: str, target: str, timeout_s: float = 1800.0) -> dict[str, str]:
+    """Copy the folder `source` to `target` on every node; returns failures by node."""
+    return _each(nodes, lambda node: _rsync(ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s))
+
+
+def gather(
+    nodes: Sequence[Node], ssh_config: str, source: str, targets: Mapping[str, str], timeout_s: float = 600.0
+) -> dict[str, str]:
+    """Copy the folder `source` of every node into `targets[node.name]`; returns failures by node."""
+    return _each(nodes, lambda node: _rsync(ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s))
+
+
+def _each(nodes: Sequence[Node], action: Callable[[Node], process.Outcome]) -> dict[str, str]:
+    def attempt(node: Node) -> str | None:
+        try:
+            outcome = action(node)
+        except InfrastructureError as error:
+            return str(error)
+        return None if outcome.rc == 0 else explain(node, outcome.rc, outcome.stderr.splitlines())
+
+    with ThreadPoolExecutor(16) as pool:
+        results = pool.map(attempt, nodes)
+        return {node.name: reason for node, reason in zip(nodes, results, strict=True) if reason}

@@ -1,0 +1,442 @@
+"""`runner bench`: from a plan to its records, summary and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner import __version__, analysis, backends, node, records, report, telemetry
+from runner.backends import Talk
+from runner.display import Display
+from runner.errors import InfrastructureError, Interrupted
+from runner.inventory import Node, fold
+from runner.plan import Cell, Plan, job
+from runner.rundir import RunDir, disk_errors, hold_nodes, now, write_json_atomic, write_text_atomic
+
+GRACE_S = 3.0
+# A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
+# anything is stopped, so that the guilty one can be told from its victims.
+SETTLE_S = 2.0
+LAUNCHER = "launcher"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+
+
+# --- before anything starts -----------------------------------------------------------------------
+
+
+def preflight(
+    nodes: Sequence[Node], device: str, engine: str, tests: Sequence[str], ssh_config: str | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Ask every node, at once, for whatever would stop a cell: (answers by name, problems by name)."""
+    backend = nodes[0].backend
+    request = {
+        "kind": "check",
+        "version": __version__,
+        "scratch": nodes[0].scratch,
+        "min_free_disk_gib": nodes[0].min_free_disk_gib,
+        "packages": ["torch", *(["deepspeed", "transformers"] if "sft" in tests or engine == "deepspeed" else [])],
+        "programs": ["rsync"] if backend == "ssh" else [],
+        "gpus": nodes[0].gpus if device == "cuda" else 0,
+    }
+    if backend == "local":  # this process is on the node already
+        answers, problems = {nodes[0].name: node.check(request)}, {}
+    else:
+        answers, problems = backends.ask(nodes, backend, ssh_config, request)
+    for name, answer in answers.items():
+        if answer["problems"]:
+            problems[name] = "; ".join(answer["problems"])
+    return answers, problems
+
+
+def choose(
+    nodes: Sequence[Node], count: int, problems: Mapping[str, str], skip_bad: bool
+) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """The first `count` nodes, or with `skip_bad` the first good ones and what was passed over and why.
+
+    Raises InfrastructureError naming every bad node at once.
+    """
+    wanted = nodes if skip_bad else nodes[:count]
+    bad = [f"{n.alias} ({n.name}): {problems[n.name]}" for n in wanted if n.name in problems]
+    good = tuple(n for n in wanted if n.name not in problems)[:count]
+    if len(good) < count:
+        hint = "" if skip_bad else "; mend them, or let others take their place with --skip-bad-nodes"
+        what = (
+            f"{len(good)} of {len(wanted)} nodes are good, {count} wanted"
+            if skip_bad
+            else f"{len(bad)} of {count} nodes are bad"
+        )
+        raise InfrastructureError("\n  ".join([f"{what}{hint}", *bad]))
+    last = max(wanted.index(n) for n in good)
+    passed = [f"{n.alias} ({n.name}): {problems[n.name]}" for n in wanted[: last + 1] if n.name in problems]
+    return good, tuple(passed)
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+class Stop:
+    """What the user's signals ask for. The first asks for an orderly end, the second leaves at once."""
+
+    def __init__(self, display: Display) -> None:
+        self.asked = False
+        self._display = display
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._heard) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _heard(self, number: int, _frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")
+
+
+@dataclass
+class CellRun:
+    """One cell while it runs: hears the agents and decides what to tell them."""
+
+    cell: Cell
+    stop: Stop
+    on_progress: Callable[[float, str], None]
+    on_line: Callable[[str, str, str], None]
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    talks: list[Talk] = field(default_factory=list)
+    started: set[str] = field(default_factory=set)
+    first_failure: float | None = None
+    reason: str | None = None
+    deadline: float = 0.0
+
+    def hear(self, talk: Talk, message: Mapping[str, Any]) -> None:
+        kind = message["message"]
+        if kind == "started":
+            self.started.add(talk.name)
+        elif kind == "outcome":
+            self.outcomes[talk.name] = dict(message)
+            if not ended_well(message):
+                self._failed()
+        elif kind == "line":
+            self.on_line(talk.name, message["file"], message["line"])
+            if message["file"].endswith(".jsonl"):
+                for event in records.parse_jsonl(message["line"]):
+                    if event.get("event") == "progress":
+                        self.on_progress(event["done"] / max(1, event["total"]), event["phase"])
+
+    def _failed(self) -> None:
+        self.first_failure = self.first_failure or time.monotonic()
+
+    def word(self, talk: Talk) -> str | None:
+        """What to tell this agent now."""
+        moment = time.monotonic()
+        for other in self.talks:
+            if other.rc is not None and other.name not in self.outcomes:
+                self._failed()
+            elif other.alive and moment - other.heard > backends.SILENCE_S:
+                self.reason = self.reason or f"{other.name} has not answered for {backends.SILENCE_S:g} s"
+        if moment > self.deadline:
+            self.reason = self.reason or f"not finished within its limit of {self.cell.params['timeout_s']:g} s"
+        if self.stop.asked:
+            self.reason = self.reason or "interrupted"
+        if self.reason or (self.first_failure and moment - self.first_failure > SETTLE_S):
+            return "stop"
+        if self.cell.launch.head:
+            if talk.name == LAUNCHER:
+                return "go" if self.started >= set(self.cell.hosts) else None
+            if LAUNCHER in self.outcomes:
+                return "done"
+        return None
+
+    def state(self) -> tuple[str, dict[str, Any] | None]:
+        """How the cell ended, and why if not well."""
+        if all(ended_well(self.outcomes.get(talk.name, {})) for talk in self.talks):
+            return "complete", None
+        if self.stop.asked:
+            return "cancelled", None
+        if self.reason:
+            silent = [t.name for t in self.talks if t.name not in self.outcomes]
+            return "incomplete", {"message": self.reason, "host": silent[0] if len(silent) == 1 else None, "stderr": []}
+        return "failed", blame(self.talks, self.outcomes)
+
+
+def ended_well(outcome: Mapping[str, Any]) -> bool:
+    return outcome.get("rc") == 0 and not outcome.get("error")
+
+
+# What a rank prints when it is another's death that it noticed.
+_VICTIM = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Socket Timeout",
+    "NCCL communicator was aborted",
+    "Connection refused",
+    "DistNetworkError",
+    "DistStoreError",
+)
+
+
+def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The host whose rank failed first-hand: {"message", "host", "stderr"}; host None if it cannot be told.
+
+    A host whose ranks only report a lost peer is a victim. One host that is none is the culprit; several
+    are not told apart.
+    """
+    suspects: list[tuple[str, str, list[str]]] = []
+    victims: list[tuple[str, str, list[str]]] = []
+    for talk in talks:
+        outcome = outcomes.get(talk.name)
+        if outcome is None:
+            suspects.append((talk.name, "lost the connection to it", list(talk.stderr[-10:])))
+        elif outcome.get("error"):
+            suspects.append((talk.name, str(outcome["error"]), []))
+        elif not ended_well(outcome) and outcome.get("stopped") != "stop" and talk.name != LAUNCHER:
+            dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
+            direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
+            name, rank = next(iter((direct or dead).items()), ("engine", {"stderr": []}))
+            said = next((line.strip() for line in reversed(rank["stderr"]) if line.strip()), "no last words (killed?)")
+            message = f"{name} died (exit {outcome['rc']}): {said}"
+            (suspects if direct else victims).append((talk.name, message, rank["stderr"]))
+    found = suspects or victims
+    if len(found) == 1:
+        host, message, stderr = found[0]
+        return {"message": message, "host": host, "stderr": stderr}
+    if found:
+        names = ", ".join(host for host, _, _ in found)
+        return {"message": f"failed on {names} at once, first: {found[0][1]}", "host": None, "stderr": found[0][2]}
+    launcher = outcomes.get(LAUNCHER, {})
+    tail = next(iter(launcher.get("ranks", {}).values()), {}).get("stderr", [])
+    return {"message": f"the launcher ended with status {launcher.get('rc')}", "host": None, "stderr": tail}
+
+
+class Run:
+    """Carries out a plan in its run directory."""
+
+    def __init__(self, plan: Plan, run: RunDir, ssh_config: str | None, display: Display, data: str | None) -> None:
+        self.plan, self.run, self.ssh_config, self.display = plan, run, ssh_config, display
+        self.data = data
+        self.nodes = {n.name: n for n in plan.nodes}
+        self.stop = Stop(display)
+        self.status = run.read_status()
+        self.records: list[records.Record] = []
+        self.log = open(run.log, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
+
+    def execute(self) -> dict[str, Any]:
+        """Run every cell, then judge and report; returns the summary. Measured values are never lost."""
+        with self.stop.listening(), disk_errors(self.run.path):
+            self._save("running")
+            with self.display.progress(len(self.plan.cells)):
+                self._send_data()
+                for index, cell in enumerate(self.plan.cells):
+                    if self.stop.asked:
+                        self._cell_state(cell, "cancelled")
+                        continue
+                    self._run_cell(index, cell)
+            states = {c["state"] for c in self.status["cells"].values()}
+            final = next((s for s in ("failed", "incomplete", "cancelled") if s in states), "complete")
+            self._save(final)
+            self._clean()
+            return self._judge()
+
+    def _save(self, state: str) -> None:
+        self.status["state"] = state
+        self.run.write_status(self.status)
+
+    def _cell_state(self, cell: Cell, state: str, error: dict[str, Any] | None = None) -> None:
+        entry = self.status["cells"][cell.id]
+        entry.update(state=state, error=error)
+        entry["started" if state == "running" else "ended"] = now()
+        self.run.write_status(self.status)
+
+    def _send_data(self) -> None:
+        """Prepared data goes to each node once; rsync finds what is there already."""
+        if self.data is None or self.plan.backend == "local":
+            return
+        first = self.plan.nodes[0]
+        target = f"{first.scratch}/data/{Path(self.data).name}"
+        self.display.at(0, 1, "sending data")
+        failures = backends.send(self.plan.nodes, str(self.ssh_config), self.data, target)
+        if failures:
+            raise InfrastructureError(
+                "\n  ".join(["sending the data failed", *(f"{n}: {r}" for n, r in failures.items())])
+            )
+        self.data = target
+
+    def _run_cell(self, index: int, cell: Cell) -> None:
+        total = len(self.plan.cells)
+
+        def on_progress(fraction: float, phase: str) -> None:
+            self.display.at(index + fraction, total, f"{cell.id} {phase}")
+
+        remote = self.plan.backend != "local"
+        streams: dict[tuple[str, str], Any] = {}
+
+        def on_line(host: str, file: str, line: str) -> None:
+            if remote and host != LAUNCHER:  # what a dying node said is kept even if nothing can be gathered
+                if (host, file) not in streams:
+                    folder = self.run.cell(host, cell.id)
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    streams[host, file] = open(folder / file, "w", encoding="utf-8")  # noqa: SIM115
+                streams[host, file].write(line + "\n")
+            if not file.endswith(".jsonl"):
+                alias = self.nodes[host].alias if host in self.nodes else host
+                self.log.write(f"{now()} {cell.id} {alias} {file}: {line}\n")
+
+        self._cell_state(cell, "running")
+        self.display.at(index, total, f"{cell.id} starting")
+        run = CellRun(cell, self.stop, on_progress, on_line, deadline=time.monotonic() + cell.params["timeout_s"])
+        run.talks = self._talks(cell)
+        try:
+            backends.converse(run.talks, run.hear, run.word, patience_s=4 * GRACE_S + 5)
+        finally:
+            for stream in streams.values():
+                stream.close()
+        state, error = run.state()
+        for name, reason in self._gather(cell).items():
+            self.log.write(f"{now()} {cell.id} {name}: artefacts not gathered: {reason}\n")
+        self._collect(cell)
+        self._cell_state(cell, state, error)
+        seconds = f" after {time.monotonic() - run.deadline + cell.params['timeout_s']:.0f} s"
+        self.display.note(f"{cell.id}: {state}{seconds}")
+        if error:
+            where = f" on {self.nodes[error['host']].alias} ({error['host']})" if error["host"] in self.nodes else ""
+            self.display.note(f"  {error['message']}{where}")
+            for line in error["stderr"][-8:]:
+                self.display.note(f"    {line}")
+
+    def _talks(self, cell: Cell) -> list[Talk]:
+        common = {
+            "kind": "cell",
+            "run_id": self.plan.run_id,
+            "cell": cell.id,
+            "marker": f"{self.plan.run_id}/{cell.id}",
+            "heartbeat_timeout_s": backends.SILENCE_S,
+            "telemetry_interval_s": 1.0,
+            "grace_s": GRACE_S,
+        }
+        reach = backends.BACKENDS[self.plan.backend]
+        secrets = {key: os.environ[key] for key in SECRETS if key in os.environ}
+        talks = []
+        for index, host in enumerate(cell.hosts):
+            request = {
+                **common,
+                "host": host,
+                "scratch": self.nodes[host].scratch,
+                "cell_dir": cell.cell_dir,
+                "job": job(self.plan, cell, self.data),
+                "argv": cell.launch.argv[index],
+                "env": dict(cell.launch.env),
+                "secrets": secrets,
+                "rendezvous_port": cell.master_port if index == 0 else None,
+            }
+            talks.append(Talk(host, reach(self.nodes[host], backends.AGENT, self.ssh_config), request))
+        if cell.launch.head:
+            folder = self.run.launcher(cell.id)
+            folder.mkdir(mode=0o700, parents=True)
+            for name, content in cell.launch.files.items():
+                write_text_atomic(folder / name, content)
+            first = self.nodes[cell.hosts[0]]
+            request = {
+                **common,
+                "host": LAUNCHER,
+                "scratch": None,
+                "cell_dir": str(folder),
+                "argv": cell.launch.head,
+                "env": dict(cell.launch.head_env),
+                "hold": True,
+            }
+            talks.append(Talk(LAUNCHER, backends.local(first, backends.AGENT, None), request))
+        return talks
+
+    def _gather(self, cell: Cell) -> dict[str, str]:
+        if self.plan.backend == "local":
+            return {}
+        targets = {}
+        for host in cell.hosts:
+            folder = self.run.cell(host, cell.id)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            targets[host] = str(folder)
+        nodes = [self.nodes[host] for host in cell.hosts]
+        return backends.gather(nodes, str(self.ssh_config), cell.cell_dir, targets)
+
+    def _collect(self, cell: Cell) -> None:
+        """Turn the ranks' files of a cell into records."""
+        base = {
+            "run_id": self.plan.run_id,
+            "cell": cell.id,
+            "test": cell.test,
+            "model": cell.model,
+            "num_nodes": cell.num_nodes,
+            "world_size": cell.world_size,
+            "repeat": cell.repeat,
+        }
+        for host in cell.hosts:
+            for path in sorted(self.run.cell(host, cell.id).glob("rank*.jsonl")):
+                events = records.parse_jsonl(path.read_text(errors="replace"))
+                self.records.extend(records.from_events(events, base, host))
+        write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self.records))
+
+    def _clean(self) -> None:
+        """Remove the gathered artefacts from the nodes; a node that does not answer keeps them."""
+        if self.plan.backend == "local":
+            return
+        request = {"kind": "clean", "scratch": self.plan.nodes[0].scratch, "run_id": self.plan.run_id}
+        backends.ask(self.plan.nodes, self.plan.backend, self.ssh_config, request, timeout_s=15)
+
+    def _judge(self) -> dict[str, Any]:
+        self.display.at(1, 1, "writing the report")
+        telemetry.compact(self.run.telemetry_streams(asdict(self.plan)), self.run.telemetry)
+        return judge(self.run)
+
+
+def judge(run: RunDir) -> dict[str, Any]:
+    """Summary and report of a run from what its directory holds; repeatable at any time."""
+    plan, status = run.read_plan(), run.read_status()
+    recorded = records.load(run.records.read_text()) if run.records.exists() else []
+    facts = run.read_facts(plan)
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (cell, host), stream in run.telemetry_streams(plan).items():
+        samples.setdefault(cell, {})[host] = telemetry.read(stream)
+    summary = analysis.summarise(plan, status, recorded, facts, telemetry=samples)
+    write_json_atomic(run.summary, summary)
+    report.write(run.path, plan, status, summary, recorded, facts, telemetry=samples)
+    return summary
+
+
+def execute(
+    plan: Plan, results: Path, state: Path, transport: str | None, display: Display, data: str | None
+) -> tuple[RunDir, dict[str, Any]]:
+    """Create the run directory, keep others off the nodes, and run. `transport` is the ssh_config's path."""
+    with hold_nodes(state / "nodes", [n.name for n in plan.nodes], plan.run_id):
+        run = RunDir.create(results, json.loads(json.dumps(plan.to_dict())))
+        with run.alive():
+            if transport:
+                with disk_errors(run.path):
+                    write_text_atomic(run.path / "ssh_config", Path(transport).read_text())
+            try:
+                return run, Run(plan, run, transport, display, data).execute()
+            except KeyboardInterrupt:
+                status = run.read_status()
+                status["state"] = "incomplete"
+                for cell in status["cells"].values():
+                    if cell["state"] in ("planned", "running"):
+                        cell["state"] = "cancelled"
+                run.write_status(status)
+                raise Interrupted(f"left at once; what was written lies in {run.path}") from None
+
+
+def summary_line(nodes: Sequence[Node]) -> str:
+    return f"{len(nodes)} nodes: {fold([n.alias for n in nodes])} = {fold([n.name for n in nodes])}"

@@ -1,0 +1,505 @@
+"""The command `runner`: parses, calls, and turns results into exit codes.
+
+Everything heavier than click is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runner import __version__, errors
+
+if TYPE_CHECKING:
+    from runner.inventory import Inventory, Node
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shakedown"
+
+
+def state_dir() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "shakedown"
+
+
+# Groups that live in other modules, imported when they are used: name -> (module, short help).
+_ELSEWHERE = {
+    "data": ("runner.data", "Prepare training data: tokenise, pack, cache."),
+    "testbed": ("runner.testbed", "Start and stop a cluster of containers on this machine."),
+}
+
+
+class _Commands(click.Group):
+    """A group that knows its lazy members' names and help without importing them, and suggests the nearest name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _ELSEWHERE:
+            return getattr(import_module(_ELSEWHERE[cmd_name][0]), cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in _ELSEWHERE:
+                rows.append((name, _ELSEWHERE[name][1]))
+            elif command := super().get_command(ctx, name):
+                rows.append((name, command.get_short_help_str(80)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            raise errors.unknown("command", args[0], self.list_commands(ctx)) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="shakedown")
+def cli() -> None:
+    """Shakedown: bring up, benchmark and accept a multi-node GPU cluster."""
+
+
+def main() -> None:
+    """Entry point: one line per user error, a traceback for a bug."""
+    try:
+        sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
+    except errors.RunnerError as error:
+        click.echo(f"runner: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        hint = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
+        click.echo(f"runner: {error.format_message()}{hint}", err=True)
+        sys.exit(errors.EXIT_USAGE)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("runner: interrupted", err=True)
+        sys.exit(errors.EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `runner ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(errors.EXIT_OK)
+
+
+def _names(kind: str) -> Callable[..., list[str]]:
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        folder = Path(__file__).resolve().parent.parent / "configs" / kind
+        return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
+
+    return complete
+
+
+def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "-i", "--inventory", "source", envvar="RUNNER_INVENTORY", metavar="PATH",
+        help="Ansible inventory; default: RUNNER_INVENTORY, then ansible.cfg's.", type=click.Path(),
+    )(command)  # fmt: skip
+
+
+def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--results", envvar="RUNNER_RESULTS", default="results", show_default=True, metavar="DIR",
+        help="Folder of run directories.", type=click.Path(path_type=Path),
+    )(command)  # fmt: skip
+
+
+def _read_inventory(source: str | None) -> Inventory:
+    from runner import inventory
+
+    return inventory.read(source or inventory.default_source(), cache_dir() / "inventory")
+
+
+@contextmanager
+def _transport(inventory: Inventory) -> Any:
+    """A private folder with the rendered ssh_config, on a path that pdsh and rsync can take unquoted."""
+    from runner.inventory import known_hosts, ssh_config
+
+    # TMPDIR may hold spaces, which PDSH_SSH_ARGS cannot carry.
+    with tempfile.TemporaryDirectory(prefix="shakedown-", dir="/tmp") as folder:
+        pinned = Path(folder, "known_hosts")
+        pinned.write_text(known_hosts(inventory))
+        config = Path(folder, "ssh_config")
+        config.write_text(ssh_config(inventory, str(pinned)))
+        yield str(config)
+
+
+def _observed(node: Node, device: str) -> tuple[int, str, str]:
+    """GPUs per node, device and hardware of this machine where the inventory says `auto`."""
+    from runner import telemetry
+
+    gpus = telemetry.count_gpus()
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    hardware = node.hardware if node.hardware != "cpu" or device == "cpu" else "h200-sxm" if gpus else "cpu"
+    return node.gpus or (gpus if device == "cuda" else 2), device, hardware
+
+
+@cli.command()
+@inventory_option
+@results_option
+@click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all.")
+@click.option("--sweep", metavar="1,2,4,8", help="Run on each of these node counts: the scaling curve.")
+@click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
+@click.option("--skip-bad-nodes", is_flag=True, help="Take the first N good nodes and say which were passed over.")
+@click.option(
+    "--model", default="tiny", show_default=True, help="A model of configs/models.", shell_complete=_names("models")
+)
+@click.option("--weights", metavar="ID_OR_PATH", help="Start from these Hugging Face weights; default: random.")
+@click.option("--test", "tests", multiple=True, help="torch or sft; default: both.", shell_complete=_names("tests"))
+@click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
+@click.option("--backend", help="local or ssh; default: what the inventory says.")
+@click.option(
+    "--scaling", default="weak", show_default=True, help="weak: same work per GPU; strong: same global batch."
+)
+@click.option("--repeats", default=1, show_default=True, type=click.IntRange(min=1), help="Repeats of each cell.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
+@click.option("--set", "settings", multiple=True, metavar="TEST.KEY=VALUE", help="Change a setting, e.g. sft.steps=20.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; connect to nothing, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
+@click.pass_context
+def bench(ctx: click.Context, **options: Any) -> None:
+    """Benchmark nodes: collectives and DeepSpeed fine-tuning, with a report."""
+    ctx.exit(_bench(**options))
+
+
+def _bench(
+    source: str | None,
+    results: Path,
+    num_nodes: int | None,
+    sweep: str | None,
+    hosts: str | None,
+    skip_bad_nodes: bool,
+    model: str,
+    weights: str | None,
+    tests: tuple[str, ...],
+    engine: str,
+    backend: str | None,
+    scaling: str,
+    repeats: int,
+    seed: int,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    from runner import backends, config, engines, plan
+    from runner.display import Display
+    from runner.inventory import fold, select
+
+    tests = tuple(dict.fromkeys(tests)) or tuple(config.TESTS)
+    if engine not in engines.ENGINES:
+        raise errors.unknown("engine", engine, engines.ENGINES)
+    if backend is not None and backend not in backends.BACKENDS:
+        raise errors.unknown("backend", backend, backends.BACKENDS)
+    if scaling not in ("weak", "strong"):
+        raise errors.unknown("scaling", scaling, ("weak", "strong"))
+    overrides = config.parse_settings(settings)
+    loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
+    architecture = config.load_model(model).model_dump()
+    deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
+    counts = _counts(num_nodes, sweep)
+
+    inventory = _read_inventory(source)
+    chosen = select(inventory, hosts)
+    counts = counts or (len(chosen),)
+    if backend and backend != chosen[0].backend:
+        raise errors.UsageError(
+            f"--backend {backend}: the inventory {inventory.source} describes nodes for backend {chosen[0].backend}"
+        )
+    if max(counts) > len(chosen):
+        limit = (
+            f"--hosts {hosts} names {len(chosen)}" if hosts else f"the inventory {inventory.source} has {len(chosen)}"
+        )
+        raise errors.UsageError(f"{max(counts)} nodes asked for: {limit}")
+    gpus_per_node, device, hardware = _resources(chosen)
+    run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    display = Display(quiet=as_json)
+
+    def build(nodes: tuple[Node, ...], passed_over: tuple[str, ...], ssh_config: str | None) -> plan.Plan:
+        request = plan.Request(
+            run_id=run_id,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            command=shlex.join(["runner", *sys.argv[1:]]),
+            inventory=inventory.source,
+            run_dir=str((results / run_id).absolute()),
+            tests=loaded,
+            model=architecture,
+            deepspeed=deepspeed,
+            hardware={"name": hardware, **config.load_hardware(hardware).model_dump()},
+            targets=config.load_targets(),
+            node_counts=counts,
+            engine=engine,
+            backend=chosen[0].backend,
+            scaling=scaling,
+            repeats=repeats,
+            gpus_per_node=gpus_per_node,
+            device=device,
+            ssh_config=ssh_config,
+            weights=weights,
+            seed=seed,
+            passed_over=passed_over,
+        )
+        return plan.build(request, nodes)
+
+    remote = chosen[0].backend == "ssh"
+    if dry_run:
+        planned = build(chosen, (), "SSH_CONFIG" if remote else None)
+        click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else plan.describe(planned, fold))
+        return errors.EXIT_OK
+
+    from runner import bench as benchmark
+
+    # Refuse what cannot be planned before anything is asked of the nodes.
+    build(chosen, (), "SSH_CONFIG" if remote else None)
+    with _transport(inventory) if remote else _nothing() as transport:
+        asked = chosen if skip_bad_nodes else chosen[: max(counts)]
+        if remote:
+            display.note(f"checking {benchmark.summary_line(asked)}")
+        _, problems = benchmark.preflight(asked, device, engine, tests, transport)
+        nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip_bad_nodes)
+        for line in passed_over:
+            display.note(f"passed over {line}")
+        planned = build(nodes, passed_over, transport)
+        data = _prepare(planned, display)
+        run, summary = benchmark.execute(planned, results, state_dir(), transport, display, data)
+    return _conclude(run, summary, as_json)
+
+
+@contextmanager
+def _nothing() -> Any:
+    yield None
+
+
+def _counts(num_nodes: int | None, sweep: str | None) -> tuple[int, ...]:
+    if sweep is None:
+        return (num_nodes,) if num_nodes else ()
+    if num_nodes is not None:
+        raise errors.UsageError("--nodes and --sweep exclude each other: give one of them")
+    try:
+        counts = tuple(sorted({int(part) for part in sweep.split(",")}))
+    except ValueError:
+        raise errors.UsageError(f"--sweep {sweep}: write node counts with commas, such as 1,2,4,8") from None
+    if counts[0] < 1:
+        raise errors.UsageError(f"--sweep {sweep}: node counts start at 1")
+    return counts
+
+
+def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:
+    """Ranks per node, device and hardware name: one value each for the chosen nodes."""
+    first = nodes[0]
+    for field, variable in (
+        ("gpus", "runner_gpus_per_node"),
+        ("device", "runner_device"),
+        ("hardware", "runner_hardware"),
+    ):
+        odd = [n.alias for n in nodes if getattr(n, field) != getattr(first, field)]
+        if odd:
+            raise errors.UsageError(
+                f"{variable} differs between {first.alias} and {odd[0]}: choose alike nodes with --hosts"
+            )
+    if first.backend == "local":
+        return _observed(first, first.device)
+    if first.gpus is None or first.device == "auto":
+        raise errors.UsageError(f"{first.name}: set runner_gpus_per_node and runner_device in the inventory")
+    return first.gpus, first.device, first.hardware
+
+
+def _prepare(planned: Any, display: Any) -> str | None:
+    """The folder with the data of the plan's fine-tuning cells, prepared now if it is not cached."""
+    cell = next((cell for cell in planned.cells if cell.test == "sft"), None)
+    if cell is None:
+        return None
+    from runner import data
+
+    display.note("preparing data")
+    prepared = data.prepare(
+        cell.params["dataset"],
+        seq_len=cell.params["seq_len"],
+        tokenizer=cell.params["tokenizer"],
+        cache_dir=cache_dir() / "data",
+        samples=cell.params["samples"],
+        seed=planned.seed,
+    )
+    return str(prepared.path)
+
+
+def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
+    """Print what came out; the exit code says the same."""
+    from runner import report
+
+    if as_json:
+        click.echo(json.dumps(summary, indent=1, allow_nan=False))
+    else:
+        click.echo(report.terminal(summary))
+        click.echo(f"\nreport: {run.report_html}")
+    states = {cell["state"] for cell in summary["cells"]}
+    if "cancelled" in states:
+        return errors.EXIT_INTERRUPTED
+    if states - {"complete"}:
+        return errors.EXIT_INFRASTRUCTURE
+    missed = summary["verdict"] == "fail" or summary["findings"]
+    return errors.EXIT_TARGET_MISSED if missed else errors.EXIT_OK
+
+
+@cli.command()
+@results_option
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.pass_context
+def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -> None:
+    """Judge a run again and rewrite its report; default: the newest run."""
+    from runner import bench as benchmark
+    from runner.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    ctx.exit(_conclude(run, benchmark.judge(run), as_json))
+
+
+@cli.group()
+def runs() -> None:
+    """Look at runs: list, show, stop."""
+
+
+@runs.command("list")
+@results_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
+def runs_list(results: Path, as_json: bool) -> None:
+    """Every run with its state, oldest first."""
+    from tabulate import tabulate
+
+    from runner.rundir import RunDir
+
+    rows = []
+    for run in RunDir.all(results):
+        plan, status = run.read_plan(), run.read_status()
+        done = sum(cell["state"] == "complete" for cell in status["cells"].values())
+        rows.append(
+            {
+                "run": run.run_id,
+                "state": status["state"],
+                "cells": f"{done}/{len(status['cells'])}",
+                "nodes": len(plan["nodes"]),
+                "engine": plan["engine"],
+                "inventory": plan["inventory"],
+            }
+        )
+    click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys"))
+
+
+@runs.command("show")
+@results_option
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="status.json as it is to be read.")
+def runs_show(name: str | None, results: Path, as_json: bool) -> None:
+    """The state of a run and of each of its cells."""
+    from tabulate import tabulate
+
+    from runner.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    status = run.read_status()
+    if as_json:
+        click.echo(json.dumps(status, indent=1))
+        return
+    click.echo(f"{run.run_id}: {status['state']}\n")
+    rows = [
+        {
+            "cell": name,
+            "state": c["state"],
+            "started": c["started"],
+            "ended": c["ended"],
+            "error": (c["error"] or {}).get("message"),
+        }
+        for name, c in status["cells"].items()
+    ]
+    click.echo(tabulate(rows, headers="keys"))
+    click.echo(f"\nfiles: {run.path}")
+
+
+@runs.command("stop")
+@results_option
+@click.argument("name", metavar="[RUN]", required=False)
+def runs_stop(name: str | None, results: Path) -> None:
+    """Ask a running controller on this machine to stop in good order."""
+    import signal
+
+    from runner.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    pid = run.controller()
+    if pid is None:
+        raise errors.UsageError(f"run {run.run_id} is not running: its state is {run.read_status()['state']}")
+    os.kill(pid, signal.SIGTERM)
+    click.echo(f"asked run {run.run_id} to stop")
+
+
+@cli.command("inventory")
+@inventory_option
+@click.option("--hosts", metavar="SET", help="Only these nodes.")
+@click.option(
+    "--ssh-config",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write ssh_config and known_hosts there.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
+def show_inventory(source: str | None, hosts: str | None, folder: Path | None, as_json: bool) -> None:
+    """The nodes as the product sees them; or the ssh_config that reaches them."""
+    from dataclasses import asdict
+
+    from tabulate import tabulate
+
+    from runner.inventory import known_hosts, select, ssh_config
+    from runner.rundir import disk_errors, write_text_atomic
+
+    inventory = _read_inventory(source)
+    nodes = select(inventory, hosts)
+    if folder is not None:
+        with disk_errors(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            pinned = (folder / "known_hosts").absolute()
+            write_text_atomic(pinned, known_hosts(inventory))
+            write_text_atomic(folder / "ssh_config", ssh_config(inventory, str(pinned)))
+        click.echo(f"ssh -F {shlex.quote(str(folder / 'ssh_config'))} {nodes[0].alias}")
+    elif as_json:
+        click.echo(json.dumps([asdict(node) for node in nodes], indent=1))
+    else:
+        rows = [
+            {
+                "alias": n.alias, "name": n.name, "address": f"{n.address}:{n.port}", "user": n.user,
+                "gpus": n.gpus or "auto", "hardware": n.hardware, "nics": f"{n.nics} × {n.nic_gbit_per_s or '?'} Gb/s",
+                "host key": "pinned" if n.host_key else "known_hosts",
+            }
+            for n in nodes
+        ]  # fmt: skip
+        click.echo(tabulate(rows, headers="keys"))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script: eval "$(runner completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "runner", "_RUNNER_COMPLETE").source())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Configuration files under configs/: read, checked, and refused with the file, the field and the nearest name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from runner.errors import UsageError, unknown
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of `8`, `64K`, `1MiB`, `8G` (powers of 1024, as nccl-tests reads them)."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return value
+
+
+Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_File):
+    """The architecture of a Llama-style decoder, and how it is fine-tuned by default."""
+
+    name: str
+    hf_id: str | None = None
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    vocab_size: PositiveInt
+    max_seq_len: PositiveInt
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    tie_embeddings: bool = False
+    seq_len: PositiveInt
+    deepspeed: str = Field(description="file name in configs/deepspeed/, without .json")
+
+
+class Hardware(_File):
+    """Ceilings of one node; None where there is nothing to judge against."""
+
+    gpu: str
+    gpu_memory_gib: float
+    bf16_peak_tflop_per_s: float | None
+    fp8_peak_tflop_per_s: float | None
+    hbm_gb_per_s: float | None
+    nvlink_busbw_gb_per_s: float | None
+
+
+Collective = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv", "ping_pong", "barrier"
+]
+
+
+class TorchTest(_File):
+    """Collectives over torch.distributed: the same code on NCCL and gloo."""
+
+    collectives: tuple[Collective, ...]
+    min_bytes: Size
+    max_bytes: Size | None = Field(description="None: 8 GiB on GPUs, 1 MiB on CPUs")
+    factor: Annotated[int, Field(ge=2)]
+    warmup: Annotated[int, Field(ge=0)]
+    iters: PositiveInt
+    dtype: Literal["float32", "bfloat16", "float16"]
+    timeout_s: PositiveFloat
+
+
+class SftTest(_File):
+    """DeepSpeed supervised fine-tuning. Batch sizes left out come from the model's DeepSpeed file."""
+
+    steps: PositiveInt
+    warmup_steps: Annotated[int, Field(ge=0)]
+    lr: PositiveFloat
+    dataset: str
+    tokenizer: str | None
+    samples: PositiveInt
+    seq_len: PositiveInt | None
+    global_batch: PositiveInt | None
+    micro_batch: PositiveInt | None
+    gradient_accumulation: PositiveInt | None
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"]
+    activation_checkpointing: bool
+    liger: Literal["auto", "true", "false"]
+    compile: bool
+    timeout_s: PositiveFloat
+
+
+TESTS: dict[str, type[_File]] = {"torch": TorchTest, "sft": SftTest}
+
+AnyFile = TypeVar("AnyFile", bound=BaseModel)
+
+
+def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
+    """`values` as `schema`; the first thing wrong becomes one line with file, field and nearest name."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise unknown("key", field, schema.model_fields, where) from None
+        if first["type"] == "missing":
+            raise UsageError(f"{where}: {field} is missing") from None
+        if first["type"] == "literal_error":
+            expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
+            raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
+        raise UsageError(f"{where}: {field} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def names(kind: str, suffix: str = ".yaml") -> list[str]:
+    return sorted(path.name.removesuffix(suffix) for path in (CONFIGS / kind).glob(f"*{suffix}"))
+
+
+def load_model(name: str) -> ModelConfig:
+    if name not in names("models"):
+        raise unknown("model", name, names("models"))
+    path = CONFIGS / "models" / f"{name}.yaml"
+    return check(ModelConfig, read_yaml(path), str(path))
+
+
+def load_hardware(name: str) -> Hardware:
+    if name not in names("hardware"):
+        raise unknown("hardware", name, names("hardware"))
+    path = CONFIGS / "hardware" / f"{name}.yaml"
+    return check(Hardware, read_yaml(path), str(path))
+
+
+def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
+    """The settings of a test after `--set`; returns an instance of TESTS[name]."""
+    if name not in TESTS:
+        raise unknown("test", name, TESTS)
+    path = CONFIGS / "tests" / f"{name}.yaml"
+    values = check(TESTS[name], read_yaml(path), str(path)).model_dump()
+    return check(TESTS[name], {**values, **overrides}, f"--set {name}" if overrides else str(path))
+
+
+def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration with dotted `overrides` (zero_optimization.stage) applied."""
+    if name not in names("deepspeed", ".json"):
+        raise unknown("DeepSpeed configuration", name, names("deepspeed", ".json"))
+    path = CONFIGS / "deepspeed" / f"{name}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from None
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        target = config
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UsageError(f"--set deepspeed.{key}: {parent} is not a section")
+        target[last] = value
+    return config
+
+
+def load_targets() -> list[dict[str, Any]]:
+    return list(read_yaml(CONFIGS / "targets" / "default.yaml")["targets"])
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`--set sft.steps=20` as {"sft": {"steps": 20}}; values are read as YAML."""
+    import yaml
+
+    parsed: dict[str, dict[str, Any]] = {}
+    sections = [*TESTS, "deepspeed"]
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise UsageError(f"--set {setting}: write it as TEST.KEY=VALUE, for example --set sft.steps=20")
+        if section not in sections:
+            raise unknown("section", section, sections, f"--set {setting}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: {text!r} is not a valid value") from None
+        parsed.setdefault(section, {})[name] = value if not isinstance(value, bool) or name != "liger" else text
+    return parsed

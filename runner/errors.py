@@ -1,0 +1,43 @@
+"""Errors that a user can act on, with the exit code each one ends the command with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_TARGET_MISSED = 1
+EXIT_USAGE = 2
+EXIT_INFRASTRUCTURE = 3
+EXIT_INTERRUPTED = 130
+
+
+class RunnerError(Exception):
+    """One line for the user: what was asked, what was found, what to do."""
+
+    exit_code = EXIT_USAGE
+
+
+class UsageError(RunnerError):
+    """Wrong option, configuration file or input data."""
+
+
+class InfrastructureError(RunnerError):
+    """A node, a connection, a disk or a job failed."""
+
+    exit_code = EXIT_INFRASTRUCTURE
+
+
+class Interrupted(RunnerError):
+    """The user stopped the command; what had been measured was kept."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:
+    """The error for a name that is not one of `known`, with the nearest valid one."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    place = f"{where}: " if where else ""
+    return UsageError(f"{place}unknown {kind} {name!r}; {hint}")

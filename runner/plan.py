@@ -1,0 +1,308 @@
+"""The plan: everything decided before anything runs. Pure data, made by pure functions.
+
+`--nodes 8` becomes `num_nodes` of a cell here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from runner import __version__, engines
+from runner.errors import UsageError
+from runner.inventory import Node
+
+SCHEMA = 1
+_UNSAFE = re.compile(r"[^A-Za-z0-9._]+")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """global_batch = micro_batch × gradient_accumulation × world size, in sequences."""
+
+    global_batch: int
+    micro_batch: int
+    gradient_accumulation: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (test, model, num_nodes, repeat). `hosts[0]` is the rendezvous."""
+
+    id: str
+    test: str
+    model: str | None
+    num_nodes: int
+    repeat: int
+    hosts: tuple[str, ...]
+    gpus_per_node: int
+    world_size: int
+    device: str
+    params: Mapping[str, Any]
+    batch: Batch | None
+    deepspeed: Mapping[str, Any] | None
+    env: Mapping[str, str]
+    cell_dir: str
+    master_port: int
+    launch: engines.Launch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run, before it starts."""
+
+    run_id: str
+    created: str
+    command: str
+    inventory: str
+    backend: str
+    engine: str
+    scaling: str
+    seed: int
+    weights: str | None
+    nodes: tuple[Node, ...]
+    hardware: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
+    targets: Sequence[Mapping[str, Any]]
+    cells: tuple[Cell, ...]
+    passed_over: tuple[str, ...] = ()
+    schema: int = SCHEMA
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, every name and value already checked against the files."""
+
+    run_id: str
+    created: str
+    command: str
+    inventory: str
+    run_dir: str
+    tests: Mapping[str, Mapping[str, Any]]  # name -> settings
+    model: Mapping[str, Any]
+    deepspeed: Mapping[str, Any]
+    hardware: Mapping[str, Any]
+    targets: Sequence[Mapping[str, Any]]
+    node_counts: tuple[int, ...]
+    engine: str
+    backend: str
+    scaling: str
+    repeats: int
+    gpus_per_node: int
+    device: str
+    ssh_config: str | None
+    weights: str | None = None
+    seed: int = 0
+    passed_over: tuple[str, ...] = ()
+    overridden: frozenset[str] = field(default_factory=frozenset)  # batch settings given with --set
+
+
+def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
+    """The plan of `request` on `nodes` (chosen and in inventory order).
+
+    Raises UsageError when there are too few nodes or a batch does not divide.
+    """
+    most = max(request.node_counts)
+    if most > len(nodes):
+        raise UsageError(f"--nodes {most}: the inventory {request.inventory} has {len(nodes)} to choose from")
+    if reason := engines.obstacle(request.engine, nodes[:most], request.backend):
+        raise UsageError(reason)
+    cells = []
+    for test, params in request.tests.items():
+        for num_nodes in request.node_counts:
+            for repeat in range(1, request.repeats + 1):
+                cells.append(_cell(request, nodes[:num_nodes], test, params, repeat))
+    return Plan(
+        run_id=request.run_id,
+        created=request.created,
+        command=request.command,
+        inventory=request.inventory,
+        backend=request.backend,
+        engine=request.engine,
+        scaling=request.scaling,
+        seed=request.seed,
+        weights=request.weights,
+        nodes=nodes[:most],
+        hardware=request.hardware,
+        models={request.model["name"]: request.model} if "sft" in request.tests else {},
+        targets=request.targets,
+        cells=tuple(cells),
+        passed_over=request.passed_over,
+    )
+
+
+def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[str, Any], repeat: int) -> Cell:
+    num_nodes = len(nodes)
+    world_size = num_nodes * request.gpus_per_node
+    model = request.model["name"] if test == "sft" else None
+    parts = [test, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
+    cell_id = "-".join(parts)
+    # The planned port lies below the kernel's ephemeral range and differs between runs and cells.
+    port = 20000 + zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % 10000
+    local = request.backend == "local"
+    first = nodes[0]
+    base = PurePath(request.run_dir, "nodes", first.name) if local else PurePath(first.scratch, request.run_id)
+    env = {"OMP_NUM_THREADS": "1", **first.env}
+    batch, deepspeed = None, None
+    if test == "sft":
+        batch = _batch(request, params, num_nodes, world_size)
+        deepspeed = _deepspeed(request.deepspeed, batch)
+        params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
+    elif params.get("max_bytes") is None:
+        params = {**params, "max_bytes": (8 << 30) if request.device == "cuda" else (1 << 20)}
+    ranks = engines.Ranks(
+        nodes=nodes,
+        gpus_per_node=request.gpus_per_node,
+        master_address="127.0.0.1" if local else first.address,
+        master_port=port,
+        cell_dir=str(base / cell_id),
+        launcher_dir=str(PurePath(request.run_dir, "launcher", cell_id)),
+        ssh_config=request.ssh_config,
+        marker=f"{request.run_id}/{cell_id}",
+        env=env,
+    )
+    return Cell(
+        id=cell_id,
+        test=test,
+        model=model,
+        num_nodes=num_nodes,
+        repeat=repeat,
+        hosts=tuple(node.name for node in nodes),
+        gpus_per_node=request.gpus_per_node,
+        world_size=world_size,
+        device=request.device,
+        params=params,
+        batch=batch,
+        deepspeed=deepspeed,
+        env=env,
+        cell_dir=ranks.cell_dir,
+        master_port=port,
+        launch=engines.ENGINES[request.engine](ranks),
+    )
+
+
+def _batch(request: Request, params: Mapping[str, Any], num_nodes: int, world_size: int) -> Batch:
+    """The batch of one cell.
+
+    Weak scaling keeps the work per GPU: the configured global batch is that of the sweep's largest
+    node count and shrinks with the nodes. Strong scaling keeps the global batch.
+    """
+    configured = request.deepspeed
+    global_batch = params["global_batch"] or _number(configured.get("train_batch_size"))
+    micro_batch = params["micro_batch"] or _number(configured.get("train_micro_batch_size_per_gpu"))
+    accumulation = params["gradient_accumulation"] or _number(configured.get("gradient_accumulation_steps")) or 1
+    most = max(request.node_counts)
+    if global_batch and request.scaling == "weak" and num_nodes != most:
+        if global_batch * num_nodes % most:
+            raise UsageError(
+                f"weak scaling to {num_nodes} of {most} nodes: a global batch of {global_batch} does not divide; "
+                f"use a multiple of {most}, such as --set sft.global_batch={_nearest_multiple(global_batch, most)}"
+            )
+        global_batch = global_batch * num_nodes // most
+    return resolve_batch(global_batch, micro_batch, accumulation, world_size)
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulation: int, world_size: int) -> Batch:
+    """The batch sizes that satisfy micro × accumulation × world = global, or the nearest that would."""
+    if global_batch is None:
+        micro_batch = micro_batch or 1
+        return Batch(micro_batch * accumulation * world_size, micro_batch, accumulation)
+    if micro_batch is None and global_batch % (accumulation * world_size) == 0:
+        return Batch(global_batch, global_batch // (accumulation * world_size), accumulation)
+    if micro_batch and micro_batch * accumulation * world_size == global_batch:
+        return Batch(global_batch, micro_batch, accumulation)
+    step = (micro_batch or 1) * world_size
+    options = []
+    if global_batch % step == 0:
+        near = min(_divisors(global_batch // step), key=lambda n: (abs(n - accumulation), -n))
+        options.append(f"sft.gradient_accumulation={near}")
+    options.append(f"sft.global_batch={_nearest_multiple(global_batch, step * accumulation)}")
+    micro = f"micro-batch {micro_batch} × " if micro_batch else ""
+    raise UsageError(
+        f"global batch {global_batch} is not {micro}accumulation {accumulation} × {world_size} GPUs × a whole number; "
+        f"nearest that work: {' or '.join(f'--set {option}' for option in options)}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest_multiple(value: int, step: int) -> int:
+    return max(step, round(value / step) * step)
+
+
+def _deepspeed(config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """The DeepSpeed configuration with the batch filled in."""
+    return {
+        **config,
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.gradient_accumulation,
+    }
+
+
+def job(plan: Plan, cell: Cell, data: str | None) -> dict[str, Any]:
+    """`job.json` of a cell: what its ranks read (runner.workloads.Job)."""
+    return {
+        "run_id": plan.run_id,
+        "cell": cell.id,
+        "test": cell.test,
+        "num_nodes": cell.num_nodes,
+        "gpus_per_node": cell.gpus_per_node,
+        "world_size": cell.world_size,
+        "device": cell.device,
+        "seed": plan.seed,
+        "params": dict(cell.params),
+        "model": dict(plan.models[cell.model]) if cell.model else None,
+        "weights": plan.weights if cell.test == "sft" else None,
+        "deepspeed": dict(cell.deepspeed) if cell.deepspeed else None,
+        "data": data,
+        "hardware": dict(plan.hardware),
+        "env": dict(cell.env),
+    }
+
+
+def describe(plan: Plan, fold: Any) -> str:
+    """The plan for a person: cells, hosts, the exact command of each node, and what would be written.
+
+    `fold` turns a list of host names into a folded set.
+    """
+    lines = [f"run {plan.run_id}: {len(plan.cells)} cells, backend {plan.backend}, engine {plan.engine}"]
+    lines += [f"passed over {line}" for line in plan.passed_over]
+    aliases = {node.name: node.alias for node in plan.nodes}
+    for cell in plan.cells:
+        lines += [
+            "",
+            f"cell {cell.id}: {cell.world_size} ranks ({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})",
+        ]
+        lines.append(f"  hosts  {fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}")
+        if cell.batch:
+            b = cell.batch
+            lines.append(
+                f"  batch  {b.global_batch} sequences = {b.micro_batch} × {b.gradient_accumulation} × {cell.world_size}"
+                f" of {cell.params['seq_len']} tokens"
+            )
+        lines += [f"  env    {key}={value}" for key, value in cell.env.items()]
+        if cell.launch.head:
+            extra = [f"{k}={v}" for k, v in cell.launch.head_env.items()]
+            lines.append(f"  controller runs  {shlex.join([*extra, *cell.launch.head])}")
+            for name, content in cell.launch.files.items():
+                lines += [f"  {name}:", *(f"    {line}" for line in content.splitlines())]
+        for host, argv in zip(cell.hosts, cell.launch.argv, strict=True):
+            lines.append(f"  {aliases[host]}  {shlex.join(argv) if argv else '(ranks started by the controller)'}")
+        lines.append(f"  writes {cell.cell_dir} on each node")
+    return "\n".join(lines)

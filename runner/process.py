@@ -1,0 +1,152 @@
+"""The only module that starts processes or signals them.
+
+Commands are argument lists, every call has a time limit, and a command that outlives its limit or
+its caller's interest is ended with its whole process group: INT, then TERM, then KILL.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from runner.errors import InfrastructureError
+
+# Every process of a cell carries this variable, whatever started it (torchrun puts its workers in
+# sessions of their own, pdsh starts them below sshd): it is how leftovers are found and ended.
+MARKER = "SHAKEDOWN_CELL"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a finished command ended. `rc` is negative when a signal ended it."""
+
+    argv: tuple[str, ...]
+    rc: int
+    elapsed_s: float
+    stdout: str
+    stderr: str
+
+    @property
+    def last_line(self) -> str:
+        """The last line it wrote to stderr (or stdout): usually the reason of a failure."""
+        lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
+        return lines[-1].strip() if lines else ""
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    stderr_to_stdout: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start `argv` in a session of its own with pipes on all three streams (unbuffered bytes)."""
+    try:
+        return subprocess.Popen(
+            list(argv),
+            bufsize=0,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if stderr_to_stdout else subprocess.PIPE,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise InfrastructureError(f"program {argv[0]!r} is not installed or not on PATH") from error
+    except OSError as error:
+        raise InfrastructureError(f"cannot start {argv[0]!r}: {error.strerror}") from error
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    input: str | bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    check: bool = False,
+) -> Outcome:
+    """Run `argv` to its end and return what it did.
+
+    Raises InfrastructureError when the program is missing, when `timeout_s` passes, or, with `check`,
+    when it ends with anything but 0. Ended by an exception (Ctrl-C), it takes its process group along.
+    """
+    started = time.monotonic()
+    child = spawn(argv, env=env, cwd=cwd)
+    data = input.encode() if isinstance(input, str) else input
+    try:
+        stdout, stderr = child.communicate(data, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        stop_group(child)
+        raise InfrastructureError(f"{argv[0]} gave no result within {timeout_s:g} s") from None
+    except BaseException:
+        stop_group(child)
+        raise
+    outcome = Outcome(
+        argv=tuple(argv),
+        rc=child.returncode,
+        elapsed_s=time.monotonic() - started,
+        stdout=stdout.decode(errors="replace"),
+        stderr=stderr.decode(errors="replace"),
+    )
+    if check and outcome.rc != 0:
+        raise InfrastructureError(f"{argv[0]} failed with status {outcome.rc}: {outcome.last_line}")
+    return outcome
+
+
+def stop_group(child: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:
+    """End the session that `child` leads, and wait for `child`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(grace_s)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
+
+
+def marked(marker: str) -> list[int]:
+    """Process ids on this machine that carry `marker` in their environment, this process excepted."""
+    wanted = f"{MARKER}={marker}".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0"):
+                    found.append(int(entry))
+        except OSError:
+            continue  # it ended meanwhile, or belongs to another user
+    return found
+
+
+def signal_all(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def stop_marked(marker: str, grace_s: float) -> None:
+    """End every process that carries `marker`: INT, after `grace_s` TERM, after as long again KILL."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        pids = marked(marker)
+        if not pids:
+            return
+        signal_all(pids, number)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            if not marked(marker):
+                return
+            time.sleep(0.05)

@@ -1,0 +1,64 @@
+"""Records: one measured value each, with its planned and observed context. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One value. `metric` carries its unit as a suffix; `context` says what else it depends on.
+
+    `host` and `rank` are None for a value that belongs to the whole cell.
+    """
+
+    run_id: str
+    cell: str
+    test: str
+    model: str | None
+    num_nodes: int
+    world_size: int
+    repeat: int
+    metric: str
+    value: float
+    host: str | None = None
+    rank: int | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+def parse_jsonl(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines text; a torn or foreign line is passed over, not trusted."""
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def load(text: str) -> list[Record]:
+    return [Record(**obj) for obj in parse_jsonl(text) if obj.get("schema") == SCHEMA]
+
+
+def from_events(events: Iterable[Mapping[str, Any]], base: Mapping[str, Any], host: str) -> Iterator[Record]:
+    """Records of the `value` events of one rank's file. `base` holds the cell's fields."""
+    for event in events:
+        if event.get("event") == "value":
+            yield Record(
+                **base,
+                host=host,
+                rank=event["rank"],
+                metric=event["metric"],
+                value=float(event["value"]),
+                context=event.get("context", {}),
+            )

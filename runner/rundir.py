@@ -1,0 +1,202 @@
+"""The run directory: the only module that knows the paths inside it, and how they are written.
+
+Every file is written under a temporary name and renamed; directories are private (0700). A run that
+has no end marker (a final state in status.json) is incomplete, never zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InfrastructureError, UsageError
+
+FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `path` as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk of the controller into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InfrastructureError(f"the disk of {path} is full: free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise InfrastructureError(f"cannot write to {path}: {error.strerror}") from error
+        raise
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class RunDir:
+    """Paths and states of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = path / "plan.json"
+        self.status = path / "status.json"
+        self.log = path / "benchmark.log"
+        self.records = path / "records.jsonl"
+        self.summary = path / "summary.json"
+        self.report_html = path / "report.html"
+        self.report_md = path / "report.md"
+        self.telemetry = path / "telemetry" / "telemetry.parquet"
+        self._alive = path / ".alive"
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    def cell(self, host: str, cell: str) -> Path:
+        """The artefacts of one cell on one host."""
+        return self.path / "nodes" / host / cell
+
+    def launcher(self, cell: str) -> Path:
+        """The artefacts of a launcher that runs on the controller (DeepSpeed's)."""
+        return self.path / "launcher" / cell
+
+    @classmethod
+    def create(cls, results: Path, plan: Mapping[str, Any]) -> RunDir:
+        """Make the directory, save the plan, and point `latest` at it."""
+        run = cls(results / plan["run_id"])
+        with disk_errors(results):
+            results.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(mode=0o700)
+            (run.path / "telemetry").mkdir(mode=0o700)
+            write_json_atomic(run.plan, plan)
+            cells = {
+                c["id"]: {"state": "planned", "started": None, "ended": None, "error": None} for c in plan["cells"]
+            }
+            write_json_atomic(run.status, {"schema": 1, "run_id": run.run_id, "state": "planned", "cells": cells})
+            link = results / f".latest.{os.getpid()}"
+            link.symlink_to(run.run_id)
+            link.replace(results / "latest")
+        return run
+
+    @classmethod
+    def find(cls, results: Path, name: str | None) -> RunDir:
+        """The named run (id, unique beginning of one, or path), or the newest."""
+        wanted = name or "latest"
+        direct = Path(wanted) if "/" in wanted else results / wanted
+        if (direct / "plan.json").is_file():
+            return cls(direct.resolve())
+        matches = [p for p in sorted(results.glob(f"{wanted}*")) if (p / "plan.json").is_file()] if name else []
+        if len(matches) == 1:
+            return cls(matches[0].resolve())
+        if matches:
+            raise UsageError(f"run {name!r} is not unique in {results}: {', '.join(p.name for p in matches[:5])}")
+        raise UsageError(
+            f"no run {name!r} in {results}" if name else f"no run in {results} yet: start one with `runner bench`"
+        )
+
+    @classmethod
+    def all(cls, results: Path) -> list[RunDir]:
+        """Every run of a results directory, oldest first."""
+        return [cls(p.parent) for p in sorted(results.glob("*/plan.json")) if not p.parent.is_symlink()]
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Hold the mark of a running controller; the kernel drops it when the controller dies."""
+        with open(self._alive, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+        with contextlib.suppress(OSError):
+            self._alive.unlink()
+
+    def controller(self) -> int | None:
+        """The process id of the controller that runs this now, or None."""
+        try:
+            with open(self._alive) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read())
+        except FileNotFoundError:
+            pass
+        return None
+
+    def read_plan(self) -> dict[str, Any]:
+        return json.loads(self.plan.read_text())
+
+    def read_status(self) -> dict[str, Any]:
+        """The states; a run whose controller died without a final state is `incomplete`, and so are its cells."""
+        status = json.loads(self.status.read_text())
+        if status["state"] not in FINAL_STATES and self.controller() is None:
+            status["state"] = "incomplete"
+            for cell in status["cells"].values():
+                if cell["state"] == "running":
+                    cell["state"] = "incomplete"
+        return status
+
+    def write_status(self, status: Mapping[str, Any]) -> None:
+        write_json_atomic(self.status, status)
+
+    def read_facts(self, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Facts by cell and host; a host that wrote none is left out."""
+        facts: dict[str, dict[str, Any]] = {}
+        for cell in plan["cells"]:
+            for host in cell["hosts"]:
+                path = self.cell(host, cell["id"]) / "facts.json"
+                if path.exists():
+                    facts.setdefault(cell["id"], {})[host] = json.loads(path.read_text())
+        return facts
+
+    def telemetry_streams(self, plan: Mapping[str, Any]) -> dict[tuple[str, str], Path]:
+        """The append-only telemetry stream of every (cell, host)."""
+        return {
+            (cell["id"], host): self.cell(host, cell["id"]) / "telemetry.jsonl"
+            for cell in plan["cells"]
+            for host in cell["hosts"]
+        }
+
+
+@contextlib.contextmanager
+def hold_nodes(state: Path, hosts: list[str], run_id: str) -> Iterator[None]:
+    """Keep a second run of this user away from the same nodes; raises naming the run that holds one.
+
+    The kernel drops the locks when the holder dies, so none is ever stale.
+    """
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for host in sorted(hosts):
+            file = stack.enter_context(open(state / host, "a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InfrastructureError(
+                    f"{host} is in use by run {holder}: wait for it or stop it (`runner runs stop {holder}`)"
+                ) from None
+            file.truncate(0)
+            file.write(run_id)
+            file.flush()
+        yield

@@ -1,0 +1,132 @@
+"""Telemetry: what a node's GPUs, CPUs, memory and NICs did while a cell ran.
+
+The node's sampler appends one JSON object a sample to `telemetry.jsonl` (a killed node keeps what it
+had); the controller compacts the streams of a run into one Parquet file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_RDMA = Path("/sys/class/infiniband")
+
+
+class Sampler:
+    """Takes samples of this machine; `sample()` costs well under a millisecond per GPU.
+
+    NVML's process list is never asked for: it costs 4.5 ms a call against 2.5 µs for utilisation.
+    """
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._psutil = psutil
+        psutil.cpu_percent()  # the first call has no interval to refer to
+        self._gpus = list(_nvml_handles())
+
+    def sample(self) -> dict[str, Any]:
+        """One sample: percentages 0-100, memory in GiB, power in W, counters as totals since boot."""
+        memory = self._psutil.virtual_memory()
+        sample: dict[str, Any] = {
+            "time_s": round(time.time(), 3),
+            "cpu_util_pct": self._psutil.cpu_percent(),
+            "memory_used_gib": round((memory.total - memory.available) / 2**30, 3),
+        }
+        for name, counters in self._psutil.net_io_counters(pernic=True).items():
+            if name != "lo":
+                sample[f"{name}_rx_bytes"] = counters.bytes_recv
+                sample[f"{name}_tx_bytes"] = counters.bytes_sent
+        for name, value in _rdma_counters():
+            sample[name] = value
+        for index, handle in self._gpus:
+            sample.update(_gpu_sample(index, handle))
+        return sample
+
+
+def count_gpus() -> int:
+    """GPUs that this machine's driver answers for; 0 without a driver."""
+    return len(list(_nvml_handles()))
+
+
+def _nvml_handles() -> Iterator[tuple[int, Any]]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            yield index, pynvml.nvmlDeviceGetHandleByIndex(index)
+    except Exception:  # no driver, no library, no GPU: all of them mean "no GPU telemetry"
+        return
+
+
+def _gpu_sample(index: int, handle: Any) -> dict[str, Any]:
+    import pynvml
+
+    sample: dict[str, Any] = {}
+    readings = {
+        "util_pct": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "memory_used_gib": lambda: round(pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30, 3),
+        # The counter misses nothing; instantaneous power covers a quarter of the time.
+        "energy_j": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
+        "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+    }
+    for name, read in readings.items():
+        try:
+            sample[f"gpu{index}_{name}"] = read()
+        except pynvml.NVMLError:
+            continue  # this GPU does not report it
+    return sample
+
+
+def _rdma_counters() -> Iterator[tuple[str, int]]:
+    """Data counters of RDMA ports in bytes (the files count 4-byte words; /proc/net/dev misses RDMA)."""
+    if not _RDMA.is_dir():
+        return
+    for port in sorted(_RDMA.glob("*/ports/*/counters")):
+        device = port.parts[-4]
+        for direction in ("rcv", "xmit"):
+            try:
+                words = int((port / f"port_{direction}_data").read_text())
+            except (OSError, ValueError):
+                continue
+            yield f"{device}_{'rx' if direction == 'rcv' else 'tx'}_bytes", 4 * words
+
+
+def read(stream: Path) -> list[dict[str, Any]]:
+    """The samples of one stream; a torn last line is left out. No file: no samples."""
+    if not stream.exists():
+        return []
+    samples = []
+    for line in stream.read_text(errors="replace").splitlines():
+        try:
+            samples.append(json.loads(line))
+        except ValueError:
+            continue
+    return samples
+
+
+def compact(streams: dict[tuple[str, str], Path], target: Path) -> bool:
+    """Write the streams of (cell, host) into one long Parquet table: cell, host, time_s, name, value.
+
+    Returns False, writing nothing, where no stream holds a sample.
+    """
+    import polars
+
+    columns: dict[str, list[Any]] = {"cell": [], "host": [], "time_s": [], "name": [], "value": []}
+    for (cell, host), stream in sorted(streams.items()):
+        for sample in read(stream):
+            time_s = sample.pop("time_s", None)
+            for name, value in sample.items():
+                for column, item in zip(columns, (cell, host, time_s, name, float(value)), strict=True):
+                    columns[column].append(item)
+    if not columns["cell"]:
+        return False
+    partial = target.with_suffix(".partial")
+    polars.DataFrame(columns).write_parquet(partial)
+    partial.replace(target)
+    return True

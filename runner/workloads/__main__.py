@@ -1,0 +1,44 @@
+"""Entry point of every rank: `python -m runner.workloads CELL_DIR`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from runner.workloads import Events, Job, rank_from_env
+
+
+def main(cell_dir: Path) -> None:
+    job = Job.load(cell_dir)
+    os.environ.update(job.env)  # before torch: NCCL and gloo read it when they are loaded
+    rank = rank_from_env()
+    if "SHAKEDOWN_CELL" in os.environ:  # under the product; by hand, output stays on the terminal
+        _own_output(cell_dir, rank)
+    events = Events(cell_dir, rank)
+    observed = int(os.environ["WORLD_SIZE"])
+    events.start(world_size=observed, host=socket.gethostname(), pid=os.getpid(), device=job.device)
+    if observed != job.world_size:
+        sys.exit(f"rank {rank}: world size is {observed}, the plan says {job.world_size}")
+    if job.test == "torch":
+        from runner.workloads import collectives as workload
+    elif job.test == "sft":
+        from runner.workloads import sft as workload
+    else:
+        sys.exit(f"rank {rank}: unknown test {job.test!r}")
+    workload.run(job, events)
+    events.end()
+
+
+def _own_output(cell_dir: Path, rank: int) -> None:
+    """Point stdout and stderr, NCCL's own prints included, at this rank's files: the same for every engine."""
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(cell_dir / f"rank{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(file, descriptor)
+        os.close(file)
+
+
+if __name__ == "__main__":
+    # DeepSpeed's launcher puts --local_rank=K before a script's own arguments.
+    main(Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][-1]))
