@@ -303,14 +303,15 @@ class Cell:
                 if self.request.get("job"):
                     write_json_atomic(self.folder / "job.json", self.request["job"])
                 write_json_atomic(self.folder / "facts.json", facts(self.env))
-                rc = self._launch()
+                try:
+                    rc = self._launch()
+                finally:
+                    process.stop_marked(self.marker, self.request["grace_s"])
         except OSError as error:
             full = error.errno == errno.ENOSPC
             self.error = f"disk full: {self.folder}" if full else f"{error.strerror}: {error.filename or self.folder}"
         except _Refused as error:
             self.error = str(error)
-        finally:
-            process.stop_marked(self.marker, self.request["grace_s"])
         outcome = {
             "schema": 1,
             "host": self.request["host"],

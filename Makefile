@@ -1,0 +1,46 @@
+# The two commands of the README: `make bench` and `make test`. Both prepare what they need.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+RUNNER := $(VENV)/bin/runner
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
+comma := ,
+
+.PHONY: bench test unit setup system-packages lint clean help
+
+help:
+	@echo "make bench   install into .venv and benchmark this machine (about a minute without a GPU)"
+	@echo "make test    everything that CI runs; installs the system packages that it needs"
+	@echo "make unit    the fast tests alone"
+	@echo "make lint    ruff, import-linter, mypy"
+
+bench: setup
+	$(RUNNER) bench -i inventory/local --model tiny
+
+setup: $(VENV)/.stamp
+
+# constraints.txt pins every package that was tested, torch's exact build number among them.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@testbed/install-system-packages.sh python
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel torch
+	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+system-packages:
+	testbed/install-system-packages.sh
+
+test: system-packages setup lint
+	$(VENV)/bin/pytest
+
+unit: setup
+	$(VENV)/bin/pytest tests/unit
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
