@@ -71,7 +71,7 @@ def converse(
     command's, or -1 when it was given up. However this function is left, no command stays behind.
     """
     from ClusterShell.Event import EventHandler
-    from ClusterShell.Task import Task
+    from ClusterShell.Task import task_self
     from ClusterShell.Worker.Exec import ExecClient, ExecWorker
 
     class Client(ExecClient):  # type: ignore[misc]
@@ -149,7 +149,7 @@ def converse(
                     talk.rc = -1
                     worker.abort()
 
-    task = Task()
+    task = task_self()
     task.set_info("fanout", max(64, len(talks)))
     task.set_default("stderr", True)
     task.set_default("stdout_msgtree", False)

@@ -274,6 +274,7 @@ def _bench(
         for line in passed_over:
             display.note(f"passed over {line}")
         planned = build(nodes, passed_over, transport)
+        _require_launcher(planned)
         data = _prepare(planned, display)
         run, summary = benchmark.execute(planned, results, state_dir(), transport, display, data)
     return _conclude(run, summary, as_json)
@@ -282,6 +283,15 @@ def _bench(
 @contextmanager
 def _nothing() -> Any:
     yield None
+
+
+def _require_launcher(planned: Any) -> None:
+    head = planned.cells[0].launch.head
+    if head and not os.access(head[0], os.X_OK):
+        raise errors.UsageError(
+            f"engine {planned.engine} starts {head[0]} on this machine, where there is none: "
+            "run from a machine with the nodes' environment, or use --engine torchrun"
+        )
 
 
 def _counts(num_nodes: int | None, sweep: str | None) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ anything) the controller runs, and which files those need.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -110,13 +109,12 @@ def deepspeed(ranks: Ranks) -> Launch:
 ENGINES: dict[str, Callable[[Ranks], Launch]] = {"torchrun": torchrun, "deepspeed": deepspeed}
 
 
-def obstacle(engine: str, nodes: tuple[Node, ...], backend: str) -> str | None:
+def obstacle(engine: str, nodes: tuple[Node, ...]) -> str | None:
     """Why `engine` cannot start on these nodes, in one line, or None."""
-    if engine == "deepspeed" and backend == "ssh":
-        others = sorted({node.python for node in nodes} - {sys.executable})
-        if others:
-            return (
-                f"engine deepspeed starts the nodes' ranks with the controller's own {sys.executable}, the inventory "
-                f"says {others[0]}: run the controller from that environment, or use --engine torchrun"
-            )
+    pythons = sorted({node.python for node in nodes})
+    if engine == "deepspeed" and len(pythons) > 1:
+        return (
+            f"engine deepspeed starts every node's ranks with one Python, the inventory has {' and '.join(pythons)}: "
+            "install alike, or use --engine torchrun"
+        )
     return None

@@ -18,7 +18,7 @@ from runner.errors import UsageError
 from runner.inventory import Node
 
 SCHEMA = 1
-_UNSAFE = re.compile(r"[^A-Za-z0-9._]+")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     most = max(request.node_counts)
     if most > len(nodes):
         raise UsageError(f"--nodes {most}: the inventory {request.inventory} has {len(nodes)} to choose from")
-    if reason := engines.obstacle(request.engine, nodes[:most], request.backend):
+    if reason := engines.obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
     cells = []
     for test, params in request.tests.items():
