@@ -111,7 +111,8 @@ def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key also leaves the right one missing: the misspelling is the news.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise unknown("key", field, schema.model_fields, where) from None

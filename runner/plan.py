@@ -227,7 +227,8 @@ def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulatio
     step = (micro_batch or 1) * world_size
     options = []
     if global_batch % step == 0:
-        near = min(_divisors(global_batch // step), key=lambda n: (abs(n - accumulation), -n))
+        whole = global_batch // step  # accumulation × micro-batch, or accumulation alone where that is given
+        near = whole if micro_batch else min(_divisors(whole), key=lambda n: (abs(n - accumulation), -n))
         options.append(f"sft.gradient_accumulation={near}")
     options.append(f"sft.global_batch={_nearest_multiple(global_batch, step * accumulation)}")
     micro = f"micro-batch {micro_batch} × " if micro_batch else ""

@@ -1,0 +1,51 @@
+"""What several tests need: the two clusters as data, without Ansible and without a network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from runner import inventory  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
+
+
+def listing(hostvars: dict[str, dict]) -> dict:
+    """What `ansible-inventory --list` prints for these hosts."""
+    return {"_meta": {"hostvars": hostvars}, "all": {"children": ["gpu_nodes"]}, "gpu_nodes": {"hosts": list(hostvars)}}
+
+
+@pytest.fixture
+def cluster() -> inventory.Inventory:
+    """Eight H200 nodes behind SSH port 44222; node008 is ...-0009."""
+    hostvars = {
+        name: {
+            "ansible_host": f"10.2.201.{position}",
+            "ansible_port": 44222,
+            "ansible_user": "root",
+            "ansible_ssh_private_key_file": "/home/a b/.ssh/id_ed25519",
+            "runner_alias": f"node{position:03d}",
+            "runner_host_key": f"ssh-ed25519 AAAAC3Nza{position}",
+            "runner_python": "/opt/shakedown/env/bin/python",
+            "runner_gpus_per_node": 8,
+            "runner_device": "cuda",
+            "runner_hardware": "h200-sxm",
+            "runner_nics_per_node": 2,
+            "runner_nic_gbit_per_s": 400,
+            "runner_env": {"NCCL_IB_HCA": "mlx5_0,mlx5_1"},
+        }
+        for position, name in enumerate(NAMES, start=1)
+    }
+    return inventory.parse("inventory/fukushimadc-02", listing(hostvars))
+
+
+@pytest.fixture
+def machine() -> inventory.Inventory:
+    """This machine, on a path that a shell would trip over."""
+    hostvars = {"localhost": {"ansible_connection": "local", "runner_python": "/home/o'neill/$(env) é/bin/python"}}
+    return inventory.parse("inventory/local", listing(hostvars))

@@ -1,0 +1,75 @@
+"""Configuration files: every shipped one loads, and what is wrong is one line with the nearest name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner import config
+from runner.errors import UsageError
+
+
+@pytest.mark.parametrize("name", config.names("models"))
+def test_every_shipped_model_loads_and_names_itself(name):
+    model = config.load_model(name)
+    assert model.name == name
+    assert config.load_deepspeed(model.deepspeed, {})["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("name", config.TESTS)
+def test_every_shipped_test_loads(name):
+    assert config.load_test(name, {}).timeout_s > 0
+
+
+@pytest.mark.parametrize("name", config.names("hardware"))
+def test_every_shipped_hardware_loads(name):
+    assert config.load_hardware(name).gpu
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: config.load_model("llama-2-7"), "unknown model 'llama-2-7'; did you mean 'llama-2-7b'?"),
+        (lambda: config.load_test("tourch", {}), "unknown test 'tourch'; did you mean 'torch'?"),
+        (lambda: config.load_test("sft", {"stpes": 3}), "--set sft: unknown key 'stpes'; did you mean 'steps'?"),
+        (
+            lambda: config.load_test("sft", {"attention": "spda"}),
+            "--set sft: attention: unknown value 'spda'; did you mean 'sdpa'?",
+        ),
+        (
+            lambda: config.load_test("torch", {"max_bytes": "lots"}),
+            "--set torch: max_bytes = 'lots': input should be a valid integer",
+        ),
+        (
+            lambda: config.parse_settings(["sft.steps"]),
+            "--set sft.steps: write it as TEST.KEY=VALUE, for example --set sft.steps=20",
+        ),
+        (
+            lambda: config.parse_settings(["sftt.steps=1"]),
+            "--set sftt.steps=1: unknown section 'sftt'; did you mean 'sft'?",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_name(call, message):
+    with pytest.raises(UsageError) as error:
+        call()
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_a_file_names_file_and_field():
+    with pytest.raises(
+        UsageError, match=r"configs/models/x.yaml: unknown key 'hiden_size'; did you mean 'hidden_size'\?"
+    ):
+        config.check(config.ModelConfig, {"hiden_size": 1}, "configs/models/x.yaml")
+
+
+def test_settings_are_read_as_yaml():
+    parsed = config.parse_settings(["sft.steps=20", "sft.lr=1e-3", "sft.liger=true", "torch.collectives=[all_reduce]"])
+    assert parsed == {"sft": {"steps": 20, "lr": "1e-3", "liger": "true"}, "torch": {"collectives": ["all_reduce"]}}
+    assert config.load_test("sft", parsed["sft"]).lr == 1e-3
+
+
+@given(st.integers(1, 1000), st.sampled_from(["", "K", "M", "G", "T", "KiB", "MiB", "k"]))
+def test_sizes_are_powers_of_1024(number, unit):
+    assert config.parse_size(f"{number}{unit}") == number * 1024 ** " KMGT".index(unit[:1].upper() or " ")

@@ -1,0 +1,143 @@
+"""The inventory: names with a gap, aliases, folded sets, and nothing that could reach a shell."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import NAMES, ROOT, listing
+from golden_files import check as golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner import inventory
+from runner.errors import UsageError
+
+
+def test_the_real_cluster_has_eight_nodes_a_gap_and_port_44222(tmp_path):
+    read = inventory.read(str(ROOT / "inventory/fukushimadc-02"), tmp_path)
+    assert [n.name for n in read.nodes] == NAMES
+    assert [n.alias for n in read.nodes] == [f"node{i:03d}" for i in range(1, 9)]
+    assert read.nodes[7].alias == "node008" and read.nodes[7].name.endswith("-0009")
+    assert {(n.port, n.gpus, n.nics, n.nic_gbit_per_s, n.hardware) for n in read.nodes} == {
+        (44222, 8, 2, 400.0, "h200-sxm")
+    }
+    assert read.nodes[0].address == "10.2.201.1"
+
+
+def test_ansible_sees_the_same_nodes():
+    program = Path(sys.executable).with_name("ansible-inventory")
+    graph = subprocess.run(
+        [program, "-i", ROOT / "inventory/fukushimadc-02", "--graph", "gpu_nodes"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line.strip(" |-") for line in graph.stdout.splitlines()[1:]] == NAMES
+
+
+def test_a_second_reading_comes_from_the_cache_and_a_change_is_seen(tmp_path):
+    folder = tmp_path / "inv"
+    folder.mkdir()
+    hosts = folder / "hosts.yml"
+    hosts.write_text("all: {hosts: {a: {secret_token: hunter2}}}")
+    first = inventory.read(str(folder), tmp_path / "cache")
+    kept = list((tmp_path / "cache").iterdir())
+    assert len(kept) == 1 and "hunter2" not in kept[0].read_text()
+    kept[0].write_text(kept[0].read_text().replace('"port": 22', '"port": 23'))  # only the cache says 23
+    assert inventory.read(str(folder), tmp_path / "cache").nodes[0].port == 23
+    hosts.write_text("all: {hosts: {a: {}, b: {}}}")
+    assert [n.name for n in inventory.read(str(folder), tmp_path / "cache").nodes] == ["a", "b"]
+    assert first.nodes[0].port == 22
+
+
+@pytest.mark.parametrize(
+    ("hosts", "aliases"),
+    [
+        ("node[003-006]", ["node003", "node004", "node005", "node006"]),
+        ("node008", ["node008"]),
+        ("fukushimadc-02-hgx-[0007,0009]", ["node007", "node008"]),
+        ("node002,fukushimadc-02-hgx-0001", ["node001", "node002"]),
+        ("10.2.201.3", ["node003"]),
+        (None, [f"node{i:03d}" for i in range(1, 9)]),
+    ],
+)
+def test_names_aliases_addresses_and_folded_sets_select_nodes_in_inventory_order(cluster, hosts, aliases):
+    assert [n.alias for n in inventory.select(cluster, hosts)] == aliases
+
+
+@given(st.sets(st.integers(0, 7), min_size=1))
+def test_folding_and_selecting_are_inverse(chosen):
+    read = inventory.parse("x", listing({name: {} for name in NAMES}))
+    wanted = [read.nodes[i] for i in sorted(chosen)]
+    assert list(inventory.select(read, inventory.fold([n.name for n in wanted]))) == wanted
+    assert list(inventory.select(read, inventory.fold([n.alias for n in wanted]))) == wanted
+
+
+@pytest.mark.parametrize("hosts", ["node009", "fukushimadc-02-hgx-0008", "node[001-", "$(reboot)"])
+def test_a_node_that_is_not_there_is_refused_in_one_line(cluster, hosts):
+    with pytest.raises(UsageError) as error:
+        inventory.select(cluster, hosts)
+    assert "\n" not in str(error.value) and hosts in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("a; reboot", {}),
+        ("nœud1", {}),
+        ("$(id)", {}),
+        ("a", {"ansible_host": "10.0.0.1 -oProxyCommand=x"}),
+        ("a", {"ansible_user": "root'"}),
+        ("a", {"runner_alias": "node 1"}),
+        ("a", {"runner_scratch": "/tmp/a b"}),
+        ("a", {"runner_python": "/opt/$(x)/python"}),
+        ("a", {"runner_host_key": "ssh-ed25519 AAAA\nProxyCommand x"}),
+        ("-oProxyCommand=x", {}),
+    ],
+)
+def test_what_a_shell_could_misread_never_gets_past_the_inventory(name, variables):
+    with pytest.raises(UsageError) as error:
+        inventory.parse("inv", listing({name: variables}))
+    assert "not allowed" in str(error.value)
+
+
+def test_a_misspelt_variable_is_named_with_the_nearest():
+    with pytest.raises(UsageError, match="unknown variable 'runner_gpus_per_nod'; did you mean 'runner_gpus_per_node'"):
+        inventory.parse("inv", listing({"a": {"runner_gpus_per_nod": 8}}))
+
+
+def test_two_nodes_of_one_name_are_refused():
+    with pytest.raises(UsageError, match="both called 'node001'"):
+        inventory.parse("inv", listing({"a": {"runner_alias": "node001"}, "b": {"runner_alias": "node001"}}))
+
+
+def test_ssh_config_pins_host_keys_and_carries_port_and_user(cluster):
+    golden("ssh/ssh_config", inventory.ssh_config(cluster, "/run/x y/known_hosts"))
+    golden("ssh/known_hosts", inventory.known_hosts(cluster))
+
+
+def test_openssh_reads_the_rendered_config(cluster, tmp_path):
+    path = tmp_path / "ssh_config"
+    path.write_text(inventory.ssh_config(cluster, "/run/x y/known_hosts"))
+    for word in ("node008", "fukushimadc-02-hgx-0009", "10.2.201.8"):
+        told = subprocess.run(["ssh", "-G", "-F", path, word], capture_output=True, text=True, check=True).stdout
+        values = dict(line.split(" ", 1) for line in told.splitlines() if " " in line)
+        assert (values["hostname"], values["port"], values["user"]) == ("10.2.201.8", "44222", "root")
+        assert values["hostkeyalias"] == "fukushimadc-02-hgx-0009"
+        assert values["stricthostkeychecking"] == "true" and values["batchmode"] == "yes"
+        assert "/run/x y/known_hosts" in values["userknownhostsfile"]
+
+
+def test_broken_yaml_is_one_line(tmp_path):
+    (tmp_path / "hosts.yml").write_text("all: [")
+    with pytest.raises(UsageError) as error:
+        inventory.read(str(tmp_path), tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_the_cache_holds_nothing_but_the_nodes_fields(cluster):
+    assert "ansible" not in json.dumps([vars(n) for n in cluster.nodes])
