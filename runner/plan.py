@@ -113,7 +113,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     """
     most = max(request.node_counts)
     if most > len(nodes):
-        raise UsageError(f"--nodes {most}: the inventory {request.inventory} has {len(nodes)} to choose from")
+        raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
     if reason := engines.obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
     cells = []
@@ -230,10 +230,11 @@ def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulatio
         whole = global_batch // step  # accumulation × micro-batch, or accumulation alone where that is given
         near = whole if micro_batch else min(_divisors(whole), key=lambda n: (abs(n - accumulation), -n))
         options.append(f"sft.gradient_accumulation={near}")
-    options.append(f"sft.global_batch={_nearest_multiple(global_batch, step * accumulation)}")
-    micro = f"micro-batch {micro_batch} × " if micro_batch else ""
+    product = step * accumulation
+    options.append(f"sft.global_batch={product if micro_batch else _nearest_multiple(global_batch, product)}")
+    micro = micro_batch or "a whole micro-batch"
     raise UsageError(
-        f"global batch {global_batch} is not {micro}accumulation {accumulation} × {world_size} GPUs × a whole number; "
+        f"global batch {global_batch} is not {micro} × accumulation {accumulation} × {world_size} GPUs; "
         f"nearest that work: {' or '.join(f'--set {option}' for option in options)}"
     )
 

@@ -1,0 +1,124 @@
+"""Choosing nodes, telling a culprit from its victims, and what a cell's end means."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from runner import bench
+from runner.backends import Talk
+from runner.errors import InfrastructureError
+
+
+def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
+    ranks = {"rank0": {"started": True, "ended": ended, "stderr": stderr or []}}
+    return {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, **more}
+
+
+def talks(*names: str) -> list[Talk]:
+    return [Talk(name, (), {}, rc=0, heard=time.monotonic()) for name in names]
+
+
+def test_the_first_n_of_the_inventory_are_taken(cluster):
+    nodes, passed = bench.choose(cluster.nodes, 2, {"fukushimadc-02-hgx-0005": "down"}, skip_bad=False)
+    assert [n.alias for n in nodes] == ["node001", "node002"] and passed == ()
+
+
+def test_all_bad_nodes_are_named_at_once(cluster):
+    problems = {cluster.nodes[1].name: "down", cluster.nodes[3].name: "its host key changed", cluster.nodes[7].name: "down"}
+    with pytest.raises(InfrastructureError) as error:
+        bench.choose(cluster.nodes, 4, problems, skip_bad=False)
+    text = str(error.value)
+    assert "2 of 4 nodes are bad" in text and "--skip-bad-nodes" in text
+    assert "node002 (fukushimadc-02-hgx-0002): down" in text and "node004" in text and "node008" not in text
+    assert error.value.exit_code == 3
+
+
+def test_good_nodes_take_the_place_of_bad_ones_and_the_report_says_so(cluster):
+    problems = {cluster.nodes[1].name: "down", cluster.nodes[7].name: "down"}
+    nodes, passed = bench.choose(cluster.nodes, 4, problems, skip_bad=True)
+    assert [n.alias for n in nodes] == ["node001", "node003", "node004", "node005"]
+    assert passed == ("node002 (fukushimadc-02-hgx-0002): down",)  # node008 was not needed
+
+
+def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
+    with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 wanted"):
+        bench.choose(cluster.nodes, 8, {cluster.nodes[2].name: "down"}, skip_bad=True)
+
+
+def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
+    lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
+    said = bench.blame(talks("a", "b", "c"), {"a": outcome(stderr=lost), "b": outcome(rc=-9, stderr=[]), "c": outcome(stderr=lost)})
+    assert said["host"] == "b" and "killed" in said["message"]
+
+
+def test_a_traceback_names_its_host_and_is_shown():
+    trace = ["Traceback (most recent call last):", "ValueError: bad"]
+    said = bench.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
+    assert said == {"message": "rank0 died (exit 1): ValueError: bad", "host": "a", "stderr": trace}
+
+
+def test_two_first_hand_failures_are_not_told_apart():
+    said = bench.blame(talks("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
+    assert said["host"] is None and "a, b" in said["message"]
+
+
+def test_a_node_without_an_outcome_is_a_lost_connection():
+    lost = ["Connection reset by peer"]
+    said = bench.blame(talks("a", "b"), {"a": outcome(stderr=lost)})
+    assert said["host"] == "b" and "lost the connection" in said["message"]
+
+
+class Clock(SimpleNamespace):
+    asked = False
+
+
+def cell_run(cluster, **changes) -> bench.CellRun:
+    launch = SimpleNamespace(head=changes.pop("head", None))
+    cell = SimpleNamespace(launch=launch, hosts=("a", "b"), params={"timeout_s": 60})
+    run = bench.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
+    run.talks = talks("a", "b")
+    for talk in run.talks:
+        talk.rc = None
+    return run
+
+
+def test_a_cell_is_complete_only_when_every_node_says_so(cluster):
+    run = cell_run(cluster)
+    run.hear(run.talks[0], outcome(rc=0, ended=True))
+    assert run.state()[0] == "failed"
+    run.hear(run.talks[1], outcome(rc=0, ended=True))
+    assert run.state() == ("complete", None)
+
+
+def test_others_are_stopped_soon_after_a_failure(cluster):
+    run = cell_run(cluster)
+    assert run.word(run.talks[0]) is None
+    run.hear(run.talks[1], outcome(rc=1))
+    run.first_failure -= bench.SETTLE_S + 0.1
+    assert run.word(run.talks[0]) == "stop"
+
+
+def test_a_cell_that_overruns_or_falls_silent_is_incomplete_and_says_why(cluster):
+    run = cell_run(cluster)
+    run.deadline = time.monotonic() - 1
+    assert run.word(run.talks[0]) == "stop"
+    assert run.state()[0] == "incomplete" and "limit of 60 s" in run.state()[1]["message"]
+    run = cell_run(cluster)
+    run.talks[1].heard -= 100
+    assert run.word(run.talks[0]) == "stop"
+    assert "b has not answered" in run.state()[1]["message"]
+
+
+def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it_is(cluster):
+    run = cell_run(cluster, head=("deepspeed",))
+    launcher = Talk(bench.LAUNCHER, (), {}, heard=time.monotonic())
+    run.talks.append(launcher)
+    run.hear(run.talks[0], {"message": "started"})
+    assert run.word(launcher) is None
+    run.hear(run.talks[1], {"message": "started"})
+    assert run.word(launcher) == "go"
+    run.hear(launcher, outcome(rc=0, ended=True))
+    assert run.word(run.talks[0]) == "done"

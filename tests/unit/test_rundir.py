@@ -1,0 +1,85 @@
+"""The run directory: private, written whole or not at all, and honest about a controller that died."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runner import rundir
+from runner.errors import InfrastructureError, UsageError
+from runner.rundir import RunDir
+
+PLAN = {"run_id": "20260102-030405-abcd", "cells": [{"id": "c1", "hosts": ["h"]}, {"id": "c2", "hosts": ["h"]}]}
+
+
+def test_a_run_has_its_plan_before_anything_starts_and_is_private(tmp_path):
+    run = RunDir.create(tmp_path, PLAN)
+    assert run.read_plan() == PLAN
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "latest").resolve() == run.path
+    assert run.read_status()["cells"]["c1"]["state"] == "planned"
+
+
+def test_runs_are_found_by_name_beginning_path_and_latest(tmp_path):
+    first = RunDir.create(tmp_path, PLAN)
+    second = RunDir.create(tmp_path, {**PLAN, "run_id": "20260203-000000-ef01"})
+    assert RunDir.find(tmp_path, None).path == second.path
+    assert RunDir.find(tmp_path, "20260102").path == first.path
+    assert RunDir.find(tmp_path, str(first.path)).path == first.path
+    assert [r.run_id for r in RunDir.all(tmp_path)] == [PLAN["run_id"], "20260203-000000-ef01"]
+    with pytest.raises(UsageError, match="not unique"):
+        RunDir.find(tmp_path, "2026")
+    with pytest.raises(UsageError, match="no run 'x'"):
+        RunDir.find(tmp_path, "x")
+    with pytest.raises(UsageError, match="start one"):
+        RunDir.find(tmp_path / "empty", None)
+
+
+def test_a_run_whose_controller_was_killed_is_incomplete(tmp_path):
+    run = RunDir.create(tmp_path, PLAN)
+    status = run.read_status()
+    status["state"] = status["cells"]["c1"]["state"] = "running"
+    script = (
+        "import sys, time, pathlib; from runner.rundir import RunDir\n"
+        "with RunDir(pathlib.Path(sys.argv[1])).alive(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE) as controller:
+        assert controller.stdout and controller.stdout.readline()
+        run.write_status(status)
+        assert run.read_status()["state"] == "running"
+        assert run.controller() == controller.pid
+        controller.kill()
+    assert run.controller() is None
+    assert run.read_status()["state"] == "incomplete"
+    assert run.read_status()["cells"]["c1"]["state"] == "incomplete"
+    assert run.read_status()["cells"]["c2"]["state"] == "planned"
+
+
+def test_a_second_run_on_the_same_nodes_is_refused_naming_the_first(tmp_path):
+    with (
+        rundir.hold_nodes(tmp_path, ["a", "b"], "run-1"),
+        pytest.raises(InfrastructureError, match="b is in use by run run-1"),
+        rundir.hold_nodes(tmp_path, ["b", "c"], "run-2"),
+    ):
+        pass
+    with rundir.hold_nodes(tmp_path, ["b", "c"], "run-3"):
+        pass
+
+
+def test_writes_are_whole_or_nothing(tmp_path):
+    path = tmp_path / "x.json"
+    rundir.write_json_atomic(path, {"a": "é"})
+    with pytest.raises(ValueError):
+        rundir.write_json_atomic(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": "é"}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(InfrastructureError, match="is full: free some space"), rundir.disk_errors(tmp_path):
+        with open("/dev/full", "w") as file:
+            file.write("x")
