@@ -238,6 +238,7 @@ class Run:
         """Run every cell, then judge and report; returns the summary. Measured values are never lost."""
         with self.stop.listening(), disk_errors(self.run.path):
             self._save("running")
+            self.log.write(f"{now()} {self.plan.command}\n")
             with self.display.progress(len(self.plan.cells)):
                 self._send_data()
                 for index, cell in enumerate(self.plan.cells):
@@ -250,6 +251,11 @@ class Run:
             self._save(final)
             self._clean()
             return self._judge()
+
+    def _note(self, text: str) -> None:
+        """One line for the person and for the log."""
+        self.display.note(text)
+        self.log.write(f"{now()} {text}\n")
 
     def _save(self, state: str) -> None:
         self.status["state"] = state
@@ -310,10 +316,10 @@ class Run:
         self._collect(cell)
         self._cell_state(cell, state, error)
         seconds = f" after {time.monotonic() - run.deadline + cell.params['timeout_s']:.0f} s"
-        self.display.note(f"{cell.id}: {state}{seconds}")
+        self._note(f"{cell.id}: {state}{seconds}")
         if error:
             where = f" on {self.nodes[error['host']].alias} ({error['host']})" if error["host"] in self.nodes else ""
-            self.display.note(f"  {error['message']}{where}")
+            self._note(f"  {error['message']}{where}")
             for line in error["stderr"][-8:]:
                 self.display.note(f"    {line}")
 

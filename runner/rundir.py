@@ -126,10 +126,12 @@ class RunDir:
         with open(self._alive, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(str(os.getpid()))
-            file.flush()
-            yield
-        with contextlib.suppress(OSError):
-            self._alive.unlink()
+            try:
+                file.flush()
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    self._alive.unlink()
 
     def controller(self) -> int | None:
         """The process id of the controller that runs this now, or None."""
