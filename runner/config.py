@@ -80,11 +80,11 @@ class TorchTest(_File):
 
 
 class SftTest(_File):
-    """DeepSpeed supervised fine-tuning. Batch sizes left out come from the model's DeepSpeed file."""
+    """DeepSpeed supervised fine-tuning. What is left out comes from the model's DeepSpeed file."""
 
     steps: PositiveInt
     warmup_steps: Annotated[int, Field(ge=0)]
-    lr: PositiveFloat
+    lr: PositiveFloat | None
     dataset: str
     tokenizer: str | None
     samples: PositiveInt

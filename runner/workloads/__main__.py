@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 
+from runner.errors import RunnerError
 from runner.workloads import Events, Job, rank_from_env
 
 
@@ -22,12 +24,15 @@ def main(cell_dir: Path) -> None:
     if observed != job.world_size:
         sys.exit(f"rank {rank}: world size is {observed}, the plan says {job.world_size}")
     if job.test == "torch":
-        from runner.workloads import collectives as workload
+        from runner.workloads import collectives
+
+        collectives.run(job, events)
     elif job.test == "sft":
-        from runner.workloads import sft as workload
+        from runner.workloads import sft
+
+        sft.run(job, events)
     else:
         sys.exit(f"rank {rank}: unknown test {job.test!r}")
-    workload.run(job, events)
     events.end()
 
 
@@ -41,4 +46,17 @@ def _own_output(cell_dir: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     # DeepSpeed's launcher puts --local_rank=K before a script's own arguments.
-    main(Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][-1]))
+    cell_dir = Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][-1])
+    code = 1
+    try:
+        main(cell_dir)
+        code = 0
+    except RunnerError as error:
+        sys.stderr.write(f"rank {os.environ.get('RANK', '?')}: {error}\n")
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An orderly end of the interpreter takes 1.5 s to free what the kernel frees at once, and after a
+    # failure it could wait for communicators whose other ends still compute.
+    os._exit(code)

@@ -1,0 +1,194 @@
+"""Test `sft` on real ranks with DeepSpeed ZeRO-3 in bf16 over gloo: it learns, and what it reports is so."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+
+from runner import limits
+from runner.workloads import sft
+
+pytestmark = pytest.mark.local
+
+MODEL = {
+    "name": "test",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": ranks.VOCAB_SIZE,
+    "max_seq_len": ranks.SEQ_LEN,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_embeddings": False,
+}
+PARAMS = {"steps": 12, "warmup_steps": 2, "lr": 1e-2, "attention": "auto", "liger": "auto", "compile": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return ranks.write_packed_data(tmp_path_factory.mktemp("data") / "packed")
+
+
+def deepspeed(world_size: int, micro: int, accumulation: int) -> dict:
+    return {
+        "train_batch_size": world_size * micro * accumulation,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95], "torch_adam": True, "fused": True}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    }
+
+
+def job(data: Path, world_size: int, micro: int, accumulation: int, **more) -> dict:
+    params = {**PARAMS, **more.pop("params", {})}
+    config = deepspeed(world_size, micro, accumulation)
+    return ranks.job("sft", world_size, params, model=MODEL, deepspeed=config, data=str(data), **more)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, data) -> ranks.Ended:
+    ended = ranks.start(tmp_path_factory.mktemp("two"), job(data, 2, micro=2, accumulation=2))
+    assert ended.outcome.rc == 0, ended.outcome.stderr
+    return ended
+
+
+def test_the_loss_starts_at_chance_and_falls(two_ranks):
+    loss = two_ranks.values("loss")
+    assert loss[0] == pytest.approx(math.log(ranks.VOCAB_SIZE), rel=0.02)
+    assert loss[-1] < loss[0] - 2
+    assert len(loss) == 14 and two_ranks.values("loss", rank=1) == []
+
+
+def test_every_rank_reports_every_step_and_warm_up_is_told_apart(two_ranks):
+    for rank in (0, 1):
+        for metric in ("step_time_s", "tokens", "loss_tokens", "positions"):
+            expected = [{"step": step, "measured": step >= 2} for step in range(14)]
+            assert two_ranks.contexts(metric, rank) == expected, metric
+        assert min(two_ranks.values("step_time_s", rank)) > 0
+        assert two_ranks.values("peak_memory_gib", rank)[0] == pytest.approx(0.5, abs=0.4)
+        assert two_ranks.ranks[rank][-1]["event"] == "end"
+
+
+def test_only_real_tokens_are_counted(two_ranks, data):
+    """8 steps of 8 sequences are one epoch of the 64."""
+    real, labels = np.load(data / "n_tokens.npy"), np.load(data / "labels.npy")
+    over_ranks = {
+        m: np.add(two_ranks.values(m, 0), two_ranks.values(m, 1)) for m in ("tokens", "loss_tokens", "positions")
+    }
+    assert over_ranks["tokens"][:8].sum() == real.sum()
+    assert over_ranks["loss_tokens"][:8].sum() == (labels != -100).sum()
+    assert set(over_ranks["positions"]) == {8 * ranks.SEQ_LEN}
+    assert (over_ranks["loss_tokens"] < over_ranks["tokens"]).all()
+    assert (over_ranks["tokens"] < over_ranks["positions"]).all()
+
+
+def test_what_belongs_to_the_whole_cell_is_reported_once(two_ranks):
+    count = limits.parameters(MODEL)
+    assert two_ranks.values("model_parameters") == [count.total]
+    assert two_ranks.values("model_parameters_non_embedding") == [count.non_embedding]
+    assert two_ranks.values("packing_utilisation_pct")[0] == pytest.approx(96.5, abs=1)
+    (setup,), (first) = two_ranks.values("setup_time_s"), two_ranks.values("time_to_first_step_s")
+    assert first == [pytest.approx(setup + two_ranks.values("step_time_s")[0], abs=0.05)]
+    assert 20 < two_ranks.values("sample_tokens_mean")[0] < ranks.SEQ_LEN
+    assert two_ranks.values("model_parameters", rank=1) == []
+
+
+def test_the_output_of_the_ranks_has_no_noise(two_ranks):
+    assert two_ranks.outcome.stdout == ""
+    assert "Warning" not in two_ranks.outcome.stderr
+
+
+def test_the_split_into_ranks_and_micro_batches_does_not_change_the_training(tmp_path, data):
+    """The same global batch on 2 ranks and on one, with and without checkpoints: the same losses, in float32.
+
+    A loss that averaged averages would differ, since micro-batches hold different numbers of loss tokens.
+    """
+    losses = []
+    for world_size, micro, checkpoints in ((2, 2, True), (1, 4, False)):
+        cell = job(data, world_size, micro, 2, params={"steps": 4, "activation_checkpointing": checkpoints})
+        cell["deepspeed"].pop("bf16")
+        ended = ranks.start(tmp_path / str(world_size), cell)
+        assert ended.outcome.rc == 0, ended.outcome.stderr
+        losses.append(ended.values("loss"))
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_weights_of_a_checkpoint_are_loaded_under_zero_3(tmp_path, data):
+    import torch
+
+    model = sft.build_model(MODEL, attention="sdpa", dtype=torch.float32)
+    with torch.no_grad():  # this one always says token 7: its loss is not that of chance
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path / "weights")
+    ended = ranks.start(tmp_path / "cell", job(data, 2, 2, 2, weights=str(tmp_path / "weights"), params={"steps": 1}))
+    assert ended.outcome.rc == 0, ended.outcome.stderr
+    assert ended.values("loss")[0] == pytest.approx(math.log(ranks.VOCAB_SIZE), rel=1e-5)
+
+
+def test_a_training_that_diverges_ends_every_rank_with_one_line(tmp_path, data):
+    ended = ranks.start(tmp_path, job(data, 2, 2, 2, params={"lr": 1e38}))
+    assert ended.outcome.rc != 0
+    # Every rank knows; whether the launcher ends the second before it says so is a race.
+    line = r"^rank [01]: the loss of step 1 is (nan|inf): training diverged; lower sft.lr$"
+    assert re.search(line, ended.outcome.stderr, re.MULTILINE)
+    assert "workloads/sft.py" not in ended.outcome.stderr  # no traceback of ours
+    assert all(events[-1]["event"] != "end" for events in ended.ranks)
+
+
+# ---- without ranks ----
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_does_not_cross_the_samples_of_a_sequence(data, attention):
+    import torch
+
+    model = sft.build_model(MODEL, attention=attention, dtype=torch.float32).eval()
+    batch = sft.PackedData(data).read(0, 3, seed=0)
+    arguments = sft.inputs(batch, flash=False, device=torch.device("cpu"))
+    with torch.no_grad():
+        packed = model(**arguments).logits.reshape(-1, ranks.VOCAB_SIZE)
+        ids = arguments["input_ids"].reshape(-1)
+        for begin, end in itertools.pairwise(batch.bounds):
+            alone = model(input_ids=ids[begin:end][None], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)
+        crossing = model(input_ids=arguments["input_ids"], use_cache=False).logits.reshape(-1, ranks.VOCAB_SIZE)
+    second = batch.bounds[1]
+    assert (packed[second] - crossing[second]).abs().max() > 1e-2  # that the comparison can fail
+
+
+def test_flash_attention_gets_one_row_and_its_boundaries(data):
+    import torch
+
+    batch = sft.PackedData(data).read(0, 3, seed=0)
+    arguments = sft.inputs(batch, flash=True, device=torch.device("cpu"))
+    size = 3 * ranks.SEQ_LEN
+    assert {arguments[name].shape for name in ("input_ids", "labels", "position_ids")} == {(1, size)}
+    bounds = arguments["cu_seq_lens_q"]
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == size
+    starts = [place for place in range(size) if arguments["position_ids"][0, place] == 0]
+    assert bounds[:-1].tolist() == starts
+    assert arguments["max_length_q"] == max(b - a for a, b in itertools.pairwise(bounds.tolist()))
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    import torch
+
+    from runner.errors import UsageError
+
+    sft.build_model(MODEL, attention="sdpa", dtype=torch.float32).save_pretrained(tmp_path)
+    other = {**MODEL, "num_layers": 3}
+    with pytest.raises(UsageError, match="num_hidden_layers 2, model test says 3"):
+        sft.build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path))
+    with pytest.raises(UsageError, match="cannot read weights"):
+        sft.build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path / "none"))
