@@ -1,0 +1,250 @@
+"""Static SVG charts for the report: lines with intervals, and strips of points. Pure strings, no dependency.
+
+A chart is drawn for a column of 340 to 600 px: its text stays at least 11 px high on a phone. Colours are CSS
+classes (`c0` … `c6`, `ink`, `grid`) of the page, so that one drawing serves light and dark. Every point
+has a hover title. Legends belong to the page, where they wrap; a line is also labelled at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+WIDTH, HEIGHT = 400.0, 236.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 16.0, 44.0
+TEXT = 13.5  # 11.2 px where the chart is 334 px wide: the column of a 390 px phone
+COLOURS = 7
+
+
+@dataclass(frozen=True)
+class Point:
+    """`low` and `high` draw an interval; `title` is shown on hover."""
+
+    x: float
+    y: float
+    title: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    points: Sequence[Point]
+    colour: int = 0
+    dashed: bool = False  # without points: an ideal, not a measurement
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A dashed level: across the chart, or only around `x`."""
+
+    y: float
+    title: str
+    colour: int | None = None
+    x: float | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`ticks` are (value, text); a logarithmic axis needs positive values."""
+
+    label: str
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """0 at the low end, 1 at the high end."""
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = math.log(value) if self.log else value
+        return (value - low) / (high - low) if high > low else 0.5
+
+
+def linear(label: str, values: Sequence[float], from_zero: bool = False, pad: float = 0.08) -> Axis:
+    """An axis around `values` with ticks at round numbers."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if from_zero:
+        low = min(low, 0.0)
+    margin = (high - low) * pad or abs(high) * pad or 1.0
+    low, high = (low if from_zero and low == 0 else low - margin), high + margin
+    step = _nice((high - low) / 5)
+    first = math.ceil(low / step - 1e-9)
+    ticks = [step * i for i in range(first, int(high / step + 1e-9) + 1)]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return Axis(label, low, high, [(tick, f"{tick:,.{digits}f}") for tick in ticks])
+
+
+def _nice(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(power * n for n in (1, 2, 5, 10) if power * n >= step * (1 - 1e-9))
+
+
+def nodes_axis(counts: Sequence[int]) -> Axis:
+    """Node counts, equally far apart for each doubling."""
+    low, high = min(counts), max(counts)
+    return Axis("nodes", low / 1.25, high * 1.25, [(n, str(n)) for n in counts], log=True)
+
+
+def bytes_axis(label: str, sizes: Sequence[float]) -> Axis:
+    """Message sizes on a logarithmic axis, labelled B, KiB, MiB, GiB; about five labels."""
+    low, high = min(sizes), max(sizes)
+    exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    every = next(n for n in (1, 2, 5, 10) if len(exponents) / n <= 6 or n == 10)
+    ticks = [(2.0**e, size_text(2**e)) for e in exponents if e % every == 0]
+    return Axis(label, low / 1.3, high * 1.3, ticks or [(low, size_text(low))], log=True)
+
+
+def size_text(size: float) -> str:
+    """8 B, 64 KiB, 1.5 GiB."""
+    for name in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or name == "TiB":
+            break
+        size /= 1024
+    return f"{size:.4g} {name}"
+
+
+def lines(
+    series: Sequence[Series],
+    x: Axis,
+    y: Axis,
+    description: str,
+    rules: Sequence[Rule] = (),
+    value_text: Callable[[float], str] | None = None,
+    name_ends: bool = True,
+) -> str:
+    """An SVG of `series` over `x`. `value_text` writes a value beside each point of the first series,
+    `name_ends` each series' name at its end where there are several."""
+    named = name_ends and len(series) > 1
+    right = RIGHT + (max(len(s.name) for s in series) * 7.2 + 4 if named else 0)
+    px, py = _scales(x, y, right)
+    parts = [*_frame(x, y, px, py, right)]
+    for rule in rules:
+        begin, end = (LEFT, WIDTH - right) if rule.x is None else (px(rule.x) - 20, px(rule.x) + 20)
+        name = "rule" if rule.colour is None else f"rule c{rule.colour % COLOURS}"
+        parts.append(_line(begin, py(rule.y), end, py(rule.y), name, rule.title))
+        if rule.label:
+            parts.append(_text(end, py(rule.y) - 4, rule.label, "end", "small"))
+    for one in series:
+        colour = f"c{one.colour % COLOURS}"
+        for point in one.points:
+            if point.low is not None and point.high is not None:
+                at = px(point.x)
+                parts.append(_line(at, py(point.low), at, py(point.high), f"interval {colour}"))
+        path = " ".join(f"{px(p.x):.1f},{py(p.y):.1f}" for p in one.points)
+        dashed = " dashed" if one.dashed else ""
+        parts.append(
+            f'<polyline class="line {colour}{dashed}" points="{path}"><title>{escape(one.name)}</title></polyline>'
+        )
+        if one.dashed:
+            continue
+        parts += [_dot(px(p.x), py(p.y), 3.4, colour, p.title or f"{one.name}: {p.y:g}") for p in one.points]
+    if value_text and series:
+        for p in series[0].points:
+            anchor = "start" if px(p.x) < LEFT + 24 else "middle"
+            above = py(p.high if p.high is not None else p.y) - 9
+            parts.append(_text(px(p.x), max(above, TOP - 3), value_text(p.y), anchor, "value"))
+    if named:
+        ends = [(py(s.points[-1].y), s) for s in series if s.points]
+        for at, one in _apart(ends, TEXT):
+            parts.append(_text(WIDTH - right + 6, at + 4, one.name, "start", f"name c{one.colour % COLOURS}"))
+    return _svg(parts, HEIGHT, description)
+
+
+def strips(
+    rows: Sequence[tuple[str, Sequence[Point]]],
+    x: Axis,
+    description: str,
+    limit: Rule | None = None,
+) -> str:
+    """One row of points a name (a point's `x` is its value), with the row's median as a bar."""
+    left = min(LEFT + 90, 16 + 7.4 * max((len(name) for name, _ in rows), default=0))
+    height = TOP + BOTTOM + 22 * max(len(rows), 2)
+    width = WIDTH - left - RIGHT
+
+    def px(value: float) -> float:
+        return left + width * x.place(value)
+
+    bottom = height - BOTTOM
+    parts = []
+    for value, text in x.ticks:
+        parts += [_line(px(value), TOP, px(value), bottom, "grid"), _text(px(value), bottom + 17, text, "middle")]
+    parts.append(_text(left + width / 2, height - 6, x.label, "middle"))
+    if limit:
+        parts.append(_line(px(limit.y), TOP, px(limit.y), bottom, "rule", limit.title))
+    for index, (name, points) in enumerate(rows):
+        at = TOP + 22 * index + 11
+        parts.append(_text(left - 8, at + 4.5, name, "end"))
+        parts += [_dot(px(p.x), at, 3.2, "c0 faint", p.title or f"{name}: {p.x:g}") for p in points]
+        if points:
+            ordered = sorted(p.x for p in points)
+            middle = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
+            parts.append(_line(px(middle), at - 8, px(middle), at + 8, "median", f"{name}: median {middle:.4g}"))
+    return _svg(parts, height, description)
+
+
+def _scales(x: Axis, y: Axis, right: float) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    def px(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - right) * x.place(value)
+
+    def py(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y.place(value)
+
+    return px, py
+
+
+def _frame(x: Axis, y: Axis, px: Callable[[float], float], py: Callable[[float], float], right: float) -> list[str]:
+    bottom, end = HEIGHT - BOTTOM, WIDTH - right
+    parts = []
+    for value, text in y.ticks:
+        parts += [_line(LEFT, py(value), end, py(value), "grid"), _text(LEFT - 7, py(value) + 4.5, text, "end")]
+    for value, text in x.ticks:
+        parts += [
+            _line(px(value), bottom, px(value), bottom + 4, "axis"),
+            _text(px(value), bottom + 18, text, "middle"),
+        ]
+    parts.append(_line(LEFT, bottom, end, bottom, "axis"))
+    parts.append(_text((LEFT + end) / 2, HEIGHT - 6, x.label, "middle"))
+    return parts
+
+
+def _apart(items: Sequence[tuple[float, Any]], gap: float) -> list[tuple[float, Any]]:
+    """The same items in order of height, moved down where they would overlap, and back up off the axis."""
+    placed: list[tuple[float, Any]] = []
+    for at, item in sorted(items, key=lambda pair: pair[0]):
+        placed.append((max(at, placed[-1][0] + gap) if placed else at, item))
+    over = placed[-1][0] - (HEIGHT - BOTTOM) if placed else 0.0
+    ceiling = HEIGHT - BOTTOM
+    for index in range(len(placed) - 1, -1, -1):
+        if over <= 0 or placed[index][0] <= ceiling:
+            break
+        placed[index] = (ceiling, placed[index][1])
+        ceiling -= gap
+    return placed
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, name: str, title: str = "") -> str:
+    body = f"><title>{escape(title)}</title></line>" if title else "/>"
+    return f'<line class="{name}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"{body}'
+
+
+def _dot(x: float, y: float, radius: float, name: str, title: str) -> str:
+    return f'<circle class="dot {name}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, name: str = "") -> str:
+    css = f' class="{name}"' if name else ""
+    return f'<text{css} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(parts: Sequence[str], height: float, description: str) -> str:
+    body = "\n".join(parts)
+    return (
+        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(description, quote=True)}" '
+        f'font-size="{TEXT}">\n{body}\n</svg>'
+    )
