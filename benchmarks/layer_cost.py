@@ -37,9 +37,7 @@ def first_step(folder: Path) -> float:
 def with_runner(results: Path) -> tuple[float, Path]:
     command = [BIN / "runner", "bench", "-i", "inventory/local", "--test", "sft", "--model", "tiny"]
     started = time.time()
-    subprocess.run(
-        [*command, "--set", "sft.steps=2", "--results", results], cwd=ROOT, check=True, capture_output=True
-    )
+    subprocess.run([*command, "--set", "sft.steps=2", "--results", results], cwd=ROOT, check=True, capture_output=True)
     cell = next((results / "latest" / "nodes").glob("*/sft-*"))
     return first_step(cell) - started, cell
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import time
@@ -84,10 +85,20 @@ def converse(
             self, commandlist: list[str], shell: bool = False, env: Any = None
         ) -> subprocess.Popen[bytes]:
             child = process.spawn(commandlist)
-            names = self.worker
-            self.streams.set_reader(names.SNAME_STDERR, child.stderr)
-            self.streams.set_reader(names.SNAME_STDOUT, child.stdout)
-            self.streams.set_writer(names.SNAME_STDIN, child.stdin, retain=False)
+            # ClusterShell closes descriptors by number: it gets its own, not those of the file objects,
+            # which would close the same numbers again when they belong to somebody else.
+            for name, pipe in (
+                ("SNAME_STDERR", child.stderr),
+                ("SNAME_STDOUT", child.stdout),
+                ("SNAME_STDIN", child.stdin),
+            ):
+                assert pipe is not None
+                stream = getattr(self.worker, name)
+                if pipe is child.stdin:
+                    self.streams.set_writer(stream, os.dup(pipe.fileno()), retain=False)
+                else:
+                    self.streams.set_reader(stream, os.dup(pipe.fileno()))
+                pipe.close()
             return child
 
         def _close(self, abort: bool, timeout: bool) -> None:

@@ -46,7 +46,8 @@ def preflight(
         "gpus": nodes[0].gpus if device == "cuda" else 0,
     }
     if backend == "local":  # this process is on the node already
-        answers, problems = {nodes[0].name: node.check(request)}, {}
+        answers = {nodes[0].name: node.check(request)}
+        problems: dict[str, str] = {}
     else:
         answers, problems = backends.ask(nodes, backend, ssh_config, request)
     for name, answer in answers.items():
@@ -203,7 +204,7 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
             suspects.append((talk.name, "lost the connection to it", list(talk.stderr[-10:])))
         elif outcome.get("error"):
             suspects.append((talk.name, str(outcome["error"]), []))
-        elif not ended_well(outcome) and outcome.get("stopped") != "stop" and talk.name != LAUNCHER:
+        elif not ended_well(outcome) and outcome.get("stopped") not in ("stop", "done") and talk.name != LAUNCHER:
             dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
             direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
             name, rank = next(iter((direct or dead).items()), ("engine", {"stderr": []}))
@@ -218,8 +219,9 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
         names = ", ".join(host for host, _, _ in found)
         return {"message": f"failed on {names} at once, first: {found[0][1]}", "host": None, "stderr": found[0][2]}
     launcher = outcomes.get(LAUNCHER, {})
-    tail = next(iter(launcher.get("ranks", {}).values()), {}).get("stderr", [])
-    return {"message": f"the launcher ended with status {launcher.get('rc')}", "host": None, "stderr": tail}
+    tail: list[str] = next((rank["stderr"] for rank in launcher.get("ranks", {}).values()), [])
+    said = f": {tail[-1].strip()}" if tail else ""
+    return {"message": f"the launcher ended with status {launcher.get('rc')}{said}", "host": None, "stderr": tail}
 
 
 class Run:
@@ -362,6 +364,7 @@ class Run:
                 "cell_dir": str(folder),
                 "argv": cell.launch.head,
                 "env": dict(cell.launch.head_env),
+                "isolated": True,
                 "hold": True,
             }
             talks.append(Talk(LAUNCHER, backends.local(first, backends.AGENT, None), request))

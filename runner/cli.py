@@ -85,7 +85,8 @@ def main() -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        hint = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
         click.echo(f"runner: {error.format_message()}{hint}", err=True)
         sys.exit(errors.EXIT_USAGE)
     except (KeyboardInterrupt, click.Abort):
@@ -343,6 +344,7 @@ def _prepare(planned: Any, display: Any) -> str | None:
         cache_dir=cache_dir() / "data",
         samples=cell.params["samples"],
         seed=planned.seed,
+        on_progress=lambda done, total: display.at(done, total, "preparing data"),
     )
     return str(prepared.path)
 
@@ -361,7 +363,7 @@ def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
         return errors.EXIT_INTERRUPTED
     if states - {"complete"}:
         return errors.EXIT_INFRASTRUCTURE
-    missed = summary["verdict"] == "fail" or summary["findings"]
+    missed = summary["verdict"] not in ("pass", "not_judged") or summary["findings"]
     return errors.EXIT_TARGET_MISSED if missed else errors.EXIT_OK
 
 

@@ -57,6 +57,7 @@ def torchrun(ranks: Ranks) -> Launch:
                 f"--node-rank={index}",
                 f"--master-addr={ranks.master_address}",
                 f"--master-port={ranks.master_port}",
+                f"--log-dir={PurePath(ranks.cell_dir, 'torchrun')}",  # else it litters /tmp
                 "-m",
                 "runner.workloads",
                 ranks.cell_dir,

@@ -35,6 +35,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sha
 TICK_S = 0.1
 ALIVE_S = 5.0
 LAST_LINES = 20
+PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUTH_SOCK")
 
 
 def main() -> int:
@@ -362,11 +363,13 @@ class Cell:
         if not argv:
             _say("started", pid=None)
             return self._watch(None)
-        # The agent's -P is for itself; a PYTHON* setting of the login shell must not reach the ranks.
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-        env |= {**self.env, process.MARKER: self.marker, **self.request.get("secrets", {})}
+        # A launcher passes its folder and part of its environment on to remote shells, so it gets a
+        # plain one of each; ranks start in the cell's folder with the node's environment.
+        isolated = self.request.get("isolated", False)
+        kept = {k: v for k, v in os.environ.items() if not isolated or k in PLAIN}
+        env = {**kept, **self.env, process.MARKER: self.marker, **self.request.get("secrets", {})}
         env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
-        child = process.spawn(argv, env=env, cwd=str(self.folder))
+        child = process.spawn(argv, env=env, cwd="/" if isolated else str(self.folder))
         if child.stdin:
             child.stdin.close()
         _say("started", pid=child.pid)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runner import inventory  # noqa: E402
+from runner import inventory
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]

@@ -27,7 +27,11 @@ def test_the_first_n_of_the_inventory_are_taken(cluster):
 
 
 def test_all_bad_nodes_are_named_at_once(cluster):
-    problems = {cluster.nodes[1].name: "down", cluster.nodes[3].name: "its host key changed", cluster.nodes[7].name: "down"}
+    problems = {
+        cluster.nodes[1].name: "down",
+        cluster.nodes[3].name: "its host key changed",
+        cluster.nodes[7].name: "down",
+    }
     with pytest.raises(InfrastructureError) as error:
         bench.choose(cluster.nodes, 4, problems, skip_bad=False)
     text = str(error.value)
@@ -50,7 +54,9 @@ def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
 
 def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
     lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
-    said = bench.blame(talks("a", "b", "c"), {"a": outcome(stderr=lost), "b": outcome(rc=-9, stderr=[]), "c": outcome(stderr=lost)})
+    said = bench.blame(
+        talks("a", "b", "c"), {"a": outcome(stderr=lost), "b": outcome(rc=-9, stderr=[]), "c": outcome(stderr=lost)}
+    )
     assert said["host"] == "b" and "killed" in said["message"]
 
 

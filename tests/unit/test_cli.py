@@ -23,10 +23,12 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def test_the_options_of_bench_are_frozen():
     """Everything else is a setting in configs/ and --set."""
     options = sorted(o for p in cli.commands["bench"].params for o in p.opts)
-    assert options == sorted(
-        "-i --inventory --results --nodes --sweep --hosts --skip-bad-nodes --model --weights --test --engine --backend"
-        " --scaling --repeats --seed --set --dry-run --json".split()
-    )
+    # fmt: off
+    assert options == sorted([
+        "-i", "--inventory", "--results", "--nodes", "--sweep", "--hosts", "--skip-bad-nodes", "--model", "--weights",
+        "--test", "--engine", "--backend", "--scaling", "--repeats", "--seed", "--set", "--dry-run", "--json",
+    ])
+    # fmt: on
 
 
 def test_help_imports_neither_torch_nor_ansible():

@@ -123,7 +123,7 @@ def test_a_batch_holds_or_its_hint_does(global_batch, micro, accumulation, world
 
 
 def test_too_many_nodes_is_one_line(cluster):
-    with pytest.raises(UsageError, match="--nodes 9: the inventory inventory/fukushimadc-02 has 8"):
+    with pytest.raises(UsageError, match="9 nodes asked for: the inventory inventory/fukushimadc-02 has 8"):
         plan.build(request(cluster, node_counts=(9,)), cluster.nodes)
 
 

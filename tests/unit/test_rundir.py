@@ -80,6 +80,9 @@ def test_writes_are_whole_or_nothing(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(InfrastructureError, match="is full: free some space"), rundir.disk_errors(tmp_path):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+    with (
+        pytest.raises(InfrastructureError, match="is full: free some space"),
+        rundir.disk_errors(tmp_path),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x")

@@ -1,0 +1,167 @@
+"""`runner bench` over a real sshd on loopback: a working node, and every way in which one cannot be used."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+RUNNER = Path(sys.executable).with_name("runner")
+SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
+pytestmark = [pytest.mark.local, pytest.mark.skipif(SSHD is None, reason="sshd is not installed")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Server:
+    folder: Path
+    port: int
+    host_key: str
+
+    def inventory(self, folder: Path, **changes: object) -> Path:
+        """An inventory of this server; `changes` are host variables, `others` more hosts."""
+        others = changes.pop("others", {})
+        variables = {
+            "ansible_host": "127.0.0.1",
+            "ansible_port": self.port,
+            "ansible_user": getpass.getuser(),
+            "ansible_ssh_private_key_file": str(self.folder / "client"),
+            "runner_host_key": self.host_key,
+            "runner_python": sys.executable,
+            "runner_gpus_per_node": 2,
+            "runner_device": "cpu",
+            "runner_scratch": str(folder / "scratch"),
+            **changes,
+        }
+        hosts = {"gpu-a": variables, **{name: {**variables, **more} for name, more in others.items()}}
+        target = folder / "inventory"
+        target.mkdir()
+        (target / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": {"gpu_nodes": {"hosts": hosts}}}}))
+        return target
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("sshd")
+    for key in ("host", "client", "stranger"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    shutil.copy(folder / "client.pub", folder / "authorized_keys")
+    port = free_port()
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nStrictModes no\nUsePAM no\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
+    assert SSHD
+    with subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL) as daemon:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield Server(folder, port, " ".join((folder / "host.pub").read_text().split()[:2]))
+        daemon.terminate()
+
+
+def bench(inventory: Path, *arguments: str, results: Path) -> subprocess.CompletedProcess[str]:
+    small = ["--test", "torch", "--set", "torch.max_bytes=64", "--set", "torch.collectives=[all_reduce]"]
+    return subprocess.run(
+        [RUNNER, "bench", "-i", inventory, "--results", results, *small, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("engine", ["torchrun", "deepspeed"])
+def test_a_cell_over_ssh_leaves_its_artefacts_here_and_nothing_there(server, tmp_path, engine):
+    if engine == "deepspeed" and shutil.which("pdsh") is None:
+        pytest.skip("pdsh is not installed")
+    results = tmp_path / "re $(x) 'é"
+    done = bench(server.inventory(tmp_path), "--engine", engine, "--json", results=results)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["cells"][0]["state"] == "complete" and summary["cells"][0]["world_size"] == 2
+    cell = results / "latest" / "nodes" / "gpu-a" / "torch-1n-r1"
+    assert {"facts.json", "outcome.json", "job.json", "rank0.jsonl", "rank1.jsonl", "telemetry.jsonl"} <= set(
+        os.listdir(cell)
+    )
+    assert os.listdir(tmp_path / "scratch") == ["lock"]
+    assert (results / "latest" / "report.html").exists()
+
+
+def test_the_users_own_ssh_takes_the_same_config(server, tmp_path):
+    inventory = server.inventory(tmp_path)
+    subprocess.run(
+        [RUNNER, "inventory", "-i", inventory, "--ssh-config", tmp_path / "a b"], check=True, capture_output=True
+    )
+    for word in ("gpu-a", "node001"):
+        said = subprocess.run(
+            ["ssh", "-F", tmp_path / "a b" / "ssh_config", word, "echo", "hi"], capture_output=True, text=True
+        )
+        assert said.stdout == "hi\n", said.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ansible_port": 1}, "nothing listens on its SSH port (127.0.0.1:1,"),
+        (
+            {"runner_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEwnvr0GkbYv6Yj9E7rGm2wYvYgGq0pWqkqYJkqYJkqY"},
+            "its host key",
+        ),
+        ({"ansible_ssh_private_key_file": "STRANGER"}, "it refuses the key for this user"),
+        ({"runner_python": "/nowhere/bin/python"}, "has no /nowhere/bin/python: provision it"),
+        ({"runner_python": "/usr/bin/python3"}, "its environment lacks this package"),
+        ({"runner_scratch": "/proc/nothing"}, "cannot write to /proc/nothing"),
+        ({"runner_min_free_disk_gib": 1e9}, " GiB free in "),
+    ],
+)
+def test_a_node_that_cannot_be_used_is_named_with_the_reason_before_anything_starts(server, tmp_path, changes, said):
+    changes = {k: str(server.folder / "stranger") if v == "STRANGER" else v for k, v in changes.items()}
+    done = bench(server.inventory(tmp_path, **changes), results=tmp_path / "results")
+    assert done.returncode == 3
+    assert "node001 (gpu-a): " in done.stderr and said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_all_bad_nodes_are_named_at_once_and_good_ones_take_their_place(server, tmp_path):
+    others = {
+        "gpu-b": {"ansible_port": 1},
+    }
+    inventory = server.inventory(
+        tmp_path,
+        ansible_port=2,
+        others={
+            **others,
+            "gpu-c": {"runner_python": "/nowhere/python", "ansible_port": server.port},
+            "gpu-d": {"ansible_port": server.port},
+        },
+    )
+    done = bench(inventory, "--nodes", "2", results=tmp_path / "results")
+    assert (
+        done.returncode == 3 and "node001" in done.stderr and "node002" in done.stderr and "node003" not in done.stderr
+    )
+    done = bench(inventory, "--nodes", "1", "--skip-bad-nodes", results=tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    for alias in ("node001", "node002", "node003"):
+        assert f"passed over {alias}" in done.stderr
+    plan = json.loads((tmp_path / "results" / "latest" / "plan.json").read_text())
+    assert [n["name"] for n in plan["nodes"]] == ["gpu-d"] and len(plan["passed_over"]) == 3
