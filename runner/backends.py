@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ AGENT = ("-P", "-u", "-m", "runner.node")
 HEARTBEAT_S = 2.0
 SILENCE_S = 30.0
 POLL_S = 0.1
+LAST_WORDS = ("stop", "done")
 AGENT_END_S = 15.0
 
 
@@ -67,9 +69,9 @@ def converse(
 ) -> None:
     """Run all talks to their end, calling `on_message` for each message of an agent.
 
-    `word(talk)` is asked ten times a second; what it returns is sent once to that agent ("stop",
-    "done"), which then has `patience_s` to end before it is given up. A talk ends with `rc`: the
-    command's, or -1 when it was given up. However this function is left, no command stays behind.
+    `word(talk)` is asked ten times a second; what it returns is sent once to that agent. After "stop" or
+    "done" it has `patience_s` to end before it is given up. A talk ends with `rc`: the command's, or -1
+    when it was given up. However this function is left, no command stays behind.
     """
     from ClusterShell.Event import EventHandler
     from ClusterShell.Task import task_self
@@ -152,7 +154,8 @@ def converse(
                 say = word(talk)
                 if say and say != talk.told:
                     talk.told = say
-                    given_up.setdefault(talk.name, now + patience_s)
+                    if say in LAST_WORDS:
+                        given_up.setdefault(talk.name, now + patience_s)
                     worker.write(say.encode() + b"\n")
                 elif beat:
                     worker.write(b"\n")
@@ -160,6 +163,8 @@ def converse(
                     talk.rc = -1
                     worker.abort()
 
+    # An agent that ended while a heartbeat was on its way is no news.
+    logging.getLogger("ClusterShell").setLevel(logging.ERROR)
     task = task_self()
     task.set_info("fanout", max(64, len(talks)))
     task.set_default("stderr", True)
@@ -232,14 +237,15 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
         return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
     if rc == -1:
         return "is up but does not answer in time"
-    last = next((line for line in reversed(stderr) if line.strip()), f"agent ended with status {rc}")
-    return last.strip()
+    said = [line.strip() for line in stderr if line.strip()]
+    first = next((line for line in said if line.startswith("rsync: ")), None)  # what follows it is a summary
+    return first or (said[-1] if said else f"ended with status {rc} and no word")
 
 
 def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
     # -s: paths reach the far side as they are, not through its shell.
     return process.run(
-        ["rsync", "-a", "-s", "--partial", "-e", f"ssh -F {ssh_config}", source, target], timeout_s=timeout_s
+        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", source, target], timeout_s=timeout_s
     )
 
 

@@ -242,7 +242,11 @@ class Run:
             self._save("running")
             self.log.write(f"{now()} {self.plan.command}\n")
             with self.display.progress(len(self.plan.cells)):
-                self._send_data()
+                try:
+                    self._send_data()
+                except InfrastructureError:
+                    self._save("failed")
+                    raise
                 for index, cell in enumerate(self.plan.cells):
                     if self.stop.asked:
                         self._cell_state(cell, "cancelled")
