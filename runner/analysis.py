@@ -312,11 +312,10 @@ def _observed(
     collective = target.get("collective")
     if not collective:
         return cell["metrics"].get(target["metric"])
-    # In a ring exchange over two nodes one flow leaves each node and one enters it: the sum of both directions
-    # is twice the busbw of a flow.
+    # Every GPU of a node sends to the other node and receives from it at busbw: both directions, in bits.
     name, factor = target["metric"], 1.0
     if name == "bidirectional_gbit_per_s":
-        name, factor = "busbw_gb_per_s", 2 * 8.0
+        name, factor = "busbw_gb_per_s", 2 * 8.0 * cell["world_size"] / cell["num_nodes"]
     low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
     found = [
         value * factor

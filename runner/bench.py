@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -207,9 +208,9 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
         elif not ended_well(outcome) and outcome.get("stopped") not in ("stop", "done") and talk.name != LAUNCHER:
             dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
             direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
-            name, rank = next(iter((direct or dead).items()), ("engine", {"stderr": []}))
-            said = next((line.strip() for line in reversed(rank["stderr"]) if line.strip()), "no last words (killed?)")
-            message = f"{name} died (exit {outcome['rc']}): {said}"
+            name, rank = next(iter((direct or dead).items()), (None, {"stderr": outcome["engine_stderr"]}))
+            message = f"{name or 'the engine'} {_end(outcome)}{_last_words(rank['stderr'])}"
+            direct = direct or not dead
             (suspects if direct else victims).append((talk.name, message, rank["stderr"]))
     found = suspects or victims
     if len(found) == 1:
@@ -219,9 +220,23 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
         names = ", ".join(host for host, _, _ in found)
         return {"message": f"failed on {names} at once, first: {found[0][1]}", "host": None, "stderr": found[0][2]}
     launcher = outcomes.get(LAUNCHER, {})
-    tail: list[str] = next((rank["stderr"] for rank in launcher.get("ranks", {}).values()), [])
-    said = f": {tail[-1].strip()}" if tail else ""
-    return {"message": f"the launcher ended with status {launcher.get('rc')}{said}", "host": None, "stderr": tail}
+    tail = list(launcher.get("engine_stderr", []))
+    return {"message": f"the launcher {_end(launcher)}{_last_words(tail)}", "host": None, "stderr": tail}
+
+
+def _end(outcome: Mapping[str, Any]) -> str:
+    """How a rank ended: torchrun reports its own status as 1 and the rank's in its table of failures."""
+    reported = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(outcome.get("engine_stderr", [])))
+    status = int(reported[-1]) if reported else outcome.get("rc")
+    if status is not None and status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return "ended too soon" if status in (0, None) else f"died with status {status}"
+
+
+def _last_words(stderr: Sequence[str]) -> str:
+    """The last line that is no mere warning of torch's C++ side, such as `[W1121 04:58:56 socket.cpp:207]`."""
+    said = (line.strip() for line in reversed(stderr))
+    return next((f": {line}" for line in said if line and not re.match(r"(\[rank\d+\]:)?\[W\d", line)), "")
 
 
 class Run:

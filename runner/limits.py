@@ -68,7 +68,8 @@ def busbw_ceilings(
       all-reduce of S bytes and busbw ≤ B·k(n−1)/(n(k−1)); the same factor holds for all-gather and
       reduce-scatter, where S·(k−1)/k must enter or leave each node. NVLink caps it.
     - all-to-all has one ceiling, called `ring` here too: every GPU of a node has its own S·(k−1)/k to send, so
-      busbw ≤ B·k(n−1)/(n(k−1)) ÷ GPUs of the node.
+      busbw ≤ B·k(n−1)/(n(k−1)) ÷ GPUs of the node;
+    - send_recv, from every GPU to the same GPU of the next node: busbw ≤ B ÷ GPUs of the node.
     """
     n = num_nodes * gpus_per_node
     ceilings: dict[str, Limit] = {}
@@ -80,6 +81,9 @@ def busbw_ceilings(
     if num_nodes < 2 or not nic_gb_per_s:
         return ceilings
     shared = num_nodes * (n - 1) / (n * (num_nodes - 1))
+    if collective == "send_recv":  # every GPU of a node sends to the next node at the same time
+        ceilings["ring"] = _capped(nic_gb_per_s / gpus_per_node, nvlink)
+        return ceilings
     if collective == "all_to_all":
         ceilings["ring"] = _capped(nic_gb_per_s * shared / gpus_per_node, nvlink)
         return ceilings

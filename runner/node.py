@@ -322,6 +322,7 @@ class Cell:
             "started_s": started,
             "ended_s": time.time(),
             "ranks": self._ranks(),
+            "engine_stderr": _last_lines(self.folder / "engine.stderr"),
         }
         for name, line in self.tail.lines(last=True):
             _say("line", file=name, line=line)
@@ -431,7 +432,7 @@ class Cell:
                     _drain(child, out, err)
                     return child.returncode
                 if adopted is not None and adopted.gone():
-                    return 0 if self._all_ended() else 1
+                    return 0 if self._all_ended() else None  # nobody here saw their status
 
     def _ranks(self) -> dict[str, dict[str, Any]]:
         """What each rank's file says: whether it started and ended, and its last lines of stderr if not."""
@@ -441,8 +442,6 @@ class Cell:
             ended = "end" in events
             tail = [] if ended else _last_lines(path.with_suffix(".stderr"))
             ranks[path.stem] = {"started": "start" in events, "ended": ended, "stderr": tail}
-        if not ranks and (self.folder / "engine.stderr").exists():
-            ranks["engine"] = {"started": True, "ended": False, "stderr": _last_lines(self.folder / "engine.stderr")}
         return ranks
 
     def _all_ended(self) -> bool:

@@ -224,11 +224,16 @@ def _broadcast(world: World, share: int) -> Operation:
 
 
 def _send_recv(world: World, share: int) -> Operation:
-    """A ring, as nccl-tests' sendrecv: every rank sends to the next and receives from the one before."""
+    """Every GPU sends to the same GPU of the next node and receives from that of the one before.
+
+    Between nodes that loads all NICs in both directions at once; a ring over neighbouring ranks, as in
+    nccl-tests, crosses each node's boundary with one flow, which one NIC carries. Inside one node it is
+    that ring.
+    """
     import torch
     import torch.distributed as dist
 
-    after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    after, before = (world.rank + world.far_rank) % world.size, (world.rank - world.far_rank) % world.size
     source = pattern(world, world.rank, 0, share)
     output = torch.empty_like(source)
 

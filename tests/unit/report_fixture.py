@@ -236,7 +236,7 @@ def _peaks(nodes: int) -> dict[str, float]:
         "reduce_scatter": all_reduce * (0.76 if nodes == 1 else 0.94),
         "all_to_all": 330.0 if nodes == 1 else {2: 21.5, 4: 14.6, 8: 12.4}[nodes],
         "broadcast": 340.0 if nodes == 1 else 91.0,
-        "send_recv": 360.0 if nodes == 1 else 58.4,
+        "send_recv": 360.0 if nodes == 1 else 58.4 / 8,  # each of 8 GPUs has its share of the NICs
         "ping_pong": 380.0 if nodes == 1 else 47.2,
     }
 

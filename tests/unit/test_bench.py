@@ -14,7 +14,8 @@ from runner.errors import InfrastructureError
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
     ranks = {"rank0": {"started": True, "ended": ended, "stderr": stderr or []}}
-    return {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, **more}
+    plain = {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, "engine_stderr": []}
+    return {**plain, **more}
 
 
 def talks(*names: str) -> list[Talk]:
@@ -57,13 +58,32 @@ def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
     said = bench.blame(
         talks("a", "b", "c"), {"a": outcome(stderr=lost), "b": outcome(rc=-9, stderr=[]), "c": outcome(stderr=lost)}
     )
-    assert said["host"] == "b" and "killed" in said["message"]
+    assert said["host"] == "b" and said["message"] == "rank0 was killed by SIGKILL"
+
+
+def test_torchruns_table_of_failures_tells_how_the_rank_ended():
+    table = ["Root Cause (first observed failure):", "  exitcode  : -9 (pid: 123)", "  traceback : Signal 9 (SIGKILL)"]
+    warning = "[W1121 04:58:56.598321713 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved."
+    said = bench.blame(talks("a"), {"a": outcome(rc=1, stderr=[warning], engine_stderr=table)})
+    assert said["message"] == "rank0 was killed by SIGKILL"
+
+
+def test_an_engine_that_never_started_a_rank_is_quoted():
+    said = bench.blame(talks("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
+    assert said["message"] == "the engine died with status 1: No module named torch" and said["host"] == "a"
+
+
+def test_a_launcher_that_fails_alone_is_quoted():
+    pdsh = outcome(rc=2, ranks={}, engine_stderr=["pdsh@x: node001: ssh exited with exit code 2"])
+    nodes = {"a": outcome(rc=None, stopped="done", ranks={})}
+    said = bench.blame(talks("a", bench.LAUNCHER), {**nodes, bench.LAUNCHER: pdsh})
+    assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
 
 
 def test_a_traceback_names_its_host_and_is_shown():
     trace = ["Traceback (most recent call last):", "ValueError: bad"]
     said = bench.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
-    assert said == {"message": "rank0 died (exit 1): ValueError: bad", "host": "a", "stderr": trace}
+    assert said == {"message": "rank0 died with status 1: ValueError: bad", "host": "a", "stderr": trace}
 
 
 def test_two_first_hand_failures_are_not_told_apart():

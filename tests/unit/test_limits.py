@@ -141,3 +141,10 @@ def test_70b_does_not_fit_on_one_node_of_h200_and_does_on_two() -> None:
     assert limits.memory_estimate(seventy, 8, 4096, 1, 140.4).fits is False
     assert limits.memory_estimate(seventy, 16, 4096, 1, 140.4).fits is True
     assert limits.memory_estimate(seventy, 16, 4096, 1, 0).fits is None
+
+
+def test_an_exchange_between_nodes_shares_the_nics_among_the_gpus_of_a_node():
+    """8 GPUs behind 2 × 400 Gb/s: 12.5 GB/s each one way, 1600 Gb/s in both directions together."""
+    ceiling = limits.busbw_ceiling("send_recv", 2, 8, limits.nic_gb_per_s(2, 400), 480)
+    assert ceiling == limits.Limit(12.5, "NICs of a node")
+    assert ceiling.gb_per_s * 8 * 2 * 8 == 1600
