@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -61,6 +61,26 @@ class Hardware(_File):
     nvlink_busbw_gb_per_s: float | None
 
 
+class Target(_File):
+    """A value that a metric must reach; num_nodes None: at every node count that was measured."""
+
+    name: str
+    test: str
+    metric: str
+    num_nodes: PositiveInt | None
+    direction: Literal["min", "max"]
+    value: float
+    source: str
+    scaling: Literal["weak", "strong"] | None = None
+    collective: str | None = None
+    min_bytes: Size | None = None
+    max_bytes: Size | None = None
+
+
+class Targets(_File):
+    targets: tuple[Target, ...]
+
+
 Collective = Literal[
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv", "ping_pong", "barrier"
 ]
@@ -109,19 +129,30 @@ def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
     if not isinstance(values, Mapping):
         raise UsageError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(dict(values))
     except ValidationError as error:
         # A misspelt key also leaves the right one missing: the misspelling is the news.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise unknown("key", field, schema.model_fields, where) from None
+            place = ".".join([where, *(str(part) for part in first["loc"][:-1])])
+            raise unknown("key", str(first["loc"][-1]), _fields_at(schema, first["loc"]), place) from None
         if first["type"] == "missing":
             raise UsageError(f"{where}: {field} is missing") from None
         if first["type"] == "literal_error":
             expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
             raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
         raise UsageError(f"{where}: {field} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
+    """The field names of the model that holds the last part of `location`."""
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = schema.model_fields[part].annotation
+            nested = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+            schema = next(kind for kind in nested if issubclass(kind, BaseModel))
+    return schema.model_fields
 
 
 def read_yaml(path: Path) -> Any:
@@ -185,7 +216,9 @@ def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_targets() -> list[dict[str, Any]]:
-    return list(read_yaml(CONFIGS / "targets" / "default.yaml")["targets"])
+    path = CONFIGS / "targets" / "default.yaml"
+    targets = check(Targets, read_yaml(path), str(path)).targets
+    return [target.model_dump(exclude_unset=True) for target in targets]
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,19 @@ def test_every_shipped_test_loads(name):
     assert config.load_test(name, {}).timeout_s > 0
 
 
+def test_the_users_targets_are_shipped():
+    values = {(t["metric"], t["num_nodes"]): t["value"] for t in config.load_targets()}
+    assert [values["scaling_efficiency_pct", n] for n in (2, 4, 8)] == [98, 95, 90]
+    assert values["bidirectional_gbit_per_s", 2] == 920 and values["latency_us_p50", 2] == 50
+    assert values["gpu_util_pct_mean", None] == 90
+
+
+def test_a_misspelt_key_of_a_target_is_named():
+    wrong = {"targets": [{"name": "x", "test": "sft", "metrc": "y", "num_nodes": 1, "direction": "min", "value": 1}]}
+    with pytest.raises(UsageError, match=r"t.yaml.targets.0: unknown key 'metrc'; did you mean 'metric'\?"):
+        config.check(config.Targets, wrong, "t.yaml")
+
+
 @pytest.mark.parametrize("name", config.names("hardware"))
 def test_every_shipped_hardware_loads(name):
     assert config.load_hardware(name).gpu
