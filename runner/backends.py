@@ -245,7 +245,8 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
 def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
     # -s: paths reach the far side as they are, not through its shell.
     return process.run(
-        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", source, target], timeout_s=timeout_s
+        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", source, target],
+        timeout_s=timeout_s,
     )
 
 

@@ -210,15 +210,15 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
             direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
             name, rank = next(iter((direct or dead).items()), (None, {"stderr": outcome["engine_stderr"]}))
             message = f"{name or 'the engine'} {_end(outcome)}{_last_words(rank['stderr'])}"
-            direct = direct or not dead
-            (suspects if direct else victims).append((talk.name, message, rank["stderr"]))
-    found = suspects or victims
-    if len(found) == 1:
-        host, message, stderr = found[0]
+            (victims if dead and not direct else suspects).append((talk.name, message, rank["stderr"]))
+    if len(suspects) == 1:
+        host, message, stderr = suspects[0]
         return {"message": message, "host": host, "stderr": stderr}
-    if found:
-        names = ", ".join(host for host, _, _ in found)
-        return {"message": f"failed on {names} at once, first: {found[0][1]}", "host": None, "stderr": found[0][2]}
+    if suspects or victims:
+        _, message, stderr = (suspects or victims)[0]
+        names = ", ".join(host for host, _, _ in suspects or victims)
+        what = "failed at once on" if suspects else "only lost peers are reported, by"
+        return {"message": f"{what} {names}; first: {message}", "host": None, "stderr": stderr}
     launcher = outcomes.get(LAUNCHER, {})
     tail = list(launcher.get("engine_stderr", []))
     return {"message": f"the launcher {_end(launcher)}{_last_words(tail)}", "host": None, "stderr": tail}

@@ -91,6 +91,13 @@ def test_two_first_hand_failures_are_not_told_apart():
     assert said["host"] is None and "a, b" in said["message"]
 
 
+def test_lost_peers_alone_blame_nobody():
+    said = bench.blame(
+        talks("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
+    )
+    assert said["host"] is None and "only lost peers are reported, by a" in said["message"]
+
+
 def test_a_node_without_an_outcome_is_a_lost_connection():
     lost = ["Connection reset by peer"]
     said = bench.blame(talks("a", "b"), {"a": outcome(stderr=lost)})

@@ -1,0 +1,214 @@
+"""`runner bench` on eight nodes over SSH, for real: what works, and what happens when something breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner import process
+from runner.rundir import RunDir
+
+RUNNER = Path(sys.executable).with_name("runner")
+NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
+pytestmark = pytest.mark.testbed
+
+
+class Bench:
+    """One `runner bench` on the testbed, started in the background."""
+
+    def __init__(self, testbed8, results: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.results = results
+        command = [RUNNER, "bench", "-i", testbed8.inventory, "--results", results, *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
+        )
+
+    def end(self, seconds: float = 240) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir.find(self.results, None)
+
+    def wait_for_step(self) -> None:
+        """Until rank 0 has finished a training step."""
+
+        def stepping() -> bool:
+            streams = self.results.glob(f"latest/nodes/{NAMES[0]}/*/rank0.jsonl")
+            return any('"step_time_s"' in stream.read_text() for stream in streams)
+
+        assert until(stepping, 120), "no training step within two minutes"
+
+    @property
+    def marker(self) -> str:
+        return f"{self.run.run_id}/{self.run.read_plan()['cells'][0]['id']}"
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def podman(*arguments: str) -> str:
+    return process.run(["podman", *arguments], timeout_s=60, check=True).stdout
+
+
+def kill_rank(container: str) -> None:
+    """SIGKILL the rank on a node, and nothing else of it."""
+    script = (
+        'for p in $(pgrep -f "runner.workloads"); do'
+        ' grep -qz "^RANK=" /proc/$p/environ && grep -qz "^LOCAL_RANK=" /proc/$p/environ && kill -9 $p; done; true'
+    )
+    podman("exec", container, "bash", "-c", script)
+
+
+LONG = ("--test", "sft", "--set", "sft.steps=1000")
+
+
+def test_deepspeed_trains_on_eight_nodes_over_pdsh_and_port_44222(testbed8, tmp_path):
+    code, output = Bench(testbed8, tmp_path, "--nodes", "8", "--test", "sft", "--engine", "deepspeed").end()
+    assert code == 0, output
+    run = RunDir.find(tmp_path, None)
+    summary = json.loads(run.summary.read_text())
+    (cell,) = summary["cells"]
+    assert (cell["state"], cell["num_nodes"], cell["world_size"]) == ("complete", 8, 8)
+    assert cell["metrics"]["loss_last"] < cell["metrics"]["loss_first"] - 1
+    assert cell["metrics"]["tokens_per_s"] > 0
+    assert summary["verdict"] == "not_judged" and "share one kernel" in summary["reason"]
+    for rank, name in enumerate(NAMES):
+        folder = run.cell(name, cell["id"])
+        assert json.loads((folder / "facts.json").read_text())["hostname"] == name
+        assert json.loads((folder / "outcome.json").read_text())["rc"] == 0
+        assert '"event": "end"' in (folder / f"rank{rank}.jsonl").read_text()
+    assert run.report_html.stat().st_size > 10_000
+    assert run.telemetry.stat().st_size > 0
+
+
+def test_a_sweep_gives_the_curve_and_says_why_it_is_not_judged(testbed8, tmp_path):
+    code, output = Bench(testbed8, tmp_path, "--sweep", "1,2,4", "--test", "sft", "--set", "sft.steps=4").end()
+    assert code == 0, output
+    summary = json.loads(RunDir.find(tmp_path, None).summary.read_text())
+    assert [(row["num_nodes"], row["verdict"]) for row in summary["scaling"]] == [(n, "not_judged") for n in (1, 2, 4)]
+    assert all(0 < row["efficiency"] < 3 and "share one kernel" in row["reason"] for row in summary["scaling"][1:])
+    assert "not judged" in output and "share one kernel" in output
+
+
+@pytest.mark.parametrize("engine", ["torchrun", "deepspeed"])
+def test_a_killed_rank_stops_the_others_and_its_node_is_named(testbed8, tmp_path, engine):
+    bench = Bench(testbed8, tmp_path, "--nodes", "3", "--engine", engine, *LONG)
+    bench.wait_for_step()
+    kill_rank(testbed8.container("node002"))
+    killed = time.monotonic()
+    code, output = bench.end(60)
+    assert code == 3, output
+    assert time.monotonic() - killed < 30  # others are stopped within seconds; the report takes a few more
+    status = bench.run.read_status()["cells"]["sft-tiny-3n-r1"]
+    assert (status["state"], status["error"]["host"]) == ("failed", NAMES[1])
+    assert "node002" in output
+    for name in NAMES[:3]:  # artefacts of all, the healthy ones' too
+        assert (bench.run.cell(name, "sft-tiny-3n-r1") / "outcome.json").exists()
+    assert process.marked(bench.marker) == []  # this kernel is the nodes': it sees every process of theirs
+
+
+def test_a_killed_controller_leaves_no_process_and_an_incomplete_run(testbed8, tmp_path):
+    bench = Bench(testbed8, tmp_path, "--nodes", "8", "--engine", "deepspeed", *LONG)
+    bench.wait_for_step()
+    assert len(process.marked(bench.marker)) > 8
+    bench.process.send_signal(signal.SIGKILL)
+    bench.end()
+    assert until(lambda: process.marked(bench.marker) == [], 20)
+    assert until(lambda: process.run(["pgrep", "-f", "runner.node"], timeout_s=10).rc == 1, 10)
+    listed = subprocess.run([RUNNER, "runs", "list", "--json", "--results", tmp_path], capture_output=True, text=True)
+    assert [row["state"] for row in json.loads(listed.stdout)] == ["incomplete"]
+    code, output = Bench(testbed8, tmp_path, "--nodes", "8", "--test", "torch", "--set", "torch.max_bytes=8").end()
+    assert code == 0, output  # no lock is left behind
+
+
+def test_ctrl_c_keeps_what_was_measured(testbed8, tmp_path):
+    bench = Bench(testbed8, tmp_path, "--nodes", "2", *LONG)
+    bench.wait_for_step()
+    bench.process.send_signal(signal.SIGINT)
+    code, output = bench.end(60)
+    assert code == 130, output
+    assert bench.run.read_status()["state"] == "cancelled"
+    assert "step_time_s" in bench.run.records.read_text() and bench.run.report_html.exists()
+    assert process.marked(bench.marker) == []
+
+
+def test_ctrl_c_twice_leaves_at_once_and_nothing_behind(testbed8, tmp_path):
+    bench = Bench(testbed8, tmp_path, "--nodes", "2", *LONG)
+    bench.wait_for_step()
+    marker = bench.marker
+    bench.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    bench.process.send_signal(signal.SIGINT)
+    code, output = bench.end(30)
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert until(lambda: process.marked(marker) == [], 20)
+
+
+def test_a_second_controller_is_refused_naming_the_first_run(testbed8, tmp_path):
+    first = Bench(testbed8, tmp_path / "a", "--nodes", "2", *LONG)
+    first.wait_for_step()
+    other = {"XDG_STATE_HOME": str(tmp_path / "other")}  # as another user's or machine's controller
+    code, output = Bench(testbed8, tmp_path / "b", "--hosts", "node[002-003]", "--test", "torch", env=other).end()
+    assert code == 3 and f"in use by run {first.run.run_id}" in output and "node002" in output
+    first.process.send_signal(signal.SIGINT)
+    first.end()
+
+
+def test_a_node_that_hangs_is_named_and_the_rest_is_kept(testbed8, tmp_path):
+    """Slow: silence is judged after 30 s."""
+    bench = Bench(testbed8, tmp_path, "--nodes", "3", *LONG)
+    bench.wait_for_step()
+    hung = testbed8.container("node003")
+    podman("pause", hung)
+    try:
+        code, output = bench.end(180)
+    finally:
+        podman("unpause", hung)
+    assert code == 3, output
+    status = bench.run.read_status()["cells"]["sft-tiny-3n-r1"]
+    assert (status["state"], status["error"]["host"]) == ("incomplete", NAMES[2])
+    assert (bench.run.cell(NAMES[0], "sft-tiny-3n-r1") / "outcome.json").exists()
+    assert until(lambda: process.marked(bench.marker) == [], 60)  # awake again, it finds its controller gone
+
+
+def test_bad_nodes_are_named_at_once_or_passed_over(testbed8, tmp_path):
+    podman("exec", testbed8.container("node002"), "systemctl", "stop", "ssh")
+    hosts = testbed8.inventory / "hosts.yml"
+    kept = hosts.read_text()
+    key = json.loads(
+        subprocess.run([RUNNER, "inventory", "-i", testbed8.inventory, "--json"], capture_output=True).stdout
+    )
+    try:
+        # node003 has another node's key: what a swapped machine, or a man in the middle, looks like.
+        hosts.write_text(kept.replace(key[2]["host_key"], key[0]["host_key"]))
+        small = ("--test", "torch", "--set", "torch.max_bytes=8", "--set", "torch.collectives=[all_reduce]")
+        code, output = Bench(testbed8, tmp_path, "--nodes", "4", *small).end()
+        assert code == 3 and "2 of 4 nodes are bad" in output
+        assert "node002 (fukushimadc-02-hgx-0002): nothing listens" in output
+        assert "node003 (fukushimadc-02-hgx-0003): its host key" in output
+        assert not list(tmp_path.iterdir())
+        code, output = Bench(testbed8, tmp_path, "--nodes", "6", "--skip-bad-nodes", *small).end()
+        assert code == 0, output
+        plan = RunDir.find(tmp_path, None).read_plan()
+        assert plan["cells"][0]["hosts"] == [n for n in NAMES if not n.endswith(("-0002", "-0003"))]
+        assert [line.split()[0] for line in plan["passed_over"]] == ["node002", "node003"]
+    finally:
+        hosts.write_text(kept)
+        podman("exec", testbed8.container("node002"), "systemctl", "start", "ssh")
