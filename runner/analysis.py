@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from runner import findings, metrics
+from runner import findings, limits, metrics
 from runner.findings import Facts
 from runner.records import Record
 
@@ -23,6 +23,7 @@ Telemetry = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # cell id -
 
 SCHEMA = 1
 MIN_REPEATS = 3  # below this the spread between repeats is not known, whatever the spread inside one
+MIN_PARAMETERS = 100_000_000  # below this a step is launch overhead and latency, whatever the hardware
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 MAX_REPEATS_NEEDED = 100
@@ -46,7 +47,11 @@ def summarise(
         metrics.summarise_cell(plan, cell, status, by_cell.get(cell["id"], []), (telemetry or {}).get(cell["id"], {}))
         for cell in plan["cells"]
     ]
-    unfair = {cell["id"]: not_judged_reason(cell, facts.get(cell["id"], {})) for cell in plan["cells"]}
+    models = plan.get("models", {})
+    unfair = {
+        cell["id"]: not_judged_reason(cell, facts.get(cell["id"], {}), models.get(cell.get("model")))
+        for cell in plan["cells"]
+    }
     scaling = _scaling(plan, cells, by_cell, unfair)
     targets = _targets(plan, cells, scaling, by_cell, unfair)
     faults = findings.find(cells, status, by_cell, facts)
@@ -67,7 +72,9 @@ def summarise(
 # --- verdicts ---------------------------------------------------------------------------------------------
 
 
-def not_judged_reason(cell: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> str | None:
+def not_judged_reason(
+    cell: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]], model: Mapping[str, Any] | None = None
+) -> str | None:
     """Why the speed of this cell says nothing about a cluster, or None where it does."""
     hosts = list(cell["hosts"])
     boots = {host: facts.get(host, {}).get("boot_id") for host in hosts}
@@ -76,6 +83,8 @@ def not_judged_reason(cell: Mapping[str, Any], facts: Mapping[str, Mapping[str, 
         return f"{shared} nodes share one kernel (same boot id): speeds prove that the system works, not how fast it is"
     if cell["device"] == "cpu":
         return "ranks ran on the CPU: targets are for GPUs"
+    if model and limits.parameters(model).total < MIN_PARAMETERS:
+        return f"model {model['name']} is too small to load a GPU: it proves that the system works, not how fast it is"
     unseen = [host for host, boot in boots.items() if not boot]
     if unseen and len(hosts) > 1:
         return f"no facts from {', '.join(unseen)}: cannot tell whether nodes share a kernel"

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_fixture import NAMES, Fixture
 
-from runner import analysis, findings, metrics
+from runner import analysis, config, findings, metrics
 
 TARGETS = Path(__file__).parents[2] / "configs" / "targets" / "default.yaml"
 
@@ -201,6 +201,15 @@ def test_without_facts_a_shared_kernel_cannot_be_excluded(healthy: Fixture) -> N
     summary = analysis.summarise(healthy.plan, healthy.status, healthy.records, facts, healthy.telemetry)
     assert scaling(summary, 2)["verdict"] == "not_judged"
     assert NAMES[1] in scaling(summary, 2)["reason"]
+
+
+def test_a_model_too_small_to_load_a_gpu_is_not_judged() -> None:
+    """`make bench` on a GPU runs the tiny model: it must say that it works, not that the GPU idles."""
+    cell = {"hosts": ["a"], "device": "cuda"}
+    facts = {"a": {"boot_id": "x"}}
+    tiny, seven_b = (config.load_model(name).model_dump() for name in ("tiny", "llama-2-7b"))
+    assert "too small to load a GPU" in str(analysis.not_judged_reason(cell, facts, tiny))
+    assert analysis.not_judged_reason(cell, facts, seven_b) is None
 
 
 def test_the_cpu_is_not_judged() -> None:
