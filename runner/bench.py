@@ -26,6 +26,7 @@ GRACE_S = 3.0
 # anything is stopped, so that the guilty one can be told from its victims.
 SETTLE_S = 2.0
 LAUNCHER = "launcher"
+SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
@@ -42,7 +43,7 @@ def preflight(
         "version": __version__,
         "scratch": nodes[0].scratch,
         "min_free_disk_gib": nodes[0].min_free_disk_gib,
-        "packages": ["torch", *(["deepspeed", "transformers"] if "sft" in tests or engine == "deepspeed" else [])],
+        "packages": sorted({"torch", engine} - {"torchrun"} | (SFT_PACKAGES if "sft" in tests else set())),
         "programs": ["rsync"] if backend == "ssh" else [],
         "gpus": nodes[0].gpus if device == "cuda" else 0,
     }
@@ -208,7 +209,7 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
         elif not ended_well(outcome) and outcome.get("stopped") not in ("stop", "done") and talk.name != LAUNCHER:
             dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
             direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
-            name, rank = next(iter((direct or dead).items()), (None, {"stderr": outcome["engine_stderr"]}))
+            name, rank = _first_to_die(direct or dead, outcome)
             message = f"{name or 'the engine'} {_end(outcome)}{_last_words(rank['stderr'])}"
             (victims if dead and not direct else suspects).append((talk.name, message, rank["stderr"]))
     if len(suspects) == 1:
@@ -224,10 +225,27 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
     return {"message": f"the launcher {_end(launcher)}{_last_words(tail)}", "host": None, "stderr": tail}
 
 
+# torchrun's table: the rank whose failure it saw first; the others it ended itself.
+_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+
+
+def _first_to_die(
+    dead: Mapping[str, Mapping[str, Any]], outcome: Mapping[str, Any]
+) -> tuple[str | None, Mapping[str, Any]]:
+    """The rank that torchrun saw fail first, else one that said something; the engine where no rank started."""
+    if not dead:
+        return None, {"stderr": outcome["engine_stderr"]}
+    cause = _ROOT_CAUSE.search("\n".join(outcome["engine_stderr"]))
+    name = f"rank{cause[1]}" if cause else ""
+    if name not in dead:
+        name = next((n for n, rank in dead.items() if _last_words(rank["stderr"])), next(iter(dead)))
+    return name, dead[name]
+
+
 def _end(outcome: Mapping[str, Any]) -> str:
     """How a rank ended: torchrun reports its own status as 1 and the rank's in its table of failures."""
-    reported = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(outcome.get("engine_stderr", [])))
-    status = int(reported[-1]) if reported else outcome.get("rc")
+    cause = _ROOT_CAUSE.search("\n".join(outcome.get("engine_stderr", [])))
+    status = int(cause[2]) if cause else outcome.get("rc")
     if status is not None and status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return "ended too soon" if status in (0, None) else f"died with status {status}"

@@ -61,11 +61,22 @@ def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
     assert said["host"] == "b" and said["message"] == "rank0 was killed by SIGKILL"
 
 
-def test_torchruns_table_of_failures_tells_how_the_rank_ended():
-    table = ["Root Cause (first observed failure):", "  exitcode  : -9 (pid: 123)", "  traceback : Signal 9 (SIGKILL)"]
+def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():
+    table = (
+        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 122)\n"
+        "Root Cause (first observed failure):\n[0]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 123)\n"
+    ).splitlines()
     warning = "[W1121 04:58:56.598321713 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved."
-    said = bench.blame(talks("a"), {"a": outcome(rc=1, stderr=[warning], engine_stderr=table)})
-    assert said["message"] == "rank0 was killed by SIGKILL"
+    ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [warning]} for i in range(2)}
+    said = bench.blame(talks("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
+    assert said["message"] == "rank1 was killed by SIGKILL"
+
+
+def test_without_such_a_table_the_rank_that_said_something_is_shown():
+    ranks = {"rank0": {"started": True, "ended": False, "stderr": []}}
+    ranks["rank1"] = {"started": True, "ended": False, "stderr": ["ImportError: no accelerate"]}
+    said = bench.blame(talks("a"), {"a": outcome(rc=None, ranks=ranks)})
+    assert said["message"] == "rank1 ended too soon: ImportError: no accelerate"
 
 
 def test_an_engine_that_never_started_a_rank_is_quoted():
