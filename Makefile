@@ -30,8 +30,11 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 system-packages:
 	testbed/install-system-packages.sh
 
-test: system-packages setup lint
-	$(VENV)/bin/pytest
+# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own list.
+test:
+	time $(MAKE) --no-print-directory system-packages setup
+	time $(MAKE) --no-print-directory lint
+	time $(VENV)/bin/pytest
 
 unit: setup
 	$(VENV)/bin/pytest tests/unit
