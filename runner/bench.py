@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, analysis, backends, node, records, report, telemetry
+from runner import __version__, backends, node, records, telemetry
 from runner.backends import Talk
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
@@ -450,6 +450,8 @@ class Run:
 
 def judge(run: RunDir) -> dict[str, Any]:
     """Summary and report of a run from what its directory holds; repeatable at any time."""
+    from runner import analysis, report  # not on the way to the first step
+
     plan, status = run.read_plan(), run.read_status()
     recorded = records.load(run.records.read_text()) if run.records.exists() else []
     facts = run.read_facts(plan)
