@@ -11,6 +11,11 @@ from typing import Any
 PLAIN_INTERVAL_S = 10.0
 
 
+def remaining_s(elapsed_s: float, done: float, total: float) -> float | None:
+    """Seconds left if it goes on as it did so far; None before anything is done."""
+    return int(elapsed_s * (total - done) / done) if done > 0 else None
+
+
 class Display:
     """Notes and one progress bar over a number of steps; `quiet` shows nothing."""
 
@@ -38,15 +43,22 @@ class Display:
             yield
             return
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        class Eta(ProgressColumn):
+            """From the mean rate so far: rich's own follows the last moments, and cells come in bursts."""
+
+            def render(self, task: Task) -> Text:
+                left = remaining_s(task.elapsed or 0.0, task.completed, task.total or 1.0)
+                return Text(f"ETA {left // 60:.0f}:{left % 60:02.0f}" if left is not None else "ETA –")
 
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            Eta(),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as self._live:
             self._task = self._live.add_task("", total=total)
@@ -61,6 +73,6 @@ class Display:
             self._live.update(self._task, completed=done, description=text)
         elif not self.quiet and time.monotonic() - self._shown > PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
-            elapsed = self._shown - self._started
-            eta = f", ETA {elapsed * (total - done) / done:.0f} s" if done > 0 else ""
+            left = remaining_s(self._shown - self._started, done, total)
+            eta = f", ETA {left:.0f} s" if left is not None else ""
             print(f"{text}: {100 * done / total:.0f} %{eta}", file=sys.stderr, flush=True)
