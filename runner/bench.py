@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, backends, node, records, telemetry
+from runner import __version__, backends, node, process, records, telemetry
 from runner.backends import Talk
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
@@ -349,6 +349,7 @@ class Run:
         finally:
             for stream in streams.values():
                 stream.close()
+        self._sweep([talk for talk in run.talks if talk.name not in run.outcomes])
         state, error = run.state()
         for name, reason in self._gather(cell).items():
             self.log.write(f"{now()} {cell.id} {name}: artefacts not gathered: {reason}\n")
@@ -406,6 +407,16 @@ class Run:
             }
             talks.append(Talk(LAUNCHER, backends.local(first, backends.AGENT, None), request))
         return talks
+
+    def _sweep(self, lost: Sequence[Talk]) -> None:
+        """End what an agent that was itself killed left on its node; a node that is gone gives no answer."""
+        for talk in lost:
+            if self.plan.backend == "local" or talk.name == LAUNCHER:
+                process.stop_marked(talk.request["marker"], GRACE_S)
+        nodes = [self.nodes[talk.name] for talk in lost if talk.name != LAUNCHER]
+        if nodes and self.plan.backend != "local":
+            request = {"kind": "sweep", "marker": lost[0].request["marker"], "grace_s": GRACE_S}
+            backends.ask(nodes, self.plan.backend, self.ssh_config, request, timeout_s=15)
 
     def _gather(self, cell: Cell) -> dict[str, str]:
         if self.plan.backend == "local":

@@ -46,6 +46,10 @@ def main() -> int:
         return 0
     if kind == "cell":
         return Cell(request).run()
+    if kind == "sweep":
+        process.stop_marked(request["marker"], request["grace_s"])
+        _say("sweep")
+        return 0
     if kind == "clean":
         _say("clean", removed=clean(Path(request["scratch"]), request["run_id"]))
         return 0

@@ -123,6 +123,16 @@ def test_a_killed_rank_stops_the_others_and_its_node_is_named(testbed8, tmp_path
     assert process.marked(bench.marker) == []  # this kernel is the nodes': it sees every process of theirs
 
 
+def test_an_agent_that_is_killed_leaves_no_rank_either(testbed8, tmp_path):
+    bench = Bench(testbed8, tmp_path, "--nodes", "2", *LONG)
+    bench.wait_for_step()
+    podman("exec", testbed8.container("node002"), "pkill", "-9", "-f", "runner.node")
+    code, output = bench.end(60)
+    assert code == 3, output
+    assert bench.run.read_status()["cells"]["sft-tiny-2n-r1"]["error"]["host"] == NAMES[1]
+    assert process.marked(bench.marker) == []
+
+
 def test_a_killed_controller_leaves_no_process_and_an_incomplete_run(testbed8, tmp_path):
     bench = Bench(testbed8, tmp_path, "--nodes", "8", "--engine", "deepspeed", *LONG)
     bench.wait_for_step()
