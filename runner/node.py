@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import selectors
 import shutil
 import signal
@@ -28,10 +26,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, process
+from runner import __version__, facts, process
 from runner.rundir import write_json_atomic
 
-PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "shakedown")
 TICK_S = 0.1
 ALIVE_S = 5.0
 LAST_LINES = 20
@@ -64,110 +61,6 @@ def _say(kind: str, **fields: Any) -> None:
         sys.stdout.buffer.flush()
 
 
-# --- facts ----------------------------------------------------------------------------------------
-
-
-def facts(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What this node is, as observed. Versions come from package metadata: importing torch costs a second."""
-    uname = platform.uname()
-    return {
-        "hostname": uname.node,
-        "kernel": uname.release,
-        "boot_id": _text("/proc/sys/kernel/random/boot_id"),
-        "os": _os_name(),
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        **_gpu_facts(),
-        "nccl": _version_of(_first_package("nvidia-nccl-cu13", "nvidia-nccl-cu12")),
-        "python": platform.python_version(),
-        "packages": {name: _version_of(name) for name in PACKAGES},
-        "nics": list(_nics()),
-        "env": {
-            key: value
-            for key, value in sorted({**os.environ, **environment}.items())
-            if key.startswith(("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE"))
-        },
-    }
-
-
-def _text(path: str | Path) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
-def _os_name() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return platform.system()
-
-
-def _cpu_model() -> str | None:
-    for line in (_text("/proc/cpuinfo") or "").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return None
-
-
-def _version_of(package: str | None) -> str | None:
-    if package is None:
-        return None
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _first_package(*names: str) -> str | None:
-    return next((name for name in names if _version_of(name)), None)
-
-
-def _gpu_facts() -> dict[str, Any]:
-    none: dict[str, Any] = {"driver": None, "cuda": None, "gpus": []}
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, no GPU
-        return none
-    gpus = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        gpus.append(
-            {
-                "index": index,
-                "name": pynvml.nvmlDeviceGetName(handle),
-                "uuid": pynvml.nvmlDeviceGetUUID(handle),
-                "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
-            }
-        )
-    cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-    return {
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-        "gpus": gpus,
-    }
-
-
-def _nics() -> Iterator[dict[str, Any]]:
-    import psutil
-
-    addresses = psutil.net_if_addrs()
-    for name, state in sorted(psutil.net_if_stats().items()):
-        if name == "lo":
-            continue
-        device = Path("/sys/class/net", name, "device", "driver")
-        yield {
-            "name": name,
-            "speed_mbit_per_s": state.speed or None,
-            "mtu": state.mtu,
-            "driver": device.resolve().name if device.exists() else None,
-            "address": [a.address for a in addresses.get(name, []) if a.family == socket.AF_INET],
-        }
-
-
 # --- check ----------------------------------------------------------------------------------------
 
 
@@ -192,7 +85,7 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
         holder = _lock_holder(scratch)
         if holder:
             problems.append(f"in use by run {holder}")
-    missing = [name for name in request["packages"] if _version_of(name) is None]
+    missing = [name for name in request["packages"] if facts.version_of(name) is None]
     if missing:
         problems.append(f"environment {sys.prefix} lacks {', '.join(missing)}")
     missing = [name for name in request["programs"] if shutil.which(name) is None]
@@ -200,7 +93,7 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
         problems.append(f"lacks {', '.join(missing)}")
     if request["version"] != __version__:
         problems.append(f"has shakedown {__version__}, this controller is {request['version']}")
-    observed = facts({})
+    observed = facts.collect({})
     if request["gpus"] and len(observed["gpus"]) < request["gpus"]:
         problems.append(f"{len(observed['gpus'])} GPUs answer, the inventory says {request['gpus']}")
     return {"problems": problems, "facts": observed, "clock_s": time.time()}
@@ -307,7 +200,7 @@ class Cell:
             with self._locked():
                 if self.request.get("job"):
                     write_json_atomic(self.folder / "job.json", self.request["job"])
-                write_json_atomic(self.folder / "facts.json", facts(self.env))
+                write_json_atomic(self.folder / "facts.json", facts.collect(self.env))
                 try:
                     rc = self._launch()
                 finally:
