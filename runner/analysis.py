@@ -289,7 +289,7 @@ def _target_row(target: Mapping[str, Any], judged: Judgement, **measured: Any) -
 
 def _scaling_target(target: Mapping[str, Any], scaling: Sequence[Mapping[str, Any]], mode: str) -> list[dict[str, Any]]:
     if target.get("scaling", "weak") != mode:
-        reason = f"this run measured {mode} scaling; the target is for {target['scaling']} scaling"
+        reason = f"this run measured {mode} scaling; the target is for {target.get('scaling', 'weak')} scaling"
         return [_target_row(target, Judgement("not_judged", reason))]
     rows = [
         _target_row(
@@ -367,6 +367,8 @@ def _overall(
 
 def _state(status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
     states = {cell["state"] for cell in cells}
+    if status.get("state") == "cancelled":
+        return "cancelled"
     if "failed" in states or status.get("state") == "failed":
         return "failed"
     return "complete" if states <= {"complete"} else "incomplete"

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,9 +250,16 @@ def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> proce
     )
 
 
-def send(nodes: Sequence[Node], ssh_config: str, source: str, target: str, timeout_s: float = 1800.0) -> dict[str, str]:
-    """Copy the folder `source` to `target` on every node; returns failures by node."""
-    return _each(nodes, lambda node: _rsync(ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s))
+def send(
+    nodes: Sequence[Node],
+    ssh_config: str,
+    source: str,
+    target: str,
+    timeout_s: float = 1800.0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
+    """Copy the folder `source` to `target` on every node, until `stopped`; returns failures by node."""
+    return _each(nodes, lambda node: _rsync(ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s), stopped)
 
 
 def gather(
@@ -262,7 +269,14 @@ def gather(
     return _each(nodes, lambda node: _rsync(ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s))
 
 
-def _each(nodes: Sequence[Node], action: Callable[[Node], process.Outcome]) -> dict[str, str]:
+def _each(
+    nodes: Sequence[Node], action: Callable[[Node], process.Outcome], stopped: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
+    """Do `action` for every node, sixteen at a time; returns failures by node.
+
+    Ended early, by `stopped` or an exception, it ends the commands that run: none is waited for.
+    """
+
     def attempt(node: Node) -> str | None:
         try:
             outcome = action(node)
@@ -270,6 +284,16 @@ def _each(nodes: Sequence[Node], action: Callable[[Node], process.Outcome]) -> d
             return str(error)
         return None if outcome.rc == 0 else explain(node, outcome.rc, outcome.stderr.splitlines())
 
-    with ThreadPoolExecutor(16) as pool:
-        results = pool.map(attempt, nodes)
-        return {node.name: reason for node, reason in zip(nodes, results, strict=True) if reason}
+    pool = ThreadPoolExecutor(16)
+    futures = {node.name: pool.submit(attempt, node) for node in nodes}
+    try:
+        while wait(futures.values(), POLL_S).not_done and not stopped():
+            pass
+    finally:
+        # Not begun: dropped. Begun: its process is ended, which ends its thread.
+        pool.shutdown(wait=False, cancel_futures=True)
+        if any(future.running() for future in futures.values()):
+            process.stop_running()
+        pool.shutdown()
+    reasons = {name: "stopped" if future.cancelled() else future.result() for name, future in futures.items()}
+    return {name: reason for name, reason in reasons.items() if reason}

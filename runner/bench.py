@@ -18,7 +18,7 @@ from runner.backends import Talk
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
 from runner.inventory import Node, fold
-from runner.plan import Cell, Plan, job
+from runner.plan import Cell, Plan, environment, job
 from runner.rundir import RunDir, disk_errors, hold_nodes, now, write_json_atomic, write_text_atomic
 
 GRACE_S = 3.0
@@ -102,9 +102,9 @@ class Stop:
                 signal.signal(number, handler)
 
     def _heard(self, number: int, _frame: object) -> None:
-        if self.asked:
+        again, self.asked = self.asked, True
+        if again:
             raise KeyboardInterrupt
-        self.asked = True
         self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")
 
 
@@ -210,6 +210,8 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
             dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
             direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
             name, rank = _first_to_die(direct or dead, outcome)
+            if (outcome.get("rc") or 0) < 0:  # the engine itself was killed; what its ranks say came after
+                name, rank = None, {"stderr": []}
             message = f"{name or 'the engine'} {_end(outcome)}{_last_words(rank['stderr'])}"
             (victims if dead and not direct else suspects).append((talk.name, message, rank["stderr"]))
     if len(suspects) == 1:
@@ -267,6 +269,7 @@ class Run:
         self.stop = Stop(display)
         self.status = run.read_status()
         self.records: list[records.Record] = []
+        self.not_gathered: set[str] = set()
         self.log = open(run.log, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
 
     def execute(self) -> dict[str, Any]:
@@ -313,7 +316,11 @@ class Run:
         first = self.plan.nodes[0]
         target = f"{first.scratch}/data/{Path(self.data).name}"
         self.display.at(0, 1, "sending data")
-        failures = backends.send(self.plan.nodes, str(self.ssh_config), self.data, target)
+        failures = backends.send(
+            self.plan.nodes, str(self.ssh_config), self.data, target, stopped=lambda: self.stop.asked
+        )
+        if self.stop.asked:
+            return
         if failures:
             raise InfrastructureError(
                 "\n  ".join(["sending the data failed", *(f"{n}: {r}" for n, r in failures.items())])
@@ -349,10 +356,14 @@ class Run:
         finally:
             for stream in streams.values():
                 stream.close()
-        self._sweep([talk for talk in run.talks if talk.name not in run.outcomes])
+            self._sweep([talk for talk in run.talks if talk.name not in run.outcomes])
         state, error = run.state()
         for name, reason in self._gather(cell).items():
-            self.log.write(f"{now()} {cell.id} {name}: artefacts not gathered: {reason}\n")
+            self.not_gathered.add(name)
+            self._note(f"{cell.id}: artefacts of {self.nodes[name].alias} were not gathered, they stay there: {reason}")
+            if state == "complete":
+                state = "incomplete"
+                error = {"message": f"its artefacts were not gathered: {reason}", "host": name, "stderr": []}
         self._collect(cell)
         self._cell_state(cell, state, error)
         seconds = f" after {time.monotonic() - run.deadline + cell.params['timeout_s']:.0f} s"
@@ -382,9 +393,9 @@ class Run:
                 "host": host,
                 "scratch": self.nodes[host].scratch,
                 "cell_dir": cell.cell_dir,
-                "job": job(self.plan, cell, self.data),
+                "job": job(self.plan, cell, self.nodes[host], self.data),
                 "argv": cell.launch.argv[index],
-                "env": dict(cell.launch.env),
+                "env": environment(cell, self.nodes[host]),
                 "secrets": secrets,
                 "rendezvous_port": cell.master_port if index == 0 else None,
             }
@@ -447,11 +458,12 @@ class Run:
         write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self.records))
 
     def _clean(self) -> None:
-        """Remove the gathered artefacts from the nodes; a node that does not answer keeps them."""
+        """Remove what was gathered from the nodes; one that could not be gathered from keeps it all."""
         if self.plan.backend == "local":
             return
         request = {"kind": "clean", "scratch": self.plan.nodes[0].scratch, "run_id": self.plan.run_id}
-        backends.ask(self.plan.nodes, self.plan.backend, self.ssh_config, request, timeout_s=15)
+        gathered = [node for node in self.plan.nodes if node.name not in self.not_gathered]
+        backends.ask(gathered, self.plan.backend, self.ssh_config, request, timeout_s=15)
 
     def _judge(self) -> dict[str, Any]:
         self.display.at(1, 1, "writing the report")
@@ -464,14 +476,15 @@ def judge(run: RunDir) -> dict[str, Any]:
     from runner import analysis, report  # not on the way to the first step
 
     plan, status = run.read_plan(), run.read_status()
-    recorded = records.load(run.records.read_text()) if run.records.exists() else []
+    recorded = records.load(run.records.read_text(errors="replace")) if run.records.exists() else []
     facts = run.read_facts(plan)
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (cell, host), stream in run.telemetry_streams(plan).items():
         samples.setdefault(cell, {})[host] = telemetry.read(stream)
     summary = analysis.summarise(plan, status, recorded, facts, telemetry=samples)
-    write_json_atomic(run.summary, summary)
-    report.write(run.path, plan, status, summary, recorded, facts, telemetry=samples)
+    with disk_errors(run.path):
+        write_json_atomic(run.summary, summary)
+        report.write(run.path, plan, status, summary, recorded, facts, telemetry=samples)
     return summary
 
 

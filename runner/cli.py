@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -77,6 +78,12 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: one line per user error, a traceback for a bug."""
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt  # so that whatever is open is cleaned up
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
     try:
         sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
     except errors.RunnerError as error:
@@ -89,12 +96,16 @@ def main() -> None:
         hint = f" (see `{context.command_path} --help`)" if context else ""
         click.echo(f"runner: {error.format_message()}{hint}", err=True)
         sys.exit(errors.EXIT_USAGE)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("runner: interrupted", err=True)
-        sys.exit(errors.EXIT_INTERRUPTED)
     except BrokenPipeError:  # `runner ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(errors.EXIT_OK)
+    except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"runner: {place}{(error.strerror or str(error)).lower()}", err=True)
+        sys.exit(errors.EXIT_INFRASTRUCTURE)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("runner: interrupted", err=True)
+        sys.exit(errors.EXIT_INTERRUPTED)
 
 
 def _names(kind: str) -> Callable[..., list[str]]:
@@ -122,7 +133,9 @@ def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def _read_inventory(source: str | None) -> Inventory:
     from runner import inventory
 
-    return inventory.read(source or inventory.default_source(), cache_dir() / "inventory")
+    if source == "":
+        raise errors.UsageError("-i is empty: give an inventory, or leave -i out for ansible.cfg's")
+    return inventory.read(inventory.default_source() if source is None else source, cache_dir() / "inventory")
 
 
 @contextmanager
@@ -143,11 +156,13 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
     """GPUs per node, device and hardware of this machine where the inventory says `auto`."""
     from runner import telemetry
 
-    gpus = telemetry.count_gpus()
+    names = telemetry.gpu_names()
     if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    hardware = node.hardware if node.hardware != "cpu" or device == "cpu" else "h200-sxm" if gpus else "cpu"
-    return node.gpus or (gpus if device == "cuda" else 2), device, hardware
+        device = "cuda" if names else "cpu"
+    hardware = node.hardware
+    if device == "cuda" and hardware == "cpu":  # the inventory left it open
+        hardware = "h200-sxm" if names and "H200" in names[0] and "NVL" not in names[0] else "unknown"
+    return node.gpus or (len(names) if device == "cuda" else 2), device, hardware
 
 
 @cli.command()
@@ -167,10 +182,10 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
 @click.option(
     "--scaling", default="weak", show_default=True, help="weak: same work per GPU; strong: same global batch."
 )
-@click.option("--repeats", default=1, show_default=True, type=click.IntRange(min=1), help="Repeats of each cell.")
+@click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 1000), help="Repeats of each cell.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
 @click.option("--set", "settings", multiple=True, metavar="TEST.KEY=VALUE", help="Change a setting, e.g. sft.steps=20.")
-@click.option("--dry-run", is_flag=True, help="Print the plan; connect to nothing, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; connect to no node, start no run.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
 @click.pass_context
 def bench(ctx: click.Context, **options: Any) -> None:
@@ -209,6 +224,8 @@ def _bench(
     if scaling not in ("weak", "strong"):
         raise errors.unknown("scaling", scaling, ("weak", "strong"))
     overrides = config.parse_settings(settings)
+    for name in overrides.keys() - {"deepspeed"}:  # a mistake in a test that is not run is one, too
+        config.load_test(name, overrides[name])
     loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
     architecture = config.load_model(model).model_dump()
     deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
@@ -309,14 +326,19 @@ def _counts(num_nodes: int | None, sweep: str | None) -> tuple[int, ...]:
     return counts
 
 
+RESOURCES = (
+    ("gpus", "runner_gpus_per_node"),
+    ("device", "runner_device"),
+    ("hardware", "runner_hardware"),
+    ("scratch", "runner_scratch"),
+    ("min_free_disk_gib", "runner_min_free_disk_gib"),
+)
+
+
 def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:
     """Ranks per node, device and hardware name: one value each for the chosen nodes."""
     first = nodes[0]
-    for field, variable in (
-        ("gpus", "runner_gpus_per_node"),
-        ("device", "runner_device"),
-        ("hardware", "runner_hardware"),
-    ):
+    for field, variable in RESOURCES:
         odd = [n.alias for n in nodes if getattr(n, field) != getattr(first, field)]
         if odd:
             raise errors.UsageError(
@@ -395,9 +417,13 @@ def runs_list(results: Path, as_json: bool) -> None:
 
     from runner.rundir import RunDir
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in RunDir.all(results):
-        plan, status = run.read_plan(), run.read_status()
+        try:
+            plan, status = run.read_plan(), run.read_status()
+        except errors.UsageError:
+            rows.append({"run": run.run_id, "state": "unreadable"})
+            continue
         done = sum(cell["state"] == "complete" for cell in status["cells"].values())
         rows.append(
             {
@@ -447,8 +473,6 @@ def runs_show(name: str | None, results: Path, as_json: bool) -> None:
 @click.argument("name", metavar="[RUN]", required=False)
 def runs_stop(name: str | None, results: Path) -> None:
     """Ask a running controller on this machine to stop in good order."""
-    import signal
-
     from runner.rundir import RunDir
 
     run = RunDir.find(results, name)

@@ -8,12 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from runner.errors import UsageError, unknown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -28,7 +38,7 @@ Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(_File):
@@ -49,6 +59,14 @@ class ModelConfig(_File):
     seq_len: PositiveInt
     deepspeed: str = Field(description="file name in configs/deepspeed/, without .json")
 
+    @model_validator(mode="after")
+    def _divides(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_kv_heads")
+        if self.seq_len > self.max_seq_len:
+            raise ValueError("seq_len must not exceed max_seq_len")
+        return self
+
 
 class Hardware(_File):
     """Ceilings of one node; None where there is nothing to judge against."""
@@ -65,14 +83,14 @@ class Target(_File):
     """A value that a metric must reach; num_nodes None: at every node count that was measured."""
 
     name: str
-    test: str
+    test: Literal["torch", "sft"]
     metric: str
     num_nodes: PositiveInt | None
     direction: Literal["min", "max"]
     value: float
     source: str
     scaling: Literal["weak", "strong"] | None = None
-    collective: str | None = None
+    collective: Collective | None = None
     min_bytes: Size | None = None
     max_bytes: Size | None = None
 
@@ -89,7 +107,7 @@ Collective = Literal[
 class TorchTest(_File):
     """Collectives over torch.distributed: the same code on NCCL and gloo."""
 
-    collectives: tuple[Collective, ...]
+    collectives: Annotated[tuple[Collective, ...], Field(min_length=1)]
     min_bytes: Size
     max_bytes: Size | None = Field(description="None: 8 GiB on GPUs, 1 MiB on CPUs")
     factor: Annotated[int, Field(ge=2)]
@@ -97,6 +115,12 @@ class TorchTest(_File):
     iters: PositiveInt
     dtype: Literal["float32", "bfloat16", "float16"]
     timeout_s: PositiveFloat
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TorchTest:
+        if self.max_bytes is not None and self.max_bytes < self.min_bytes:
+            raise ValueError(f"max_bytes {self.max_bytes} is below min_bytes {self.min_bytes}")
+        return self
 
 
 class SftTest(_File):
@@ -121,6 +145,14 @@ class SftTest(_File):
 
 TESTS: dict[str, type[_File]] = {"torch": TorchTest, "sft": SftTest}
 
+# What DeepSpeed reads beside what the shipped files hold.
+DEEPSPEED_SECTIONS = (
+    "aio", "amp", "comms_logger", "communication_data_type", "compression_training", "csv_monitor", "data_efficiency",
+    "data_types", "disable_allgather", "dump_state", "flops_profiler", "fp16", "memory_breakdown",
+    "prescale_gradients", "gradient_predivide_factor", "scheduler", "sparse_gradients", "tensorboard",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+
 AnyFile = TypeVar("AnyFile", bound=BaseModel)
 
 
@@ -142,7 +174,8 @@ def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
         if first["type"] == "literal_error":
             expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
             raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
-        raise UsageError(f"{where}: {field} = {first['input']!r}: {first['msg'].lower()}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {field} = {first['input']!r}: {said}" if field else f"{where}: {said}") from None
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
@@ -204,7 +237,12 @@ def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: expected a JSON object, found {type(config).__name__}")
     for key, value in overrides.items():
+        # DeepSpeed takes an unknown section without a word, and without effect.
+        if key.partition(".")[0] not in {*config, *DEEPSPEED_SECTIONS}:
+            raise unknown("DeepSpeed setting", key, {*config, *DEEPSPEED_SECTIONS}, "--set deepspeed")
         *parents, last = key.split(".")
         target = config
         for parent in parents:
@@ -235,7 +273,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
         if section not in sections:
             raise unknown("section", section, sections, f"--set {setting}")
         try:
-            value = yaml.safe_load(text)
+            value = float(text) if _EXPONENT.fullmatch(text) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UsageError(f"--set {setting}: {text!r} is not a valid value") from None
         parsed.setdefault(section, {})[name] = value if not isinstance(value, bool) or name != "liger" else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -23,22 +24,24 @@ class Display:
         self.quiet = quiet
         self._live: Any = None
         self._task: Any = None
-        self._shown = 0.0
-        self._started = 0.0
+        self._total = 1.0
+        self._started = self._shown = time.monotonic()
 
     def note(self, text: str) -> None:
         """One line that stays."""
         if self.quiet:
             return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody looks any more: the terminal was closed, or `| head` is done
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: float) -> Iterator[None]:
         """Show a bar from 0 to `total`, moved by `at`."""
         self._started = self._shown = time.monotonic()
+        self._total = total
         if self.quiet or not sys.stderr.isatty():
             yield
             return
@@ -70,9 +73,11 @@ class Display:
     def at(self, done: float, total: float, text: str) -> None:
         """The bar's position and what is being done."""
         if self._live is not None:
-            self._live.update(self._task, completed=done, description=text)
+            # In units of the bar, whatever `total` counts.
+            self._live.update(self._task, completed=done * self._total / total, description=text)
         elif not self.quiet and time.monotonic() - self._shown > PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
             left = remaining_s(self._shown - self._started, done, total)
             eta = f", ETA {left:.0f} s" if left is not None else ""
-            print(f"{text}: {100 * done / total:.0f} %{eta}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{text}: {100 * done / total:.0f} %{eta}", file=sys.stderr, flush=True)

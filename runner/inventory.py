@@ -6,16 +6,18 @@ What is kept of it are the fields of `Node`; no other variable (a vaulted one, s
 from __future__ import annotations
 
 import configparser
+import contextlib
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__, process
 from runner.config import check
@@ -28,6 +30,10 @@ GROUP = "gpu_nodes"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _ADDRESS = re.compile(r"[A-Za-z0-9.:_-]+")
 _PATH = re.compile(r"[A-Za-z0-9._/+@~-]+")
+_KEY_FILE = re.compile(r"[^\"\x00-\x1f{}]+")
+_SCRATCH = re.compile(r"(?!.*/\.\.?(/|$))/[A-Za-z0-9._/+@-]*[A-Za-z0-9._+@-]")
+_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNORECASE)
 _HOST_KEY = re.compile(r"(?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+(?: .*)?")
 
 
@@ -66,10 +72,10 @@ class Inventory:
 class _Variables(BaseModel):
     """The variables of one host that the product reads; others belong to Ansible and its roles."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     ansible_host: str | None = None
-    ansible_port: PositiveInt = 22
+    ansible_port: Annotated[int, Field(ge=1, le=65535)] = 22
     ansible_user: str = "root"
     ansible_ssh_private_key_file: str | None = None
     ansible_connection: str = "ssh"
@@ -79,8 +85,8 @@ class _Variables(BaseModel):
     runner_gpus_per_node: PositiveInt | Literal["auto"] = "auto"
     runner_device: Literal["auto", "cuda", "cpu"] = "auto"
     runner_hardware: str = "cpu"
-    runner_nics_per_node: int = 1
-    runner_nic_gbit_per_s: float | None = None
+    runner_nics_per_node: Annotated[int, Field(ge=0)] = 1
+    runner_nic_gbit_per_s: PositiveFloat | None = None
     runner_scratch: str = "/var/tmp/shakedown"
     runner_min_free_disk_gib: float = 1.0
     runner_env: dict[str, str | int | float] = Field(default_factory=dict)
@@ -108,20 +114,19 @@ def read(source: str, cache: Path) -> Inventory:
     if not path.exists():
         near = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
         raise unknown("inventory", source, [str(path.parent / name) for name in near])
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = _read_by_ansible(path)
     static = not any(os.access(p, os.X_OK) and p.suffix not in (".yml", ".yaml") for p in files)
     key = hashlib.sha256()
-    for part in [__version__, str(path.resolve())]:
-        key.update(part.encode())
+    for part in [__version__, sys.executable, str(path.resolve())]:
+        key.update(f"{part}\0".encode())
     for file in files:
-        # A key file is no part of the inventory's content; its bytes are not read.
-        key.update(
-            f"\0{file}\0".encode() + (file.read_bytes() if file.suffix in (".yml", ".yaml", ".ini", "") else b"")
-        )
+        content = file.read_bytes()
+        key.update(f"{file}\0{len(content)}\0".encode() + content)
     kept = cache / f"{key.hexdigest()}.json"
     if static and kept.is_file():
-        data = json.loads(kept.read_text())
-        return Inventory(source, tuple(Node(**node) for node in data["nodes"]), tuple(data["known_hosts"]))
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is read anew
+            data = json.loads(kept.read_text())
+            return Inventory(source, tuple(Node(**node) for node in data["nodes"]), tuple(data["known_hosts"]))
     inventory = parse(source, _list(source), _known_hosts(path))
     if static:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,9 +138,24 @@ def read(source: str, cache: Path) -> Inventory:
     return inventory
 
 
-def _list(source: str) -> dict[str, Any]:
-    import sys
+def _read_by_ansible(path: Path) -> list[Path]:
+    """Every file that the inventory's content may come from: for a file, also the folders beside it."""
+    roots = [path] if path.is_dir() else [path.parent / "group_vars", path.parent / "host_vars"]
+    inside = {p for root in roots for p in root.rglob("*") if p.is_file() and not _hidden(p, root)}
+    beside = {p for p in (path, _known_hosts_file(path)) if p.is_file()}
+    return sorted(inside | beside)
 
+
+def _hidden(path: Path, root: Path) -> bool:
+    """Below a dot folder, such as one with keys, which Ansible passes over too."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _known_hosts_file(path: Path) -> Path:
+    return (path if path.is_dir() else path.parent) / "known_hosts"
+
+
+def _list(source: str) -> dict[str, Any]:
     program = Path(sys.executable).with_name("ansible-inventory")
     env = {**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true", "ANSIBLE_LOCALHOST_WARNING": "false"}
     outcome = process.run(
@@ -149,7 +169,7 @@ def _list(source: str) -> dict[str, Any]:
 
 def _known_hosts(path: Path) -> tuple[str, ...]:
     """Pinned keys beside the inventory, for clusters that keep them in a known_hosts file."""
-    file = path / "known_hosts" if path.is_dir() else path.parent / "known_hosts"
+    file = _known_hosts_file(path)
     if not file.is_file():
         return ()
     return tuple(line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#"))
@@ -163,7 +183,9 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
         raise UsageError(f"inventory {source} has no hosts: list them in the group {GROUP}")
     nodes = []
     for position, name in enumerate(names, start=1):
-        nodes.append(_node(source, name, f"node{position:03d}", hostvars.get(name, {})))
+        # A host that is itself called node001 keeps that word; then positions give no second name.
+        alias = f"node{position:03d}"
+        nodes.append(_node(source, name, name if alias in names else alias, hostvars.get(name, {})))
     taken: dict[str, str] = {}
     for node in nodes:
         for word in {node.name, node.alias}:
@@ -184,8 +206,6 @@ def _members(listing: Mapping[str, Any], group: str) -> list[str]:
 
 
 def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> Node:
-    import sys
-
     where = f"inventory {source}: {name}"
     for key in variables:
         if key.startswith("runner_") and key not in _Variables.model_fields:
@@ -197,7 +217,8 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         ("runner_alias", values.runner_alias or alias, _NAME),
         ("ansible_host", address, _ADDRESS),
         ("ansible_user", values.ansible_user, _NAME),
-        ("runner_scratch", values.runner_scratch, _PATH),
+        ("runner_scratch", values.runner_scratch, _SCRATCH),
+        ("ansible_ssh_private_key_file", values.ansible_ssh_private_key_file or "-", _KEY_FILE),
         (
             "runner_python",
             values.runner_python or sys.executable,
@@ -207,6 +228,14 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
     ):
         if not pattern.fullmatch(word):
             raise UsageError(f"{where}: {what} {word!r} has characters that are not allowed there ({pattern.pattern})")
+    for key in values.runner_env:
+        if not _ENV.fullmatch(key):
+            raise UsageError(f"{where}: runner_env has {key!r}, which is no name of an environment variable")
+        if _SECRET.search(key):
+            raise UsageError(
+                f"{where}: runner_env has {key}, and plans are saved: leave secrets out of the inventory and set "
+                "HF_TOKEN or WANDB_API_KEY in the environment that runner is started from"
+            )
     return Node(
         name=name,
         alias=values.runner_alias or alias,
@@ -239,6 +268,8 @@ def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
         wanted = NodeSet(hosts, resolver=None)
     except NodeSetParseError as error:
         raise UsageError(f"--hosts {hosts}: {error}; write sets as node[001-003,005] or a,b,c") from None
+    if not wanted:
+        raise UsageError("--hosts names no node; write sets as node[001-003,005] or a,b,c")
     chosen = set()
     for word in wanted:
         if word not in by_word:
@@ -259,9 +290,11 @@ def fold(words: Sequence[str]) -> str:
 def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
     """The one OpenSSH configuration that ClusterShell, pdsh, rsync, DeepSpeed and people use.
 
-    Host keys are pinned (strict checking, only the given file and the user's own); nothing is asked.
+    Host keys are always checked: against the inventory's pins where it has some, and those alone, else
+    against the user's own known_hosts. Nothing is asked.
     """
-    lines = [f"# Rendered from {inventory.source}: `ssh -F THIS_FILE {inventory.nodes[0].alias}`"]
+    pinned = {line.split()[0] for line in known_hosts(inventory).splitlines()}
+    lines = [f"# Rendered from {inventory.source!r}: `ssh -F THIS_FILE {inventory.nodes[0].alias}`"]
     for node in inventory.nodes:
         lines += [
             "",
@@ -271,6 +304,8 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
             f"  Port {node.port}",
             f"  User {node.user}",
         ]
+        if node.name in pinned:  # a pin is exclusive: no other file may vouch for another key
+            lines += [f'  UserKnownHostsFile "{known_hosts_file}"', "  GlobalKnownHostsFile /dev/null"]
         if node.key_file:
             lines += [f'  IdentityFile "{node.key_file}"', "  IdentitiesOnly yes"]
     return "\n".join(
@@ -292,5 +327,14 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
 
 def known_hosts(inventory: Inventory) -> str:
     """The pinned host keys, by node name (HostKeyAlias makes addresses and ports irrelevant)."""
+    names: dict[str, str] = {}
+    for node in inventory.nodes:
+        for word in (node.name, node.alias, node.address):
+            names |= {word: node.name, f"[{word}]:{node.port}": node.name}
     pinned = [f"{node.name} {node.host_key}" for node in inventory.nodes if node.host_key]
-    return "".join(f"{line}\n" for line in [*pinned, *inventory.known_hosts])
+    for line in inventory.known_hosts:
+        hosts, _, key = line.partition(" ")
+        # `ssh-keyscan -p 44222 HOST` writes [HOST]:44222, which HostKeyAlias would not find.
+        for name in dict.fromkeys(names.get(host, host) for host in hosts.split(",")):
+            pinned.append(f"{name} {key}")
+    return "".join(f"{line}\n" for line in dict.fromkeys(pinned))

@@ -9,7 +9,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -59,6 +59,7 @@ class Plan:
     run_id: str
     created: str
     command: str
+    run_dir: str
     inventory: str
     backend: str
     engine: str
@@ -103,7 +104,6 @@ class Request:
     weights: str | None = None
     seed: int = 0
     passed_over: tuple[str, ...] = ()
-    overridden: frozenset[str] = field(default_factory=frozenset)  # batch settings given with --set
 
 
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
@@ -125,6 +125,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         run_id=request.run_id,
         created=request.created,
         command=request.command,
+        run_dir=request.run_dir,
         inventory=request.inventory,
         backend=request.backend,
         engine=request.engine,
@@ -151,12 +152,16 @@ def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[
     local = request.backend == "local"
     first = nodes[0]
     base = PurePath(request.run_dir, "nodes", first.name) if local else PurePath(first.scratch, request.run_id)
-    env = {"OMP_NUM_THREADS": "1", **first.env}
+    env = {"OMP_NUM_THREADS": "1"}
     batch, deepspeed = None, None
     if test == "sft":
+        params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
+        if params["seq_len"] > request.model["max_seq_len"]:
+            raise UsageError(
+                f"sft.seq_len {params['seq_len']}: model {model} takes at most {request.model['max_seq_len']} tokens"
+            )
         batch = _batch(request, params, num_nodes, world_size)
         deepspeed = _deepspeed(request.deepspeed, batch)
-        params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
     elif params.get("max_bytes") is None:
         params = {**params, "max_bytes": (8 << 30) if request.device == "cuda" else (1 << 20)}
     ranks = engines.Ranks(
@@ -197,9 +202,9 @@ def _batch(request: Request, params: Mapping[str, Any], num_nodes: int, world_si
     node count and shrinks with the nodes. Strong scaling keeps the global batch.
     """
     configured = request.deepspeed
-    global_batch = params["global_batch"] or _number(configured.get("train_batch_size"))
-    micro_batch = params["micro_batch"] or _number(configured.get("train_micro_batch_size_per_gpu"))
-    accumulation = params["gradient_accumulation"] or _number(configured.get("gradient_accumulation_steps")) or 1
+    global_batch = params["global_batch"] or _number(configured, "train_batch_size")
+    micro_batch = params["micro_batch"] or _number(configured, "train_micro_batch_size_per_gpu")
+    accumulation = params["gradient_accumulation"] or _number(configured, "gradient_accumulation_steps") or 1
     most = max(request.node_counts)
     if global_batch and request.scaling == "weak" and num_nodes != most:
         if global_batch * num_nodes % most:
@@ -211,8 +216,13 @@ def _batch(request: Request, params: Mapping[str, Any], num_nodes: int, world_si
     return resolve_batch(global_batch, micro_batch, accumulation, world_size)
 
 
-def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    if value is None or value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f'DeepSpeed configuration: {key} = {value!r} is neither a whole number above 0 nor "auto"')
+    return value
 
 
 def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulation: int, world_size: int) -> Batch:
@@ -257,8 +267,13 @@ def _deepspeed(config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     }
 
 
-def job(plan: Plan, cell: Cell, data: str | None) -> dict[str, Any]:
-    """`job.json` of a cell: what its ranks read (runner.workloads.Job)."""
+def environment(cell: Cell, node: Node) -> dict[str, str]:
+    """What the ranks of a cell get on this node: NICs and the like may be named differently on each."""
+    return {**cell.env, **node.env}
+
+
+def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
+    """`job.json` of a cell on a node: what its ranks read (runner.workloads.Job)."""
     return {
         "run_id": plan.run_id,
         "cell": cell.id,
@@ -274,7 +289,7 @@ def job(plan: Plan, cell: Cell, data: str | None) -> dict[str, Any]:
         "deepspeed": dict(cell.deepspeed) if cell.deepspeed else None,
         "data": data,
         "hardware": dict(plan.hardware),
-        "env": dict(cell.env),
+        "env": environment(cell, node),
     }
 
 
@@ -284,6 +299,7 @@ def describe(plan: Plan, fold: Any) -> str:
     `fold` turns a list of host names into a folded set.
     """
     lines = [f"run {plan.run_id}: {len(plan.cells)} cells, backend {plan.backend}, engine {plan.engine}"]
+    lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
     lines += [f"passed over {line}" for line in plan.passed_over]
     aliases = {node.name: node.alias for node in plan.nodes}
     for cell in plan.cells:
@@ -298,7 +314,15 @@ def describe(plan: Plan, fold: Any) -> str:
                 f"  batch  {b.global_batch} sequences = {b.micro_batch} × {b.gradient_accumulation} × {cell.world_size}"
                 f" of {cell.params['seq_len']} tokens"
             )
-        lines += [f"  env    {key}={value}" for key, value in cell.env.items()]
+            lines.append(f"  data   {cell.params['dataset']}, prepared once and sent to each node once")
+        on_node = {node.name: environment(cell, node) for node in plan.nodes if node.name in cell.hosts}
+        for key in dict.fromkeys(key for env in on_node.values() for key in env):
+            by_value: dict[str | None, list[str]] = {}
+            for name, env in on_node.items():
+                by_value.setdefault(env.get(key), []).append(aliases[name])
+            for value, names in by_value.items():
+                where = "" if len(by_value) == 1 else f" on {fold(names)}"
+                lines.append(f"  env    {key}={value}{where}" if value is not None else f"  env    no {key}{where}")
         if cell.launch.head:
             extra = [f"{k}={v}" for k, v in cell.launch.head_env.items()]
             lines.append(f"  controller runs  {shlex.join([*extra, *cell.launch.head])}")

@@ -6,6 +6,7 @@ its caller's interest is ended with its whole process group: INT, then TERM, the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,6 +79,7 @@ def run(
     """
     started = time.monotonic()
     child = spawn(argv, env=env, cwd=cwd)
+    _running.add(child)
     data = input.encode() if isinstance(input, str) else input
     try:
         stdout, stderr = child.communicate(data, timeout=timeout_s)
@@ -87,6 +89,8 @@ def run(
     except BaseException:
         stop_group(child)
         raise
+    finally:
+        _running.discard(child)
     outcome = Outcome(
         argv=tuple(argv),
         rc=child.returncode,
@@ -97,6 +101,17 @@ def run(
     if check and outcome.rc != 0:
         raise InfrastructureError(f"{argv[0]} failed with status {outcome.rc}: {outcome.last_line}")
     return outcome
+
+
+# What `run` waits for, in whatever thread.
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop_running() -> None:
+    """End every command that `run` waits for in other threads; their calls then return."""
+    for child in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
 
 
 def stop_group(child: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA = 1
@@ -47,7 +47,10 @@ def parse_jsonl(text: str) -> Iterator[dict[str, Any]]:
 
 
 def load(text: str) -> list[Record]:
-    return [Record(**obj) for obj in parse_jsonl(text) if obj.get("schema") == SCHEMA]
+    """The records of a records.jsonl; a line that is none is passed over."""
+    known = {field.name for field in fields(Record)}
+    needed = known - {"host", "rank", "context", "schema"}
+    return [Record(**obj) for obj in parse_jsonl(text) if obj.get("schema") == SCHEMA and needed <= obj.keys() <= known]
 
 
 def from_events(events: Iterable[Mapping[str, Any]], base: Mapping[str, Any], host: str) -> Iterator[Record]:

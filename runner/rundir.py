@@ -45,9 +45,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InfrastructureError(f"the disk of {path} is full: free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EROFS):
-            raise InfrastructureError(f"cannot write to {path}: {error.strerror}") from error
-        raise
+        raise InfrastructureError(f"cannot write to {error.filename or path}: {error.strerror}") from error
 
 
 def now() -> str:
@@ -106,7 +104,7 @@ class RunDir:
         direct = Path(wanted) if "/" in wanted else results / wanted
         if (direct / "plan.json").is_file():
             return cls(direct.resolve())
-        matches = [p for p in sorted(results.glob(f"{wanted}*")) if (p / "plan.json").is_file()] if name else []
+        matches = [run.path for run in cls.all(results) if run.run_id.startswith(wanted)] if name else []
         if len(matches) == 1:
             return cls(matches[0].resolve())
         if matches:
@@ -145,12 +143,21 @@ class RunDir:
             pass
         return None
 
+    def _read(self, path: Path, *keys: str) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError):
+            value = None
+        if not isinstance(value, dict) or not value.keys() >= set(keys):
+            raise UsageError(f"run {self.run_id}: {path} is missing or damaged")
+        return value
+
     def read_plan(self) -> dict[str, Any]:
-        return json.loads(self.plan.read_text())
+        return self._read(self.plan, "run_id", "cells", "nodes")
 
     def read_status(self) -> dict[str, Any]:
         """The states; a run whose controller died without a final state is `incomplete`, and so are its cells."""
-        status = json.loads(self.status.read_text())
+        status = self._read(self.status, "state", "cells")
         if status["state"] not in FINAL_STATES and self.controller() is None:
             status["state"] = "incomplete"
             for cell in status["cells"].values():
@@ -162,12 +169,12 @@ class RunDir:
         write_json_atomic(self.status, status)
 
     def read_facts(self, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Facts by cell and host; a host that wrote none is left out."""
+        """Facts by cell and host; a host that wrote none, or not all of it, is left out."""
         facts: dict[str, dict[str, Any]] = {}
         for cell in plan["cells"]:
             for host in cell["hosts"]:
                 path = self.cell(host, cell["id"]) / "facts.json"
-                if path.exists():
+                with contextlib.suppress(OSError, ValueError):  # a node that died while writing
                     facts.setdefault(cell["id"], {})[host] = json.loads(path.read_text())
         return facts
 

@@ -7,6 +7,7 @@ had); the controller compacts the streams of a run into one Parquet file.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,9 +48,15 @@ class Sampler:
         return sample
 
 
-def count_gpus() -> int:
-    """GPUs that this machine's driver answers for; 0 without a driver."""
-    return len(list(_nvml_handles()))
+def gpu_names() -> list[str]:
+    """NVML's names of the GPUs that a process started here may use; none without a driver."""
+    names = []
+    for _, handle in _nvml_handles():
+        import pynvml
+
+        names.append(str(pynvml.nvmlDeviceGetName(handle)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: len([word for word in visible.split(",") if word.strip()])]
 
 
 def _nvml_handles() -> Iterator[tuple[int, Any]]:
@@ -104,9 +111,11 @@ def read(stream: Path) -> list[dict[str, Any]]:
     samples = []
     for line in stream.read_text(errors="replace").splitlines():
         try:
-            samples.append(json.loads(line))
+            sample = json.loads(line)
         except ValueError:
             continue
+        if isinstance(sample, dict):
+            samples.append(sample)
     return samples
 
 

@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -165,3 +166,53 @@ def test_all_bad_nodes_are_named_at_once_and_good_ones_take_their_place(server, 
         assert f"passed over {alias}" in done.stderr
     plan = json.loads((tmp_path / "results" / "latest" / "plan.json").read_text())
     assert [n["name"] for n in plan["nodes"]] == ["gpu-d"] and len(plan["passed_over"]) == 3
+
+
+def test_artefacts_that_cannot_be_fetched_stay_on_the_node_and_the_run_says_so(server, tmp_path):
+    """An rsync that fails on the way back stands in for a full disk."""
+    shim = tmp_path / "bin" / "rsync"
+    shim.parent.mkdir()
+    shim.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in */nodes/*) echo "rsync: write failed: No space left on device" >&2; exit 11;; esac\n'
+        f'exec {shutil.which("rsync")} "$@"\n'
+    )
+    shim.chmod(0o755)
+    inventory, results = server.inventory(tmp_path), tmp_path / "results"
+    env = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}"}
+    command = [RUNNER, "bench", "-i", inventory, "--results", results, "--test", "torch", "--set", "torch.max_bytes=8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "artefacts of node001 were not gathered, they stay there: rsync: write failed" in done.stderr
+    run = (results / "latest").resolve().name
+    assert (tmp_path / "scratch" / run / "torch-1n-r1" / "facts.json").exists()
+
+
+def test_a_terminal_that_is_closed_costs_nothing_but_the_progress(server, tmp_path):
+    results = tmp_path / "results"
+    command = [RUNNER, "bench", "-i", server.inventory(tmp_path), "--results", results, "--test", "torch"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as bench_:
+        assert bench_.stderr and bench_.stderr.readline()
+        bench_.stderr.close()  # what `2>&1 | head -1` does
+        assert bench_.wait(120) == 0
+    assert (results / "latest" / "report.html").exists()
+    assert json.loads((results / "latest" / "status.json").read_text())["state"] == "complete"
+
+
+def test_ctrl_c_while_data_is_sent_ends_the_sending(server, tmp_path):
+    shim = tmp_path / "bin" / "rsync"
+    shim.parent.mkdir()
+    shim.write_text("#!/bin/sh\nexec sleep 300\n")
+    shim.chmod(0o755)
+    env = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}"}
+    command = [RUNNER, "bench", "-i", server.inventory(tmp_path), "--results", tmp_path / "results", "--test", "sft"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env) as bench_:
+        for _ in range(200):
+            if (tmp_path / "results" / "latest").exists():
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        bench_.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert bench_.wait(60) == 130
+        assert time.monotonic() - started < 20

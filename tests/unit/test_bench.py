@@ -56,9 +56,14 @@ def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
 def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
     lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
     said = bench.blame(
-        talks("a", "b", "c"), {"a": outcome(stderr=lost), "b": outcome(rc=-9, stderr=[]), "c": outcome(stderr=lost)}
+        talks("a", "b", "c"),
+        {
+            "a": outcome(stderr=lost),
+            "b": outcome(rc=-9, stderr=["[rank1]: KeyboardInterrupt"]),
+            "c": outcome(stderr=lost),
+        },
     )
-    assert said["host"] == "b" and said["message"] == "rank0 was killed by SIGKILL"
+    assert said["host"] == "b" and said["message"] == "the engine was killed by SIGKILL"
 
 
 def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():

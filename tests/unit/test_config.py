@@ -52,7 +52,7 @@ def test_every_shipped_hardware_loads(name):
         ),
         (
             lambda: config.load_test("torch", {"max_bytes": "lots"}),
-            "--set torch: max_bytes = 'lots': input should be a valid integer",
+            "--set torch: max_bytes = 'lots': Input should be a valid integer",
         ),
         (
             lambda: config.parse_settings(["sft.steps"]),
@@ -79,10 +79,37 @@ def test_an_unknown_key_in_a_file_names_file_and_field():
 
 def test_settings_are_read_as_yaml():
     parsed = config.parse_settings(["sft.steps=20", "sft.lr=1e-3", "sft.liger=true", "torch.collectives=[all_reduce]"])
-    assert parsed == {"sft": {"steps": 20, "lr": "1e-3", "liger": "true"}, "torch": {"collectives": ["all_reduce"]}}
+    assert parsed == {"sft": {"steps": 20, "lr": 1e-3, "liger": "true"}, "torch": {"collectives": ["all_reduce"]}}
     assert config.load_test("sft", parsed["sft"]).lr == 1e-3
 
 
 @given(st.integers(1, 1000), st.sampled_from(["", "K", "M", "G", "T", "KiB", "MiB", "k"]))
 def test_sizes_are_powers_of_1024(number, unit):
     assert config.parse_size(f"{number}{unit}") == number * 1024 ** " KMGT".index(unit[:1].upper() or " ")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: config.load_test("torch", {"min_bytes": "1G", "max_bytes": 8}), "max_bytes 8 is below min_bytes"),
+        (lambda: config.load_test("torch", {"collectives": []}), "collectives"),
+        (lambda: config.load_test("torch", {"timeout_s": float("inf")}), "timeout_s"),
+        (
+            lambda: config.load_deepspeed("ds_config_7b", {"zero_optimisation.stage": 1}),
+            "unknown DeepSpeed setting 'zero_optimisation.stage'; did you mean 'zero_optimization'",
+        ),
+        (lambda: model(num_heads=5), "hidden_size must be a multiple of num_heads"),
+        (lambda: model(seq_len=99999), "seq_len must not exceed max_seq_len"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_it_is_read(call, said):
+    with pytest.raises(UsageError, match=said):
+        call()
+
+
+def model(**changes):
+    return config.check(config.ModelConfig, {**config.load_model("tiny").model_dump(), **changes}, "m.yaml")
+
+
+def test_numbers_with_an_exponent_are_numbers():
+    assert config.parse_settings(["deepspeed.optimizer.params.lr=1e-4"]) == {"deepspeed": {"optimizer.params.lr": 1e-4}}

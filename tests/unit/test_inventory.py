@@ -141,3 +141,63 @@ def test_broken_yaml_is_one_line(tmp_path):
 
 def test_the_cache_holds_nothing_but_the_nodes_fields(cluster):
     assert "ansible" not in json.dumps([vars(n) for n in cluster.nodes])
+
+
+def test_keys_of_ssh_keyscan_are_pins_and_a_pin_is_exclusive(tmp_path):
+    """`ssh-keyscan -p 44222 NAME` writes [NAME]:44222; HostKeyAlias looks the plain name up."""
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {gpu-a: {ansible_port: 44222}, gpu-b: {ansible_port: 44222}}}")
+    (tmp_path / "known_hosts").write_text("[gpu-a]:44222 ssh-ed25519 AAAA1\n[node001]:44222 ssh-rsa BBBB1\n")
+    read = inventory.read(str(tmp_path), tmp_path / "cache")
+    assert inventory.known_hosts(read) == "gpu-a ssh-ed25519 AAAA1\ngpu-a ssh-rsa BBBB1\n"
+    config = tmp_path / "ssh_config"
+    config.write_text(inventory.ssh_config(read, "/run/pins"))
+    for name, files in (("gpu-a", "/run/pins"), ("gpu-b", "/run/pins ")):
+        told = subprocess.run(["ssh", "-G", "-F", config, name], capture_output=True, text=True, check=True).stdout
+        line = next(line for line in told.splitlines() if line.startswith("userknownhostsfile "))
+        assert line.startswith(f"userknownhostsfile {files}")
+        assert ("/.ssh/known_hosts" in line) == (name == "gpu-b")
+
+
+@pytest.mark.parametrize("beside", ["group_vars/all.yml", "host_vars/a.json", "known_hosts"])
+def test_what_lies_beside_an_inventory_file_counts(tmp_path, beside):
+    hosts = tmp_path / "hosts.yml"
+    hosts.write_text("all: {hosts: {a: {}}}")
+    before = inventory.read(str(hosts), tmp_path / "cache")
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / beside).write_text("a ssh-ed25519 AAAA" if beside == "known_hosts" else '{"ansible_port": 2202}')
+    after = inventory.read(str(hosts), tmp_path / "cache")
+    assert (after.nodes[0].port, after.known_hosts) != (before.nodes[0].port, before.known_hosts)
+
+
+def test_a_damaged_cache_is_read_anew(tmp_path):
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {a: {}}}")
+    first = inventory.read(str(tmp_path / "hosts.yml"), tmp_path / "cache")
+    for kept in (tmp_path / "cache").iterdir():
+        kept.write_text('{"nodes": [')
+    assert inventory.read(str(tmp_path / "hosts.yml"), tmp_path / "cache") == first
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"runner_env": {"HF_TOKEN": "hf_x"}}, "leave secrets out of the inventory"),
+        ({"runner_env": {"A;B": "x"}}, "no name of an environment variable"),
+        ({"ansible_ssh_private_key_file": '/k"\n ProxyCommand touch /tmp/x'}, "not allowed"),
+        ({"ansible_ssh_private_key_file": "{{ inventory_dir }}/key"}, "not allowed"),
+        ({"runner_scratch": "/var/tmp/../../etc"}, "not allowed"),
+        ({"runner_scratch": "/"}, "not allowed"),
+        ({"runner_scratch": "scratch"}, "not allowed"),
+        ({"ansible_port": 99999}, "ansible_port"),
+        ({"runner_nic_gbit_per_s": float("nan")}, "runner_nic_gbit_per_s"),
+    ],
+)
+def test_values_that_would_do_harm_later_are_refused_now(variables, said):
+    with pytest.raises(UsageError, match=said) as error:
+        inventory.parse("inv", listing({"a": variables}))
+    assert "hf_x" not in str(error.value)
+
+
+def test_hosts_called_like_aliases_keep_their_names():
+    read = inventory.parse("inv", listing({f"node{i:03d}": {} for i in range(3)}))
+    assert [n.name for n in read.nodes] == ["node000", "node001", "node002"]
+    assert [n.name for n in inventory.select(read, "node001")] == ["node001"]

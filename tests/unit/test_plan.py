@@ -143,7 +143,7 @@ def test_deepspeed_needs_one_python_for_all_nodes(cluster):
 
 def test_a_deepspeed_setting_reaches_the_job(cluster):
     built = plan.build(request(cluster, settings=["deepspeed.zero_optimization.stage=1"]), cluster.nodes)
-    job = plan.job(built, built.cells[0], "/data/x")
+    job = plan.job(built, built.cells[0], built.nodes[0], "/data/x")
     assert job["deepspeed"]["zero_optimization"]["stage"] == 1 and job["data"] == "/data/x"
 
 
@@ -153,3 +153,21 @@ def test_a_plan_for_512_nodes_takes_no_time(cluster):
     built = plan.build(request(cluster, node_counts=(512,)), nodes)
     assert built.cells[0].world_size == 4096
     assert time.perf_counter() - started < 20  # a guard against a quadratic plan, not a measurement
+
+
+def test_each_node_keeps_its_own_environment(cluster):
+    """NICs may be named differently: what differs is said per node and reaches that node's ranks alone."""
+    odd = (*cluster.nodes[:2], replace(cluster.nodes[2], env={"NCCL_IB_HCA": "mlx5_7"}))
+    built = plan.build(request(cluster, node_counts=(3,)), odd)
+    text = plan.describe(built, inventory.fold)
+    assert "NCCL_IB_HCA=mlx5_0,mlx5_1 on node[001-002]" in text and "NCCL_IB_HCA=mlx5_7 on node003" in text
+    sent = [plan.job(built, built.cells[0], node, None)["env"]["NCCL_IB_HCA"] for node in built.nodes]
+    assert sent == ["mlx5_0,mlx5_1", "mlx5_0,mlx5_1", "mlx5_7"]
+
+
+@pytest.mark.parametrize(
+    "setting", ["sft.seq_len=99999", "deepspeed.train_batch_size=-8", "deepspeed.gradient_accumulation_steps=1.5"]
+)
+def test_what_no_rank_could_run_is_refused_before_it_starts(cluster, setting):
+    with pytest.raises(UsageError):
+        plan.build(request(cluster, settings=[setting]), cluster.nodes)

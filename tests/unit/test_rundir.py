@@ -9,11 +9,15 @@ import sys
 
 import pytest
 
-from runner import rundir
+from runner import records, rundir
 from runner.errors import InfrastructureError, UsageError
 from runner.rundir import RunDir
 
-PLAN = {"run_id": "20260102-030405-abcd", "cells": [{"id": "c1", "hosts": ["h"]}, {"id": "c2", "hosts": ["h"]}]}
+PLAN = {
+    "run_id": "20260102-030405-abcd",
+    "nodes": [],
+    "cells": [{"id": "c1", "hosts": ["h"]}, {"id": "c2", "hosts": ["h"]}],
+}
 
 
 def test_a_run_has_its_plan_before_anything_starts_and_is_private(tmp_path):
@@ -86,3 +90,18 @@ def test_a_full_disk_is_one_line(tmp_path):
         open("/dev/full", "w") as file,
     ):
         file.write("x")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("file", ["plan.json", "status.json"])
+def test_a_damaged_run_is_one_line_and_hides_no_other(tmp_path, file, damage):
+    run = RunDir.create(tmp_path, PLAN)
+    (run.path / file).write_text(damage)
+    with pytest.raises(UsageError, match=f"{file} is missing or damaged"):
+        run.read_plan(), run.read_status()
+    assert [r.run_id for r in RunDir.all(tmp_path)] == [run.run_id]
+
+
+def test_records_that_are_none_are_passed_over():
+    good = records.Record("r", "c", "sft", None, 1, 1, 1, "loss", 1.0).to_json()
+    assert len(records.load(f'{{"schema": 1}}\n{good}\n{{"schema": 1, "torn')) == 1
