@@ -122,6 +122,7 @@ class CellRun:
     first_failure: float | None = None
     reason: str | None = None
     deadline: float = 0.0
+    looked: float = 0.0
 
     def hear(self, talk: Talk, message: Mapping[str, Any]) -> None:
         kind = message["message"]
@@ -144,15 +145,9 @@ class CellRun:
     def word(self, talk: Talk) -> str | None:
         """What to tell this agent now."""
         moment = time.monotonic()
-        for other in self.talks:
-            if other.rc is not None and other.name not in self.outcomes:
-                self._failed()
-            elif other.alive and moment - other.heard > backends.SILENCE_S:
-                self.reason = self.reason or f"{other.name} has not answered for {backends.SILENCE_S:g} s"
-        if moment > self.deadline:
-            self.reason = self.reason or f"not finished within its limit of {self.cell.params['timeout_s']:g} s"
-        if self.stop.asked:
-            self.reason = self.reason or "interrupted"
+        if moment - self.looked > backends.POLL_S / 2:  # once for all agents of a round, not once for each
+            self.looked = moment
+            self._look_around(moment)
         if self.reason or (self.first_failure and moment - self.first_failure > SETTLE_S):
             return "stop"
         if self.cell.launch.head:
@@ -161,6 +156,17 @@ class CellRun:
             if LAUNCHER in self.outcomes:
                 return "done"
         return None
+
+    def _look_around(self, moment: float) -> None:
+        for talk in self.talks:
+            if talk.rc is not None and talk.name not in self.outcomes:
+                self._failed()
+            elif talk.alive and moment - talk.heard > backends.SILENCE_S:
+                self.reason = self.reason or f"{talk.name} has not answered for {backends.SILENCE_S:g} s"
+        if moment > self.deadline:
+            self.reason = self.reason or f"not finished within its limit of {self.cell.params['timeout_s']:g} s"
+        if self.stop.asked:
+            self.reason = self.reason or "interrupted"
 
     def state(self) -> tuple[str, dict[str, Any] | None]:
         """How the cell ended, and why if not well."""
@@ -341,7 +347,7 @@ class Run:
                 if (host, file) not in streams:
                     folder = self.run.cell(host, cell.id)
                     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    streams[host, file] = open(folder / file, "w", encoding="utf-8")  # noqa: SIM115
+                    streams[host, file] = open(folder / Path(file).name, "w", encoding="utf-8")  # noqa: SIM115
                 streams[host, file].write(line + "\n")
             if not file.endswith(".jsonl"):
                 alias = self.nodes[host].alias if host in self.nodes else host
