@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -34,6 +33,7 @@ def parse_size(value: Any) -> Any:
     return value
 
 
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `yes` is no number
 Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
 
 

@@ -93,6 +93,8 @@ def test_sizes_are_powers_of_1024(number, unit):
     [
         (lambda: config.load_test("torch", {"min_bytes": "1G", "max_bytes": 8}), "max_bytes 8 is below min_bytes"),
         (lambda: config.load_test("torch", {"collectives": []}), "collectives"),
+        (lambda: config.load_test("sft", {"steps": True}), "steps = True: Input should be a valid integer"),
+        (lambda: config.load_test("sft", {"steps": 0}), "steps = 0: Input should be greater than 0"),
         (lambda: config.load_test("torch", {"timeout_s": float("inf")}), "timeout_s"),
         (
             lambda: config.load_deepspeed("ds_config_7b", {"zero_optimisation.stage": 1}),
