@@ -35,8 +35,8 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 def preflight(
     nodes: Sequence[Node], device: str, engine: str, tests: Sequence[str], ssh_config: str | None
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Ask every node, at once, for whatever would stop a cell: (answers by name, problems by name)."""
+) -> dict[str, str]:
+    """Ask every node, at once, for whatever would stop a cell: problems by node name, none for a good one."""
     backend = nodes[0].backend
     request = {
         "kind": "check",
@@ -55,7 +55,7 @@ def preflight(
     for name, answer in answers.items():
         if answer["problems"]:
             problems[name] = "; ".join(answer["problems"])
-    return answers, problems
+    return problems
 
 
 def choose(

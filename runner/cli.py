@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -283,11 +283,11 @@ def _bench(
 
     # Refuse what cannot be planned before anything is asked of the nodes.
     build(chosen, (), "SSH_CONFIG" if remote else None)
-    with _transport(inventory) if remote else _nothing() as transport:
+    with _transport(inventory) if remote else nullcontext() as transport:
         asked = chosen if skip_bad_nodes else chosen[: max(counts)]
         if remote:
             display.note(f"checking {benchmark.summary_line(asked)}")
-        _, problems = benchmark.preflight(asked, device, engine, tests, transport)
+        problems = benchmark.preflight(asked, device, engine, tests, transport)
         nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip_bad_nodes)
         for line in passed_over:
             display.note(f"passed over {line}")
@@ -296,11 +296,6 @@ def _bench(
         data = _prepare(planned, display)
         run, summary = benchmark.execute(planned, results, state_dir(), transport, display, data)
     return _conclude(run, summary, as_json)
-
-
-@contextmanager
-def _nothing() -> Any:
-    yield None
 
 
 def _require_launcher(planned: Any) -> None:

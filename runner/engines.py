@@ -30,7 +30,6 @@ class Ranks:
     launcher_dir: str
     ssh_config: str | None
     marker: str
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Launch:
     """What runs where. A node without argv has its ranks started by the controller's `head` command."""
 
     argv: tuple[tuple[str, ...] | None, ...]
-    env: Mapping[str, str]
     head: tuple[str, ...] | None = None
     head_env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # name in launcher_dir -> content
@@ -64,7 +62,6 @@ def torchrun(ranks: Ranks) -> Launch:
             )
             for index, node in enumerate(ranks.nodes)
         ),
-        env=ranks.env,
     )
 
 
@@ -85,7 +82,6 @@ def deepspeed(ranks: Ranks) -> Launch:
         head_env["PDSH_SSH_ARGS_APPEND"] = f"-F {ranks.ssh_config}"
     return Launch(
         argv=tuple(None for _ in ranks.nodes),
-        env=ranks.env,
         head=(
             python,
             "-m",

@@ -23,7 +23,7 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
         "os": _os_name(),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        **_gpu_facts(),
+        **gpus(),
         "nccl": version_of(_first_package("nvidia-nccl-cu13", "nvidia-nccl-cu12")),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
@@ -70,7 +70,8 @@ def _first_package(*names: str) -> str | None:
     return next((name for name in names if version_of(name)), None)
 
 
-def _gpu_facts() -> dict[str, Any]:
+def gpus() -> dict[str, Any]:
+    """Driver and CUDA version and the GPUs that NVML shows; None and empty without a driver."""
     none: dict[str, Any] = {"driver": None, "cuda": None, "gpus": []}
     try:
         import pynvml
@@ -78,10 +79,10 @@ def _gpu_facts() -> dict[str, Any]:
         pynvml.nvmlInit()
     except Exception:  # no library, no driver, no GPU
         return none
-    gpus = []
+    found = []
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        gpus.append(
+        found.append(
             {
                 "index": index,
                 "name": pynvml.nvmlDeviceGetName(handle),
@@ -93,7 +94,7 @@ def _gpu_facts() -> dict[str, Any]:
     return {
         "driver": pynvml.nvmlSystemGetDriverVersion(),
         "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-        "gpus": gpus,
+        "gpus": found,
     }
 
 

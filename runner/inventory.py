@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from runner import __version__, process
 from runner.config import check
 from runner.errors import UsageError, unknown
+from runner.rundir import write_json_atomic
 
 GROUP = "gpu_nodes"
 
@@ -130,11 +131,7 @@ def read(source: str, cache: Path) -> Inventory:
     inventory = parse(source, _list(source), _known_hosts(path))
     if static:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(
-            json.dumps({"nodes": [asdict(n) for n in inventory.nodes], "known_hosts": inventory.known_hosts})
-        )
-        partial.replace(kept)
+        write_json_atomic(kept, {"nodes": [asdict(n) for n in inventory.nodes], "known_hosts": inventory.known_hosts})
     return inventory
 
 

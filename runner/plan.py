@@ -173,7 +173,6 @@ def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[
         launcher_dir=str(PurePath(request.run_dir, "launcher", cell_id)),
         ssh_config=request.ssh_config,
         marker=f"{request.run_id}/{cell_id}",
-        env=env,
     )
     return Cell(
         id=cell_id,
