@@ -6,10 +6,10 @@ import json
 import math
 
 import pytest
-import ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ranks
 from runner.limits import busbw_factor
 from runner.workloads import collectives
 

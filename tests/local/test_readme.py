@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 BLOCK = re.compile(r"^```sh( cluster)?\n(.*?)^```", re.MULTILINE | re.DOTALL)

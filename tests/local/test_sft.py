@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
 
+import ranks
 from runner import limits
 from runner.workloads import sft
 

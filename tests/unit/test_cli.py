@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import NAMES, ROOT
 
+from conftest import NAMES, ROOT
 from runner.cli import cli
 
 RUNNER = Path(sys.executable).with_name("runner")

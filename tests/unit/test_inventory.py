@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NAMES, ROOT, listing
-from golden_files import check as golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import NAMES, ROOT, listing
+from golden_files import check as golden
 from runner import inventory
 from runner.errors import UsageError
 

@@ -8,10 +8,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from golden_files import check as golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golden_files import check as golden
 from runner import config, inventory, plan
 from runner.engines import ENGINES
 from runner.errors import UsageError

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import report_fixture
-from golden_files import check as golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golden_files import check as golden
 from runner import analysis, chart, figures, report
 
 RUNS = {"healthy": report_fixture.healthy, "testbed": report_fixture.testbed, "broken": report_fixture.broken}

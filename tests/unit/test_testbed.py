@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import NAMES
-from golden_files import check as golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import NAMES
+from golden_files import check as golden
 from runner import inventory as inventories
 from runner import testbed
 from runner.errors import InfrastructureError, UsageError

@@ -1,0 +1,237 @@
+"""What every role's module is made of: one call carries out one phase on one node.
+
+A module reads what is there, compares it with what is wanted, and either mends it (`install`, `configure`) or
+reports it (`validate`, `verify`). It collects all problems before it answers, since a user who mends one at a time
+loses a day. Runs with the node's own Python (3.9 or newer) and nothing but its standard library.
+
+Answer of a module (`module.exit_json` / `fail_json`):
+
+    changed   bool
+    msg       one line: every problem, or what was done
+    problems  [{"what", "expected", "found", "remedy"}]   empty unless failed
+    facts     what was observed, by name; units in the names
+    warnings  what does not stop the node (`unknown` results of checks that gave none)
+    diff      [{"before", "after", "before_header", "after_header"}]   one a setting or file
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+
+PHASES = ("validate", "install", "configure", "verify")
+
+
+class Stop(Exception):
+    """Ends the phase at once: what follows cannot be done. Its one problem is reported with those before it."""
+
+    def __init__(self, what, expected, found, remedy=""):
+        super().__init__(what)
+        self.problem = (what, expected, found, remedy)
+
+
+class Outcome:
+    """How a command ended. `rc` is None when it did not answer in time or does not exist (see `reason`)."""
+
+    def __init__(self, argv, rc, stdout="", stderr="", reason=""):
+        self.argv, self.rc, self.stdout, self.stderr, self.reason = argv, rc, stdout, stderr, reason
+
+    @property
+    def ok(self):
+        return self.rc == 0
+
+    @property
+    def last_line(self):
+        """The last line that it wrote, usually the reason of a failure; else why it gave no answer."""
+        lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
+        return self.reason or (lines[-1].strip() if lines else f"status {self.rc} without a word")
+
+
+class Phase:
+    """One phase of one role on this node. `name` is the phase, `want` the role's settings without its prefix."""
+
+    def __init__(self, module):
+        self.module = module
+        self.name = module.params["phase"]
+        self.want = module.params["settings"]
+        self.check = module.check_mode
+        self.changed = False
+        self.done = []
+        self.problems = []
+        self.warnings = []
+        self.facts = {}
+        self.diffs = []
+
+    # --- what is found ---
+
+    def problem(self, what, expected, found, remedy=""):
+        """A reason why this node is not as wanted. Collected; the phase goes on."""
+        self.problems.append({"what": what, "expected": str(expected), "found": str(found), "remedy": remedy})
+
+    def warn(self, text):
+        """Something that a person should know and that does not stop the node."""
+        self.warnings.append(text)
+
+    def run(self, argv, timeout_s, env=None, cwd=None, input=None):
+        """Run `argv` and return its Outcome, also when it is missing, fails or hangs; never raises.
+
+        Its output is read as UTF-8, with a C locale, and it is ended with its whole group after `timeout_s`.
+        """
+        argv = [str(word) for word in argv]
+        full = dict(os.environ, LC_ALL="C.UTF-8", **(env or {}))
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE if input is not None else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=full,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        except OSError as error:
+            reason = "not found" if error.errno == errno.ENOENT else (error.strerror or str(error)).lower()
+            return Outcome(argv, None, reason=f"{argv[0]}: {reason}")
+        try:
+            stdout, stderr = child.communicate(None if input is None else input.encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(child.pid, number)
+                    child.wait(2)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+                except ProcessLookupError:
+                    break
+            return Outcome(argv, None, reason=f"{os.path.basename(argv[0])} gave no answer within {timeout_s:g} s")
+        return Outcome(argv, child.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
+
+    # --- what is mended ---
+
+    def change(self, setting, before, after):
+        """Record that `setting` is to be changed. True where it may be done now, False in check mode."""
+        self.changed = True
+        self.diffs.append(
+            {
+                "before": f"{before}\n" if before is not None else "",
+                "after": f"{after}\n" if after is not None else "",
+                "before_header": setting,
+                "after_header": setting,
+            }
+        )
+        return not self.check
+
+    def write(self, path, content, mode=0o644, secret=False):
+        """Make the file `path` hold `content` with `mode`; returns whether that is a change. Whole or not at all.
+
+        The diff shows neither content where `secret`.
+        """
+        old = read(path)
+        old_mode = os.stat(path).st_mode & 0o7777 if old is not None else None
+        if old == content and old_mode == mode:
+            return False
+        if old == content:
+            allowed = self.change(path, f"mode {old_mode:04o}", f"mode {mode:04o}")
+        elif secret:
+            allowed = self.change(path, "(secret)" if old is not None else None, "(another secret)")
+        else:
+            allowed = self.change(path, old, content)
+        if allowed:
+            write(path, content, mode)
+        return True
+
+    def remove(self, path):
+        """Make sure that nothing is at `path`; returns whether that is a change."""
+        if not os.path.lexists(path):
+            return False
+        if self.change(path, "present", None):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+        return True
+
+    # --- the answer ---
+
+    def finish(self):
+        answer = {"changed": self.changed, "facts": self.facts, "problems": self.problems, "diff": self.diffs}
+        if self.warnings:
+            answer["warnings"] = self.warnings
+        if self.problems:
+            self.module.fail_json(msg=one_line(self.problems), **answer)
+        self.module.exit_json(msg="; ".join(self.done) or "as wanted", **answer)
+
+
+def one_line(problems):
+    """Every problem in one line, as people read it."""
+    parts = []
+    for problem in problems:
+        part = "{what}: expected {expected}, found {found}".format(**problem)
+        parts.append(part + (f" ({problem['remedy']})" if problem["remedy"] else ""))
+    return "; ".join(parts)
+
+
+def main(module_class, phases):
+    """Carry out the phase that the task names: `phases` maps each of its names to a function of a Phase.
+
+    What the operating system refuses (a full disk, a read-only file system, a missing right) is a problem of the
+    node with the file's name, not a traceback.
+    """
+    module = module_class(
+        argument_spec={
+            "phase": {"type": "str", "required": True, "choices": sorted(phases, key=PHASES.index)},
+            "settings": {"type": "dict", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    phase = Phase(module)
+    try:
+        phases[phase.name](phase)
+    except Stop as stop:
+        phase.problem(*stop.problem)
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "free some space there",
+            errno.EDQUOT: "raise the quota or free some space",
+            errno.EROFS: "remount it read-write; a disk that failed is often remounted read-only: see dmesg",
+            errno.EACCES: "run as root (ansible_user=root or become)",
+            errno.EPERM: "run as root (ansible_user=root or become)",
+        }
+        if error.errno not in remedies:
+            raise
+        place = error.filename or error.filename2 or "a file"
+        phase.problem(str(place), "writable", (error.strerror or str(error)).lower(), remedies[error.errno])
+    phase.finish()
+
+
+def read(path):
+    """The text of `path`, or None where there is no such file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write(path, content, mode=0o644):
+    """Write `content` to a temporary file beside `path`, then rename: a killed run leaves the old file whole."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, mode)
+        os.replace(partial, path)
+    except BaseException as error:
+        os.unlink(partial)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path
+        raise

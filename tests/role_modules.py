@@ -1,0 +1,57 @@
+"""Modules of roles as Python modules, and a node to try them on: a folder, and an answer instead of an exit.
+
+`load("cuda_check")` imports roles/cuda_check/library/cuda_check.py, with plugins/module_utils where Ansible puts it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import ansible.module_utils
+
+ROOT = Path(__file__).resolve().parents[1]
+ROLES = sorted(path.parent.parent.name for path in (ROOT / "roles").glob("*/tasks/main.yml"))
+ansible.module_utils.__path__.append(str(ROOT / "plugins" / "module_utils"))
+
+
+class Answer(Exception):
+    """What a module answered: `ok` and its values as attributes."""
+
+    def __init__(self, ok, values):
+        super().__init__(values.get("msg"))
+        self.ok = ok
+        self.__dict__.update(values)
+
+
+class ModuleStandIn:
+    """Ansible's module object without its process: parameters in, an Answer raised."""
+
+    def __init__(self, phase, settings, check=False):
+        self.params = {"phase": phase, "settings": settings}
+        self.check_mode = check
+
+    def exit_json(self, **values):
+        raise Answer(True, values)
+
+    def fail_json(self, **values):
+        raise Answer(False, values)
+
+
+def load(role, name=None):
+    path = ROOT / "roles" / role / "library" / f"{name or role}.py"
+    spec = importlib.util.spec_from_file_location(f"library_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def carry_out(phases, phase, settings, check=False):
+    """Carry out one phase of a module on this machine and return its Answer."""
+    from ansible.module_utils.phase import main
+
+    try:
+        main(lambda **_: ModuleStandIn(phase, settings, check), phases)
+    except Answer as answer:
+        return answer
+    raise AssertionError("the module neither succeeded nor failed")

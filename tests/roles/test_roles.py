@@ -1,0 +1,66 @@
+"""What holds for every role: one shape, one source for its variables, and no waivers."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+
+from role_modules import ROLES, ROOT
+from runner import process
+
+PHASES = ("validate", "install", "configure", "verify")
+
+
+def _yaml(role, file):
+    return yaml.safe_load((ROOT / "roles" / role / file).read_text())
+
+
+def _options(role):
+    return _yaml(role, "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_specification_and_the_defaults_say_the_same(role):
+    defaults = {name: value for name, value in (_yaml(role, "defaults/main.yml") or {}).items()}
+    specified = {name: option["default"] for name, option in _options(role).items() if "default" in option}
+    assert defaults == specified
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_variable_carries_the_roles_name_and_says_what_it_is(role):
+    for name, option in _options(role).items():
+        assert name.startswith(f"{role}_")
+        assert option.get("type") and option.get("description"), name
+        assert option.get("required") or "default" in option or option["type"] != "dict", name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_phases_are_files_in_their_order_with_their_tags(role):
+    main = _yaml(role, "tasks/main.yml")
+    assert [task["ansible.builtin.import_tasks"] for task in main] == [f"{phase}.yml" for phase in PHASES]
+    assert [task["tags"] for task in main] == [[role, phase] for phase in PHASES]
+    for phase in PHASES:
+        assert (ROOT / "roles" / role / "tasks" / f"{phase}.yml").exists()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_has_its_scenario_with_a_broken_node(role):
+    for file in ("molecule.yml", "prepare.yml", "converge.yml", "side_effect.yml", "tests"):
+        assert (ROOT / "molecule" / role / file).exists(), file
+
+
+def test_the_readmes_tables_are_those_of_the_specifications():
+    outcome = process.run([sys.executable, str(ROOT / "roles" / "readme.py"), "--check"], timeout_s=60)
+    assert outcome.rc == 0, outcome.stdout
+
+
+def test_ansible_lint_finds_nothing_with_the_profile_production():
+    argv = [f"{sys.prefix}/bin/ansible-lint", "--offline", "--profile", "production", "--nocolor"]
+    outcome = process.run(argv, timeout_s=300, cwd=str(ROOT))
+    assert outcome.rc == 0, outcome.stdout
+    assert not list(ROOT.glob(".ansible-lint*")), "no waivers"
+    waived = process.run(["git", "grep", "-nE", "no" + "qa|skip_" + "ansible_lint", "--", "roles", "playbooks", "molecule", "*.yml"],
+                         timeout_s=30, cwd=str(ROOT))  # fmt: skip
+    assert not [line for line in waived.stdout.splitlines() if ".py:" not in line]
