@@ -11,9 +11,8 @@ import secrets
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -22,22 +21,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import __version__, errors
+from runner.options import cache_dir, inventory_option, read_inventory, results_option, state_dir, transport
 
 if TYPE_CHECKING:
-    from runner.inventory import Inventory, Node
+    from runner.inventory import Node
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shakedown"
-
-
-def state_dir() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "shakedown"
-
-
-# Groups that live in other modules, imported when they are used: name -> (module, short help).
+# Commands that live in other modules, imported when they are used: name -> (module, short help).
 _ELSEWHERE = {
+    "check": ("runner.provision", "Read back what nodes are now and show where they drifted."),
     "data": ("runner.data", "Prepare training data: tokenise, pack, cache."),
+    "setup": ("runner.provision", "Bring nodes to the wanted state: site.yml, with progress and a table."),
     "testbed": ("runner.testbed", "Start and stop a cluster of containers on this machine."),
 }
 
@@ -114,42 +108,6 @@ def _names(kind: str) -> Callable[..., list[str]]:
         return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
 
     return complete
-
-
-def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "-i", "--inventory", "source", envvar="RUNNER_INVENTORY", metavar="PATH",
-        help="Ansible inventory; default: RUNNER_INVENTORY, then ansible.cfg's.", type=click.Path(),
-    )(command)  # fmt: skip
-
-
-def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--results", envvar="RUNNER_RESULTS", default="results", show_default=True, metavar="DIR",
-        help="Folder of run directories.", type=click.Path(path_type=Path),
-    )(command)  # fmt: skip
-
-
-def _read_inventory(source: str | None) -> Inventory:
-    from runner import inventory
-
-    if source == "":
-        raise errors.UsageError("-i is empty: give an inventory, or leave -i out for ansible.cfg's")
-    return inventory.read(inventory.default_source() if source is None else source, cache_dir() / "inventory")
-
-
-@contextmanager
-def _transport(inventory: Inventory) -> Any:
-    """A private folder with the rendered ssh_config, on a path that pdsh and rsync can take unquoted."""
-    from runner.inventory import known_hosts, ssh_config
-
-    # TMPDIR may hold spaces, which PDSH_SSH_ARGS cannot carry.
-    with tempfile.TemporaryDirectory(prefix="shakedown-", dir="/tmp") as folder:
-        pinned = Path(folder, "known_hosts")
-        pinned.write_text(known_hosts(inventory))
-        config = Path(folder, "ssh_config")
-        config.write_text(ssh_config(inventory, str(pinned)))
-        yield str(config)
 
 
 def _observed(node: Node, device: str) -> tuple[int, str, str]:
@@ -231,7 +189,7 @@ def _bench(
     deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
     counts = _counts(num_nodes, sweep)
 
-    inventory = _read_inventory(source)
+    inventory = read_inventory(source)
     chosen = select(inventory, hosts)
     counts = counts or (len(chosen),)
     if backend and backend != chosen[0].backend:
@@ -283,18 +241,18 @@ def _bench(
 
     # Refuse what cannot be planned before anything is asked of the nodes.
     build(chosen, (), "SSH_CONFIG" if remote else None)
-    with _transport(inventory) if remote else nullcontext() as transport:
+    with transport(inventory) if remote else nullcontext() as ssh_config:
         asked = chosen if skip_bad_nodes else chosen[: max(counts)]
         if remote:
             display.note(f"checking {benchmark.summary_line(asked)}")
-        problems = benchmark.preflight(asked, device, engine, tests, transport)
+        problems = benchmark.preflight(asked, device, engine, tests, ssh_config)
         nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip_bad_nodes)
         for line in passed_over:
             display.note(f"passed over {line}")
-        planned = build(nodes, passed_over, transport)
+        planned = build(nodes, passed_over, ssh_config)
         _require_launcher(planned)
         data = _prepare(planned, display)
-        run, summary = benchmark.execute(planned, results, state_dir(), transport, display, data)
+        run, summary = benchmark.execute(planned, results, state_dir(), ssh_config, display, data)
     return _conclude(run, summary, as_json)
 
 
@@ -498,7 +456,7 @@ def show_inventory(source: str | None, hosts: str | None, folder: Path | None, a
     from runner.inventory import known_hosts, select, ssh_config
     from runner.rundir import disk_errors, write_text_atomic
 
-    inventory = _read_inventory(source)
+    inventory = read_inventory(source)
     nodes = select(inventory, hosts)
     if folder is not None:
         with disk_errors(folder):

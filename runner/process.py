@@ -114,6 +114,15 @@ def stop_running() -> None:
             os.killpg(child.pid, signal.SIGTERM)
 
 
+def ask_children_to_end() -> None:
+    """Send TERM to what this process started and did not wait for yet."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+
+
 def stop_group(child: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:
     """End the session that `child` leads, and wait for `child`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):

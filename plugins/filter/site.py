@@ -1,0 +1,39 @@
+"""Filters of the playbooks."""
+
+from __future__ import annotations
+
+import re
+
+# Ansible 2.19 puts a chain of its own words before what is wrong.
+_CHAIN = re.compile(
+    r"^(Task failed|Action failed|Module failed|Finalization of task args for '[^']*' failed|"
+    r"Error while resolving value for '[^']*'|The (lookup|filter) plugin '[^']*' failed)[:.]\s*"
+)
+
+
+def why(result: dict) -> str:
+    """The reason of a failed task's `result`, in one line."""
+    text = " ".join(str(result.get("msg") or result.get("stderr") or "failed without a word").split())
+    while match := _CHAIN.match(text):
+        text = text[match.end() :]
+    return text
+
+
+def nodes_named_twice(names: list[str], hostvars: dict) -> list[str]:
+    """One line for each alias or address that two of the nodes `names` share."""
+    lines = []
+    for variable in ("runner_alias", "ansible_host"):
+        holders: dict[tuple, str] = {}
+        for name in names:
+            value = hostvars[name].get(variable)
+            # Behind one address, ports may tell nodes apart.
+            port = hostvars[name].get("ansible_port") if variable == "ansible_host" else None
+            first = holders.setdefault((value, port), name)
+            if value is not None and first != name:
+                lines.append(f"{first} and {name} have the same {variable} {value}: give each its own")
+    return lines
+
+
+class FilterModule:
+    def filters(self):
+        return {"why": why, "nodes_named_twice": nodes_named_twice}

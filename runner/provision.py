@@ -1,0 +1,473 @@
+"""`runner setup` and `runner check`: the playbooks, with progress, folded failures and a table of nodes and roles.
+
+`Board` gathers what the events say; `failures`, `warnings`, `table` and `summary` are pure functions of it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runner import errors
+from runner.options import cache_dir, inventory_option, read_inventory, results_option, state_dir, transport
+
+if TYPE_CHECKING:
+    from runner.display import Display
+    from runner.inventory import Node
+    from runner.playbook import Call, Event
+
+SITE = "site.yml"
+VERIFY = "playbooks/verify.yml"
+
+# The worst of what a role's tasks did on a node is the role's state there.
+_RANK = {"skipped": 0, "ok": 1, "changed": 2, "failed": 3, "unreachable": 4}
+_SHOWN = {"skipped": "off", "ok": "ok", "changed": "changed", "failed": "FAILED", "unreachable": "UNREACHABLE"}
+
+
+@dataclass
+class Board:
+    """What happened so far on `nodes` (inventory names to aliases)."""
+
+    nodes: Mapping[str, str]
+    events: list[Event] = field(default_factory=list)
+
+    def roles(self) -> list[str]:
+        return list(dict.fromkeys(event.role for event in self.events if event.role))
+
+    def state(self, host: str, role: str) -> str | None:
+        """A role's state on a node; None where it was not reached."""
+        states = [event.status for event in self.events if event.host == host and event.role == role]
+        return max(states, key=_RANK.__getitem__, default=None)
+
+    def bad(self) -> set[str]:
+        return {event.host for event in self.events if event.status in ("failed", "unreachable")}
+
+    def unreachable(self) -> set[str]:
+        return {event.host for event in self.events if event.status == "unreachable"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that is wrong, and on which nodes it is so in the same words."""
+
+    nodes: str
+    role: str
+    phase: str
+    what: str
+    expected: str
+    found: str
+    remedy: str
+
+    def line(self) -> str:
+        where = f"{self.role}: " if self.role else ""
+        text = f"{where}{self.what}"
+        if self.expected or self.found:
+            text += f": expected {self.expected}, found {self.found}"
+        return f"{text} ({self.remedy})" if self.remedy else text
+
+
+def failures(board: Board) -> list[Failure]:
+    """Every failure, equal ones folded over nodes, in the order in which they were met."""
+    from runner.inventory import fold
+
+    nodes: dict[tuple[str, ...], list[str]] = {}
+    for event in board.events:
+        if event.status not in ("failed", "unreachable"):
+            continue
+        if not event.role and nodes and any(board.nodes[event.host] in names for names in nodes.values()):
+            continue  # a playbook's last word on a node, which repeats its roles'
+        for problem in event.problems or ({"what": event.message},):
+            key = (event.role, event.phase, *(str(problem.get(k, "")) for k in ("what", "expected", "found", "remedy")))
+            names = nodes.setdefault(key, [])
+            if (alias := board.nodes[event.host]) not in names:
+                names.append(alias)
+    return [
+        Failure(fold(names), role, phase, what, expected, found, remedy)
+        for (role, phase, what, expected, found, remedy), names in nodes.items()
+    ]
+
+
+def warnings(board: Board) -> list[tuple[str, str, str]]:
+    """(nodes, role, text) of each warning, equal ones folded."""
+    from runner.inventory import fold
+
+    nodes: dict[tuple[str, str], list[str]] = {}
+    for event in board.events:
+        for text in event.warnings:
+            names = nodes.setdefault((event.role, text), [])
+            if board.nodes[event.host] not in names:
+                names.append(board.nodes[event.host])
+    return [(fold(names), role, text) for (role, text), names in nodes.items()]
+
+
+def table(board: Board) -> str:
+    """Node × role, for people."""
+    from tabulate import tabulate
+
+    rows = []
+    for host, alias in board.nodes.items():
+        row = {"node": alias}
+        for role in board.roles():
+            state = board.state(host, role)
+            row[role] = _SHOWN[state] if state else "–"
+        rows.append(row)
+    return tabulate(rows, headers="keys")
+
+
+def summary(board: Board, state: str, elapsed_s: float, said: str) -> dict[str, Any]:
+    """What `--json` prints and summary.json holds."""
+    return {
+        "schema": 1,
+        "state": state,
+        "elapsed_s": round(elapsed_s, 1),
+        "nodes": {
+            alias: {"name": host, "roles": {role: board.state(host, role) for role in board.roles()}}
+            for host, alias in board.nodes.items()
+        },
+        "failures": [asdict(failure) for failure in failures(board)],
+        "warnings": [{"nodes": nodes, "role": role, "text": text} for nodes, role, text in warnings(board)],
+        "error": said or None,
+    }
+
+
+def diffs(board: Board) -> list[tuple[str, str, str, str]]:
+    """(nodes, setting, before, after) of each difference that a dry converge found, equal ones folded."""
+    from runner.inventory import fold
+
+    nodes: dict[tuple[str, str, str], list[str]] = {}
+    for event in board.events:
+        for entry in event.diff if isinstance(event.diff, list) else [event.diff] if event.diff else []:
+            setting = str(entry.get("before_header") or entry.get("after_header") or event.task)
+            before, after = (str(entry.get(side) or "").strip() for side in ("before", "after"))
+            names = nodes.setdefault((setting, before, after), [])
+            if board.nodes[event.host] not in names:
+                names.append(board.nodes[event.host])
+    return [(fold(names), *key) for key, names in nodes.items()]
+
+
+def exit_code(board: Board, state: str) -> int:
+    """3 where a node was not reached, 1 where one is not as wanted, 130 after an interruption."""
+    if state == "cancelled":
+        return errors.EXIT_INTERRUPTED
+    if board.unreachable():
+        return errors.EXIT_INFRASTRUCTURE
+    if board.bad():
+        return errors.EXIT_TARGET_MISSED
+    return errors.EXIT_OK if state == "complete" else errors.EXIT_INFRASTRUCTURE
+
+
+class Progress:
+    """The bar's position: tasks weighed by how long each took the last time, known after a first run."""
+
+    def __init__(self, call: Call, display: Display, hosts: int) -> None:
+        self._display = display
+        self._hosts = hosts
+        self._known = _read_seconds()
+        self._all: list[str] = []
+        self._done_s = 0.0
+        self._task, self._answers, self._started = "", 0, time.monotonic()
+        self.seconds: dict[str, float] = {}
+        # Listing the tasks takes a second of Ansible's time: beside the play, not before it.
+        threading.Thread(target=self._list, args=(call,), daemon=True).start()
+
+    def _list(self, call: Call) -> None:
+        from runner import playbook
+
+        with suppress(errors.RunnerError):
+            self._all = playbook.tasks(call)
+
+    def _expected_s(self, task: str) -> float:
+        return self._known.get(task, 1.0)
+
+    def task(self, name: str, role: str) -> None:
+        self._end()
+        self._task = f"{role} : {name}" if role else name
+        self._answers, self._started = 0, time.monotonic()
+        self._show("")
+
+    def _end(self) -> None:
+        if self._task:
+            self._done_s += self._expected_s(self._task)
+            self.seconds[self._task] = round(time.monotonic() - self._started, 2)
+
+    def answer(self, alias: str) -> None:
+        self._answers += 1
+        self._show(alias)
+
+    def _show(self, alias: str) -> None:
+        share = min(1.0, self._answers / self._hosts)
+        total = sum(map(self._expected_s, self._all)) or 1.0
+        done = min(total, self._done_s + share * self._expected_s(self._task)) if self._all else 0.0
+        text = f"{self._task} · {alias or 'all nodes'} ({self._answers}/{self._hosts})"
+        self._display.at(done, total, text)
+
+    def finish(self) -> None:
+        """Remember how long the tasks took."""
+        from runner.rundir import write_json_atomic
+
+        self._end()
+        with suppress(OSError):
+            cache_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_json_atomic(_seconds_file(), {**self._known, **self.seconds})
+
+
+def _seconds_file() -> Path:
+    return cache_dir() / "task_seconds.json"
+
+
+def _read_seconds() -> dict[str, float]:
+    try:
+        return {str(k): float(v) for k, v in json.loads(_seconds_file().read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path | None) -> tuple[Board, str, str]:
+    """Play `call`; events and Ansible's own output go to `folder`/ansible. Returns the board, the state, an error."""
+    from runner import backends, playbook
+    from runner.rundir import disk_errors
+
+    by_name = {node.name: node for node in nodes}
+    board = Board({node.name: node.alias for node in nodes})
+    progress = Progress(call, display, len(nodes))
+    told: set[str] = set()
+    with ExitStack() as stack:
+        events = None
+        if folder is not None:
+            stack.enter_context(disk_errors(folder))
+            (folder / "ansible").mkdir(mode=0o700, parents=True)
+            events = stack.enter_context(open(folder / "ansible" / "events.jsonl", "w"))
+
+        def on_event(event: Event) -> None:
+            if event.host not in board.nodes:
+                return  # the controller's own task
+            if event.status == "unreachable":
+                lines = event.message.splitlines()
+                event = replace(event, message=backends.explain(by_name[event.host], None, lines))
+            if events:
+                print(json.dumps(asdict(event), ensure_ascii=False), file=events, flush=True)
+            board.events.append(event)
+            progress.answer(board.nodes[event.host])
+            if event.status in ("failed", "unreachable") and event.host not in told:
+                told.add(event.host)
+                display.note(f"{board.nodes[event.host]}: {event.role or event.play} {event.status}")
+
+        stack.enter_context(display.progress(1.0))
+        log = folder / "ansible" / "ansible.log" if folder else None
+        state, said = playbook.play(call, on_event, progress.task, log)
+        progress.finish()
+    return board, state, said
+
+
+def conclude(board: Board, state: str, said: str, elapsed_s: float, as_json: bool, check: bool) -> int:
+    """Print what came out; the exit code says the same."""
+    if as_json:
+        click.echo(json.dumps(summary(board, state, elapsed_s, said), indent=1))
+        return exit_code(board, state)
+    if check:
+        for nodes, setting, before, after in diffs(board):
+            click.echo(f"{nodes}: {_change(setting, before, after)}")
+    for nodes, role, text in warnings(board):
+        click.echo(f"{nodes}: {role + ': ' if role else ''}warning: {text}")
+    for failure in failures(board):
+        click.echo(f"{failure.nodes}: {failure.line()}")
+    if board.roles():
+        click.echo(f"\n{table(board)}\n")
+    code = exit_code(board, state)
+    good = len(board.nodes) - len(board.bad())
+    if state == "cancelled":
+        click.echo(f"interrupted after {elapsed_s:.0f} s: run it again, it goes on with what is left")
+        return code
+    if not board.bad() and state == "failed":
+        raise errors.InfrastructureError(f"ansible-playbook failed: {said}")
+    words = "done, with failures" if board.bad() else "done"
+    click.echo(f"{words}: {good} of {len(board.nodes)} nodes as wanted, {elapsed_s:.0f} s")
+    return code
+
+
+def _change(setting: str, before: str, after: str) -> str:
+    if "\n" in before or "\n" in after or len(before) + len(after) > 160:
+        return f"{setting} would change"
+    return f"{setting}: {before or '(none)'} -> {after or '(none)'}"
+
+
+# --- the commands ----------------------------------------------------------------------------------
+
+
+def _common(command: Any) -> Any:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else."),
+        click.option("--tags", metavar="TAG,…", help="Only these roles or phases, e.g. roce_qos or verify."),
+        click.option("--hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006]."),
+        inventory_option,
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_common
+@results_option
+@click.option("--check", is_flag=True, help="Change nothing; show what would change, setting by setting.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a role's variable for this run.")
+@click.option("--dry-run", is_flag=True, help="Print the command and its tasks; connect to no node.")
+@click.pass_context
+def setup(
+    ctx: click.Context,
+    source: str | None,
+    hosts: str | None,
+    tags: str | None,
+    results: Path,
+    check: bool,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Bring nodes to the wanted state: site.yml, with progress and a table of what was done.
+
+    A second run changes nothing. A node that cannot be brought there is named with the reason; the others go on.
+    """
+    from runner.rundir import hold_nodes
+
+    run_id = datetime.now(UTC).strftime("setup-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    ctx.exit(
+        _play(
+            SITE,
+            source,
+            hosts,
+            tags,
+            as_json,
+            check=check,
+            variables=_variables(settings),
+            dry_run=dry_run,
+            folder=results / run_id,
+            hold=lambda names: nullcontext() if check else hold_nodes(state_dir(), names, run_id),
+        )
+    )
+
+
+@click.command()
+@_common
+@click.option("--dry-run", is_flag=True, help="Print the command and its tasks; connect to no node.")
+@click.pass_context
+def check(
+    ctx: click.Context, source: str | None, hosts: str | None, tags: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Read back what nodes are now and show where they drifted; changes nothing, takes seconds."""
+    ctx.exit(_play(VERIFY, source, hosts, tags, as_json, dry_run=dry_run))
+
+
+def _play(
+    playbook_file: str,
+    source: str | None,
+    hosts: str | None,
+    tags: str | None,
+    as_json: bool,
+    *,
+    check: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    folder: Path | None = None,
+    hold: Any = lambda names: nullcontext(),
+) -> int:
+    from runner import playbook
+    from runner.display import Display
+    from runner.inventory import fold, select
+    from runner.rundir import write_json_atomic
+
+    _check_tags(tags)
+    inventory = read_inventory(source)
+    nodes = select(inventory, hosts)
+    names = tuple(node.name for node in nodes)
+    display = Display(quiet=as_json)
+    remote = nodes[0].backend == "ssh"
+    with nullcontext("SSH_CONFIG") if dry_run else transport(inventory) as ssh_config:
+        call = playbook.Call(
+            playbook=playbook_file,
+            inventory=str(Path(inventory.source).absolute()),
+            hosts=names,
+            ssh_config=ssh_config if remote else None,
+            tags=tags,
+            check=check,
+            variables=variables,
+        )
+        if dry_run:
+            listed = playbook.tasks(call)
+            plan = {"command": call.command(), "nodes": [node.alias for node in nodes], "tasks": listed}
+            click.echo(json.dumps(plan, indent=1) if as_json else _described(plan))
+            return errors.EXIT_OK
+        started = time.monotonic()
+        with hold(list(names)):
+            display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
+            board, state, said = carry_out(call, nodes, display, folder)
+    elapsed_s = time.monotonic() - started
+    if folder is not None:
+        write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, said))
+        display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
+    return conclude(board, state, said, elapsed_s, as_json, check)
+
+
+def _described(plan: Mapping[str, Any]) -> str:
+    from runner.inventory import fold
+
+    lines = [shlex.join(plan["command"]), f"# {len(plan['tasks'])} tasks on {fold(plan['nodes'])}"]
+    return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])
+
+
+def roles() -> list[str]:
+    return sorted(path.parents[1].name for path in _root().glob("roles/*/tasks/main.yml"))
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+PHASES = ("validate", "install", "configure", "verify")
+
+
+def _check_tags(tags: str | None) -> None:
+    known = [*roles(), *PHASES]
+    for tag in (tags or "").split(",") if tags is not None else ():
+        if tag.strip() not in known:
+            raise errors.unknown("tag", tag.strip(), known, "--tags")
+
+
+def _variables(settings: Iterable[str]) -> dict[str, Any]:
+    """`--set NAME=VALUE` as Ansible's extra variables; a name must be a role's, a value is YAML."""
+    import yaml
+
+    known = {name: option for role in roles() for name, option in _options(role).items()}
+    variables = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise errors.UsageError(f"--set {setting}: write NAME=VALUE, e.g. roce_qos_mtu=9000")
+        if name not in known:
+            raise errors.unknown("variable", name, known, f"--set {name}")
+        if known[name].get("no_log"):  # a command line is no secret
+            raise errors.UsageError(
+                f"--set {name}: a secret belongs in a vault or a file of mode 0600, see its role's README"
+            )
+        try:
+            variables[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise errors.UsageError(f"--set {setting}: {text!r} is no YAML value") from None
+    return variables
+
+
+def _options(role: str) -> dict[str, Any]:
+    import yaml
+
+    text = (_root() / "roles" / role / "meta" / "argument_specs.yml").read_text()
+    return yaml.safe_load(text)["argument_specs"]["main"]["options"]
