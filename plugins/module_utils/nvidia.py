@@ -1,10 +1,11 @@
-"""What nvidia-smi says, for the modules of several roles."""
+"""What nvidia-smi and the driver say, for the modules of several roles."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 
 CUDA_FACT = "/etc/ansible/facts.d/cuda.fact"  # written by the role cuda_check
 
@@ -45,3 +46,144 @@ def version(text):
             break
         numbers.append(int(digits))
     return tuple(numbers)
+
+
+# --- readers of text; each takes any text, and what it cannot read is missing from its answer ---
+
+NO_VALUE = re.compile(
+    r"\[?(N/A|ERR!|unknown( error)?|not supported|not available|insufficient permissions|GPU is lost|"
+    r"function not found|requested functionality has been deprecated)\]?|",
+    re.IGNORECASE,
+)
+
+
+def address(text):
+    """A PCI address as Linux writes it, from nvidia-smi's or the driver's: "00000000:1B:00.0" -> "0000:1b:00.0"."""
+    domain, bus, slot = text.lower().split(":")
+    return f"{int(domain, 16):04x}:{bus}:{slot if '.' in slot else slot + '.0'}"
+
+
+class Gpu:
+    """One GPU of `nvidia-smi -q`: `fields` by path, such as "Remapped Rows/Pending"; values as printed."""
+
+    def __init__(self, pci):
+        self.pci, self.fields = pci, {}
+
+    def get(self, *paths):
+        """The first of `paths` that has a value; (None, what stands there instead) where none has."""
+        instead = "missing"
+        for path in paths:
+            value = self.fields.get(path)
+            if value is not None and not NO_VALUE.fullmatch(value):
+                return value, ""
+            if value is not None:
+                instead = value or "nothing"
+        return None, instead
+
+    def number(self, *paths):
+        """As `get`, for a count with or without a unit: "16x" -> 16, "143771 MiB" -> 143771."""
+        value, instead = self.get(*paths)
+        if value is None:
+            return None, instead
+        match = re.match(r"\d+(?=$|x$|[ .])", value)
+        return (int(match[0]), "") if match else (None, value)
+
+
+class Query:
+    """What `nvidia-smi -q` says. `driver` and `cuda` are "" and `attached` is None where it does not say."""
+
+    def __init__(self, driver="", cuda="", attached=None):
+        self.driver, self.cuda, self.attached, self.gpus, self.twice = driver, cuda, attached, [], []
+
+
+def parse_query(text):
+    """The Query of the text of `nvidia-smi -q`, of any driver, whole or cut.
+
+    A field's path is made of the lines above it that are indented less. The last line of a cut text is left out,
+    since half a value is a wrong one. A GPU that is listed twice is kept once and named in `twice`.
+    """
+    query, gpu, above = Query(), None, []
+    seen = set()
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if match := re.fullmatch(r"GPU ([0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7])\s*", line):
+            gpu, above = Gpu(address(match[1])), []
+            (query.twice if gpu.pci in seen else query.gpus).append(gpu)
+            seen.add(gpu.pci)
+            continue
+        match = re.fullmatch(r"(\s*)(\S.*?)(?:\s*:(?:\s(.*))?)?", line)
+        if not match:
+            continue
+        indent, name, value = len(match[1]), match[2], match[3]
+        value = value.strip() if value is not None else None
+        if indent == 0:
+            gpu = None if value is None else gpu  # another heading than a GPU's ends the GPU
+            if name == "Driver Version" and value and not NO_VALUE.fullmatch(value):
+                query.driver = value
+            elif name == "CUDA Version" and value and not NO_VALUE.fullmatch(value):
+                query.cuda = value
+            elif name == "Attached GPUs" and value and value.isdigit():
+                query.attached = int(value)
+            continue
+        while above and above[-1][0] >= indent:
+            above.pop()
+        above.append((indent, name))
+        if gpu is not None and value is not None:
+            gpu.fields.setdefault("/".join(name for _, name in above), value)
+    query.twice = [gpu.pci for gpu in query.twice]
+    return query
+
+
+def parse_nvlink(text):
+    """Links by GPU's UUID of the text of `nvidia-smi nvlink -s`: {"GPU-…": {0: 26.562, 1: 0.0, 2: None}}.
+
+    In GB/s and one direction; 0 for an inactive link, None for one whose rate cannot be read.
+    """
+    gpus, links = {}, None
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if match := re.match(r"GPU \d+: .*\(UUID: (GPU-[0-9A-Fa-f-]+)\)", line):
+            links = gpus.setdefault(match[1], {})
+        elif (match := re.match(r"\s+Link (\d+): (.*)", line)) and links is not None:
+            rate = re.fullmatch(r"(\d+(?:\.\d+)?) GB/s", match[2].strip())
+            inactive = match[2].strip().strip("<>").lower() == "inactive"
+            links[int(match[1])] = 0.0 if inactive else float(rate[1]) if rate else None
+    return gpus
+
+
+class Xid:
+    """One kind of error of one GPU, or of an NVSwitch where `switch`; `count` messages, `text` of the worst."""
+
+    def __init__(self, number, pci, switch, fatal, text):
+        self.number, self.pci, self.switch, self.fatal, self.text, self.count = number, pci, switch, fatal, text, 1
+
+
+XID = re.compile(r"(?:NVRM: (Xid) |nvidia-nvswitch\d+: (SXid) )\((?:PCI:)?([0-9A-Fa-f:.]+)\): (\d+), ?(.*)")
+PROCESS = re.compile(r"(pid='?[^,]*, )?(name=[^,]*, )?")
+
+
+def parse_xids(text):
+    """The Xids and SXids of a kernel log, of any form (journalctl, dmesg, /dev/kmsg), folded by number and device.
+
+    Of SXids only the lines that say how bad it is: the others are its details.
+    """
+    found = {}
+    for line in text.splitlines():
+        match = XID.search(line)
+        if not match:
+            continue
+        switch, number, rest = bool(match[2]), int(match[4]), match[5].strip()
+        if switch and not rest.startswith(("Fatal", "Non-fatal")):
+            continue
+        try:
+            pci = address(match[3])
+        except ValueError:
+            pci = match[3]
+        text = PROCESS.sub("", rest, count=1)
+        fatal = bool(re.search(r"\bFatal\b", text))
+        known = found.get((switch, number, pci))
+        if known is None:
+            found[switch, number, pci] = Xid(number, pci, switch, fatal, text)
+            continue
+        known.count += 1
+        if fatal and not known.fatal:
+            known.fatal, known.text = True, text
+    return list(found.values())

@@ -16,6 +16,7 @@ Answer of a module (`module.exit_json` / `fail_json`):
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -99,15 +100,14 @@ class Phase:
         try:
             stdout, stderr = child.communicate(None if input is None else input.encode(), timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                try:
+            for number in (signal.SIGTERM, signal.SIGKILL):  # KILL in any case: a child of it may ignore TERM
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(2)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-                except ProcessLookupError:
-                    break
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream:
+                    stream.close()
             return Outcome(argv, None, reason=f"{os.path.basename(argv[0])} gave no answer within {timeout_s:g} s")
         return Outcome(argv, child.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
 

@@ -1,0 +1,125 @@
+"""What every role's module is made of: all problems at once, nothing half-written, nothing that hangs."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from ansible.module_utils import nvidia
+from ansible.module_utils.phase import Stop, one_line, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from role_modules import carry_out
+
+
+def call(body, check=False, settings=None):
+    return carry_out({"configure": body}, "configure", settings or {}, check)
+
+
+def test_all_problems_are_told_at_once_in_one_line():
+    def body(phase):
+        phase.problem("driver", "560", "535", "upgrade it")
+        phase.problem("GPUs", 8, 7)
+        phase.facts["gpus"] = 7
+
+    answer = call(body)
+    assert not answer.ok and answer.facts == {"gpus": 7}
+    assert answer.msg == "driver: expected 560, found 535 (upgrade it); GPUs: expected 8, found 7"
+
+
+def test_what_cannot_go_on_keeps_what_was_found_before():
+    def body(phase):
+        phase.problem("disk", "10 GiB", "2 GiB")
+        raise Stop("nvidia-smi", "an answer", "nothing within 20 s")
+
+    assert [problem["what"] for problem in call(body).problems] == ["disk", "nvidia-smi"]
+
+
+def test_a_file_is_written_once_with_its_mode_and_a_diff(tmp_path):
+    path = str(tmp_path / "etc" / "nccl.conf")
+    first = call(lambda phase: phase.write(path, "A=1\n", 0o640))
+    assert first.changed and first.diff[0]["after"] == "A=1\n\n" and os.stat(path).st_mode & 0o777 == 0o640
+    assert not call(lambda phase: phase.write(path, "A=1\n", 0o640)).changed
+    mode = call(lambda phase: phase.write(path, "A=1\n", 0o600))
+    assert mode.diff[0]["before"] == "mode 0640\n" and os.stat(path).st_mode & 0o777 == 0o600
+
+
+def test_check_mode_changes_nothing_and_tells_what_would_be(tmp_path):
+    path = tmp_path / "conf"
+    path.write_text("A=1\n")
+    answer = call(lambda phase: (phase.write(str(path), "A=2\n"), phase.remove(str(path))), check=True)
+    assert answer.changed and len(answer.diff) == 2
+    assert path.read_text() == "A=1\n"
+
+
+def test_a_secret_is_in_no_diff(tmp_path):
+    path = tmp_path / "key"
+    for text in ("geheim-1", "geheim-2"):
+        answer = call(lambda phase, text=text: phase.write(str(path), text, 0o600, secret=True))
+        assert answer.changed and "geheim" not in repr(answer.__dict__)
+
+
+def test_a_killed_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "conf"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write(str(path), "new \udcff")  # as good as a kill: it ends in the middle
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["conf"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_and_a_read_only_place_are_problems_with_their_path():
+    def full(phase):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    problem = call(full).problems[0]
+    assert problem["found"] == "no space left on device" and "free some space" in problem["remedy"]
+    problem = call(lambda phase: phase.write("/sys/shakedown/conf", "x")).problems[0]
+    assert problem["what"].startswith("/sys") and problem["expected"] == "writable"
+
+
+def test_a_bug_is_a_bug():
+    with pytest.raises(KeyError):
+        call(lambda phase: phase.want["nothing of this name"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "rc", "last"),
+    [
+        (["sh", "-c", "echo a; echo why >&2; exit 3"], 3, "why"),
+        (["no-such-program"], None, "no-such-program: not found"),
+        (["false"], 1, "status 1 without a word"),
+        (["printf", "\\377ok"], 0, "\ufffdok"),
+    ],
+)
+def test_a_commands_end_is_a_value(argv, rc, last):
+    outcomes = []
+    call(lambda phase: outcomes.append(phase.run(argv, 10)))
+    assert (outcomes[0].rc, outcomes[0].last_line) == (rc, last)
+
+
+def test_a_hanging_command_is_ended_with_its_children():
+    outcomes = []
+    started = time.monotonic()
+    call(lambda phase: outcomes.append(phase.run(["sh", "-c", "sleep 60 & wait"], 0.3)))
+    assert outcomes[0].last_line == "sh gave no answer within 0.3 s"
+    assert time.monotonic() - started < 10
+
+
+def test_problems_read_well_without_a_remedy():
+    assert one_line([{"what": "a", "expected": "b", "found": "c", "remedy": ""}]) == "a: expected b, found c"
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=4))
+def test_versions_compare_as_numbers(parts):
+    text = ".".join(map(str, parts))
+    assert nvidia.version(text) == tuple(parts)
+    assert nvidia.version(f"{text}-1ubuntu2")[: len(parts) - 1] == tuple(parts[:-1])
+
+
+@pytest.mark.parametrize("text", ["", "N/A", "[Unknown Error]", "None"])
+def test_what_is_no_version_has_no_numbers(text):
+    assert nvidia.version(text) == ()

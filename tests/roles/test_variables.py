@@ -1,0 +1,67 @@
+"""Roles' variables and nodes' names as the inventory gives them: wrong ones are named before a node is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from role_modules import ROOT
+
+
+def plugin(path):
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / "plugins" / f"{path}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+settings = plugin("lookup/role_settings")
+site = plugin("filter/site")
+OPTIONS = {"slurm_mtu": {"type": "int"}, "slurm_partition": {"type": "str"}}
+
+
+def test_an_unknown_variable_is_named_with_the_nearest():
+    assert settings.unknown("slurm", OPTIONS, ["slurm_partitoin", "slurm_mtu"], ["slurm"]) == [
+        "unknown variable 'slurm_partitoin': did you mean 'slurm_partition'?"
+    ]
+
+
+def test_a_longer_prefix_is_another_roles():
+    assert settings.unknown("slurm", OPTIONS, ["slurm_prolog_x"], ["slurm", "slurm_prolog"]) == []
+    assert settings.unknown("slurm_prolog", {}, ["slurm_partition"], ["slurm", "slurm_prolog"]) == []
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, True])
+def test_what_is_no_text_is_refused_for_a_text(value):
+    assert settings.not_text("slurm_partition", OPTIONS["slurm_partition"], value)
+    assert settings.not_text("slurm_mtu", OPTIONS["slurm_mtu"], value) is None  # Ansible's own check does that
+
+
+@pytest.mark.parametrize("value", ["gpu", 560, 12.5])
+def test_numbers_are_texts(value):
+    assert settings.not_text("slurm_partition", OPTIONS["slurm_partition"], value) is None
+
+
+def test_two_nodes_of_one_name_or_address_are_told():
+    hostvars = {
+        "a": {"runner_alias": "node001", "ansible_host": "10.0.0.1"},
+        "b": {"runner_alias": "node001", "ansible_host": "10.0.0.2"},
+        "c": {"ansible_host": "10.0.0.1"},
+        "d": {},
+        "e": {},
+    }
+    assert site.nodes_named_twice(list(hostvars), hostvars) == [
+        "a and b have the same runner_alias node001: give each its own",
+        "a and c have the same ansible_host 10.0.0.1: give each its own",
+    ]
+
+
+def test_ports_tell_nodes_behind_one_address_apart():
+    hostvars = {name: {"ansible_host": "10.0.0.1", "ansible_port": port} for name, port in (("a", 1), ("b", 2))}
+    assert site.nodes_named_twice(["a", "b"], hostvars) == []
+
+
+def test_why_is_one_line_without_ansibles_chain():
+    chain = "Task failed: Finalization of task args for 'roce_qos' failed: Error while resolving value for 'settings': "
+    assert site.why({"msg": f"{chain}The lookup plugin 'role_settings' failed: roce_qos:\n wrong"}) == "roce_qos: wrong"
