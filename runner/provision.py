@@ -78,23 +78,27 @@ class Failure:
 
 
 def failures(board: Board) -> list[Failure]:
-    """Every failure, equal ones folded over nodes, in the order in which they were met."""
+    """Every failure, equal ones folded over nodes and roles, in the order in which they were met."""
     from runner.inventory import fold
 
-    nodes: dict[tuple[str, ...], list[str]] = {}
+    met: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+    named = set()
     for event in board.events:
-        if event.status not in ("failed", "unreachable"):
-            continue
-        if not event.role and nodes and any(board.nodes[event.host] in names for names in nodes.values()):
-            continue  # a playbook's last word on a node, which repeats its roles'
+        if event.status not in ("failed", "unreachable") or (not event.role and event.host in named):
+            continue  # a playbook's last word on a node repeats its roles'
+        named.add(event.host)
         for problem in event.problems or ({"what": event.message},):
-            key = (event.role, event.phase, *(str(problem.get(k, "")) for k in ("what", "expected", "found", "remedy")))
-            names = nodes.setdefault(key, [])
-            if (alias := board.nodes[event.host]) not in names:
-                names.append(alias)
+            key = tuple(str(problem.get(k, "")) for k in ("what", "expected", "found", "remedy"))
+            entry = met.setdefault(key, {"nodes": {}, "roles": {}, "phases": {}})
+            entry["nodes"][board.nodes[event.host]] = entry["roles"][event.role] = entry["phases"][event.phase] = None
     return [
-        Failure(fold(names), role, phase, what, expected, found, remedy)
-        for (role, phase, what, expected, found, remedy), names in nodes.items()
+        Failure(
+            fold(list(entry["nodes"])),
+            ", ".join(filter(None, entry["roles"])),
+            ", ".join(filter(None, entry["phases"])),
+            *key,
+        )
+        for key, entry in met.items()
     ]
 
 

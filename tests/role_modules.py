@@ -46,12 +46,12 @@ def load(role, name=None):
     return module
 
 
-def carry_out(phases, phase, settings, check=False):
+def carry_out(phases, phase, settings, check=False, needs_root=False):
     """Carry out one phase of a module on this machine and return its Answer."""
     from ansible.module_utils.phase import main
 
     try:
-        main(lambda **_: ModuleStandIn(phase, settings, check), phases)
+        main(lambda **_: ModuleStandIn(phase, settings, check), phases, needs_root)
     except Answer as answer:
         return answer
     raise AssertionError("the module neither succeeded nor failed")

@@ -176,7 +176,7 @@ def one_line(problems):
     return "; ".join(parts)
 
 
-def main(module_class, phases):
+def main(module_class, phases, needs_root=True):
     """Carry out the phase that the task names: `phases` maps each of its names to a function of a Phase.
 
     What the operating system refuses (a full disk, a read-only file system, a missing right) is a problem of the
@@ -191,6 +191,9 @@ def main(module_class, phases):
     )
     phase = Phase(module)
     try:
+        if needs_root and os.geteuid() != 0:
+            remedy = "set ansible_user: root, or ansible_become: true, for this node"
+            raise Stop("user", "root", f"uid {os.geteuid()}", remedy)
         phases[phase.name](phase)
     except Stop as stop:
         phase.problem(*stop.problem)

@@ -81,6 +81,12 @@ def test_a_full_disk_and_a_read_only_place_are_problems_with_their_path():
     assert problem["what"].startswith("/sys") and problem["expected"] == "writable"
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="is root")
+def test_an_ordinary_user_is_told_what_to_set():
+    answer = carry_out({"verify": lambda phase: None}, "verify", {}, needs_root=True)
+    assert answer.msg.startswith("user: expected root, found uid ") and "ansible_become: true" in answer.msg
+
+
 def test_a_bug_is_a_bug():
     with pytest.raises(KeyError):
         call(lambda phase: phase.want["nothing of this name"])

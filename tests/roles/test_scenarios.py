@@ -6,8 +6,8 @@ import os
 import sys
 
 import pytest
-from role_modules import ROOT
 
+from role_modules import ROOT
 from runner import process
 
 SCENARIOS = sorted(path.parent.name for path in (ROOT / "molecule").glob("*/molecule.yml"))
