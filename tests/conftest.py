@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
 from runner import inventory
 
 ROOT = Path(__file__).resolve().parent.parent

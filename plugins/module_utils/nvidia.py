@@ -146,6 +146,8 @@ def parse_nvlink(text):
             rate = re.fullmatch(r"(\d+(?:\.\d+)?) GB/s", match[2].strip())
             inactive = match[2].strip().strip("<>").lower() == "inactive"
             links[int(match[1])] = 0.0 if inactive else float(rate[1]) if rate else None
+        elif "all links are inactive" in line.lower() and links is not None:
+            links[0] = 0.0  # said once instead of a list
     return gpus
 
 
