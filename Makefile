@@ -6,13 +6,14 @@ RUNNER := $(VENV)/bin/runner
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
-.PHONY: bench test unit setup system-packages lint clean help
+.PHONY: bench test unit setup system-packages lint roles clean help
 
 help:
 	@echo "make bench   install into .venv and benchmark this machine (about a minute without a GPU)"
 	@echo "make test    everything that CI runs; installs the system packages that it needs"
 	@echo "make unit    the fast tests alone"
 	@echo "make lint    ruff, import-linter, mypy"
+	@echo "make roles   the tables of variables in the roles' READMEs, from their specifications"
 
 bench: setup
 	$(RUNNER) bench -i inventory/local --model tiny
@@ -44,6 +45,9 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+
+roles: setup
+	$(VENV)/bin/python roles/readme.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -225,6 +225,10 @@ def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path,
         "runner_nics_per_node": 1,
         "runner_scratch": "/var/tmp/shakedown",
         "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
+        # For `runner setup`: the controller's environment is mounted, Slurm waits in apt's cache.
+        "conda_env_enabled": False,
+        "slurm_cluster_enabled": True,
+        "slurm_cluster_proctrack": "linuxproc",
     }
     return {"all": {"children": {"gpu_nodes": {"hosts": hosts, "vars": variables}}}}
 
