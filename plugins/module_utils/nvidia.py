@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import re
@@ -189,3 +190,51 @@ def parse_xids(text):
         if fatal and not known.fatal:
             known.fatal, known.text = True, text
     return list(found.values())
+
+
+# --- the kernel log ---
+
+RESET = "drain the node, then reset the GPU (nvidia-smi -r) or reboot"
+# What to do about an Xid. Source: NVIDIA's Xid catalogue and the health checks of clusters in production.
+ACTIONS = {
+    54: "isolate the node: look at the GPU's power cables and supply",
+    74: "look at NVLink: nvidia-smi nvlink -s and -e; drain the node, then reset the GPUs",
+    79: "drain and reboot the node; if it returns, replace the GPU",
+    **dict.fromkeys((48, 64, 95, 109, 110, 119, 120, 136, 140, 143), RESET),
+}
+MONITOR = (13, 31, 43, 63, 92, 94, 121, 126)
+NVLINK5 = range(144, 151)  # say themselves whether they are fatal
+
+
+def action(xid):
+    """(whether the node must not be used, what to do) about an Xid of parse_xids."""
+    if xid.switch:
+        return xid.fatal, "drain the node, then reset all GPUs and NVSwitches or reboot" if xid.fatal else "watch it"
+    if xid.number in ACTIONS:
+        return True, ACTIONS[xid.number]
+    if xid.number in NVLINK5:
+        return xid.fatal, ACTIONS[74] if xid.fatal else "watch it"
+    return False, "watch it" if xid.number in MONITOR else "no action is known for it: see NVIDIA's Xid catalogue"
+
+
+def kernel_log(phase, hours):
+    """(the kernel's messages of this boot and the last `hours`, ""), or ("", reason) where none can be read."""
+    argv = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=short-iso", f"--since=-{int(hours * 3600)}s"]
+    journal = phase.run(argv, 20)
+    if journal.ok and journal.stdout.strip():
+        return journal.stdout, ""
+    # An empty journal may be one that does not gather the kernel's messages.
+    ring = phase.run(["dmesg", "--time-format=iso"], 20)
+    if not ring.ok:
+        return "", ring.last_line
+    return recent(ring.stdout, datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours)), ""
+
+
+def recent(text, since):
+    """The lines of `dmesg --time-format=iso` not older than `since`; those without a time stay."""
+    lines = []
+    for line in text.splitlines():
+        match = re.search(r"\b(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)[,.]\d+([+-]\d\d:\d\d)", line[:60])
+        if not match or datetime.datetime.fromisoformat(match[1] + match[2]) >= since:
+            lines.append(line)
+    return "\n".join(lines)

@@ -53,12 +53,16 @@ class Outcome:
 
 
 class Phase:
-    """One phase of one role on this node. `name` is the phase, `want` the role's settings without its prefix."""
+    """One phase of one role on this node. `name` is the phase, `want` the role's settings without its prefix.
+
+    `secrets` are settings that Ansible keeps out of logs and answers; they are no part of `want`.
+    """
 
     def __init__(self, module):
         self.module = module
         self.name = module.params["phase"]
         self.want = module.params["settings"]
+        self.secrets = module.params.get("secrets") or {}
         self.check = module.check_mode
         self.changed = False
         self.done = []
@@ -186,6 +190,7 @@ def main(module_class, phases, needs_root=True):
         argument_spec={
             "phase": {"type": "str", "required": True, "choices": sorted(phases, key=PHASES.index)},
             "settings": {"type": "dict", "required": True},
+            "secrets": {"type": "dict", "no_log": True},
         },
         supports_check_mode=True,
     )

@@ -7,87 +7,96 @@ not readable (a warning, never a pass and never an alarm).
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
+import typing
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.nvidia import CUDA_FACT, NO_VALUE, parse_nvlink, parse_query, parse_xids, query, version
+from ansible.module_utils.nvidia import (
+    CUDA_FACT,
+    NO_VALUE,
+    RESET,
+    action,
+    kernel_log,
+    parse_nvlink,
+    parse_query,
+    parse_xids,
+    query,
+    version,
+)
 from ansible.module_utils.phase import Stop, main, read
 
-RESET = "drain the node, then reset the GPU (nvidia-smi -r) or reboot"
 REPLACE = "replace the GPU; NVIDIA's field diagnostic decides on the RMA"
+LATER = "{}: expected {}, found {}; install comes next"
 
 # What nvidia-smi's return code asks for. Source: its man page, RETURN VALUE.
 REMEDIES = {
     6: "see whether the PCI bus shows them: lspci -d 10de:",
     9: "install the driver and load its kernel module: modprobe nvidia; see dmesg",
     12: "install the driver's NVML library (libnvidia-ml.so)",
+    14: "the GPU's InfoROM is corrupted: replace the GPU",
     15: "a GPU fell off the bus: reboot the node, see the kernel log for Xid 79",
     18: "driver and library have different versions: reboot, or reload the kernel modules",
 }
 
 CLOCKS = ("Clocks Event Reasons", "Clocks Throttle Reasons")  # the second before driver 535
-# (what, fields in order of preference, as it should be, as it must not be, remedy, whether every GPU has it)
-FLAGS = (
-    (
-        "pending row remap or page retirement",
-        ("Remapped Rows/Pending", "Retired Pages/Pending Page Blacklist", "Retired Pages/Pending"),
-        ("No",),
-        ("Yes",),
-        RESET,
-        True,
-    ),
-    ("row remap failure", ("Remapped Rows/Remapping Failure Occurred",), ("No",), ("Yes",), REPLACE, False),
-    ("SRAM error threshold exceeded", ("ECC Errors/Aggregate/SRAM Threshold Exceeded",), ("No",), ("Yes",), REPLACE, False),
-    ("unrepairable memory", ("ECC Errors/Unrepairable Memory",), ("No",), ("Yes",), REPLACE, False),
-    ("reset required", ("GPU Reset Status/Reset Required",), ("No",), ("Yes",), RESET, False),
-    (
-        "recovery action",
-        ("GPU Recovery Action",),
-        ("None",),
-        ("Reset", "GPU Reset", "Reboot", "Node Reboot", "Drain P2P", "Drain and Reset"),
-        "carry it out after draining the node",
-        False,
-    ),
-    ("fabric health", ("Fabric/Health/Summary",), ("Healthy",), ("Unhealthy",), "see the fabric manager's log", False),
-    *(
-        (
-            f"clocks: {name}",
-            tuple(f"{section}/{middle}{name}" for section in CLOCKS for middle in ("HW Slowdown/", "")),
-            ("Not Active",),
-            ("Active",),
-            remedy,
-            True,
-        )
-        for name, remedy in (
-            ("HW Thermal Slowdown", "look at the node's cooling"),
-            ("HW Power Brake Slowdown", "look at the node's power supplies and power capping"),
-            ("SW Thermal Slowdown", "look at the node's cooling"),
-        )
-    ),
-)  # fmt: skip
-
 PAGES_MAX = 64  # page retirements that a GPU before Ampere has room for; NVIDIA GPU Memory Error Management
 
-# What to do about an Xid. Source: NVIDIA's Xid catalogue and the tables of clusters in production.
-ISOLATE, REBOOT, NVLINK = {54}, {79}, {74}
-RESETS = {48, 64, 95, 109, 110, 119, 120, 136, 140, 143}
-MONITOR = {13, 31, 43, 63, 92, 94, 121, 126}
-NVLINK5 = range(144, 151)  # say themselves whether they are fatal
+
+class Flag(typing.NamedTuple):
+    """A field of few words: `paths` in order of preference, `good` and `bad` values, `all`: every GPU has it."""
+
+    what: str
+    paths: tuple
+    good: str
+    bad: tuple
+    remedy: str
+    all: bool = True
+
+
+def clocks(name, remedy):
+    paths = tuple(f"{section}/{middle}{name}" for section in CLOCKS for middle in ("HW Slowdown/", ""))
+    return Flag(f"clocks: {name}", paths, "Not Active", ("Active",), remedy)
+
+
+PENDING = ("Remapped Rows/Pending", "Retired Pages/Pending Page Blacklist", "Retired Pages/Pending")
+RECOVERY = ("Reset", "GPU Reset", "Reboot", "Node Reboot", "Drain P2P", "Drain and Reset")
+FLAGS = (
+    Flag("pending row remap or page retirement", PENDING, "No", ("Yes",), RESET),
+    Flag("row remap failure", ("Remapped Rows/Remapping Failure Occurred",), "No", ("Yes",), REPLACE, False),
+    Flag("SRAM threshold exceeded", ("ECC Errors/Aggregate/SRAM Threshold Exceeded",), "No", ("Yes",), REPLACE, False),
+    Flag("unrepairable memory", ("ECC Errors/Unrepairable Memory",), "No", ("Yes",), REPLACE, False),
+    Flag("reset required", ("GPU Reset Status/Reset Required",), "No", ("Yes",), RESET, False),
+    Flag("recovery action", ("GPU Recovery Action",), "None", RECOVERY, "drain the node, then carry it out", False),
+    Flag("fabric health", ("Fabric/Health/Summary",), "Healthy", ("Unhealthy",), "see the fabric manager's log", False),
+    clocks("HW Thermal Slowdown", "look at the node's cooling"),
+    clocks("HW Power Brake Slowdown", "look at the node's power supplies and power capping"),
+    clocks("SW Thermal Slowdown", "look at the node's cooling"),
+)
+ECC = Flag("ECC mode", ("ECC Mode/Current",), "Enabled", ("Disabled",), "nvidia-smi -e 1, then reset the GPU")
+PERSISTENCE = Flag(
+    "persistence mode",
+    ("Persistence Mode",),
+    "Enabled",
+    ("Disabled",),
+    "systemctl enable --now nvidia-persistenced, or set cuda_check_set_persistence",
+)
 
 
 class Findings:
     """What was found of each GPU, told once for all GPUs of which it is so."""
 
     def __init__(self, total):
-        self.total, self.bad, self.unreadable = total, {}, {}
+        self.total, self.bad, self.unreadable, self.notes = total, {}, {}, {}
 
     def problem(self, gpu, what, expected, found, remedy):
         self.bad.setdefault((what, str(expected), str(found), remedy), []).append(gpu.pci)
 
     def unknown(self, gpu, what, instead):
         self.unreadable.setdefault((what, instead), []).append(gpu.pci)
+
+    def note(self, gpu, text):
+        self.notes.setdefault(text, []).append(gpu.pci)
 
     def problems(self):
         """(what, expected, found, remedy) of each."""
@@ -98,7 +107,8 @@ class Findings:
         lines = {}
         for (what, instead), pcis in self.unreadable.items():
             lines.setdefault((self.where(pcis), instead), []).append(what)
-        return [f"unknown on {where}: {', '.join(whats)} ({instead})" for (where, instead), whats in lines.items()]
+        unknown = [f"unknown on {where}: {', '.join(whats)} ({instead})" for (where, instead), whats in lines.items()]
+        return [*unknown, *(f"{text}: {self.where(pcis)}" for text, pcis in self.notes.items())]
 
     def where(self, pcis):
         if len(pcis) == self.total > 1:
@@ -115,16 +125,9 @@ def judge_gpu(gpu, want, findings):
         findings.unknown(gpu, "model", instead)
     elif want["gpu_model"] and not re.search(rf"\b{re.escape(want['gpu_model'])}\b", name, re.IGNORECASE):
         findings.problem(gpu, "model", want["gpu_model"], name, "correct cuda_check_gpu_model or the inventory")
-    modes = []
-    if want["ecc"]:
-        modes.append(("ECC mode", "ECC Mode/Current", "nvidia-smi -e 1, then reset the GPU"))
-    if want["persistence"]:
-        remedy = "systemctl enable --now nvidia-persistenced, or set cuda_check_set_persistence"
-        modes.append(("persistence mode", "Persistence Mode", remedy))
-    for what, path, remedy in modes:
-        judge_flag(gpu, findings, what, (path,), ("Enabled",), ("Disabled",), remedy, True)
-    for flag in FLAGS:
-        judge_flag(gpu, findings, *flag)
+    flags = [flag for flag, wanted in ((ECC, want["ecc"]), (PERSISTENCE, want["persistence"])) if wanted]
+    for flag in (*flags, *FLAGS):
+        judge_flag(gpu, flag, findings)
     judge_slowdown(gpu, findings)
     judge_errors(gpu, findings)
     judge_pages(gpu, findings)
@@ -132,42 +135,42 @@ def judge_gpu(gpu, want, findings):
     judge_fabric(gpu, want, findings)
 
 
-def judge_flag(gpu, findings, what, paths, good, bad, remedy, everywhere):
-    value, instead = gpu.get(*paths)
-    if value in bad:
-        findings.problem(gpu, what, good[0], value, remedy)
-    elif value not in good and (everywhere or instead not in ("missing", "N/A")):
-        findings.unknown(gpu, what, value or instead)
+def judge_flag(gpu, flag, findings):
+    value, instead = gpu.get(*flag.paths)
+    if value in flag.bad:
+        findings.problem(gpu, flag.what, flag.good, value, flag.remedy)
+    elif value != flag.good and (flag.all or instead not in ("missing", "N/A")):
+        findings.unknown(gpu, flag.what, value or instead)
 
 
 def judge_slowdown(gpu, findings):
     """HW Slowdown by itself; with a reason of its own below it, that one is told instead."""
     paths = tuple(f"{section}/HW Slowdown" for section in CLOCKS)
-    reasons = [
-        gpu.get(*(f"{path}/{name}" for path in paths))[0] for name in ("HW Thermal Slowdown", "HW Power Brake Slowdown")
-    ]
-    if "Active" not in reasons:
-        remedy = "look at the node's power and cooling"
-        judge_flag(gpu, findings, "clocks: HW Slowdown", paths, ("Not Active",), ("Active",), remedy, True)
+    reasons = ("HW Thermal Slowdown", "HW Power Brake Slowdown")
+    if "Active" not in [gpu.get(*(f"{path}/{name}" for path in paths))[0] for name in reasons]:
+        judge_flag(gpu, clocks("HW Slowdown", "look at the node's power and cooling"), findings)
 
 
 def judge_errors(gpu, findings):
-    """Uncorrectable errors since the driver was loaded ("Double Bit" before driver 418)."""
-    if gpu.get("ECC Mode/Current")[0] == "Disabled":
+    """Uncorrectable errors since the driver was loaded ("Double Bit" on GPUs before Turing)."""
+    mode, instead = gpu.get("ECC Mode/Current")
+    if mode == "Disabled" or instead == "N/A":
         return
     counts, unreadable = {}, ""
     for path in gpu.fields:
-        _, block, name = [*path.split("/", 2), "", ""][:3]
-        if path.startswith("ECC Errors/Volatile/") and ("Uncorrectable" in name or "Double Bit" in name):
-            count, instead = gpu.number(path)
-            if count is None:
-                unreadable = instead
-            elif name != "Double Bit/Total":
-                counts[name] = count
+        if not path.startswith("ECC Errors/Volatile/") or not re.search("Uncorrectable|Double Bit", path):
+            continue
+        count, instead = gpu.number(path)
+        if count is not None:
+            counts[path.split("/", 2)[2]] = count
+        elif instead != "N/A":
+            unreadable = instead
+    counts.pop("Double Bit/Total", None)
     sick = [f"{count} {name}" for name, count in counts.items() if count]
     if sick:
-        findings.problem(gpu, "uncorrectable ECC errors", 0, ", ".join(sick), f"{RESET}; if they return: {REPLACE}")
-    elif not counts:
+        remedy = f"{RESET}; if they return, {REPLACE}"
+        findings.problem(gpu, "uncorrectable ECC errors", 0, ", ".join(sick), remedy)
+    elif unreadable or not counts:
         findings.unknown(gpu, "uncorrectable ECC errors", unreadable or "missing")
 
 
@@ -195,11 +198,11 @@ def judge_pcie(gpu, findings):
     elif now is not None and now < most and busy:
         findings.problem(gpu, "PCIe generation under load", most, now, "look for PCIe errors in the kernel log (AER)")
     if most and device and most < device:
-        findings.unknown(gpu, "full PCIe speed", f"the platform limits it to generation {most} of {device}")
+        findings.note(gpu, f"the platform limits PCIe to generation {most} of {device}")
 
 
 def judge_fabric(gpu, want, findings):
-    """NVSwitch's fabric. "N/A" is a GPU without one; a driver before 525 does not tell."""
+    """NVSwitch's fabric. "N/A" is a GPU without one; an old driver does not tell."""
     state, instead = gpu.get("Fabric/State")
     status, instead_status = gpu.get("Fabric/Status")
     remedy = "see systemctl status nvidia-fabricmanager and its log; its version must be the driver's"
@@ -225,14 +228,12 @@ def judge_nvlink(gpus, links, want, findings):
         up = [link for link, rate in rates.items() if rate != 0]
         down = [link for link, rate in rates.items() if rate == 0]
         remedy = "look for Xid 74 and SXids in the kernel log, restart the fabric manager, reset the GPUs"
-        if down:
-            names = ", ".join(map(str, down))
-            findings.problem(gpu, "NVLink", f"{want['nvlinks']} links up", f"{len(up)} (inactive: {names})", remedy)
-        elif len(up) < want["nvlinks"]:
-            if uuid == last:
+        if len(up) < want["nvlinks"]:
+            if uuid == last and not down:
                 findings.unknown(gpu, "NVLink", f"{len(up)} of {want['nvlinks']} links listed")
             else:
-                findings.problem(gpu, "NVLink", f"{want['nvlinks']} links up", len(up), remedy)
+                names = f" (inactive: {', '.join(map(str, down)) if up else 'all'})" if down else ""
+                findings.problem(gpu, "NVLink", f"{want['nvlinks']} links up", f"{len(up)}{names}", remedy)
         slow = {link: rate for link, rate in rates.items() if rate and rate < want["nvlink_gb_per_s"]}
         if slow:
             found = ", ".join(f"{rate:g} on link {link}" for link, rate in slow.items())
@@ -286,24 +287,11 @@ def judge_xids(xids, hours):
     for xid in xids:
         kind, place = ("SXid", "NVSwitch") if xid.switch else ("Xid", "GPU")
         found = f"{xid.count} on {place} {xid.pci}: {xid.text[:60]}"
-        if xid.switch:
-            remedy = "drain the node, then reset all GPUs and NVSwitches or reboot" if xid.fatal else None
-        elif xid.number in NVLINK or (xid.number in NVLINK5 and xid.fatal):
-            remedy = "look at NVLink: nvidia-smi nvlink -s and -e; drain the node, then reset the GPUs"
-        elif xid.number in ISOLATE:
-            remedy = "isolate the node: the GPU's power cables or supply"
-        elif xid.number in REBOOT:
-            remedy = "drain and reboot the node; if it returns, replace the GPU"
-        elif xid.number in RESETS:
-            remedy = RESET
+        serious, advice = action(xid)
+        if serious:
+            problems.append((f"{kind} {xid.number}", f"none in the last {hours:g} h", found, advice))
         else:
-            remedy = None
-        if remedy:
-            problems.append((f"{kind} {xid.number}", f"none in the last {hours:g} h", found, remedy))
-            continue
-        known = xid.switch or xid.number in MONITOR or xid.number in NVLINK5
-        advice = "watch it" if known else "no action is known for it: see NVIDIA's Xid catalogue"
-        warnings.append(f"{kind} {xid.number} in the last {hours:g} h: {found} ({advice})")
+            warnings.append(f"{kind} {xid.number} in the last {hours:g} h: {found} ({advice})")
     return problems, warnings
 
 
@@ -318,8 +306,7 @@ def judge_drift(published, observed):
         before = published.get(key)
         if key != "gpus" and None not in (value, before) and value != before:
             problems.append((f"cuda.fact: {key}", before, value, remedy))
-    gpus = published.get("gpus")
-    known = {gpu.get("pci_bus_id"): gpu for gpu in gpus if isinstance(gpu, dict)} if isinstance(gpus, list) else {}
+    known = gpus_of(published)
     for gpu in observed["gpus"]:
         before = known.get(gpu["pci_bus_id"])
         if before is None:
@@ -344,53 +331,30 @@ def ask(phase):
         found = "no answer" if hung else outcome.last_line
         remedy = "the driver hangs: see the kernel log, reboot the node" if hung else "install the NVIDIA driver"
         raise Stop("nvidia-smi", expected, found, remedy)
+    said = parse_query(outcome.stdout)
     if not outcome.ok:
         remedy = REMEDIES.get(outcome.rc, "see the kernel log: journalctl -k --grep NVRM")
-        raise Stop("nvidia-smi", "status 0", f"status {outcome.rc}: {outcome.last_line}", remedy)
-    said = parse_query(outcome.stdout)
-    if not said.driver and not said.gpus:
+        broken = ("nvidia-smi", "status 0", f"status {outcome.rc}: {outcome.last_line}", remedy)
+        if not said.gpus:
+            raise Stop(*broken)
+        phase.problem(*broken)
+    elif not said.driver and not said.gpus:
         raise Stop("nvidia-smi -q", "a report", f"{len(outcome.stdout)} characters without one", "run it by hand")
     return said
 
 
-def recent(text, since):
-    """The lines of `dmesg --time-format=iso` not older than `since`; those without a time stay."""
-    lines = []
-    for line in text.splitlines():
-        match = re.search(r"\b(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)[,.]\d+([+-]\d\d:\d\d)", line[:60])
-        if not match or datetime.datetime.fromisoformat(match[1] + match[2]) >= since:
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def kernel_log(phase, hours):
-    """The kernel's messages of this boot and the last `hours`; None, with a warning, where none can be read."""
-    argv = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=short-iso", f"--since=-{int(hours * 3600)}s"]
-    journal = phase.run(argv, 20)
-    if journal.ok and journal.stdout.strip():
-        return journal.stdout
-    # An empty journal may be one that does not gather the kernel's messages.
-    ring = phase.run(["dmesg", "--time-format=iso"], 20)
-    if ring.ok:
-        return recent(ring.stdout, datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours))
-    phase.warn(f"unknown: Xids (no kernel log: {ring.last_line})")
-    return None
-
-
 def check_fabric_manager(phase, gpus):
-    states = [gpu.get("Fabric/State")[0] for gpu in gpus]
+    fabric = {(gpu.get("Fabric/State")[0], gpu.get("Fabric/Status")[0]) for gpu in gpus}
     unit = phase.want["fabric_manager"]
-    if not unit or not any(states):
+    if not unit or not any(state for state, _ in fabric):
         return
     outcome = phase.run(["systemctl", "show", "--property=LoadState,ActiveState", unit], 10)
     said = dict(line.split("=", 1) for line in outcome.stdout.splitlines() if "=" in line)
     load, active = said.get("LoadState"), said.get("ActiveState")
     if not outcome.ok or not load or not active:
         phase.warn(f"unknown: state of {unit} ({outcome.last_line})")
-    elif load == "not-found" and set(states) == {"Completed"}:
-        phase.warn(
-            f"{unit} is not on this node, though the fabric is up: it runs elsewhere, as on a virtual machine's host"
-        )
+    elif load == "not-found" and fabric == {("Completed", "Success")}:
+        phase.warn(f"{unit} is not on this node, though the fabric is up: it runs elsewhere, as on a VM's host")
     elif (load, active) != ("loaded", "active"):
         found = active if load == "loaded" else load
         remedy = f"install it in the driver's version, then systemctl enable --now {unit}"
@@ -462,6 +426,13 @@ def published(fact):
     return value if isinstance(value, dict) else {}
 
 
+def gpus_of(fact):
+    """The GPUs of a fact's dictionary by PCI address; what is damaged is left out."""
+    gpus = fact.get("gpus")
+    rows = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    return {gpu["pci_bus_id"]: gpu for gpu in rows if isinstance(gpu.get("pci_bus_id"), str)}
+
+
 def report(phase, problems, warnings):
     for problem in problems:
         phase.problem(*problem)
@@ -471,22 +442,25 @@ def report(phase, problems, warnings):
 
 def inspect(phase, fact):
     """All checks. Returns (the Query, parse_nvlink's answer)."""
-    want = phase.want
+    want = dict(phase.want)
+    for name in ("driver_min", "cuda_min", "toolkit_min"):
+        if want[name] and not version(want[name]):
+            raise Stop(f"cuda_check_{name}", "a version, such as 12.5, or nothing", want[name], "correct the variable")
+    if phase.name == "validate" and want["set_persistence"]:
+        want["persistence"] = False  # configure mends it
     if want["xid_hours"]:  # first: it says why nvidia-smi hangs
-        text = kernel_log(phase, want["xid_hours"])
-        report(phase, *judge_xids(parse_xids(text or ""), want["xid_hours"]))
+        text, reason = kernel_log(phase, want["xid_hours"])
+        if reason:
+            phase.warn(f"unknown: Xids ({reason})")
+        report(phase, *judge_xids(parse_xids(text), want["xid_hours"]))
     check_toolkit(phase)
     said = ask(phase)
     problems, warnings = judge_versions(said, want)
     if phase.name == "validate" and want["driver_package"]:
-        warnings += [
-            f"{what}: expected {least}, found {found}; install comes next" for what, least, found, _ in problems
-        ]
+        warnings += [LATER.format(*problem) for problem in problems]
         problems = []
     report(phase, problems, warnings)
-    gpus = (published(fact) or {}).get("gpus")
-    before = [gpu.get("pci_bus_id") for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
-    report(phase, *judge_count(said, want, before))
+    report(phase, *judge_count(said, want, gpus_of(published(fact) or {})))
     findings = Findings(len(said.gpus))
     for gpu in said.gpus:
         judge_gpu(gpu, want, findings)
@@ -508,15 +482,12 @@ def inspect(phase, fact):
 
 
 def validate(phase, fact=CUDA_FACT):
-    if phase.want["set_persistence"]:
-        phase.want["persistence"] = False  # configure mends it
     try:
         inspect(phase, fact)
     except Stop as stop:
         if not phase.want["driver_package"]:
             raise
-        what, expected, found, _ = stop.problem
-        phase.warn(f"{what}: expected {expected}, found {found}; install comes next")
+        phase.warn(LATER.format(*stop.problem))
 
 
 def configure(phase, fact=CUDA_FACT):
@@ -528,7 +499,8 @@ def configure(phase, fact=CUDA_FACT):
             return
         raise
     if said.attached != len(said.gpus) + len(said.twice):
-        raise Stop("GPUs in nvidia-smi -q", said.attached, len(said.gpus), "its output was cut: run again")
+        expected = "their number" if said.attached is None else said.attached
+        raise Stop("GPUs in nvidia-smi -q", expected, len(said.gpus), "its output was cut: run again")
     if phase.want["set_persistence"]:
         set_persistence(phase, said.gpus)
     facts = describe(said, ask_nvlink(phase, said), capabilities(phase))
