@@ -12,7 +12,8 @@ import ansible.module_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = sorted(path.parent.parent.name for path in (ROOT / "roles").glob("*/tasks/main.yml"))
-ansible.module_utils.__path__.append(str(ROOT / "plugins" / "module_utils"))
+for folder in (ROOT / "plugins" / "module_utils", *sorted((ROOT / "roles").glob("*/module_utils"))):
+    ansible.module_utils.__path__.append(str(folder))
 
 
 class Answer(Exception):

@@ -1,0 +1,390 @@
+#!/usr/bin/python3
+"""Module of the role roce_qos: RoCEv2 as a verified property of a node."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+from ansible.module_utils import roce
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.phase import main, read
+
+PROGRAM = "/usr/local/lib/shakedown/roce_apply.py"
+WANTED = "/etc/shakedown/roce.json"
+SERVICE = "shakedown-roce.service"
+UNIT = f"/etc/systemd/system/{SERVICE}"
+SYSCTL = "/etc/sysctl.d/90-shakedown-roce.conf"
+FACT = "/etc/ansible/facts.d/roce.fact"
+TIMEOUT_S = 20
+MELLANOX = "0x15b3"
+PCI = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+CONFIGURE = "run the role again (--tags roce_qos)"
+# What makes a switch send a packet between its ports up to the root complex. Source: PCI Express 5.0, 6.12.1.
+REDIRECTS = ("ReqRedir", "CmpltRedir")
+CHANGED_BY = "something else set it: a network manager, lldpad or a driver reload; " + CONFIGURE
+
+
+# --- which ports ---
+
+
+def choose(phase):
+    """The ports that carry RoCE here; a problem for each that is missing, down or slow."""
+    want, gbit = phase.want, phase.want["nic_gbit_per_s"]
+    ports = roce.find(want["root"])
+    reasons = {port.name: port.unusable(gbit) for port in ports}
+    usable = [port for port in ports if not reasons[port.name]]
+    count, named = want["nics_per_node"], [full_name(name) for name in want["hca"]]
+    if not ports:
+        remedy = "load the NIC's RDMA driver (mlx5_ib), or install it: rdma-core or DOCA-OFED"
+        phase.problem("RDMA devices", f"{count} RoCE ports", "none", remedy)
+    elif named:
+        for name in named:
+            reason = reasons.get(name, "no such port; there are " + ", ".join(reasons))
+            if reason:
+                remedy = "see `rdma link` and `ethtool`, then cable, transceiver and switch port; or mend roce_qos_hca"
+                phase.problem(f"RoCE port {name}", f"active at {gbit} Gb/s", reason, remedy)
+        usable = [port for port in usable if port.name in named]
+        if len(named) != count:
+            remedy = "make roce_qos_hca and runner_nics_per_node agree"
+            phase.problem("RoCE ports in roce_qos_hca", count, len(named), remedy)
+    elif len(usable) != count:
+        found = [f"{port.name} {reasons[port.name] or 'good'}" for port in ports]
+        remedy = (
+            "check cable, transceiver and switch port of the one that is down or slow; or name them in roce_qos_hca"
+        )
+        phase.problem(f"RoCE ports at {gbit} Gb/s", count, f"{len(usable)}: {', '.join(found)}", remedy)
+    return usable
+
+
+def full_name(name):
+    """A port as NCCL_IB_HCA writes it: "mlx5_0" and "=mlx5_0:1" are "mlx5_0:1"."""
+    name = name.lstrip("=")
+    return name if ":" in name else f"{name}:1"
+
+
+def describe(phase, ports, mtu=None):
+    """What roce.fact holds; a problem for each port without an address. `mtu` where it is to be that soon."""
+    nics = []
+    for port in ports:
+        index, gid = port.gid() or (None, None)
+        if gid is None:
+            address = roce.first_address(port.netdev) or "an IPv4 address"
+            kinds = sorted(
+                {roce.read(f"{port.port}/gid_attrs/types/{n}") or "" for n in roce.names(f"{port.port}/gids")}
+            )
+            found = f"none (types: {', '.join(filter(None, kinds)) or 'none'})"
+            remedy = "give the network device its address, and see `show_gids` or cma_roce_mode"
+            phase.problem(f"{port.device}/{port.netdev} GID", f"RoCE v2 with {address}", found, remedy)
+        nics.append(
+            {
+                "device": port.device,
+                "port": port.number,
+                "netdev": port.netdev,
+                "rate_gbit_per_s": round(port.rate_gbit_per_s),
+                "mtu": mtu or port.mtu,
+                "roce_mtu": roce.roce_mtu(mtu or port.mtu),
+                "gid_index": index,
+                "gid": gid,
+            }
+        )
+    indexes = {nic["gid_index"] for nic in nics}
+    if len(indexes) > 1 and None not in indexes:
+        each = ", ".join(f"{nic['device']} {nic['gid_index']}" for nic in nics)
+        phase.warn(f"GID index differs between ports ({each}): leave NCCL_IB_GID_INDEX unset, NCCL finds it per port")
+    return {
+        "hca": [port.name for port in ports],
+        "nics": nics,
+        "gid_index": indexes.pop() if len(indexes) == 1 else None,
+        "traffic_class": roce.traffic_class(phase.want["dscp"]),
+    }
+
+
+# --- settings ---
+
+
+def read_settings(phase, ports):
+    """Every setting of every port and of the kernel, read now."""
+    found = [setting for port in ports for setting in roce.settings(port, phase.want, phase.run)]
+    for name, value in sysctls(phase.want, ports).items():
+        path = os.path.join(phase.want["root"], "proc/sys", sysctl_path(name))
+        found.append(roce.file_setting(name, path, value, "a kernel that has it"))
+    return found
+
+
+def sysctls(want, ports):
+    """{name: value} as sysctl.d(5) writes them: a dot in a device's name is a slash there."""
+    each = {name: " ".join(str(value).split()) for name, value in want["sysctl"].items()}
+    for port in ports:
+        for name, value in want["nic_sysctl"].items():
+            each[f"net.ipv4.conf.{port.netdev.replace('.', '/')}.{name}"] = str(value)
+    return each
+
+
+def sysctl_path(name):
+    """Path of a sysctl below /proc/sys. Source: sysctl.d(5), the first separator decides."""
+    first = next((character for character in name if character in "./"), ".")
+    return name if first == "/" else name.translate(str.maketrans("./", "/."))
+
+
+def warn_unknown(phase, settings):
+    """One warning a reason, for what a device does not tell."""
+    reasons = {}
+    for setting in settings:
+        if setting.found is None:
+            reasons.setdefault(setting.unknown, []).append(setting.name)
+    for reason, names in reasons.items():
+        phase.warn(f"unknown, {reason}: {', '.join(names)}")
+
+
+# --- what stays on the node ---
+
+
+def program():
+    """Source of the file that sets the ports at every start: the one that this module uses itself."""
+    return roce.__loader__.get_source(roce.__name__)
+
+
+def unit():
+    python = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
+    return f"""\
+[Unit]
+Description=RoCE settings of this node's NICs (Shakedown)
+# Addresses and links come up first; jobs start after.
+Wants=network-online.target
+After=network-online.target openibd.service rdma-load-modules@rdma.service
+Before=slurmd.service
+
+[Service]
+Type=oneshot
+ExecStart={python} {PROGRAM} {WANTED}
+TimeoutStartSec=300
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def files(want, ports):
+    """{path: content} of what `configure` writes, by the ports that were found."""
+    wanted = {name: want[name] for name in ("root", "priority", "dscp", "mtu")}
+    wanted["hca"] = [port.name for port in ports]
+    lines = [f"{name} = {value}\n" for name, value in sysctls(want, ports).items()]
+    return {WANTED: to_json(wanted), SYSCTL: "# Written by the role roce_qos.\n" + "".join(lines)}
+
+
+def to_json(value):
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def enabled(phase):
+    return phase.run(["systemctl", "is-enabled", SERVICE], TIMEOUT_S).stdout.strip() or "not found"
+
+
+# --- GPUDirect RDMA ---
+
+
+def parse_acs(text):
+    """{address: (kind, [redirects that are on])} of the PCIe ports in `lspci -vvv`, with the domain in the address.
+
+    Ports without an ACS capability, or cut before it, are left out. kind: "Root Port", "Downstream Port", ...
+    """
+    found, address, kind = {}, "", ""
+    for line in text.splitlines():
+        if match := re.match(r"((?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]) ", line):
+            address, kind = match.group(1), ""
+            address = address if PCI.match(address) else f"0000:{address}"
+        elif match := re.search(r"Express \(v\d\) ((?:Root|Upstream|Downstream) Port)", line):
+            kind = match.group(1)
+        elif kind and (match := re.match(r"\s+ACSCtl:\s+(.*UpstreamFwd[+-].*)", line)):
+            found[address] = (kind, [flag for flag in REDIRECTS if f"{flag}+" in match.group(1).split()])
+    return found
+
+
+def bridges(root, ports):
+    """Addresses of the PCIe ports above the RoCE NICs and the GPUs."""
+    drivers = os.path.join(root, "sys/bus/pci/drivers/nvidia")
+    places = [f"{port.folder}/device" for port in ports]
+    places += [f"{drivers}/{name}" for name in roce.names(drivers) if PCI.fullmatch(name)]
+    return {address for place in places for address in PCI.findall(os.path.dirname(os.path.realpath(place)))}
+
+
+def gpudirect(phase, ports):
+    """How GPUs reach the NICs: a problem where they cannot, a warning where that is not known."""
+    root = phase.want["root"]
+    driver = roce.read(os.path.join(root, "proc/driver/nvidia/version"))
+    if driver is None:
+        phase.warn("GPUDirect RDMA: unknown, no NVIDIA driver is loaded")
+        return
+    release = roce.read(os.path.join(root, "proc/sys/kernel/osrelease")) or ""
+    kernel = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
+    is_open = "Open Kernel Module" in driver
+    if os.path.isdir(os.path.join(root, "sys/module/nvidia_peermem")):
+        phase.facts["gpudirect"] = "nvidia_peermem"
+    elif is_open and kernel >= (5, 12):
+        phase.facts["gpudirect"] = "dma-buf"
+    else:
+        found = (
+            f"{'open' if is_open else 'proprietary'} driver, kernel {release or 'unknown'}, nvidia_peermem not loaded"
+        )
+        remedy = "modprobe nvidia_peermem (and name it in /etc/modules-load.d), or use the open kernel modules"
+        phase.problem("GPUDirect RDMA", "nvidia_peermem or DMA-BUF (open driver, kernel 5.12)", found, remedy)
+    acs(phase, ports)
+    if roce.names(os.path.join(root, "sys/class/iommu")):
+        line = (roce.read(os.path.join(root, "proc/cmdline")) or "").split()
+        if "iommu=pt" not in line and "iommu.passthrough=1" not in line:
+            phase.warn("IOMMU translates addresses of NICs and GPUs: iommu=pt on the kernel's command line spares that")
+
+
+def acs(phase, ports):
+    """A problem for each PCIe switch port above a NIC or GPU that sends their packets up to the root complex."""
+    above = bridges(phase.want["root"], ports)
+    outcome = phase.run(["lspci", "-D", "-vvv"], TIMEOUT_S)
+    if not outcome.ok:
+        phase.warn(f"PCIe ACS: unknown, {outcome.last_line}")
+        return
+    if above and "Capabilities: <access denied>" in outcome.stdout:
+        phase.warn("PCIe ACS: unknown, lspci shows capabilities to root only")
+    for address, (kind, redirects) in sorted(parse_acs(outcome.stdout).items()):
+        if redirects and address in above and kind != "Root Port":
+            remedy = f"disable ACS in the firmware; until the next reboot: setpci -s {address} ECAP_ACS+0x6.w=0000"
+            found = " ".join(f"{flag}+" for flag in redirects)
+            phase.problem(f"PCIe ACS of switch port {address}", "no redirection", found, remedy)
+
+
+# --- receive buffers and queues, read only ---
+
+
+def warn_buffers(phase, port, netdev):
+    """Warn where the lossless priority shares its receive buffer or its queue: one lossy flow then stops all."""
+    found, priority = port.seen.get(netdev), phase.want["priority"]
+    if not found:
+        return
+    buffers, sizes = found["prio_buffer"], found["buffer_size"]
+    for what, row in (("receive buffer", buffers), ("traffic class", found["prio_tc"])):
+        shared = [str(other) for other in range(8) if row and other != priority and row[other] == row[priority]]
+        if shared:
+            phase.warn(
+                f"{port.device}/{netdev}: priority {priority} shares its {what} with priority {', '.join(shared)}"
+            )
+    if buffers and sizes and sizes[buffers[priority]] == 0:
+        phase.warn(f"{port.device}/{netdev}: the receive buffer of priority {priority} has 0 bytes")
+
+
+# --- phases ---
+
+
+def validate(phase):
+    want = phase.want
+    if os.geteuid() != 0:
+        phase.problem("user", "root", f"uid {os.geteuid()}", "run as root (ansible_user=root or become)")
+    for name, top in (("priority", 7), ("dscp", 63)):
+        if not 0 <= want[name] <= top:
+            phase.problem(f"roce_qos_{name}", f"0 to {top}", want[name], "see the role's README")
+    if want["mtu"] - roce.ROCE_HEADERS < roce.ROCE_MTUS[0]:
+        least = roce.ROCE_MTUS[0] + roce.ROCE_HEADERS
+        phase.problem("roce_qos_mtu", f"at least {least}", want["mtu"], "9000 is usual; the switches must allow it")
+    ports = choose(phase)
+    phase.facts["roce"] = describe(phase, ports)
+    for port in ports:
+        if port.bonded:
+            phase.warn(f"{port.name} is the bond {port.netdev} of {', '.join(port.ports)}: one rail to NCCL")
+        for netdev in port.ports:
+            tool, _, reason = roce.qos(port, netdev, phase.run)
+            if tool:
+                phase.facts.setdefault("tools", {})[netdev] = tool
+            elif port.vendor == MELLANOX:
+                remedy = "install iproute2 5.12 or newer (dcb), or mlnx-tools (mlnx_qos)"
+                phase.problem(f"{port.device}/{netdev} tool", "dcb or mlnx_qos answers", reason, remedy)
+            else:
+                phase.warn(f"{port.device}/{netdev}: unknown vendor {port.vendor or 'id'}, PFC is not set: {reason}")
+
+
+def install(phase):
+    written = [phase.write(PROGRAM, program(), 0o755), phase.write(UNIT, unit())]
+    if written[1] and not phase.check:
+        phase.run(["systemctl", "daemon-reload"], TIMEOUT_S)
+
+
+def configure(phase):
+    ports = choose(phase)
+    fact = describe(phase, ports, mtu=phase.want["mtu"])
+    if phase.problems:
+        return  # a guess at the ports would be kept over reboots
+    for path, content in files(phase.want, ports).items():
+        phase.write(path, content)
+    warn_unknown(phase, read_settings(phase, ports))
+    for setting, reason in roce.mend(lambda: read_settings(phase, ports), phase.change):
+        found = setting.found + (f" ({reason})" if reason else " after it was set without an error")
+        remedy = "see `dmesg`; the firmware or another manager (lldpad, NetworkManager) may hold it"
+        phase.problem(setting.name, setting.wanted, found, remedy)
+    state = enabled(phase)
+    if state != "enabled" and phase.change(SERVICE, state, "enabled"):
+        outcome = phase.run(["systemctl", "enable", SERVICE], TIMEOUT_S)
+        if not outcome.ok:
+            phase.problem(SERVICE, "enabled", f"{state} ({outcome.last_line})", "see `systemctl status`")
+    if not phase.problems:
+        phase.write(FACT, to_json(fact))
+        phase.done.append(f"RoCE on {', '.join(fact['hca'])}, traffic class {fact['traffic_class']}")
+
+
+def verify(phase):
+    ports = choose(phase)
+    fact = describe(phase, ports)
+    complete = not phase.problems
+    phase.facts["roce"] = fact
+    found = read_settings(phase, ports)
+    warn_unknown(phase, found)
+    for setting in found:
+        if setting.differs:
+            phase.problem(setting.name, setting.wanted, setting.found, CHANGED_BY)
+    kept = {PROGRAM: program(), UNIT: unit()}
+    if complete:  # with a port missing, all that names the ports would differ as well
+        kept.update(files(phase.want, ports))
+        for difference in fact_differences(read(FACT), fact):
+            phase.problem(*difference, f"{CONFIGURE}, then nccl_build: /etc/nccl.conf follows {FACT}")
+    for path, content in kept.items():
+        compare(phase, path, read(path), content)
+    state = enabled(phase)
+    if state != "enabled":
+        phase.problem(SERVICE, "enabled", state, CONFIGURE)
+    for port in ports:
+        for netdev in port.ports:
+            warn_buffers(phase, port, netdev)
+    if phase.want["gpudirect"]:
+        gpudirect(phase, ports)
+
+
+def compare(phase, path, now, wanted):
+    if now != wanted:
+        phase.problem(path, "as configured", "no such file" if now is None else "another content", CONFIGURE)
+
+
+def fact_differences(text, fact):
+    """[(what, expected, found)]: the published fact against what is observed, per value."""
+    try:
+        published = json.loads(text) if text is not None else None
+        nics = {nic["device"]: nic for nic in published["nics"]} if published is not None else {}
+    except (ValueError, KeyError, TypeError):
+        return [(FACT, "as observed", "not valid")]
+    if published is None:
+        return [(FACT, "as observed", "no such file" if text is None else "not valid")]
+    different = [
+        (f"{FACT} {name}", fact[name], published.get(name))
+        for name in ("hca", "gid_index", "traffic_class")
+        if published.get(name) != fact[name]
+    ]
+    for nic in fact["nics"]:
+        known = nics.get(nic["device"], {})
+        for name in nic:
+            if known and known.get(name) != nic[name]:
+                different.append((f"{FACT} {nic['device']} {name}", nic[name], known.get(name)))
+    return different
+
+
+PHASES = {"validate": validate, "install": install, "configure": configure, "verify": verify}
+
+if __name__ == "__main__":
+    main(AnsibleModule, PHASES)
