@@ -1,0 +1,480 @@
+#!/usr/bin/python3
+"""Module of the role conda_env for a node: one Python environment, whole or not at all.
+
+PREFIX is a link to PREFIX-HASH, built beside it and switched at once, so that what runs keeps what it started with.
+A stamp in PREFIX-HASH, written last, says that it is complete, and what is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.conda_env_index import check_index, check_url
+from ansible.module_utils.conda_env_lock import PROFILES, Lock, canonical, oldest_driver, platform_parts, same
+from ansible.module_utils.nvidia import driver, version
+from ansible.module_utils.phase import Stop, main, read, write
+
+FACT = "/etc/ansible/facts.d/conda.fact"
+STAMP = ".shakedown.json"
+KEY_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "flash-attn", "shakedown")
+MODULE_OF = {"runner": "shakedown"}  # where a module's name is not its package's
+# Python finds its packages through the link by which it was started. What runs while the link is switched would import
+# the rest from the new environment: at its start, this names the place itself, for its children too.
+PIN = """
+import os, sys
+_link, _place = sys.prefix, os.path.realpath(sys.prefix)
+def _pin(path):
+    return _place + path[len(_link):] if path.startswith(_link + "/") else path
+sys.path[:] = map(_pin, sys.path)
+sys.executable, sys.prefix = _pin(sys.executable), _place
+if sys.exec_prefix == _link:
+    sys.exec_prefix = _place
+"""
+NO_ANSWER_S = 180  # a first import of torch from a cold disk took half a minute
+
+
+# --- what is there ---------------------------------------------------------------------------------
+
+
+def installed(environment):
+    """{canonical name: version} of every package in `environment`, from its metadata alone."""
+    packages = {}
+    for path in glob.glob(os.path.join(glob.escape(environment), "lib/python3*/site-packages/*.dist-info/METADATA")):
+        head = (read(path) or "").partition("\n\n")[0]
+        fields = dict(re.findall(r"^(Name|Version): (.+)$", head, re.MULTILINE))
+        if len(fields) == 2:
+            packages[canonical(fields["Name"])] = fields["Version"].strip()
+    return packages
+
+
+def stamp(prefix):
+    """What the stamp in `prefix` says; {} where it is missing or damaged: then the environment is not complete."""
+    try:
+        said = json.loads(read(os.path.join(prefix, STAMP)) or "{}")
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) and isinstance(said.get("packages"), dict) else {}
+
+
+def drift(expected, found):
+    """[(package, expected version, found version)] where `found` is not what `expected` pins."""
+    return [
+        (name, pinned, found.get(name, "not installed"))
+        for name, pinned in sorted(expected.items())
+        if name not in found or not same(pinned, found[name])
+    ]
+
+
+def siblings(prefix):
+    """The environments beside the link `prefix`, complete or not."""
+    named = re.compile(re.escape(os.path.basename(prefix)) + r"-[0-9a-f]{12}(-b)?")
+    folder = os.path.dirname(prefix)
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if named.fullmatch(name)]
+
+
+def free_name(prefix, wanted):
+    """Where to build the environment with the hash `wanted`: never where the one in use lies."""
+    name = f"{prefix}-{wanted[:12]}"
+    return f"{name}-b" if os.path.realpath(prefix) == os.path.realpath(name) else name
+
+
+def parent(path):
+    """The nearest folder above `path` that exists."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path) or "/"
+    return path
+
+
+def is_version(found, wanted):
+    return version(found)[: len(version(wanted))] == version(wanted)
+
+
+# --- validate --------------------------------------------------------------------------------------
+
+
+def validate(phase):
+    want = phase.want
+    lock = Lock(want["lock_text"])
+    for line in lock.errors:
+        phase.problem(f"lock {want['lock']}", "every line pins a package with ==", line, "pin it")
+    if not re.fullmatch(r"/[A-Za-z0-9._/-]+", want["prefix"]) or want["prefix"].endswith("/"):
+        raise Stop("conda_env_prefix", "an absolute path of letters, digits and ._-", want["prefix"], "choose another")
+    if lock.cuda:
+        check_driver(phase, lock.cuda)
+    elif "torch" in lock.pins:
+        phase.warn("the lock does not say which CUDA its torch is built for: add a line such as `# cuda: 12.1`")
+    check_url(phase)
+    check_place(phase)
+    check_python(phase)
+    if not shutil.which("rsync"):
+        phase.problem("rsync", "installed", "not found on PATH", "install it: wheels are sent with it")
+    if want["source"] == "wheelhouse":
+        check_platform(phase)
+    said = stamp(want["prefix"])
+    if said.get("lock_sha256") == lock.sha256 and not drift(said["packages"], installed(want["prefix"])):
+        return  # nothing will be fetched or unpacked
+    check_space(phase)
+    if want["source"] != "wheelhouse":
+        check_index(phase, lock)
+
+
+def check_driver(phase, cuda):
+    """PyTorch's build for `cuda` ("13.0") must fit the node's driver; a CPU build ("none") needs none."""
+    oldest = oldest_driver(cuda)
+    if not oldest:
+        if cuda != "none":
+            phase.warn(f"whether the driver runs PyTorch built for CUDA {cuda} is unknown: it is not in the table")
+        return
+    found, reason = driver(phase)
+    phase.facts["driver"] = found
+    if version(found) >= version(oldest):
+        return
+    fitting = [name for name, other in PROFILES.items() if version(found) >= version(oldest_driver(other)) != ()]
+    phase.problem(
+        f"NVIDIA driver for PyTorch built for CUDA {cuda}",
+        f">= {oldest}",
+        found or f"none ({reason})",
+        f"set conda_env_profile: {(fitting or ['cpu'])[0]}, which fits, or install a newer driver",
+    )
+
+
+def check_place(phase):
+    prefix = phase.want["prefix"]
+    if os.path.isdir(prefix) and not os.path.islink(prefix):
+        phase.problem(
+            prefix, "a link made by this role, or nothing", "a folder", "move it away, or set conda_env_prefix"
+        )
+    folder = parent(os.path.dirname(prefix))
+    if not os.access(folder, os.W_OK):
+        phase.problem(folder, "writable", "not writable", "run as root (ansible_user=root or become)")
+
+
+def check_space(phase):
+    folder = parent(os.path.dirname(phase.want["prefix"]))
+    free = shutil.disk_usage(folder).free / 2**30
+    phase.facts["free_gib"] = round(free, 1)
+    if free < phase.want["min_free_gib"]:
+        phase.problem(
+            f"free space in {folder}",
+            f">= {phase.want['min_free_gib']:g} GiB",
+            f"{free:.1f} GiB",
+            "free some space, or choose another conda_env_prefix",
+        )
+
+
+def check_python(phase):
+    if phase.want["manager"] == "venv":
+        _, problem = find_python(phase)
+        if problem:
+            phase.problem(*problem)
+
+
+def find_python(phase):
+    """(path, None) of the node's Python that is wanted and can make a venv, or (None, the problem)."""
+    wanted = phase.want["python"]
+    minor = ".".join(wanted.split(".")[:2])
+    found, remedy = "none", f"install python{minor}, or set conda_env_manager: conda, which brings its own"
+    ask = "import platform; print(platform.python_version(), flush=True); import venv, ensurepip"
+    for name in (f"python{minor}", "python3"):
+        path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/local/bin:/usr/bin:/bin")
+        if not path:
+            continue
+        outcome = phase.run([path, "-c", ask], 20)
+        said = outcome.stdout.strip()
+        if is_version(said, wanted):
+            if outcome.ok:
+                return path, None
+            return None, (
+                "python",
+                f"{wanted} with venv",
+                f"{said} at {path} without it",
+                f"install python{minor}-venv",
+            )
+        found = f"{said} at {path}" if said else outcome.last_line
+    return None, ("python", wanted, found, remedy)
+
+
+def check_platform(phase):
+    """Wheels made on the controller must run here: processor and glibc as the platform tag says."""
+    glibc, wanted = platform_parts(phase.want["platform"])
+    machine, libc = platform.machine(), os.confstr("CS_GNU_LIBC_VERSION") or "no glibc"
+    if machine != wanted:
+        phase.problem("processor", wanted, machine, "set conda_env_platform for these nodes")
+    if version(libc.partition(" ")[2]) < (2, glibc):
+        phase.problem("glibc", f">= 2.{glibc}", libc, "set conda_env_platform to the oldest glibc of all nodes")
+
+
+# --- install ---------------------------------------------------------------------------------------
+
+
+def install(phase):
+    want, sent = phase.want, phase.want["sent"]
+    prefix, wanted = want["prefix"], sent["hash"]
+    said = stamp(prefix)
+    changed = drift(said.get("packages", {}), installed(prefix))
+    if said.get("hash") == wanted and not changed:
+        phase.done.append(f"{prefix} has {wanted[:12]} already")
+        return
+    before = None
+    if said:
+        before = ", ".join([said["hash"][:12], *(f"{name} changed since" for name, _, _ in changed)])
+    if not phase.change(prefix, before, wanted[:12]):
+        return
+    os.umask(0o022)  # every user's job imports from it
+    os.makedirs(os.path.dirname(prefix), exist_ok=True)
+    previous = os.path.realpath(prefix)
+    place = free_name(prefix, wanted)
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        packages = build(phase, place)
+    except (Stop, OSError):
+        shutil.rmtree(place, ignore_errors=True)  # a full disk stays full otherwise
+        raise
+    lock = Lock(want["lock_text"])
+    said = {"hash": wanted, "lock_sha256": lock.sha256, "profile": profile(want["lock"]), "packages": packages}
+    said.update(manager=want["manager"], python=python_version(phase, place))
+    write(os.path.join(place, STAMP), json.dumps(said, indent=1, sort_keys=True) + "\n")
+    switch(prefix, place)
+    for other in siblings(prefix):
+        if other not in (place, previous):
+            shutil.rmtree(other, ignore_errors=True)
+    wheels = wheel_folder(want)
+    for name in set(os.listdir(wheels)) - set(sent["folders"]):
+        shutil.rmtree(os.path.join(wheels, name), ignore_errors=True)
+    phase.done.append(f"{prefix} -> {os.path.basename(place)}, {len(packages)} packages")
+
+
+def profile(lock):
+    return os.path.splitext(os.path.basename(lock))[0]
+
+
+def wheel_folder(want):
+    return os.path.join(os.path.dirname(want["prefix"]), "wheels")
+
+
+def switch(prefix, place):
+    """Point the link `prefix` at `place`, in one step."""
+    link = f"{prefix}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(link)
+    os.symlink(os.path.basename(place), link)
+    os.replace(link, prefix)
+
+
+def build(phase, place):
+    """Make the environment at `place` and return its packages. Raises Stop with the one reason why not."""
+    want = phase.want
+    if want["manager"] == "conda":
+        conda(phase, place)
+    else:
+        python, problem = find_python(phase)
+        if problem:
+            raise Stop(*problem)
+        outcome = phase.run([python, "-m", "venv", place], 120)
+        if not outcome.ok:
+            raise Stop("venv", f"made at {place}", outcome.last_line, "see the message")
+    temporary = os.path.join(place, "tmp")  # a small /tmp does not hold what pip unpacks
+    os.makedirs(temporary)
+    local, *lock = (os.path.join(wheel_folder(want), name) for name in want["sent"]["folders"])
+    base = set(installed(place))
+    # What was made for this node comes first: a wheel for another Python is refused here within seconds.
+    if os.path.getsize(os.path.join(local, "requirements.txt")):
+        pip(phase, place, from_folder(local))
+    if lock:
+        pip(phase, place, from_folder(lock[0]))
+    else:
+        write(os.path.join(temporary, "lock.txt"), want["lock_text"])
+        argv = ["--requirement", os.path.join(temporary, "lock.txt")]
+        index = Lock(want["lock_text"]).index
+        if index and want["source"] == "online":
+            argv += ["--extra-index-url", index]
+        pip(phase, place, argv)
+    shutil.rmtree(temporary)
+    (site,) = glob.glob(os.path.join(glob.escape(place), "lib/python3*/site-packages"))
+    write(os.path.join(site, "_shakedown_place.py"), PIN)
+    write(os.path.join(site, "_shakedown_place.pth"), "import _shakedown_place\n")
+    packages = installed(place)
+    known = base | set(Lock(want["lock_text"]).pins) | pinned(local)
+    if unpinned := sorted(set(packages) - known):
+        phase.warn(f"not in the lock, so nodes may differ: {', '.join(unpinned)}: pin them there")
+    return packages
+
+
+def pinned(folder):
+    return set(Lock(read(os.path.join(folder, "requirements.txt")) or "").pins)
+
+
+def from_folder(folder):
+    """pip's arguments to install exactly the wheels in `folder`, each checked against its sha256."""
+    requirements = os.path.join(folder, "requirements.txt")
+    return ["--no-index", "--find-links", folder, "--no-deps", "--require-hashes", "--requirement", requirements]
+
+
+def pip(phase, place, words):
+    want = phase.want
+    env = {"TMPDIR": os.path.join(place, "tmp"), "PIP_NO_INPUT": "1", "PIP_NO_CACHE_DIR": "1"}
+    env["PIP_DISABLE_PIP_VERSION_CHECK"], env["PIP_ROOT_USER_ACTION"] = "1", "ignore"
+    if want["source"] == "mirror":
+        env["PIP_INDEX_URL"] = want["index_url"]
+    if want["netrc"]:
+        env["NETRC"] = want["netrc"]
+    argv = [os.path.join(place, "bin/python"), "-m", "pip", "install", "--quiet", *words]
+    outcome = phase.run(argv, want["timeout_s"], env=env)
+    if outcome.ok:
+        return
+    problem = pip_problem(outcome.stderr, outcome.last_line)
+    if "sha256" in problem[0] and "--no-index" in words:
+        # rsync trusts size and time; without the damaged folder the next run sends it anew.
+        shutil.rmtree(words[words.index("--find-links") + 1], ignore_errors=True)
+        problem = (*problem[:3], "run again: the wheels are sent anew")
+    raise Stop(*problem)
+
+
+def pip_problem(stderr, last_line):
+    """(what, expected, found, remedy) of a failed `pip install`, from its own words."""
+    if match := re.search(r"\[Errno (28|122)\] ([^:'\n]+)", stderr):
+        return "disk", "room for the environment", match[2].lower(), "free some space there"
+    if "DO NOT MATCH THE HASHES" in stderr:
+        file = re.search(
+            r"^\s+(\S+)(?: from .*)?:\s*\n\s+Expected sha256\s+(\w+)\n\s+Got\s+(\w+)", stderr, re.MULTILINE
+        )
+        name, expected, got = file.groups() if file else ("a package", "that of the lock", "another")
+        return f"sha256 of {name}", expected, got, "the package is damaged, or is not the one that was locked"
+    if match := re.search(r"No matching distribution found for (\S+)", stderr):
+        others = re.search(r"\(from versions: (.*)\)", stderr)
+        found = others[1] if others and others[1] != "none" else "none that fits this Python and platform"
+        if "after connection broken by" in stderr:
+            found = "no answer of the index"
+        return f"package {match[1]}", "available", found, "see the lock, the index and the Python version"
+    if match := re.search(r"Package '(\S+)' requires a different Python: (\S+) not in '(.+?)'", stderr):
+        return f"python for {match[1]}", match[3], match[2], "set conda_env_python"
+    errors = [line.partition(" ")[2] for line in stderr.splitlines() if line.startswith("ERROR: ")]
+    return "pip install", "packages installed", errors[0] if errors else last_line, "see the message"
+
+
+def conda(phase, place):
+    """A conda environment at `place` with nothing but Python and pip, by the role's own Miniforge."""
+    want = phase.want
+    root = os.path.join(os.path.dirname(want["prefix"]), "miniforge")
+    miniforge(phase, root, os.path.join(wheel_folder(want), want["sent"]["folders"][0], "miniforge.sh"))
+    argv = [os.path.join(root, "bin/conda"), "create", "--yes", "--quiet", "--prefix", place, "--override-channels"]
+    for channel in want["channels"]:
+        argv += ["--channel", channel]
+    argv += ["--offline"] if want["source"] == "wheelhouse" else []
+    outcome = phase.run([*argv, f"python={want['python']}", "pip"], want["timeout_s"])
+    if not outcome.ok:
+        raise Stop("conda create", f"python {want['python']}", outcome.last_line, "see conda_env_channels")
+
+
+def miniforge(phase, root, installer):
+    """Have Miniforge at `root`, installed whole from `installer`."""
+    want = phase.want["miniforge"]
+    done = os.path.join(root, STAMP)
+    content = json.dumps({"sha256": want["sha256"], "version": want["version"]}, sort_keys=True) + "\n"
+    if read(done) == content:
+        return
+    with open(installer, "rb") as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if found != want["sha256"].lower():
+        shutil.rmtree(os.path.dirname(installer), ignore_errors=True)
+        raise Stop("sha256 of Miniforge's installer", want["sha256"], found, "run again: it is sent anew")
+    shutil.rmtree(root, ignore_errors=True)
+    outcome = phase.run(["bash", installer, "-b", "-p", root], phase.want["timeout_s"])
+    if not outcome.ok:
+        raise Stop(f"Miniforge {want['version']}", f"installed in {root}", outcome.last_line, "see the message")
+    write(done, content)
+
+
+def python_version(phase, place):
+    outcome = phase.run(
+        [os.path.join(place, "bin/python"), "-c", "import platform; print(platform.python_version())"], 60
+    )
+    return outcome.stdout.strip() if outcome.ok else outcome.last_line
+
+
+# --- configure and verify --------------------------------------------------------------------------
+
+
+def configure(phase):
+    want = phase.want
+    said = stamp(want["prefix"])
+    if not said:
+        if not phase.check:
+            raise Stop("environment", f"a complete one at {want['prefix']}", "none", "run the phase install")
+        return
+    versions = {name: said["packages"][name] for name in KEY_PACKAGES if name in said["packages"]}
+    fact = {"lock_sha256": said["lock_sha256"], "prefix": want["prefix"], "profile": said["profile"]}
+    fact.update(python=said["python"], versions=versions)
+    phase.write(FACT, json.dumps(fact, indent=1, sort_keys=True) + "\n")
+
+
+# Imports speak on stdout (deepspeed does): the answer goes to what stdout was before.
+PROBE = """
+import importlib, json, os, platform, sys
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+said = {"python": platform.python_version(), "errors": {}, "cuda": None}
+for name in sys.argv[1:]:
+    try:
+        module = importlib.import_module(name)
+        if name == "torch":
+            said["cuda"] = module.version.cuda or "none"
+    except BaseException as error:
+        said["errors"][name] = f"{type(error).__name__}: {error}"
+from importlib import metadata
+said["packages"] = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+json.dump(said, answer)
+answer.flush()
+os._exit(0)  # a library's threads may not end
+"""
+
+
+def verify(phase):
+    want = phase.want
+    prefix, lock = want["prefix"], Lock(want["lock_text"])
+    said = stamp(prefix)
+    if not said:
+        found = "an incomplete one" if os.path.exists(prefix) else "none"
+        raise Stop("environment", f"a complete one at {prefix}", found, "run the role's phase install")
+    expected = {**said["packages"], **{n: v for n, v in lock.pins.items() if n not in lock.conditional}}
+    modules = [n for n in want["imports"] if canonical(MODULE_OF.get(n, n)) in expected]
+    outcome = phase.run([os.path.join(prefix, "bin/python"), "-c", PROBE, *modules], NO_ANSWER_S)
+    try:
+        answer = json.loads(outcome.stdout)
+    except ValueError:
+        raise Stop(f"python of {prefix}", "an answer", outcome.last_line, "run the role's phase install") from None
+    if said["lock_sha256"] != lock.sha256:
+        phase.problem(
+            "lock of the environment",
+            f"{profile(want['lock'])} {lock.sha256[:12]}",
+            f"{said['profile']} {said['lock_sha256'][:12]}",
+            "run the role's phase install",
+        )
+    if not is_version(answer["python"], want["python"]):
+        phase.problem("python", want["python"], answer["python"], "run the role's phase install")
+    found = {canonical(name): version for name, version in answer["packages"].items()}
+    for name, pinned_version, found_version in drift(expected, found):
+        phase.problem(f"package {name}", pinned_version, found_version, "run the role's phase install")
+    for name, error in answer["errors"].items():
+        phase.problem(f"import {name}", "no error", error, "see its message; then the role's phase install")
+    built_for = answer["cuda"]
+    if built_for and lock.cuda and built_for != lock.cuda:
+        phase.problem("CUDA of the PyTorch build", lock.cuda, built_for, "run the role's phase install")
+    if built_for:
+        check_driver(phase, built_for)
+    phase.facts.update(prefix=prefix, python=answer["python"], packages=len(found), imported=modules)
+    phase.done.append(f"{len(expected)} packages as pinned, imported: {', '.join(modules) or 'nothing'}")
+
+
+PHASES = {"validate": validate, "install": install, "configure": configure, "verify": verify}
+
+if __name__ == "__main__":
+    main(AnsibleModule, PHASES)
