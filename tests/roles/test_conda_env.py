@@ -176,6 +176,14 @@ def test_a_build_that_the_driver_cannot_run_is_refused_with_one_that_fits(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("driver", "profile"), [("560.35.03", "user"), ("580.65.06", "current"), ("595.10", "current"), ("", "user")]
+)
+def test_auto_takes_the_newest_profile_that_the_driver_runs(gpus, driver, profile):
+    gpus(driver)
+    assert carry_out(node.PHASES, "validate", {"step": "choose"}).facts["profile"] == profile
+
+
+@pytest.mark.parametrize(
     ("driver", "cuda"), [("560.35.03", "12.1"), ("580.95.05", "13.0"), ("580.95.05", "12.1"), ("", "none")]
 )
 def test_a_build_that_the_driver_runs_is_accepted(tmp_path, gpus, driver, cuda):

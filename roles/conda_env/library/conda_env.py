@@ -100,8 +100,17 @@ def is_version(found, wanted):
 # --- validate --------------------------------------------------------------------------------------
 
 
+def fitting(found):
+    """The newest of the role's profiles whose PyTorch build runs on the driver `found`; "" where none does."""
+    return next((p for p, cuda in PROFILES.items() if version(found) >= version(oldest_driver(cuda)) != ()), "")
+
+
 def validate(phase):
     want = phase.want
+    if want.get("step") == "choose":
+        # Without a driver, or with one that is too old, the least demanding is refused with the reason later.
+        phase.facts["profile"] = fitting(driver(phase)[0]) or "user"
+        return
     lock = Lock(want["lock_text"])
     for line in lock.errors:
         phase.problem(f"lock {want['lock']}", "every line pins a package with ==", line, "pin it")
@@ -137,12 +146,11 @@ def check_driver(phase, cuda):
     phase.facts["driver"] = found
     if version(found) >= version(oldest):
         return
-    fitting = [name for name, other in PROFILES.items() if version(found) >= version(oldest_driver(other)) != ()]
     phase.problem(
         f"NVIDIA driver for PyTorch built for CUDA {cuda}",
         f">= {oldest}",
         found or f"none ({reason})",
-        f"set conda_env_profile: {(fitting or ['cpu'])[0]}, which fits, or install a newer driver",
+        f"set conda_env_profile: {fitting(found) or 'cpu'}, which fits, or install a newer driver",
     )
 
 
