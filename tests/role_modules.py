@@ -31,12 +31,16 @@ class ModuleStandIn:
     def __init__(self, phase, settings, check=False):
         self.params = {"phase": phase, "settings": settings}
         self.check_mode = check
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
 
     def exit_json(self, **values):
-        raise Answer(True, values)
+        raise Answer(True, values | {"warnings": self.warnings})
 
     def fail_json(self, **values):
-        raise Answer(False, values)
+        raise Answer(False, values | {"warnings": self.warnings})
 
 
 def load(role, name=None):

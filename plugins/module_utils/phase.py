@@ -164,8 +164,8 @@ class Phase:
 
     def finish(self):
         answer = {"changed": self.changed, "facts": self.facts, "problems": self.problems, "diff": self.diffs}
-        if self.warnings:
-            answer["warnings"] = self.warnings
+        for text in self.warnings:
+            self.module.warn(text)
         if self.problems:
             self.module.fail_json(msg=one_line(self.problems), **answer)
         self.module.exit_json(msg="; ".join(self.done) or "as wanted", **answer)

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import ansible.module_utils
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +24,6 @@ from hypothesis import strategies as st
 from role_modules import ROOT, carry_out, load
 
 ROLE = ROOT / "roles" / "conda_env"
-ansible.module_utils.__path__.append(str(ROLE / "module_utils"))
 node, controller = load("conda_env"), load("conda_env", "conda_env_wheels")
 index = importlib.import_module("ansible.module_utils.conda_env_index")
 locks = importlib.import_module("ansible.module_utils.conda_env_lock")

@@ -12,7 +12,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import ansible.module_utils
 import pytest
 import yaml
 from hypothesis import given
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 
 from role_modules import ROOT, carry_out, load
 
-ansible.module_utils.__path__.append(str(ROOT / "roles" / "nccl_build" / "module_utils"))
 module = load("nccl_build")
 nccl_inputs = importlib.import_module("ansible.module_utils.nccl_inputs")
 nccl_prefix = importlib.import_module("ansible.module_utils.nccl_prefix")

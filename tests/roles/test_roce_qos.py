@@ -7,14 +7,12 @@ import importlib.util
 import json
 from pathlib import Path
 
-import ansible.module_utils
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from role_modules import ROOT, carry_out, load
 
-ansible.module_utils.__path__.append(str(ROOT / "roles" / "roce_qos" / "module_utils"))
 role = load("roce_qos")
 roce = role.roce
 STAND_INS = ROOT / "molecule" / "resources" / "stand-ins"

@@ -37,7 +37,10 @@ def test_rails_of_one_subnet_answer_for_their_own_addresses(host):
         conf = f"{ROOT}/proc/sys/net/ipv4/conf/{netdev}"
         values = [host.file(f"{conf}/{name}").content_string for name in ("arp_announce", "arp_ignore", "rp_filter")]
         assert values == ["2", "1", "2"]
-        assert f"net.ipv4.conf.{netdev}.rp_filter = 2\n" in host.file("/etc/sysctl.d/90-shakedown-roce.conf").content_string
+        assert (
+            f"net.ipv4.conf.{netdev}.rp_filter = 2\n"
+            in host.file("/etc/sysctl.d/90-shakedown-roce.conf").content_string
+        )
 
 
 def test_the_service_comes_with_every_start_and_has_nothing_left_to_do(host):

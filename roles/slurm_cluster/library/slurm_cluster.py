@@ -1,0 +1,503 @@
+#!/usr/bin/python3
+"""Module of the role slurm_cluster: munge, slurmctld and slurmd of a node, from the inventory.
+
+Besides the role's variables the settings hold what the lookup slurm_cluster_settings adds:
+
+    node        this node's NodeName
+    controller  the NodeName of slurmctld's node
+    nodes       [{"name", "address", "observed"}] of the whole cluster; observed as `observe` gives it, {} where the
+                node was not asked in this run
+    munge_key_problem  (validate) [what, expected, found, remedy] where the key that was given cannot be taken, else []
+    credential  (verify) {"rc", "stdout", "stderr"} of `munge -n` on the controller's node
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import tempfile
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.phase import Stop, main, read
+from ansible.module_utils.slurm_conf import MARK, cgroup_conf, gres_conf, hardware, how_to_apply, slurm_conf
+
+FACT = "/etc/ansible/facts.d/slurm.fact"
+MUNGE_KEY = "/etc/munge/munge.key"
+PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld"}  # Debian's
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+
+# Source: sinfo(1), "NODE STATE CODES".
+STATES_UP = {"idle", "allocated", "mixed", "completing", "planned", "reserved", "blocked"}
+STATE_FLAGS = "~#!%$@^-+"  # powering, rebooting, planned, in a reservation; `*` is judged by itself
+
+
+# --- pure ------------------------------------------------------------------------------------------
+
+
+def states(text):
+    """`sinfo -h -N -o '%N|%T|%E'` as {node: (state, flags, reason)}; a node of two partitions has one entry.
+
+    Raises ValueError on a line of another form.
+    """
+    nodes = {}
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        name, state, reason = ([part.strip() for part in line.split("|", 2)] + ["", ""])[:3]
+        bare = state.rstrip("*" + STATE_FLAGS)
+        if not name or not bare.isalpha():
+            raise ValueError(f"no node|state|reason in {line[:60]!r}")
+        nodes[name] = (bare.lower(), state[len(bare) :], "" if reason in ("none", "N/A") else reason)
+    return nodes
+
+
+def judge(state, flags, reason):
+    """Why a node of this state takes no jobs, or ""."""
+    if state in STATES_UP and "*" not in flags:
+        return ""
+    silent = ", not responding" if "*" in flags else ""
+    return f"{state}{silent}" + (f", reason: {reason}" if reason else "")
+
+
+def config(text):
+    """`scontrol show config` as {parameter: value}; headings and broken lines are left out."""
+    pairs = (line.partition("=") for line in text.splitlines() if re.match(r"^\w+ *=", line))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def unmunged(text):
+    """The moments of `unmunge`'s answer in s since 1970: {"ENCODE_TIME", "DECODE_TIME"}."""
+    found = re.findall(r"^(ENCODE_TIME|DECODE_TIME):.*\((\d+)\)\s*$", text, re.M)
+    return {name: int(value) for name, value in found}
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- observed --------------------------------------------------------------------------------------
+
+
+def program(name):
+    """The path of `name`, also where root's PATH has no sbin; None if it is not there."""
+    return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":" + SBIN)
+
+
+def observe(phase):
+    """This node as the others must know it: {"hostname", "hardware", "version"}."""
+    hostname = socket.gethostname().split(".")[0]
+    slurmd = program("slurmd")
+    if not slurmd:  # check mode on a bare node: a preview, by the operating system's own count
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+        return {"hostname": hostname, "hardware": {"CPUs": os.cpu_count(), "RealMemory": memory}, "version": ""}
+    outcome = phase.run([slurmd, "-C"], 20)
+    try:
+        found = hardware(outcome.stdout)
+    except ValueError:
+        raise Stop("slurmd -C", "the node's hardware", outcome.last_line, "see `slurmd -C` on the node") from None
+    version = phase.run([slurmd, "-V"], 20).stdout.split()
+    return {"hostname": hostname, "hardware": found, "version": version[-1] if version else ""}
+
+
+def services(phase, names):
+    """{name: (active state, enabled state)} of systemd's units, ("", "") where it says nothing."""
+    found = {}
+    argv = ["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *names]
+    for block in phase.run(argv, 20).stdout.split("\n\n"):
+        values = dict(line.partition("=")[::2] for line in block.splitlines())
+        found[values.get("Id", "").replace(".service", "")] = (
+            values.get("ActiveState", ""),
+            values.get("UnitFileState", ""),
+        )
+    return {name: found.get(name, ("", "")) for name in names}
+
+
+def last_error(phase, unit):
+    """The last error in a unit's journal, or ""."""
+    lines = phase.run(
+        ["journalctl", "--unit", unit, "--lines=40", "--output=cat", "--no-pager"], 10
+    ).stdout.splitlines()
+    # What fails for want of an optional MPI library says nothing about the node.
+    errors = [line for line in lines if re.search(r"\b(error|fatal):", line) and "mpi/" not in line]
+    return errors[-1].split(": ", 1)[-1] if errors else ""
+
+
+def state_of(phase, name):
+    """(state, flags, reason) of a node as slurmctld sees it, or None and why it is not known."""
+    outcome = phase.run(["sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%N|%T|%E"], 20)
+    if not outcome.ok:
+        return None, outcome.last_line
+    try:
+        found = states(outcome.stdout).get(name)
+    except ValueError as error:
+        return None, str(error)
+    return found, "" if found else "no such node"
+
+
+def cgroup_ready():
+    """Whether a hierarchy that proctrack/cgroup can use is mounted read-write: unified, or v1's freezer."""
+    root = "/sys/fs/cgroup"
+    return os.access(root if os.path.exists(f"{root}/cgroup.controllers") else f"{root}/freezer", os.W_OK)
+
+
+def files(want):
+    """The configuration, by name."""
+    old = read(os.path.join(want["conf_dir"], "slurm.conf"))
+    return {"slurm.conf": slurm_conf(want, old), "gres.conf": gres_conf(want), "cgroup.conf": cgroup_conf(want)}
+
+
+def fact():
+    """What the last complete run left, {} before it."""
+    try:
+        return json.loads(read(FACT) or "{}")
+    except ValueError:
+        return {}
+
+
+def is_controller(want):
+    return want["node"] == want["controller"]
+
+
+def units(want):
+    return ["munge", *(["slurmctld"] if is_controller(want) else []), "slurmd"]
+
+
+# --- the phases ------------------------------------------------------------------------------------
+
+
+def validate(phase):
+    want = phase.want
+    if want["munge_key_problem"]:
+        phase.problem(*want["munge_key_problem"])
+    before = fact().get("controller", want["controller"])
+    if before != want["controller"]:
+        phase.problem(
+            "slurmctld's node",
+            f"{before}, as before",
+            want["controller"],
+            f"set slurm_cluster_controller to {before}'s host: elsewhere the queue would be lost; to move it, copy "
+            f"{want['state_dir']} and remove {FACT} on every node",
+        )
+    path = os.path.join(want["conf_dir"], "slurm.conf")
+    text = read(path)
+    if text is not None and not text.startswith(MARK):
+        phase.problem(
+            path,
+            "none, or this role's",
+            "a file of another origin",
+            "this cluster has its own Slurm: set slurm_cluster_enabled: false, or move the file away",
+        )
+    missing = missing_packages(want)
+    if missing and not program("apt-get"):
+        phase.problem(
+            "Slurm and munge",
+            f"installed: {', '.join(missing)}",
+            "not installed, and no apt-get here",
+            "put them into the node's image, the same version on every node",
+        )
+    absent = [n for n in range(want["gpus"]) if not os.path.exists(f"{want['gpu_device']}{n}")]
+    if absent:
+        phase.problem(
+            "GPU files",
+            f"{want['gpus']} of {want['gpu_device']}N",
+            f"{want['gpus'] - len(absent)}",
+            "load the driver, or set slurm_cluster_gpus and slurm_cluster_gpu_device",
+        )
+    if want["proctrack"] == "cgroup" and not cgroup_ready():
+        phase.problem(
+            "cgroup hierarchy",
+            "writable, for proctrack/cgroup",
+            "read-only or not mounted",
+            "set slurm_cluster_proctrack: linuxproc (jobs are then not confined)",
+        )
+    cluster = (read(os.path.join(want["state_dir"], "clustername")) or "").strip()
+    if is_controller(want) and cluster and cluster != want["cluster_name"]:
+        phase.problem(
+            f"cluster name in {want['state_dir']}",
+            want["cluster_name"],
+            cluster,
+            "keep the name: with another one slurmctld does not start, and the queue would be lost",
+        )
+    phase.done.append("Slurm can be set up here")
+
+
+def missing_packages(want):
+    names = [name for name in PACKAGES if name != "slurmctld" or is_controller(want)]
+    return [PACKAGES[name] for name in names if not program(name)]
+
+
+def install(phase):
+    want = phase.want
+    missing = missing_packages(want)
+    if missing and phase.change("packages", None, " ".join(sorted(missing))):
+        argv = ["apt-get", "install", "--yes", "--no-install-recommends", "--option=DPkg::Lock::Timeout=120", *missing]
+        env = {"DEBIAN_FRONTEND": "noninteractive"}
+        outcome = phase.run(argv, 600, env=env)
+        if not outcome.ok and "dpkg --configure -a" in outcome.stderr:  # an earlier run was killed in the middle
+            phase.run(["dpkg", "--configure", "-a"], 600, env=env)
+            outcome = phase.run(argv, 600, env=env)
+        if not outcome.ok:
+            raise Stop("packages", " ".join(missing), outcome.last_line, "see `apt-get install` on the node")
+    if is_controller(want) and not phase.secrets.get("munge_key") and not os.path.exists(MUNGE_KEY):
+        write_key(phase, os.urandom(128))
+    phase.facts["observed"] = observe(phase)
+    phase.done.append(f"Slurm {phase.facts['observed']['version'] or 'would be installed'}")
+
+
+def write_key(phase, key):
+    """Put the key where munged reads it; returns whether that is a change. munged must not run meanwhile."""
+    try:
+        with open(MUNGE_KEY, "rb") as file:
+            old = file.read()
+    except FileNotFoundError:
+        old = None
+    if old == key:
+        return False
+    if phase.change(MUNGE_KEY, "(secret)" if old else None, "(another secret)" if old else "(secret)"):
+        # Killed between stop and start, munged is down: the next run starts it, with the new key.
+        phase.run(["systemctl", "stop", "munge"], 60)
+        owner = pwd.getpwnam("munge")
+        os.makedirs(os.path.dirname(MUNGE_KEY), mode=0o700, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".munge.key.", dir=os.path.dirname(MUNGE_KEY))
+        with os.fdopen(handle, "wb") as file:
+            file.write(key)
+            os.fchmod(file.fileno(), 0o600)
+            os.fchown(file.fileno(), owner.pw_uid, owner.pw_gid)
+        os.replace(partial, MUNGE_KEY)
+    return True
+
+
+def configure(phase):
+    want = phase.want
+    equal_versions(phase, want)
+    for kind in ("prolog", "epilog"):
+        if want[kind] and not os.access(want[kind], os.X_OK) and not phase.check:
+            phase.problem(
+                f"slurm_cluster_{kind}",
+                f"an executable file at {want[kind]}",
+                "none",
+                "install it first (the role slurm_prolog does): Slurm drains a node whose prolog is missing",
+            )
+    wanted = files(want)
+    if phase.problems:
+        return
+    new_key = bool(phase.secrets.get("munge_key")) and write_key(phase, base64.b64decode(phase.secrets["munge_key"]))
+    before = {name: read(os.path.join(want["conf_dir"], name)) for name in wanted}
+    applied = fact().get("files", {})
+    known = all(before[name] is not None and applied.get(name) == sha256(before[name]) for name in wanted)
+    # What a killed run left in the files was perhaps never read by the daemons.
+    action = how_to_apply(before, wanted) if known else "restart"
+    for folder, mode in ((want["state_dir"], 0o700), ("/var/lib/slurm/slurmd", 0o755)):
+        own_folder(phase, folder, mode)
+    for name, content in wanted.items():
+        phase.write(os.path.join(want["conf_dir"], name), content)
+    start(phase, want, "restart" if new_key else action)
+    if not phase.check:
+        wait_until_registered(phase, want)
+    if phase.problems:
+        return
+    controller = next(node for node in want["nodes"] if node["name"] == want["controller"])
+    published = {
+        "cluster": want["cluster_name"],
+        "controller": controller["name"],
+        "files": {name: sha256(content) for name, content in wanted.items()},
+        "gpus": want["gpus"],
+        "node": want["node"],
+        "partition": want["partition"],
+        "version": observed(want).get("version", "") or fact().get("version", ""),
+    }
+    phase.write(FACT, json.dumps(published, indent=1, sort_keys=True) + "\n")
+    phase.done.append(f"{want['node']} of {len(want['nodes'])} nodes is configured")
+
+
+def observed(want):
+    return next((node["observed"] for node in want["nodes"] if node["name"] == want["node"]), {})
+
+
+def equal_versions(phase, want):
+    """Another version than the controller's is a problem of this node."""
+    controller = next((node["observed"] for node in want["nodes"] if node["name"] == want["controller"]), {})
+    theirs, ours = controller.get("version", ""), observed(want).get("version", "")
+    if theirs and ours and theirs != ours:
+        phase.problem(
+            "Slurm version", f"{theirs}, as {want['controller']} has", ours, "install one version on every node"
+        )
+
+
+def own_folder(phase, path, mode):
+    """A folder of Slurm's user."""
+    if not os.path.isdir(path) and phase.change(path, None, f"folder of slurm, mode {mode:04o}"):
+        owner = pwd.getpwnam("slurm")
+        os.makedirs(path, exist_ok=True)
+        os.chmod(path, mode)
+        os.chown(path, owner.pw_uid, owner.pw_gid)
+
+
+def start(phase, want, action):
+    """Bring every daemon to run with what is on disk."""
+    found = services(phase, units(want))
+    for name in units(want):
+        active, enabled = found[name]
+        do = action if name != "munge" else ""
+        if active != "active":
+            do = "restart"
+        if enabled != "enabled" and phase.change(f"{name}.service at boot", enabled or None, "enabled"):
+            phase.run(["systemctl", "enable", name], 60)
+        if not do:
+            continue
+        if phase.change(f"{name}.service", active or None, f"active ({do})"):
+            outcome = phase.run(["systemctl", do, name], 90)
+            if not outcome.ok:
+                raise Stop(f"{name}.service", "running", outcome.last_line, f"see `journalctl -u {name}`")
+
+
+def settled(phase, want, is_so):
+    """What `state_of` says once `is_so` holds for state and flags, or at the end of the time that it may take."""
+    end = time.monotonic() + want["settle_s"]
+    while True:
+        found, reason = state_of(phase, want["node"])
+        if (found and is_so(*found[:2])) or time.monotonic() > end:
+            return found, reason
+        time.sleep(0.5)
+
+
+def wait_until_registered(phase, want):
+    """slurmctld and slurmd find each other within some seconds, or the node says why not."""
+
+    def registered(state, flags):
+        return state != "unknown" and "*" not in flags
+
+    found, reason = settled(phase, want, registered)
+    if found and registered(*found[:2]):
+        return
+    detail = last_error(phase, "slurmd") or (last_error(phase, "slurmctld") if is_controller(want) else "")
+    phase.problem(
+        "registration with slurmctld",
+        f"within {want['settle_s']} s",
+        (judge(*found) if found else reason) + (f"; last error: {detail}" if detail else ""),
+        "see `journalctl -u slurmd`; is another munge key or a firewall in the way (ports 6817, 6818)?",
+    )
+
+
+def verify(phase):
+    want = phase.want
+    for name, (active, _) in services(phase, units(want)).items():
+        if active != "active":
+            phase.problem(
+                f"{name}.service", "active", active or "not there", f"see `journalctl -u {name}`, then run configure"
+            )
+    if not is_controller(want) and services(phase, ["slurmctld"])["slurmctld"][0] == "active":
+        phase.problem(
+            "slurmctld.service",
+            f"on {want['controller']} alone",
+            "active here too",
+            "systemctl disable --now slurmctld",
+        )
+    munge_round_trip(phase)
+    same_key_and_time(phase, want)
+    for name, digest in fact().get("files", {}).items():
+        text = read(os.path.join(want["conf_dir"], name))
+        if text is None or sha256(text) != digest:
+            found = "none" if text is None else "edited since"
+            phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, "run the phase configure")
+    if cluster_answers(phase, want):
+        node_is_up(phase, want)
+    phase.done.append("Slurm takes jobs here")
+
+
+def munge_round_trip(phase):
+    minted = phase.run(["munge", "--no-input"], 20)
+    opened = phase.run(["unmunge"], 20, input=minted.stdout) if minted.ok else minted
+    if not opened.ok:
+        phase.problem("munge round trip", "a credential that opens", opened.last_line, "see `systemctl status munge`")
+
+
+def same_key_and_time(phase, want):
+    """A credential of the controller opens only with its key, and tells its clock."""
+    minted = want.get("credential") or {}
+    if minted.get("rc") != 0:
+        found = (minted.get("stderr") or minted.get("msg") or "none").strip().splitlines()[-1]
+        phase.problem("munge credential of the controller", "one", found, f"repair munge on {want['controller']} first")
+        return
+    opened = phase.run(["unmunge"], 20, input=minted["stdout"])
+    moments = unmunged(opened.stdout)
+    remedy = "run the phase configure: it brings the key of all nodes"
+    if not opened.ok:
+        if "rewound" in opened.last_line.lower() or "expired" in opened.last_line.lower():
+            remedy = "set the clock (chrony or ntp)"
+        phase.problem("munge key", f"that of {want['controller']}", opened.last_line, remedy)
+    elif len(moments) == 2:
+        skew = moments["DECODE_TIME"] - moments["ENCODE_TIME"]
+        phase.facts["clock_behind_controller_s"] = -skew
+        if abs(skew) > want["clock_skew_s"]:
+            phase.problem(
+                "clock",
+                f"within {want['clock_skew_s']} s of {want['controller']}",
+                f"{skew:+d} s",
+                "set the clock (chrony or ntp)",
+            )
+
+
+def cluster_answers(phase, want):
+    """Whether slurmctld answers this node; its configuration must be the node's."""
+    pinged = phase.run(["scontrol", "ping"], 20)
+    if not re.search(r"\bis UP\b", pinged.stdout):
+        down = re.search(r"Slurmctld.* is (\w+)", pinged.stdout)
+        phase.problem(
+            f"slurmctld on {want['controller']}",
+            "UP",
+            down.group(1) if down else pinged.last_line,
+            "see `journalctl -u slurmctld` there; a node with another munge key sees it as DOWN",
+        )
+        return False
+    values = config(phase.run(["scontrol", "show", "config"], 20).stdout)
+    phase.facts["version"] = values.get("SLURM_VERSION", "")
+    if values.get("HASH_VAL", "Match") != "Match":
+        phase.problem(
+            "slurm.conf", "that which slurmctld has read", "another one", "run the phase configure on all nodes"
+        )
+    return True
+
+
+def node_is_up(phase, want):
+    # A slurmctld that was restarted a moment ago knows its nodes a few seconds later.
+    found, reason = settled(phase, want, lambda state, _: state != "unknown")
+    shown = judge(*found) if found else reason
+    phase.facts["state"] = found[0] if found else "unknown"
+    if found and found[0] in ("maint", "maintenance"):
+        phase.warn(f"in a maintenance reservation{': ' + found[2] if found[2] else ''}")
+        return
+    if shown:
+        phase.problem(
+            "node in Slurm",
+            "up",
+            shown,
+            f"mend the reason, then `scontrol update nodename={want['node']} state=resume`; no role does that",
+        )
+    elif want["verify_job"]:
+        one_job(phase, want)
+
+
+def one_job(phase, want):
+    """A job of one task runs here, unless others hold the node."""
+    argv = ["srun", f"--nodelist={want['node']}", "--nodes=1", "--ntasks=1", "--immediate=10", "--time=1"]
+    outcome = phase.run([*argv, "--job-name=verify", "true"], want["verify_job_limit_s"])
+    if outcome.ok:
+        phase.done.append("a job ran")
+    elif "busy" in outcome.stderr or "immediate" in outcome.stderr.lower():
+        phase.warn("no job was tried: the node is busy")
+    else:
+        phase.problem("a job of one task", "done", outcome.last_line, "see `journalctl -u slurmd`")
+
+
+PHASES = {"validate": validate, "install": install, "configure": configure, "verify": verify}
+
+if __name__ == "__main__":
+    main(AnsibleModule, PHASES)

@@ -1,0 +1,437 @@
+"""slurm_cluster: configuration rendered, Slurm's answers read, and what a change of them asks for."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from golden_files import check as golden
+from role_modules import ROOT, carry_out, load
+
+CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
+real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
+slurm, conf = load("slurm_cluster"), importlib.import_module("ansible.module_utils.slurm_conf")
+
+
+def plugin(name):
+    path = ROOT / "roles" / "slurm_cluster" / "lookup_plugins" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+munge_key, cluster_settings = plugin("munge_key"), plugin("slurm_cluster_settings")
+
+HGX = {"CPUs": 224, "Boards": 1, "SocketsPerBoard": 2, "CoresPerSocket": 56, "ThreadsPerCore": 2, "RealMemory": 2063937}
+
+
+def node(number, **observed):
+    hostname = f"fukushimadc-02-hgx-{number:04}"
+    seen = {"hostname": hostname, "hardware": HGX, "version": "22.05.8", **observed}
+    return {"name": f"node{number:03}", "address": f"10.20.0.{number}", "observed": seen}
+
+
+def settings(**changes):
+    return {
+        "node": "node001",
+        "controller": "node001",
+        "nodes": [node(1), node(2)],
+        "cluster_name": "shakedown",
+        "partition": "gpu",
+        "gpus": 8,
+        "gpu_device": "/dev/nvidia",
+        "proctrack": "cgroup",
+        "return_to_service": 1,
+        "prolog": "",
+        "epilog": "",
+        "prolog_timeout_s": 60,
+        "conf_dir": "/nonexistent",
+        "state_dir": "/var/lib/slurm/slurmctld",
+        "settle_s": 0,
+        "clock_skew_s": 30,
+        "verify_job": False,
+        "verify_job_limit_s": 30,
+        "munge_key_problem": [],
+        **changes,
+    }
+
+
+def rendered(want, old=""):
+    parts = [conf.slurm_conf(want, old), conf.gres_conf(want), conf.cgroup_conf(want)]
+    return "\n".join(parts)
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("hgx", {"prolog": "/etc/slurm/prolog", "epilog": "/etc/slurm/epilog"}),
+        ("containers", {"proctrack": "linuxproc", "gpu_device": "/srv/stand-in-gpus/nvidia", "controller": "node002"}),
+        ("cpu", {"gpus": 0, "proctrack": "linuxproc"}),
+    ],
+)
+def test_the_configuration(name, changes):
+    golden(f"roles/slurm_cluster/{name}.conf", rendered(settings(**changes)))
+
+
+def test_memory_is_given_in_whole_gib_so_that_a_new_kernel_does_not_drain_the_node():
+    assert "RealMemory=2063360" in conf.node_line(node(1), 8)
+
+
+def test_a_node_that_was_not_asked_keeps_its_line():
+    both = conf.slurm_conf(settings(), "")
+    silent = {**node(2), "observed": {}}
+    assert conf.slurm_conf(settings(nodes=[node(1), silent]), both) == both
+
+
+def test_the_controllers_host_name_is_taken_from_its_line_where_it_was_not_asked():
+    both = conf.slurm_conf(settings(), "")
+    silent = {**node(1), "observed": {}}
+    assert "SlurmctldHost=fukushimadc-02-hgx-0001(10.20.0.1)" in conf.slurm_conf(
+        settings(nodes=[silent, node(2)]), both
+    )
+
+
+def test_a_node_that_nobody_knows_stops_the_run_by_name():
+    with pytest.raises(slurm.Stop) as stop:
+        conf.slurm_conf(settings(nodes=[node(1), {**node(2), "observed": {}}]), "")
+    assert stop.value.problem[2] == "unknown for node002"
+
+
+def test_a_node_whose_name_is_its_hosts_needs_no_second_name():
+    assert "NodeHostname" not in conf.node_line({**node(1), "name": "fukushimadc-02-hgx-0001"}, 8)
+
+
+@pytest.mark.parametrize(("gpus", "file"), [(1, "/dev/nvidia0"), (8, "/dev/nvidia[0-7]")])
+def test_gpus_are_files_since_a_bare_count_drains_the_node(gpus, file):
+    assert f"Name=gpu File={file}\n" in conf.gres_conf(settings(gpus=gpus))
+
+
+# --- what a change asks for ------------------------------------------------------------------------
+
+
+def changed(**changes):
+    def three(want):
+        return dict(
+            zip(
+                ("slurm.conf", "gres.conf", "cgroup.conf"),
+                (conf.slurm_conf(want, ""), conf.gres_conf(want), conf.cgroup_conf(want)),
+                strict=True,
+            )
+        )
+
+    return conf.how_to_apply(three(settings()), three(settings(**changes)))
+
+
+def test_no_change_asks_for_nothing():
+    assert changed() == ""
+
+
+@pytest.mark.parametrize("change", [{"epilog": "/etc/slurm/epilog"}, {"return_to_service": 2}, {"partition": "all"}])
+def test_what_slurm_reads_again_needs_no_restart(change):
+    assert changed(**change) == "reload"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"nodes": [node(1), node(2), node(4)]}, {"gpus": 4}, {"proctrack": "linuxproc"}, {"prolog": "/etc/slurm/prolog"}],
+)
+def test_nodes_gpus_and_plugins_need_a_restart(change):
+    assert changed(**change) == "restart"
+
+
+def test_files_that_were_not_there_need_a_restart():
+    assert conf.how_to_apply({"slurm.conf": None}, {"slurm.conf": "A=1\n"}) == "restart"
+
+
+# --- what Slurm says -------------------------------------------------------------------------------
+
+
+def test_hardware_of_slurmd():
+    text = (
+        "NodeName=hgx CPUs=224 Boards=1 SocketsPerBoard=2 CoresPerSocket=56 ThreadsPerCore=2 RealMemory=2063937\n"
+        "UpTime=12-03:31:34\n"
+    )
+    assert conf.hardware(text) == HGX
+
+
+@pytest.mark.parametrize(
+    "text", ["", "slurmd: error: no", "NodeName=x CPUs=2", "NodeName=x CPUs= RealMemory=9", "UpTime=1"]
+)
+def test_what_is_no_hardware_is_refused(text):
+    with pytest.raises(ValueError):
+        conf.hardware(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("node001|idle|none", ""),
+        ("node001|mixed|none", ""),
+        ("node001|idle-|none", ""),
+        ("node001|allocated*|none", "allocated, not responding"),
+        ("node001|drained|bad fan", "drained, reason: bad fan"),
+        ("node001|drained|a|b|c", "drained, reason: a|b|c"),
+        ("node001|down*|Not responding", "down, not responding, reason: Not responding"),
+        ("node001|unknown*|none", "unknown, not responding"),
+    ],
+)
+def test_a_state_and_why_it_takes_no_jobs(line, found):
+    assert slurm.judge(*slurm.states(line + "\n")["node001"]) == found
+
+
+@pytest.mark.parametrize(
+    "line", ["slurm_load_node: Unable to contact slurm controller", "node001", "node001|", "|idle|", "node001|<!>|"]
+)
+def test_what_is_no_state_is_refused(line):
+    with pytest.raises(ValueError):
+        slurm.states(line)
+
+
+@given(st.text())
+def test_any_text_gives_states_or_a_refusal(text):
+    try:
+        found = slurm.states(text)
+    except ValueError:
+        return
+    assert all(state.isalpha() for state, _, _ in found.values())
+
+
+@real_output
+def test_states_of_a_real_cluster():
+    text = (CAPTURED / "sinfo-N-state-pairs.txt").read_text().replace(",", "|")
+    found = slurm.states(text)
+    up = {name for name, state in found.items() if not slurm.judge(*state)}
+    assert {found[name][0] for name in up} == {"idle", "allocated", "mixed"}
+    assert {state for state, _, _ in found.values()} - {"idle", "allocated", "mixed"} == {
+        "down",
+        "drained",
+        "draining",
+        "fail",
+    }
+
+
+@real_output
+def test_configuration_of_a_real_cluster():
+    values = slurm.config((CAPTURED / "scontrol-show-config.txt").read_text())
+    assert values["SLURM_VERSION"] == "23.02.2"
+    assert values["HASH_VAL"] == "Match"
+    assert values["Prolog"] == "/public/slurm/prolog/prologs.sh"
+    assert values["SchedulerParameters"].startswith("defer,max_rpc_cnt=64")
+
+
+def test_the_moments_of_a_credential():
+    text = "STATUS:          Success (0)\nENCODE_TIME:     2026-11-21 07:16:46 +0000 (1795245406)\nDECODE_TIME:     2026-11-21 07:17:46 +0000 (1795245466)\nUID:   root (0)\n"
+    assert slurm.unmunged(text) == {"ENCODE_TIME": 1795245406, "DECODE_TIME": 1795245466}
+    assert slurm.unmunged("unmunge: Error: Invalid credential") == {}
+
+
+# --- the key ---------------------------------------------------------------------------------------
+
+KEY = base64.b64encode(bytes(range(128))).decode()
+
+
+def test_a_key_is_taken_as_it_is_given(tmp_path):
+    file = tmp_path / "munge.key"
+    file.write_bytes(bytes(range(128)))
+    file.chmod(0o600)
+    assert munge_key.given_key(KEY, "", True) == KEY
+    assert munge_key.given_key("", str(file), True) == KEY
+
+
+def test_no_key_lets_the_first_node_make_one_only_where_that_is_allowed():
+    assert munge_key.given_key("", "", True) == ""
+    with pytest.raises(munge_key.Refused, match="neither"):
+        munge_key.given_key("", "", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("not base64!", "something else"),
+        (base64.b64encode(b"short").decode(), "5"),
+        (base64.b64encode(bytes(1025)).decode(), "1025"),
+    ],
+)
+def test_a_key_that_munge_would_not_take_is_refused_without_telling_it(text, found):
+    with pytest.raises(munge_key.Refused) as refused:
+        munge_key.given_key(text, "", True)
+    assert refused.value.args[2] == found
+    assert text not in str(refused.value)
+
+
+def test_a_keys_file_that_others_may_read_is_refused(tmp_path):
+    file = tmp_path / "munge.key"
+    file.write_bytes(bytes(128))
+    file.chmod(0o640)
+    with pytest.raises(munge_key.Refused, match="mode 0640"):
+        munge_key.given_key("", str(file), True)
+    with pytest.raises(munge_key.Refused, match="no such file"):
+        munge_key.given_key("", str(tmp_path / "none"), True)
+
+
+# --- the inventory ---------------------------------------------------------------------------------
+
+
+def test_nodes_come_in_the_inventorys_order_with_what_was_seen_of_them():
+    seen = {"hostname": "a", "hardware": HGX, "version": "1"}
+    hostvars = {
+        "hgx-0001": {
+            "runner_alias": "node001",
+            "ansible_host": "10.0.0.1",
+            "slurm_cluster_install_result": {"facts": {"observed": seen}},
+        },
+        "hgx-0002": {"runner_alias": "node002", "slurm_cluster_install_result": {"unreachable": True}},
+    }
+    assert cluster_settings.nodes(["hgx-0002", "hgx-0001"], hostvars, "alias") == [
+        {"name": "node002", "address": "hgx-0002", "observed": {}},
+        {"name": "node001", "address": "10.0.0.1", "observed": seen},
+    ]
+    assert cluster_settings.nodes(["hgx-0001"], hostvars, "hostname")[0]["name"] == "hgx-0001"
+
+
+# --- the phases ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def node_of(tmp_path, monkeypatch):
+    """A PATH with stand-ins for the commands that a test names, each a text to print and a return code."""
+
+    def make(**commands):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        for name, (text, rc) in commands.items():
+            script = folder / name
+            script.write_text(f"#!/bin/sh\n# STAND-IN for {name}\ncat <<'END'\n{text}\nEND\nexit {rc}\n")
+            script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    return make
+
+
+def healthy(**commands):
+    active = "\n\n".join(
+        f"Id={name}.service\nActiveState=active\nUnitFileState=enabled" for name in ("munge", "slurmctld", "slurmd")
+    )
+    opened = "STATUS: Success (0)\nENCODE_TIME:  2026-11-21 07:16:46 +0000 (1795245406)\nDECODE_TIME:  2026-11-21 07:16:47 +0000 (1795245407)"
+    return {
+        "systemctl": (active, 0),
+        "munge": ("MUNGE:abc:", 0),
+        "unmunge": (opened, 0),
+        "scontrol": (
+            "Slurmctld(primary) at hgx is UP\nHASH_VAL                = Match\nSLURM_VERSION           = 22.05.8",
+            0,
+        ),
+        "sinfo": ("node001|idle|none", 0),
+        **commands,
+    }
+
+
+def verify(**changes):
+    return carry_out(slurm.PHASES, "verify", settings(credential={"rc": 0, "stdout": "MUNGE:x:"}, **changes))
+
+
+def test_a_healthy_node_is_good(node_of):
+    node_of(**healthy())
+    answer = verify()
+    assert answer.ok, answer.msg
+    assert answer.facts["state"] == "idle"
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({"sinfo": ("node001|drained|bad fan", 0)}, "node in Slurm: expected up, found drained, reason: bad fan"),
+        ({"sinfo": ("", 0)}, "node in Slurm: expected up, found no such node"),
+        ({"sinfo": ("half a li", 0)}, "node in Slurm: expected up, found no node|state|reason in 'half a li'"),
+        ({"scontrol": ("Slurmctld(primary) at hgx is DOWN", 1)}, "slurmctld on node001: expected UP, found DOWN"),
+        (
+            {"scontrol": ("is UP\nHASH_VAL    = Different Ours=0x1 Slurmctld=0x2", 0)},
+            "slurm.conf: expected that which slurmctld has read",
+        ),
+        (
+            {"unmunge": ("unmunge: Error: Invalid credential", 1)},
+            "munge key: expected that of node001, found unmunge: Error: Invalid credential",
+        ),
+        (
+            {"systemctl": ("Id=munge.service\nActiveState=failed\nUnitFileState=enabled", 0)},
+            "munge.service: expected active, found failed",
+        ),
+    ],
+)
+def test_what_is_broken_is_named(node_of, broken, says):
+    node_of(**healthy(**broken))
+    answer = verify()
+    assert not answer.ok
+    assert says in answer.msg
+
+
+def test_a_clock_that_is_off_is_named(node_of):
+    late = "ENCODE_TIME: x (1795245406)\nDECODE_TIME: y (1795245506)"
+    node_of(**healthy(unmunge=(late, 0)))
+    assert "clock: expected within 30 s of node001, found +100 s" in verify().msg
+
+
+def test_a_controller_without_munge_is_no_riddle(node_of):
+    node_of(**healthy())
+    answer = carry_out(slurm.PHASES, "verify", settings(credential={"rc": 1, "stderr": "munge: Error: no socket"}))
+    assert "munge credential of the controller: expected one, found munge: Error: no socket" in answer.msg
+
+
+def test_a_busy_node_is_not_asked_to_run_a_job(node_of):
+    node_of(**healthy(srun=("", 1)))
+    script = Path(os.environ["PATH"].split(":")[0]) / "srun"
+    script.write_text(
+        "#!/bin/sh\n# STAND-IN for srun\necho 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2\nexit 1\n"
+    )
+    answer = verify(verify_job=True)
+    assert answer.ok
+    assert answer.warnings == ["no job was tried: the node is busy"]
+
+
+def test_validate_finds_every_reason_at_once(tmp_path):
+    (tmp_path / "slurm.conf").write_text("ClusterName=theirs\n")
+    (tmp_path / "clustername").write_text("other")
+    want = settings(
+        conf_dir=str(tmp_path),
+        state_dir=str(tmp_path),
+        gpu_device=f"{tmp_path}/gpu",
+        munge_key_problem=["munge key", "one", "none", ""],
+    )
+    answer = carry_out(slurm.PHASES, "validate", want)
+    what = [problem["what"] for problem in answer.problems]
+    assert {"munge key", f"{tmp_path}/slurm.conf", "GPU files", f"cluster name in {tmp_path}"} <= set(what)
+
+
+def test_check_mode_shows_the_files_and_writes_none(tmp_path):
+    here = node(1, hostname=socket.gethostname())
+    answer = carry_out(
+        slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), state_dir=str(tmp_path), nodes=[here]), check=True
+    )
+    assert answer.ok and answer.changed
+    shown = {diff["after_header"]: diff["after"] for diff in answer.diff}
+    assert "NodeName=node001" in shown[f"{tmp_path}/slurm.conf"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_version_than_the_controllers_stops_before_anything_is_written(tmp_path):
+    nodes = [node(1), node(2, version="23.11.4")]
+    answer = carry_out(slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), nodes=nodes, node="node002"))
+    assert "Slurm version: expected 22.05.8, as node001 has, found 23.11.4" in answer.msg
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prolog_that_is_missing_never_gets_into_slurm_conf(tmp_path):
+    answer = carry_out(slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), prolog=f"{tmp_path}/prolog"))
+    assert "slurm_cluster_prolog: expected an executable file" in answer.msg
+    assert list(tmp_path.iterdir()) == []
