@@ -250,7 +250,8 @@ def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path 
         events = None
         if folder is not None:
             stack.enter_context(disk_errors(folder))
-            (folder / "ansible").mkdir(mode=0o700, parents=True)
+            folder.mkdir(mode=0o700, parents=True)
+            (folder / "ansible").mkdir(mode=0o700)
             events = stack.enter_context(open(folder / "ansible" / "events.jsonl", "w"))
 
         def on_event(event: Event) -> None:

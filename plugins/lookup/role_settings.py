@@ -68,6 +68,6 @@ class LookupModule(LookupBase):
         result = ArgumentSpecValidator(options).validate(given)
         errors += [message.replace(" found in", " in") for message in result.error_messages]
         if errors:
-            raise AnsibleLookupError(f"{role}: {'; '.join(errors)}")
+            raise AnsibleLookupError("; ".join(errors))
         settings = result.validated_parameters
         return [{name.removeprefix(f"{role}_"): settings.get(name) for name in options}]

@@ -55,6 +55,10 @@ def inside(nodes, word, *argv, check=True):
     return process.run(["podman", "exec", nodes.container(word), *argv], timeout_s=60, check=check).stdout
 
 
+def drift(nodes, word):
+    inside(nodes, word, "sed", "-i", "$ a # by hand", "/etc/slurm/slurm.conf")
+
+
 @pytest.fixture(scope="module")
 def provisioned(nodes, home):
     """The first run, from bare nodes; what it printed."""
@@ -92,7 +96,7 @@ def test_the_second_run_changes_nothing(nodes, home, provisioned):
 
 
 def test_events_are_kept_host_by_host_without_invocations(home, provisioned):
-    folder = min(home.glob("setup-*"))
+    folder = sorted(home.glob("setup-*"))[1]  # the first was the check
     events = [json.loads(line) for line in (folder / "ansible" / "events.jsonl").read_text().splitlines()]
     assert {event["role"] for event in events} >= set(ROLES) and len({event["host"] for event in events}) == 3
     assert json.loads((folder / "summary.json").read_text())["state"] == "complete"
@@ -108,11 +112,10 @@ def test_check_is_quiet_about_good_nodes(nodes, home, provisioned):
 
 
 def test_check_shows_drift_with_its_node_and_setup_mends_it(nodes, home, provisioned):
-    inside(nodes, "node002", "sed", "-i", "s/^SlurmdTimeout=.*/SlurmdTimeout=17/", "/etc/slurm/slurm.conf")
-    inside(nodes, "node003", "rm", "/root/.ssh/known_hosts", check=False)
+    drift(nodes, "node002")
     code, printed, _ = runner(nodes, home, "check", "--json")
     told = json.loads(printed)
-    assert code == 1 and [f["nodes"] for f in told["failures"]] == ["node002"] and "slurm.conf" in json.dumps(told)
+    assert code == 1 and {f["nodes"] for f in told["failures"]} == {"node002"} and "slurm.conf" in json.dumps(told)
     code, printed, _ = runner(nodes, home, "setup", "--json", "--tags", "slurm_cluster")
     assert code == 0 and states(printed, "slurm_cluster")["node002"] == "changed"
     assert runner(nodes, home, "check")[0] == 0
@@ -145,24 +148,23 @@ def test_a_mistyped_variable_is_refused_before_a_node_is_asked(nodes, home, tmp_
 def test_a_full_disk_and_a_read_only_file_system_are_named_and_the_next_run_completes(nodes, home, provisioned):
     def mount(word, *options):
         pid = process.run(["podman", "inspect", "--format", "{{.State.Pid}}", nodes.container(word)], timeout_s=30)
-        argv = ["nsenter", "--target", pid.stdout.strip(), "--mount", "--", *options]
+        argv = ["nsenter", "--target", pid.stdout.strip(), "--mount", "--pid", "--", *options]
         process.run(argv, timeout_s=30, check=True)
 
-    inside(nodes, "node001", "sed", "-i", "1i # drift", "/etc/slurm/slurm.conf")
-    inside(nodes, "node002", "sed", "-i", "1i # drift", "/etc/slurm/slurm.conf")
-    inside(nodes, "node002", "cp", "-a", "/etc/slurm", "/var/tmp/slurm")
+    drift(nodes, "node001")
+    drift(nodes, "node002")
     mount("node001", "mount", "--bind", "/etc/slurm", "/etc/slurm")
     mount("node001", "mount", "-o", "remount,ro,bind", "/etc/slurm")
-    mount("node002", "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", "/etc/slurm")
+    mount("node002", "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", "/etc/ansible")
     try:
-        inside(nodes, "node002", "dd", "if=/dev/zero", "of=/etc/slurm/full", "bs=1k", "count=16", check=False)
-        code, printed, _ = runner(nodes, home, "setup", "--tags", "slurm_cluster,configure")
+        inside(nodes, "node002", "dd", "if=/dev/zero", "of=/etc/ansible/full", "bs=1k", "count=16", check=False)
+        code, printed, _ = runner(nodes, home, "setup", "--tags", "slurm_cluster")
     finally:
         mount("node001", "umount", "/etc/slurm")
-        mount("node002", "umount", "/etc/slurm")
+        mount("node002", "umount", "/etc/ansible")
     assert code == 1
     assert "node001: slurm_cluster: /etc/slurm" in printed and "read-only file system" in printed
-    assert "node002: slurm_cluster: /etc/slurm" in printed and "no space left" in printed
+    assert "node002: slurm_cluster: /etc/ansible/facts.d" in printed and "no space left" in printed
     code, printed, said = runner(nodes, home, "setup")
     assert code == 0, printed + said
 

@@ -14,6 +14,7 @@ Besides the role's variables the settings hold what the lookup slurm_cluster_set
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -332,8 +333,15 @@ def equal_versions(phase, want):
 
 
 def own_folder(phase, path, mode):
-    """A folder of Slurm's user."""
-    if not os.path.isdir(path) and phase.change(path, None, f"folder of slurm, mode {mode:04o}"):
+    """A folder of Slurm's user. On a bare node, in check mode, there is neither."""
+    before = None
+    if os.path.isdir(path):
+        status = os.stat(path)
+        with contextlib.suppress(KeyError):
+            if (status.st_mode & 0o7777, status.st_uid) == (mode, pwd.getpwnam("slurm").pw_uid):
+                return
+        before = f"folder of uid {status.st_uid}, mode {status.st_mode & 0o7777:04o}"
+    if phase.change(path, before, f"folder of slurm, mode {mode:04o}"):
         owner = pwd.getpwnam("slurm")
         os.makedirs(path, exist_ok=True)
         os.chmod(path, mode)

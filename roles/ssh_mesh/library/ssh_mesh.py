@@ -528,9 +528,11 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
             phase.problem(what, "an entry of each node", f"none of {', '.join(sorted(missing))}", rerun)
     targets = chosen({*peers, node.name}, node.name, phase.want["verify_peers"])
     targets = [name for name in targets if name in pins]
+    # Itself by each of its spellings, a peer by one, another at each distance in the ring: the mesh tries them all.
+    calls = {name: spellings(pins[name].hosts, step) for step, name in enumerate(targets)}
     started = time.monotonic()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for name, failures in pool.map(lambda name: (name, _connect(phase, node, pins[name])), targets):
+        for name, failures in pool.map(lambda name: (name, _connect(phase, node, calls[name])), targets):
             for reason, hosts in failures.items():
                 what = f"ssh {node.account.pw_name}@{name} as {', '.join(hosts)}"
                 phase.problem(what, "a session", reason, _remedy(reason))
@@ -538,10 +540,15 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     phase.done.append(f"{len(targets)} nodes answer, this one included")
 
 
-def _connect(phase, node, pin):
-    """Open a session by each of the node's spellings; {ssh's last line: [spelling, ...]} of those that failed."""
+def spellings(hosts, step):
+    """By which of its `hosts` a node is called that is the `step`-th to be called; 0 is the caller itself."""
+    return hosts if step == 0 else [hosts[step % len(hosts)]]
+
+
+def _connect(phase, node, hosts):
+    """Open a session by each of `hosts`, spellings of one node; {ssh's last line: [spelling, ...]} of the failed."""
     failures = {}
-    for host in pin.hosts:
+    for host in hosts:
         argv = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={phase.want['connect_timeout_s']}"]
         # A session of its own, not one that is open already; the cheaper key exchange first, as there are many.
         argv += ["-o", "ControlPath=none", "-o", "LogLevel=ERROR", "-o", "KexAlgorithms=^curve25519-sha256"]
