@@ -32,7 +32,7 @@ VERIFY = "playbooks/verify.yml"
 
 # The worst of what a role's tasks did on a node is the role's state there.
 _RANK = {"skipped": 0, "ok": 1, "changed": 2, "failed": 3, "unreachable": 4}
-_SHOWN = {"skipped": "off", "ok": "ok", "changed": "changed", "failed": "FAILED", "unreachable": "UNREACHABLE"}
+_SHOWN = {"skipped": "off", "ok": "ok", "changed": "changed", "failed": "FAILED", "unreachable": "NO ANSWER"}
 
 
 @dataclass
@@ -116,17 +116,18 @@ def warnings(board: Board) -> list[tuple[str, str, str]]:
 
 
 def table(board: Board) -> str:
-    """Node × role, for people."""
+    """Node × role, for people: narrow enough for 80 columns. Roles that are off on all nodes are one line below."""
     from tabulate import tabulate
 
-    rows = []
-    for host, alias in board.nodes.items():
-        row = {"node": alias}
-        for role in board.roles():
-            state = board.state(host, role)
-            row[role] = _SHOWN[state] if state else "–"
-        rows.append(row)
-    return tabulate(rows, headers="keys")
+    states = {role: {host: board.state(host, role) for host in board.nodes} for role in board.roles()}
+    off = [role for role, found in states.items() if set(found.values()) <= {"skipped", None}]
+    rows = [
+        [alias, *("–" if (s := states[role][host]) is None else _SHOWN[s] for role in states if role not in off)]
+        for host, alias in board.nodes.items()
+    ]
+    headers = ["node", *(role.replace("_", "\n") for role in states if role not in off)]
+    lines = [tabulate(rows, headers=headers)] if len(headers) > 1 else []
+    return "\n".join([*lines, *([f"off: {', '.join(off)}"] if off else [])])
 
 
 def summary(board: Board, state: str, elapsed_s: float, said: str) -> dict[str, Any]:

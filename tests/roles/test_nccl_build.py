@@ -158,7 +158,7 @@ def test_the_real_nvcc_is_found_and_compiles_the_probe(settings):
 
 
 def test_a_known_checksum_is_taken_and_an_unknown_one_is_asked_for(settings):
-    unknown = settings | {"sha256": "", "tests_sha256": ""}
+    unknown = settings | {"sha256": "", "tests_sha256": "", "tests_version": "2.16.4"}
     answer = carry_out(module.PHASES, "validate", unknown)
     assert only(answer) == ("checksum of nccl-tests 2.16.4", "a SHA-256", "none given and none known")
     assert "curl -L" in answer.problems[0]["remedy"]

@@ -117,16 +117,21 @@ def test_warnings_and_differences_are_folded_too():
 
 def test_the_table_shows_the_worst_of_each_role_on_each_node():
     told = board(
-        raw(NAMES[0], changed=True), raw(NAMES[0]),
+        raw(NAMES[0], changed=True),
+        raw(NAMES[0]),
         raw(NAMES[0], role="nccl_build", event="runner_on_skipped"),
         failed(NAMES[1], WRONG),
         raw(NAMES[2], "runner_on_unreachable", msg="gone"),
-    )  # fmt: skip
+    )
     rows = [line.split() for line in provision.table(told).splitlines()]
-    assert rows[0] == ["node", "roce_qos", "nccl_build"]
-    assert rows[2:6] == [
-        ["node001", "changed", "off"], ["node002", "FAILED", "–"], ["node003", "UNREACHABLE", "–"], ["node004", "–", "–"],
-    ]  # fmt: skip
+    assert rows[:2] == [["node", "roce"], ["qos"]]
+    assert rows[3:7] == [["node001", "changed"], ["node002", "FAILED"], ["node003", "NO", "ANSWER"], ["node004", "–"]]
+    assert rows[-1] == ["off:", "nccl_build"]
+
+
+def test_the_table_of_all_roles_fits_into_80_columns():
+    told = board(*(raw(name, role=role, changed=True) for name in NAMES for role in provision.roles()))
+    assert max(map(len, provision.table(told).splitlines())) <= 80
 
 
 def test_the_summary_is_json_with_a_schema():

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role nccl_build: NCCL and nccl-tests from source, built on one node and copied to the others.
 
 Under `root` (/opt/nccl) lie
