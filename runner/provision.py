@@ -292,13 +292,17 @@ def conclude(board: Board, state: str, said: str, elapsed_s: float, as_json: boo
         click.echo(f"\n{table(board)}\n")
     code = exit_code(board, state)
     good = len(board.nodes) - len(board.bad())
+    change = {event.host for event in board.events if event.status == "changed"} if check else set()
     if state == "cancelled":
         click.echo(f"interrupted after {elapsed_s:.0f} s: run it again, it goes on with what is left")
         return code
     if not board.bad() and state == "failed":
         raise errors.InfrastructureError(f"ansible-playbook failed: {said}")
     words = "done, with failures" if board.bad() else "done"
-    click.echo(f"{words}: {good} of {len(board.nodes)} nodes as wanted, {elapsed_s:.0f} s")
+    would = f" ({len(change)} would change)" if change else ""
+    click.echo(
+        f"{words}: {good - len(change - board.bad())} of {len(board.nodes)} nodes as wanted{would}, {elapsed_s:.0f} s"
+    )
     return code
 
 
@@ -392,7 +396,7 @@ def _play(
     from runner.inventory import fold, select
     from runner.rundir import write_json_atomic
 
-    _check_tags(tags)
+    _check_tags(tags, PHASES if playbook_file == SITE else ("verify",))
     inventory = read_inventory(source)
     nodes = select(inventory, hosts)
     names = tuple(node.name for node in nodes)
@@ -442,8 +446,8 @@ def _root() -> Path:
 PHASES = ("validate", "install", "configure", "verify")
 
 
-def _check_tags(tags: str | None) -> None:
-    known = [*roles(), *PHASES]
+def _check_tags(tags: str | None, phases: Sequence[str] = PHASES) -> None:
+    known = [*roles(), *phases]
     for tag in (tags or "").split(",") if tags is not None else ():
         if tag.strip() not in known:
             raise errors.unknown("tag", tag.strip(), known, "--tags")

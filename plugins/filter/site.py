@@ -34,6 +34,19 @@ def nodes_named_twice(names: list[str], hostvars: dict) -> list[str]:
     return lines
 
 
+def differing_roles(names: list[str], hostvars: dict) -> list[str]:
+    """One line for each role of all nodes together that some of the nodes `names` have on and others off."""
+    lines = []
+    for role in ("nccl_build", "ssh_mesh", "slurm_cluster"):
+        by_value: dict[str, str] = {}
+        for name in names:
+            by_value.setdefault(str(hostvars[name].get(f"{role}_enabled")).lower(), name)
+        if len(by_value) > 1:
+            nodes = " and ".join(by_value.values())
+            lines.append(f"{role}_enabled differs between {nodes}: set it for the group gpu_nodes, or use --limit")
+    return lines
+
+
 class FilterModule:
     def filters(self):
-        return {"why": why, "nodes_named_twice": nodes_named_twice}
+        return {"why": why, "nodes_named_twice": nodes_named_twice, "differing_roles": differing_roles}

@@ -227,7 +227,7 @@ def kernel_log(phase, hours):
     ring = phase.run(["dmesg", "--time-format=iso"], 20)
     if not ring.ok:
         return "", ring.last_line
-    return recent(ring.stdout, datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours)), ""
+    return recent(ring.stdout, datetime.datetime.now().astimezone() - datetime.timedelta(hours=hours)), ""
 
 
 def recent(text, since):

@@ -614,3 +614,37 @@ def test_a_damaged_stamp_is_no_stamp(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("prefix")
     (folder / node.STAMP).write_bytes(content)
     assert node.stamp(str(folder)) == {}
+
+
+# --- what is not this role's is left alone ---
+
+
+def test_other_folders_of_wheels_stay_where_they_are(world, tmp_path):
+    want = whole(world)
+    others = tmp_path / "opt" / "wheels"
+    (others / "torch-nightly").mkdir()
+    (others / "local-000000000000").mkdir()
+    assert carry_out(node.PHASES, "install", want).ok
+    assert (others / "torch-nightly").is_dir()
+    assert not (others / "local-000000000000").exists()
+
+
+def test_a_link_of_another_origin_is_not_replaced(tmp_path, gpus):
+    gpus("")
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt" / "env").symlink_to("miniconda3")
+    want = settings(tmp_path, lock_text="# cuda: none\na==1\n")
+    assert problem(carry_out(node.PHASES, "validate", want), want["prefix"])["found"] == "a link to miniconda3"
+    (tmp_path / "opt" / "env").unlink()
+    (tmp_path / "opt" / "env").symlink_to("env-0123456789ab")
+    assert carry_out(node.PHASES, "validate", want).ok
+
+
+def test_a_miniforge_of_another_origin_is_refused_and_a_half_made_one_is_not(tmp_path, gpus):
+    gpus("")
+    root = tmp_path / "opt" / "miniforge"
+    root.mkdir(parents=True)
+    want = settings(tmp_path, lock_text="# cuda: none\na==1\n", manager="conda")
+    assert problem(carry_out(node.PHASES, "validate", want), str(root))["found"] == "another's"
+    (tmp_path / "opt" / "miniforge.begun").touch()
+    assert carry_out(node.PHASES, "validate", want).ok

@@ -45,6 +45,12 @@ def test_the_phases_are_files_in_their_order_with_their_tags(role):
         assert (ROOT / "roles" / role / "tasks" / f"{phase}.yml").exists()
 
 
+def test_modules_run_with_the_interpreter_that_the_inventory_names():
+    # Ansible puts ansible_python_interpreter in the place of this line alone, and takes any other literally.
+    for path in sorted(ROOT.glob("roles/*/library/*.py")):
+        assert path.read_text().startswith("#!/usr/bin/python\n"), path
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_each_role_has_its_scenario_with_a_broken_node(role):
     for file in ("molecule.yml", "prepare.yml", "converge.yml", "side_effect.yml", "tests"):

@@ -62,6 +62,14 @@ def test_ports_tell_nodes_behind_one_address_apart():
     assert site.nodes_named_twice(["a", "b"], hostvars) == []
 
 
+def test_a_role_of_all_nodes_is_on_or_off_for_all():
+    hostvars = {"a": {"ssh_mesh_enabled": False}, "b": {}, "c": {"roce_qos_enabled": False}}
+    assert site.differing_roles(["a", "b", "c"], hostvars) == [
+        "ssh_mesh_enabled differs between a and b: set it for the group gpu_nodes, or use --limit"
+    ]
+    assert site.differing_roles(["b", "c"], hostvars) == []
+
+
 def test_why_is_one_line_without_ansibles_chain():
     chain = "Task failed: Finalization of task args for 'roce_qos' failed: Error while resolving value for 'settings': "
     assert site.why({"msg": f"{chain}The lookup plugin 'role_settings' failed: roce_qos:\n wrong"}) == "roce_qos: wrong"

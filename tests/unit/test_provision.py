@@ -172,6 +172,11 @@ def test_another_tag_is_refused(tags, said):
         provision._check_tags(tags)
 
 
+def test_a_phase_that_is_not_played_is_no_tag():
+    with pytest.raises(UsageError, match="unknown tag 'install'"):
+        provision._check_tags("install", ("verify",))
+
+
 def test_variables_are_the_roles_and_typed_as_yaml():
     name = "cuda_check_driver_min"
     assert provision._variables([f"{name}='560'"]) == {name: "560"}

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role conda_env for a node: one Python environment, whole or not at all.
 
 PREFIX is a link to PREFIX-HASH, built beside it and switched at once, so that what runs keeps what it started with.
@@ -24,6 +24,7 @@ from ansible.module_utils.phase import Stop, main, read, write
 
 FACT = "/etc/ansible/facts.d/conda.fact"
 STAMP = ".shakedown.json"
+BEGUN = ".begun"  # beside the folder of Miniforge, while its installer works
 KEY_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "flash-attn", "shakedown")
 MODULE_OF = {"runner": "shakedown"}  # where a module's name is not its package's
 # Python finds its packages through the link by which it was started. What runs while the link is switched would import
@@ -73,11 +74,22 @@ def drift(expected, found):
     ]
 
 
+def is_sibling(prefix, name):
+    """Whether `name` is one that this role gives to an environment beside the link `prefix`."""
+    return bool(re.fullmatch(re.escape(os.path.basename(prefix)) + r"-[0-9a-f]{12}(-b)?", name))
+
+
 def siblings(prefix):
     """The environments beside the link `prefix`, complete or not."""
-    named = re.compile(re.escape(os.path.basename(prefix)) + r"-[0-9a-f]{12}(-b)?")
     folder = os.path.dirname(prefix)
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if named.fullmatch(name)]
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if is_sibling(prefix, name)]
+
+
+def foreign_miniforge(prefix):
+    """The folder of Miniforge beside `prefix`, where something is in it that this role did not put there; else ""."""
+    root = os.path.join(os.path.dirname(prefix), "miniforge")
+    ours = not os.path.lexists(root) or any(map(os.path.exists, (os.path.join(root, STAMP), f"{root}{BEGUN}")))
+    return "" if ours else root
 
 
 def free_name(prefix, wanted):
@@ -160,6 +172,12 @@ def check_place(phase):
         phase.problem(
             prefix, "a link made by this role, or nothing", "a folder", "move it away, or set conda_env_prefix"
         )
+    elif os.path.islink(prefix) and not is_sibling(prefix, os.readlink(prefix)):
+        found = f"a link to {os.readlink(prefix)}"
+        phase.problem(prefix, "a link made by this role, or nothing", found, "move it away, or set conda_env_prefix")
+    if phase.want["manager"] == "conda" and (root := foreign_miniforge(prefix)):
+        remedy = "move it away, or set conda_env_prefix: Miniforge lies beside it"
+        phase.problem(root, "this role's Miniforge, or nothing", "another's", remedy)
     folder = parent(os.path.dirname(prefix))
     if not os.access(folder, os.W_OK):
         phase.problem(folder, "writable", "not writable", "run as root (ansible_user=root or become)")
@@ -256,6 +274,8 @@ def install(phase):
             shutil.rmtree(other, ignore_errors=True)
     wheels = wheel_folder(want)
     for name in set(os.listdir(wheels)) - set(sent["folders"]):
+        if not re.fullmatch(r"(local|lock)-[0-9a-f]{12}", name):
+            continue  # whoever else keeps wheels there
         shutil.rmtree(os.path.join(wheels, name), ignore_errors=True)
     phase.done.append(f"{prefix} -> {os.path.basename(place)}, {len(packages)} packages")
 
@@ -394,11 +414,15 @@ def miniforge(phase, root, installer):
     if found != want["sha256"].lower():
         shutil.rmtree(os.path.dirname(installer), ignore_errors=True)
         raise Stop("sha256 of Miniforge's installer", want["sha256"], found, "run again: it is sent anew")
+    if foreign_miniforge(phase.want["prefix"]):
+        raise Stop(root, "this role's Miniforge, or nothing", "another's", "move it away, or set conda_env_prefix")
+    write(f"{root}{BEGUN}", "")  # what a killed run leaves has no stamp, and is still this role's
     shutil.rmtree(root, ignore_errors=True)
     outcome = phase.run(["bash", installer, "-b", "-p", root], phase.want["timeout_s"])
     if not outcome.ok:
         raise Stop(f"Miniforge {want['version']}", f"installed in {root}", outcome.last_line, "see the message")
     write(done, content)
+    os.unlink(f"{root}{BEGUN}")
 
 
 def python_version(phase, place):

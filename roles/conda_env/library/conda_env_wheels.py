@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role conda_env for the controller: makes the wheels that one node installs, and sends them there.
 
 Called once a node, all at the same time. What is made is kept by the hash of what it is made from, and the first

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Reads driver, CUDA and GPUs of a node and judges them; publishes what it found as cuda.fact.
 
 One `nvidia-smi -q` says nearly everything. Every check has three ends: as it should be (silence), not so (a problem),

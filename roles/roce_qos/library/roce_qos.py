@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role roce_qos: RoCEv2 as a verified property of a node."""
 
 from __future__ import annotations

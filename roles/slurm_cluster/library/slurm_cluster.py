@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role slurm_cluster: munge, slurmctld and slurmd of a node, from the inventory.
 
 Besides the role's variables the settings hold what the lookup slurm_cluster_settings adds:

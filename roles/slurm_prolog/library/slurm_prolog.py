@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role slurm_prolog: the driver of Slurm's prolog and epilog, and its parts.
 
 Besides the role's variables the settings hold `files`: {name: text} of the role's folder files/.
@@ -173,6 +173,8 @@ def verify(phase):
         if found != text or (text.startswith("#!") and not os.access(path, os.X_OK)):
             state = "none" if found is None else "edited since" if found != text else "not executable"
             phase.problem(path, "as installed", state, "run the phase install")
+        elif (mode := os.stat(path).st_mode & 0o7777) & 0o022:  # root runs it
+            phase.problem(path, "writable by its owner alone", f"mode {mode:04o}", "run the phase install")
     phase.facts["parts"] = {kind: judged(phase, kind) for kind in KINDS}
     if not want["own_cluster"]:
         lines_in_force(phase, want)

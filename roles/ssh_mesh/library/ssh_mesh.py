@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python
 """Module of the role ssh_mesh: each node reaches each other over SSH, unasked, with pinned host keys.
 
 Settings beside the role's variables, which its tasks add:
