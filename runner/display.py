@@ -47,6 +47,7 @@ class Display:
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.table import Column
         from rich.text import Text
 
         class Eta(ProgressColumn):
@@ -56,14 +57,18 @@ class Display:
                 left = remaining_s(task.elapsed or 0.0, task.completed, task.total or 1.0)
                 return Text(f"ETA {left // 60:.0f}:{left % 60:02.0f}" if left is not None else "ETA –")
 
+        # In a narrow terminal the text, never the numbers.
+        gives_way = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             Eta(),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as self._live:
+        with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as self._live:
             self._task = self._live.add_task("", total=total)
             try:
                 yield

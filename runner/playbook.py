@@ -32,6 +32,7 @@ _STATUS: Mapping[str, Status] = {
     "runner_on_skipped": "skipped",
 }
 _GRACE_S = 10.0
+_PRIVATE = "shakedown-play-"  # and the process id of the controller that made it
 # A role's task file is its phase.
 _PHASE = re.compile(r"/roles/(?P<role>[a-z_]+)/tasks/(?P<phase>[a-z_]+)\.yml")
 
@@ -109,9 +110,10 @@ def play(
     cancelled_at: float | None = None
     said: list[str] = []
     # In memory, since ansible-runner writes the environment there, and it may hold secrets.
-    memory = Path("/dev/shm")
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    _sweep(memory)
     with (
-        tempfile.TemporaryDirectory(prefix="shakedown-", dir=memory if os.access(memory, os.W_OK) else None) as private,
+        tempfile.TemporaryDirectory(prefix=f"{_PRIVATE}{os.getpid()}-", dir=memory) as private,
         open(log or os.devnull, "w") as output,
     ):
 
@@ -163,6 +165,14 @@ def play(
     if done.rc == 0:
         return "complete", ""
     return "failed", reason("\n".join(said))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what controllers that were killed left there."""
+    for path in folder.glob(f"{_PRIVATE}*-*"):
+        pid = path.name.removeprefix(_PRIVATE).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and path.stat().st_uid == os.geteuid():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _environment(base: Mapping[str, str] | None = None) -> dict[str, str]:

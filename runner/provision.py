@@ -214,7 +214,7 @@ class Progress:
         share = min(1.0, self._answers / self._hosts)
         total = sum(map(self._expected_s, self._all)) or 1.0
         done = min(total, self._done_s + share * self._expected_s(self._task)) if self._all else 0.0
-        text = f"{self._task} · {alias or 'all nodes'} ({self._answers}/{self._hosts})"
+        text = f"{self._answers}/{self._hosts} {alias or 'nodes'} · {self._task}"
         self._display.at(done, total, text)
 
     def finish(self) -> None:

@@ -192,6 +192,7 @@ def test_a_killed_controller_leaves_no_ansible_behind_and_the_next_run_completes
     assert not ansible()
     code, printed, said = runner(nodes, home, "setup")
     assert code == 0, printed + said
+    assert not list(Path("/dev/shm").glob(f"shakedown-play-{child.pid}-*"))
 
 
 def test_ctrl_c_says_how_to_go_on(nodes, home, provisioned):
