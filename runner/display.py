@@ -60,9 +60,7 @@ class Display:
         # In a narrow terminal the text, never the numbers.
         gives_way = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-            ),
+            TextColumn("{task.description}", markup=False, table_column=gives_way),
             BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
