@@ -5,15 +5,25 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
-import ansible.module_utils
 
+def _without_a_patch(*names):
+    """Import modules of Ansible, which replaces sys.intern by what torch's compiler refuses: other tests need that."""
+    intern = sys.intern
+    modules = [importlib.import_module(name) for name in names]
+    sys.intern = intern
+    return modules[0]
+
+
+module_utils = _without_a_patch("ansible.module_utils", "ansible.module_utils.basic")
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = sorted(path.parent.parent.name for path in (ROOT / "roles").glob("*/tasks/main.yml"))
 for folder in (ROOT / "plugins" / "module_utils", *sorted((ROOT / "roles").glob("*/module_utils"))):
-    ansible.module_utils.__path__.append(str(folder))
+    module_utils.__path__.append(str(folder))
 
 
 class Answer(Exception):

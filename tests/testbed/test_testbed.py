@@ -116,7 +116,7 @@ def test_files_go_over_with_rsync(two, ssh, tmp_path):
 
 def test_plain_ansible_reaches_the_nodes_from_a_folder_with_a_space(two):
     out = said([str(Path(sys.executable).with_name("ansible")), "-i", str(two.inventory), "gpu_nodes", "-m", "ping"])
-    assert out.count('"pong"') == 2
+    assert out.count("pong") == 2
 
 
 def test_a_second_up_changes_nothing(two):
