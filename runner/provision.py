@@ -102,17 +102,20 @@ def failures(board: Board) -> list[Failure]:
     ]
 
 
-def warnings(board: Board) -> list[tuple[str, str, str]]:
-    """(nodes, role, text) of each warning, equal ones folded."""
+def _folded(board: Board, met: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """(nodes, what) of each different `what` in (host, what), in the order in which they were met."""
     from runner.inventory import fold
 
-    nodes: dict[tuple[str, str], list[str]] = {}
-    for event in board.events:
-        for text in event.warnings:
-            names = nodes.setdefault((event.role, text), [])
-            if board.nodes[event.host] not in names:
-                names.append(board.nodes[event.host])
-    return [(fold(names), role, text) for (role, text), names in nodes.items()]
+    nodes: dict[tuple[str, ...], dict[str, None]] = {}
+    for host, what in met:
+        nodes.setdefault(what, {})[board.nodes[host]] = None
+    return [(fold(list(names)), what) for what, names in nodes.items()]
+
+
+def warnings(board: Board) -> list[tuple[str, str, str]]:
+    """(nodes, role, text) of each warning, equal ones folded."""
+    met = ((event.host, (event.role, text)) for event in board.events for text in event.warnings)
+    return [(nodes, role, text) for nodes, (role, text) in _folded(board, met)]
 
 
 def table(board: Board) -> str:
@@ -148,17 +151,13 @@ def summary(board: Board, state: str, elapsed_s: float, said: str) -> dict[str, 
 
 def diffs(board: Board) -> list[tuple[str, str, str, str]]:
     """(nodes, setting, before, after) of each difference that a dry converge found, equal ones folded."""
-    from runner.inventory import fold
-
-    nodes: dict[tuple[str, str, str], list[str]] = {}
+    met = []
     for event in board.events:
         for entry in event.diff if isinstance(event.diff, list) else [event.diff] if event.diff else []:
             setting = str(entry.get("before_header") or entry.get("after_header") or event.task)
             before, after = (str(entry.get(side) or "").strip() for side in ("before", "after"))
-            names = nodes.setdefault((setting, before, after), [])
-            if board.nodes[event.host] not in names:
-                names.append(board.nodes[event.host])
-    return [(fold(names), *key) for key, names in nodes.items()]
+            met.append((event.host, (setting, before, after)))
+    return [(nodes, setting, before, after) for nodes, (setting, before, after) in _folded(board, met)]
 
 
 def exit_code(board: Board, state: str) -> int:
