@@ -21,6 +21,7 @@ import click
 
 from runner import errors
 from runner.options import cache_dir, inventory_option, read_inventory, results_option, state_dir, transport
+from runner.playbook import ROOT
 
 if TYPE_CHECKING:
     from runner.display import Display
@@ -435,11 +436,7 @@ def _described(plan: Mapping[str, Any]) -> str:
 
 
 def roles() -> list[str]:
-    return sorted(path.parents[1].name for path in _root().glob("roles/*/tasks/main.yml"))
-
-
-def _root() -> Path:
-    return Path(__file__).resolve().parent.parent
+    return sorted(path.parents[1].name for path in ROOT.glob("roles/*/tasks/main.yml"))
 
 
 PHASES = ("validate", "install", "configure", "verify")
@@ -478,5 +475,5 @@ def _variables(settings: Iterable[str]) -> dict[str, Any]:
 def _options(role: str) -> dict[str, Any]:
     import yaml
 
-    text = (_root() / "roles" / role / "meta" / "argument_specs.yml").read_text()
+    text = (ROOT / "roles" / role / "meta" / "argument_specs.yml").read_text()
     return yaml.safe_load(text)["argument_specs"]["main"]["options"]
