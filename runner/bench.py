@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from runner import __version__, backends, node, process, records, telemetry
 from runner.backends import Talk
+from runner.blame import LAUNCHER
+from runner.cells import CellRun, Stop
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
 from runner.inventory import Node, fold
@@ -22,10 +21,6 @@ from runner.plan import Cell, Plan, environment, job
 from runner.rundir import RunDir, disk_errors, hold_nodes, now, write_json_atomic, write_text_atomic
 
 GRACE_S = 3.0
-# A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
-# anything is stopped, so that the guilty one can be told from its victims.
-SETTLE_S = 2.0
-LAUNCHER = "launcher"
 SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
@@ -82,187 +77,6 @@ def choose(
 
 
 # --- the run --------------------------------------------------------------------------------------
-
-
-class Stop:
-    """What the user's signals ask for. The first asks for an orderly end, the second leaves at once."""
-
-    def __init__(self, display: Display) -> None:
-        self.asked = False
-        self._display = display
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._heard) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _heard(self, number: int, _frame: object) -> None:
-        again, self.asked = self.asked, True
-        if again:
-            raise KeyboardInterrupt
-        self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")
-
-
-@dataclass
-class CellRun:
-    """One cell while it runs: hears the agents and decides what to tell them."""
-
-    cell: Cell
-    stop: Stop
-    on_progress: Callable[[float, str], None]
-    on_line: Callable[[str, str, str], None]
-    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    talks: list[Talk] = field(default_factory=list)
-    started: set[str] = field(default_factory=set)
-    first_failure: float | None = None
-    reason: str | None = None
-    deadline: float = 0.0
-    looked: float = 0.0
-
-    def hear(self, talk: Talk, message: Mapping[str, Any]) -> None:
-        kind = message["message"]
-        if kind == "started":
-            self.started.add(talk.name)
-        elif kind == "outcome":
-            self.outcomes[talk.name] = dict(message)
-            if not ended_well(message):
-                self._failed()
-        elif kind == "line":
-            self.on_line(talk.name, message["file"], message["line"])
-            if message["file"].endswith(".jsonl"):
-                for event in records.parse_jsonl(message["line"]):
-                    if event.get("event") == "progress":
-                        self.on_progress(event["done"] / max(1, event["total"]), event["phase"])
-
-    def _failed(self) -> None:
-        self.first_failure = self.first_failure or time.monotonic()
-
-    def word(self, talk: Talk) -> str | None:
-        """What to tell this agent now."""
-        moment = time.monotonic()
-        if moment - self.looked > backends.POLL_S / 2:  # once for all agents of a round, not once for each
-            self.looked = moment
-            self._look_around(moment)
-        if self.reason or (self.first_failure and moment - self.first_failure > SETTLE_S):
-            return "stop"
-        if self.cell.launch.head:
-            if talk.name == LAUNCHER:
-                return "go" if self.started >= set(self.cell.hosts) else None
-            if LAUNCHER in self.outcomes:
-                return "done"
-        return None
-
-    def _look_around(self, moment: float) -> None:
-        for talk in self.talks:
-            if talk.rc is not None and talk.name not in self.outcomes:
-                self._failed()
-            elif talk.alive and moment - talk.heard > backends.SILENCE_S:
-                self.reason = self.reason or f"{talk.name} has not answered for {backends.SILENCE_S:g} s"
-        if moment > self.deadline:
-            self.reason = self.reason or f"not finished within its limit of {self.cell.params['timeout_s']:g} s"
-        if self.stop.asked:
-            self.reason = self.reason or "interrupted"
-
-    def state(self) -> tuple[str, dict[str, Any] | None]:
-        """How the cell ended, and why if not well."""
-        if all(ended_well(self.outcomes.get(talk.name, {})) for talk in self.talks):
-            return "complete", None
-        if self.stop.asked:
-            return "cancelled", None
-        if self.reason:
-            silent = [t.name for t in self.talks if t.name not in self.outcomes]
-            return "incomplete", {"message": self.reason, "host": silent[0] if len(silent) == 1 else None, "stderr": []}
-        return "failed", blame(self.talks, self.outcomes)
-
-
-def ended_well(outcome: Mapping[str, Any]) -> bool:
-    return outcome.get("rc") == 0 and not outcome.get("error")
-
-
-# What a rank prints when it is another's death that it noticed.
-_VICTIM = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "Socket Timeout",
-    "NCCL communicator was aborted",
-    "Connection refused",
-    "DistNetworkError",
-    "DistStoreError",
-)
-
-
-def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The host whose rank failed first-hand: {"message", "host", "stderr"}; host None if it cannot be told.
-
-    A host whose ranks only report a lost peer is a victim. One host that is none is the culprit; several
-    are not told apart.
-    """
-    suspects: list[tuple[str, str, list[str]]] = []
-    victims: list[tuple[str, str, list[str]]] = []
-    for talk in talks:
-        outcome = outcomes.get(talk.name)
-        if outcome is None:
-            suspects.append((talk.name, "lost the connection to it", list(talk.stderr[-10:])))
-        elif outcome.get("error"):
-            suspects.append((talk.name, str(outcome["error"]), []))
-        elif not ended_well(outcome) and outcome.get("stopped") not in ("stop", "done") and talk.name != LAUNCHER:
-            dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
-            direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
-            name, rank = _first_to_die(direct or dead, outcome)
-            if (outcome.get("rc") or 0) < 0:  # the engine itself was killed; what its ranks say came after
-                name, rank = None, {"stderr": []}
-            message = f"{name or 'the engine'} {_end(outcome)}{_last_words(rank['stderr'])}"
-            (victims if dead and not direct else suspects).append((talk.name, message, rank["stderr"]))
-    if len(suspects) == 1:
-        host, message, stderr = suspects[0]
-        return {"message": message, "host": host, "stderr": stderr}
-    if suspects or victims:
-        _, message, stderr = (suspects or victims)[0]
-        names = ", ".join(host for host, _, _ in suspects or victims)
-        what = "failed at once on" if suspects else "only lost peers are reported, by"
-        return {"message": f"{what} {names}; first: {message}", "host": None, "stderr": stderr}
-    launcher = outcomes.get(LAUNCHER, {})
-    tail = list(launcher.get("engine_stderr", []))
-    return {"message": f"the launcher {_end(launcher)}{_last_words(tail)}", "host": None, "stderr": tail}
-
-
-# torchrun's table: the rank whose failure it saw first; the others it ended itself.
-_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
-
-
-def _first_to_die(
-    dead: Mapping[str, Mapping[str, Any]], outcome: Mapping[str, Any]
-) -> tuple[str | None, Mapping[str, Any]]:
-    """The rank that torchrun saw fail first, else one that said something; the engine where no rank started."""
-    if not dead:
-        return None, {"stderr": outcome["engine_stderr"]}
-    cause = _ROOT_CAUSE.search("\n".join(outcome["engine_stderr"]))
-    name = f"rank{cause[1]}" if cause else ""
-    if name not in dead:
-        name = next((n for n, rank in dead.items() if _last_words(rank["stderr"])), next(iter(dead)))
-    return name, dead[name]
-
-
-def _end(outcome: Mapping[str, Any]) -> str:
-    """How a rank ended: torchrun reports its own status as 1 and the rank's in its table of failures."""
-    cause = _ROOT_CAUSE.search("\n".join(outcome.get("engine_stderr", [])))
-    status = int(cause[2]) if cause else outcome.get("rc")
-    if status is not None and status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return "ended too soon" if status in (0, None) else f"died with status {status}"
-
-
-def _last_words(stderr: Sequence[str]) -> str:
-    """The last line that is no mere warning of torch's C++ side, such as `[W1121 04:58:56 socket.cpp:207]`."""
-    said = (line.strip() for line in reversed(stderr))
-    return next((f": {line}" for line in said if line and not re.match(r"(\[rank\d+\]:)?\[W\d", line)), "")
 
 
 class Run:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import bench
+from runner import bench, blame, cells
 from runner.backends import Talk
 from runner.errors import InfrastructureError
 
@@ -55,7 +55,7 @@ def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
 
 def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
     lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
-    said = bench.blame(
+    said = blame.blame(
         talks("a", "b", "c"),
         {
             "a": outcome(stderr=lost),
@@ -73,42 +73,42 @@ def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():
     ).splitlines()
     warning = "[W1121 04:58:56.598321713 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved."
     ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [warning]} for i in range(2)}
-    said = bench.blame(talks("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
+    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
     assert said["message"] == "rank1 was killed by SIGKILL"
 
 
 def test_without_such_a_table_the_rank_that_said_something_is_shown():
     ranks = {"rank0": {"started": True, "ended": False, "stderr": []}}
     ranks["rank1"] = {"started": True, "ended": False, "stderr": ["ImportError: no accelerate"]}
-    said = bench.blame(talks("a"), {"a": outcome(rc=None, ranks=ranks)})
+    said = blame.blame(talks("a"), {"a": outcome(rc=None, ranks=ranks)})
     assert said["message"] == "rank1 ended too soon: ImportError: no accelerate"
 
 
 def test_an_engine_that_never_started_a_rank_is_quoted():
-    said = bench.blame(talks("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
+    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
     assert said["message"] == "the engine died with status 1: No module named torch" and said["host"] == "a"
 
 
 def test_a_launcher_that_fails_alone_is_quoted():
     pdsh = outcome(rc=2, ranks={}, engine_stderr=["pdsh@x: node001: ssh exited with exit code 2"])
     nodes = {"a": outcome(rc=None, stopped="done", ranks={})}
-    said = bench.blame(talks("a", bench.LAUNCHER), {**nodes, bench.LAUNCHER: pdsh})
+    said = blame.blame(talks("a", blame.LAUNCHER), {**nodes, blame.LAUNCHER: pdsh})
     assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
 
 
 def test_a_traceback_names_its_host_and_is_shown():
     trace = ["Traceback (most recent call last):", "ValueError: bad"]
-    said = bench.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
+    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
     assert said == {"message": "rank0 died with status 1: ValueError: bad", "host": "a", "stderr": trace}
 
 
 def test_two_first_hand_failures_are_not_told_apart():
-    said = bench.blame(talks("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
+    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
     assert said["host"] is None and "a, b" in said["message"]
 
 
 def test_lost_peers_alone_blame_nobody():
-    said = bench.blame(
+    said = blame.blame(
         talks("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
     )
     assert said["host"] is None and "only lost peers are reported, by a" in said["message"]
@@ -116,7 +116,7 @@ def test_lost_peers_alone_blame_nobody():
 
 def test_a_node_without_an_outcome_is_a_lost_connection():
     lost = ["Connection reset by peer"]
-    said = bench.blame(talks("a", "b"), {"a": outcome(stderr=lost)})
+    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=lost)})
     assert said["host"] == "b" and "lost the connection" in said["message"]
 
 
@@ -124,10 +124,10 @@ class Clock(SimpleNamespace):
     asked = False
 
 
-def cell_run(cluster, **changes) -> bench.CellRun:
+def cell_run(cluster, **changes) -> cells.CellRun:
     launch = SimpleNamespace(head=changes.pop("head", None))
     cell = SimpleNamespace(launch=launch, hosts=("a", "b"), params={"timeout_s": 60})
-    run = bench.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
+    run = cells.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
     run.talks = talks("a", "b")
     for talk in run.talks:
         talk.rc = None
@@ -146,7 +146,7 @@ def test_others_are_stopped_soon_after_a_failure(cluster):
     run = cell_run(cluster)
     assert run.word(run.talks[0]) is None
     run.hear(run.talks[1], outcome(rc=1))
-    run.first_failure -= bench.SETTLE_S + 0.1
+    run.first_failure -= cells.SETTLE_S + 0.1
     assert run.word(run.talks[0]) == "stop"
 
 
@@ -163,7 +163,7 @@ def test_a_cell_that_overruns_or_falls_silent_is_incomplete_and_says_why(cluster
 
 def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it_is(cluster):
     run = cell_run(cluster, head=("deepspeed",))
-    launcher = Talk(bench.LAUNCHER, (), {}, heard=time.monotonic())
+    launcher = Talk(blame.LAUNCHER, (), {}, heard=time.monotonic())
     run.talks.append(launcher)
     run.hear(run.talks[0], {"message": "started"})
     assert run.word(launcher) is None
