@@ -1,0 +1,657 @@
+"""Slurm in words: jobs rendered, its answers read, impossible requests refused. Text in, values out.
+
+Written for Slurm 20.11 and later. Answers are asked for as text with a separator of our own: the JSON of
+those versions is missing, or differs from one to the next. The agent on the nodes imports this module, so
+it stays small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from runner.errors import InfrastructureError, UsageError, unknown
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How jobs are submitted: the inventory's runner_slurm_* variables and `--set slurm.KEY=VALUE`.
+
+    `time_limit_s` None is computed from the cells' own limits; `gres` None asks for the cell's GPUs.
+    `exclude` are Slurm names of nodes that must not be used, `extra` whole option lines such as
+    "--reservation=maint", `login` the inventory host on which Slurm's commands run (None: this machine),
+    `shared` whether nodes see the run directory at the same path. A job that waits longer than `wait_s`,
+    or longer than `stuck_s` for something that waiting will not bring, is given up.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_limit_s: int | None = None
+    gres: str | None = None
+    constraint: str | None = None
+    exclude: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    login: str | None = None
+    shared: bool = True
+    wait_s: int | None = None
+    stuck_s: int = 300
+
+
+_WORD = re.compile(r"[\w\[(*/][\w.,:;@%+=/|&*\[\]()-]*", re.ASCII)  # no blank, quote, $ or #
+_EXTRA = re.compile(rf"--([a-z][a-z0-9-]*)(={_WORD.pattern})?", re.ASCII)
+_GRES = re.compile(r"[a-z]\w*(:[a-z][\w.-]*)?(:\d+[kmg]?)?", re.ASCII | re.IGNORECASE)
+_UNBREAKABLE = re.compile(r"[^\x00-\x1f\x7f\"'\\`$#]*")  # stays one value between double quotes
+# What render sets itself, or what would undo it. Slurm takes any unambiguous beginning of a name as well.
+_OWN = (
+    " account array batch chdir clusters constraint cpus-per-gpu cpus-per-task error exclude exclusive export "
+    "export-file get-user-env gpus gpus-per-node gpus-per-socket gpus-per-task gres help hold input job-name mem "
+    "mem-per-cpu mem-per-gpu no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu "
+    "ntasks-per-node ntasks-per-socket open-mode output overcommit oversubscribe parsable partition qos quiet "
+    "requeue share signal test-only time time-min tres-per-task uid gid usage version wait wrap"
+)
+_PLACEHOLDER = re.compile(
+    r"<[a-z_.][^<>\n]*>|\{\{.*?\}\}|\$\{[^}\n]*\}"
+    r"|(?<![^\W_])((change|replace|fix)[_-]?me|(?-i:TODO)|x{3,})(?![^\W_])|(?<![^\W_])your[_-]\w+",
+    re.IGNORECASE,
+)  # fmt: skip
+
+
+def placeholder(script: str) -> str | None:
+    """The first thing that somebody was meant to replace (`<account>`, `CHANGEME`, `${X}`), or None."""
+    found = _PLACEHOLDER.search(script)
+    return found[0] if found else None
+
+
+def settings(values: Mapping[str, Any], where: str) -> Settings:
+    """`values` checked. Raises UsageError with `where`, the key, and the nearest name or what is expected."""
+    types = {field.name: str(field.type) for field in fields(Settings)}
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in types:
+            raise unknown("key", str(key), types, where)
+        if value is None and "None" in types[key]:
+            continue
+        try:
+            checked[key] = _checked(key, types[key], value)
+        except ValueError as error:
+            raise UsageError(f"{where}: {key} = {value!r}: {error}") from None
+    return Settings(**checked)
+
+
+def _checked(key: str, kind: str, value: Any) -> Any:
+    if found := placeholder(str(value)):
+        raise ValueError(f"{found!r} is a placeholder; replace it by the cluster's own value")
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return value
+    if kind.startswith("int"):
+        seconds = seconds_of(value) if isinstance(value, str) else value
+        if type(seconds) is not int or seconds <= 0:
+            raise ValueError("expected seconds above 0, or a text such as 1-12:00:00")
+        return seconds
+    if kind.startswith("tuple"):
+        lines = [value] if isinstance(value, str) else value
+        if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+            raise ValueError("expected a list of texts")
+        if key == "exclude":
+            return tuple(host for line in lines for host in expand(line))
+        for line in lines:
+            match = _EXTRA.fullmatch(line)
+            if not match:
+                raise ValueError("write each option as --name=value, without blanks, quotes, $ or #")
+            if f" {match[1]}" in _OWN:
+                raise ValueError(f"--{match[1]} is set by Shakedown; leave it out")
+        return tuple(lines)
+    text = str(value) if type(value) in (str, int) else ""  # YAML reads an account such as 1234 as a number
+    if not _WORD.fullmatch(text):
+        raise ValueError("expected one word without blanks, quotes, $ or #")
+    if key == "gres" and not all(_GRES.fullmatch(part) for part in text.split(",")):
+        raise ValueError("write it as gpu:8 or gpu:h200:8")
+    return text
+
+
+def seconds_of(text: str) -> int | None:
+    """Seconds of Slurm's M, M:S, H:M:S, D-H, D-H:M and D-H:M:S; None for UNLIMITED and whatever is no time."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        return None
+    days, *rest = match.groups()
+    numbers = [int(number) for number in rest if number]
+    units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+
+
+# --- one job --------------------------------------------------------------------------------------
+
+STARTUP_S = 120  # allowed to every cell beside its own limit: imports from a cold file system, gathering
+# So long before its time limit, or up to a minute earlier, every process of a job's tasks gets SIGUSR1 and SIGCONT,
+# sessions of their own included: one that does not catch or ignore it dies of it. After the limit: SIGTERM, KillWait.
+NOTICE_S = 60
+
+
+@dataclass(frozen=True)
+class Step:
+    """One cell in a job. `hosts` are Slurm names in rank order; none: Slurm places.
+
+    srun starts tasks in Slurm's own order of nodes whatever the order of `hosts`, so an agent whose request
+    says in which order ranks are must follow that, and `placement` where it says nothing.
+    """
+
+    cell: str
+    num_nodes: int
+    request: Mapping[str, Any]
+    hosts: tuple[str, ...] = ()
+    timeout_s: float = 3600
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch file: one cell, or all cells of a run.
+
+    `name` is unique, so that a job can be found again by it. `python` is the agent's interpreter on the nodes,
+    `log` the path of the job's output in a folder that exists on the batch host; `secrets` are names of
+    environment variables to hand on, never values.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    python: str
+    log: str
+    gpus_per_node: int
+    device: str
+    secrets: tuple[str, ...] = ()
+
+
+def limit_s(job: Job, settings: Settings) -> int:
+    """The time limit that `job` is submitted with: the one set, or what its cells may take; whole minutes."""
+    limit = settings.time_limit_s or sum(step.timeout_s + STARTUP_S for step in job.steps)
+    return math.ceil(limit / 60) * 60
+
+
+def wanted_gres(gpus_per_node: int, device: str, settings: Settings) -> str | None:
+    """What each node must have, such as `gpu:h200:8`; None: nothing."""
+    return settings.gres or (f"gpu:{gpus_per_node}" if device == "cuda" else None)
+
+
+def render(job: Job, settings: Settings) -> str:
+    """The job as one sbatch file. Nothing in it is expanded by the batch shell but exit statuses.
+
+    Raises UsageError for a value that would break a line or hide an option, and for a placeholder.
+    """
+    hosts = tuple(dict.fromkeys(host for step in job.steps for host in step.hosts))
+    options = {
+        "job-name": job.name,
+        "output": job.log,
+        "open-mode": "append",
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "nodes": max(len(hosts), *(step.num_nodes for step in job.steps)),
+        "ntasks-per-node": 1,
+        "exclusive": "",
+        "mem": 0,
+        "gres": wanted_gres(job.gpus_per_node, job.device, settings),
+        "constraint": settings.constraint,
+        "nodelist": ",".join(hosts) or None,
+        "exclude": ",".join(settings.exclude) or None,
+        "time": _clock(limit_s(job, settings)),
+        "signal": f"USR1@{NOTICE_S}",
+        "no-requeue": "",
+        "export": ",".join(job.secrets) or "NIL",
+    }
+    needs = f"# It hands on {', '.join(job.secrets)} from the environment of sbatch." if job.secrets else None
+    lines = [
+        "#!/bin/bash",
+        f"# {job.name}: Shakedown's agent on every node of each cell, one cell after the other.",
+        *(f"#   {_told(step)}" for step in job.steps),
+        "# By hand: `sbatch THIS_FILE`, with no SBATCH_* variable set, since those win over the lines below.",
+        *([needs] if needs else []),
+        *(_directive(name, value) for name, value in _unbroken(options)),
+        *(f"#SBATCH {option}" for option in settings.extra),
+        "",
+        "# Rank, node list and master address come from Slurm inside each task, not from this shell. A cell that",
+        "# fails does not stop the next one; the job ends with the first status that is not 0.",
+        "status=0",
+        *(line for step in job.steps for line in _srun(job, step)),
+        "",
+        'exit "$status"',
+        "",
+    ]
+    text = "\n".join(lines)
+    if found := placeholder(text):
+        raise UsageError(f"job {job.name}: {found!r} is a placeholder; replace it, nothing was submitted")
+    return text
+
+
+def _told(step: Step) -> str:
+    where = f"on {_fold(step.hosts)}" if step.hosts else "placed by Slurm"
+    return f"cell {step.cell}: {step.num_nodes} node{'s'[: step.num_nodes > 1]} {where}, at most {step.timeout_s:g} s"
+
+
+def _srun(job: Job, step: Step) -> list[str]:
+    """The lines of one cell. srun copies its stdin, the request, to every task."""
+    request = json.dumps(step.request, indent=1, sort_keys=True)
+    delimiter = next(word for n in itertools.count() if (word := f"REQUEST{n or ''}") not in request)
+    options = {
+        "job-name": step.cell,
+        "nodes": step.num_nodes,
+        "ntasks": step.num_nodes,
+        "ntasks-per-node": 1,
+        "nodelist": ",".join(step.hosts) or None,
+        # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
+        "time": _clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if len(job.steps) > 1 else None,
+    }
+    words = [shlex.quote(f"--{name}={value}") for name, value in _unbroken(options)]
+    ((_, python),) = _unbroken({"python": job.python})
+    return [
+        "",
+        f"# {_told(step)}",
+        f"srun {' '.join(words)} \\",
+        # export: all that the job's own --export let in; without it, that one would hold here as well.
+        "  --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \\",
+        f"  {shlex.quote(python)} -P -u -m runner.node <<'{delimiter}'",
+        request,
+        delimiter,
+        'result=$?; [ "$status" -ne 0 ] || status=$result',
+    ]
+
+
+def _unbroken(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The options that are set, as texts; raises UsageError for one that would not stay one value."""
+    texts = [(name, str(value)) for name, value in options.items() if value is not None]
+    for name, text in texts:
+        if not _UNBREAKABLE.fullmatch(text):
+            raise UsageError(f"{name} {text!r} has characters that an sbatch file cannot hold; rename it without them")
+    return texts
+
+
+def _directive(name: str, value: str) -> str:
+    """sbatch splits these lines at blanks, as a shell would, but expands nothing."""
+    if not value:
+        return f"#SBATCH --{name}"
+    return f"#SBATCH --{name}={value}" if _WORD.fullmatch(value) else f'#SBATCH --{name}="{value}"'
+
+
+def _clock(seconds: int) -> str:
+    """D-HH:MM:SS"""
+    return f"{seconds // 86400}-{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+# --- inside a step --------------------------------------------------------------------------------
+
+
+def expand(nodelist: str) -> tuple[str, ...]:
+    """The names of a Slurm node list in the order it has, which is that of ranks (ClusterShell's sets sort).
+
+    Raises ValueError for what is no node list.
+    """
+    names: list[str] = []
+    for part in re.split(r",(?![^\[\]]*\])", nodelist.strip()):
+        if not re.fullmatch(r"(?!$)[\w.-]*(\[\d+(-\d+)?(,\d+(-\d+)?)*\][\w.-]*)*", part, re.ASCII):
+            raise ValueError(f"{nodelist!r} is no list of nodes; write node[001-003],other")
+        words = re.split(r"\[(.*?)\]", part)  # text, ranges, text, ranges, text
+        choices = [_numbers(word) if n % 2 else [word] for n, word in enumerate(words)]
+        names += ("".join(pieces) for pieces in itertools.product(*choices))
+    return tuple(dict.fromkeys(names))
+
+
+def _numbers(ranges: str) -> list[str]:
+    bounds = [(first, last or first) for first, _, last in (part.partition("-") for part in ranges.split(","))]
+    return [f"{n:0{len(first)}}" for first, last in bounds for n in range(int(first), int(last) + 1)]
+
+
+def placement(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
+    """The hosts of this step in Slurm's order, and which of them this is, from the environment of a task.
+
+    Raises ValueError saying what is missing.
+    """
+    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodelist:
+        raise ValueError("SLURM_STEP_NODELIST is not set: this is no task of srun")
+    hosts, name, index = expand(nodelist), environ.get("SLURMD_NODENAME"), environ.get("SLURM_NODEID", "")
+    if name in hosts:
+        return hosts, hosts.index(name)
+    if name:
+        raise ValueError(f"SLURMD_NODENAME {name} is not in the step's node list {nodelist}")
+    if not index.isdigit() or int(index) >= len(hosts):
+        raise ValueError(f"neither SLURMD_NODENAME nor SLURM_NODEID says which of {nodelist} this is")
+    return hosts, int(index)
+
+
+# --- what became of jobs --------------------------------------------------------------------------
+
+_WORDS = {
+    "waiting": "PENDING PD CONFIGURING CF REQUEUED RQ REQUEUE_HOLD RH REQUEUE_FED RF RESV_DEL_HOLD RD SPECIAL_EXIT SE",
+    "running": "RUNNING R RESIZING RS SIGNALING SI STOPPED ST SUSPENDED S",
+    "ending": "COMPLETING CG STAGE_OUT SO",
+    "complete": "COMPLETED CD",
+    "failed": "FAILED F",
+    "cancelled": "CANCELLED CA REVOKED RV",
+    "time_limit": "TIMEOUT TO DEADLINE DL",
+    "node_failed": "NODE_FAIL NF BOOT_FAIL BF LAUNCH_FAILED RECONFIG_FAIL",
+    "out_of_memory": "OUT_OF_MEMORY OOM",
+    "preempted": "PREEMPTED PR",
+}
+STATES: Mapping[str, str] = {word: ours for ours, words in _WORDS.items() for word in words.split()}
+
+
+def state(word: str) -> str:
+    """Our word for one of Slurm's ("CANCELLED by 1000", "CANCELLED+", "cg"); "unknown" for what is new."""
+    found = re.match(r"\s*(\w+)", word)
+    return STATES.get(found[1].upper(), "unknown") if found else "unknown"
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job as Slurm tells it. `start` is ISO time, expected while it waits; `position` counts from 1."""
+
+    job_id: str
+    name: str
+    state: str
+    raw: str
+    reason: str
+    nodes: tuple[str, ...]
+    start: str | None
+    exit_code: int | None = None
+    signal: int | None = None
+    position: int | None = None
+
+
+SEPARATOR = "|#"  # reasons hold blanks, commas, brackets, and whatever an administrator typed
+SQUEUE = ("squeue", "--noheader", "--states=all", f"--format={SEPARATOR.join(('%A', '%T', '%S', '%N', '%j', '%r'))}")
+_COLUMNS = ("JobIDRaw", "JobName", "State", "Reason", "NodeList", "Start", "ExitCode")
+SACCT = ("sacct", "--parsable2", f"--delimiter={SEPARATOR}", "--allocations", f"--format={','.join(_COLUMNS)}")
+PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
+NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%E'))}")
+
+
+def squeue_argv(ids: Iterable[str]) -> list[str]:
+    return [*SQUEUE, f"--jobs={','.join(ids)}"]
+
+
+def sacct_argv(ids: Iterable[str]) -> list[str]:
+    return [*SACCT, f"--jobs={','.join(ids)}"]
+
+
+def scontrol_argv(job_id: str) -> list[str]:
+    return ["scontrol", "--oneliner", "show", "job", job_id]
+
+
+def queue_argv(partition: str | None) -> list[str]:
+    """What `position` reads: the waiting jobs of a partition (None: of all), the next to start first."""
+    only = [f"--partition={partition}"] if partition else []
+    return ["squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%A", *only]
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` for Slurm's commands, without the variables that win over a job's lines, change formats, or
+    come from a job in which Shakedown itself was started."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    ours = re.compile(r"(SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM|SALLOC|SRUN)_")
+    return {key: value for key, value in environ.items() if key in kept or not ours.match(key)}
+
+
+def submitted_id(stdout: str) -> str:
+    """The job id that `sbatch --parsable` answered: "123", or "123;cluster"."""
+    match = re.search(r"^(\d+)(;\S+)?\s*\Z", stdout, re.MULTILINE)
+    if not match:
+        raise InfrastructureError(f"sbatch answered {stdout.strip()!r}, no job id; see whether it was submitted")
+    return match[1]
+
+
+def position(text: str, job_id: str) -> int | None:
+    """The place of a job in the answer to `queue_argv`, from 1; None: it does not wait."""
+    waiting = text.split()
+    return waiting.index(job_id) + 1 if job_id in waiting else None
+
+
+def parse_squeue(text: str) -> dict[str, JobInfo]:
+    """Jobs by id, from the answer to `squeue_argv`; lines that are not whole are left out."""
+    rows = (line.split(SEPARATOR, 5) for line in text.splitlines())
+    return {
+        row[0]: _job(row[0], name=row[4], raw=row[1], reason=row[5], nodes=row[3], start=row[2])
+        for row in rows
+        if len(row) == 6 and row[0].isdigit()
+    }
+
+
+def parse_sacct(text: str, separator: str = SEPARATOR) -> dict[str, JobInfo]:
+    """Jobs by id, from the answer to `sacct_argv` with its header. Steps and broken lines are left out; of
+    several lines of one job, which a requeue makes, the last one counts."""
+    header, *lines = [line.split(separator) for line in text.splitlines()] or [[]]
+    jobs = {}
+    for words in lines:
+        row = dict(zip(header, words, strict=False))
+        job_id = row.get("JobIDRaw") or row.get("JobID", "")
+        if len(words) == len(header) and job_id.isdigit():
+            jobs[job_id] = _job(job_id, *(row.get(column, "") for column in _COLUMNS[1:]))
+    return jobs
+
+
+def parse_scontrol_job(text: str) -> JobInfo | None:
+    """The job of `scontrol show job`, on one line or many; None: no job."""
+    row = _pairs(text)
+    columns = ("JobName", "JobState", "Reason", "NodeList", "StartTime", "ExitCode")
+    return _job(row["JobId"], *(row.get(column, "") for column in columns)) if "JobId" in row else None
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """scontrol's `Key=value Key=value`, where values may hold blanks; the first of each key."""
+    pairs = re.findall(r"(?<!\S)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*\Z)", text, re.DOTALL)
+    return dict(reversed(pairs))
+
+
+def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, exit_code: str = "") -> JobInfo:
+    word = state(raw)
+    codes = re.fullmatch(r"(\d+):(\d+)", exit_code)
+    over = codes and word not in ("waiting", "running", "ending", "unknown")  # until then Slurm says 0:0
+    try:
+        hosts = expand(nodes) if _said(nodes) else ()
+    except ValueError:  # cut off, or a word for none that is new
+        hosts = ()
+    return JobInfo(
+        job_id=job_id,
+        name=name,
+        state=word,
+        raw=raw.strip(),
+        reason=_said(reason),
+        nodes=hosts,
+        start=start if start[:4].isdigit() else None,
+        exit_code=int(codes[1]) if codes and over else None,
+        signal=int(codes[2]) if codes and over else None,
+    )
+
+
+def _said(text: str) -> str:
+    """Slurm has several words for nothing."""
+    return "" if text.strip().lower() in ("(null)", "none", "n/a", "none assigned") else text.strip()
+
+
+_STUCK = {
+    r"ReqNodeNotAvail.*Unavailable\w*:[ (]*\w|Nodes required for job are DOWN|NodeDown": (
+        "nodes it needs are down, drained or kept for others; see `sinfo -R`, or name other nodes"
+    ),
+    r"PartitionDown|PartitionInactive": "the partition starts no jobs; mend slurm.partition",
+    r"PartitionNodeLimit": "the partition does not allow that many nodes; ask for another number",
+    r"(Partition|QOS|Association)TimeLimit": "its time limit is above the allowed one; lower slurm.time_limit_s",
+    r"BadConstraints|PartitionConfig": "no node may give what it asks for; mend slurm.constraint or slurm.gres",
+    r"InvalidAccount|AccountNotAllowed": "the account cannot be used here; mend slurm.account",
+    r"InvalidQOS|QOSNotAllowed": "the QoS cannot be used here; mend slurm.qos",
+    r"(Assoc|QOS)\w*(PerJob|PerNode|Wall|Min(Cpu|GRES|Memory|Node))": (
+        "one job may not have that much or that little; ask for another size or time, or another account or QoS"
+    ),
+    r"(Assoc|QOS)\w*Minutes": "the time granted to the account or QoS is spent; ask for another",
+    r"JobHeldUser": "it is held; `scontrol release` it",
+    r"JobHeldAdmin": "an administrator holds it; ask them",
+    r"JobHoldMaxRequeue|.*requeued ?held|.*requeued in held state": (
+        "it could not be started on its nodes; see slurmd's log there, then `scontrol release` it"
+    ),
+    r"DependencyNeverSatisfied": "what it depends on has failed; cancel it",
+    r"Reserv\w*(Deleted|Invalid)|Invalid ?Reservation": "its reservation is gone; mend slurm.extra",
+}
+
+
+def why_stuck(reason: str) -> str | None:
+    """Why waiting will not end what a job waits for, and what to do; None for what ends by itself.
+
+    Limits that other jobs fill (AssocGrp…, …PerUser) end with those jobs; what one job may have does not change.
+    """
+    plain = reason.strip().lstrip("(").replace("_", " ")
+    words = next((words for pattern, words in _STUCK.items() if re.match(pattern, plain, re.IGNORECASE)), None)
+    return f"{plain.rstrip(')')}: {words}" if words else None
+
+
+# --- what there is --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition; a limit of None: there is none."""
+
+    name: str
+    state: str
+    default: bool
+    max_time_s: int | None
+    max_nodes: int | None
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SlurmNode:
+    """A node as Slurm sees it: `state` in words without flags, `usable` whether jobs can come to run there."""
+
+    name: str
+    state: str
+    usable: bool
+    reason: str
+    gres: str
+
+
+def parse_partitions(text: str) -> dict[str, Partition]:
+    """Partitions by name, from the answer to PARTITIONS."""
+    return {
+        row["PartitionName"]: Partition(
+            name=row["PartitionName"],
+            state=row.get("State", "up").lower(),
+            default=row.get("Default") == "YES",
+            max_time_s=seconds_of(row.get("MaxTime", "")),
+            max_nodes=int(row["MaxNodes"]) if row.get("MaxNodes", "").isdigit() else None,
+            nodes=expand(row["Nodes"]) if _said(row.get("Nodes", "")) else (),
+        )
+        for row in map(_pairs, text.splitlines())
+        if "PartitionName" in row
+    }
+
+
+_UNUSABLE = re.compile(r"down|drain|drng|fail|error|inval|fut|unk|no_resp")
+
+
+def node_state(word: str) -> tuple[str, bool]:
+    """sinfo's word without its flags, and whether jobs can run there. `*` is a slurmd that does not answer."""
+    plain = re.sub(r"[^a-z_+]", "", word.lower()).strip("+")
+    powered = plain.startswith("power")  # saving power is no fault: Slurm wakes the node for a job
+    silent = "*" in word
+    return plain + (", not answering" if silent else ""), powered or not (silent or _UNUSABLE.search(plain))
+
+
+def parse_nodes(text: str) -> dict[str, SlurmNode]:
+    """Nodes by name, from the answer to NODES, which tells each node once a partition."""
+    nodes = {}
+    for name, *rest in (line.split(SEPARATOR, 3) for line in text.splitlines()):
+        if len(rest) == 3:
+            nodes[name] = SlurmNode(name, *node_state(rest[0]), reason=_said(rest[2]), gres=_said(rest[1]))
+    return nodes
+
+
+def refusals(
+    num_nodes: int,
+    gpus_per_node: int,
+    device: str,
+    hosts: Sequence[str],
+    settings: Settings,
+    partitions: Iterable[Partition],
+    nodes: Iterable[SlurmNode],
+    time_limit_s: int,
+) -> list[str]:
+    """Every reason why Slurm could not run this, at once and before anything is submitted; none: it can."""
+    by_name, known = {p.name: p for p in partitions}, {node.name: node for node in nodes}
+    names = (settings.partition or ",".join(p.name for p in by_name.values() if p.default)).split(",")
+    if names == [""]:
+        return [f"no partition is named and Slurm has no default one; set slurm.partition: {', '.join(by_name)}"]
+    if strange := [name for name in names if name not in by_name]:
+        return [str(unknown("partition", name, by_name, "slurm.partition")) for name in strange]
+    gres = wanted_gres(gpus_per_node, device, settings)
+
+    def refused(partition: Partition) -> list[str]:
+        where, reasons = f"partition {partition.name}", []
+        if partition.state != "up":
+            reasons.append(f"{where} is {partition.state}; name another, or have it brought up")
+        if partition.max_nodes is not None and num_nodes > partition.max_nodes:
+            reasons.append(f"{num_nodes} nodes asked for, {where} allows {partition.max_nodes} (MaxNodes)")
+        if partition.max_time_s is not None and time_limit_s > partition.max_time_s:
+            allowed = _clock(partition.max_time_s)
+            reasons.append(
+                f"{_clock(time_limit_s)} asked for, {where} allows {allowed} (MaxTime); set slurm.time_limit_s"
+            )
+        if unheard := [host for host in hosts if host not in known]:
+            reasons.append(f"Slurm knows no {_fold(unheard)}; it has {_fold(known)}")
+        if outside := [host for host in hosts if host in known and host not in partition.nodes]:
+            reasons.append(f"{where} does not hold {_fold(outside)}; it holds {_fold(partition.nodes)}")
+        if barred := [host for host in hosts if host in settings.exclude]:
+            reasons.append(f"{_fold(barred)} is named, and excluded by slurm.exclude; leave it out of one")
+        there = [known[host] for host in hosts or partition.nodes if host in known and host in partition.nodes]
+        there = [node for node in there if node.name not in settings.exclude]
+        good = [node for node in there if node.usable]
+        bad = {node.name: node.state + f" ({node.reason})" * bool(node.reason) for node in there if not node.usable}
+        if hosts and bad:
+            reasons.append(f"named but not usable: {_grouped(bad)}; name others, or bring them back")
+        elif not hosts and num_nodes > len(good):
+            without = " without the excluded ones" if settings.exclude else ""
+            unusable = f", of which {len(good)} are usable: {_grouped(bad)}" if bad else ""
+            reasons.append(f"{num_nodes} nodes asked for, {where} has {len(there)}{without}{unusable}")
+        lacking = {node.name: node.gres or "none" for node in good if gres and not _holds(node.gres, gres)}
+        if len(good) - len(lacking) < min(num_nodes, len(good)):
+            reasons.append(
+                f"{gres} asked for on each node, found: {_grouped(lacking)}; mend slurm.gres or the partition"
+            )
+        return reasons
+
+    every = [refused(by_name[name]) for name in names]  # of several, Slurm takes the first that can start the job
+    return [] if [] in every else list(dict.fromkeys(itertools.chain.from_iterable(every)))
+
+
+def _holds(gres: str, wanted: str) -> bool:
+    """Whether "gpu:h200:8(S:0-1),nvme:1" holds "gpu:8", "gpu:h200:8", "gpu:4,nvme"."""
+    counts: dict[str, int] = {}
+    for name, count in _counted(gres):
+        for known in {name, name.partition(":")[0]}:
+            counts[known] = counts.get(known, 0) + count
+    return all(counts.get(name, 0) >= count for name, count in _counted(wanted))
+
+
+def _counted(gres: str) -> list[tuple[str, int]]:
+    """("gpu:h200", 8) of each part of a GRES list; without a number, 1."""
+    parts = re.findall(r"([a-z]\w*(?::[a-z_][\w.-]*)?)(?::(\d+)([kmg]?))?(?:\([^)]*\))?(?:,|$)", gres.lower())
+    return [(name, int(count or 1) * 1024 ** " kmg".index(unit or " ")) for name, count, unit in parts]
+
+
+def _grouped(said: Mapping[str, str]) -> str:
+    """`node[001-002] drained (bad cable), node007 down`: hosts folded by what is said of them."""
+    words = dict.fromkeys(said.values())
+    return ", ".join(f"{_fold([host for host in said if said[host] == word])} {word}" for word in words)
+
+
+def _fold(hosts: Iterable[str]) -> str:
+    from ClusterShell.NodeSet import NodeSet
+
+    return str(NodeSet.fromlist(list(hosts), resolver=None)) or "no node"

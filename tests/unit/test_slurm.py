@@ -1,0 +1,771 @@
+"""Slurm's pure half: what is submitted, what its answers mean, and what is refused before anything is submitted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from ClusterShell.NodeSet import NodeSet
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from golden_files import check as golden
+from runner import slurm
+from runner.errors import InfrastructureError, UsageError
+from runner.slurm import Job, Partition, Settings, SlurmNode, Step
+
+CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
+real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
+quick = hypothesis_settings(max_examples=50, deadline=None)  # a deadline measures who else uses the machine
+
+
+def captured(name):
+    return (CAPTURED / name).read_text()
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+def test_settings_are_taken_as_yaml_gives_them():
+    given = {
+        "partition": "gpu,gpu-long",
+        "account": 1234,
+        "qos": None,
+        "time_limit_s": "1-12:00:00",
+        "gres": "gpu:h200:8",
+        "constraint": "[rack1|rack2]&ib",
+        "exclude": ["node[001-002]", "spare"],
+        "extra": "--reservation=maint",
+        "shared": False,
+        "wait_s": 3600,
+    }
+    assert slurm.settings(given, "--set slurm") == Settings(
+        partition="gpu,gpu-long",
+        account="1234",
+        time_limit_s=129600,
+        gres="gpu:h200:8",
+        constraint="[rack1|rack2]&ib",
+        exclude=("node001", "node002", "spare"),
+        extra=("--reservation=maint",),
+        shared=False,
+        wait_s=3600,
+    )
+    assert slurm.settings({}, "here") == Settings()
+    assert slurm.settings(asdict(H200), "a saved plan") == H200
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"partion": "gpu"}, "inv: unknown key 'partion'; did you mean 'partition'?"),
+        ({"partition": "gpu long"}, "expected one word"),
+        ({"partition": "gpu\n#SBATCH --uid=0"}, "expected one word"),
+        ({"account": "a --nodes=1"}, "expected one word"),
+        ({"account": 'a"b'}, "expected one word"),
+        ({"account": "a#b"}, "expected one word"),
+        ({"account": "$USER"}, "expected one word"),
+        ({"account": ""}, "expected one word"),
+        ({"account": True}, "expected one word"),
+        ({"partition": None, "qos": ["high"]}, "expected one word"),
+        ({"account": "<account>"}, "'<account>' is a placeholder"),
+        ({"account": "YOUR_ACCOUNT"}, "'YOUR_ACCOUNT' is a placeholder"),
+        ({"extra": ["--reservation=CHANGEME"]}, "'CHANGEME' is a placeholder"),
+        ({"gres": "8"}, "write it as gpu:8 or gpu:h200:8"),
+        ({"gres": "gpu:h200:many:8"}, "write it as gpu:8 or gpu:h200:8"),
+        ({"time_limit_s": 0}, "expected seconds above 0"),
+        ({"time_limit_s": "UNLIMITED"}, "expected seconds above 0"),
+        ({"wait_s": True}, "expected seconds above 0"),
+        ({"stuck_s": None}, "expected seconds above 0"),
+        ({"shared": "yes"}, "expected true or false"),
+        ({"exclude": "node[001"}, "no list of nodes"),
+        ({"extra": ["reservation=maint"]}, "write each option as --name=value"),
+        ({"extra": ["-N", "2"]}, "write each option as --name=value"),
+        ({"extra": ["--comment=a --nodes=1"]}, "write each option as --name=value"),
+        ({"extra": ["--comment=a\n#SBATCH --nodes=1"]}, "write each option as --name=value"),
+        ({"extra": 7}, "expected a list of texts"),
+        *(({"extra": [f"--{name}=x"]}, f"--{name} is set by Shakedown") for name in (
+            "output", "job-name", "nodes", "array", "export", "mem-per-cpu", "partition", "wrap", "outp", "nod",
+        )),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_submitted_is_one_line(values, said):
+    with pytest.raises(UsageError) as error:
+        slurm.settings(values, "inv")
+    assert said in str(error.value) and str(error.value).startswith("inv: ") and "\n" not in str(error.value)
+
+
+@quick
+@given(st.text(max_size=40))
+def test_no_setting_ends_its_line_or_hides_an_option(text):
+    for key in ("partition", "account", "qos", "gres", "constraint", "extra"):
+        try:
+            settings = slurm.settings({key: text}, "inv")
+        except UsageError:
+            continue
+        (line,) = [
+            line
+            for line in options(slurm.render(cell(), settings))
+            if line not in options(slurm.render(cell(), Settings()))
+        ]
+        assert line.startswith("--") and len(line.split()) == 1 and not set(line) & set("\"'\\$#`")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("1:30", 90), ("01:00:00", 3600), ("2-0", 172800), ("1-2:30", 95400), ("3-00:00:01", 259201)]
+    + [(word, None) for word in ("UNLIMITED", "INFINITE", "NONE", "", "1:2:3:4", "-5")],
+)
+def test_slurms_times_are_seconds(text, seconds):
+    assert slurm.seconds_of(text) == seconds
+
+
+# --- one job ---------------------------------------------------------------------------------------
+
+REQUEST = {
+    "kind": "cell",
+    "cell": "torch-2n-r0",
+    "env": {"NCCL_DEBUG": "WARN"},
+    "hosts": [],
+    "note": "it's `x` $(y) $Z é",
+}
+
+
+def cell(*steps, **changes):
+    steps = steps or (Step("torch-2n-r0", 2, REQUEST, timeout_s=1800),)
+    named = "sweep" if len(steps) > 1 else steps[0].cell
+    return Job(**{
+        "name": f"shakedown-20260101-120000-ab12-{named}",
+        "steps": steps,
+        "python": "/opt/shakedown/bin/python",
+        "log": f"/home/user/results/20260101-120000-ab12/slurm/{named}.log",
+        "gpus_per_node": 2,
+        "device": "cpu",
+        **changes,
+    })  # fmt: skip
+
+
+H200 = Settings(
+    partition="gpu",
+    account="benchmarks",
+    qos="high",
+    gres="gpu:h200:8",
+    constraint="roce&hgx",
+    exclude=("hgx-0003", "hgx-0008"),
+    extra=("--reservation=acceptance", "--comment=shakedown"),
+)
+SWEEP = tuple(Step(f"sft-llama-2-7b-{n}n-r0", n, {**REQUEST, "num_nodes": n}, timeout_s=3600) for n in (1, 2, 4, 8))
+
+
+def options(script):
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def without_requests(script):
+    return re.sub(r"(<<'(\w+)'\n).*?\n(?=\2\n)", r"\1", script, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "settings"),
+    [
+        ("one-cell-cpu", cell(), Settings()),
+        (
+            "eight-h200-nodes",
+            cell(SWEEP[-1], gpus_per_node=8, device="cuda", secrets=("HF_TOKEN", "WANDB_API_KEY")),
+            H200,
+        ),
+        ("named-hosts", cell(Step("torch-3n-r0", 3, REQUEST, ("node003", "node001", "node002"))), Settings()),
+        ("one-allocation", cell(*SWEEP, gpus_per_node=8, device="cuda"), Settings(partition="gpu")),
+    ],
+)
+def test_the_whole_file(name, job, settings):
+    golden(f"slurm/{name}.sh", slurm.render(job, settings))
+
+
+@pytest.mark.parametrize("job", [cell(), cell(*SWEEP)])
+def test_the_batch_shell_expands_nothing_but_exit_statuses(job):
+    body = without_requests(slurm.render(job, Settings()))
+    kept = [line for line in body.splitlines() if "$" in line or ("`" in line and not line.startswith("#"))]
+    assert set(kept) == {'result=$?; [ "$status" -ne 0 ] || status=$result', 'exit "$status"'}
+    assert not re.search(r"\bset -|\beval\b", body)
+
+
+def test_every_cell_gets_its_request_as_it_is():
+    script = slurm.render(cell(*SWEEP), Settings())
+    requests = re.findall(r"<<'(\w+)'\n(.*?)\n\1\n", script, flags=re.DOTALL)
+    assert [json.loads(request) for _, request in requests] == [step.request for step in SWEEP]
+
+
+@quick
+@given(st.dictionaries(st.text(), st.text() | st.sampled_from(["REQUEST", "a\nREQUEST\nb", "REQUEST1"]), max_size=4))
+def test_no_request_ends_its_own_document(request):
+    try:
+        script = slurm.render(cell(Step("c", 1, request)), Settings())
+    except UsageError:
+        assert slurm.placeholder(json.dumps(request)) is not None
+        return
+    ((delimiter, text),) = re.findall(r"<<'(\w+)'\n(.*?)\n\1\n", script, flags=re.DOTALL)
+    assert json.loads(text) == request and delimiter not in text
+
+
+def test_the_time_limit_is_what_the_cells_may_take_in_whole_minutes():
+    assert slurm.limit_s(cell(Step("c", 1, {}, timeout_s=61)), Settings()) == 240
+    assert slurm.limit_s(cell(*SWEEP), Settings()) == 4 * (3600 + slurm.STARTUP_S)
+    assert "--time=0-04:08:00" in options(slurm.render(cell(*SWEEP), Settings()))
+    assert "--time=1-00:01:00" in options(slurm.render(cell(), Settings(time_limit_s=86401)))
+
+
+def test_only_several_cells_in_one_allocation_have_limits_of_their_own():
+    assert "--time" not in without_requests(slurm.render(cell(), Settings())).partition("status=0")[2]
+    script = slurm.render(cell(*SWEEP), Settings())
+    assert script.count("\nsrun ") == script.count(" --time=0-01:02:00 ") == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "gres"),
+    [
+        ("cpu", Settings(), None),
+        ("cuda", Settings(), "--gres=gpu:2"),
+        ("cuda", Settings(gres="gpu:h200:2"), "--gres=gpu:h200:2"),
+        ("cpu", Settings(gres="nic:1"), "--gres=nic:1"),
+    ],
+)
+def test_gpus_are_asked_for_where_they_are_needed(device, settings, gres):
+    lines = options(slurm.render(cell(device=device), settings))
+    assert [line for line in lines if line.startswith("--gres")] == ([gres] if gres else [])
+
+
+def test_secrets_are_handed_on_by_name_and_nothing_else_is():
+    assert "--export=NIL" in options(slurm.render(cell(), Settings()))
+    assert "--export=HF_TOKEN,WANDB_API_KEY" in options(
+        slurm.render(cell(secrets=("HF_TOKEN", "WANDB_API_KEY")), Settings())
+    )
+
+
+def test_blanks_and_percent_signs_in_paths_survive():
+    script = slurm.render(cell(python="/opt/my env/bin/python", log="/scratch/my run/%j.log"), Settings())
+    assert '--output="/scratch/my run/%j.log"' in options(script)
+    assert "'/opt/my env/bin/python' -P -u -m runner.node" in script
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "a\n#SBATCH --uid=0"},
+        {"log": '/tmp/"; --uid=0'},
+        {"log": "/tmp/#1.log"},
+        {"python": "/opt/$HOME/python"},
+        {"python": "python\nrm"},
+        {"secrets": ("A\nB",)},
+        {"steps": (Step("a\nb", 1, {}),), "name": "n"},
+        {"steps": (Step("a", 1, {}, ("node1`",)),)},
+    ],
+)
+def test_what_would_break_the_file_is_refused(changes):
+    with pytest.raises(UsageError) as error:
+        slurm.render(cell(**changes), Settings())
+    assert "cannot hold" in str(error.value) and "\n" not in str(error.value)
+
+
+PLACEHOLDERS = (
+    "<account> <...> CHANGEME change_me REPLACE_ME YOUR_ACCOUNT your-partition TODO xxx XXXX {{account}} ${USER}"
+)
+
+
+@quick
+@given(
+    st.text(st.sampled_from("abcXYZ019 -_./:=,"), max_size=12),
+    st.sampled_from(" -_./:=,"),
+    st.sampled_from(PLACEHOLDERS.split()),
+    st.text(st.sampled_from(" -./:=,_"), max_size=12),
+)
+def test_nothing_with_a_placeholder_in_it_is_submitted(before, mark, word, after):
+    before += mark
+    assert slurm.placeholder(before + word + after)
+    for job in (
+        cell(log=f"/tmp/{before}{word}{after}.log"),
+        cell(Step("c", 1, {"env": {"A": before + word + after}})),
+    ):
+        with pytest.raises(UsageError):
+            slurm.render(job, Settings())
+    with pytest.raises(UsageError):
+        slurm.settings({"account": word}, "inv")
+
+
+@pytest.mark.parametrize("word", ["gpu", "a<b", "todo", "methodology", "xx", "maxxxl", "{}", "your", "$1", "<|user|>"])
+def test_ordinary_words_are_no_placeholders(word):
+    assert slurm.placeholder(f"a {word} b") is None
+
+
+def test_the_words_of_a_step_are_one_argument_each():
+    script = without_requests(slurm.render(cell(Step("a b; c & *", 1, {}, ("n[1];x",))), Settings()))
+    (line,) = [line for line in script.replace("\\\n", "").splitlines() if line.startswith("srun ")]
+    words = shlex.split(line)
+    assert words[:2] == ["srun", "--job-name=a b; c & *"] and "--nodelist=n[1];x" in words and words[-6:-1] == [
+        "/opt/shakedown/bin/python", "-P", "-u", "-m", "runner.node",
+    ]  # fmt: skip
+
+
+# --- inside a step ---------------------------------------------------------------------------------
+
+
+@given(
+    st.sets(st.tuples(st.sampled_from(["node", "gpu-a", "h1x"]), st.integers(0, 300), st.integers(1, 4)), min_size=1)
+)
+def test_what_was_folded_expands_to_the_same_names(parts):
+    names = {f"{prefix}{number:0{width}}" for prefix, number, width in parts}
+    assert set(slurm.expand(str(NodeSet.fromlist(names, resolver=None)))) == names
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("node3", "node3"),
+        ("node003,node[001-002]", "node003 node001 node002"),
+        ("node[3,1-2]", "node3 node1 node2"),
+        ("node[08-11]", "node08 node09 node10 node11"),
+        ("rack[1-2]n[1,3]", "rack1n1 rack1n3 rack2n1 rack2n3"),
+        ("a[1-2].x.y,b-1", "a1.x.y a2.x.y b-1"),
+        ("n[1-2],n[2-3]", "n1 n2 n3"),
+    ],
+)
+def test_node_lists_keep_slurms_order(nodelist, names):
+    assert slurm.expand(nodelist) == tuple(names.split())
+
+
+@pytest.mark.parametrize(
+    "nodelist", ["", "(null)", "node[001", "node[a-b]", "node[]", "a,,b", "a b", "node[1-]", "a;b"]
+)
+def test_what_is_no_node_list_is_said(nodelist):
+    with pytest.raises(ValueError, match="no list of nodes"):
+        slurm.expand(nodelist)
+
+
+def test_a_task_finds_its_place_in_what_slurm_tells_it():
+    told = {"SLURM_STEP_NODELIST": "node[002-003]", "SLURM_JOB_NODELIST": "node[001-003]"}
+    hosts = ("node002", "node003")
+    assert slurm.placement({**told, "SLURMD_NODENAME": "node003", "SLURM_NODEID": "1"}) == (hosts, 1)
+    assert slurm.placement({**told, "SLURM_NODEID": "1"}) == (hosts, 1)
+    assert slurm.placement({"SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1"}) == (("node1",), 0)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, "SLURM_STEP_NODELIST is not set"),
+        ({"SLURM_STEP_NODELIST": "node[1-2]"}, "neither SLURMD_NODENAME nor SLURM_NODEID"),
+        ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NODEID": "2"}, "neither SLURMD_NODENAME nor SLURM_NODEID"),
+        ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node3", "SLURM_NODEID": "0"}, "node3 is not in"),
+        ({"SLURM_STEP_NODELIST": "node[1-"}, "no list of nodes"),
+    ],
+)
+def test_a_task_that_slurm_told_too_little_says_what_is_missing(environ, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        slurm.placement(environ)
+
+
+# --- what became of jobs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("PENDING", "waiting"), ("PD", "waiting"), ("CF", "waiting"), ("RH", "waiting"), ("SPECIAL_EXIT", "waiting"),
+        ("RUNNING", "running"), ("r", "running"), ("SUSPENDED", "running"), ("ST", "running"), ("SI", "running"),
+        ("COMPLETING", "ending"), ("SO", "ending"), ("COMPLETED", "complete"), ("FAILED", "failed"),
+        ("CANCELLED by 1000", "cancelled"), ("CANCELLED+", "cancelled"), ("cancelled", "cancelled"), ("RV", "cancelled"),
+        ("TIMEOUT", "time_limit"), ("DEADLINE", "time_limit"), ("NODE_FAIL", "node_failed"), ("BF", "node_failed"),
+        ("OUT_OF_MEMORY", "out_of_memory"), ("OOM", "out_of_memory"), ("PREEMPTED", "preempted"),
+        ("", "unknown"), ("EXPEDITING", "unknown"), ("42", "unknown"), ("?", "unknown"),
+    ],
+)  # fmt: skip
+def test_every_state_is_one_of_our_words(word, ours):
+    assert slurm.state(word) == ours
+
+
+@quick
+@given(st.text())
+def test_no_state_is_a_surprise(word):
+    assert slurm.state(word) in {*slurm.STATES.values(), "unknown"}
+
+
+SQUEUE = """\
+4|#RUNNING|#2026-11-21T10:48:19|#node[001-002]|#limit|#None
+7|#PENDING|#2026-11-22T01:00:00|#|#shakedown-r-c|#(ReqNodeNotAvail, UnavailableNodes:cs[100,101])
+8|#PENDING|#N/A|#|#b|#odd | reason |# typed by hand
+1|#FAILED|#2026-11-21T10:46:37|#node[001-003]|#env|#NonZeroExitCode
+slurm_load_jobs error: Unable to contact slurm controller
+9|#PENDING|#N/A
+"""
+
+
+def test_squeue_tells_state_nodes_reason_and_start():
+    jobs = slurm.parse_squeue(SQUEUE)
+    assert list(jobs) == ["4", "7", "8", "1"]
+    assert (jobs["4"].state, jobs["4"].nodes, jobs["4"].reason) == ("running", ("node001", "node002"), "")
+    assert (jobs["7"].state, jobs["7"].nodes, jobs["7"].start) == ("waiting", (), "2026-11-22T01:00:00")
+    assert jobs["7"].reason == "(ReqNodeNotAvail, UnavailableNodes:cs[100,101])" and jobs["7"].name == "shakedown-r-c"
+    assert (jobs["8"].reason, jobs["8"].start) == ("odd | reason |# typed by hand", None)
+    assert (jobs["1"].state, jobs["1"].raw, jobs["1"].exit_code) == ("failed", "FAILED", None)
+
+
+@real_output
+def test_reasons_as_squeue_really_gives_them_survive_our_format():
+    # The captured query had a format of its own: each of its jobs is written in ours.
+    seen = [
+        json.loads(line)
+        for line in captured("squeue-o-jsonish-with-reasons.txt").splitlines()
+        if 'cpu": xx' not in line and line[0] == "{"
+    ]
+    ours = "".join(
+        slurm.SEPARATOR.join(
+            (str(job["id"]), job["state"], job["end_time"], job["r"] if "(" not in job["r"] else "", "n", job["r"])
+        )
+        + "\n"
+        for job in seen
+    )
+    jobs = slurm.parse_squeue(ours)
+    assert jobs["26515966"].nodes == ("cs10",) and jobs["18804"].start is None
+    stuck = {job_id: slurm.why_stuck(job.reason) for job_id, job in jobs.items() if job.state == "waiting"}
+    assert {job_id for job_id, why in stuck.items() if why} == {"51447052", "51447053"}
+    assert "cs[100,101,102]" in stuck["51447052"] and set(stuck) == {"51447051", "51447052", "51447053", "18804"}
+
+
+@real_output
+def test_a_table_for_people_is_not_taken_for_an_answer():
+    assert slurm.parse_squeue(captured("squeue-array-truncated-jobid.txt")) == {}
+
+
+@real_output
+def test_sacct_cancelled_by_a_user_without_its_steps():
+    jobs = slurm.parse_sacct(captured("sacct-P-cancelled-by-uid.txt"), "|")
+    assert list(jobs) == ["39125549", "39125551", "39125552"]
+    assert {job.state for job in jobs.values()} == {"cancelled"}
+    assert jobs["39125549"].raw == "CANCELLED by 1185300516"
+
+
+@real_output
+def test_sacct_leaves_out_the_tail_of_a_broken_record():
+    assert slurm.parse_sacct(captured("sacct-P-all-with-broken-line.txt"), "|") == {}
+
+
+@real_output
+@pytest.mark.parametrize("name", ["sacct-P-bar-hash-multiline-comment.txt", "sacct-P-running-duplicates.txt"])
+def test_sacct_steps_and_records_over_several_lines_are_no_jobs(name):
+    text = captured(name)
+    ids = {line.split("|#")[32] for line in text.splitlines()[1:] if line.count("|#") > 90}
+    assert slurm.parse_sacct(text).keys() == {job_id for job_id in ids if job_id.isdigit()} and ids
+    assert all(slurm.state(word) != "unknown" for word in re.findall(r"\|#([A-Z]{6,}(?: by \d+)?)\|#20", text))
+
+
+def test_sacct_tells_the_last_of_a_requeued_jobs_lines():
+    lines = [
+        "JobIDRaw|#JobName|#State|#Reason|#NodeList|#Start|#ExitCode",
+        "12|#a|#NODE_FAIL|#None|#n1|#2026-01-01T00:00:00|#0:0",
+        "12|#a|#FAILED|#NonZeroExitCode|#n[1-2]|#2026-01-01T00:10:00|#3:0",
+        "12.batch|#batch|#FAILED|##|#n1|#2026-01-01T00:10:00|#3:0",
+        "13|#b|#CANCELLED by 0|#None|#None assigned|#Unknown|#0:15",
+        "14|#b|#TIMEOUT|#Ti",
+    ]
+    jobs = slurm.parse_sacct("\n".join(lines))
+    assert list(jobs) == ["12", "13"]
+    assert (jobs["12"].state, jobs["12"].exit_code, jobs["12"].nodes) == ("failed", 3, ("n1", "n2"))
+    assert (jobs["13"].state, jobs["13"].signal, jobs["13"].nodes, jobs["13"].start) == ("cancelled", 15, (), None)
+    assert slurm.parse_sacct("") == {}
+
+
+TIMEOUT = (  # Slurm 22.05
+    "JobId=4 JobName=limit UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901756 Nice=0 Account=(null) "
+    "QOS=(null) JobState=TIMEOUT Reason=TimeLimit Dependency=(null) Requeue=0 Restarts=0 BatchFlag=1 Reboot=0 "
+    "ExitCode=0:15 RunTime=00:01:26 TimeLimit=00:01:00 TimeMin=N/A SubmitTime=2026-11-21T10:48:19 "
+    "StartTime=2026-11-21T10:48:19 EndTime=2026-11-21T10:49:45 Deadline=N/A Partition=gpu "
+    "ReqNodeList=node009 ExcNodeList=(null) NodeList=node[001-002] BatchHost=node001 StdOut=/tmp/out of 4.log Power= "
+)
+
+
+def test_scontrol_tells_how_a_job_ended():
+    job = slurm.parse_scontrol_job(TIMEOUT)
+    assert job == slurm.JobInfo(
+        "4", "limit", "time_limit", "TIMEOUT", "TimeLimit", ("node001", "node002"), "2026-11-21T10:48:19", 0, 15
+    )
+    said_by_the_user = TIMEOUT + "Comment=why? JobState=COMPLETED NodeList=node009"
+    assert slurm.parse_scontrol_job(said_by_the_user) == job
+    assert slurm.parse_scontrol_job("slurm_load_jobs error: Invalid job id specified\n") is None
+
+
+@real_output
+@pytest.mark.parametrize(
+    ("name", "job_id", "first", "num_nodes"),
+    [("multinode", "8401413", "node1433", 8), ("gres-idx", "30214", "node1751", 1)],
+)
+def test_scontrol_on_many_lines(name, job_id, first, num_nodes):
+    job = slurm.parse_scontrol_job(captured(f"scontrol-show-job-{name}.txt"))
+    assert (job.job_id, job.state, job.reason, job.exit_code) == (job_id, "running", "", None)
+    assert (job.nodes[0], len(job.nodes)) == (first, num_nodes) and job.start.startswith("2024-")
+
+
+def test_a_batched_query_asks_for_all_jobs_at_once():
+    assert slurm.squeue_argv(["1", "2"])[-1] == slurm.sacct_argv(["1", "2"])[-1] == "--jobs=1,2"
+    assert slurm.scontrol_argv("7")[-2:] == ["job", "7"]
+    assert slurm.queue_argv("gpu")[-1] == "--partition=gpu"
+
+
+def test_the_place_in_the_queue_counts_from_one():
+    assert [slurm.position("31\n12\n7\n", job_id) for job_id in ("31", "7", "1")] == [1, 3, None]
+
+
+@pytest.mark.parametrize(("stdout", "job_id"), [("12\n", "12"), ("12;cluster\n", "12"), ("note\n345\n", "345")])
+def test_the_submitted_id(stdout, job_id):
+    assert slurm.submitted_id(stdout) == job_id
+
+
+@pytest.mark.parametrize("stdout", ["", "Submitted batch job 12\n", "error\n", "12\nlater words"])
+def test_no_id_is_said(stdout):
+    with pytest.raises(InfrastructureError, match="no job id"):
+        slurm.submitted_id(stdout)
+
+
+def test_slurms_commands_get_no_variable_that_changes_them():
+    environ = {"PATH": "/bin", "SLURM_CONF": "/etc/s", "SBATCH_PARTITION": "x", "SQUEUE_FORMAT": "y", "SLURM_JOB_ID": "1",
+               "SLURM_TIME_FORMAT": "relative", "HF_TOKEN": "t"}  # fmt: skip
+    assert slurm.environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s", "HF_TOKEN": "t"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "todo"),
+    [
+        ("((ReqNodeNotAvail, UnavailableNodes:cs[100,101]))", "name other nodes"),
+        ("ReqNodeNotAvail,_UnavailableNodes:node003", "name other nodes"),
+        ("(Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions)", "sinfo -R"),
+        ("PartitionDown", "slurm.partition"),
+        ("PartitionInactive", "slurm.partition"),
+        ("PartitionNodeLimit", "another number"),
+        ("PartitionTimeLimit", "slurm.time_limit_s"),
+        ("QOSTimeLimit", "slurm.time_limit_s"),
+        ("BadConstraints", "slurm.constraint"),
+        ("InvalidAccount", "slurm.account"),
+        ("InvalidQOS", "slurm.qos"),
+        ("QOSNotAllowed", "slurm.qos"),
+        ("AssocMaxNodePerJobLimit", "ask for another size"),
+        ("AssocMaxWallDurationPerJobLimit", "ask for another size"),
+        ("QOSMaxGRESPerNode", "ask for another size"),
+        ("QOSMinGRES", "ask for another size"),
+        ("AssocGrpCPUMinutesLimit", "is spent"),
+        ("QOSGrpCPURunMinutesLimit", "is spent"),
+        ("JobHeldUser", "scontrol release"),
+        ("JobHeldAdmin", "administrator"),
+        ("launch failed requeued held", "slurmd's log"),
+        ("launch_failed_requeued_held", "slurmd's log"),
+        ("LaunchFailedRequeuedHeld", "slurmd's log"),
+        ("job requeued in held state", "slurmd's log"),
+        ("DependencyNeverSatisfied", "cancel it"),
+        ("ReservationDeleted", "slurm.extra"),
+    ],
+)
+def test_what_waiting_will_not_end_is_said_with_what_to_do(reason, todo):
+    why = slurm.why_stuck(reason)
+    assert todo in why and "\n" not in why
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["Priority", "Resources", "Dependency", "BeginTime", "None", "", "(Priority)", "JobArrayTaskLimit", "Licenses", "Reservation",
+     "ReqNodeNotAvail, May be reserved for other job", "ReqNodeNotAvail, UnavailableNodes:", "(ReqNodeNotAvail, UnavailableNodes:)",
+     "AssocGrpNodeLimit", "QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "Cleaning", "Prolog", "never heard of"],
+)  # fmt: skip
+def test_what_ends_by_itself_is_waited_for(reason):
+    assert slurm.why_stuck(reason) is None
+
+
+# --- what there is ---------------------------------------------------------------------------------
+
+
+@real_output
+def test_partitions_of_a_large_cluster():
+    first, second, third = slurm.parse_partitions(captured("scontrol-show-partition-oneliner.txt")).values()
+    assert (first.name, first.default, first.state, first.max_time_s, first.max_nodes) == (
+        "partition1",
+        True,
+        "up",
+        259200,
+        None,
+    )
+    assert (len(first.nodes), first.nodes[0], first.nodes[-1]) == (3140, "node0201", "node7735")
+    assert (second.max_nodes, second.default, len(second.nodes)) == (64, False, 1469) and third.name == "partition3"
+
+
+def test_a_partition_without_nodes():
+    text = "PartitionName=empty Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED Nodes=(null) State=DOWN\nnoise\n"
+    assert slurm.parse_partitions(text) == {"empty": Partition("empty", "down", False, None, None, ())}
+
+
+def test_nodes_once_each_with_reason_and_gres():
+    text = (
+        "node001|#idle|#gpu:h200:8(S:0-1)|#none\n"
+        "node001|#idle|#gpu:h200:8(S:0-1)|#none\n"
+        "node002|#drained*|#gpu:h200:8|#bad cable | port 3\n"
+        "node003|#allocated|#(null)|#none\nnode004|#broken"
+    )
+    assert slurm.parse_nodes(text) == {
+        "node001": SlurmNode("node001", "idle", True, "", "gpu:h200:8(S:0-1)"),
+        "node002": SlurmNode("node002", "drained, not answering", False, "bad cable | port 3", "gpu:h200:8"),
+        "node003": SlurmNode("node003", "allocated", True, "", ""),
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "usable"),
+    [(word, True) for word in ("idle", "allocated", "mixed", "completing", "reserved", "maint", "planned", "idle~", "idle#",
+                               "mixed-", "powered_down", "powering_down", "idle@", "IDLE+CLOUD")]
+    + [(word, False) for word in ("down", "down*", "idle*", "drained", "draining", "drng", "fail*", "failing", "inval", "unknown",
+                                  "unk", "error", "IDLE+DRAIN", "future")],
+)  # fmt: skip
+def test_which_nodes_can_be_used(word, usable):
+    assert slurm.node_state(word)[1] is usable
+
+
+@real_output
+@pytest.mark.parametrize(
+    ("name", "pattern", "unusable"),
+    [
+        ("sinfo-N-state-pairs.txt", r",(\S+)$", {"down", "down*", "drained", "drained*", "draining", "fail*"}),
+        ("sinfo-O-fixed-width.txt", r"/\d+ *\|(\w+\S?) *\|", {"drained$"}),
+        ("sinfo-all-pipe-two-state-columns.txt", r"\|all \|(\S+)", {"drained*"}),
+        ("sinfo-cpus-mem.txt", r"(\S+)\s*$", {"down"}),
+    ],
+)
+def test_node_states_as_sinfo_really_gives_them(name, pattern, unusable):
+    words = set(re.findall(pattern, captured(name), re.MULTILINE))
+    assert {word for word in words if not slurm.node_state(word)[1]} == unusable and words - unusable
+
+
+@real_output
+@pytest.mark.parametrize("name", ["sinfo-json-2105-plugin.txt", "slurmrestd-node-h100.txt"])
+def test_nodes_of_other_versions_have_known_states_and_gres(name):
+    text = json.loads(captured(name))
+    for node in text.get("nodes", [text]):
+        states = node["state"] if isinstance(node["state"], list) else [node["state"], *node["state_flags"]]
+        line = slurm.SEPARATOR.join((node["name"], "+".join(states), node["gres"], node["reason"]))
+        (found,) = slurm.parse_nodes(line).values()
+        assert found.usable == (not {"down", "drain"} & {word.lower() for word in states})
+    if "h100" in name:
+        assert (
+            refusals(1, 1, "cuda", nodes=[found], partitions=[Partition("p", "up", True, None, None, (found.name,))])
+            == []
+        )
+
+
+@real_output
+@pytest.mark.parametrize("name", ["squeue-json.txt", "slurmrestd-job-2nodes.txt"])
+def test_jobs_of_other_versions_have_known_states_and_nodes(name):
+    text = json.loads(captured(name))
+    for job in text.get("jobs", [text]):
+        words = job["job_state"] if isinstance(job["job_state"], list) else [job["job_state"]]
+        assert "unknown" not in map(slurm.state, words)
+        assert not job["nodes"] or set(slurm.expand(job["nodes"])) == set(NodeSet(job["nodes"], resolver=None))
+
+
+# --- refused before submission ---------------------------------------------------------------------
+
+H200_NODES = [SlurmNode(f"node{n:03}", "idle", True, "", "gpu:h200:8(S:0-1)") for n in range(1, 9)]
+GPU = Partition("gpu", "up", True, 86400, 16, tuple(node.name for node in H200_NODES))
+
+
+def refusals(
+    num_nodes=8, gpus_per_node=8, device="cuda", hosts=(), settings=None, partitions=None, nodes=None, time_limit_s=3600
+):
+    return slurm.refusals(
+        num_nodes,
+        gpus_per_node,
+        device,
+        hosts,
+        settings or Settings(),
+        partitions or [GPU],
+        nodes or H200_NODES,
+        time_limit_s,
+    )
+
+
+def altered(**states):
+    """The eight nodes, with `node003=("drained", "bad cable")`."""
+    return [
+        SlurmNode(node.name, *slurm.node_state(states[node.name][0]), states[node.name][1], node.gres)
+        if node.name in states
+        else node
+        for node in H200_NODES
+    ]
+
+
+def test_what_can_run_is_not_refused():
+    assert refusals() == []
+    assert refusals(2, hosts=("node007", "node001"), settings=Settings(gres="gpu:h200:8", exclude=("node002",))) == []
+    assert refusals(8, nodes=altered(node001=("allocated", ""), node002=("mixed", ""), node003=("idle~", ""))) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"settings": Settings(partition="gup")}, "slurm.partition: unknown partition 'gup'; did you mean 'gpu'?"),
+        ({"partitions": [Partition("cpu", "up", False, None, None, ())]}, "Slurm has no default one; set slurm.partition: cpu"),
+        ({"partitions": [Partition("gpu", "down", True, None, None, GPU.nodes)]}, "partition gpu is down"),
+        ({"num_nodes": 9}, "9 nodes asked for, partition gpu has 8"),
+        ({"settings": Settings(exclude=("node001",))}, "8 nodes asked for, partition gpu has 7 without the excluded ones"),
+        (
+            {"nodes": altered(node003=("drained", "bad cable"), node005=("down*", "Not responding"), node006=("down*", "Not responding"))},
+            "8 nodes asked for, partition gpu has 8, of which 5 are usable: node003 drained (bad cable), "
+            "node[005-006] down, not answering (Not responding)",
+        ),
+        ({"partitions": [Partition("gpu", "up", True, None, 4, GPU.nodes)]}, "8 nodes asked for, partition gpu allows 4 (MaxNodes)"),
+        ({"time_limit_s": 90000}, "1-01:00:00 asked for, partition gpu allows 1-00:00:00 (MaxTime)"),
+        ({"settings": Settings(gres="gpu:a100:8")}, "gpu:a100:8 asked for on each node, found: node[001-008] gpu:h200:8(S:0-1)"),
+        ({"gpus_per_node": 16}, "gpu:16 asked for on each node, found: node[001-008] gpu:h200:8(S:0-1)"),
+        ({"nodes": [SlurmNode(n.name, "idle", True, "", "") for n in H200_NODES]}, "gpu:8 asked for on each node, found: node[001-008] none"),
+        ({"hosts": ("node001", "node099")}, "Slurm knows no node099; it has node[001-008]"),
+        (
+            {"hosts": ("node001", "other"), "nodes": [*H200_NODES, SlurmNode("other", "idle", True, "", "gpu:8")]},
+            "partition gpu does not hold other; it holds node[001-008]",
+        ),
+        (
+            {"hosts": ("node001", "node003"), "nodes": altered(node003=("draining", "firmware"))},
+            "named but not usable: node003 draining (firmware)",
+        ),
+        ({"hosts": ("node001",), "settings": Settings(exclude=("node001",))}, "node001 is named, and excluded by slurm.exclude"),
+    ],
+)  # fmt: skip
+def test_what_slurm_could_not_run_is_refused_with_what_there_is(asked, said):
+    (reason,) = refusals(**asked)
+    assert said in reason and "\n" not in reason
+
+
+def test_every_reason_is_told_at_once():
+    partition = Partition("gpu", "drain", True, 60, 2, GPU.nodes)
+    reasons = refusals(9, 16, partitions=[partition], nodes=altered(node003=("down", "")))
+    assert [reason.split(" asked")[0].split(",")[0] for reason in reasons] == [
+        "partition gpu is drain; name another", "9 nodes", "0-01:00:00", "9 nodes", "gpu:16",
+    ]  # fmt: skip
+
+
+def test_of_several_partitions_one_that_can_is_enough():
+    small = Partition("small", "up", False, None, 2, GPU.nodes)
+    assert refusals(settings=Settings(partition="small,gpu"), partitions=[small, GPU]) == []
+    assert len(refusals(20, settings=Settings(partition="small,gpu"), partitions=[small, GPU])) == 4
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "enough"),
+    [
+        ("gpu:8", "gpu:8", True), ("gpu:8(S:0-1)", "gpu:8", True), ("gpu:h200:8", "gpu:8", True), ("gpu:8", "gpu:h200:8", False),
+        ("gpu:h200:4,gpu:a100:4", "gpu:8", True), ("gpu:h200:4,gpu:a100:4", "gpu:h200:8", False), ("gpu:4,nic:2", "gpu:4,nic:2", True),
+        ("gpu:4,nic:2(S:0,1)", "nic:3", False), ("", "gpu:1", False), ("gpu:nvidia_h100_80gb_hbm3:1(S:0)", "gpu:1", True),
+        ("shard:1K", "shard:1024", True), ("gpu:H200:8", "gpu:h200:8", True),
+    ],
+)  # fmt: skip
+def test_gres_are_counted_with_and_without_their_type(there, wanted, enough):
+    node = SlurmNode("node001", "idle", True, "", there)
+    partition = Partition("gpu", "up", True, None, None, ("node001",))
+    found = refusals(1, settings=Settings(gres=wanted), partitions=[partition], nodes=[node])
+    assert (found == []) is enough
