@@ -29,6 +29,7 @@ SILENCE_S = 30.0
 POLL_S = 0.1
 LAST_WORDS = ("stop", "done")
 AGENT_END_S = 15.0
+GIVEN_UP = -1  # the status of a talk that did not end when it was told to
 
 
 def local(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[str]:
@@ -70,8 +71,8 @@ def converse(
     """Run all talks to their end, calling `on_message` for each message of an agent.
 
     `word(talk)` is asked ten times a second; what it returns is sent once to that agent. After "stop" or
-    "done" it has `patience_s` to end before it is given up. A talk ends with `rc`: the command's, or -1
-    when it was given up. However this function is left, no command stays behind.
+    "done" it has `patience_s` to end before it is given up. A talk ends with `rc`: the command's, or GIVEN_UP.
+    However this function is left, no command stays behind.
     """
     from ClusterShell.Event import EventHandler
     from ClusterShell.Task import task_self
@@ -160,7 +161,7 @@ def converse(
                 elif beat:
                     worker.write(b"\n")
                 if now > given_up.get(talk.name, now):
-                    talk.rc = -1
+                    talk.rc = GIVEN_UP
                     worker.abort()
 
     # An agent that ended while a heartbeat was on its way is no news.
@@ -182,7 +183,7 @@ def converse(
     finally:
         for talk, worker in workers:
             if talk.alive:
-                talk.rc = -1
+                talk.rc = GIVEN_UP
                 worker.abort()
         task.abort()
 
@@ -208,34 +209,52 @@ def ask(
     return answers, failures
 
 
-# What OpenSSH and shells print, and what it means to the user.
+# What OpenSSH and shells print, the kind of failure that it is, and what it means to the user.
 _REASONS = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "host_key_changed",
         "its host key differs from the pinned one: find out why before you trust it",
     ),
-    ("Host key verification failed", "its host key is not the pinned one: compare it, then correct the inventory"),
-    ("Permission denied", "it refuses the key for this user"),
-    ("Connection refused", "nothing listens on its SSH port"),
-    ("Connection timed out", "no answer on its SSH port"),
-    ("Operation timed out", "no answer on its SSH port"),
-    ("No route to host", "no route to it"),
-    ("Could not resolve hostname", "its name does not resolve"),
-    ("Connection closed", "it closed the connection"),
-    ("No module named", "its environment lacks this package"),
-    ("ModuleNotFoundError", "its environment lacks a package"),
+    (
+        "Host key verification failed",
+        "host_key_changed",
+        "its host key is not the pinned one: compare it, then correct the inventory",
+    ),
+    ("Permission denied", "refused_key", "it refuses the key for this user"),
+    ("Connection refused", "unreachable", "nothing listens on its SSH port"),
+    ("Connection timed out", "unreachable", "no answer on its SSH port"),
+    ("Operation timed out", "unreachable", "no answer on its SSH port"),
+    ("No route to host", "unreachable", "no route to it"),
+    ("Could not resolve hostname", "unreachable", "its name does not resolve"),
+    ("Connection closed", "lost_connection", "it closed the connection"),
+    ("No module named", "environment_missing", "its environment lacks this package"),
+    ("ModuleNotFoundError", "environment_missing", "its environment lacks a package"),
 )
+_NOT_FOUND = (126, 127)  # what a shell answers for a program that it cannot start
+_SSH_FAILED = 255
+
+
+def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
+    """The kind of failure (`findings.KINDS`) of a command that should have reached a node's agent."""
+    text = "\n".join(stderr)
+    for needle, kind, _ in _REASONS:
+        if needle in text:
+            return kind
+    if rc in _NOT_FOUND:
+        return "environment_missing"
+    return {GIVEN_UP: "hung", _SSH_FAILED: "unreachable"}.get(rc or 0, "unknown")
 
 
 def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
     """Why a node gave no answer, in one line."""
     text = "\n".join(stderr)
-    for needle, meaning in _REASONS:
+    for needle, _, meaning in _REASONS:
         if needle in text:
             return f"{meaning} ({node.address}:{node.port}, user {node.user})" if node.backend == "ssh" else meaning
-    if rc in (126, 127):
+    if rc in _NOT_FOUND:
         return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
-    if rc == -1:
+    if rc == GIVEN_UP:
         return "is up but does not answer in time"
     said = [line.strip() for line in stderr if line.strip()]
     first = next((line for line in said if line.startswith("rsync: ")), None)  # what follows it is a summary

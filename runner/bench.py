@@ -4,53 +4,118 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from runner import __version__, backends, node, process, records, telemetry
-from runner.backends import Talk
+from runner import __version__, allocations, backends, blame, facts, jobs, node, process, records, slurm, telemetry
+from runner.agents import Agents
+from runner.allocations import Allocations, as_status
 from runner.blame import LAUNCHER
-from runner.cells import CellRun, Stop
+from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
 from runner.inventory import Node, fold
-from runner.plan import Cell, Plan, environment, job
-from runner.rundir import RunDir, disk_errors, hold_nodes, now, write_json_atomic, write_text_atomic
+from runner.plan import CELL_ENV, PORTS, Cell, Plan, fingerprint, place
+from runner.rundir import (
+    LIVE_STATES,
+    RunDir,
+    cell_status,
+    disk_errors,
+    hold_nodes,
+    now,
+    write_json_atomic,
+    write_text_atomic,
+)
 
-GRACE_S = 3.0
+STATUS_S = 1.0
+RETRY_S = 5.0
+# How long agents whose controller was killed may take to notice and to leave their node.
+OWN_S = backends.SILENCE_S + 15
 SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
 # --- before anything starts -----------------------------------------------------------------------
 
 
-def preflight(
-    nodes: Sequence[Node], device: str, engine: str, tests: Sequence[str], ssh_config: str | None
-) -> dict[str, str]:
-    """Ask every node, at once, for whatever would stop a cell: problems by node name, none for a good one."""
+@dataclass(frozen=True)
+class Answers:
+    """What nodes say before anything starts: problems by name, none for a good one, and what each is now."""
+
+    problems: Mapping[str, str]
+    environments: Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How a run's nodes are asked and reached. `own` is a run that may be just about to leave them."""
+
+    backend: str
+    device: str
+    engine: str
+    tests: Sequence[str]
+    ssh_config: str | None
+    cluster: jobs.Slurm | None = None
+    own: str = ""
+
+    def ask(self, nodes: Sequence[Node]) -> Answers:
+        """What would stop a cell on any of `nodes`, asked of all at once."""
+        if self.cluster is not None:
+            return Answers(allocations.problems(self.cluster, nodes), {})
+        return preflight(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
+
+    def transport(self, run: RunDir, first: Node, expected: Mapping[str, str]) -> Agents | Allocations:
+        """What carries a cell to its nodes. Under Slurm, `expected` is the environment that must be found there."""
+        if self.cluster is None:
+            return Agents(run, self.ssh_config)
+        wanted = checks(first, self.device, self.engine, self.tests)
+        return Allocations(run, self.ssh_config, self.cluster, wanted, expected)
+
+
+def preflight(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str | None, own: str = "") -> Answers:
+    """Ask the agents of all nodes, at once, for whatever would stop a cell, and for what each node is."""
     backend = nodes[0].backend
-    request = {
-        "kind": "check",
-        "version": __version__,
-        "scratch": nodes[0].scratch,
-        "min_free_disk_gib": nodes[0].min_free_disk_gib,
-        "packages": sorted({"torch", engine} - {"torchrun"} | (SFT_PACKAGES if "sft" in tests else set())),
-        "programs": ["rsync"] if backend == "ssh" else [],
-        "gpus": nodes[0].gpus if device == "cuda" else 0,
-    }
-    if backend == "local":  # this process is on the node already
-        answers = {nodes[0].name: node.check(request)}
-        problems: dict[str, str] = {}
-    else:
-        answers, problems = backends.ask(nodes, backend, ssh_config, request)
+    request = {"kind": "check", **wanted}
+    by_name = {n.name: n for n in nodes}
+    deadline = time.monotonic() + OWN_S
+    while True:
+        asked = time.time()
+        if backend == "local":  # this process is on the node already
+            answers = {nodes[0].name: node.check(request)}
+            problems: dict[str, str] = {}
+        else:
+            answers, problems = backends.ask(nodes, backend, ssh_config, request)
+        heard = time.time()
+        leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer["problems"])
+        if not leaving or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    environments = {}
     for name, answer in answers.items():
-        if answer["problems"]:
-            problems[name] = "; ".join(answer["problems"])
-    return problems
+        # It read its clock at some moment in between.
+        clock = blame.clock_problem(answer["time_s"] - min(max(answer["time_s"], asked), heard))
+        if found := [*answer["problems"], *([clock] if clock else [])]:
+            problems[name] = "; ".join(found)
+        added = {**CELL_ENV, **by_name[name].env}
+        seen = {**answer["facts"], "env": {**answer["facts"]["env"], **facts.relevant(added)}}
+        environments[name] = facts.environment(seen)
+    return Answers(problems, environments)
+
+
+def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> dict[str, Any]:
+    """What a node must have for these tests."""
+    return {
+        "version": __version__,
+        "scratch": first.scratch,
+        "min_free_disk_gib": first.min_free_disk_gib,
+        "packages": sorted({"torch", engine} - {"torchrun"} | (SFT_PACKAGES if "sft" in tests else set())),
+        "programs": ["rsync"] if first.backend == "ssh" else [],
+        "gpus": first.gpus if device == "cuda" else 0,
+    }
 
 
 def choose(
@@ -79,186 +144,132 @@ def choose(
 # --- the run --------------------------------------------------------------------------------------
 
 
-class Run:
-    """Carries out a plan in its run directory."""
+@dataclass(frozen=True)
+class Policy:
+    """What to do when a cell fails for a reason that is not the user's."""
 
-    def __init__(self, plan: Plan, run: RunDir, ssh_config: str | None, display: Display, data: str | None) -> None:
-        self.plan, self.run, self.ssh_config, self.display = plan, run, ssh_config, display
-        self.data = data
-        self.nodes = {n.name: n for n in plan.nodes}
+    retries: int = 0
+    replace_bad_nodes: bool = False
+
+
+class Run:
+    """Carries out a plan in its run directory; what it decides on the way is written back into both."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunDir,
+        transport: Agents | Allocations,
+        display: Display,
+        data: str | None,
+        policy: Policy,
+        reach: Reach,
+    ) -> None:
+        self.plan, self.run, self.transport, self.display = plan, run, transport, display
+        self.source, self.policy, self.reach = data, policy, reach
+        self.data = transport.data_on_nodes(plan, data) if data else None
         self.stop = Stop(display)
         self.status = run.read_status()
-        self.records: list[records.Record] = []
+        self.records = self._kept_records()
         self.not_gathered: set[str] = set()
-        self.log = open(run.log, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.bad: set[str] = set()
+        self._written = 0.0
+        self.log: TextIO
 
-    def execute(self) -> dict[str, Any]:
-        """Run every cell, then judge and report; returns the summary. Measured values are never lost."""
-        with self.stop.listening(), disk_errors(self.run.path):
+    def execute(self, bad: Mapping[str, str]) -> dict[str, Any]:
+        """Run every cell that is not complete, then judge and report; returns the summary.
+
+        `bad` are nodes to do without, and why. Measured values are never lost.
+        """
+        with (
+            self.stop.listening(),
+            disk_errors(self.run.path),
+            open(self.run.log, "a", buffering=1, encoding="utf-8", errors="replace") as self.log,
+        ):
+            self.status["controller"] = {"host": socket.gethostname(), "pid": os.getpid()}
             self._save("running")
             self.log.write(f"{now()} {self.plan.command}\n")
             with self.display.progress(len(self.plan.cells)):
                 try:
-                    self._send_data()
+                    self._send_data([node for node in self.plan.nodes if node.name not in bad])
                 except InfrastructureError:
                     self._save("failed")
                     raise
-                for index, cell in enumerate(self.plan.cells):
+                for host, why in bad.items():
+                    self._give_up(host, 0, blame.error("unreachable", why, host))
+                for index in range(len(self.plan.cells)):
+                    cell = self.plan.cells[index]  # as it is planned by now
+                    if self._entry(cell)["state"] == "complete" or self.bad & set(cell.hosts):
+                        continue
                     if self.stop.asked:
                         self._cell_state(cell, "cancelled")
-                        continue
-                    self._run_cell(index, cell)
+                    else:
+                        self._settle(index)
             states = {c["state"] for c in self.status["cells"].values()}
             final = next((s for s in ("failed", "incomplete", "cancelled") if s in states), "complete")
             self._save(final)
-            self._clean()
+            self.transport.clean(self.plan, [n for n in self.plan.nodes if n.name not in self.not_gathered | self.bad])
             return self._judge()
+
+    # --- states -----------------------------------------------------------------------------------
 
     def _note(self, text: str) -> None:
         """One line for the person and for the log."""
         self.display.note(text)
         self.log.write(f"{now()} {text}\n")
 
+    def _entry(self, cell: Cell) -> dict[str, Any]:
+        return self.status["cells"][cell.id]
+
     def _save(self, state: str) -> None:
         self.status["state"] = state
+        self._write_status()
+
+    def _write_status(self) -> None:
+        self._written = time.monotonic()
         self.run.write_status(self.status)
 
     def _cell_state(self, cell: Cell, state: str, error: dict[str, Any] | None = None) -> None:
-        entry = self.status["cells"][cell.id]
+        entry = self._entry(cell)
         entry.update(state=state, error=error)
-        entry["started" if state == "running" else "ended"] = now()
-        self.run.write_status(self.status)
+        if state == "complete":
+            entry["plan_hash"] = fingerprint(self.plan, cell)
+        if state in LIVE_STATES:
+            entry.update(started=entry["started"] or now(), hosts=list(cell.hosts))
+        else:
+            entry.update(ended=now(), progress=None)
+        self._write_status()
 
-    def _send_data(self) -> None:
-        """Prepared data goes to each node once; rsync finds what is there already."""
-        if self.data is None or self.plan.backend == "local":
+    def _amend(self, index: int, cell: Cell, **changes: Any) -> None:
+        """Write into the plan what became of it, so that plan.json tells what ran where."""
+        cells = (*self.plan.cells[:index], cell, *self.plan.cells[index + 1 :])
+        self.plan = replace(self.plan, cells=cells, **changes)
+        self.run.write_plan(self.plan.to_dict())
+
+    def _live(self, cell: Cell, watch: CellRun) -> None:
+        """Keep status.json's view of each node fresh, once a second at most."""
+        if time.monotonic() - self._written < STATUS_S:
             return
-        first = self.plan.nodes[0]
-        target = f"{first.scratch}/data/{Path(self.data).name}"
+        entry = self._entry(cell)
+        entry["nodes"] = watch.nodes()
+        self._write_status()
+
+    # --- data and records ---------------------------------------------------------------------------
+
+    def _send_data(self, nodes: Sequence[Node]) -> None:
+        if self.source is None:
+            return
         self.display.at(0, 1, "sending data")
-        failures = backends.send(
-            self.plan.nodes, str(self.ssh_config), self.data, target, stopped=lambda: self.stop.asked
-        )
-        if self.stop.asked:
-            return
-        if failures:
+        failures = self.transport.send(self.plan, nodes, self.source, lambda: self.stop.asked)
+        if failures and not self.stop.asked:
             raise InfrastructureError(
                 "\n  ".join(["sending the data failed", *(f"{n}: {r}" for n, r in failures.items())])
             )
-        self.data = target
 
-    def _run_cell(self, index: int, cell: Cell) -> None:
-        total = len(self.plan.cells)
-
-        def on_progress(fraction: float, phase: str) -> None:
-            self.display.at(index + fraction, total, f"{cell.id} {phase}")
-
-        remote = self.plan.backend != "local"
-        streams: dict[tuple[str, str], Any] = {}
-
-        def on_line(host: str, file: str, line: str) -> None:
-            if remote and host != LAUNCHER:  # what a dying node said is kept even if nothing can be gathered
-                if (host, file) not in streams:
-                    folder = self.run.cell(host, cell.id)
-                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    streams[host, file] = open(folder / Path(file).name, "w", encoding="utf-8")  # noqa: SIM115
-                streams[host, file].write(line + "\n")
-            if not file.endswith(".jsonl"):
-                alias = self.nodes[host].alias if host in self.nodes else host
-                self.log.write(f"{now()} {cell.id} {alias} {file}: {line}\n")
-
-        self._cell_state(cell, "running")
-        self.display.at(index, total, f"{cell.id} starting")
-        run = CellRun(cell, self.stop, on_progress, on_line, deadline=time.monotonic() + cell.params["timeout_s"])
-        run.talks = self._talks(cell)
-        try:
-            backends.converse(run.talks, run.hear, run.word, patience_s=4 * GRACE_S + 5)
-        finally:
-            for stream in streams.values():
-                stream.close()
-            self._sweep([talk for talk in run.talks if talk.name not in run.outcomes])
-        state, error = run.state()
-        for name, reason in self._gather(cell).items():
-            self.not_gathered.add(name)
-            self._note(f"{cell.id}: artefacts of {self.nodes[name].alias} were not gathered, they stay there: {reason}")
-            if state == "complete":
-                state = "incomplete"
-                error = {"message": f"its artefacts were not gathered: {reason}", "host": name, "stderr": []}
-        self._collect(cell)
-        self._cell_state(cell, state, error)
-        seconds = f" after {time.monotonic() - run.deadline + cell.params['timeout_s']:.0f} s"
-        self._note(f"{cell.id}: {state}{seconds}")
-        if error:
-            where = f" on {self.nodes[error['host']].alias} ({error['host']})" if error["host"] in self.nodes else ""
-            self._note(f"  {error['message']}{where}")
-            for line in error["stderr"][-8:]:
-                self.display.note(f"    {line}")
-
-    def _talks(self, cell: Cell) -> list[Talk]:
-        common = {
-            "kind": "cell",
-            "run_id": self.plan.run_id,
-            "cell": cell.id,
-            "marker": f"{self.plan.run_id}/{cell.id}",
-            "heartbeat_timeout_s": backends.SILENCE_S,
-            "telemetry_interval_s": 1.0,
-            "grace_s": GRACE_S,
-        }
-        reach = backends.BACKENDS[self.plan.backend]
-        secrets = {key: os.environ[key] for key in SECRETS if key in os.environ}
-        talks = []
-        for index, host in enumerate(cell.hosts):
-            request = {
-                **common,
-                "host": host,
-                "scratch": self.nodes[host].scratch,
-                "cell_dir": cell.cell_dir,
-                "job": job(self.plan, cell, self.nodes[host], self.data),
-                "argv": cell.launch.argv[index],
-                "env": environment(cell, self.nodes[host]),
-                "secrets": secrets,
-                "rendezvous_port": cell.master_port if index == 0 else None,
-            }
-            talks.append(Talk(host, reach(self.nodes[host], backends.AGENT, self.ssh_config), request))
-        if cell.launch.head:
-            folder = self.run.launcher(cell.id)
-            folder.mkdir(mode=0o700, parents=True)
-            for name, content in cell.launch.files.items():
-                write_text_atomic(folder / name, content)
-            first = self.nodes[cell.hosts[0]]
-            request = {
-                **common,
-                "host": LAUNCHER,
-                "scratch": None,
-                "cell_dir": str(folder),
-                "argv": cell.launch.head,
-                "env": dict(cell.launch.head_env),
-                "isolated": True,
-                "hold": True,
-            }
-            talks.append(Talk(LAUNCHER, backends.local(first, backends.AGENT, None), request))
-        return talks
-
-    def _sweep(self, lost: Sequence[Talk]) -> None:
-        """End what an agent that was itself killed left on its node; a node that is gone gives no answer."""
-        for talk in lost:
-            if self.plan.backend == "local" or talk.name == LAUNCHER:
-                process.stop_marked(talk.request["marker"], GRACE_S)
-        nodes = [self.nodes[talk.name] for talk in lost if talk.name != LAUNCHER]
-        if nodes and self.plan.backend != "local":
-            request = {"kind": "sweep", "marker": lost[0].request["marker"], "grace_s": GRACE_S}
-            backends.ask(nodes, self.plan.backend, self.ssh_config, request, timeout_s=15)
-
-    def _gather(self, cell: Cell) -> dict[str, str]:
-        if self.plan.backend == "local":
-            return {}
-        targets = {}
-        for host in cell.hosts:
-            folder = self.run.cell(host, cell.id)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            targets[host] = str(folder)
-        nodes = [self.nodes[host] for host in cell.hosts]
-        return backends.gather(nodes, str(self.ssh_config), cell.cell_dir, targets)
+    def _kept_records(self) -> list[records.Record]:
+        """The records of cells that are complete; those of a cell that runs again are dropped."""
+        complete = {cell for cell, entry in self.status["cells"].items() if entry["state"] == "complete"}
+        return [record for record in self.run.read_records() if record.cell in complete]
 
     def _collect(self, cell: Cell) -> None:
         """Turn the ranks' files of a cell into records."""
@@ -271,19 +282,207 @@ class Run:
             "world_size": cell.world_size,
             "repeat": cell.repeat,
         }
+        self.records = [record for record in self.records if record.cell != cell.id]
         for host in cell.hosts:
             for path in sorted(self.run.cell(host, cell.id).glob("rank*.jsonl")):
                 events = records.parse_jsonl(path.read_text(errors="replace"))
                 self.records.extend(records.from_events(events, base, host))
         write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self.records))
 
-    def _clean(self) -> None:
-        """Remove what was gathered from the nodes; one that could not be gathered from keeps it all."""
-        if self.plan.backend == "local":
+    # --- cells --------------------------------------------------------------------------------------
+
+    def _settle(self, index: int) -> None:
+        """Run a cell, again after a failure that is worth it, until it is complete or given up."""
+        tried = 0
+        if self._recover(self.plan.cells[index]):
             return
-        request = {"kind": "clean", "scratch": self.plan.nodes[0].scratch, "run_id": self.plan.run_id}
-        gathered = [node for node in self.plan.nodes if node.name not in self.not_gathered]
-        backends.ask(gathered, self.plan.backend, self.ssh_config, request, timeout_s=15)
+        again = not self._taken_up(index)
+        while True:
+            if again:
+                self._set_aside(index)
+            again = True
+            self._run_cell(index, self.plan.cells[index])
+            error = self._entry(self.plan.cells[index])["error"]
+            if error is None or self.stop.asked:
+                return
+            worth_it = blame.may_retry(error)
+            if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
+                continue
+            if not worth_it or tried == self.policy.retries:
+                return
+            tried += 1
+            self._note(f"{self.plan.cells[index].id}: retry {tried} of {self.policy.retries}")
+            self.stop.wait(RETRY_S)
+
+    def _taken_up(self, index: int) -> bool:
+        """Whether the cell is a job that goes on without its controller, to be followed from its beginning."""
+        cell = self.plan.cells[index]
+        entry = self._entry(cell)
+        interrupted = entry["started"] is not None and entry["error"] is None and entry["state"] != "cancelled"
+        return self.plan.backend == "slurm" and (interrupted or cell.id in self.status.get("allocation", {}))
+
+    def _recover(self, cell: Cell) -> bool:
+        """Whether the cell had ended well when its controller died; what it measured is taken then."""
+        entry = self._entry(cell)
+        if self.plan.backend == "slurm" or entry["started"] is None or entry["error"] is not None:
+            return False
+        self.transport.gather(self.plan, cell)  # a node without any of it has nothing to give
+        outcomes = self.run.read_outcomes(cell.hosts, cell.id)
+        if not all(blame.ended_well(outcomes.get(host, {})) for host in cell.hosts):
+            return False
+        self._collect(cell)
+        self._cell_state(cell, "complete")
+        self._note(f"{cell.id}: complete, it had ended before its controller did")
+        return True
+
+    def _set_aside(self, index: int) -> None:
+        """Make room for the next attempt; what the last one left is kept beside it."""
+        cell = self.plan.cells[index]
+        entry = self._entry(cell)
+        if entry["started"] is None:
+            return
+        self.run.set_aside(cell.id, entry["attempt"])
+        last = {key: entry[key] for key in ("state", "started", "ended", "error", "job", "hosts")}
+        self.status["cells"][cell.id] = cell_status(entry["attempt"] + 1, [*entry["attempts"], last])
+        self.status.get("allocation", {}).pop(cell.id, None)
+        self.records = [record for record in self.records if record.cell != cell.id]
+        # The old rendezvous may still hold its port.
+        port = PORTS[(cell.master_port - PORTS[0] + 1) % len(PORTS)]
+        moved = replace(cell, master_port=port)
+        hosts = [self.plan.node(host) for host in cell.hosts]
+        if self.plan.backend == "slurm" and not self.plan.named:  # Slurm may choose others
+            moved = replace(moved, hosts=())
+        elif hosts:
+            moved = place(moved, hosts, self.plan, self.transport.ssh_config)
+        self._amend(index, moved)
+
+    def _replace(self, index: int, error: Mapping[str, Any]) -> bool:
+        """Whether the cell can run again without the node that failed it."""
+        bad = error["host"]
+        if bad is None or blame.KINDS[error["kind"]].fault != "node" or self.plan.backend == "local":
+            return False
+        self._give_up(bad, index, error)
+        return bad not in self.plan.cells[index].hosts
+
+    def _give_up(self, bad: str, index: int, error: Mapping[str, Any]) -> None:
+        """Do without a node from cell `index` on. A spare takes its place; where there is none, cells move to good
+        nodes if these are enough, and fail otherwise.
+        """
+        self.bad.add(bad)
+        spare = self._good_spare()
+        if spare:
+            spares = tuple(node for node in self.plan.spares if node is not spare)
+            self.plan = replace(self.plan, nodes=(*self.plan.nodes, spare), spares=spares)
+        good = [node for node in self.plan.nodes if node.name not in self.bad]
+        by = f"{spare.alias} takes its place" if spare else f"no spare is left, {len(good)} nodes are good"
+        self._note(f"{self.plan.node(bad).alias} ({bad}) is given up: {error['message']}; {by}")
+        self.status["replaced"].append(
+            {
+                "host": bad,
+                "by": spare.name if spare else None,
+                "cell": self.plan.cells[index].id,
+                "reason": error["message"],
+                "at": now(),
+            }
+        )
+        for later, cell in enumerate(self.plan.cells[index:], start=index):
+            if bad not in cell.hosts or self._entry(cell)["state"] == "complete":
+                continue
+            keep = [self.plan.node(host) for host in cell.hosts if host not in self.bad]
+            more = [node for node in reversed(good) if node not in keep][: cell.num_nodes - len(keep)]
+            if len(keep) + len(more) == cell.num_nodes:
+                self._amend(later, place(cell, [*keep, *more], self.plan, self.transport.ssh_config))
+            elif self._entry(cell)["error"] is None:
+                why = f"needs {cell.num_nodes} nodes, {len(good)} are good: {error['message']}"
+                self._cell_state(cell, "failed", {**error, "message": why, "stderr": []})
+
+    def _good_spare(self) -> Node | None:
+        for spare in self.plan.spares:
+            problem = self.reach.ask([spare]).problems.get(spare.name)
+            if problem is None:
+                try:
+                    self._send_data([spare])
+                    return spare
+                except InfrastructureError as error:
+                    problem = str(error)
+            self._note(f"spare {spare.alias} is no good: {problem}")
+            self.plan = replace(self.plan, spares=tuple(node for node in self.plan.spares if node is not spare))
+        return None
+
+    def _run_cell(self, index: int, cell: Cell) -> None:
+        total = len(self.plan.cells)
+        remote = self.plan.backend == "ssh"
+        streams: dict[tuple[str, str], Any] = {}
+
+        def alias(host: str) -> str:
+            return next((node.alias for node in self.plan.nodes if node.name == host), host)
+
+        def on_progress(fraction: float, phase: str) -> None:
+            self.display.at(index + fraction, total, f"{cell.id} {phase}")
+            self._entry(cell)["progress"] = {"fraction": round(fraction, 3), "phase": phase}
+
+        def on_line(host: str, file: str, line: str) -> None:
+            if remote and host != LAUNCHER:  # what a dying node said is kept even if nothing can be gathered
+                if (host, file) not in streams:
+                    folder = self.run.cell(host, cell.id)
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    streams[host, file] = open(folder / Path(file).name, "w", encoding="utf-8")  # noqa: SIM115
+                streams[host, file].write(line + "\n")
+            if not file.endswith(".jsonl"):
+                self.log.write(f"{now()} {cell.id} {alias(host)} {file}: {line}\n")
+
+        self._cell_state(cell, "running")
+        self.display.at(index, total, f"{cell.id} starting")
+        watch = CellRun(cell, self.stop, on_progress, on_line, lambda: self._live(cell, watch))
+        started = time.monotonic()
+        try:
+            fault = self.transport.converse(self.plan, cell, watch, self.data, self._course(index, watch))
+        finally:
+            for stream in streams.values():
+                stream.close()
+        cell = watch.cell
+        state, error = watch.state()
+        if fault and state not in ("complete", "cancelled"):
+            state, error = "incomplete", fault
+        for name, reason in self.transport.gather(self.plan, cell).items():
+            self.not_gathered.add(name)
+            self._note(f"{cell.id}: artefacts of {alias(name)} were not gathered, they stay there: {reason}")
+            if state == "complete":
+                state = "incomplete"
+                error = blame.error("not_gathered", f"its artefacts were not gathered: {reason}", name)
+        self._collect(cell)
+        self._entry(cell)["nodes"] = watch.nodes()
+        self._cell_state(cell, state, error)
+        self._note(f"{cell.id}: {state} after {time.monotonic() - started:.0f} s")
+        if error:
+            where = f" on {alias(error['host'])} ({error['host']})" if error["host"] else ""
+            self._note(f"  {error['message']}{where}")
+            for line in error["stderr"][-8:]:
+                self.display.note(f"    {line}")
+
+    def _course(self, index: int, watch: CellRun) -> Course:
+        cell = self.plan.cells[index]
+        total = len(self.plan.cells)
+
+        def on_job(info: slurm.JobInfo) -> None:
+            entry = self._entry(cell)
+            entry["job"] = as_status(info)
+            if info.state == "waiting":
+                place = f", place {info.position}" if info.position else ""
+                start = f", expected {info.start}" if info.start else ""
+                self.display.at(index, total, f"{cell.id} waits: {info.reason or 'Pending'}{place}{start}")
+            self._cell_state(cell, "waiting" if info.state == "waiting" else "running")
+
+        def on_placed(nodes: Sequence[Node]) -> Cell:
+            new = tuple(node for node in nodes if node not in self.plan.nodes)
+            placed = place(cell, nodes, self.plan, None)
+            self._amend(index, placed, nodes=(*self.plan.nodes, *new))
+            self._cell_state(placed, "running")
+            return placed
+
+        pending = [each for each in self.plan.cells[index:] if self._entry(each)["state"] != "complete"]
+        allocation = self.status.setdefault("allocation", {})
+        return Course(self._entry(cell), pending, allocation, on_job, on_placed)
 
     def _judge(self) -> dict[str, Any]:
         self.display.at(1, 1, "writing the report")
@@ -296,38 +495,54 @@ def judge(run: RunDir) -> dict[str, Any]:
     from runner import analysis, report  # not on the way to the first step
 
     plan, status = run.read_plan(), run.read_status()
-    recorded = records.load(run.records.read_text(errors="replace")) if run.records.exists() else []
-    facts = run.read_facts(plan)
+    recorded = run.read_records()
+    observed = run.read_facts(plan)
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (cell, host), stream in run.telemetry_streams(plan).items():
         samples.setdefault(cell, {})[host] = telemetry.read(stream)
-    summary = analysis.summarise(plan, status, recorded, facts, telemetry=samples)
+    summary = analysis.summarise(plan, status, recorded, observed, telemetry=samples)
     with disk_errors(run.path):
         write_json_atomic(run.summary, summary)
-        report.write(run.path, plan, status, summary, recorded, facts, telemetry=samples)
+        report.write(run.path, plan, status, summary, recorded, observed, telemetry=samples)
     return summary
 
 
 def execute(
-    plan: Plan, results: Path, state: Path, transport: str | None, display: Display, data: str | None
-) -> tuple[RunDir, dict[str, Any]]:
-    """Create the run directory, keep others off the nodes, and run. `transport` is the ssh_config's path."""
-    with hold_nodes(state / "nodes", [n.name for n in plan.nodes], plan.run_id):
-        run = RunDir.create(results, json.loads(json.dumps(plan.to_dict())))
-        with run.alive():
-            if transport:
-                with disk_errors(run.path):
-                    write_text_atomic(run.path / "ssh_config", Path(transport).read_text())
-            try:
-                return run, Run(plan, run, transport, display, data).execute()
-            except KeyboardInterrupt:
-                status = run.read_status()
-                status["state"] = "incomplete"
-                for cell in status["cells"].values():
-                    if cell["state"] in ("planned", "running"):
-                        cell["state"] = "cancelled"
-                run.write_status(status)
-                raise Interrupted(f"left at once; what was written lies in {run.path}") from None
+    plan: Plan,
+    run: RunDir,
+    state: Path,
+    transport: Agents | Allocations,
+    display: Display,
+    data: str | None,
+    policy: Policy,
+    reach: Reach,
+    bad: Mapping[str, str],
+) -> dict[str, Any]:
+    """Keep others off the nodes, and run what of the plan is not complete.
+
+    `bad` are nodes to do without, and why.
+    """
+    process.allow_open_files()
+    # Slurm keeps its jobs apart by itself.
+    held = [] if plan.backend == "slurm" else [n.name for n in (*plan.nodes, *plan.spares)]
+    with ExitStack() as stack:
+        stack.enter_context(hold_nodes(state / "nodes", held, plan.run_id))
+        if not run.plan.exists():
+            RunDir.create(run.path.parent, json.loads(json.dumps(plan.to_dict())))
+        stack.enter_context(run.alive())
+        if transport.ssh_config:
+            with disk_errors(run.path):
+                run.keep_transport(Path(transport.ssh_config))
+        try:
+            return Run(plan, run, transport, display, data, policy, reach).execute(bad)
+        except KeyboardInterrupt:
+            status = run.read_status()
+            status["state"] = "incomplete"
+            for cell in status["cells"].values():
+                if cell["state"] in ("planned", *LIVE_STATES):
+                    cell["state"] = "cancelled"
+            run.write_status(status)
+            raise Interrupted(f"left at once; what was written lies in {run.path}") from None
 
 
 def summary_line(nodes: Sequence[Node]) -> str:

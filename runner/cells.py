@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from runner import backends, records
 from runner.backends import Talk
-from runner.blame import LAUNCHER, blame, ended_well
+from runner.blame import LATE, LAUNCHER, blame, ended_well, error, standstill
 from runner.display import Display
+from runner.inventory import Node
+from runner.node import ALIVE_S
 from runner.plan import Cell
 
 # A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
 # anything is stopped, so that the guilty one can be told from its victims.
 SETTLE_S = 2.0
+# Ranks that are to be stopped are asked first where they stand; agents read the answers after a second.
+STACKS_S = 2.0
+# Once ranks have begun to measure, none of the workloads is silent for so long.
+STALL_S = 600.0
+
+
+_ASK = ("timed_out", "rank_hung")  # what is judged by where ranks stand
 
 
 class Stop:
@@ -37,11 +47,33 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not past the user's wish to stop."""
+        deadline = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < deadline:
+            time.sleep(backends.POLL_S)
+
     def _heard(self, number: int, _frame: object) -> None:
         again, self.asked = self.asked, True
         if again:
             raise KeyboardInterrupt
         self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a transport may need to know of the run a cell belongs to, and whom it tells what it decides.
+
+    `entry` is the cell's in status.json, `pending` are the cells that are not complete, this one first, and
+    `allocation` has the (job, step) of each cell that shares one job; it is kept in status.json as well.
+    `on_placed` gets the nodes that Slurm chose and gives the cell as it is then planned.
+    """
+
+    entry: Mapping[str, Any]
+    pending: Sequence[Cell]
+    allocation: dict[str, Any]
+    on_job: Callable[[Any], None]
+    on_placed: Callable[[Sequence[Node]], Cell]
 
 
 @dataclass
@@ -52,13 +84,23 @@ class CellRun:
     stop: Stop
     on_progress: Callable[[float, str], None]
     on_line: Callable[[str, str, str], None]
+    on_look: Callable[[], None] = lambda: None
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     talks: list[Talk] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     first_failure: float | None = None
     reason: str | None = None
+    kind: str = "unknown"  # of the failure that `reason` tells
+    reason_at: float = 0.0
+    silent: str | None = None  # the node that was given up for its silence
+    stall_s: float = STALL_S
+    stepped: float | None = None  # when a rank last said something, since the first step
     deadline: float = 0.0
     looked: float = 0.0
+
+    def begin(self, more_s: float = 0.0) -> None:
+        """The cell's time starts now."""
+        self.deadline = time.monotonic() + self.cell.params["timeout_s"] + more_s
 
     def hear(self, talk: Talk, message: Mapping[str, Any]) -> None:
         kind = message["message"]
@@ -70,9 +112,13 @@ class CellRun:
                 self._failed()
         elif kind == "line":
             self.on_line(talk.name, message["file"], message["line"])
+            if self.stepped:
+                self.stepped = time.monotonic()
             if message["file"].endswith(".jsonl"):
                 for event in records.parse_jsonl(message["line"]):
                     if event.get("event") == "progress":
+                        if event["done"] > 0:
+                            self.stepped = time.monotonic()
                         self.on_progress(event["done"] / max(1, event["total"]), event["phase"])
 
     def _failed(self) -> None:
@@ -84,6 +130,8 @@ class CellRun:
         if moment - self.looked > backends.POLL_S / 2:  # once for all agents of a round, not once for each
             self.looked = moment
             self._look_around(moment)
+        if self.kind in _ASK and not self.stop.asked and moment - self.reason_at < STACKS_S:
+            return "stacks"
         if self.reason or (self.first_failure and moment - self.first_failure > SETTLE_S):
             return "stop"
         if self.cell.launch.head:
@@ -93,24 +141,55 @@ class CellRun:
                 return "done"
         return None
 
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """The live state of each node: starting, running, ended, failed or silent, and when it was last heard."""
+        moment, told = time.monotonic(), time.time()
+        states = {}
+        for talk in self.talks:
+            if talk.name == LAUNCHER:
+                continue
+            if talk.name in self.outcomes:
+                state = "ended" if ended_well(self.outcomes[talk.name]) else "failed"
+            elif not talk.alive:
+                state = "failed"
+            elif moment - talk.heard > 2 * ALIVE_S:
+                state = "silent"
+            else:
+                state = "running" if talk.name in self.started else "starting"
+            heard = datetime.fromtimestamp(told - (moment - talk.heard), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            states[talk.name] = {"state": state, "heard": heard}
+        return states
+
     def _look_around(self, moment: float) -> None:
+        self.on_look()
         for talk in self.talks:
             if talk.rc is not None and talk.name not in self.outcomes:
                 self._failed()
             elif talk.alive and moment - talk.heard > backends.SILENCE_S:
-                self.reason = self.reason or f"{talk.name} has not answered for {backends.SILENCE_S:g} s"
+                self.silent = self.silent or talk.name
+                self._end("hung", f"{self.silent} has not answered for {backends.SILENCE_S:g} s", moment)
         if moment > self.deadline:
-            self.reason = self.reason or f"not finished within its limit of {self.cell.params['timeout_s']:g} s"
+            self._end("timed_out", f"not finished within its limit of {self.cell.params['timeout_s']:g} s", moment)
+        if self.stepped and moment - self.stepped > self.stall_s:
+            self._end("rank_hung", f"no rank has said anything for {self.stall_s:g} s", moment)
         if self.stop.asked:
-            self.reason = self.reason or "interrupted"
+            self._end("interrupted", "interrupted", moment)
+
+    def _end(self, kind: str, reason: str, moment: float) -> None:
+        """The first reason to end the cell counts."""
+        if self.reason is None:
+            self.kind, self.reason, self.reason_at = kind, reason, moment
 
     def state(self) -> tuple[str, dict[str, Any] | None]:
         """How the cell ended, and why if not well."""
-        if all(ended_well(self.outcomes.get(talk.name, {})) for talk in self.talks):
+        if self.talks and all(ended_well(self.outcomes.get(talk.name, {})) for talk in self.talks):
             return "complete", None
         if self.stop.asked:
             return "cancelled", None
         if self.reason:
-            silent = [t.name for t in self.talks if t.name not in self.outcomes]
-            return "incomplete", {"message": self.reason, "host": silent[0] if len(silent) == 1 else None, "stderr": []}
-        return "failed", blame(self.talks, self.outcomes)
+            silent = {t.name for t in self.talks if t.name not in self.outcomes} or {self.silent} - {None}
+            if silent:  # an agent that does not even say how it ended
+                return "incomplete", error("hung", self.reason, silent.pop() if len(silent) == 1 else None)
+            return "incomplete", standstill(self.kind, self.reason, self.outcomes)
+        found = blame(self.talks, self.outcomes)
+        return "incomplete" if found["kind"] in LATE.values() else "failed", found

@@ -11,29 +11,35 @@ import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from runner import __version__, errors
-from runner.options import cache_dir, inventory_option, read_inventory, results_option, state_dir, transport
+from runner.options import cache_dir, inventory_option, read_inventory, results_option, run_names, state_dir, transport
 
 if TYPE_CHECKING:
-    from runner.inventory import Node
+    from runner.inventory import Inventory, Node
 
 
 # Commands that live in other modules, imported when they are used: name -> (module, short help).
 _ELSEWHERE = {
     "check": ("runner.provision", "Read back what nodes are now and show where they drifted."),
     "data": ("runner.data", "Prepare training data: tokenise, pack, cache."),
+    "runs": ("runner.runs", "Look at runs and stop them: list, show, tail, stop."),
     "setup": ("runner.provision", "Bring nodes to the wanted state: site.yml, with progress and a table."),
     "testbed": ("runner.testbed", "Start and stop a cluster of containers on this machine."),
 }
+
+
+BACKENDS = ("local", "ssh", "slurm")
 
 
 class _Commands(click.Group):
@@ -136,10 +142,22 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
 @click.option("--weights", metavar="ID_OR_PATH", help="Start from these Hugging Face weights; default: random.")
 @click.option("--test", "tests", multiple=True, help="torch or sft; default: both.", shell_complete=_names("tests"))
 @click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
-@click.option("--backend", help="local or ssh; default: what the inventory says.")
+@click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
 @click.option(
     "--scaling", default="weak", show_default=True, help="weak: same work per GPU; strong: same global batch."
 )
+@click.option(
+    "--retries",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 100),
+    metavar="K",
+    help="Run a cell again, K times at most, after a failure of the infrastructure.",
+)
+@click.option("--replace-bad-nodes", is_flag=True, help="Let spare nodes take the place of those that fail, and go on.")
+@click.option("--resume", metavar="RUN", help="Finish a run: what is complete is kept.", shell_complete=run_names)
+@click.option("--accept-drift", is_flag=True, help="Resume in a changed environment; old cells run again.")
+@click.option("--one-allocation", is_flag=True, help="Slurm: one job for all cells instead of one each.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 1000), help="Repeats of each cell.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
 @click.option("--set", "settings", multiple=True, metavar="TEST.KEY=VALUE", help="Change a setting, e.g. sft.steps=20.")
@@ -148,7 +166,19 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
 @click.pass_context
 def bench(ctx: click.Context, **options: Any) -> None:
     """Benchmark nodes: collectives and DeepSpeed fine-tuning, with a report."""
-    ctx.exit(_bench(**options))
+    name, drift = options.pop("resume"), options.pop("accept_drift")
+    if name is None:
+        if drift:
+            raise errors.UsageError("--accept-drift goes with --resume RUN")
+        ctx.exit(_bench(**options))
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE]
+    if other := [max(p.opts, key=len) for p in given if p.name not in WITH_RESUME]:
+        raise errors.UsageError(f"--resume takes what {name} was planned with: leave out {', '.join(other)}")
+    ctx.exit(_resume(name, drift, **{key: options[key] for key in WITH_RESUME if key in options}))
+
+
+# What may differ from one execution of a plan to the next.
+WITH_RESUME = ("resume", "accept_drift", "source", "results", "retries", "replace_bad_nodes", "dry_run", "as_json")
 
 
 def _bench(
@@ -164,25 +194,28 @@ def _bench(
     engine: str,
     backend: str | None,
     scaling: str,
+    retries: int,
+    replace_bad_nodes: bool,
+    one_allocation: bool,
     repeats: int,
     seed: int,
     settings: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    from runner import backends, config, engines, plan
+    from runner import config, engines, plan
     from runner.display import Display
-    from runner.inventory import fold, select
+    from runner.inventory import select
 
     tests = tuple(dict.fromkeys(tests)) or tuple(config.TESTS)
     if engine not in engines.ENGINES:
         raise errors.unknown("engine", engine, engines.ENGINES)
-    if backend is not None and backend not in backends.BACKENDS:
-        raise errors.unknown("backend", backend, backends.BACKENDS)
+    if backend is not None and backend not in BACKENDS:
+        raise errors.unknown("backend", backend, BACKENDS)
     if scaling not in ("weak", "strong"):
         raise errors.unknown("scaling", scaling, ("weak", "strong"))
     overrides = config.parse_settings(settings)
-    for name in overrides.keys() - {"deepspeed"}:  # a mistake in a test that is not run is one, too
+    for name in overrides.keys() - {"deepspeed", "slurm"}:  # a mistake in a test that is not run is one, too
         config.load_test(name, overrides[name])
     loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
     architecture = config.load_model(model).model_dump()
@@ -192,10 +225,7 @@ def _bench(
     inventory = read_inventory(source)
     chosen = select(inventory, hosts)
     counts = counts or (len(chosen),)
-    if backend and backend != chosen[0].backend:
-        raise errors.UsageError(
-            f"--backend {backend}: the inventory {inventory.source} describes nodes for backend {chosen[0].backend}"
-        )
+    chosen, slurm = _over(backend, chosen, inventory, overrides, one_allocation)
     if max(counts) > len(chosen):
         limit = (
             f"--hosts {hosts} names {len(chosen)}" if hosts else f"the inventory {inventory.source} has {len(chosen)}"
@@ -228,32 +258,155 @@ def _bench(
             weights=weights,
             seed=seed,
             passed_over=passed_over,
+            spares=replace_bad_nodes,
+            slurm=slurm,
+            named=slurm is None or hosts is not None,
+            one_allocation=one_allocation,
         )
         return plan.build(request, nodes)
 
-    remote = chosen[0].backend == "ssh"
+    remote = chosen[0].backend != "local"
     if dry_run:
         planned = build(chosen, (), "SSH_CONFIG" if remote else None)
-        click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else plan.describe(planned, fold))
+        click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else _describe(planned, planned.cells))
         return errors.EXIT_OK
 
+    from runner import allocations
     from runner import bench as benchmark
+    from runner.rundir import RunDir
 
     # Refuse what cannot be planned before anything is asked of the nodes.
     build(chosen, (), "SSH_CONFIG" if remote else None)
     with transport(inventory) if remote else nullcontext() as ssh_config:
-        asked = chosen if skip_bad_nodes else chosen[: max(counts)]
-        if remote:
+        cluster = _cluster(slurm, inventory, ssh_config)
+        reach = benchmark.Reach(chosen[0].backend, device, engine, tests, ssh_config, cluster)
+        nodes, spares = chosen, chosen[:0]
+        passed_over: tuple[str, ...] = ()
+        if cluster is None or hosts is not None:  # else Slurm chooses
+            skip = skip_bad_nodes or replace_bad_nodes
+            asked = chosen if skip else chosen[: max(counts)]
             display.note(f"checking {benchmark.summary_line(asked)}")
-        problems = benchmark.preflight(asked, device, engine, tests, ssh_config)
-        nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip_bad_nodes)
-        for line in passed_over:
-            display.note(f"passed over {line}")
-        planned = build(nodes, passed_over, ssh_config)
+            problems = reach.ask(asked).problems
+            nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip)
+            for line in passed_over:
+                display.note(f"passed over {line}")
+            if replace_bad_nodes:
+                spares = tuple(n for n in chosen if n not in nodes and n.name not in problems)
+        planned = build((*nodes, *spares), passed_over, ssh_config)
         _require_launcher(planned)
-        data = _prepare(planned, display)
-        run, summary = benchmark.execute(planned, results, state_dir(), ssh_config, display, data)
+        run = RunDir(results / run_id)
+        carrier = reach.transport(run, nodes[0], {})
+        if isinstance(carrier, allocations.Allocations):
+            allocations.refuse(planned, carrier, planned.cells)
+        data = _prepare(planned, planned.cells, display)
+        policy = benchmark.Policy(retries, replace_bad_nodes)
+        summary = benchmark.execute(planned, run, state_dir(), carrier, display, data, policy, reach, {})
     return _conclude(run, summary, as_json)
+
+
+def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_config: str | None) -> Any:
+    """Slurm, where the run goes through it."""
+    if settings is None:
+        return None
+    from runner import allocations, slurm
+
+    return allocations.cluster(slurm.settings(settings, "slurm"), inventory.nodes, ssh_config)
+
+
+def _describe(planned: Any, cells: Sequence[Any]) -> str:
+    """The plan for a person; under Slurm with the files that would be submitted."""
+    from runner import allocations, plan
+    from runner.inventory import fold
+
+    text = plan.describe(replace(planned, cells=tuple(cells)), fold)
+    scripts = allocations.preview(planned, cells) if planned.backend == "slurm" else []
+    return "\n\n".join([text, *scripts])
+
+
+def _resume(
+    name: str,
+    accept_drift: bool,
+    source: str | None,
+    results: Path,
+    retries: int,
+    replace_bad_nodes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    from runner import bench as benchmark
+    from runner import resume
+    from runner.display import Display
+    from runner.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    planned = resume.load(run)
+    inventory = read_inventory(source if source is not None else planned.inventory)
+    display = Display(quiet=as_json)
+    aliases = {node.name: node.alias for node in planned.nodes}
+    with transport(inventory) if planned.backend != "local" else nullcontext() as ssh_config:
+        planned = resume.renew(planned, inventory, run, ssh_config)
+        status = run.read_status()
+        tests = tuple(dict.fromkeys(cell.test for cell in planned.cells))
+        cluster = _cluster(planned.slurm, inventory, ssh_config)
+        device = planned.cells[0].device
+        reach = benchmark.Reach(planned.backend, device, planned.engine, tests, ssh_config, cluster, own=run.run_id)
+        answers = reach.ask(planned.nodes) if cluster is None else benchmark.Answers({}, {})
+        before = resume.measured(run, planned, status)
+        changed = resume.drift(before, answers.environments)
+        again = resume.reopen(planned, status, changed)
+        if changed and not accept_drift:
+            raise errors.UsageError(
+                f"the environment has changed since {run.run_id} was measured: {resume.describe(changed, aliases)}; "
+                f"put it back, or add --accept-drift: {len(changed)} complete cells are then measured again"
+            )
+        for cell_id in again:
+            display.note(f"{cell_id} runs again: {status['cells'][cell_id]['error']['message']}")
+        pending = [cell for cell in planned.cells if status["cells"][cell.id]["state"] != "complete"]
+        display.note(f"{run.run_id}: {len(planned.cells) - len(pending)} of {len(planned.cells)} cells are complete")
+        if dry_run:
+            click.echo(json.dumps([cell.id for cell in pending]) if as_json else _describe(planned, pending))
+            return errors.EXIT_OK
+        needed = {host for cell in pending for host in cell.hosts}
+        bad = {host: why for host, why in answers.problems.items() if host in needed}
+        if bad and not replace_bad_nodes:
+            lines = [f"{aliases[host]} ({host}): {why}" for host, why in bad.items()]
+            raise errors.InfrastructureError(
+                "\n  ".join([f"{len(bad)} nodes are bad; mend them, or use spares with --replace-bad-nodes", *lines])
+            )
+        if replace_bad_nodes:
+            planned = replace(planned, spares=resume.spares(planned, inventory))
+        _require_launcher(planned)
+        data = _prepare(planned, pending, display)
+        run.write_plan(planned.to_dict())
+        run.write_status(status)
+        policy = benchmark.Policy(retries, replace_bad_nodes)
+        carrier = reach.transport(run, planned.nodes[0], {} if accept_drift else resume.common(before))
+        summary = benchmark.execute(planned, run, state_dir(), carrier, display, data, policy, reach, bad)
+    return _conclude(run, summary, as_json)
+
+
+def _over(
+    backend: str | None,
+    nodes: tuple[Node, ...],
+    inventory: Inventory,
+    overrides: dict[str, dict[str, Any]],
+    one_allocation: bool,
+) -> tuple[tuple[Node, ...], dict[str, Any] | None]:
+    """The nodes as `backend` reaches them, and Slurm's settings where it is Slurm."""
+    wanted = backend or nodes[0].backend
+    if wanted != nodes[0].backend and not (wanted == "slurm" and nodes[0].backend == "ssh"):
+        raise errors.UsageError(
+            f"--backend {wanted}: the inventory {inventory.source} describes nodes for backend {nodes[0].backend}"
+        )
+    if wanted != "slurm":
+        if one_allocation or "slurm" in overrides:
+            what = "--one-allocation" if one_allocation else "--set slurm.…"
+            raise errors.UsageError(f"{what} goes with --backend slurm, this run's backend is {wanted}")
+        return nodes, None
+    from runner import slurm
+
+    settings = slurm.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
+    return tuple(replace(node, backend="slurm") for node in nodes), asdict(settings)
 
 
 def _require_launcher(planned: Any) -> None:
@@ -304,9 +457,9 @@ def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:
     return first.gpus, first.device, first.hardware
 
 
-def _prepare(planned: Any, display: Any) -> str | None:
-    """The folder with the data of the plan's fine-tuning cells, prepared now if it is not cached."""
-    cell = next((cell for cell in planned.cells if cell.test == "sft"), None)
+def _prepare(planned: Any, cells: Iterable[Any], display: Any) -> str | None:
+    """The folder with the data of the fine-tuning cells among `cells`, prepared now if it is not cached."""
+    cell = next((cell for cell in cells if cell.test == "sft"), None)
     if cell is None:
         return None
     from runner import data
@@ -354,86 +507,6 @@ def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -
 
     run = RunDir.find(results, name)
     ctx.exit(_conclude(run, benchmark.judge(run), as_json))
-
-
-@cli.group()
-def runs() -> None:
-    """Look at runs: list, show, stop."""
-
-
-@runs.command("list")
-@results_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
-def runs_list(results: Path, as_json: bool) -> None:
-    """Every run with its state, oldest first."""
-    from tabulate import tabulate
-
-    from runner.rundir import RunDir
-
-    rows: list[dict[str, Any]] = []
-    for run in RunDir.all(results):
-        try:
-            plan, status = run.read_plan(), run.read_status()
-        except errors.UsageError:
-            rows.append({"run": run.run_id, "state": "unreadable"})
-            continue
-        done = sum(cell["state"] == "complete" for cell in status["cells"].values())
-        rows.append(
-            {
-                "run": run.run_id,
-                "state": status["state"],
-                "cells": f"{done}/{len(status['cells'])}",
-                "nodes": len(plan["nodes"]),
-                "engine": plan["engine"],
-                "inventory": plan["inventory"],
-            }
-        )
-    click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys"))
-
-
-@runs.command("show")
-@results_option
-@click.argument("name", metavar="[RUN]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="status.json as it is to be read.")
-def runs_show(name: str | None, results: Path, as_json: bool) -> None:
-    """The state of a run and of each of its cells."""
-    from tabulate import tabulate
-
-    from runner.rundir import RunDir
-
-    run = RunDir.find(results, name)
-    status = run.read_status()
-    if as_json:
-        click.echo(json.dumps(status, indent=1))
-        return
-    click.echo(f"{run.run_id}: {status['state']}\n")
-    rows = [
-        {
-            "cell": name,
-            "state": c["state"],
-            "started": c["started"],
-            "ended": c["ended"],
-            "error": (c["error"] or {}).get("message"),
-        }
-        for name, c in status["cells"].items()
-    ]
-    click.echo(tabulate(rows, headers="keys"))
-    click.echo(f"\nfiles: {run.path}")
-
-
-@runs.command("stop")
-@results_option
-@click.argument("name", metavar="[RUN]", required=False)
-def runs_stop(name: str | None, results: Path) -> None:
-    """Ask a running controller on this machine to stop in good order."""
-    from runner.rundir import RunDir
-
-    run = RunDir.find(results, name)
-    pid = run.controller()
-    if pid is None:
-        raise errors.UsageError(f"run {run.run_id} is not running: its state is {run.read_status()['state']}")
-    os.kill(pid, signal.SIGTERM)
-    click.echo(f"asked run {run.run_id} to stop")
 
 
 @cli.command("inventory")

@@ -264,7 +264,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     import yaml
 
     parsed: dict[str, dict[str, Any]] = {}
-    sections = [*TESTS, "deepspeed"]
+    sections = [*TESTS, "deepspeed", "slurm"]
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, dot, name = key.partition(".")

@@ -6,12 +6,22 @@ anything) the controller runs, and which files those need.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Protocol
 
-from runner.inventory import Node
 from runner.process import MARKER
+
+
+class Host(Protocol):
+    """What of an inventory's node an engine needs; under Slurm the agent knows no more of its peers."""
+
+    @property
+    def alias(self) -> str: ...
+
+    @property
+    def python(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Ranks:
     `ssh_config` the OpenSSH configuration that reaches the nodes (None: the node is this machine).
     """
 
-    nodes: tuple[Node, ...]
+    nodes: Sequence[Host]
     gpus_per_node: int
     master_address: str
     master_port: int
@@ -106,7 +116,11 @@ def deepspeed(ranks: Ranks) -> Launch:
 ENGINES: dict[str, Callable[[Ranks], Launch]] = {"torchrun": torchrun, "deepspeed": deepspeed}
 
 
-def obstacle(engine: str, nodes: tuple[Node, ...]) -> str | None:
+# Started by one command of the controller, which reaches the nodes by itself.
+HEADED = frozenset({"deepspeed"})
+
+
+def obstacle(engine: str, nodes: Sequence[Host]) -> str | None:
     """Why `engine` cannot start on these nodes, in one line, or None."""
     pythons = sorted({node.python for node in nodes})
     if engine == "deepspeed" and len(pythons) > 1:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,48 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "nics": list(_nics()),
-        "env": {
-            key: value
-            for key, value in sorted({**os.environ, **environment}.items())
-            if key.startswith(("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE"))
-        },
+        "env": relevant({**os.environ, **environment}),
     }
+
+
+def relevant(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change what is measured."""
+    prefixes = ("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE")
+    return {key: value for key, value in sorted(environment.items()) if key.startswith(prefixes)}
+
+
+def environment(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What of facts.json a measurement depends on: property -> text. Pure.
+
+    What is unique to a node (host name, boot id, addresses, UUIDs) is left out, so that nodes and moments compare.
+    """
+    cpu = facts.get("cpu") or {}
+    flat: dict[str, Any] = {
+        "os": facts.get("os"),
+        "kernel": facts.get("kernel"),
+        "cpu": f"{cpu.get('model', '?')}, {cpu.get('cores', '?')} cores" if cpu else None,
+        "memory": f"{facts['memory_gib']:.0f} GiB" if facts.get("memory_gib") else None,
+    }
+    gpus = Counter(f"{g.get('name')}, {g.get('memory_gib', 0):.0f} GiB" for g in facts.get("gpus") or [])
+    flat["gpus"] = "; ".join(f"{count} × {name}" for name, count in sorted(gpus.items())) or None
+    for name in ("driver", "cuda", "nccl", "python"):
+        flat[name] = facts.get(name)
+    flat |= {f"packages.{name}": value for name, value in sorted((facts.get("packages") or {}).items())}
+    for nic in sorted(facts.get("nics") or [], key=lambda nic: str(nic.get("name"))):
+        speed = nic.get("speed_mbit_per_s")
+        parts = [f"{speed / 1000:g} Gbit/s"] if speed and speed > 0 else []
+        parts += [f"MTU {nic.get('mtu')}"] + ([str(nic["driver"])] if nic.get("driver") else [])
+        flat[f"nic {nic.get('name')}"] = ", ".join(parts)
+    flat |= {f"env.{name}": value for name, value in sorted((facts.get("env") or {}).items())}
+    return {name: str(value) for name, value in flat.items() if value not in (None, "")}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between two environments, such as `packages.torch 2.13.0 -> 2.12.1`."""
+    names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    return [
+        f"{name.removeprefix('packages.')} {before.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names
+    ]
 
 
 def _text(path: str | Path) -> str | None:

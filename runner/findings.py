@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from runner import facts as facts_of
 from runner.records import Record
 
 Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json
@@ -31,16 +33,64 @@ def find(
     ]
 
 
-# What a dying rank's last words say about whose fault it was, and what to do; nothing else is guessed.
-LAST_WORDS = (
-    ("out of memory", "configuration", "lower the micro batch or use more nodes"),
-    ("No space left on device", "node", "free some disk"),
-    ("ModuleNotFoundError", "configuration", "install the environment on this node as on the others"),
-    ("Address already in use", "configuration", "another job holds the rendezvous port"),
-    ("uncorrectable ECC", "node", "drain the node and reset the GPU"),
-)
-# How a controller tells of a node that stopped answering.
-NO_ANSWER = ("unreachable", "lost the connection", "has not answered")
+@dataclass(frozen=True)
+class Kind:
+    """A kind of failure: whose fault it is, whether another try may end better, and what to do.
+
+    `retry` is for what infrastructure may do better the next time, never for a user's or a configuration's fault.
+    """
+
+    title: str
+    fault: str
+    retry: bool = False
+    advice: str = ""
+
+
+NODE, CONFIGURATION, USER, TOOL, NOBODY = "node", "configuration", "user", "tool", "not identifiable"
+
+# Every kind of failure that agents, backends and `blame` tell of.
+KINDS: Mapping[str, Kind] = {
+    # reaching a node
+    "unreachable": Kind("A node cannot be reached", NODE, True, "see that it is up and its sshd and network answer"),
+    "host_key_changed": Kind(
+        "A host key is not the pinned one", CONFIGURATION, False, "compare it before you trust it"
+    ),
+    "refused_key": Kind("A node refuses the key", CONFIGURATION, False, "authorize the key there (role ssh_mesh)"),
+    "lost_connection": Kind("A node was lost", NODE, True, "see whether it was restarted or lost its network"),
+    "hung": Kind("A node stopped answering", NODE, True, "look at its console and its network"),
+    # what a node's check finds
+    "environment_missing": Kind(
+        "Software is missing", CONFIGURATION, False, "install the environment on this node as on the others"
+    ),
+    "version_mismatch": Kind("Versions differ", CONFIGURATION, False, "install the controller's version there"),
+    "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
+    "clock": Kind("A clock is wrong", CONFIGURATION, False, "let chrony or NTP set the node's clock"),
+    "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
+    "port_taken": Kind("A port is taken", CONFIGURATION, False, "another job holds the rendezvous port"),
+    "gpu_failed": Kind("A GPU failed", NODE, True, "drain the node and reset the GPU"),
+    # how ranks end
+    "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for who killed it"),
+    "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),
+    "cuda_out_of_memory": Kind("GPU memory ran out", USER, False, "lower the micro batch or use more nodes"),
+    "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank stands"),
+    "rank_crashed": Kind("A rank crashed", NOBODY),
+    "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),
+    "timed_out": Kind("A cell ran out of time", NOBODY),
+    "launcher_failed": Kind("The launcher failed", TOOL),
+    # the controller
+    "not_gathered": Kind("Artefacts were not gathered", NODE, True, "they lie on the node still"),
+    "controller_disk_full": Kind("The controller's disk is full", CONFIGURATION, False, "free some disk and resume"),
+    "interrupted": Kind("A cell was interrupted", USER),
+    # Slurm
+    "time_limit": Kind("Slurm's time limit passed", CONFIGURATION, False, "ask for more time, or for less work"),
+    "node_failed": Kind("Slurm lost a node", NODE, True, "see `scontrol show node` for the reason"),
+    "job_cancelled": Kind("The job was cancelled", USER),
+    "not_started": Kind("The job did not start", NOBODY, False, "see the queue's reason"),
+    "slurm_unreachable": Kind("Slurm does not answer", NOBODY, True, "see that slurmctld runs and answers here"),
+    "preempted": Kind("The job was preempted", NOBODY, True, "choose a QoS or partition that is not preempted"),
+    "prolog_failed": Kind("A prolog failed", NODE, True, "see the node's slurmd log"),
+    "unknown": Kind("A cell failed", NOBODY),  # also what runs say that recorded no kinds yet
+}
 
 
 def _finding(
@@ -62,24 +112,18 @@ def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> 
         error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
         if cell["state"] != "failed" and not (cell["state"] == "incomplete" and error):
             continue
+        kind = error.get("kind") if error.get("kind") in KINDS else "unknown"
+        known, host = KINDS[kind], error.get("host")
+        fault = NOBODY if known.fault == NODE and not host else known.fault  # a node that is not known is not blamed
         message = str(error.get("message") or "failed without saying why")
-        lines = [str(line) for line in error.get("stderr") or []]
-        kind, fault, advice = "rank_died", "not identifiable", ""
-        if any(words in message for words in NO_ANSWER):
-            kind, fault = "node_unreachable", "node"
-        elif "not finished within" in message:
-            kind = "timed_out"
-        for words, whose, what_to_do in LAST_WORDS:
-            if any(words in line for line in (message, *lines)):
-                fault, advice = whose, f"; {what_to_do}"
         yield _finding(
             kind,
             where=cell["id"],
-            evidence=message + advice,
-            confidence="high" if fault != "not identifiable" else "not identifiable",
+            evidence=f"{message}; {known.advice}" if known.advice else message,
+            confidence="high" if fault != NOBODY else NOBODY,
             fault=fault,
-            host=error.get("host"),
-            stderr=lines,
+            host=host,
+            stderr=[str(line) for line in error.get("stderr") or []],
         )
 
 
@@ -127,7 +171,7 @@ def environment(facts: Facts) -> list[dict[str, Any]]:
     hosts: dict[str, dict[str, str]] = {}
     for per_host in facts.values():
         for host, observed in per_host.items():
-            hosts.setdefault(host, _flat(observed))
+            hosts.setdefault(host, facts_of.environment(observed))
     names = sorted(hosts)
     rows = []
     for prop in dict.fromkeys(key for name in names for key in hosts[name]):
@@ -145,28 +189,6 @@ def environment(facts: Facts) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
-    cpu = facts.get("cpu") or {}
-    flat: dict[str, Any] = {
-        "os": facts.get("os"),
-        "kernel": facts.get("kernel"),
-        "cpu": f"{cpu.get('model', '?')}, {cpu.get('cores', '?')} cores" if cpu else None,
-        "memory": f"{facts['memory_gib']:.0f} GiB" if facts.get("memory_gib") else None,
-    }
-    gpus = Counter(f"{g.get('name')}, {g.get('memory_gib', 0):.0f} GiB" for g in facts.get("gpus") or [])
-    flat["gpus"] = "; ".join(f"{count} × {name}" for name, count in sorted(gpus.items())) or None
-    for name in ("driver", "cuda", "nccl", "python"):
-        flat[name] = facts.get(name)
-    flat |= {f"packages.{name}": value for name, value in sorted((facts.get("packages") or {}).items())}
-    for nic in sorted(facts.get("nics") or [], key=lambda nic: str(nic.get("name"))):
-        speed = nic.get("speed_mbit_per_s")
-        parts = [f"{speed / 1000:g} Gbit/s"] if speed and speed > 0 else []
-        parts += [f"MTU {nic.get('mtu')}"] + ([str(nic["driver"])] if nic.get("driver") else [])
-        flat[f"nic {nic.get('name')}"] = ", ".join(parts)
-    flat |= {f"env.{name}": value for name, value in sorted((facts.get("env") or {}).items())}
-    return {name: str(value) for name, value in flat.items() if value not in (None, "")}
 
 
 def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

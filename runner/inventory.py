@@ -63,11 +63,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The nodes in inventory order, and where they were read from."""
+    """The nodes in inventory order, and where they were read from; `slurm` has the keys of slurm.Settings."""
 
     source: str
     nodes: tuple[Node, ...]
     known_hosts: tuple[str, ...] = ()
+    slurm: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Variables(BaseModel):
@@ -80,6 +81,8 @@ class _Variables(BaseModel):
     ansible_user: str = "root"
     ansible_ssh_private_key_file: str | None = None
     ansible_connection: str = "ssh"
+    runner_backend: Literal["ssh", "slurm"] | None = None
+    runner_slurm: dict[str, Any] = Field(default_factory=dict)
     runner_alias: str | None = None
     runner_host_key: str | None = None
     runner_python: str | None = None
@@ -127,11 +130,14 @@ def read(source: str, cache: Path) -> Inventory:
     if static and kept.is_file():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is read anew
             data = json.loads(kept.read_text())
-            return Inventory(source, tuple(Node(**node) for node in data["nodes"]), tuple(data["known_hosts"]))
+            return Inventory(
+                source, tuple(Node(**node) for node in data["nodes"]), tuple(data["known_hosts"]), data["slurm"]
+            )
     inventory = parse(source, _list(source), _known_hosts(path))
     if static:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json_atomic(kept, {"nodes": [asdict(n) for n in inventory.nodes], "known_hosts": inventory.known_hosts})
+        nodes = [asdict(node) for node in inventory.nodes]
+        write_json_atomic(kept, {"nodes": nodes, "known_hosts": inventory.known_hosts, "slurm": inventory.slurm})
     return inventory
 
 
@@ -178,20 +184,35 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
     names = _members(listing, GROUP) if GROUP in listing else list(hostvars) or _members(listing, "all")
     if not names:
         raise UsageError(f"inventory {source} has no hosts: list them in the group {GROUP}")
-    nodes = []
+    nodes, known = [], set(names)
     for position, name in enumerate(names, start=1):
         # A host that is itself called node001 keeps that word; then positions give no second name.
         alias = f"node{position:03d}"
-        nodes.append(_node(source, name, name if alias in names else alias, hostvars.get(name, {})))
+        nodes.append(_node(source, name, name if alias in known else alias, hostvars.get(name, {})))
     taken: dict[str, str] = {}
     for node in nodes:
         for word in {node.name, node.alias}:
             if word in taken:
                 raise UsageError(f"inventory {source}: {node.name} and {taken[word]} are both called {word!r}")
             taken[word] = node.name
-    if len({node.backend for node in nodes}) > 1 or (nodes[0].backend == "local" and len(nodes) > 1):
+    backends = {node.backend for node in nodes}
+    if "local" in backends and len(nodes) > 1:
         raise UsageError(f"inventory {source}: ansible_connection local goes with one host alone")
-    return Inventory(source, tuple(nodes), tuple(known_hosts))
+    if len(backends) > 1:
+        raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
+    return Inventory(source, tuple(nodes), tuple(known_hosts), _slurm(source, [hostvars.get(n, {}) for n in names]))
+
+
+def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How jobs are submitted is the cluster's, not a host's."""
+    first, *others = [host.get("runner_slurm", {}) for host in variables]
+    if any(other != first for other in others):
+        raise UsageError(f"inventory {source}: runner_slurm differs between hosts: set it once, for {GROUP}")
+    if first:
+        from runner import slurm
+
+        slurm.settings(first, f"inventory {source}: runner_slurm")
+    return dict(first)
 
 
 def _members(listing: Mapping[str, Any], group: str) -> list[str]:
@@ -249,7 +270,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         nic_gbit_per_s=values.runner_nic_gbit_per_s,
         scratch=values.runner_scratch,
         min_free_disk_gib=values.runner_min_free_disk_gib,
-        backend="local" if values.ansible_connection == "local" else "ssh",
+        backend=values.runner_backend or ("local" if values.ansible_connection == "local" else "ssh"),
         env={key: str(value) for key, value in values.runner_env.items()},
     )
 
@@ -260,7 +281,7 @@ def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
         return inventory.nodes
     from ClusterShell.NodeSet import NodeSet, NodeSetParseError
 
-    by_word = {word: node for node in inventory.nodes for word in (node.address, node.alias, node.name)}
+    nodes = by_word(inventory.nodes)
     try:
         wanted = NodeSet(hosts, resolver=None)
     except NodeSetParseError as error:
@@ -269,12 +290,17 @@ def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
         raise UsageError("--hosts names no node; write sets as node[001-003,005] or a,b,c")
     chosen = set()
     for word in wanted:
-        if word not in by_word:
+        if word not in nodes:
             raise unknown(
                 "node", word, [n for node in inventory.nodes for n in (node.name, node.alias)], f"--hosts {hosts}"
             )
-        chosen.add(by_word[word].name)
+        chosen.add(nodes[word].name)
     return tuple(node for node in inventory.nodes if node.name in chosen)
+
+
+def by_word(nodes: Sequence[Node]) -> dict[str, Node]:
+    """Nodes by all that they are called: address, alias, name. Slurm knows them by one of these."""
+    return {word: node for node in nodes for word in (node.address, node.alias, node.name)}
 
 
 def fold(words: Sequence[str]) -> str:

@@ -5,6 +5,9 @@ After the request, stdin is a leash: empty lines are heartbeats, `stop` asks for
 end-of-file or silence means that the controller is gone. However it ends, no process of the cell
 survives it, and `outcome.json` is written last.
 
+Under Slurm (`srun` starts it) the job is the leash, so it runs on without a controller: signals ask for the
+end, and messages go to `messages.jsonl` in the cell's folder, where a controller reads them when it can.
+
 Only the standard library and small packages are imported here: this is on the path to the first step.
 """
 
@@ -15,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -23,26 +27,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, facts, process
+from runner import __version__, engines, facts, process, slurm
+from runner.errors import InfrastructureError
 from runner.rundir import write_json_atomic
 
 TICK_S = 0.1
 ALIVE_S = 5.0
 LAST_LINES = 20
+# What Slurm's signals ask for. It sends them to every process of a step: scancel's own TERM ends ranks at once,
+# so the controller says "stop" by one that ranks ignore, and they are interrupted as without Slurm.
+SLURM_WORDS: dict[int, str] = {
+    signal.SIGUSR1: "time limit",
+    signal.SIGUSR2: "stop",
+    signal.SIGTERM: "stop",
+    process.STACKS: "stacks",
+}
+MESSAGES = "messages.jsonl"
 PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUTH_SOCK")
 
 
 def main() -> int:
-    request = json.loads(sys.stdin.buffer.readline() or b"{}")
+    request = _request()
     kind = request.get("kind")
     if kind == "check":
         _say("check", **check(request))
         return 0
     if kind == "cell":
-        return Cell(request).run()
+        return _slurm_cell(request) if request.get("slurm") else Cell(request).run()
     if kind == "sweep":
         process.stop_marked(request["marker"], request["grace_s"])
         _say("sweep")
@@ -54,9 +69,21 @@ def main() -> int:
     return 2
 
 
-def _say(kind: str, **fields: Any) -> None:
-    # A torn pipe means that the controller is gone; the leash tells that, this write need not.
-    with contextlib.suppress(BrokenPipeError):
+def _request() -> dict[str, Any]:
+    """One JSON object from stdin: on one line, or indented, when a brace alone at the margin ends it."""
+    lines = [sys.stdin.buffer.readline()]
+    if lines[0].strip() == b"{":
+        for line in sys.stdin.buffer:
+            lines.append(line)
+            if line.rstrip() == b"}":
+                break
+    return json.loads(b"".join(lines) or b"{}")
+
+
+def _say(kind: str, /, **fields: Any) -> None:
+    # A torn pipe means that the controller is gone; the leash tells that, this write need not. Under Slurm
+    # this is a file, whose full disk the outcome tells.
+    with contextlib.suppress(OSError):
         sys.stdout.buffer.write(json.dumps({"message": kind, **fields}).encode() + b"\n")
         sys.stdout.buffer.flush()
 
@@ -68,8 +95,9 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that would stop a cell on this node, found before anything starts.
 
     Request: scratch, min_free_disk_gib, packages (names that must be installed), programs.
+    Answer: problems (one line each), kinds (of the same problems), time_s (this node's clock), facts.
     """
-    problems = []
+    problems: list[tuple[str, str]] = []
     scratch = Path(request["scratch"])
     try:
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,27 +105,36 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        problems.append(f"cannot write to {scratch}: {error.strerror}")
+        kind = "disk_full" if error.errno == errno.ENOSPC else "unknown"
+        problems.append((kind, f"cannot write to {scratch}: {error.strerror}"))
     else:
         free_gib = shutil.disk_usage(scratch).free / 2**30
         if free_gib < request["min_free_disk_gib"]:
-            problems.append(f"{free_gib:.1f} GiB free in {scratch}, {request['min_free_disk_gib']:g} GiB wanted")
+            text = f"{free_gib:.1f} GiB free in {scratch}, {request['min_free_disk_gib']:g} GiB wanted"
+            problems.append(("disk_full", text))
         holder = _lock_holder(scratch)
         if holder:
-            problems.append(f"in use by run {holder}")
+            problems.append(("in_use", f"in use by run {holder}"))
     missing = [name for name in request["packages"] if facts.version_of(name) is None]
     if missing:
-        problems.append(f"environment {sys.prefix} lacks {', '.join(missing)}")
+        problems.append(("environment_missing", f"environment {sys.prefix} lacks {', '.join(missing)}"))
     missing = [name for name in request["programs"] if shutil.which(name) is None]
     if missing:
-        problems.append(f"lacks {', '.join(missing)}")
+        problems.append(("environment_missing", f"lacks {', '.join(missing)}"))
     if request["version"] != __version__:
-        problems.append(f"has shakedown {__version__}, this controller is {request['version']}")
+        text = f"has shakedown {__version__}, this controller is {request['version']}"
+        problems.append(("version_mismatch", text))
     if request["gpus"]:  # None where the inventory leaves the number open
         answering = len(facts.gpus()["gpus"])
         if answering < request["gpus"]:
-            problems.append(f"{answering} GPUs answer, the inventory says {request['gpus']}")
-    return {"problems": problems}
+            text = f"{answering} GPUs answer, the inventory says {request['gpus']}"
+            problems.append(("gpu_failed", text))
+    return {
+        "problems": [text for _, text in problems],
+        "kinds": [kind for kind, _ in problems],
+        "time_s": time.time(),
+        "facts": facts.collect({}),
+    }
 
 
 def _lock_holder(scratch: Path) -> str | None:
@@ -128,12 +165,15 @@ def clean(scratch: Path, run_id: str) -> bool:
 class Leash:
     """The controller's end of stdin: says when to stop and why."""
 
+    stdin = True
+
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
         self._heard = time.monotonic()
         self._buffer = b""
         self.reason: str | None = None
         self.go = False
+        self.stacks = False
 
     def read(self) -> None:
         data = os.read(0, 65536)
@@ -145,12 +185,24 @@ class Leash:
         for line in lines:
             if line.strip() == b"go":
                 self.go = True
+            elif line.strip() == b"stacks":
+                self.stacks = True
             elif line.strip():  # an empty line is a heartbeat
                 self.reason = self.reason or line.decode(errors="replace").strip()
 
     def tick(self) -> None:
         if time.monotonic() - self._heard > self._silence_s:
             self.reason = self.reason or f"no word from the controller for {self._silence_s:g} s"
+
+
+class JobLeash(Leash):
+    """Under Slurm nobody holds stdin: a cell runs until it ends, is signalled, or has had its time."""
+
+    stdin = False
+
+    def tick(self) -> None:
+        if time.monotonic() - self._heard > self._silence_s:
+            self.reason = self.reason or "timed out"
 
 
 class Tail:
@@ -185,38 +237,55 @@ class Cell:
         self.folder = Path(request["cell_dir"])
         self.marker: str = request["marker"]
         self.env: dict[str, str] = dict(request["env"])
-        self.leash = Leash(request["heartbeat_timeout_s"])
+        slurm = bool(request.get("slurm"))
+        self.leash = JobLeash(request["timeout_s"]) if slurm else Leash(request["heartbeat_timeout_s"])
+        self.words = SLURM_WORDS if slurm else {}
         self.tail = Tail(self.folder, ("rank*.jsonl", "rank*.stdout", "rank*.stderr"))
         self.error: str | None = None
+        self.error_kind: str | None = None
+        self.standing: dict[str, dict[str, Any]] = {}
 
     def run(self) -> int:
-        with contextlib.suppress(PermissionError):
-            os.setsid()  # a Ctrl-C in the controller's terminal reaches the controller alone
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if not self.request.get("slurm"):  # Slurm finds what it started by sessions, on some clusters
+            with contextlib.suppress(PermissionError):
+                os.setsid()  # a Ctrl-C in the controller's terminal reaches the controller alone
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, *self.words):
             signal.signal(number, self._on_signal)
         started = time.time()
         rc: int | None = None
+        oom_kills = process.oom_kills()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = check(self.request["check"]) if self.request.get("check") else {}
+            if found.get("problems"):
+                raise _Refused("; ".join(found["problems"]), found["kinds"][0])
             with self._locked():
                 if self.request.get("job"):
                     write_json_atomic(self.folder / "job.json", self.request["job"])
-                write_json_atomic(self.folder / "facts.json", facts.collect(self.env))
+                observed = facts.collect(self.env)
+                write_json_atomic(self.folder / "facts.json", observed)
+                self._refuse_drift(observed)
                 try:
                     rc = self._launch()
                 finally:
                     process.stop_marked(self.marker, self.request["grace_s"])
         except OSError as error:
             full = error.errno == errno.ENOSPC
+            self.error_kind = "disk_full" if full else "unknown"
             self.error = f"disk full: {self.folder}" if full else f"{error.strerror}: {error.filename or self.folder}"
         except _Refused as error:
-            self.error = str(error)
+            self.error, self.error_kind = str(error), error.kind
+        except InfrastructureError as error:  # its engine is not there
+            self.error, self.error_kind = str(error), "environment_missing"
         outcome = {
             "schema": 1,
             "host": self.request["host"],
             "rc": rc,
             "stopped": self.leash.reason,
             "error": self.error,
+            "kind": self.error_kind,
+            "oom_kills": process.oom_kills() - oom_kills,
+            "stacks": self.standing,
             "started_s": started,
             "ended_s": time.time(),
             "ranks": self._ranks(),
@@ -230,7 +299,17 @@ class Cell:
         return 0 if rc == 0 and self.error is None else 1
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self.leash.reason = self.leash.reason or signal.Signals(number).name
+        word = self.words.get(number) or signal.Signals(number).name
+        if word == "stacks":
+            self.leash.stacks = True
+        else:
+            self.leash.reason = self.leash.reason or word
+
+    def _refuse_drift(self, observed: Mapping[str, Any]) -> None:
+        """A cell that is to be compared with what was measured before runs in that environment or not at all."""
+        before = self.request.get("environment")
+        if before and (changed := facts.changes(before, facts.environment(observed))):
+            raise _Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to go on)", "version_mismatch")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -245,7 +324,7 @@ class Cell:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise _Refused(f"in use by run {file.read().strip() or 'unknown'}") from None
+                raise _Refused(f"in use by run {file.read().strip() or 'unknown'}", "in_use") from None
             file.truncate(0)
             file.write(self.request["run_id"])
             file.flush()
@@ -268,7 +347,8 @@ class Cell:
         kept = {k: v for k, v in os.environ.items() if not isolated or k in PLAIN}
         env = {**kept, **self.env, process.MARKER: self.marker, **self.request.get("secrets", {})}
         env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
-        child = process.spawn(argv, env=env, cwd="/" if isolated else str(self.folder))
+        with _ignored(signal.SIGUSR1, signal.SIGUSR2):
+            child = process.spawn(argv, env=env, cwd="/" if isolated else str(self.folder))
         if child.stdin:
             child.stdin.close()
         _say("started", pid=child.pid)
@@ -290,13 +370,15 @@ class Cell:
 
         sampler, next_sample, next_alive = Sampler(), 0.0, 0.0
         adopted = _Adopted(self.marker, self) if child is None else None
+        stacks: _Stacks | None = None
         with (
             selectors.DefaultSelector() as selector,
             open(self.folder / "telemetry.jsonl", "a", buffering=1) as stream,
             open(self.folder / "engine.stdout", "ab", buffering=0) as out,
             open(self.folder / "engine.stderr", "ab", buffering=0) as err,
         ):
-            selector.register(0, selectors.EVENT_READ, None)
+            if self.leash.stdin:
+                selector.register(0, selectors.EVENT_READ, None)
             if child is not None:
                 for pipe, file in ((child.stdout, out), (child.stderr, err)):
                     assert pipe is not None
@@ -319,6 +401,10 @@ class Cell:
                 if time.monotonic() >= next_sample:
                     stream.write(json.dumps(sampler.sample()) + "\n")
                     next_sample = time.monotonic() + self.request["telemetry_interval_s"]
+                if self.leash.stacks and stacks is None:
+                    stacks = _Stacks(self.folder, self.marker)
+                if stacks is not None and not self.standing and stacks.due():
+                    self.standing = stacks.read()
                 if self.leash.reason:
                     process.stop_marked(self.marker, self.request["grace_s"])
                     if child is not None:
@@ -347,8 +433,88 @@ class Cell:
         return bool(ranks) and all(rank["ended"] for rank in ranks.values())
 
 
+def _slurm_cell(request: Mapping[str, Any]) -> int:
+    """One cell under Slurm: this node's part of it, told in a file of the cell's folder."""
+    try:
+        own = placed(request, os.environ)
+        folder = Path(own["cell_dir"])
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / MESSAGES).unlink(missing_ok=True)  # an earlier job's
+        stream = os.open(folder / MESSAGES, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except (OSError, ValueError) as error:
+        print(f"runner.node: {request['cell']}: {error}", file=sys.stderr)
+        return 1
+    os.dup2(stream, 1)
+    os.close(stream)
+    _say("placed", job=os.environ.get("SLURM_JOB_ID"), hosts=own["hosts"], host=own["host"])
+    return Cell(own).run()
+
+
+def placed(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """A node's own request, from the one that all nodes of a step get and what Slurm told this task.
+
+    Of the common request: `hosts` are Slurm names in rank order (none: Slurm's order); `names`,
+    `addresses` and `node_env` have the inventory's names, addresses and variables of hosts by Slurm name;
+    `shared_root` is the folder of all hosts' artefacts where nodes share it, else `cell_dir` is on each node.
+    Raises ValueError saying what Slurm did not tell.
+    """
+    placement, index = slurm.placement(environ)
+    own = placement[index]
+    hosts = tuple(request.get("hosts") or placement)
+    if own not in hosts:
+        raise ValueError(f"Slurm started it on {own}, which is none of {', '.join(hosts)}")
+    index = hosts.index(own)
+    names = [request.get("names", {}).get(host, host) for host in hosts]
+    root = request.get("shared_root")
+    cell_dir = str(Path(root, names[index], request["cell"])) if root else request["cell_dir"]
+    launch = engines.ENGINES[request["engine"]](
+        engines.Ranks(
+            nodes=[_Host(name, sys.executable) for name in names],
+            gpus_per_node=request["gpus_per_node"],
+            master_address=request.get("addresses", {}).get(hosts[0], hosts[0]),
+            master_port=request["master_port"],
+            cell_dir=cell_dir,
+            launcher_dir=cell_dir,
+            ssh_config=None,
+            marker=request["marker"],
+        )
+    )
+    env = {**request["env"], **request.get("node_env", {}).get(own, {})}
+    return {
+        **request,
+        "host": names[index],
+        "hosts": names,
+        "cell_dir": cell_dir,
+        "env": env,
+        "job": {**request["job"], "env": env},
+        "argv": launch.argv[index],
+        "rendezvous_port": request["master_port"] if index == 0 else None,
+    }
+
+
+@dataclass(frozen=True)
+class _Host:
+    alias: str
+    python: str
+
+
+@contextlib.contextmanager
+def _ignored(*numbers: int) -> Iterator[None]:
+    """A process that is started here ignores these signals, unless it asks for them."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _Refused(Exception):
-    """The cell cannot start here; the message says why."""
+    """The cell cannot start here: a message that says why, and the kind of failure."""
+
+    def __init__(self, message: str, kind: str = "unknown") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class _Adopted:
@@ -366,13 +532,61 @@ class _Adopted:
         return self._seen and not alive and any(self._cell.folder.glob("rank*.jsonl"))
 
 
+class _Stacks:
+    """Where each rank of this node stands, asked of all at once and read `ANSWER_S` later."""
+
+    ANSWER_S = 1.0
+    FRAMES = 10
+
+    def __init__(self, folder: Path, marker: str) -> None:
+        alive = set(process.marked(marker))
+        self._asked: dict[Path, tuple[int, int]] = {}  # a rank's events: its process, what it had said on stderr
+        for path in sorted(folder.glob("rank*.jsonl")):
+            with open(path, "rb") as file:
+                pid = json.loads(file.readline() or b"{}").get("pid")
+            if pid in alive:  # neither ended, nor torchrun's own agent, nor somebody who got an old number
+                stderr = path.with_suffix(".stderr")
+                self._asked[path] = (pid, stderr.stat().st_size if stderr.exists() else 0)
+        process.signal_all([pid for pid, _ in self._asked.values()], process.STACKS)
+        self._due = time.monotonic() + self.ANSWER_S
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """By rank: the kernel's state of it, seconds since its last event, its innermost frames, innermost first."""
+        standing = {}
+        for path, (pid, said) in self._asked.items():
+            try:
+                with open(path.with_suffix(".stderr"), "rb") as file:
+                    file.seek(said)
+                    text = file.read().decode(errors="replace")
+            except OSError:
+                text = ""
+            standing[path.stem] = {
+                "state": process.state(pid),
+                "age_s": round(time.time() - path.stat().st_mtime, 1),
+                "frames": frames(text)[: self.FRAMES],
+            }
+        return standing
+
+
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_ROOT = re.compile(r".*/(?:site-packages/|(?=runner/workloads/))")
+
+
+def frames(text: str) -> list[str]:
+    """The frames in what faulthandler wrote, such as `torch/cuda/__init__.py:1083 synchronize`."""
+    return [f"{_ROOT.sub('', path)}:{line} {function}" for path, line, function in _FRAME.findall(text)]
+
+
 def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError:
-            raise _Refused(f"port {port} for the rendezvous is taken by another process") from None
+            raise _Refused(f"port {port} for the rendezvous is taken by another process", "port_taken") from None
 
 
 def _copy(pipe: Any, file: Any) -> bool:

@@ -39,6 +39,15 @@ def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
+def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Completion of a run's id."""
+    from runner.rundir import RunDir
+
+    return [
+        r.run_id for r in RunDir.all(Path(ctx.params.get("results") or "results")) if r.run_id.startswith(incomplete)
+    ]
+
+
 def read_inventory(source: str | None) -> Inventory:
     from runner import inventory
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +21,10 @@ from runner.errors import UsageError
 from runner.inventory import Node
 
 SCHEMA = 1
+# Rendezvous ports lie below the kernel's ephemeral range and differ between runs, cells and attempts.
+PORTS = range(20000, 30000)
+# What every rank gets beside its node's own environment.
+CELL_ENV = {"OMP_NUM_THREADS": "1"}
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -32,7 +39,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cell:
-    """One (test, model, num_nodes, repeat). `hosts[0]` is the rendezvous."""
+    """One (test, model, num_nodes, repeat). `hosts[0]` is the rendezvous.
+
+    Where Slurm places a cell, `hosts` is empty until it has.
+    """
 
     id: str
     test: str
@@ -54,7 +64,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run, before it starts."""
+    """A whole run. What its execution decides, such as another node for a bad one, is written back into it."""
 
     run_id: str
     created: str
@@ -72,11 +82,58 @@ class Plan:
     targets: Sequence[Mapping[str, Any]]
     cells: tuple[Cell, ...]
     passed_over: tuple[str, ...] = ()
+    spares: tuple[Node, ...] = ()
+    slurm: Mapping[str, Any] | None = None
+    named: bool = True  # False: Slurm chooses the nodes
+    one_allocation: bool = False
     schema: int = SCHEMA
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` gave, after a way through JSON.
+
+        Raises UsageError where it was written by a version that plans otherwise.
+        """
+
+        def made(kind: Any, values: Mapping[str, Any], **given: Any) -> Any:
+            known = {field.name for field in fields(kind)}
+            return kind(**{key: value for key, value in values.items() if key in known} | given)
+
+        try:
+            cells = [
+                made(
+                    Cell,
+                    cell,
+                    hosts=tuple(cell["hosts"]),
+                    batch=made(Batch, cell["batch"]) if cell["batch"] else None,
+                    launch=made(engines.Launch, cell["launch"], argv=tuple(cell["launch"]["argv"])),
+                )
+                for cell in data["cells"]
+            ]
+            return made(
+                cls,
+                data,
+                cells=tuple(cells),
+                nodes=tuple(made(Node, node) for node in data["nodes"]),
+                spares=tuple(made(Node, node) for node in data.get("spares", ())),
+            )
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"run {data.get('run_id')} was planned by shakedown {data.get('version')}, whose plans this version "
+                f"({__version__}) cannot take up ({error}): start a new run"
+            ) from None
+
+    @cached_property
+    def _by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in (*self.nodes, *self.spares)}
+
+    def node(self, name: str) -> Node:
+        """The node or spare of that name."""
+        return self._by_name[name]
 
 
 @dataclass(frozen=True)
@@ -104,6 +161,10 @@ class Request:
     weights: str | None = None
     seed: int = 0
     passed_over: tuple[str, ...] = ()
+    spares: bool = False  # whether nodes beyond those needed may take the place of bad ones
+    slurm: Mapping[str, Any] | None = None
+    named: bool = True  # False: Slurm chooses the nodes
+    one_allocation: bool = False
 
 
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
@@ -114,6 +175,11 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     most = max(request.node_counts)
     if most > len(nodes):
         raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
+    if request.backend == "slurm" and request.engine in engines.HEADED:
+        raise UsageError(
+            f"engine {request.engine} reaches nodes over ssh, backend slurm does not: use --engine torchrun: it runs "
+            "every test, DeepSpeed's too"
+        )
     if reason := engines.obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
     cells = []
@@ -132,12 +198,16 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         scaling=request.scaling,
         seed=request.seed,
         weights=request.weights,
-        nodes=nodes[:most],
+        nodes=nodes[:most] if request.named else nodes,
         hardware=request.hardware,
         models={request.model["name"]: request.model} if "sft" in request.tests else {},
         targets=request.targets,
         cells=tuple(cells),
         passed_over=request.passed_over,
+        spares=nodes[most:] if request.spares and request.named else (),
+        slurm=request.slurm,
+        named=request.named,
+        one_allocation=request.one_allocation,
     )
 
 
@@ -147,12 +217,7 @@ def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[
     model = request.model["name"] if test == "sft" else None
     parts = [test, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
     cell_id = "-".join(parts)
-    # The planned port lies below the kernel's ephemeral range and differs between runs and cells.
-    port = 20000 + zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % 10000
-    local = request.backend == "local"
-    first = nodes[0]
-    base = PurePath(request.run_dir, "nodes", first.name) if local else PurePath(first.scratch, request.run_id)
-    env = {"OMP_NUM_THREADS": "1"}
+    port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
     batch, deepspeed = None, None
     if test == "sft":
         params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
@@ -164,34 +229,66 @@ def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[
         deepspeed = _deepspeed(request.deepspeed, batch)
     elif params.get("max_bytes") is None:
         params = {**params, "max_bytes": (8 << 30) if request.device == "cuda" else (1 << 20)}
-    ranks = engines.Ranks(
-        nodes=nodes,
-        gpus_per_node=request.gpus_per_node,
-        master_address="127.0.0.1" if local else first.address,
-        master_port=port,
-        cell_dir=str(base / cell_id),
-        launcher_dir=str(PurePath(request.run_dir, "launcher", cell_id)),
-        ssh_config=request.ssh_config,
-        marker=f"{request.run_id}/{cell_id}",
-    )
-    return Cell(
+    cell = Cell(
         id=cell_id,
         test=test,
         model=model,
         num_nodes=num_nodes,
         repeat=repeat,
-        hosts=tuple(node.name for node in nodes),
+        hosts=(),
         gpus_per_node=request.gpus_per_node,
         world_size=world_size,
         device=request.device,
         params=params,
         batch=batch,
         deepspeed=deepspeed,
-        env=env,
-        cell_dir=ranks.cell_dir,
+        env=CELL_ENV,
+        cell_dir="",
         master_port=port,
-        launch=engines.ENGINES[request.engine](ranks),
+        launch=engines.Launch(argv=()),
     )
+    placed = place(cell, nodes, request, request.ssh_config)
+    return placed if request.named else replace(placed, hosts=())
+
+
+def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: str | None) -> Cell:
+    """`cell` on `nodes`, with all that depends on them. Under Slurm the agents ask the engine, once they are placed."""
+    hosts = tuple(node.name for node in nodes)
+    first = nodes[0]
+    if where.backend == "slurm":
+        shared = (where.slurm or {}).get("shared", True)
+        cell_dir = PurePath(where.run_dir, "nodes") if shared else PurePath(first.scratch, where.run_id, cell.id)
+        return replace(cell, hosts=hosts, cell_dir=str(cell_dir))
+    local = where.backend == "local"
+    base = PurePath(where.run_dir, "nodes", first.name) if local else PurePath(first.scratch, where.run_id)
+    ranks = engines.Ranks(
+        nodes=tuple(nodes),
+        gpus_per_node=cell.gpus_per_node,
+        master_address="127.0.0.1" if local else first.address,
+        master_port=cell.master_port,
+        cell_dir=str(base / cell.id),
+        launcher_dir=str(PurePath(where.run_dir, "launcher", cell.id)),
+        ssh_config=ssh_config,
+        marker=f"{where.run_id}/{cell.id}",
+    )
+    return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=engines.ENGINES[where.engine](ranks))
+
+
+def fingerprint(plan: Plan, cell: Cell) -> str:
+    """A hash of all that defines what this cell measures; where it runs and when are not part of it."""
+    measured = {
+        "test": cell.test,
+        "model": plan.models.get(cell.model) if cell.model else None,
+        "weights": plan.weights,
+        "engine": plan.engine,
+        "scaling": plan.scaling,
+        "seed": plan.seed,
+        **{
+            name: getattr(cell, name)
+            for name in ("num_nodes", "gpus_per_node", "repeat", "device", "params", "deepspeed", "env")
+        },
+    }
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _batch(request: Request, params: Mapping[str, Any], num_nodes: int, world_size: int) -> Batch:
@@ -306,7 +403,8 @@ def describe(plan: Plan, fold: Any) -> str:
             "",
             f"cell {cell.id}: {cell.world_size} ranks ({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})",
         ]
-        lines.append(f"  hosts  {fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}")
+        hosts = f"{fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}" if cell.hosts else "placed by Slurm"
+        lines.append(f"  hosts  {hosts}")
         if cell.batch:
             b = cell.batch
             lines.append(
@@ -314,7 +412,8 @@ def describe(plan: Plan, fold: Any) -> str:
                 f" of {cell.params['seq_len']} tokens"
             )
             lines.append(f"  data   {cell.params['dataset']}, prepared once and sent to each node once")
-        on_node = {node.name: environment(cell, node) for node in plan.nodes if node.name in cell.hosts}
+        chosen = set(cell.hosts or aliases)
+        on_node = {n.name: environment(cell, n) for n in plan.nodes if n.name in chosen}
         for key in dict.fromkeys(key for env in on_node.values() for key in env):
             by_value: dict[str | None, list[str]] = {}
             for name, env in on_node.items():
@@ -327,7 +426,7 @@ def describe(plan: Plan, fold: Any) -> str:
             lines.append(f"  controller runs  {shlex.join([*extra, *cell.launch.head])}")
             for name, content in cell.launch.files.items():
                 lines += [f"  {name}:", *(f"    {line}" for line in content.splitlines())]
-        for host, argv in zip(cell.hosts, cell.launch.argv, strict=True):
+        for host, argv in zip(cell.hosts, cell.launch.argv, strict=False):  # under Slurm the agents ask the engine
             lines.append(f"  {aliases[host]}  {shlex.join(argv) if argv else '(ranks started by the controller)'}")
         lines.append(f"  writes {cell.cell_dir} on each node")
     return "\n".join(lines)

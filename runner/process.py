@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from runner.errors import InfrastructureError
 
 # Every process of a cell carries this variable, whatever started it (torchrun puts its workers in
 # sessions of their own, pdsh starts them below sshd): it is how leftovers are found and ended.
 MARKER = "SHAKEDOWN_CELL"
+# Asks a rank where it stands. Of the signals that torch, NCCL and Slurm leave alone it is one that a process
+# which has not prepared for it ignores, instead of dying.
+STACKS = signal.SIGURG
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,12 @@ class Outcome:
         """The last line it wrote to stderr (or stdout): usually the reason of a failure."""
         lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
         return lines[-1].strip() if lines else ""
+
+
+def allow_open_files() -> None:
+    """Take all the open files that this user may have: a connection has three pipes, a rank several streams."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def spawn(
@@ -152,6 +163,40 @@ def marked(marker: str) -> list[int]:
         except OSError:
             continue  # it ended meanwhile, or belongs to another user
     return found
+
+
+def state(pid: int) -> str | None:
+    """What the kernel says a process does: R runs, S sleeps, D waits in the kernel, T is stopped, Z is dead."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+def oom_kills() -> int:
+    """How many processes of this process's memory cgroup the kernel has killed for memory; 0 where it does not say.
+
+    cgroup v2 counts in memory.events, v1 in memory.oom_control. Inside a container the path that the kernel
+    names may not be mounted: then it is the nearest folder above, in the end the container's own.
+    """
+    try:
+        own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return 0
+    for controllers, root, name in (
+        ("memory", "/sys/fs/cgroup/memory", "memory.oom_control"),
+        ("", "/sys/fs/cgroup", "memory.events"),
+    ):
+        for _, found, path in own:
+            if found != controllers:
+                continue
+            place = Path(root + path)
+            for folder in (place, *place.parents):
+                if folder.is_relative_to(root) and (folder / name).exists():
+                    words = (folder / name).read_text().split()
+                    return int(dict(zip(words[::2], words[1::2], strict=False)).get("oom_kill", 0))
+    return 0
 
 
 def signal_all(pids: Iterable[int], number: int) -> None:

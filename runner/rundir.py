@@ -11,14 +11,16 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from runner import records
 from runner.errors import InfrastructureError, UsageError
 
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
+LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -52,6 +54,27 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """A cell's entry in status.json before its `attempt`; `attempts` are the earlier ones.
+
+    `plan_hash` is that of the plan which a complete cell was measured by, `job` what Slurm says of its job,
+    `nodes` the live state of each.
+    """
+    return {
+        "state": "planned",
+        "started": None,
+        "ended": None,
+        "error": None,
+        "attempt": attempt,
+        "attempts": list(attempts),
+        "hosts": [],
+        "plan_hash": None,
+        "job": None,
+        "nodes": {},
+        "progress": None,
+    }
+
+
 class RunDir:
     """Paths and states of one run."""
 
@@ -79,6 +102,39 @@ class RunDir:
         """The artefacts of a launcher that runs on the controller (DeepSpeed's)."""
         return self.path / "launcher" / cell
 
+    def earlier(self, cell: str, attempt: int) -> Path:
+        """The artefacts of an attempt at a cell that was given up, below them one folder for each host."""
+        return self.path / "attempts" / f"{cell}.{attempt}"
+
+    def slurm(self, name: str) -> Path:
+        """The sbatch file of a cell, or of all; its log lies beside it."""
+        return self.path / "slurm" / f"{name}.sbatch"
+
+    def set_aside(self, cell: str, attempt: int) -> None:
+        """Move what an attempt at a cell left out of the way of the next one. Nothing is deleted."""
+        target = self.earlier(cell, attempt)
+        for folder in sorted(self.path.glob(f"nodes/*/{cell}")):
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.rename(target / folder.parent.name)
+        if self.launcher(cell).is_dir():
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.launcher(cell).rename(target / "launcher")
+
+    def read_outcomes(self, hosts: Iterable[str], cell: str) -> dict[str, dict[str, Any]]:
+        """outcome.json of every host that wrote a whole one."""
+        outcomes = {}
+        for host in hosts:
+            with contextlib.suppress(OSError, ValueError):
+                outcomes[host] = json.loads((self.cell(host, cell) / "outcome.json").read_text())
+        return outcomes
+
+    def keep_transport(self, ssh_config: Path) -> None:
+        """Keep how the nodes were reached, pinned host keys included, for what is done to them later."""
+        pinned = ssh_config.with_name("known_hosts")
+        kept = self.path / pinned.name
+        write_text_atomic(kept, pinned.read_text())
+        write_text_atomic(self.path / "ssh_config", ssh_config.read_text().replace(str(pinned), str(kept)))
+
     @classmethod
     def create(cls, results: Path, plan: Mapping[str, Any]) -> RunDir:
         """Make the directory, save the plan, and point `latest` at it."""
@@ -88,10 +144,8 @@ class RunDir:
             run.path.mkdir(mode=0o700)
             (run.path / "telemetry").mkdir(mode=0o700)
             write_json_atomic(run.plan, plan)
-            cells = {
-                c["id"]: {"state": "planned", "started": None, "ended": None, "error": None} for c in plan["cells"]
-            }
-            write_json_atomic(run.status, {"schema": 1, "run_id": run.run_id, "state": "planned", "cells": cells})
+            status = {"schema": 1, "run_id": run.run_id, "state": "planned", "replaced": []}
+            write_json_atomic(run.status, status | {"cells": {c["id"]: cell_status(1) for c in plan["cells"]}})
             link = results / f".latest.{os.getpid()}"
             link.symlink_to(run.run_id)
             link.replace(results / "latest")
@@ -138,7 +192,7 @@ class RunDir:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(file.read())
+                    return int(file.read() or 0) or None  # it has the lock and is about to write its id
         except FileNotFoundError:
             pass
         return None
@@ -161,9 +215,15 @@ class RunDir:
         if status["state"] not in FINAL_STATES and self.controller() is None:
             status["state"] = "incomplete"
             for cell in status["cells"].values():
-                if cell["state"] == "running":
+                if cell["state"] in LIVE_STATES:
                     cell["state"] = "incomplete"
         return status
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_json_atomic(self.plan, json.loads(json.dumps(plan)))
+
+    def read_records(self) -> list[records.Record]:
+        return records.load(self.records.read_text(errors="replace")) if self.records.exists() else []
 
     def write_status(self, status: Mapping[str, Any]) -> None:
         write_json_atomic(self.status, status)

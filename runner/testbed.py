@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,10 @@ OnProgress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks for. `memory` as podman takes it ("4g"), `cpus` in cores, both per node."""
+    """What the user asks for. `memory` as podman takes it ("4g"), `cpus` in cores, both per node.
+
+    `share` is a folder that every node sees at its own path and may write to, as a home on NFS would be.
+    """
 
     nodes: int = 8
     name: str = DEFAULT_NAME
@@ -63,6 +66,7 @@ class Options:
     memory: str | None = None
     cpus: float | None = None
     image: str | None = None
+    share: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,8 @@ def container_argv(
         argv += ["--cpus", f"{options.cpus:g}"]
     for path in machine.mounts:
         argv += ["--volume", f"{path}:{path}:ro"]
+    if options.share:
+        argv += ["--volume", f"{options.share}:{options.share}"]
     return [*argv, "--volume", f"{keys}/{node.alias}:{KEYS_IN_NODE}:ro", image]
 
 
@@ -379,12 +385,14 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
     lay_out(options.nodes, SUBNETS[0])
     _require_root()
     _require("podman", "ssh-keygen", "iptables|nft")
+    options = _shared_folder(options)
     machine = this_machine(json.loads(_podman("info", "--format", "json")))
     base = _this_base(options.image)
     tag = image_tag(base, _definition())
     wanted = {
         "nodes": options.nodes, "memory": options.memory, "cpus": options.cpus, "image": tag,
         "inventory": str(folder), "python": machine.python, "mounts": list(machine.mounts),
+        "share": str(options.share) if options.share else None,
     }  # fmt: skip
     with _locked(record):
         state = _read_state(home, options.name)
@@ -404,6 +412,16 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
         except BaseException:
             _remove(home, state)
             raise
+
+
+def _shared_folder(options: Options) -> Options:
+    """`options` with the whole path of the folder to share; podman would take a colon in it for an option."""
+    if options.share is None:
+        return options
+    share = options.share.absolute()
+    if not share.is_dir() or ":" in str(share):
+        raise UsageError(f"--share {options.share}: give a folder that exists and has no colon in its path")
+    return replace(options, share=share)
 
 
 def _start(home: Path, state: dict, options: Options, machine: Machine, image: str) -> dict:
@@ -587,6 +605,7 @@ def _observe(state: Mapping[str, Any]) -> list[dict]:
 def dry_run(options: Options, *, home: Path | None = None) -> list[str]:
     """What `up` would run and write, one line each, if nothing were there yet."""
     home = home or state_home()
+    options = _shared_folder(options)
     _require("podman")
     info = json.loads(_podman("info", "--format", "json"))
     machine, base = this_machine(info), _this_base(options.image)
@@ -648,6 +667,8 @@ def testbed() -> None:
 @click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 4g.")
 @click.option("--cpus", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Processors of each node.")
 @click.option("--image", metavar="IMAGE", help="Build on this image of a registry instead of debootstrap.")
+@click.option("--share", type=click.Path(path_type=Path), metavar="DIR",
+              help="A folder that all nodes see at the same path and may write to.")  # fmt: skip
 @click.option("--dry-run", "dry", is_flag=True, help="Print what would be run and written.")
 def _up(dry: bool, **options: Any) -> None:
     """Start the nodes and write their inventory. The first time it builds the image (about a minute)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import sys
 import traceback
 from pathlib import Path
 
+from runner import process
 from runner.errors import RunnerError
 from runner.workloads import Events, Job, rank_from_env
 
@@ -47,6 +49,8 @@ def _own_output(cell_dir: Path, rank: int) -> None:
 if __name__ == "__main__":
     # DeepSpeed's launcher puts --local_rank=K before a script's own arguments.
     cell_dir = Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][-1])
+    # Before torch, whose import may hang as well. The handler is in C: it answers while Python waits.
+    faulthandler.register(process.STACKS, all_threads=False)
     code = 1
     try:
         main(cell_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import process
+from runner import __version__, facts, node, process
 
 pytestmark = pytest.mark.local
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.local
 RANK = """
 import json, os, sys, time
 with open("rank0.jsonl", "w", buffering=1) as events:
-    events.write(json.dumps({"event": "start", "rank": 0}) + "\\n")
+    events.write(json.dumps({"event": "start", "rank": 0, "pid": os.getpid()}) + "\\n")
     %s
     events.write(json.dumps({"event": "end", "rank": 0}) + "\\n")
 """
@@ -163,7 +163,8 @@ def test_a_node_takes_one_cell_at_a_time_and_names_the_holder(tmp_path):
     first = Agent(tmp_path, python("time.sleep(60)"))
     first.hear("started")
     second = Agent(tmp_path, python("pass"), run_id="run-b", cell_dir=str(tmp_path / "other"))
-    assert second.close()["error"] == "in use by run run-a"
+    refused = second.close()
+    assert (refused["error"], refused["kind"]) == ("in use by run run-a", "in_use")
     first.say("stop")
     first.close()
     third = Agent(tmp_path, python("pass"), run_id="run-c")
@@ -177,7 +178,75 @@ def test_a_taken_rendezvous_port_is_named_before_anything_starts(tmp_path):
         port = holder.getsockname()[1]
         outcome = Agent(tmp_path, python("pass"), rendezvous_port=port).close()
     assert outcome["error"] == f"port {port} for the rendezvous is taken by another process"
-    assert outcome["rc"] is None
+    assert (outcome["rc"], outcome["kind"]) == (None, "port_taken")
+
+
+def test_an_engine_that_is_not_there_is_one_line(tmp_path):
+    outcome = Agent(tmp_path, ["/nowhere/python"]).close()
+    assert outcome["error"] == "program '/nowhere/python' is not installed or not on PATH"
+    assert outcome["kind"] == "environment_missing"
+
+
+def test_a_check_tells_every_problem_with_its_kind_and_the_nodes_time(tmp_path):
+    request = {"scratch": str(tmp_path), "min_free_disk_gib": 1e6, "packages": ["torch", "no-such-package"]}
+    answer = node.check({**request, "programs": ["no-such-program"], "version": "0.0.1", "gpus": 0})
+    assert answer["kinds"] == ["disk_full", "environment_missing", "environment_missing", "version_mismatch"]
+    assert [problem.split()[-1] for problem in answer["problems"]][1:3] == ["no-such-package", "no-such-program"]
+    assert abs(answer["time_s"] - time.time()) < 60
+    good = {**request, "min_free_disk_gib": 0, "packages": ["torch"]}
+    assert node.check({**good, "programs": [], "version": __version__, "gpus": 0})["problems"] == []
+
+
+# --- ranks that stand still -----------------------------------------------------------------------
+
+ANSWERS = f"""import faulthandler
+    faulthandler.register({int(process.STACKS)}, file=open('rank0.stderr', 'w'), all_threads=False)
+    def stand_here(depth):
+        return stand_here(depth - 1) if depth else time.sleep(60)
+    events.write(json.dumps({{"event": "progress"}}) + "\\n")
+    stand_here(%d)"""
+
+
+def stacks(agent: Agent) -> dict:
+    """Where the rank stands, once it is there; then the agent is told to stop."""
+    assert until(lambda: '"progress"' in read(agent.folder / "rank0.jsonl"))
+    time.sleep(0.2)
+    agent.say("stacks")
+    time.sleep(1.5)
+    agent.say("stop")
+    return agent.close()["stacks"]["rank0"]
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_rank_tells_where_it_stands_before_it_is_stopped(tmp_path):
+    rank = stacks(Agent(tmp_path, python(ANSWERS % 0)))
+    assert rank["state"] == "S" and 1.0 < rank["age_s"] < 60
+    assert [frame.split()[-1] for frame in rank["frames"]] == ["stand_here", "<module>"]
+
+
+def test_only_the_innermost_frames_are_told(tmp_path):
+    rank = stacks(Agent(tmp_path, python(ANSWERS % 50)))
+    assert [frame.split()[-1] for frame in rank["frames"]] == ["stand_here"] * 10
+
+
+def test_a_stopped_rank_is_seen_as_such(tmp_path):
+    agent = Agent(tmp_path, python(ANSWERS % 0))
+    assert until(lambda: '"progress"' in read(agent.folder / "rank0.jsonl"))
+    process.signal_all(agent.alive(), signal.SIGSTOP)
+    rank = stacks(agent)
+    assert (rank["state"], rank["frames"]) == ("T", [])
+    assert agent.alive() == []
+
+
+def test_a_rank_that_is_not_prepared_for_the_question_lives_on(tmp_path):
+    agent = Agent(tmp_path, python("""events.write(json.dumps({"event": "progress"}) + "\\n"); time.sleep(3)"""))
+    assert until(lambda: '"progress"' in read(agent.folder / "rank0.jsonl"))
+    agent.say("stacks")
+    outcome = agent.close()
+    assert outcome["rc"] == 0 and outcome["stacks"]["rank0"]["frames"] == []
 
 
 def test_ranks_that_another_launcher_started_are_watched_and_ended(tmp_path):
@@ -203,3 +272,170 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     blocked.write_text("")
     outcome = Agent(tmp_path, python("pass"), cell_dir=str(blocked / "cell")).close()
     assert outcome["error"].startswith("Not a directory")
+
+
+# --- under Slurm, without Slurm: the agent is started as srun would ---------------------------------
+
+# Stands in for torchrun, which takes seconds to start: runs one rank's code, which ends well or is interrupted.
+TORCHRUN = """
+import json, os, sys, time
+folder = sys.argv[-1]
+with open("rank0.jsonl", "w", buffering=1) as events:
+    events.write(json.dumps({"event": "start", "rank": 0, "argv": sys.argv[1:]}) + "\\n")
+    try:
+        time.sleep(float(os.environ["RANK_S"]))
+        events.write(json.dumps({"event": "end", "rank": 0}) + "\\n")
+    except KeyboardInterrupt:
+        events.write(json.dumps({"event": "flushed", "rank": 0}) + "\\n")
+        sys.exit(1)
+"""
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "a[1-2]", "SLURMD_NODENAME": "a1", "SLURM_NODEID": "0"}
+
+
+def slurm_request(tmp_path: Path, rank_s: float = 0.0, **changes: object) -> dict:
+    stand_in = tmp_path / "stand-in" / "torch" / "distributed"
+    if not stand_in.exists():
+        stand_in.mkdir(parents=True)
+        for folder in (stand_in, stand_in.parent):
+            (folder / "__init__.py").touch()
+        (stand_in / "run.py").write_text(TORCHRUN)
+    return {
+        "kind": "cell",
+        "slurm": True,
+        "run_id": "run-a",
+        "cell": "c",
+        "marker": f"run/{tmp_path.name}",
+        "scratch": str(tmp_path / "scratch"),
+        "shared_root": str(tmp_path / "nodes"),
+        "engine": "torchrun",
+        "gpus_per_node": 4,
+        "master_port": 23456,
+        "timeout_s": 60,
+        "names": {"a1": "gpu-0001", "a2": "gpu-0009"},
+        "addresses": {"a1": "10.0.0.1", "a2": "10.0.0.2"},
+        "env": {"PYTHONPATH": str(stand_in.parents[1]), "RANK_S": str(rank_s), "NIC": "eth0"},
+        "node_env": {"a1": {"NIC": "eth1"}},
+        "job": {"a": 1},
+        "telemetry_interval_s": 0.2,
+        "grace_s": 0.5,
+    } | changes
+
+
+class Task:
+    """An agent as a task of srun: an indented request, then the end of stdin; messages in a file."""
+
+    def __init__(self, tmp_path: Path, rank_s: float = 0.0, **changes: object) -> None:
+        request = slurm_request(tmp_path, rank_s, **changes)
+        self.folder = tmp_path / "nodes" / "gpu-0001" / "c"
+        self.marker = request["marker"]
+        self.child = subprocess.Popen(
+            [sys.executable, "-P", "-u", "-m", "runner.node"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **SLURM},
+            text=True,
+        )
+        assert self.child.stdin
+        self.child.stdin.write(json.dumps(request, indent=1) + "\n")
+        self.child.stdin.flush()
+
+    def said(self) -> list[dict]:
+        file = self.folder / "messages.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def started(self) -> bool:
+        rank = self.folder / "rank0.jsonl"
+        return rank.exists() and "start" in rank.read_text()
+
+    def end(self) -> dict:
+        """Its outcome, once it has ended by itself."""
+        printed, self.complaint = self.child.communicate(timeout=20)
+        assert printed == ""
+        assert process.marked(self.marker) == []
+        return self.said()[-1]
+
+
+def test_under_slurm_an_agent_needs_no_controller_and_tells_a_file(tmp_path):
+    stale = tmp_path / "nodes" / "gpu-0001" / "c" / "messages.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"message": "outcome", "rc": 0}\n')
+    task = Task(tmp_path, 1.0)
+    outcome = task.end()  # communicate() closes its stdin at once
+    assert (outcome["message"], outcome["rc"], outcome["stopped"], task.child.returncode) == ("outcome", 0, None, 0)
+    assert task.said()[0] == {"message": "placed", "job": "77", "hosts": ["gpu-0001", "gpu-0009"], "host": "gpu-0001"}
+    assert {"started", "alive", "line"} <= {message["message"] for message in task.said()}
+    assert json.loads((task.folder / "outcome.json").read_text())["host"] == "gpu-0001"
+    job = json.loads((task.folder / "job.json").read_text())
+    assert job["a"] == 1 and job["env"]["NIC"] == "eth1"
+    argv = json.loads((task.folder / "rank0.jsonl").read_text().splitlines()[0])["argv"]
+    assert {"--nnodes=2", "--nproc-per-node=4", "--node-rank=0", "--master-addr=10.0.0.1"} <= set(argv)
+    assert argv[-1] == str(task.folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGUSR1, "time limit"), (signal.SIGUSR2, "stop"), (signal.SIGTERM, "stop")]
+)
+def test_slurms_signals_reach_every_process_and_ranks_have_time_to_flush(tmp_path, number, reason):
+    task = Task(tmp_path, 60)
+    assert until(task.started, 20)
+    if number != signal.SIGTERM:  # Slurm sends it to all processes of a step; unprepared, it ends Python
+        process.signal_all(process.marked(task.marker), number)
+        time.sleep(0.2)
+        assert process.marked(task.marker)
+    task.child.send_signal(number)
+    outcome = task.end()
+    assert outcome["stopped"] == reason and task.child.returncode == 1
+    assert "flushed" in (task.folder / "rank0.jsonl").read_text()
+
+
+def test_a_cell_whose_controller_is_gone_ends_with_its_own_limit(tmp_path):
+    outcome = Task(tmp_path, 60, timeout_s=1).end()
+    assert outcome["stopped"] == "timed out"
+
+
+def test_no_preflight_reached_the_node_so_the_agent_checks_it_before_it_starts(tmp_path):
+    check = {
+        "scratch": str(tmp_path / "scratch"),
+        "min_free_disk_gib": 0,
+        "packages": ["nosuch"],
+        "programs": [],
+        "gpus": 0,
+    }
+    task = Task(tmp_path, check={**check, "version": "0.0.1"})
+    outcome = task.end()
+    assert "lacks nosuch" in outcome["error"] and "this controller is 0.0.1" in outcome["error"]
+    assert outcome["rc"] is None and not (task.folder / "rank0.jsonl").exists()
+
+
+def test_a_changed_environment_is_named_and_nothing_starts(tmp_path):
+    before = facts.environment(facts.collect({})) | {"packages.torch": "1.0"}
+    task = Task(tmp_path, environment=before)
+    outcome = task.end()
+    assert outcome["error"].startswith("environment changed: ") and "torch 1.0 -> " in outcome["error"]
+    assert "--accept-drift" in outcome["error"] and not (task.folder / "rank0.jsonl").exists()
+
+
+def test_a_task_without_slurms_variables_says_so_and_ends(tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    argv = [sys.executable, "-P", "-m", "runner.node"]
+    done = process.run(argv, timeout_s=20, env=env, input=json.dumps(slurm_request(tmp_path)) + "\n")
+    assert done.rc == 1 and "SLURM_STEP_NODELIST is not set" in done.stderr
+
+
+def test_named_hosts_give_the_order_of_ranks_whatever_slurm_sorts(tmp_path):
+    request = slurm_request(tmp_path, hosts=["a2", "a1"])
+    first, second = (node.placed(request, {**SLURM, "SLURMD_NODENAME": name}) for name in ("a2", "a1"))
+    assert "--node-rank=0" in first["argv"] and "--node-rank=1" in second["argv"]
+    assert "--master-addr=10.0.0.2" in first["argv"] and "--master-addr=10.0.0.2" in second["argv"]
+    assert (first["rendezvous_port"], second["rendezvous_port"]) == (23456, None)
+    assert first["hosts"] == ["gpu-0009", "gpu-0001"]
+    with pytest.raises(ValueError, match="a2, which is none of a1, a3"):
+        node.placed({**request, "hosts": ["a1", "a3"]}, {**SLURM, "SLURMD_NODENAME": "a2"})
+
+
+def test_a_node_that_the_inventory_does_not_know_goes_by_slurms_name_and_its_own_folder(tmp_path):
+    request = slurm_request(tmp_path, names={}, addresses={}, shared_root=None, cell_dir="/scratch/run-a/c")
+    own = node.placed(request, {**SLURM, "SLURMD_NODENAME": "a2"})
+    assert (own["host"], own["cell_dir"]) == ("a2", "/scratch/run-a/c")
+    assert "--master-addr=a1" in own["argv"] and own["env"]["NIC"] == "eth0"

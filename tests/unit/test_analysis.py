@@ -285,11 +285,14 @@ def test_quantiles_are_numpys(values: list[float], q: float) -> None:
 # --- states and findings ----------------------------------------------------------------------------------
 
 
-def test_a_dead_rank_is_a_finding_with_host_fault_and_last_words() -> None:
-    summary = summary_of(report_fixture.broken())
-    found = next(f for f in summary["findings"] if f["kind"] == "rank_died")
-    assert (found["host"], found["fault"], found["where"]) == (NAMES[2], "configuration", "sft-llama-2-7b-8n-r3")
-    assert "lower the micro batch" in found["evidence"]
+def test_a_dead_rank_is_a_finding_with_host_fault_advice_and_last_words() -> None:
+    fixture = report_fixture.broken()
+    (failed_cell,) = [entry for entry in fixture.status["cells"].values() if entry["error"]]
+    failed_cell["error"]["kind"] = "cuda_out_of_memory"
+    summary = summary_of(fixture)
+    found = next(f for f in summary["findings"] if f["kind"] == "cuda_out_of_memory")
+    assert (found["host"], found["fault"], found["where"]) == (NAMES[2], "user", "sft-llama-2-7b-8n-r3")
+    assert found["evidence"].endswith("; lower the micro batch or use more nodes")
     assert "CUDA out of memory" in found["stderr"][-1]
     assert (summary["state"], summary["verdict"]) == ("failed", "fail")
 
@@ -300,33 +303,46 @@ def failed(error: dict[str, Any] | None, state: str = "failed") -> dict[str, Any
     return summary_of(fixture)
 
 
+@pytest.mark.parametrize(("kind", "known"), findings.KINDS.items())
+def test_a_failed_cells_kind_says_whose_fault_it_is_and_what_to_do(kind: str, known: findings.Kind) -> None:
+    (found,) = failed({"kind": kind, "message": "it broke", "host": NAMES[1], "stderr": ["last"]})["findings"]
+    assert (found["kind"], found["fault"], found["host"]) == (kind, known.fault, NAMES[1])
+    assert found["evidence"] == (f"it broke; {known.advice}" if known.advice else "it broke")
+    assert found["confidence"] == ("not identifiable" if known.fault == "not identifiable" else "high")
+
+
+def test_a_nodes_fault_without_a_node_to_name_is_nobodys() -> None:
+    (found,) = failed({"kind": "hung", "message": "two are silent", "host": None, "stderr": []})["findings"]
+    assert (found["kind"], found["fault"], found["confidence"]) == ("hung", "not identifiable", "not identifiable")
+
+
 @pytest.mark.parametrize(
-    ("error", "kind", "fault"),
+    "error",
     [
-        ({"message": "lost the connection to it", "host": NAMES[1], "stderr": []}, "node_unreachable", "node"),
-        (
-            {"message": "rank1 died (exit -9): no last words (killed?)", "host": NAMES[1]},
-            "rank_died",
-            "not identifiable",
-        ),
-        (
-            {"message": "rank1 died", "host": NAMES[1], "stderr": ["OSError: No space left on device"]},
-            "rank_died",
-            "node",
-        ),
-        (None, "rank_died", "not identifiable"),
+        {"message": "rank1 died: No space left on device", "host": NAMES[1], "stderr": []},
+        {"kind": "from the future", "message": "x", "host": NAMES[1], "stderr": []},
+        None,
     ],
 )
-def test_a_failed_cell_names_whose_fault_only_where_it_is_known(
-    error: dict[str, Any] | None, kind: str, fault: str
-) -> None:
+def test_a_run_that_recorded_no_kind_is_read_without_guessing_one(error: dict[str, Any] | None) -> None:
     (found,) = failed(error)["findings"]
-    assert (found["kind"], found["fault"]) == (kind, fault)
+    assert (found["kind"], found["fault"]) == ("unknown", "not identifiable")
+
+
+def test_another_try_is_for_infrastructure_alone() -> None:
+    assert {known.fault for known in findings.KINDS.values() if known.retry} <= {"node", "not identifiable"}
+    assert {known.fault for known in findings.KINDS.values()} <= {
+        "node",
+        "configuration",
+        "user",
+        "tool",
+        "not identifiable",
+    }
 
 
 def test_a_cell_out_of_time_is_a_finding_and_a_cancelled_one_is_not() -> None:
-    message = "not finished within its limit of 10 s"
-    (found,) = failed({"message": message, "host": None, "stderr": []}, "incomplete")["findings"]
+    error = {"kind": "timed_out", "message": "not finished within its limit of 10 s", "host": None, "stderr": []}
+    (found,) = failed(error, "incomplete")["findings"]
     assert found["kind"] == "timed_out"
     cancelled = failed(None, "cancelled")
     assert (cancelled["findings"], cancelled["state"]) == ([], "incomplete")

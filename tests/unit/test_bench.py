@@ -1,7 +1,8 @@
-"""Choosing nodes, telling a culprit from its victims, and what a cell's end means."""
+"""Choosing nodes, what running agents are told, and what a cell's end means."""
 
 from __future__ import annotations
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -53,73 +54,6 @@ def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
         bench.choose(cluster.nodes, 8, {cluster.nodes[2].name: "down"}, skip_bad=True)
 
 
-def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
-    lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
-    said = blame.blame(
-        talks("a", "b", "c"),
-        {
-            "a": outcome(stderr=lost),
-            "b": outcome(rc=-9, stderr=["[rank1]: KeyboardInterrupt"]),
-            "c": outcome(stderr=lost),
-        },
-    )
-    assert said["host"] == "b" and said["message"] == "the engine was killed by SIGKILL"
-
-
-def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():
-    table = (
-        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 122)\n"
-        "Root Cause (first observed failure):\n[0]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 123)\n"
-    ).splitlines()
-    warning = "[W1121 04:58:56.598321713 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved."
-    ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [warning]} for i in range(2)}
-    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
-    assert said["message"] == "rank1 was killed by SIGKILL"
-
-
-def test_without_such_a_table_the_rank_that_said_something_is_shown():
-    ranks = {"rank0": {"started": True, "ended": False, "stderr": []}}
-    ranks["rank1"] = {"started": True, "ended": False, "stderr": ["ImportError: no accelerate"]}
-    said = blame.blame(talks("a"), {"a": outcome(rc=None, ranks=ranks)})
-    assert said["message"] == "rank1 ended too soon: ImportError: no accelerate"
-
-
-def test_an_engine_that_never_started_a_rank_is_quoted():
-    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
-    assert said["message"] == "the engine died with status 1: No module named torch" and said["host"] == "a"
-
-
-def test_a_launcher_that_fails_alone_is_quoted():
-    pdsh = outcome(rc=2, ranks={}, engine_stderr=["pdsh@x: node001: ssh exited with exit code 2"])
-    nodes = {"a": outcome(rc=None, stopped="done", ranks={})}
-    said = blame.blame(talks("a", blame.LAUNCHER), {**nodes, blame.LAUNCHER: pdsh})
-    assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
-
-
-def test_a_traceback_names_its_host_and_is_shown():
-    trace = ["Traceback (most recent call last):", "ValueError: bad"]
-    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
-    assert said == {"message": "rank0 died with status 1: ValueError: bad", "host": "a", "stderr": trace}
-
-
-def test_two_first_hand_failures_are_not_told_apart():
-    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
-    assert said["host"] is None and "a, b" in said["message"]
-
-
-def test_lost_peers_alone_blame_nobody():
-    said = blame.blame(
-        talks("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
-    )
-    assert said["host"] is None and "only lost peers are reported, by a" in said["message"]
-
-
-def test_a_node_without_an_outcome_is_a_lost_connection():
-    lost = ["Connection reset by peer"]
-    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=lost)})
-    assert said["host"] == "b" and "lost the connection" in said["message"]
-
-
 class Clock(SimpleNamespace):
     asked = False
 
@@ -150,15 +84,63 @@ def test_others_are_stopped_soon_after_a_failure(cluster):
     assert run.word(run.talks[0]) == "stop"
 
 
-def test_a_cell_that_overruns_or_falls_silent_is_incomplete_and_says_why(cluster):
+def test_a_cell_that_overruns_is_asked_where_it_stands_and_is_incomplete(cluster):
     run = cell_run(cluster)
     run.deadline = time.monotonic() - 1
+    assert run.word(run.talks[0]) == "stacks"  # where do you stand? then
+    run.reason_at -= cells.STACKS_S
     assert run.word(run.talks[0]) == "stop"
-    assert run.state()[0] == "incomplete" and "limit of 60 s" in run.state()[1]["message"]
+    for talk in run.talks:
+        run.hear(talk, outcome(rc=None, stopped="stop"))
+    state, error = run.state()
+    assert (state, error["kind"], error["host"]) == ("incomplete", "timed_out", None)
+    assert error["message"] == "not finished within its limit of 60 s"
+
+
+def test_a_silent_node_ends_the_cell_and_is_named(cluster):
     run = cell_run(cluster)
     run.talks[1].heard -= 100
     assert run.word(run.talks[0]) == "stop"
-    assert "b has not answered" in run.state()[1]["message"]
+    run.hear(run.talks[0], outcome(rc=None, stopped="stop"))
+    error = {"kind": "hung", "message": "b has not answered for 30 s", "host": "b", "stderr": []}
+    assert run.state() == ("incomplete", error)
+    run.hear(run.talks[1], outcome(rc=None, stopped="stop"))  # awake again, too late
+    assert run.state() == ("incomplete", error)
+
+
+def progress(run, done: int) -> None:
+    event = json.dumps({"event": "progress", "done": done, "total": 9, "phase": "x"})
+    run.hear(run.talks[0], {"message": "line", "file": "rank0.jsonl", "line": event})
+
+
+def test_ranks_that_fall_silent_after_their_first_step_hang(cluster):
+    run = cell_run(cluster)
+    progress(run, done=0)
+    run.stall_s = -1.0  # any silence is too long
+    assert run.word(run.talks[0]) is None  # loading takes what it takes
+    progress(run, done=1)
+    run.looked = 0
+    assert run.word(run.talks[0]) == "stacks"
+    for talk in run.talks:
+        run.hear(talk, outcome(rc=None, stopped="stop"))
+    assert run.state()[1]["kind"] == "rank_hung" and run.state()[1]["host"] is None
+
+
+def test_ctrl_c_does_not_wait_for_stacks(cluster):
+    run = cell_run(cluster)
+    run.deadline = time.monotonic() - 1
+    assert run.word(run.talks[0]) == "stacks"
+    run.stop.asked = True
+    assert run.word(run.talks[0]) == "stop"
+    assert run.state() == ("cancelled", None)
+
+
+def test_slurms_time_limit_leaves_a_cell_incomplete(cluster):
+    run = cell_run(cluster)
+    for talk in run.talks:
+        run.hear(talk, outcome(rc=None, stopped="time limit"))
+    state, error = run.state()
+    assert (state, error["kind"], error["host"]) == ("incomplete", "time_limit", None)
 
 
 def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it_is(cluster):

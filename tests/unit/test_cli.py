@@ -27,6 +27,7 @@ def test_the_options_of_bench_are_frozen():
     assert options == sorted([
         "-i", "--inventory", "--results", "--nodes", "--sweep", "--hosts", "--skip-bad-nodes", "--model", "--weights",
         "--test", "--engine", "--backend", "--scaling", "--repeats", "--seed", "--set", "--dry-run", "--json",
+        "--retries", "--replace-bad-nodes", "--resume", "--accept-drift", "--one-allocation",
     ])
     # fmt: on
 
@@ -63,6 +64,8 @@ def test_help_imports_neither_torch_nor_ansible():
         (["report", "/nowhere/at/all"], 2, "no run '/nowhere/at/all'"),
         (["report", "**"], 2, "no run '**'"),
         (["runs", "show", "nothing"], 2, "no run 'nothing'"),
+        (["runs", "tail"], 2, "start one with `runner bench`"),
+        (["runs", "list", "--limit", "0"], 2, "--limit"),
         (["report", "nothing"], 2, "no run 'nothing'"),
     ],
 )

@@ -1,0 +1,322 @@
+"""Cells as Slurm jobs: rendered, submitted, waited for, followed, gathered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from runner import agents, backends, blame, jobs, process, slurm
+from runner.backends import Talk
+from runner.cells import CellRun, Course
+from runner.errors import InfrastructureError, UsageError, unknown
+from runner.inventory import Node, by_word
+from runner.plan import Cell, Plan, environment, job
+from runner.rundir import RunDir, write_text_atomic
+
+END_S = 45.0  # Slurm's KillWait is 30 s
+
+
+def settings_of(plan: Plan) -> slurm.Settings:
+    return slurm.settings(dict(plan.slurm or {}), f"slurm of run {plan.run_id}")
+
+
+def slurm_name(node: Node, known: Sequence[str]) -> str:
+    """What Slurm calls the node: its alias, its name, or the first word of that."""
+    words = (node.alias, node.name, node.name.partition(".")[0])
+    return next((word for word in words if word in known), node.alias)
+
+
+def cluster(settings: slurm.Settings, nodes: Sequence[Node], ssh_config: str | None) -> jobs.Slurm:
+    """Slurm's commands, here or on the login node that the settings name."""
+    login = None
+    if settings.login is not None:
+        login = by_word(nodes).get(settings.login)
+        if login is None:
+            raise unknown("host", settings.login, [node.name for node in nodes], "slurm.login")
+    return jobs.Slurm(settings, login, ssh_config)
+
+
+def problems(cluster: jobs.Slurm, nodes: Sequence[Node]) -> dict[str, str]:
+    """Why Slurm would not use each of `nodes`; good ones are left out."""
+    known = {node.name: node for node in cluster.look()[1]}
+    found = {}
+    for node in nodes:
+        seen = known.get(slurm_name(node, tuple(known)))
+        if seen is None:
+            found[node.name] = "Slurm does not know it"
+        elif not seen.usable:
+            found[node.name] = f"Slurm says {seen.state}" + (f" ({seen.reason})" if seen.reason else "")
+    return found
+
+
+def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
+    """Raise for what Slurm could never start, with every reason, before anything is submitted.
+
+    UsageError for a request that is wrong, InfrastructureError for one that only nodes which are down prevent.
+    """
+    settings = transport.settings(plan)
+    partitions, nodes = transport.cluster.look()
+    largest = max(cells, key=lambda cell: cell.num_nodes)
+    script = transport.script(plan, "shakedown-test", cells if plan.one_allocation else [largest], None)
+    limit = re.search(r"--time=(?:(\d+)-)?(\d+):(\d+):(\d+)", script)
+    days, hours, minutes, seconds = (int(number or 0) for number in limit.groups()) if limit else (0, 0, 0, 0)
+    hosts = tuple(slurm_name(plan.node(name), tuple(n.name for n in nodes)) for name in largest.hosts)
+
+    def reasons(nodes: Sequence[slurm.SlurmNode]) -> list[str]:
+        return slurm.refusals(
+            largest.num_nodes,
+            largest.gpus_per_node,
+            largest.device,
+            hosts,
+            settings,
+            partitions,
+            nodes,
+            days * 86400 + hours * 3600 + minutes * 60 + seconds,
+        )
+
+    if found := reasons(nodes):
+        wrong = reasons([replace(node, usable=True) for node in nodes])
+        raise (UsageError if wrong else InfrastructureError)("\n  ".join(["Slurm cannot start this:", *found]))
+    if why := transport.cluster.test_only(script):
+        raise UsageError(f"Slurm refuses this: {why}")
+
+
+class Allocations:
+    """One job per cell, or one for all. Slurm holds the job, so a controller may die and follow it again."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        ssh_config: str | None,
+        cluster: jobs.Slurm,
+        checks: Mapping[str, Any],
+        expected: Mapping[str, str],
+    ) -> None:
+        self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
+        self.shared = cluster.settings.shared
+        self._known: tuple[str, ...] | None = None
+
+    # --- data ---------------------------------------------------------------------------------------
+
+    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
+        """Prepared data to where every node sees it. Returns failures by node."""
+        target = self.data_on_nodes(plan, data)
+        if not self.shared:
+            return backends.send(nodes, str(self.ssh_config), data, target, stopped=stopped)
+        Path(target).mkdir(mode=0o700, parents=True, exist_ok=True)
+        outcome = process.run(["rsync", "-a", "-s", f"{data}/", f"{target}/"], timeout_s=1800)
+        return {} if outcome.rc == 0 else {"the run's folder": outcome.last_line}
+
+    def data_on_nodes(self, plan: Plan, data: str) -> str:
+        """Where ranks find the data that lies in `data` here."""
+        folder = self.run.path.parent / ".data" if self.shared else Path(plan.nodes[0].scratch, "data")
+        return str(folder / Path(data).name)
+
+    # --- one cell -----------------------------------------------------------------------------------
+
+    def converse(
+        self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, course: Course
+    ) -> dict[str, Any] | None:
+        """Run the cell to its end, told and heard by `watch`; returns what Slurm did to it, or None.
+
+        A job that an earlier controller submitted is followed from its beginning.
+        """
+        try:
+            job_id, step = self._submit(plan, cell, data, course)
+            info = jobs.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
+        except jobs.NotStarted as error:
+            return self._not_started(cell, str(error), plan)
+        except jobs.Silent as error:
+            return blame.error("slurm_unreachable", str(error))
+        course.on_job(info)
+        if not info.nodes:  # cancelled while it waited, or forgotten
+            return None if watch.stop.asked else self._fault(info, watch)
+        placed = [self._node(plan, name) for name in info.nodes[: cell.num_nodes]]
+        if cell.hosts and {node.name for node in placed} == set(cell.hosts):
+            placed = [plan.node(name) for name in cell.hosts]
+        watch.cell = course.on_placed(placed)
+        watch.talks = [Talk(node.name, (), {}) for node in placed]
+        watch.begin(slurm.STARTUP_S)
+        follow = jobs.Follow(
+            slurm=self.cluster,
+            job_id=job_id,
+            folders={node.name: self.run.cell(node.name, cell.id) for node in placed},
+            step=step,
+            source=None if self.shared else cell.cell_dir,
+            nodes=() if self.shared else placed,
+            ssh_config=self.ssh_config,
+            on_job=course.on_job,
+        )
+        try:
+            info = jobs.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
+        except jobs.Silent as error:
+            return blame.error("slurm_unreachable", str(error))
+        return None if watch.stop.asked else self._fault(info, watch)
+
+    def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None]:
+        """The id of the cell's job, submitted now unless it was already, and the cell's step in it."""
+        if cell.id in course.allocation:
+            job_id, step = course.allocation[cell.id]
+            return str(job_id), int(step)
+        attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
+        together = plan.one_allocation and attempt == 1 and job_id is None
+        cells = course.pending if together else [cell]
+        name = f"shakedown-{plan.run_id}-{'all' if together else cell.id}-{attempt}"
+        path = self.run.slurm(name)
+        if job_id is None and path.exists():  # a controller that died may have had no time to note the id
+            job_id = self.cluster.find(name)
+        if job_id is None:
+            script = self.script(plan, name, cells, data)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_text_atomic(path, script)
+            job_id = self.cluster.submit(script, agents.secrets())
+        if not together:
+            return job_id, None
+        course.allocation.update({each.id: [job_id, step] for step, each in enumerate(cells)})
+        return job_id, 0
+
+    def script(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> str:
+        """The sbatch file of these cells."""
+        return render(plan, name, cells, data, self.settings(plan), self._slurm_names(), self.checks, self.expected)
+
+    def settings(self, plan: Plan) -> slurm.Settings:
+        return replace(self.cluster.settings, exclude=tuple((plan.slurm or {}).get("exclude", ())))
+
+    def _slurm_names(self) -> tuple[str, ...]:
+        if self._known is None:
+            self._known = tuple(node.name for node in self.cluster.look()[1])
+        return self._known
+
+    def _node(self, plan: Plan, name: str) -> Node:
+        """The inventory's node that Slurm calls `name`; one like the others where the inventory has none."""
+        for node in (*plan.nodes, *plan.spares):
+            if name in (node.alias, node.name, node.name.partition(".")[0]):
+                return node
+        return replace(plan.nodes[0], name=name, alias=name, address=name)
+
+    # --- what became of it --------------------------------------------------------------------------
+
+    def _fault(self, info: slurm.JobInfo, watch: CellRun) -> dict[str, Any] | None:
+        """What Slurm did to the job, where that is why the cell did not end well."""
+        said = {
+            "time_limit": ("time_limit", "reached its time limit"),
+            "cancelled": ("job_cancelled", f"was cancelled ({info.raw})"),
+            "node_failed": ("node_failed", "lost a node"),
+            "preempted": ("preempted", "was preempted"),
+            "out_of_memory": ("out_of_memory", "ran out of memory"),
+        }
+        if any(outcome.get("stopped") == "time limit" for outcome in watch.outcomes.values()):
+            kind, message = said["time_limit"]
+        elif info.state in said and watch.reason is None:
+            kind, message = said[info.state]
+        elif not watch.outcomes and info.state in ("failed", "unknown", "complete"):
+            kind, message = "not_started", f"ended as {info.raw or 'unknown'} before any node answered"
+        else:
+            return None
+        mute = [talk.name for talk in watch.talks if talk.name not in watch.outcomes]
+        host = mute[0] if kind in ("node_failed", "out_of_memory") and len(mute) == 1 else None
+        stderr = next((talk.stderr for talk in watch.talks if talk.stderr), [])
+        return blame.error(kind, f"job {info.job_id} {message}", host, stderr)
+
+    def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
+        unusable: dict[str, str] = {}
+        with suppress(InfrastructureError):
+            unusable = {node.name: f"{node.state}: {node.reason}" for node in self.cluster.look()[1] if not node.usable}
+        bad = [name for name in cell.hosts if slurm_name(plan.node(name), tuple(unusable)) in unusable]
+        if bad:
+            why = "; ".join(f"{name} is {unusable[slurm_name(plan.node(name), tuple(unusable))]}" for name in bad)
+            message = f"{message}; {why}"
+        return blame.error("not_started", message, bad[0] if len(bad) == 1 else None)
+
+    # --- after it -----------------------------------------------------------------------------------
+
+    def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
+        """Bring the artefacts of a cell into the run directory; returns failures by node."""
+        if self.shared or not cell.hosts:
+            return {}
+        targets = {}
+        for name in cell.hosts:
+            folder = self.run.cell(name, cell.id)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            targets[name] = str(folder)
+        return backends.gather([plan.node(name) for name in cell.hosts], str(self.ssh_config), cell.cell_dir, targets)
+
+    def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
+        """Remove what was gathered from `nodes`."""
+        used = {name for cell in plan.cells for name in cell.hosts}
+        nodes = [node for node in nodes if node.name in used]
+        if not self.shared and nodes:
+            request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
+            backends.ask(nodes, "ssh", self.ssh_config, request, timeout_s=15)
+
+
+def render(
+    plan: Plan,
+    name: str,
+    cells: Sequence[Cell],
+    data: str | None,
+    settings: slurm.Settings,
+    known: Sequence[str],
+    checks: Mapping[str, Any],
+    expected: Mapping[str, str],
+) -> str:
+    """The sbatch file of `cells`. `known` are Slurm's names of nodes. Pure."""
+    names = {slurm_name(node, known): node for node in plan.nodes}
+    first = plan.nodes[0]
+    steps = []
+    for cell in cells:
+        common = environment(cell, first)
+        request = {
+            **agents.cell_request(plan, cell),
+            "slurm": True,
+            "engine": plan.engine,
+            "gpus_per_node": cell.gpus_per_node,
+            "master_port": cell.master_port,
+            "timeout_s": cell.params["timeout_s"],
+            "scratch": first.scratch,
+            "cell_dir": cell.cell_dir,
+            "shared_root": cell.cell_dir if settings.shared else None,
+            "hosts": [slurm_name(plan.node(host), known) for host in cell.hosts],
+            "names": {word: node.name for word, node in names.items() if word != node.name},
+            "addresses": {word: node.address for word, node in names.items() if word != node.address},
+            "env": common,
+            "node_env": {word: dict(node.env) for word, node in names.items() if node.env != first.env},
+            "job": job(plan, cell, first, data),
+            "check": dict(checks),
+            "environment": dict(expected) or None,
+        }
+        hosts = tuple(request["hosts"])
+        steps.append(slurm.Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
+    log = f"{plan.run_dir}/slurm/{name}.log" if settings.shared else f"/var/tmp/{name}.log"
+    ready = slurm.Job(
+        name=name,
+        steps=tuple(steps),
+        python=first.python,
+        log=log,
+        gpus_per_node=cells[0].gpus_per_node,
+        device=cells[0].device,
+        secrets=tuple(agents.secrets()),
+    )
+    return slurm.render(ready, settings)
+
+
+def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
+    """The sbatch files of `cells` as far as they are known before Slurm has been asked for the names of nodes."""
+    settings = settings_of(plan)
+    known = tuple(node.alias for node in plan.nodes)
+    together = [list(cells)] if plan.one_allocation else [[cell] for cell in cells]
+    names = [f"shakedown-{plan.run_id}-{'all' if plan.one_allocation else some[0].id}-1" for some in together]
+    return [
+        f"{name}.sbatch:\n{render(plan, name, some, None, settings, known, {}, {})}"
+        for name, some in zip(names, together, strict=True)
+    ]
+
+
+def as_status(info: slurm.JobInfo) -> dict[str, Any]:
+    """A job as status.json keeps it."""
+    kept = asdict(info)
+    return {"id": kept["job_id"], **{key: kept[key] for key in ("state", "raw", "reason", "position", "start")}}

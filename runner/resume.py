@@ -1,0 +1,113 @@
+"""Taking up a run again: which of its cells stand, and what has changed since they were measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from runner import blame, facts
+from runner.errors import UsageError
+from runner.inventory import Inventory, Node, fold
+from runner.plan import Plan, fingerprint, place
+from runner.rundir import RunDir
+
+Environments = Mapping[str, Mapping[str, str]]  # host -> property -> value
+
+
+def load(run: RunDir) -> Plan:
+    """The plan of a run that nobody carries out at the moment."""
+    pid = run.controller()
+    if pid is not None:
+        raise UsageError(f"run {run.run_id} is running (process {pid}): `runner runs show {run.run_id}` shows it")
+    return Plan.from_dict(run.read_plan())
+
+
+def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None) -> Plan:
+    """The plan with its nodes reached as `inventory` says today, and its cells placed anew on the same nodes.
+
+    Raises UsageError for a node that is gone from the inventory.
+    """
+    today = {node.name: node for node in inventory.nodes}
+    gone = [node.name for node in plan.nodes if node.name not in today and plan.backend != "slurm"]
+    if gone:
+        raise UsageError(
+            f"run {plan.run_id} needs {', '.join(gone)}, which the inventory {inventory.source} does not have: "
+            "give the inventory that it was started with (-i)"
+        )
+    nodes = tuple(replace(today.get(node.name, node), backend=plan.backend) for node in plan.nodes)
+    spares = tuple(replace(today[node.name], backend=plan.backend) for node in plan.spares if node.name in today)
+    # The run may have been moved together with its folder of results.
+    plan = replace(plan, nodes=nodes, spares=spares, run_dir=str(run.path), inventory=inventory.source)
+    cells = tuple(
+        place(cell, [plan.node(host) for host in cell.hosts], plan, ssh_config) if cell.hosts else cell
+        for cell in plan.cells
+    )
+    return replace(plan, cells=cells)
+
+
+def measured(run: RunDir, plan: Plan, status: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
+    """The environment that each complete cell was measured in: cell -> host -> property -> value."""
+    complete = {cell for cell, entry in status["cells"].items() if entry["state"] == "complete"}
+    seen = run.read_facts(plan.to_dict())
+    return {
+        cell: {host: facts.environment(observed) for host, observed in hosts.items()}
+        for cell, hosts in seen.items()
+        if cell in complete
+    }
+
+
+def common(before: Mapping[str, Environments]) -> dict[str, str]:
+    """The properties that are the same wherever the complete cells ran: what an agent must find to add to them."""
+    seen = [environment for hosts in before.values() for environment in hosts.values()]
+    return {name: value for name, value in seen[0].items() if all(e.get(name) == value for e in seen)} if seen else {}
+
+
+def drift(before: Mapping[str, Environments], now: Environments) -> dict[str, dict[str, list[str]]]:
+    """What has changed since each cell was measured: cell -> host -> changes; cells without any are left out."""
+    changed: dict[str, dict[str, list[str]]] = {}
+    for cell, hosts in before.items():
+        for host, environment in hosts.items():
+            if host in now and (lines := facts.changes(environment, now[host])):
+                changed.setdefault(cell, {})[host] = lines
+    return changed
+
+
+def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[str, str]) -> str:
+    """`packages.torch 2.13.0 -> 2.12.1 on node[001-003]; ...`"""
+    where: dict[str, set[str]] = defaultdict(set)
+    for hosts in changed.values():
+        for host, lines in hosts.items():
+            for line in lines:
+                where[line].add(aliases.get(host, host))
+    return "; ".join(f"{line} on {fold(sorted(hosts))}" for line, hosts in where.items())
+
+
+def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """Mark in `status` the complete cells that do not stand: measured by another plan, or in another environment.
+
+    Returns their ids.
+    """
+    opened = []
+    for cell in plan.cells:
+        entry = status["cells"][cell.id]
+        if entry["state"] != "complete":
+            continue
+        if entry.get("plan_hash") != fingerprint(plan, cell):
+            kind, message = "plan_changed", "measured by another plan than plan.json holds now"
+        elif cell.id in changed:
+            kind, message = "drift", "measured in another environment"
+        else:
+            continue
+        entry.update(state="incomplete", error=blame.error(kind, message))
+        opened.append(cell.id)
+    return opened
+
+
+def spares(plan: Plan, inventory: Inventory) -> tuple[Node, ...]:
+    """The spares that the run was started with, or else the nodes of the inventory that it does not use."""
+    used = {node.name for node in plan.nodes}
+    return plan.spares or tuple(
+        replace(node, backend=plan.backend) for node in inventory.nodes if node.name not in used
+    )

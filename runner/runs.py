@@ -1,0 +1,779 @@
+"""`runner runs`: look at runs, follow what they say, stop them. Nothing here is needed for a run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from runner import errors
+from runner.display import remaining_s
+from runner.options import results_option, run_names
+
+if TYPE_CHECKING:
+    from runner.jobs import Slurm
+    from runner.rundir import RunDir
+
+REFRESH_S = 1.0  # status.json changes at most once a second
+WINDOW_S = 2.0  # equal lines of several nodes within this time are one
+POLL_S = 2.0
+ANSWER_S = 120.0  # what Slurm may take to end a cancelled job
+
+
+run_argument = click.argument("name", metavar="[RUN]", required=False, shell_complete=run_names)
+
+
+@click.group()
+def runs() -> None:
+    """Look at runs and stop them. RUN is an id, its unique beginning or a path; default: the newest."""
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@runs.command("list")
+@results_option
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
+def list_runs(results: Path, limit: int | None, as_json: bool) -> None:
+    """Every run with its state and verdict, newest last. Times are UTC."""
+    from runner.rundir import RunDir
+
+    moment = datetime.now(UTC)
+    rows = [overview(run, moment) for run in RunDir.all(results)[-limit if limit else None :]]
+    click.echo(json.dumps(rows, indent=1) if as_json else overview_table(rows, _columns()))
+
+
+@runs.command()
+@results_option
+@run_argument
+@click.option("--watch", is_flag=True, help="Show it until the run has ended.")
+@click.option("--json", "as_json", is_flag=True, help="status.json as it is to be read.")
+def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
+    """The state of a run, its cells and nodes."""
+    from runner.rundir import RunDir
+
+    if watch and as_json:
+        raise errors.UsageError("--watch and --json exclude each other: give one of them")
+    run = RunDir.find(results, name)
+    if as_json:
+        click.echo(json.dumps(run.read_status(), indent=1))
+        return
+    if watch:
+        with _looking(run):
+            _watch(run)
+    click.echo(_described(run))
+
+
+@runs.command()
+@results_option
+@run_argument
+@click.option("-n", "--lines", "count", type=click.IntRange(min=0), default=20, show_default=True, help="The last N.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("--cell", metavar="CELL", help="Only what belongs to this cell.")
+@click.option("--host", "hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006].")
+def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | None, hosts: str | None) -> None:
+    """What nodes said last, equal lines folded. Times are UTC."""
+    from runner.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    plan = run.read_plan()
+    cells = [c["id"] for c in plan["cells"]]
+    if cell is not None and cell not in cells:
+        raise errors.unknown("cell", cell, cells)
+    chosen = None if hosts is None else _chosen(plan, hosts)
+
+    needle = (cell or "").encode()
+
+    def parse(raw: bytes) -> Line | None:
+        if needle not in raw:  # spares most of the work on a long log
+            return None
+        line = parse_line(raw, cells)
+        return line if _wanted(line, cell, chosen) else None
+
+    if not follow and not run.log.exists():
+        raise errors.UsageError(f"run {run.run_id} has no log: {run.log} is not there")
+    position = 0
+    if run.log.exists():
+        with open(run.log, "rb") as file:
+            lines, position = last_lines(file, count, parse)
+        for line in lines:
+            click.echo(line)
+    if follow:
+        with _looking(run):
+            for line in _follow(run, position, parse):
+                click.echo(line)
+
+
+@runs.command()
+@results_option
+@run_argument
+@click.option("--no-wait", is_flag=True, help="Only ask; do not wait until the run has ended.")
+def stop(name: str | None, results: Path, no_wait: bool) -> None:
+    """Stop a run in good order.
+
+    Its ranks end, and what was measured is gathered and judged. A run without a controller has its
+    recorded Slurm jobs cancelled. Asked a second time, the controller leaves at once.
+    """
+    from runner import process
+    from runner.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    if elsewhere := _elsewhere(run):
+        raise errors.UsageError(f"run {run.run_id} is carried out on {elsewhere}: stop it there")
+    pid = run.controller()
+    if pid is None:
+        _stop_jobs(run, wait=not no_wait)
+        return
+    process.signal_all([pid], signal.SIGTERM)
+    click.echo(f"asked run {run.run_id} to stop" + ("" if no_wait else "; waiting until it has ended"), err=not no_wait)
+    if no_wait:
+        return
+    try:
+        while run.controller() == pid:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        raise errors.Interrupted(f"waiting no longer; run {run.run_id} is still stopping") from None
+    status = run.read_status()
+    click.echo(f"run {run.run_id}: {status['state']}, {_done(status)}")
+
+
+# --- a run as it stands ---------------------------------------------------------------------------
+
+
+def _columns() -> int:
+    """The terminal's width; without one nothing needs to give way."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _took(entry: Mapping[str, Any], now: datetime) -> float | None:
+    """Seconds from `started` to `ended`, or to now."""
+    started = _moment(entry["started"])
+    return ((_moment(entry["ended"]) or now) - started).total_seconds() if started else None
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _done(status: Mapping[str, Any]) -> str:
+    states = [cell["state"] for cell in status["cells"].values()]
+    return f"{states.count('complete')} of {len(states)} cells complete"
+
+
+def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
+    """When the run started and, if it has, ended: with its last cell."""
+    from runner.rundir import FINAL_STATES
+
+    ends = [cell["ended"] for cell in status["cells"].values() if cell["ended"]]
+    starts = [cell["started"] for cell in status["cells"].values() if cell["started"]]
+    final = status["state"] in FINAL_STATES
+    # Killed, it left no end: the last that is known of it.
+    return {
+        "started": plan.get("created"),
+        "ended": max([*ends, *starts], default=plan.get("created")) if final else None,
+    }
+
+
+def _verdict(run: RunDir) -> str | None:
+    try:
+        return json.loads(run.summary.read_text())["verdict"]
+    except (OSError, ValueError, KeyError, TypeError):  # not judged yet, or not by a version that says it
+        return None
+
+
+def overview(run: RunDir, now: datetime) -> dict[str, Any]:
+    """One row of `list`. Times are ISO, `duration_s` goes up to `now` while it runs; None: not known."""
+    try:
+        plan, status = run.read_plan(), run.read_status()
+    except errors.UsageError:
+        return {"run": run.run_id, "state": "unreadable"}
+    times = _times(plan, status)
+    states = [cell["state"] for cell in status["cells"].values()]
+    return {
+        "run": run.run_id,
+        "state": status["state"],
+        "verdict": _verdict(run) if times["ended"] else None,
+        "cells": f"{states.count('complete')}/{len(states)}",
+        **times,
+        "duration_s": _took(times, now),
+        "nodes": len(plan["nodes"]),
+        "engine": plan.get("engine"),
+        "inventory": plan.get("inventory"),
+    }
+
+
+def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
+    """The rows of `list` in at most `width` columns if that can be: what matters least gives way."""
+    from tabulate import tabulate
+
+    table = [
+        {
+            "run": row["run"],
+            "state": row["state"],
+            "verdict": (row.get("verdict") or "").replace("_", " "),
+            "cells": row.get("cells", ""),
+            "took": _span(row.get("duration_s")),
+            "started": (row.get("started") or "")[:16].replace("T", " "),
+            "nodes": row.get("nodes", ""),
+            "engine": row.get("engine", ""),
+            "inventory": row.get("inventory", ""),
+        }
+        for row in rows
+    ]
+    while True:
+        text = tabulate(table, headers="keys", disable_numparse=True)
+        if not table or len(table[0]) <= 3 or len(text.split("\n", 1)[0]) <= width:
+            return printable(text)
+        for row in table:
+            row.popitem()
+
+
+def nodes_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
+    """`node[001-003] running, node004 silent for 12 s`; without `now` how long is left out."""
+    from runner.inventory import fold
+
+    states: dict[str, list[str]] = {}
+    for host, node in nodes.items():
+        states.setdefault(node["state"], []).append(host)
+    order = ("starting", "running", "ended", "failed", "silent")
+    parts = []
+    for state in sorted(states, key=lambda s: order.index(s) if s in order else len(order)):
+        text = f"{fold([aliases.get(host, host) for host in states[state]])} {state}"
+        heard = [moment for host in states[state] if (moment := _moment(nodes[host].get("heard")))]
+        if state == "silent" and now and heard:
+            text += f" for {_span((now - min(heard)).total_seconds())}"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def _error_text(error: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
+    host = error.get("host")
+    where = f" on {aliases.get(host, host)}" if host else ""
+    if kind := error.get("kind"):  # runs of earlier versions have none
+        return f"{kind.replace('_', ' ')}{where}: {error['message']}"
+    return f"{error['message']}{where}"
+
+
+def _job_text(job: Mapping[str, Any]) -> str:
+    text = f"job {job['id']} {str(job.get('state') or 'unknown').lower()}"
+    reason = job.get("reason")
+    text += f": {reason}" if reason and reason != "None" else ""
+    text += f", position {job['position']} in the queue" if job.get("position") else ""
+    return text + (f", expected to start {job['start']}" if job.get("start") else "")
+
+
+def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime | None) -> list[str]:
+    """What a cell's entry in status.json says beyond its state; without `now` only what does not change by itself."""
+    lines = []
+    for number, attempt in enumerate(cell.get("attempts") or (), start=1):
+        why = f": {_error_text(attempt['error'], aliases)}" if attempt.get("error") else ""
+        lines.append(f"attempt {number} {attempt['state']}{why}")
+    if cell["state"] in ("waiting", "running"):
+        if job := cell.get("job"):
+            lines.append(_job_text(job))
+        if now and (progress := cell.get("progress")):
+            fraction = progress["fraction"]
+            left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
+            lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {_span(left)} left" if left else ""))
+        if nodes := cell.get("nodes"):
+            lines.append(nodes_text(nodes, aliases, now))
+    elif cell.get("error"):
+        lines.append(_error_text(cell["error"], aliases))
+    return lines
+
+
+def _state_text(cell: Mapping[str, Any]) -> str:
+    attempt = cell.get("attempt") or 1
+    return cell["state"] + (f", attempt {attempt}" if attempt > 1 else "")
+
+
+def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, width: int, brief: bool = False) -> str:
+    """The state of a run for people, in lines of at most `width` columns where words allow it.
+
+    `brief` leaves out the cells of which there is nothing to say: those complete and those planned.
+    """
+    import textwrap
+
+    from tabulate import tabulate
+
+    aliases = _aliases(plan)
+    cells = {
+        name: cell
+        for name, cell in status["cells"].items()
+        if not brief or cell["state"] not in ("complete", "planned")
+    }
+    rows = [
+        {
+            "cell": name,
+            "state": _state_text(cell),
+            "started": (cell["started"] or "")[11:19],
+            "took": _span(_took(cell, now)) if cell["ended"] or cell["state"] in ("waiting", "running") else "",
+        }
+        for name, cell in cells.items()
+    ]
+    if width < 80:
+        for row in rows:
+            del row["started"]
+    lines = [f"run {status.get('run_id') or plan['run_id']}: {status['state']}, {_done(status)}", ""]
+    table = tabulate(rows, headers="keys", disable_numparse=True).split("\n")
+    lines += table[:2]
+    for line, cell in zip(table[2:], cells.values(), strict=True):
+        lines.append(line.rstrip())
+        for detail in details(cell, aliases, now):
+            lines += textwrap.wrap(
+                printable(detail), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+            )
+    for swap in status.get("replaced") or ():
+        text = f"{aliases.get(swap['by'], swap['by'])} took the place of {aliases.get(swap['host'], swap['host'])}"
+        why = str(swap["reason"]).replace("_", " ")
+        lines += ["", *textwrap.wrap(f"{text} in {swap['cell']}: {why}", width, subsequent_indent="  ")]
+    return printable("\n".join(lines))
+
+
+def _aliases(plan: Mapping[str, Any]) -> dict[str, str]:
+    return {node["name"]: node.get("alias", node["name"]) for node in [*plan["nodes"], *plan.get("spares", ())]}
+
+
+def _described(run: RunDir) -> str:
+    status = run.read_status()
+    text = describe(run.read_plan(), status, datetime.now(UTC), _columns())
+    if elsewhere := _elsewhere(run):
+        text += f"\n\nits controller is on {elsewhere}: whether it lives is known there"
+    elif verdict := _verdict(run):
+        text += f"\n\nverdict: {verdict.replace('_', ' ')}"
+    return f"{text}\n\nfiles: {run.path}"
+
+
+@contextmanager
+def _looking(run: RunDir) -> Iterator[None]:
+    """Ctrl-C ends the look at a run and not the run: one line says so, with the code of an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise errors.Interrupted(f"no longer watching; run {run.run_id} goes on") from None
+
+
+def _statuses(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The run's status again and again, the last one final."""
+    from runner.rundir import FINAL_STATES
+
+    while True:
+        status = run.read_status()
+        yield status
+        if status["state"] in FINAL_STATES:
+            return
+        time.sleep(REFRESH_S)
+
+
+def _watch(run: RunDir) -> None:
+    """Until the run has ended: its state in place on a terminal, else a line for each change."""
+    from rich.console import Console
+
+    from runner.rundir import now
+
+    plan, console = run.read_plan(), Console()
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        for change in changes(plan, _statuses(run)):
+            click.echo(f"{now()} {change}")
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for status in _statuses(run):
+            view = (plan, status, datetime.now(UTC), console.width)
+            text = describe(*view)
+            if text.count("\n") >= console.height:  # rich would cut off the end, where it runs
+                text = describe(*view, brief=True)
+            live.update(Text(text), refresh=True)
+
+
+def changes(plan: Mapping[str, Any], statuses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """One line for each change of a cell; what moves by itself, as progress and times, is left out."""
+    aliases, told = _aliases(plan), dict[str, str]()
+    for status in statuses:
+        for name, cell in status["cells"].items():
+            text = "; ".join([_state_text(cell), *details(cell, aliases, None)])
+            if text != told.get(name, "planned"):
+                yield printable(f"{name}: {text}")
+            told[name] = text
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+
+def _elsewhere(run: RunDir) -> str | None:
+    """Machine and process of a controller that is not on this machine and wrote no final state; else None."""
+    from runner.rundir import FINAL_STATES
+
+    try:
+        written = json.loads(run.status.read_text())  # as written: a lock tells nothing of another machine
+    except (OSError, ValueError):
+        return None
+    controller = written.get("controller") or run.read_plan().get("controller")
+    if not controller or written.get("state") in FINAL_STATES or controller["host"] == socket.gethostname():
+        return None
+    return f"{controller['host']} (process {controller['pid']})"
+
+
+def _stop_jobs(run: RunDir, wait: bool) -> None:
+    """Cancel the Slurm jobs that a controller left behind."""
+    status, plan = run.read_status(), run.read_plan()
+    ids = {
+        str(cell["job"]["id"])
+        for cell in status["cells"].values()
+        if cell.get("job") and cell["state"] not in ("complete", "failed", "cancelled")
+    }
+    over = f"run {run.run_id} is not running: its state is {status['state']}"
+    if not ids:
+        raise errors.UsageError(over)
+    cancelled = cancel_jobs(_slurm(run, plan), run.run_id, sorted(ids), wait)
+    if not cancelled:
+        raise errors.UsageError(f"{over}; none of its jobs waits or runs: {', '.join(sorted(ids))}")
+    click.echo(f"run {run.run_id} had no controller; cancelled {', '.join(f'job {job_id}' for job_id in cancelled)}")
+
+
+def _slurm(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
+    """Slurm's commands where the run gave them."""
+    from dataclasses import replace
+
+    from runner import jobs, slurm
+    from runner.inventory import by_word
+    from runner.plan import Plan
+
+    settings = slurm.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")
+    if settings.login is None:
+        return jobs.Slurm(settings)
+    planned = Plan.from_dict(plan)
+    nodes = [*planned.nodes, *planned.spares]
+    config = run.path / "ssh_config"
+    if not nodes or not config.exists():
+        raise errors.UsageError(f"run {run.run_id} kept no way to {settings.login}: use `scancel` there")
+    # The login host need not be one of the run's nodes; the ssh_config knows the whole inventory.
+    other = replace(nodes[0], name=settings.login, alias=settings.login, address=settings.login)
+    return jobs.Slurm(settings, by_word(nodes).get(settings.login, other), str(config))
+
+
+def cancel_jobs(
+    commands: Slurm, run_id: str, ids: Sequence[str], wait: bool, sleep: Callable[[float], None] = time.sleep
+) -> list[str]:
+    """Cancel those of `ids` that Slurm still has under this run's name, since ids are used again; returns them.
+
+    With `wait` it returns when they have ended; raises InfrastructureError when Slurm does not get that done.
+    """
+
+    def left(of: Sequence[str]) -> list[str]:
+        known = commands.poll(of)
+        return [
+            job_id
+            for job_id in of
+            if job_id in known
+            and known[job_id].state in ("waiting", "running", "ending")
+            and known[job_id].name.startswith(f"shakedown-{run_id}")
+        ]
+
+    cancelled = left(ids)
+    for job_id in cancelled:
+        commands.cancel(job_id)
+    waited = 0.0
+    while wait and (still := left(cancelled)):
+        if waited > ANSWER_S:
+            raise errors.InfrastructureError(
+                f"{', '.join(f'job {job_id}' for job_id in still)} cancelled {_span(waited)} ago and not ended: "
+                "look at `squeue` and at slurmd on its nodes"
+            )
+        sleep(POLL_S)
+        waited += POLL_S
+    return cancelled
+
+
+# --- the log, folded ------------------------------------------------------------------------------
+
+# What differs between the same line of two ranks. Clock times and memory addresses tell nothing; a decimal
+# number is a measurement and stays as it is, so that two lines with different ones are two lines.
+_TOKENS = re.compile(
+    r"(?P<passing>\d{1,2}:\d\d:\d\d(?:[.,]\d+)?|\b0x[0-9a-f]+)"
+    r"|(?P<address>\d+(?:\.\d+){3})|(?P<kept>\d+\.\d+)|(?P<number>\d+)"
+)
+_LINE = re.compile(r"(?P<cell>\S+) (?P<host>\S+) (?P<file>\S+): (?P<text>.*)", re.DOTALL)
+_SPEAKER = re.compile(r"(?:\S+: )+")
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_SET_WIDTH = 24
+_BLOCK = 1 << 20
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal."""
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text).expandtabs()
+    return "".join(char for char in text if char == "\n" or char.isprintable())
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of benchmark.log. `moment` in seconds, 0 where the line has none; `cell` None: the controller's own."""
+
+    moment: float
+    text: str
+    cell: str | None = None
+    host: str = ""
+    file: str = ""
+
+
+def parse_line(raw: bytes, cells: Collection[str]) -> Line:
+    """A line of the log: `ISO cell alias file: text` of a rank, or `ISO text` of the controller."""
+    text = printable(raw.decode(errors="replace"))
+    stamp, _, rest = text.partition(" ")
+    try:
+        moment = datetime.fromisoformat(stamp).timestamp()
+    except ValueError:
+        return Line(0.0, text)
+    match = _LINE.fullmatch(rest)
+    if match and match["cell"] in cells:
+        return Line(moment, match["text"], match["cell"], match["host"], match["file"])
+    return Line(moment, rest)
+
+
+def _wanted(line: Line, cell: str | None, hosts: Collection[str] | None) -> bool:
+    if line.cell is None:
+        return hosts is None and (cell is None or line.text.startswith(f"{cell}: "))
+    return (cell is None or line.cell == cell) and (hosts is None or line.host in hosts)
+
+
+def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
+    """The names under which the log has the nodes that `hosts` names."""
+    from ClusterShell.NodeSet import NodeSet, NodeSetParseError
+
+    from runner.blame import LAUNCHER
+
+    known = {word: alias for name, alias in _aliases(plan).items() for word in (name, alias)} | {LAUNCHER: LAUNCHER}
+    try:
+        words = list(NodeSet(hosts, resolver=None))
+    except NodeSetParseError as error:
+        raise errors.UsageError(f"--host {hosts}: {error}; write sets as node[001-003,005] or a,b,c") from None
+    for word in words:
+        if word not in known:
+            raise errors.unknown("node", word, known, f"--host {hosts}")
+    return {known[word] for word in words}
+
+
+@dataclass
+class _Group:
+    """Lines of several sources that are one for a person."""
+
+    line: Line
+    moment: float
+    key: tuple[str | None, str, str]
+    hosts: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from runner.inventory import fold
+
+        clock = datetime.fromtimestamp(self.moment, UTC).strftime("%H:%M:%S ") if self.moment else ""
+        if self.line.cell is None:
+            return clock + self.line.text
+        return f"{clock}{self.line.cell} {fold(self.hosts)} {_merged(self.files)}: {_merged(self.texts)}"
+
+
+@dataclass
+class _Same:
+    """The open groups of equal lines. What a source says again belongs to the next group."""
+
+    groups: deque[_Group] = field(default_factory=deque)
+    gone: int = 0
+    said: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+
+class Folding:
+    """Folds equal lines of several nodes and ranks while they come; a group is out WINDOW_S after its first line.
+
+    Equal are lines that differ in whole numbers, IP addresses, memory addresses and clock times only.
+    The first two are told as sets, of the others the first.
+    """
+
+    def __init__(self) -> None:
+        self._open: deque[_Group] = deque()
+        self._same: dict[tuple[str | None, str, str], _Same] = {}
+        self._latest = 0.0
+
+    def add(self, line: Line) -> list[_Group]:
+        """Take in one line; returns the groups whose time was over before it, in the order of their first lines."""
+        self._latest = max(self._latest, line.moment)
+        over = []
+        while self._open and self._open[0].moment + WINDOW_S < self._latest:
+            over.append(self._first())
+        self._take(line)
+        return over
+
+    def rest(self) -> list[_Group]:
+        """All that is left."""
+        return [self._first() for _ in range(len(self._open))]
+
+    def _take(self, line: Line) -> None:
+        if line.cell is None:
+            self._open.append(_Group(line, line.moment or self._latest, (None, "", "")))
+            return
+        key = (line.cell, _skeleton(line.file), _skeleton(line.text))
+        # A launcher passes on what nodes say, each line with the node's name before it.
+        speaker = _SPEAKER.match(line.text) if line.host == "launcher" else None
+        source = (line.host, line.file, speaker[0] if speaker else "")
+        same = self._same.setdefault(key, _Same())
+        turn = max(same.said[source], same.gone)
+        same.said[source] = turn + 1
+        if turn - same.gone == len(same.groups):
+            group = _Group(line, line.moment, key)
+            same.groups.append(group)
+            self._open.append(group)
+        group = same.groups[turn - same.gone]
+        group.hosts.append(line.host)
+        group.files.append(line.file)
+        group.texts.append(line.text)
+
+    def _first(self) -> _Group:
+        group = self._open.popleft()
+        if same := self._same.get(group.key):
+            same.groups.popleft()
+            same.gone += 1
+            if not same.groups:
+                del self._same[group.key]
+        return group
+
+
+def _skeleton(text: str) -> str:
+    return _TOKENS.sub(lambda match: match[0] if match.lastgroup == "kept" else f"\0{match.lastgroup}", text)
+
+
+def _merged(texts: Sequence[str]) -> str:
+    """Texts of one skeleton as one text: `rank[0-2].stderr`."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    columns = iter(list(zip(*([m[0] for m in _TOKENS.finditer(text)] for text in texts), strict=True)))
+
+    def column(match: re.Match[str]) -> str:
+        return _set(next(columns), match.lastgroup or "")
+
+    return _TOKENS.sub(column, texts[0])
+
+
+def _set(values: Sequence[str], kind: str) -> str:
+    from runner.inventory import fold
+
+    distinct = set(values)
+    if len(distinct) == 1 or kind == "passing":
+        return values[0]
+    text = fold(sorted(distinct))
+    if len(text) > _SET_WIDTH and kind == "number":
+        return f"[{min(distinct, key=int)}…{max(distinct, key=int)}]"
+    return text
+
+
+def fold_lines(lines: Iterable[Line]) -> Iterator[_Group]:
+    folding = Folding()
+    for line in lines:
+        yield from folding.add(line)
+    yield from folding.rest()
+
+
+def last_lines(file: BinaryIO, count: int, parse: Callable[[bytes], Line | None]) -> tuple[list[str], int]:
+    """The last `count` folded lines, read from the end, and the place to read on from.
+
+    A line that is not whole yet is left for later reading. `parse` returns None for a line that is not wanted.
+    """
+    end = file.seek(0, os.SEEK_END)
+    newest_first: list[Line] = []
+    groups: list[_Group] = []
+    end, raws = _backwards(file, end)
+    enough = 4 * count
+    for raw in raws if count else ():
+        line = parse(raw)
+        if line is None:
+            continue
+        newest_first.append(line)
+        if len(newest_first) >= enough and line.moment:
+            # Lines before this one may belong to the first groups: those do not count.
+            groups = [g for g in fold_lines(reversed(newest_first)) if g.moment > line.moment + WINDOW_S]
+            if len(groups) >= count:
+                break
+            enough *= 2
+    else:
+        groups = list(fold_lines(reversed(newest_first)))
+    return [str(group) for group in groups[len(groups) - min(count, len(groups)) :]], end
+
+
+def _backwards(file: BinaryIO, end: int) -> tuple[int, Iterator[bytes]]:
+    """Where the last whole line ends, and the whole lines, the last one first."""
+    while end > 0:  # usually one step: the writer writes whole lines
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+
+    def lines() -> Iterator[bytes]:
+        position, rest = end, b""
+        while position > 0:
+            start = max(0, position - _BLOCK)
+            file.seek(start)
+            first, *whole = (file.read(position - start) + rest).split(b"\n")
+            yield from reversed(whole[:-1] if position == end else whole)
+            position, rest = start, first
+        if end:
+            yield rest
+
+    return end, lines()
+
+
+def _follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) -> Iterator[str]:
+    """What the log says from `position` on, until the run has ended."""
+    from runner.rundir import FINAL_STATES
+
+    folding, rest, heard = Folding(), b"", time.monotonic()
+    while True:
+        ended = run.read_status()["state"] in FINAL_STATES  # before reading: what was said until then is read
+        block = b""
+        if run.log.exists():
+            with open(run.log, "rb") as file:
+                file.seek(position)
+                block = file.read(_BLOCK)
+        position += len(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for raw in lines:
+            if line := parse(raw):
+                yield from map(str, folding.add(line))
+        if block:
+            heard = time.monotonic()
+        over = ended and not block
+        if over or time.monotonic() - heard > WINDOW_S:
+            yield from map(str, folding.rest())
+        if over:
+            return
+        if len(block) < _BLOCK:
+            time.sleep(REFRESH_S / 2)

@@ -1,0 +1,363 @@
+"""The acting half of the Slurm backend, against commands that are passed in: what is run, and what is made of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import inventory, jobs, slurm
+from runner.backends import Talk
+from runner.errors import InfrastructureError, UsageError
+from runner.process import Outcome
+
+SCRIPT = "#!/bin/bash\n#SBATCH --job-name=shakedown-r-c-1\n"
+DOWN = "Unable to contact slurm controller (connect failure)"
+
+
+def line(job_id: str, raw: str, reason: str = "None", nodes: str = "", name: str = "shakedown-r-c-1") -> str:
+    """A line as `squeue` prints it in our format."""
+    return slurm.SEPARATOR.join((job_id, raw, "N/A", nodes, name, reason)) + "\n"
+
+
+class Commands:
+    """Slurm's commands: each program's answers in turn (stdout, or an error of one), the last of them for ever."""
+
+    def __init__(self, **answers: list[str | Exception | tuple[int, str]]) -> None:
+        self.answers = {program: iter(_for_ever(given)) for program, given in answers.items()}
+        self.calls: list[tuple[list[str], dict]] = []
+
+    def __call__(self, argv, **options) -> Outcome:
+        self.calls.append((list(argv), options))
+        program = argv[0] if argv[0] != "ssh" else next(p for p in self.answers if p in argv[-1])
+        answer = next(self.answers.get(program, iter([(1, f"{program}: error: disabled")])))
+        if isinstance(answer, Exception):
+            raise answer
+        rc, text = answer if isinstance(answer, tuple) else (0, answer)
+        return Outcome(tuple(argv), rc, 0.0, text if rc == 0 else "", "" if rc == 0 else text)
+
+    def named(self, program: str) -> list[list[str]]:
+        return [argv for argv, _ in self.calls if argv[0] == program]
+
+
+def _for_ever(given):
+    return itertools.chain(given, itertools.repeat(given[-1]))
+
+
+def cluster(commands: Commands, *, patience_s: float = 60.0, **settings) -> jobs.Slurm:
+    return jobs.Slurm(slurm.Settings(**settings), patience_s=patience_s, run=commands)
+
+
+# --- one question ---------------------------------------------------------------------------------
+
+
+def test_pauses_grow_to_a_quarter_of_a_minute_and_stay_there():
+    pauses = list(itertools.islice(jobs.intervals(), 20))
+    assert pauses[0] == 1 and pauses == sorted(pauses) and pauses[-1] == 15
+
+
+def test_many_jobs_are_one_question():
+    commands = Commands(squeue=[line("1", "RUNNING", nodes="n[1-2]") + line("2", "PENDING", "Priority")])
+    found = cluster(commands).poll(["1", "2"])
+    assert (found["1"].state, found["1"].nodes, found["2"].reason) == ("running", ("n1", "n2"), "Priority")
+    assert len(commands.calls) == 1 and "--jobs=1,2" in commands.calls[0][0]
+
+
+def test_what_squeue_has_forgotten_is_asked_of_sacct():
+    header = "JobIDRaw|#State|#ExitCode|#Start|#NodeList|#JobName|#Reason\n"
+    commands = Commands(
+        squeue=[(1, "slurm_load_jobs error: Invalid job id specified")],
+        sacct=[header + "7|#TIMEOUT|#0:0|#Unknown|#n1|#x|#None\n"],
+        scontrol=[(1, "slurm_load_jobs error: Invalid job id specified")],
+    )
+    assert cluster(commands).poll(["7"])["7"].state == "time_limit"
+    assert not commands.named("scontrol")
+
+
+@pytest.mark.parametrize(
+    "sacct", [(1, "Slurm accounting storage is disabled"), InfrastructureError("program 'sacct' is not installed")]
+)
+def test_where_there_is_no_sacct_scontrol_knows(sacct):
+    commands = Commands(squeue=[""], sacct=[sacct], scontrol=["JobId=7 JobName=x JobState=NODE_FAIL Reason=NodeDown"])
+    assert cluster(commands).poll(["7"])["7"].state == "node_failed"
+
+
+def test_a_job_that_nobody_knows_is_unknown():
+    gone = (1, "slurm_load_jobs error: Invalid job id specified")
+    commands = Commands(squeue=[gone], sacct=[(1, "disabled")], scontrol=[gone])
+    assert cluster(commands).poll(["7"])["7"].state == "unknown"
+
+
+def test_a_controller_that_restarts_keeps_what_was_known_and_one_that_stays_away_is_said():
+    commands = Commands(squeue=[line("7", "RUNNING", nodes="n1"), (1, DOWN), (1, "Unexpected message received")])
+    patient = cluster(commands)
+    before = patient.poll(["7"])
+    assert patient.poll(["7"]) == before and patient.poll(["7"]) == before
+    with pytest.raises(jobs.Silent, match=r"Slurm has not answered for 0 s: squeue: .*Unable to contact"):
+        cluster(Commands(squeue=[(1, DOWN)]), patience_s=0).poll(["7"])
+
+
+def test_a_controller_that_hangs_is_silent_too():
+    commands = Commands(squeue=[InfrastructureError("squeue gave no result within 60 s")])
+    with pytest.raises(jobs.Silent, match="gave no result"):
+        cluster(commands, patience_s=0).poll(["7"])
+
+
+def test_a_machine_without_slurm_is_told_how_to_name_one():
+    error = InfrastructureError("program 'sbatch' is not installed or not on PATH")
+    error.__cause__ = FileNotFoundError()
+    with pytest.raises(InfrastructureError, match=r"this machine has no sbatch: .* slurm\.login"):
+        cluster(Commands(sbatch=[error])).submit(SCRIPT)
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def test_the_script_goes_in_by_stdin_and_secrets_by_the_environment():
+    commands = Commands(sbatch=["12;cluster\n"])
+    assert cluster(commands).submit(SCRIPT, {"HF_TOKEN": "s3cret"}) == "12"
+    argv, options = commands.calls[0]
+    assert argv == ["sbatch", "--parsable"] and options["input"] == SCRIPT and options["env"]["HF_TOKEN"] == "s3cret"
+
+
+def test_no_command_line_shows_a_secret_on_the_way_to_a_login_node(cluster_inventory):
+    commands = Commands(sbatch=["12\n"])
+    far = jobs.Slurm(slurm.Settings(), cluster_inventory.nodes[0], "/run/ssh_config", run=commands)
+    assert far.submit(SCRIPT, {"HF_TOKEN": "s3cr'et $(x)", "WANDB_API_KEY": "k"}) == "12"
+    argv, options = commands.calls[0]
+    assert argv[:4] == ["ssh", "-F", "/run/ssh_config", cluster_inventory.nodes[0].name]
+    assert "s3cr" not in str(argv) and "IFS= read -r HF_TOKEN" in argv[-1]
+    assert options["input"] == "s3cr'et $(x)\nk\n" + SCRIPT
+
+
+def test_a_secret_with_a_line_break_is_refused_without_being_shown():
+    with pytest.raises(UsageError, match="HF_TOKEN has a line break") as error:
+        cluster(Commands()).submit(SCRIPT, {"HF_TOKEN": "two\nlines"})
+    assert "two" not in str(error.value)
+
+
+def test_slurms_own_reason_is_given():
+    said = (
+        "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition"
+    )
+    commands = Commands(sbatch=[(1, said)])
+    with pytest.raises(InfrastructureError, match="refuses shakedown-r-c-1: invalid partition specified: x; Batch job"):
+        cluster(commands).submit(SCRIPT)
+    assert cluster(commands).test_only(SCRIPT) == (
+        "invalid partition specified: x; Batch job submission failed: Invalid partition"
+    )
+
+
+def test_a_lost_answer_is_no_reason_for_a_second_job():
+    lost = (1, "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    commands = Commands(sbatch=[lost], squeue=["41\n42\n"])
+    assert cluster(commands).submit(SCRIPT) == "42"
+    assert len(commands.named("sbatch")) == 1 and "--name=shakedown-r-c-1" in commands.named("squeue")[0]
+
+
+def test_cancelling_what_is_over_is_no_error_and_what_is_refused_is():
+    over = Commands(scancel=[(1, "scancel: error: Kill job error on job id 7: Invalid job id specified")])
+    cluster(over).cancel("7", "TERM", step=2)
+    assert over.calls[0][0] == ["scancel", "--signal=TERM", "7.2"]
+    refused = Commands(scancel=[(1, "scancel: error: Kill job error on job id 7: Access/permission denied")])
+    with pytest.raises(InfrastructureError, match=r"cannot cancel job 7: .*permission denied"):
+        cluster(refused).cancel("7")
+
+
+# --- waiting --------------------------------------------------------------------------------------
+
+
+def test_waiting_tells_place_and_reason_and_ends_when_the_job_runs():
+    commands = Commands(squeue=[line("7", "PENDING", "Priority"), "5\n7\n", line("7", "RUNNING", nodes="n1")])
+    heard = []
+    assert jobs.wait(cluster(commands), "7", heard.append).state == "running"
+    assert [(info.reason, info.position) for info in heard] == [("Priority", 2)]
+
+
+class Held(Commands):
+    """A cluster that holds job 7 back for a reason, until it is cancelled."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(squeue=[line("7", "PENDING", reason)], scancel=[""])
+
+    def __call__(self, argv, **options):
+        outcome = super().__call__(argv, **options)
+        if argv[0] == "scancel":
+            self.answers["squeue"] = iter(_for_ever([line("7", "CANCELLED")]))
+        return outcome
+
+
+@pytest.mark.parametrize(
+    ("reason", "settings", "said"),
+    [("PartitionDown", {"stuck_s": 0}, "partition"), ("Priority", {"wait_s": 1}, "Priority; allow it longer")],
+)
+def test_a_job_that_would_wait_in_vain_is_cancelled_and_the_reason_told(reason, settings, said):
+    commands = Held(reason)
+    with pytest.raises(jobs.NotStarted, match=f"job 7 waited . s and was cancelled: .*{said}"):
+        jobs.wait(cluster(commands, **settings), "7", lambda info: None)
+    assert commands.named("scancel") == [["scancel", "7"]]
+
+
+def test_what_ends_by_itself_is_waited_for_until_the_user_stops():
+    commands = Held("Resources")
+    info = jobs.wait(cluster(commands, stuck_s=1), "7", lambda info: None, stopped=lambda: len(commands.calls) > 2)
+    assert info.state == "cancelled"
+
+
+# --- listening ------------------------------------------------------------------------------------
+
+
+def said(folder: Path, *messages: dict, job: str = "7") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"message": "placed", "job": job}, *messages]
+    (folder / "messages.jsonl").write_text("".join(f"{json.dumps(message)}\n" for message in lines))
+
+
+GOOD = {"message": "outcome", "rc": 0, "error": None}
+
+
+def conversation(tmp_path, commands, hosts, word=lambda talk: None, patience_s=1.0, **follow):
+    talks = [Talk(host, (), {}) for host in hosts]
+    heard: list[tuple[str, str]] = []
+    info = jobs.converse(
+        jobs.Follow(cluster(commands), "7", {host: tmp_path / host for host in hosts}, lag_s=0.1, **follow),
+        talks,
+        lambda talk, message: heard.append((talk.name, message["message"])),
+        word,
+        patience_s,
+    )
+    return info, talks, heard
+
+
+def test_every_agent_is_heard_and_the_jobs_end_awaited(tmp_path):
+    said(tmp_path / "a", {"message": "alive"}, {"message": "line", "file": "x", "line": "y"}, GOOD)
+    said(tmp_path / "b", {"message": "outcome", "rc": 1, "error": None})
+    commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), line("7", "COMPLETED", nodes="a")])
+    info, talks, heard = conversation(tmp_path, commands, ["a", "b"])
+    assert info.state == "complete" and [talk.rc for talk in talks] == [0, 1]
+    assert heard == [("a", "placed"), ("a", "line"), ("a", "outcome"), ("b", "placed"), ("b", "outcome")]
+
+
+def test_a_job_that_ends_leaves_its_silent_agents_without_outcome_but_with_its_log(tmp_path):
+    said(tmp_path / "a", GOOD)
+    (tmp_path / "job.log").write_text("srun: error: b: task 1: Killed\n")
+    commands = Commands(squeue=[line("7", "NODE_FAIL", nodes="a,b")])
+    info, talks, _ = conversation(tmp_path, commands, ["a", "b"], log=tmp_path / "job.log")
+    assert (info.state, talks[0].rc, talks[1].rc) == ("node_failed", 0, -1)
+    assert talks[1].stderr == ["srun: error: b: task 1: Killed"] and talks[0].stderr == []
+
+
+def test_what_an_earlier_job_left_in_the_folder_is_not_heard(tmp_path):
+    said(tmp_path / "a", GOOD, job="6")
+    info, talks, heard = conversation(tmp_path, Commands(squeue=[line("7", "FAILED")]), ["a"])
+    assert heard == [] and talks[0].rc == -1 and info.state == "failed"
+
+
+def test_a_growing_file_is_read_once_and_only_in_whole_lines(tmp_path):
+    path = tmp_path / "messages.jsonl"
+    ear = jobs._Ear(path, "7")
+    assert ear.messages() == []
+    path.write_bytes(b'{"message": "placed", "jo')
+    assert ear.messages() == []
+    path.write_bytes(b'{"message": "placed", "job": "7"}\n{"message": "alive"}\n\0\0\0\n{"message": "out')
+    assert [m["message"] for m in ear.messages()] == ["placed", "alive"]
+    longer = path.read_bytes() + b'come"}\n'
+    path.with_name("copy").write_bytes(longer)
+    path.with_name("copy").replace(path)  # as rsync does
+    assert [m["message"] for m in ear.messages()] == ["outcome"]
+    assert ear.messages() == []
+    path.write_bytes(b'{"message": "placed", "job": "8"}\n' + longer)
+    assert ear.messages() == []
+
+
+def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_path):
+    said(tmp_path / "a", {"message": "started"})
+    commands = Held("None")
+    commands.answers["squeue"] = iter(_for_ever([line("7", "RUNNING", nodes="a")]))
+
+    class Deaf:
+        def __call__(self, argv, **options):
+            return commands(argv, **options) if argv != ["scancel", "--signal=USR2", "7"] else self.term(argv)
+
+        def term(self, argv):
+            commands.calls.append((argv, {}))
+            return Outcome(tuple(argv), 0, 0.0, "", "")
+
+    talks = [Talk("a", (), {})]
+    follow = jobs.Follow(jobs.Slurm(slurm.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1)
+    info = jobs.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
+    assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
+    assert info.state == "cancelled" and talks[0].rc == -1
+
+
+def test_in_one_allocation_a_cell_ends_with_its_step_and_the_job_goes_on(tmp_path):
+    said(tmp_path / "a", GOOD)
+    commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), "7.0\n7.batch\n"])
+    _, talks, _ = conversation(tmp_path, commands, ["a"], step=0)
+    assert talks[0].rc == 0
+
+    # A step whose agents left no word is over when the next one runs.
+    running = line("7", "RUNNING", nodes="b")
+    commands = Commands(squeue=[running, "7.1\n7.batch\n"])
+    started = time.monotonic()
+    info, talks, _ = conversation(tmp_path, commands, ["b"], step=0)
+    assert talks[0].rc == -1 and info.state == "running" and time.monotonic() - started < 10
+    assert not commands.named("scancel")
+
+
+def test_slurm_may_be_silent_as_long_as_agents_are_heard(tmp_path):
+    said(tmp_path / "a", {"message": "started"})
+    commands = Commands(squeue=[(1, DOWN), (1, DOWN), line("7", "COMPLETED", nodes="a")])
+    follow = jobs.Follow(cluster(commands, patience_s=0), "7", {"a": tmp_path / "a"})
+    talks = [Talk("a", (), {})]
+
+    def word(talk):
+        if len(commands.named("squeue")) > 1:
+            said(tmp_path / "a", {"message": "started"}, GOOD)
+
+    assert jobs.converse(follow, talks, lambda talk, message: None, word).state == "complete"
+    assert talks[0].rc == 0
+
+
+# --- the inventory --------------------------------------------------------------------------------
+
+
+def listing(**hosts: dict) -> dict:
+    return {"_meta": {"hostvars": hosts}, "gpu_nodes": {"hosts": list(hosts)}}
+
+
+@pytest.fixture
+def cluster_inventory() -> inventory.Inventory:
+    common = {"runner_backend": "slurm", "runner_slurm": {"partition": "gpu", "time_limit_s": 600}}
+    return inventory.parse("inventory/x", listing(a=dict(common), b=dict(common)))
+
+
+def test_an_inventory_says_once_how_jobs_are_submitted(cluster_inventory):
+    assert cluster_inventory.slurm == {"partition": "gpu", "time_limit_s": 600}
+    assert {node.backend for node in cluster_inventory.nodes} == {"slurm"}
+    words = inventory.by_word(cluster_inventory.nodes)
+    assert words["node002"] is words["b"]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"runner_backend": "slurm", "runner_slurm": {"partition": "b"}}, "runner_slurm differs between hosts"),
+        ({"runner_slurm": {"partition": "a"}}, "runner_backend differs between hosts"),
+        ({"runner_backend": "pbs"}, "runner_backend"),
+    ],
+)
+def test_hosts_that_disagree_are_refused(second, said):
+    first = {"runner_backend": "slurm", "runner_slurm": {"partition": "a"}}
+    with pytest.raises(UsageError, match=said):
+        inventory.parse("inventory/x", listing(a=first, b=second))
+
+
+def test_a_mistyped_setting_is_refused_where_it_stands():
+    with pytest.raises(
+        UsageError, match="inventory/x: runner_slurm: unknown key 'partitoin'; did you mean 'partition'"
+    ):
+        inventory.parse("inventory/x", listing(a={"runner_slurm": {"partitoin": "gpu"}}))

@@ -1,0 +1,271 @@
+"""What a run does when cells fail: retries, spares, what can still run, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_plan
+
+from runner import bench, blame, facts, plan, resume
+from runner.display import Display
+from runner.errors import UsageError
+from runner.inventory import Inventory, Node
+from runner.rundir import RunDir
+
+NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
+FACTS = {"hostname": "n", "boot_id": "b", "kernel": "6.1", "packages": {"torch": "2.13.0"}, "env": {}}
+
+
+class Nodes:
+    """A stand-in for the nodes: fails what it is told to fail, and writes what ranks would have written."""
+
+    ssh_config = "/tmp/ssh_config"
+
+    def __init__(self, run: RunDir, *faults: tuple[str, str, str | None]) -> None:
+        self.run, self.faults = run, list(faults)  # (part of a cell's id, kind, host or None)
+        self.tried: list[tuple[str, tuple[str, ...], int]] = []
+        self.sent: list[str] = []
+
+    def data_on_nodes(self, planned, data):
+        return data
+
+    def send(self, planned, nodes, data, stopped):
+        self.sent += [node.name for node in nodes]
+        return {}
+
+    def converse(self, planned, cell, watch, data, course):
+        self.tried.append((cell.id, cell.hosts, cell.master_port))
+        for host in cell.hosts:
+            folder = self.run.cell(host, cell.id)
+            folder.mkdir(parents=True)
+            (folder / "facts.json").write_text(json.dumps(FACTS))
+            context = {"collective": "all_reduce", "size_bytes": 8}
+            value = {"event": "value", "rank": 0, "metric": "busbw_gb_per_s", "value": 1.0, "context": context}
+            (folder / "rank0.jsonl").write_text(json.dumps(value) + "\n")
+        for number, (part, kind, host) in enumerate(self.faults):
+            if part in cell.id and (host is None or host in cell.hosts):
+                if host is None:  # once
+                    del self.faults[number]
+                return blame.error(kind, f"planted {kind}", host)
+        watch.talks = [bench_talk(host) for host in cell.hosts]
+        watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
+        return None
+
+    def gather(self, planned, cell):
+        return {}
+
+    def clean(self, planned, nodes):
+        pass
+
+
+def bench_talk(host: str):
+    from runner.backends import Talk
+
+    return Talk(host, (), {}, rc=0)
+
+
+class Reach:
+    """A stand-in for the preflight: says which nodes are no good."""
+
+    def __init__(self, **problems: str) -> None:
+        self.problems = {name.replace("_", "-"): why for name, why in problems.items()}
+
+    def ask(self, nodes: Sequence[Node]) -> bench.Answers:
+        found = {node.name: self.problems[node.alias] for node in nodes if node.alias in self.problems}
+        return bench.Answers(found, {})
+
+
+def planned(cluster: Inventory, tmp_path: Path, counts=(2,), spares: int = 0, **changes) -> plan.Plan:
+    asked = test_plan.request(
+        cluster,
+        node_counts=counts,
+        run_dir=str(tmp_path / "20260102-030405-abcd"),
+        tests={"torch": plan_settings()},
+        spares=spares > 0,
+        **changes,
+    )
+    return plan.build(asked, cluster.nodes[: max(counts) + spares])
+
+
+def plan_settings() -> dict:
+    from runner import config
+
+    return config.load_test("torch", {}).model_dump()
+
+
+def carry_out(
+    built: plan.Plan, *faults, retries: int = 0, replace_bad: bool = False, reach: Reach | None = None, bad=None
+) -> tuple[Nodes, dict, plan.Plan]:
+    run = RunDir(Path(built.run_dir))
+    if not run.plan.exists():
+        RunDir.create(run.path.parent, built.to_dict())
+    nodes = Nodes(run, *faults)
+    policy = bench.Policy(retries, replace_bad)
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy, reach or Reach())
+    carried.stop.wait = lambda seconds: None  # nobody waits in a test
+    carried.execute(bad or {})
+    return nodes, run.read_status(), plan.Plan.from_dict(run.read_plan())
+
+
+def states(status: dict) -> dict[str, str]:
+    return {cell: entry["state"] for cell, entry in status["cells"].items()}
+
+
+def test_the_plan_comes_back_from_its_file(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2), spares=1)
+    again = plan.Plan.from_dict(json.loads(json.dumps(built.to_dict())))
+    assert json.dumps(again.to_dict()) == json.dumps(built.to_dict())
+    assert [plan.fingerprint(again, cell) for cell in again.cells] == [
+        plan.fingerprint(built, cell) for cell in built.cells
+    ]
+
+
+def test_the_fingerprint_is_of_what_is_measured_not_of_where(cluster, tmp_path):
+    built = planned(cluster, tmp_path)
+    [cell] = built.cells
+    elsewhere = plan.place(cell, cluster.nodes[4:6], built, None)
+    longer = replace(cell, params={**cell.params, "iters": 11})
+    assert plan.fingerprint(built, elsewhere) == plan.fingerprint(built, cell) != plan.fingerprint(built, longer)
+
+
+def test_infrastructure_is_tried_again_and_the_first_attempt_is_kept(cluster, tmp_path):
+    nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "lost_connection", None), retries=2)
+    entry = status["cells"]["torch-2n-r1"]
+    assert (entry["state"], entry["attempt"], [a["error"]["kind"] for a in entry["attempts"]]) == (
+        "complete", 2, ["lost_connection"],
+    )  # fmt: skip
+    assert nodes.tried[0][2] != nodes.tried[1][2], "the old rendezvous may still hold its port"
+    assert (nodes.run.earlier("torch-2n-r1", 1) / NAMES[0] / "facts.json").exists()
+    assert len(nodes.run.read_records()) == 2, "what the first attempt measured is not counted"
+
+
+def test_a_users_mistake_is_not_tried_again(cluster, tmp_path):
+    nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "rank_crashed", NAMES[1]), retries=5)
+    assert len(nodes.tried) == 1 and states(status) == {"torch-2n-r1": "incomplete"}
+
+
+def test_retries_end(cluster, tmp_path):
+    nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "hung", NAMES[1]), retries=2)
+    assert len(nodes.tried) == 3 and status["cells"]["torch-2n-r1"]["error"]["host"] == NAMES[1]
+
+
+def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2), spares=2)
+    nodes, status, after = carry_out(built, ("2n", "lost_connection", NAMES[1]), replace_bad=True)
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    [swap] = status["replaced"]
+    assert (swap["host"], swap["by"], swap["cell"]) == (NAMES[1], NAMES[2], "torch-2n-r1")
+    assert nodes.tried[-1][1] == (NAMES[0], NAMES[2])
+    assert after.cells[1].hosts == (NAMES[0], NAMES[2]), "plan.json tells what ran where"
+    assert [node.name for node in after.spares] == [NAMES[3]]
+
+
+def test_a_spare_that_is_no_good_is_passed_over(cluster, tmp_path):
+    built = planned(cluster, tmp_path, spares=2)
+    reach = Reach(node003="nothing listens on its SSH port")
+    nodes, status, _ = carry_out(built, ("torch", "hung", NAMES[0]), replace_bad=True, reach=reach)
+    assert status["replaced"][0]["by"] == NAMES[3]
+    assert nodes.tried[-1][1] == (NAMES[1], NAMES[3])
+
+
+def test_without_a_spare_cells_that_can_still_run_do(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2, 3))
+    nodes, status, _ = carry_out(built, ("", "lost_connection", NAMES[0]), replace_bad=True)
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete", "torch-3n-r1": "failed"}
+    assert "needs 3 nodes, 2 are good" in status["cells"]["torch-3n-r1"]["error"]["message"]
+    assert [len(hosts) for cell, hosts, _ in nodes.tried if NAMES[0] not in hosts] == [1, 2]
+
+
+def test_a_node_is_not_given_up_for_a_failure_that_names_nobody(cluster, tmp_path):
+    _, status, _ = carry_out(planned(cluster, tmp_path, spares=1), ("torch", "lost_peers", None), replace_bad=True)
+    assert status["replaced"] == []
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def interrupted(cluster: Inventory, tmp_path: Path) -> tuple[plan.Plan, RunDir]:
+    """A run of two cells whose controller died during the second."""
+    built = planned(cluster, tmp_path, counts=(1, 2))
+    carry_out(built)
+    run = RunDir(Path(built.run_dir))
+    status = run.read_status()
+    status["state"] = "running"
+    status["cells"]["torch-2n-r1"].update(state="running", ended=None, plan_hash=None)
+    run.write_status(status)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "rank0.jsonl").write_text('{"event": "val')
+    return built, run
+
+
+def test_only_what_is_missing_runs_again_and_nothing_is_counted_twice(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    before = run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns
+    nodes, status, _ = carry_out(resume.load(run))
+    assert [cell for cell, _, _ in nodes.tried] == ["torch-2n-r1"]
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    assert run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns == before
+    assert sorted(record.cell for record in run.read_records()) == ["torch-1n-r1", "torch-2n-r1", "torch-2n-r1"]
+
+
+def test_a_cell_that_had_ended_before_its_controller_did_is_taken(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
+    nodes, status, _ = carry_out(resume.load(run))
+    assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
+
+
+def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    with run.alive(), pytest.raises(UsageError, match="is running"):
+        resume.load(run)
+
+
+def test_an_edited_plan_measures_its_cells_again(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    data = run.read_plan()
+    data["cells"][0]["params"]["iters"] = 99
+    run.write_plan(data)
+    status = run.read_status()
+    assert resume.reopen(resume.load(run), status, {}) == ["torch-1n-r1"]
+    assert status["cells"]["torch-1n-r1"]["error"]["kind"] == "plan_changed"
+
+
+def test_a_changed_environment_is_named_by_property_and_nodes(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    before = resume.measured(run, built, run.read_status())
+    assert list(before) == ["torch-1n-r1"]
+    now = {name: facts.environment({**FACTS, "packages": {"torch": "2.12.1"}}) for name in NAMES}
+    changed = resume.drift({**before, "other": {NAMES[1]: before["torch-1n-r1"][NAMES[0]]}}, now)
+    aliases = {node.name: node.alias for node in cluster.nodes}
+    assert resume.describe(changed, aliases) == "torch 2.13.0 -> 2.12.1 on node[001-002]"
+    same = {name: facts.environment({**FACTS, "boot_id": "another", "hostname": "m"}) for name in NAMES}
+    assert resume.drift(before, same) == {}, "a reboot is no other environment"
+
+
+def test_a_node_that_left_the_inventory_is_named(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    smaller = replace(cluster, nodes=cluster.nodes[:1])
+    with pytest.raises(UsageError, match=f"needs {NAMES[1]}"):
+        resume.renew(built, smaller, run, None)
+
+
+def test_nodes_are_reached_as_the_inventory_says_today(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    moved = replace(cluster, nodes=tuple(replace(node, address=f"10.9.9.{n}") for n, node in enumerate(cluster.nodes)))
+    renewed = resume.renew(built, moved, run, "/tmp/new/ssh_config")
+    assert renewed.nodes[0].address == "10.9.9.0"
+    assert "--master-addr=10.9.9.0" in renewed.cells[0].launch.argv[0]
+
+
+def test_a_bad_node_is_done_without_from_the_start(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    built = replace(resume.load(run), spares=cluster.nodes[3:4])
+    nodes, status, _ = carry_out(built, replace_bad=True, bad={NAMES[1]: "no answer on its SSH port"})
+    assert nodes.tried[0][1] == (NAMES[0], NAMES[3])
+    assert status["replaced"][0]["reason"] == "no answer on its SSH port"

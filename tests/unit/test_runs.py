@@ -1,0 +1,595 @@
+"""Looking at runs: what people see of them, log lines folded, and a run stopped from another terminal.
+
+The run directories are written by hand here, as a controller writes them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import NAMES
+from golden_files import check as golden
+from runner import jobs, slurm
+from runner.cli import cli
+from runner.errors import InfrastructureError, UsageError
+from runner.process import Outcome
+from runner.rundir import RunDir
+from runner.runs import (
+    Line,
+    cancel_jobs,
+    changes,
+    describe,
+    fold_lines,
+    last_lines,
+    nodes_text,
+    overview,
+    overview_table,
+    parse_line,
+    printable,
+)
+
+RUNNER = Path(sys.executable).with_name("runner")
+CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "torch"
+real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
+NOW = datetime(2026, 1, 2, 3, 10, 0, tzinfo=UTC)
+RUN = "20260102-030405-abcd"
+NODES = [{"name": name, "alias": f"node{i:03d}"} for i, name in enumerate(NAMES, start=1)]
+CELLS = ["torch-8n-r1", "sft-llama-2-7b-8n-r1", "sft-llama-2-7b-8n-r2", "sft-llama-2-7b-8n-r3"]
+
+
+def plan(**more):
+    return {
+        "run_id": RUN, "created": "2026-01-02T03:04:05Z", "engine": "torchrun", "inventory": "inventory/here",
+        "nodes": NODES, "cells": [{"id": cell, "hosts": NAMES} for cell in CELLS], **more,
+    }  # fmt: skip
+
+
+def cell(state="planned", started=None, ended=None, error=None, **more):
+    return {"state": state, "started": started, "ended": ended, "error": error, **more}
+
+
+def status(state="running", cells=None, **more):
+    cells = cells or {}
+    return {"schema": 1, "run_id": RUN, "state": state, "cells": {c: cells.get(c, cell()) for c in CELLS}, **more}
+
+
+def at(second, minute=4):
+    return f"2026-01-02T03:{minute:02d}:{second:02d}Z"
+
+
+def live_nodes(**states):
+    """Eight running nodes, some of them otherwise: alias -> (state, heard)."""
+    chosen = {node["name"]: states.get(node["alias"], ("running", "2026-01-02T03:09:59Z")) for node in NODES}
+    return {host: {"state": state, "heard": heard} for host, (state, heard) in chosen.items()}
+
+
+ATTEMPTED = {"state": "failed", "started": at(10), "ended": at(40), "hosts": NAMES, "job": None,
+             "error": {"kind": "rank_killed", "message": "rank1 was ended by SIGKILL", "host": NAMES[7], "stderr": []},
+             }  # fmt: skip
+
+STATUSES = {
+    "running": status(
+        cells={
+            CELLS[0]: cell("complete", at(6), at(30), attempt=1, attempts=[], job=None, nodes={}, progress=None),
+            CELLS[1]: cell(
+                "running", at(45), attempt=2, attempts=[ATTEMPTED],
+                job={"id": "123", "state": "RUNNING", "reason": "None", "position": None, "start": None},
+                nodes=live_nodes(node004=("silent", "2026-01-02T03:09:48Z"), node006=("starting", None)),
+                progress={"fraction": 0.4, "phase": "all_reduce 8 MiB", "eta_s": 12},
+            ),
+            CELLS[2]: cell(
+                "waiting", attempt=1, attempts=[], nodes={}, progress=None,
+                job={"id": "124", "state": "PENDING", "reason": "Priority", "position": 2, "start": at(30, 40)},
+            ),
+        },
+        replaced=[{"host": NAMES[7], "by": NAMES[6], "cell": CELLS[1], "reason": "rank_killed", "at": at(44)}],
+    ),
+    "failed": status(
+        "failed",
+        {
+            CELLS[0]: cell("complete", at(6), at(30)),
+            CELLS[1]: cell("failed", at(31), at(50), ATTEMPTED["error"], nodes=live_nodes()),
+            CELLS[2]: cell("incomplete", at(51), None, {"message": "node002 said nothing", "host": None, "stderr": []}),
+            CELLS[3]: cell("cancelled"),
+        },
+    ),
+}  # fmt: skip
+
+
+def make(results, run_id=RUN, state=None, summary=None, **more):
+    run = RunDir.create(results, plan(**more) | {"run_id": run_id})
+    run.write_status(state or STATUSES["failed"])
+    if summary:
+        run.summary.write_text(json.dumps(summary))
+    return run
+
+
+def runner(*arguments):
+    done = CliRunner().invoke(cli, ["runs", *map(str, arguments)])
+    return done if done.exception is None or isinstance(done.exception, SystemExit) else raise_(done.exception)
+
+
+def raise_(error):
+    raise error
+
+
+CONTROLLER = """
+import json, pathlib, signal, sys, time
+from runner.rundir import RunDir
+run = RunDir(pathlib.Path(sys.argv[1]))
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+status = json.loads(run.status.read_text())
+def say(run_state, **cell):
+    status["state"] = run_state
+    status["cells"]["torch-8n-r1"].update(cell)
+    run.write_status(status)
+with run.alive():
+    say("running", state="running", started="2026-01-02T03:04:06Z")
+    print("ready", flush=True)
+    %s
+"""
+UNTIL_STOPPED = """
+    while not asked: time.sleep(0.02)
+    time.sleep(0.5)
+    say("cancelled", state="cancelled", ended="2026-01-02T03:04:30Z")
+"""
+
+
+@pytest.fixture
+def controller():
+    """Starts a process that holds a run as its controller does and carries out a few lines of Python."""
+    started = []
+
+    def start(run, script=UNTIL_STOPPED):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CONTROLLER % script.strip(), run.path], stdout=subprocess.PIPE
+        )
+        started.append(process)
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+# --- list -----------------------------------------------------------------------------------------
+
+
+def test_list_tells_state_verdict_and_times_newest_last(tmp_path):
+    make(tmp_path, "20260102-000000-0001", STATUSES["failed"], {"verdict": "not_judged"})
+    (make(tmp_path, "20260103-000000-0002").path / "status.json").write_text("{")
+    make(tmp_path, "20260104-000000-0003")
+    rows = json.loads(runner("list", "--json", "--results", tmp_path).stdout)
+    assert [row["run"][:8] for row in rows] == ["20260102", "20260103", "20260104"]
+    assert rows[1] == {"run": "20260103-000000-0002", "state": "unreadable"}
+    assert rows[0] == {
+        "run": "20260102-000000-0001", "state": "failed", "verdict": "not_judged", "cells": "1/4",
+        "started": "2026-01-02T03:04:05Z", "ended": "2026-01-02T03:04:51Z", "duration_s": 46.0,
+        "nodes": 8, "engine": "torchrun", "inventory": "inventory/here",
+    }  # fmt: skip
+    limited = runner("list", "--limit", 2, "--results", tmp_path).stdout
+    assert "20260102-" not in limited and "unreadable" in limited and "20260104-" in limited
+
+
+def test_a_run_that_goes_on_has_no_end_and_no_verdict(tmp_path, controller):
+    run = make(tmp_path, state=status(), summary={"verdict": "pass"})  # of the judgement before it was resumed
+    controller(run)
+    row = overview(run, NOW)
+    assert (row["state"], row["verdict"], row["ended"], row["duration_s"]) == ("running", None, None, 355.0)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_of_runs_gives_way_in_a_narrow_terminal(tmp_path, width):
+    run = make(tmp_path, summary={"verdict": "inconclusive"})
+    text = overview_table([overview(run, NOW)], width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert RUN in text and "failed" in text and "inconclusive" in text
+    assert ("inventory/here" in text) == (width == 120)
+
+
+def test_no_runs_are_an_empty_list(tmp_path):
+    assert json.loads(runner("list", "--json", "--results", tmp_path / "none").stdout) == []
+
+
+# --- show -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("state", STATUSES)
+def test_show(state, width):
+    text = describe(plan(), STATUSES[state], NOW, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    golden(f"runs/show-{state}-{width}.txt", text + "\n")
+
+
+def test_a_brief_look_leaves_out_what_there_is_nothing_to_say_of():
+    text = describe(plan(), STATUSES["running"], NOW, 80, brief=True)
+    assert CELLS[1] in text and CELLS[2] in text and "1 of 4 cells complete" in text
+    assert CELLS[0] not in text and CELLS[3] not in text
+    assert (
+        describe(plan(), status("planned"), NOW, 80, brief=True).strip() == f"run {RUN}: planned, 0 of 4 cells complete"
+    )
+
+
+def test_show_of_a_run_tells_verdict_and_files(tmp_path):
+    run = make(tmp_path, summary={"verdict": "not_judged"})
+    shown = runner("show", "--results", tmp_path)
+    assert shown.exit_code == 0
+    assert "verdict: not judged" in shown.stdout and str(run.path) in shown.stdout
+
+
+def test_json_of_show_is_the_status_as_it_is_to_be_read(tmp_path):
+    make(tmp_path, state=status(cells={CELLS[0]: cell("running", at(6))}))  # its controller is dead
+    shown = json.loads(runner("show", RUN[:8], "--json", "--results", tmp_path).stdout)
+    assert shown["state"] == shown["cells"][CELLS[0]]["state"] == "incomplete"
+
+
+def test_nodes_are_folded_by_state_the_longest_silence_is_told():
+    nodes = {
+        "a1": {"state": "silent", "heard": "2026-01-02T03:09:30Z"},
+        "a2": {"state": "silent", "heard": "2026-01-02T03:09:50Z"},
+        "a3": {"state": "ended", "heard": "2026-01-02T03:09:50Z"},
+        "a4": {"state": "later versions say more", "heard": None},
+    }
+    assert nodes_text(nodes, {}, NOW) == "a3 ended, a[1-2] silent for 30 s, a4 later versions say more"
+    assert nodes_text(nodes, {"a1": "b9"}, None) == "a3 ended, a2,b9 silent, a4 later versions say more"
+
+
+def test_what_nodes_said_cannot_steer_the_terminal():
+    error = {
+        "kind": "rank_crashed",
+        "message": "\x1b]0;title\x07\x1b[31mred\x1b[0m\r\x08 text",
+        "host": None,
+        "stderr": [],
+    }
+    text = describe(plan(), status("failed", {CELLS[0]: cell("failed", at(1), at(2), error)}), NOW, 80)
+    assert "rank crashed: red text" in text and re.sub(r"[\n -~…]", "", text) == ""
+
+
+def test_watch_tells_each_change_once_and_not_what_moves_by_itself():
+    nodes = live_nodes(node004=("silent", at(48)))
+    steps = [
+        cell(), cell("waiting", at(6), job={"id": "7", "state": "PENDING", "reason": "Priority", "position": 2}),
+        cell("running", at(9), progress={"fraction": 0.1, "phase": "all_reduce"}),
+        cell("running", at(9), progress={"fraction": 0.9, "phase": "all_reduce"}),
+        cell("running", at(9), nodes=nodes), cell("running", at(9), nodes=nodes), cell("complete", at(9), at(50)),
+    ]  # fmt: skip
+    assert list(changes(plan(), [status(cells={CELLS[0]: step}) for step in steps])) == [
+        "torch-8n-r1: waiting; job 7 pending: Priority, position 2 in the queue",
+        "torch-8n-r1: running",
+        "torch-8n-r1: running; node[001-003,005-008] running, node004 silent",
+        "torch-8n-r1: complete",
+    ]
+
+
+def test_watch_goes_on_until_the_run_ends(tmp_path, controller):
+    run = make(tmp_path, state=status())
+    controller(run, 'time.sleep(2); say("complete", state="complete", ended="2026-01-02T03:04:30Z")')
+    shown = runner("show", "--watch", "--results", tmp_path)
+    assert re.search(r"Z torch-8n-r1: running\n.*Z torch-8n-r1: complete\n", shown.stdout)
+    assert f"run {RUN}: complete, 1 of 4 cells complete" in shown.stdout
+
+
+def test_ctrl_c_ends_the_look_and_not_the_run(tmp_path, controller):
+    run = make(tmp_path, state=status())
+    held = controller(run)
+    for command in (["show", "--watch"], ["tail", "--follow"]):
+        look = subprocess.Popen([RUNNER, "runs", *command, "--results", tmp_path], stdout=-1, stderr=-1, text=True)
+        time.sleep(1.5)
+        look.send_signal(2)
+        _, said = look.communicate(timeout=20)
+        assert (look.returncode, said) == (130, f"runner: no longer watching; run {RUN} goes on\n")
+    assert run.controller() == held.pid
+
+
+# --- tail -----------------------------------------------------------------------------------------
+
+LOG = f"""\
+{at(5)} runner bench --nodes 8
+{at(6)} {CELLS[0]} node002 rank1.stderr: [W1121 03:04:06.373738351 socket.cpp:207] [rank1] no name for 10.0.0.12
+{at(6)} {CELLS[0]} node001 rank0.stderr: [W1121 03:04:06.373999351 socket.cpp:207] [rank0] no name for 10.0.0.11
+{at(6)} {CELLS[0]} node001 rank0.stdout: loss 2.50
+{at(6)} {CELLS[0]} node002 rank1.stdout: loss 2.75
+{at(7)} {CELLS[0]} node003 rank2.stderr: [W1121 03:04:07.000000001 socket.cpp:207] [rank2] no name for 10.0.0.13
+{at(7)} {CELLS[0]} node003 rank2.stdout: loss 2.50
+{at(8)} {CELLS[0]} node003 rank2.stdout: step 1
+{at(8)} {CELLS[0]} node003 rank2.stdout: step 2
+{at(8)} {CELLS[0]} node001 rank0.stdout: step 1
+{at(8)} {CELLS[0]} node001 rank0.stdout: step 2
+{at(20)} {CELLS[0]} node001 rank0.stdout: step 2
+{at(21)} {CELLS[0]} launcher engine.stdout: node001: [INFO] process 70 spawned
+{at(21)} {CELLS[0]} launcher engine.stdout: node008: [INFO] process 64 spawned
+{at(22)} {CELLS[0]} node001 rank0.stderr: \x1b[31mred\x1b[0m\ttab: not a cell
+{at(30)} {CELLS[0]}: failed after 24 s
+{at(30)}   rank1 was ended
+by SIGKILL
+{at(31)} {CELLS[1]} node003 rank2.stdout: frame at 0x7f32ab from pid 1000000
+{at(31)} {CELLS[1]} node004 rank3.stdout: frame at 0x7f99cd from pid 1203456
+{at(31)} {CELLS[1]} node005 rank4.stdout: frame at 0x7f99ce from pid 1900001
+{at(31)} {CELLS[1]} node006 rank5.stdout: frame at 0x7f99cf from pid 1900003
+"""
+
+
+def logged(tmp_path, text=LOG, **more):
+    run = make(tmp_path, **more)
+    run.log.write_text(text)
+    return run
+
+
+def test_tail_folds_what_nodes_say_alike(tmp_path):
+    logged(tmp_path)
+    golden("runs/tail.txt", runner("tail", "-n", 99, "--results", tmp_path).stdout)
+
+
+def test_tail_is_the_end_of_the_whole(tmp_path):
+    logged(tmp_path)
+    whole = runner("tail", "-n", 99, "--results", tmp_path).stdout.splitlines()
+    for count in (0, 1, 2, 3, 7):
+        assert runner("tail", "-n", count, "--results", tmp_path).stdout.splitlines() == whole[len(whole) - count :]
+
+
+def test_the_first_of_the_last_lines_is_folded_from_all_its_nodes(tmp_path):
+    said = (f"{at(s)} {CELLS[0]} n{n} rank{n}.stdout: now {s}" for s in range(10, 50, 5) for n in range(60))
+    logged(tmp_path, "".join(f"{line}\n" for line in said))
+    lines = runner("tail", "-n", 2, "--results", tmp_path).stdout.splitlines()
+    assert lines == [f"03:04:{s} {CELLS[0]} n[0-59] rank[0-59].stdout: now {s}" for s in (40, 45)]
+
+
+def test_tail_chooses_by_cell_and_host(tmp_path):
+    logged(tmp_path)
+    chosen = runner("tail", "--cell", CELLS[1], "--results", tmp_path).stdout
+    assert chosen.startswith(f"03:04:31 {CELLS[1]} node[003-006] rank[2-5].stdout: ") and chosen.count("\n") == 1
+    for hosts in (f"node003,{NAMES[3]}", "node[003-004]"):
+        both = runner("tail", "--host", hosts, "-n", 1, "--results", tmp_path).stdout
+        assert " node[003-004] rank[2-3].stdout: frame at 0x7f32ab from pid [1000000,1203456]" in both
+    assert "process [64,70]" in runner("tail", "--host", "launcher", "--results", tmp_path).stdout
+    with pytest.raises(UsageError, match="--host node009: unknown node 'node009'; did you mean 'node00"):
+        runner("tail", "--host", "node009", "--results", tmp_path)
+    with pytest.raises(UsageError, match="unknown cell 'torch-8n-r2'; did you mean 'torch-8n-r1'"):
+        runner("tail", "--cell", "torch-8n-r2", "--results", tmp_path)
+
+
+def test_a_run_without_a_log_says_so(tmp_path):
+    make(tmp_path)
+    with pytest.raises(UsageError, match="has no log"):
+        runner("tail", "--results", tmp_path)
+
+
+def test_follow_goes_on_until_the_run_has_ended_and_tells_every_line(tmp_path, controller):
+    run = logged(tmp_path, f"{at(5)} the past\n{at(5)} the start of a li", state=status())
+    runner("tail", "--results", tmp_path)  # what it imports takes time once
+    controller(run, """
+    log = open(run.log, "a")
+    log.write("ne\\n")
+    for second in range(6, 10):
+        time.sleep(1.2 if second == 8 else 0.3)
+        ranks = ((f"2026-01-02T03:04:{second:02d}Z torch-8n-r1 node00{n}", n - 1) for n in (1, 2, 3))
+        log.write("".join(f"{start} rank{k}.stdout: now {second}\\n" for start, k in ranks))
+        log.flush()  # all three at once: however slow this machine is, they come together
+    say("complete", state="complete", ended="2026-01-02T03:04:30Z")
+    """)  # fmt: skip
+    said = runner("tail", "--follow", "--results", tmp_path).stdout.splitlines()
+    assert said == [
+        "03:04:05 the past",
+        "03:04:05 the start of a line",
+        *(f"03:04:0{s} {CELLS[0]} node[001-003] rank[0-2].stdout: now {s}" for s in (6, 7, 8, 9)),
+    ]
+
+
+def lines_of(texts):
+    """One line per (second, host, text), as ranks say them."""
+    return [Line(1e9 + second, text, "c", f"n{host}", f"rank{host}.stdout") for second, host, text in texts]
+
+
+SAID = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.sampled_from(["a", "b 1", "b 2", "x 1.5", "x 1.6"])))
+
+
+@given(SAID)
+def test_folding_loses_no_line_and_keeps_the_order_of_first_lines(texts):
+    lines = lines_of(sorted(texts, key=lambda entry: entry[0]))
+    groups = list(fold_lines(lines))
+    told = sorted(
+        (host, file, text) for g in groups for host, file, text in zip(g.hosts, g.files, g.texts, strict=True)
+    )
+    assert told == sorted((line.host, line.file, line.text) for line in lines)
+    assert [g.moment for g in groups] == sorted(g.moment for g in groups)
+    assert all(len(set(g.hosts)) == len(g.hosts) for g in groups)
+    assert not any("x" in text for g in groups if len(set(g.texts)) > 1 for text in g.texts)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=30)), st.integers(1, 5))
+def test_any_bytes_are_read_from_the_end_in_whole_lines(texts, count):
+    data = "".join(f"{text}\n" for text in texts).encode()
+    lines, end = last_lines(io.BytesIO(data + b"torn"), count, lambda raw: parse_line(raw, ()))
+    assert end == len(data)
+    assert lines == [printable(text) for text in texts][-count:]
+
+
+def test_a_long_log_is_read_from_its_end():
+    """Blocks are joined where lines cross them, and what lies before is not read."""
+    text = "".join(
+        f"2026-01-02T{i // 3600 % 24:02d}:{i // 60 % 60:02d}:{i % 60:02d}Z {i} {'x' * 90}\n" for i in range(60_000)
+    )
+
+    class Counted(io.BytesIO):
+        total = 0
+
+        def read(self, size=-1):
+            block = super().read(size)
+            self.total += len(block)
+            return block
+
+    file = Counted(text.encode())
+    lines, _ = last_lines(file, 3, lambda raw: parse_line(raw, ()))
+    assert [line.split()[1] for line in lines] == ["59997", "59998", "59999"] and file.total < 3 << 20
+    lines, _ = last_lines(file, 60_000, lambda raw: parse_line(raw, ()))
+    assert [line.split()[1] for line in lines] == [str(i) for i in range(60_000)]
+
+
+@real_output
+@pytest.mark.parametrize(
+    "name",
+    ["h100x16-nccl-watchdog-allreduce-abort.txt", "megatron-deepspeed-2n-pdsh-prefix-then-killed.txt",
+     "torch-all-reduce-bench-interleaved-ranks.txt", "bloom-cuda-unknown-error-default3.txt"],
+)  # fmt: skip
+def test_real_output_of_eight_nodes_folds_to_that_of_one(name):
+    texts = (CAPTURED / name).read_text(errors="replace").splitlines()
+    raws = [f"{at(1)} c node{n:03d} rank{n}.stderr: {text}".encode() for text in texts for n in range(1, 9)]
+    groups = list(fold_lines(parse_line(raw, ("c",)) for raw in raws))
+    assert sum(len(g.hosts) for g in groups) == 8 * len(texts)
+    assert all(str(g).startswith("03:04:01 c node[001-008] rank[1-8].stderr: ") for g in groups)
+
+
+# --- stop -----------------------------------------------------------------------------------------
+
+
+def test_stop_waits_until_the_controller_has_ended_in_good_order(tmp_path, controller):
+    run = make(tmp_path, state=status())
+    controller(run)
+    stopped = runner("stop", "--results", tmp_path)
+    assert stopped.exit_code == 0
+    assert stopped.stdout == f"run {RUN}: cancelled, 0 of 4 cells complete\n"
+    assert stopped.stderr == f"asked run {RUN} to stop; waiting until it has ended\n"
+    assert run.controller() is None
+
+
+def test_stop_without_waiting_only_asks(tmp_path, controller):
+    run = make(tmp_path, state=status())
+    held = controller(run)
+    assert runner("stop", "--no-wait", "--results", tmp_path).stdout == f"asked run {RUN} to stop\n"
+    assert held.wait(timeout=10) == 0
+
+
+def test_a_run_that_is_over_cannot_be_stopped_and_nobody_is_signalled(tmp_path):
+    run = make(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        (run.path / ".alive").write_text(str(bystander.pid))  # a process id that no lock proves
+        with pytest.raises(UsageError, match="is not running: its state is failed"):
+            runner("stop", "--results", tmp_path)
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_a_controller_on_another_machine_is_named(tmp_path):
+    make(tmp_path, state=status(controller={"host": "login2.example", "pid": 4711}))
+    with pytest.raises(UsageError, match=r"carried out on login2.example \(process 4711\): stop it there"):
+        runner("stop", "--results", tmp_path)
+    assert "login2.example (process 4711)" in runner("show", "--results", tmp_path).stdout
+
+
+def test_where_a_run_that_is_over_was_carried_out_matters_no_more(tmp_path):
+    make(tmp_path, state=status("failed", controller={"host": "login2.example", "pid": 4711}))
+    assert "login2" not in runner("show", "--results", tmp_path).stdout
+    with pytest.raises(UsageError, match="is not running: its state is failed"):
+        runner("stop", "--results", tmp_path)
+
+
+def test_a_controller_of_this_machine_that_died_is_no_other_machines(tmp_path):
+    make(tmp_path, state=status(controller={"host": socket.gethostname(), "pid": os.getpid()}))
+    with pytest.raises(UsageError, match="is not running: its state is incomplete"):
+        runner("stop", "--results", tmp_path)
+
+
+class Cluster:
+    """Slurm's commands as a stand-in: jobs by id, which end some calls of squeue after they were cancelled."""
+
+    def __init__(self, jobs, polls_to_end=1):
+        self.jobs, self.polls_to_end, self.cancelled, self.slept = jobs, polls_to_end, [], 0.0
+
+    def run(self, argv, **_):
+        text = ""
+        if argv[0] == "scancel":
+            self.cancelled.append(argv[-1])
+        elif argv[0] == "squeue":
+            text = "\n".join(
+                slurm.SEPARATOR.join((job_id, state, "N/A", "", name, "None"))
+                for job_id, (state, name) in self.jobs.items()
+            )
+            if self.cancelled:
+                self.polls_to_end -= 1
+            if self.polls_to_end == 0:
+                self.jobs.update({job_id: ("CANCELLED", self.jobs[job_id][1]) for job_id in self.cancelled})
+        return Outcome(tuple(argv), 0, 0.0, text, "")
+
+    def sleep(self, seconds):
+        self.slept += seconds
+
+    def cancel(self, *ids, wait=True):
+        return cancel_jobs(jobs.Slurm(slurm.Settings(), run=self.run), RUN, ids, wait, self.sleep)
+
+
+def test_jobs_left_behind_are_cancelled_by_id_if_they_are_this_runs_and_not_over():
+    cluster = Cluster({
+        "1": ("RUNNING", f"shakedown-{RUN}-{CELLS[0]}"), "2": ("PENDING", f"shakedown-{RUN}-{CELLS[1]}"),
+        "3": ("COMPLETED", f"shakedown-{RUN}-{CELLS[2]}"), "4": ("RUNNING", "somebody-elses-with-this-number"),
+    })  # fmt: skip
+    assert cluster.cancel("1", "2", "3", "4") == ["1", "2"]
+    assert cluster.cancelled == ["1", "2"] and cluster.slept > 0
+
+
+def test_a_job_that_slurm_does_not_end_is_told():
+    cluster = Cluster({"7": ("RUNNING", f"shakedown-{RUN}-{CELLS[0]}")}, polls_to_end=10**6)
+    with pytest.raises(InfrastructureError, match=r"job 7 cancelled .* ago and not ended"):
+        cluster.cancel("7")
+    assert cluster.cancel("7", wait=False) == ["7"]
+
+
+def test_stop_of_a_run_whose_controller_died_cancels_its_job(tmp_path):
+    """squeue and scancel are stand-ins here: two shell scripts and a file with the queue."""
+    run = make(
+        tmp_path / "results",
+        state=status(cells={CELLS[0]: cell("running", at(6), job={"id": "41", "state": "RUNNING"}),
+                            CELLS[1]: cell("complete", at(6), at(9), job={"id": "40", "state": "COMPLETED"})}),
+        slurm={"partition": "gpu"},
+    )  # fmt: skip
+    queue, programs = tmp_path / "queue", tmp_path / "bin"
+    programs.mkdir()
+    queue.write_text(slurm.SEPARATOR.join(("41", "RUNNING", "N/A", "", f"shakedown-{RUN}-{CELLS[0]}-1", "None")))
+    for name, script in (
+        ("squeue", f"cat {queue}"),
+        ("scancel", f"echo $* >> {queue}.said; sed -i s/RUNNING/CANCELLED/ {queue}"),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    stop = [RUNNER, "runs", "stop", "--results", run.path.parent]
+    done = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, f"run {RUN} had no controller; cancelled job 41\n"), done.stderr
+    assert Path(f"{queue}.said").read_text() == "41\n"
+    done = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (
+        2, f"runner: run {RUN} is not running: its state is incomplete; none of its jobs waits or runs: 41\n",
+    )  # fmt: skip
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_names_of_runs_are_completed(tmp_path):
+    make(tmp_path)
+    words = {"_RUNNER_COMPLETE": "bash_complete", "COMP_WORDS": "runner runs show 2026", "COMP_CWORD": "3"}
+    environment = {**os.environ, **words, "RUNNER_RESULTS": str(tmp_path)}
+    done = subprocess.run([RUNNER], env=environment, capture_output=True, text=True, timeout=20)
+    assert done.stdout.strip() == f"plain,{RUN}"
+
+
+def test_watch_and_json_exclude_each_other(tmp_path):
+    with pytest.raises(UsageError, match="--watch and --json"):
+        runner("show", "--watch", "--json", "--results", tmp_path)
