@@ -90,7 +90,7 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
             name, rank = _first_to_die(direct or dead, outcome)
             if (outcome.get("rc") or 0) < 0:  # the engine itself was killed; what its ranks say came after
                 name, rank = None, {"stderr": []}
-            status = _status(outcome, _seen_by_launcher(outcomes, talk.name))
+            status = _status(outcome, _seen_by_launcher(outcomes))
             kind = _kind(status, rank["stderr"], outcome.get("oom_kills", 0))
             message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank['stderr'])}"
             (victims if dead and not direct else suspects).append(error(kind, message, talk.name, rank["stderr"]))
@@ -125,8 +125,9 @@ def _unheard(talk: Talk) -> dict[str, Any]:
 
 # torchrun's table: the rank whose failure it saw first; the others it ended itself.
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
-# DeepSpeed's launcher on a node, through pdsh, which puts the node's name before each line.
-_EXITS = re.compile(r"^(\S+): .*exits with return code = (-?\d+)", re.MULTILINE)
+# Under DeepSpeed's launcher a node's agent does not see how a rank ends; pdsh does: its launcher there ends as the
+# rank did, with 256 - N after signal N. 255 is ssh's own failure.
+_EXITED = re.compile(r"^pdsh@\S+: \S+: ssh exited with exit code (2[2-4]\d|25[0-4])$", re.MULTILINE)
 
 
 def _first_to_die(
@@ -142,10 +143,10 @@ def _first_to_die(
     return name, dead[name]
 
 
-def _seen_by_launcher(outcomes: Mapping[str, Mapping[str, Any]], host: str) -> int | None:
-    """The status of a host's first rank to die where DeepSpeed's launcher, not the host's agent, saw it end."""
-    lines = "\n".join(outcomes.get(LAUNCHER, {}).get("engine_stderr", []))
-    return next((int(status) for name, status in _EXITS.findall(lines) if name == host), None)
+def _seen_by_launcher(outcomes: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """The status of the one rank that a signal ended, where it ran under DeepSpeed's launcher."""
+    found = _EXITED.findall("\n".join(outcomes.get(LAUNCHER, {}).get("engine_stderr", [])))
+    return int(found[0]) - 256 if len(found) == 1 else None
 
 
 def _status(outcome: Mapping[str, Any], seen: int | None = None) -> int | None:

@@ -57,9 +57,11 @@ def environment(facts: Mapping[str, Any]) -> dict[str, str]:
         flat[name] = facts.get(name)
     flat |= {f"packages.{name}": value for name, value in sorted((facts.get("packages") or {}).items())}
     for nic in sorted(facts.get("nics") or [], key=lambda nic: str(nic.get("name"))):
+        if not nic.get("driver"):  # bridges and the like, which come and go with containers
+            continue
         speed = nic.get("speed_mbit_per_s")
         parts = [f"{speed / 1000:g} Gbit/s"] if speed and speed > 0 else []
-        parts += [f"MTU {nic.get('mtu')}"] + ([str(nic["driver"])] if nic.get("driver") else [])
+        parts += [f"MTU {nic.get('mtu')}", str(nic["driver"])]
         flat[f"nic {nic.get('name')}"] = ", ".join(parts)
     flat |= {f"env.{name}": value for name, value in sorted((facts.get("env") or {}).items())}
     return {name: str(value) for name, value in flat.items() if value not in (None, "")}

@@ -138,14 +138,9 @@ def test_how_a_rank_ends_tells_the_kind(status, stderr, oom_kills, kind):
     assert (found["kind"], found["host"]) == (kind, "a")
 
 
-def test_deepspeeds_launcher_tells_how_a_nodes_rank_ended():
-    launcher = outcome(
-        rc=1,
-        ranks={},
-        engine_stderr=[
-            "b: [2026-11-21 05:00:00] [ERROR] [launch.py:325:sigkill_handler] ['x'] exits with return code = -9"
-        ],
-    )
+def test_pdsh_tells_how_a_rank_ended_under_deepspeeds_launcher():
+    ends = ["pdsh@c: node002: ssh exited with exit code 247", "pdsh@c: node001: ssh exited with exit code 1"]
+    launcher = outcome(rc=-2, stopped="stop", ranks={}, engine_stderr=ends)
     found = blame.blame(
         talks("a", "b", blame.LAUNCHER),
         {
