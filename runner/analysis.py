@@ -66,6 +66,10 @@ def summarise(
         "scaling": scaling,
         "targets": targets,
         "findings": faults,
+        "replaced": list(status.get("replaced", ())),
+        "attempts": {
+            cell: entry["attempt"] for cell, entry in status.get("cells", {}).items() if entry.get("attempt", 1) > 1
+        },
     }
 
 

@@ -5,6 +5,7 @@ What is said to Slurm and how its answers read is in `slurm`; here is when, wher
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -33,13 +35,10 @@ LAG_S = 3.0  # until the last words written on a node are seen through NFS
 FETCH_S = 60.0
 FETCH_LONGEST_S = 10.0  # between copies: an agent that is not heard for backends.SILENCE_S counts as lost
 SILENT_PAUSE_S = 2.0
+HEAR_S = 0.002  # spent on each agent's file: five hundred are asked once a second, not ten times
 AT_ONCE = 4 << 20
 LOG_LINES = 20
-SIGNALS: dict[str, str | None] = {
-    "stacks": process.STACKS.name.removeprefix("SIG"),
-    "stop": "USR2",
-    "cancel": None,
-}  # as node.SLURM_WORDS
+SIGNALS = {"stop": "USR2", "stacks": process.STACKS.name.removeprefix("SIG"), "cancel": None}  # as node.SLURM_WORDS
 T = TypeVar("T")
 
 _SILENT = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Connection timed out",
@@ -77,7 +76,8 @@ class Slurm:
         run: Callable[..., process.Outcome] = process.run,
     ) -> None:
         self.settings = settings
-        self._login, self._ssh_config, self._patience_s, self._execute = login, ssh_config, patience_s, run
+        self.patience_s = patience_s
+        self._login, self._ssh_config, self._execute = login, ssh_config, run
         self._known: dict[str, JobInfo] = {}
         self._silent_since: float | None = None
 
@@ -92,13 +92,8 @@ class Slurm:
                 # The far shell reads secrets from its stdin, so that no command line ever shows one.
                 reads = [f"IFS= read -r {name}; export {name}" for name in secrets]
                 script = "; ".join([_CLEAN, "cd /", *reads, f"exec {shlex.join(argv)}"])
-                command = [
-                    "ssh",
-                    "-F",
-                    str(self._ssh_config),
-                    self._login.name,
-                    shlex.join(["exec", "sh", "-c", script]),
-                ]
+                command = ["ssh", "-F", str(self._ssh_config), self._login.name]
+                command.append(shlex.join(["exec", "sh", "-c", script]))
                 values = "".join(f"{value}\n" for value in secrets.values())
                 outcome = self._execute(command, timeout_s=COMMAND_S, input=values + input)
         except InfrastructureError as error:
@@ -114,41 +109,38 @@ class Slurm:
             raise Silent(f"{argv[0]}: {_reason(outcome)}")
         return outcome
 
-    def _patiently(self, argv: Sequence[str]) -> process.Outcome:
-        deadline = time.monotonic() + self._patience_s
-        for pause in intervals():
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        deadline, pauses = time.monotonic() + self.patience_s, intervals()
+        while True:
             try:
-                return self._run(argv)
+                return ask()
             except Silent:
+                pause = next(pauses)
                 if time.monotonic() + pause > deadline:
                     raise
             time.sleep(pause)
-        raise AssertionError("intervals do not end")
 
     def submit(self, script: str, secrets: Mapping[str, str] | None = None) -> str:
         """Submit the sbatch file and return the job's id.
 
         Raises InfrastructureError with sbatch's own reason.
         """
-        for name, value in (secrets or {}).items():
-            if "\n" in value or not name.isidentifier():
-                raise UsageError(f"{name} has a line break in it, which cannot be handed to a job: set it without")
+        for key, value in (secrets or {}).items():
+            if "\n" in value or not key.isidentifier():
+                raise UsageError(f"{key} has a line break in it, which cannot be handed to a job: set it without")
         name = next(line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --job-name="))
-        deadline = time.monotonic() + self._patience_s
-        for pause in intervals():
-            try:
-                outcome = self._run(["sbatch", "--parsable"], script, secrets)
-                if outcome.rc != 0:
-                    raise InfrastructureError(f"sbatch refuses {name}: {_reason(outcome)}")
-                return slurm.submitted_id(outcome.stdout)
-            except Silent:
-                if time.monotonic() + pause > deadline:
-                    raise
-            time.sleep(pause)
-            with suppress(Silent):  # an answer that was lost on its way back is no reason for a second job
-                if found := self.find(name):
-                    return found
-        raise AssertionError("intervals do not end")
+        tries = itertools.count()
+
+        def attempt() -> str:
+            # An answer that was lost on its way back is no reason for a second job.
+            if next(tries) and (found := self.find(name)):
+                return found
+            outcome = self._run(["sbatch", "--parsable"], script, secrets)
+            if outcome.rc != 0:
+                raise InfrastructureError(f"sbatch refuses {name}: {_reason(outcome)}")
+            return slurm.submitted_id(outcome.stdout)
+
+        return self._patiently(attempt)
 
     def test_only(self, script: str) -> str | None:
         """Why Slurm would refuse the sbatch file, or None."""
@@ -158,22 +150,19 @@ class Slurm:
     def poll(self, job_ids: Sequence[str]) -> dict[str, JobInfo]:
         """What became of the jobs, by id; "unknown" for one that Slurm has forgotten.
 
-        While slurmctld does not answer, what was last known is given, for `patience_s`; then Silent is raised.
+        While slurmctld does not answer, what was last known is given, for `patience_s`. Raises Silent after that,
+        and where nothing was known.
         """
-        for pause in intervals():
-            try:
-                found = self._ask(job_ids)
-                break
-            except Silent as error:
-                self._silent_since = self._silent_since or time.monotonic()
-                silent_s = time.monotonic() - self._silent_since
-                if silent_s > self._patience_s:
-                    raise Silent(f"Slurm has not answered for {silent_s:.0f} s: {error}") from None
-                if all(job_id in self._known for job_id in job_ids):
-                    return {job_id: self._known[job_id] for job_id in job_ids}
-            time.sleep(pause)
-        self._silent_since = None
-        self._known |= {job_id: found.get(job_id, _unknown(job_id)) for job_id in job_ids}
+        try:
+            found = self._ask(job_ids)
+        except Silent as error:
+            self._silent_since = self._silent_since or time.monotonic()
+            silent_s = time.monotonic() - self._silent_since
+            if silent_s > self.patience_s or not all(job_id in self._known for job_id in job_ids):
+                raise Silent(f"Slurm has not answered for {silent_s:.0f} s: {error}") from None
+        else:
+            self._silent_since = None
+            self._known |= {job_id: found.get(job_id, _unknown(job_id)) for job_id in job_ids}
         return {job_id: self._known[job_id] for job_id in job_ids}
 
     def _ask(self, job_ids: Sequence[str]) -> dict[str, JobInfo]:
@@ -187,7 +176,7 @@ class Slurm:
         return {job_id: info for job_id, info in found.items() if job_id in job_ids}
 
     def _jobs(self, argv: Sequence[str]) -> str:
-        """What a query for jobs prints; nothing where Slurm has forgotten them."""
+        """What a query prints; nothing where Slurm has forgotten the job."""
         outcome = self._run(argv)
         if outcome.rc != 0 and not any(word in outcome.stderr for word in _GONE):
             raise Silent(f"{argv[0]}: {_reason(outcome)}")  # whatever it is, a query that worked may work again
@@ -195,7 +184,7 @@ class Slurm:
 
     def find(self, name: str) -> str | None:
         """The id of the newest job of that name, or None: for a controller that died before it noted the id."""
-        queued = self._run(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%A"]).stdout.split()
+        queued = self._jobs(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%A"]).split()
         if not queued:
             with suppress(InfrastructureError):
                 argv = ["sacct", "--allocations", "--noheader", "--parsable2", f"--name={name}", "--format=JobIDRaw"]
@@ -209,7 +198,7 @@ class Slurm:
         """
         target = job_id if step is None else f"{job_id}.{step}"
         argv = ["scancel", *([f"--signal={signal}"] if signal else []), target]
-        outcome = self._patiently(argv) if patient else self._run(argv)
+        outcome = self._patiently(partial(self._run, argv)) if patient else self._run(argv)
         if outcome.rc != 0 and not any(word in outcome.stderr for word in _OVER):
             raise InfrastructureError(f"cannot cancel job {target}: {_reason(outcome)}")
 
@@ -225,14 +214,8 @@ class Slurm:
 
     def look(self) -> tuple[list[slurm.Partition], list[slurm.SlurmNode]]:
         """The cluster's partitions and nodes, for `slurm.refusals`."""
-        partitions, nodes = (self._patiently(argv) for argv in (slurm.PARTITIONS, slurm.NODES))
-        for outcome in (partitions, nodes):
-            if outcome.rc != 0:
-                raise InfrastructureError(f"{outcome.argv[0]} failed: {_reason(outcome)}")
-        return (
-            list(slurm.parse_partitions(partitions.stdout).values()),
-            list(slurm.parse_nodes(nodes.stdout).values()),
-        )
+        partitions, nodes = (self._patiently(partial(self._jobs, argv)) for argv in (slurm.PARTITIONS, slurm.NODES))
+        return list(slurm.parse_partitions(partitions).values()), list(slurm.parse_nodes(nodes).values())
 
 
 def _reason(outcome: process.Outcome) -> str:
@@ -247,6 +230,11 @@ def _lacking(where: str, program: str) -> InfrastructureError:
 
 def _unknown(job_id: str) -> JobInfo:
     return JobInfo(job_id, "", "unknown", "", "", (), None)
+
+
+def _gone(info: JobInfo) -> bool:
+    """Whether a job has ended or is forgotten. A state that only a newer Slurm knows is neither."""
+    return info.state in ENDED or not info.raw
 
 
 def intervals(first_s: float = 1.0, longest_s: float = 15.0) -> Iterator[float]:
@@ -313,19 +301,29 @@ def wait(
 
     def ask() -> JobInfo:
         info = cluster.poll([job_id])[job_id]
-        return replace(info, position=cluster.position(job_id)) if info.state == "waiting" else info
+        with suppress(Silent):
+            return replace(info, position=cluster.position(job_id)) if info.state == "waiting" else info
+        return info
 
-    settings, began = cluster.settings, time.monotonic()
+    settings = cluster.settings
+    began = answered = time.monotonic()
     stuck, before, given_up = None, None, None
     with _left_at_once(cluster, job_id), _threads() as pool:
         look = _Repeated(pool, ask)
         while not stopped():
             time.sleep(backends.POLL_S)
-            info, now = look.take(), time.monotonic()
+            now = time.monotonic()
+            try:
+                info = look.take()
+            except Silent:
+                if now - answered > cluster.patience_s:
+                    raise
+                continue
             if info is None:
                 continue
-            if info.state != "waiting":
+            if info.state in ("running", "ending") or _gone(info):
                 return info
+            answered = now
             on_wait(info)
             if (info.raw, info.reason) != before:
                 before = (info.raw, info.reason)
@@ -463,7 +461,7 @@ class _Conversation:
         self.all_ended: float | None = None
         self.stop_asked: float | None = None
         self.told = ""  # the last word that Slurm passed on
-        self.next_told = 0.0
+        self.next_told = self.next_heard = 0.0
 
     def run(self, pool: ThreadPoolExecutor) -> JobInfo:
         follow = self.follow
@@ -474,13 +472,15 @@ class _Conversation:
             now = time.monotonic()
             if fetch:
                 fetch.take()
-            self._hear(now)
+            if now >= self.next_heard:
+                self._hear(now)
             self._look(look, now)
             if self.over and fetch:  # what they said last is not here yet
                 fetch.once_more()
-                self._hear(now)
+                while self._hear(now):
+                    pass
             alive = [talk for talk in self.talks if talk.alive]
-            if self.over and (not alive or fetch or now - self.over > follow.lag_s):
+            if self.over and (not alive or fetch or now - max(self.over, self.heard) > follow.lag_s):
                 return self._end(alive)
             if alive:
                 self._tell(alive, now)
@@ -494,16 +494,19 @@ class _Conversation:
                     self._cancel()
                 return self._end(alive)
 
-    def _hear(self, now: float) -> None:
+    def _hear(self, now: float) -> bool:
+        """Pass on what is new; False when nothing was."""
+        self.next_heard, heard = now + HEAR_S * len(self.ears), False
         for talk, ear in self.ears:
             for message in ear.messages() if talk.alive else []:
-                talk.answered, talk.heard, self.heard = True, now, now
+                talk.answered, talk.heard, self.heard, heard = True, now, now, True
                 if message["message"] == "outcome":
                     talk.rc = 0 if message.get("rc") == 0 and not message.get("error") else 1
                 if message["message"] != "alive":
                     self.on_message(talk, message)
             if not talk.answered and now - self.began < FIRST_WORD_S:
                 talk.heard = now
+        return heard
 
     def _look(self, look: _Repeated[tuple[JobInfo, set[int]]], now: float) -> None:
         try:
@@ -522,7 +525,7 @@ class _Conversation:
         step = self.follow.step
         self.begun = self.begun or step in steps
         passed = step is not None and (any(other > step for other in steps) or (self.begun and step not in steps))
-        if self.over is None and (passed or info.state in (*ENDED, "unknown")):
+        if self.over is None and (passed or _gone(info)):
             self.over = now
 
     def _tell(self, alive: Sequence[Talk], now: float) -> None:

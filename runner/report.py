@@ -29,10 +29,10 @@ HEADLINES = {
     "inconclusive": "Not settled: more repeats are needed",
     "not_judged": "It works; its speed was not judged",
 }
-KINDS = {
-    "rank_died": "A rank died",
+TITLES = {
+    **{name: kind.title for name, kind in findings.KINDS.items()},
+    "rank_died": "A rank died",  # what runs say that recorded no kinds yet
     "node_unreachable": "A node stopped answering",
-    "timed_out": "A cell ran out of time",
     "wrong_values": "Wrong results",
     "no_records": "Nothing was measured",
     "environment": "Nodes are set up differently",
@@ -172,7 +172,7 @@ def _page(
         "torch_rows": _torch_rows(summary["cells"]),
         "environment": _environment(facts, naming),
         "findings": [
-            {**f, "title": KINDS.get(f["kind"], f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]
+            {**f, "title": TITLES.get(f["kind"], f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]
         ],
         "unfinished": _unfinished(summary["cells"], status, naming),
         "glossary": GLOSSARY,
@@ -262,7 +262,8 @@ def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
 def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) -> list[tuple[str, str]]:
     """What, when, where, and the command that does it again."""
     hardware = plan.get("hardware", {})
-    hosts = [node["name"] for node in plan["nodes"]]
+    used = {host for cell in plan["cells"] for host in cell["hosts"]}  # of those that Slurm had to choose from
+    hosts = [node["name"] for node in plan["nodes"] if node["name"] in used or not used]
     first = plan["cells"][0] if plan["cells"] else {"gpus_per_node": 0, "device": "?"}
     ranks = f"{first['gpus_per_node']} {'CPU ranks' if first['device'] == 'cpu' else 'GPUs'} each"
     models = ", ".join(plan.get("models", {}))
@@ -280,6 +281,11 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     ]
     if plan.get("passed_over"):
         rows.append(("Passed over", "; ".join(plan["passed_over"])))
+    for swap in summary.get("replaced", ()):
+        by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
+        rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))
+    if attempts := summary.get("attempts"):
+        rows.append(("Run again", ", ".join(f"{cell} ({number} attempts)" for cell, number in attempts.items())))
     return rows
 
 
@@ -437,7 +443,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
         )
     for finding in summary["findings"]:
         who = f"{finding['host']}: " if finding["host"] else ""
-        parts.append(_wrapped(f"✕ {KINDS.get(finding['kind'], finding['kind'])}: {who}{finding['evidence']}"))
+        parts.append(_wrapped(f"✕ {TITLES.get(finding['kind'], finding['kind'])}: {who}{finding['evidence']}"))
     why = "" if summary["findings"] else f": {summary['reason']}"  # the findings above say it already
     parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))
     text = "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Slurm in words: jobs rendered, its answers read, impossible requests refused. Text in, values out.
+"""Slurm in words: jobs rendered, its answers about them read. Text in, values out.
 
 Written for Slurm 20.11 and later. Answers are asked for as text with a separator of our own: the JSON of
 those versions is missing, or differs from one to the next. The agent on the nodes imports this module, so
@@ -204,7 +204,7 @@ def render(job: Job, settings: Settings) -> str:
         "constraint": settings.constraint,
         "nodelist": ",".join(hosts) or None,
         "exclude": ",".join(settings.exclude) or None,
-        "time": _clock(limit_s(job, settings)),
+        "time": clock(limit_s(job, settings)),
         "signal": f"USR1@{NOTICE_S}",
         "no-requeue": "",
         "export": ",".join(job.secrets) or "NIL",
@@ -234,7 +234,7 @@ def render(job: Job, settings: Settings) -> str:
 
 
 def _told(step: Step) -> str:
-    where = f"on {_fold(step.hosts)}" if step.hosts else "placed by Slurm"
+    where = f"on {fold(step.hosts)}" if step.hosts else "placed by Slurm"
     return f"cell {step.cell}: {step.num_nodes} node{'s'[: step.num_nodes > 1]} {where}, at most {step.timeout_s:g} s"
 
 
@@ -249,7 +249,7 @@ def _srun(job: Job, step: Step) -> list[str]:
         "ntasks-per-node": 1,
         "nodelist": ",".join(step.hosts) or None,
         # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
-        "time": _clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if len(job.steps) > 1 else None,
+        "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if len(job.steps) > 1 else None,
     }
     words = [shlex.quote(f"--{name}={value}") for name, value in _unbroken(options)]
     ((_, python),) = _unbroken({"python": job.python})
@@ -282,7 +282,7 @@ def _directive(name: str, value: str) -> str:
     return f"#SBATCH --{name}={value}" if _WORD.fullmatch(value) else f'#SBATCH --{name}="{value}"'
 
 
-def _clock(seconds: int) -> str:
+def clock(seconds: int) -> str:
     """D-HH:MM:SS"""
     return f"{seconds // 86400}-{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
@@ -308,6 +308,13 @@ def expand(nodelist: str) -> tuple[str, ...]:
 def _numbers(ranges: str) -> list[str]:
     bounds = [(first, last or first) for first, _, last in (part.partition("-") for part in ranges.split(","))]
     return [f"{n:0{len(first)}}" for first, last in bounds for n in range(int(first), int(last) + 1)]
+
+
+def fold(hosts: Iterable[str]) -> str:
+    """`node[001-003]` for node001, node002, node003."""
+    from ClusterShell.NodeSet import NodeSet
+
+    return str(NodeSet.fromlist(list(hosts), resolver=None)) or "no node"
 
 
 def placement(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
@@ -371,8 +378,6 @@ SEPARATOR = "|#"  # reasons hold blanks, commas, brackets, and whatever an admin
 SQUEUE = ("squeue", "--noheader", "--states=all", f"--format={SEPARATOR.join(('%A', '%T', '%S', '%N', '%j', '%r'))}")
 _COLUMNS = ("JobIDRaw", "JobName", "State", "Reason", "NodeList", "Start", "ExitCode")
 SACCT = ("sacct", "--parsable2", f"--delimiter={SEPARATOR}", "--allocations", f"--format={','.join(_COLUMNS)}")
-PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
-NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%E'))}")
 
 
 def squeue_argv(ids: Iterable[str]) -> list[str]:
@@ -440,15 +445,15 @@ def parse_sacct(text: str, separator: str = SEPARATOR) -> dict[str, JobInfo]:
 
 def parse_scontrol_job(text: str) -> JobInfo | None:
     """The job of `scontrol show job`, on one line or many; None: no job."""
-    row = _pairs(text)
+    row = pairs(text)
     columns = ("JobName", "JobState", "Reason", "NodeList", "StartTime", "ExitCode")
     return _job(row["JobId"], *(row.get(column, "") for column in columns)) if "JobId" in row else None
 
 
-def _pairs(text: str) -> dict[str, str]:
+def pairs(text: str) -> dict[str, str]:
     """scontrol's `Key=value Key=value`, where values may hold blanks; the first of each key."""
-    pairs = re.findall(r"(?<!\S)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*\Z)", text, re.DOTALL)
-    return dict(reversed(pairs))
+    found = re.findall(r"(?<!\S)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*\Z)", text, re.DOTALL)
+    return dict(reversed(found))
 
 
 def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, exit_code: str = "") -> JobInfo:
@@ -456,7 +461,7 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
     codes = re.fullmatch(r"(\d+):(\d+)", exit_code)
     over = codes and word not in ("waiting", "running", "ending", "unknown")  # until then Slurm says 0:0
     try:
-        hosts = expand(nodes) if _said(nodes) else ()
+        hosts = expand(nodes) if said(nodes) else ()
     except ValueError:  # cut off, or a word for none that is new
         hosts = ()
     return JobInfo(
@@ -464,7 +469,7 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
         name=name,
         state=word,
         raw=raw.strip(),
-        reason=_said(reason),
+        reason=said(reason),
         nodes=hosts,
         start=start if start[:4].isdigit() else None,
         exit_code=int(codes[1]) if codes and over else None,
@@ -472,7 +477,7 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
     )
 
 
-def _said(text: str) -> str:
+def said(text: str) -> str:
     """Slurm has several words for nothing."""
     return "" if text.strip().lower() in ("(null)", "none", "n/a", "none assigned") else text.strip()
 
@@ -509,149 +514,3 @@ def why_stuck(reason: str) -> str | None:
     plain = reason.strip().lstrip("(").replace("_", " ")
     words = next((words for pattern, words in _STUCK.items() if re.match(pattern, plain, re.IGNORECASE)), None)
     return f"{plain.rstrip(')')}: {words}" if words else None
-
-
-# --- what there is --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A partition; a limit of None: there is none."""
-
-    name: str
-    state: str
-    default: bool
-    max_time_s: int | None
-    max_nodes: int | None
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SlurmNode:
-    """A node as Slurm sees it: `state` in words without flags, `usable` whether jobs can come to run there."""
-
-    name: str
-    state: str
-    usable: bool
-    reason: str
-    gres: str
-
-
-def parse_partitions(text: str) -> dict[str, Partition]:
-    """Partitions by name, from the answer to PARTITIONS."""
-    return {
-        row["PartitionName"]: Partition(
-            name=row["PartitionName"],
-            state=row.get("State", "up").lower(),
-            default=row.get("Default") == "YES",
-            max_time_s=seconds_of(row.get("MaxTime", "")),
-            max_nodes=int(row["MaxNodes"]) if row.get("MaxNodes", "").isdigit() else None,
-            nodes=expand(row["Nodes"]) if _said(row.get("Nodes", "")) else (),
-        )
-        for row in map(_pairs, text.splitlines())
-        if "PartitionName" in row
-    }
-
-
-_UNUSABLE = re.compile(r"down|drain|drng|fail|error|inval|fut|unk|no_resp")
-
-
-def node_state(word: str) -> tuple[str, bool]:
-    """sinfo's word without its flags, and whether jobs can run there. `*` is a slurmd that does not answer."""
-    plain = re.sub(r"[^a-z_+]", "", word.lower()).strip("+")
-    powered = plain.startswith("power")  # saving power is no fault: Slurm wakes the node for a job
-    silent = "*" in word
-    return plain + (", not answering" if silent else ""), powered or not (silent or _UNUSABLE.search(plain))
-
-
-def parse_nodes(text: str) -> dict[str, SlurmNode]:
-    """Nodes by name, from the answer to NODES, which tells each node once a partition."""
-    nodes = {}
-    for name, *rest in (line.split(SEPARATOR, 3) for line in text.splitlines()):
-        if len(rest) == 3:
-            nodes[name] = SlurmNode(name, *node_state(rest[0]), reason=_said(rest[2]), gres=_said(rest[1]))
-    return nodes
-
-
-def refusals(
-    num_nodes: int,
-    gpus_per_node: int,
-    device: str,
-    hosts: Sequence[str],
-    settings: Settings,
-    partitions: Iterable[Partition],
-    nodes: Iterable[SlurmNode],
-    time_limit_s: int,
-) -> list[str]:
-    """Every reason why Slurm could not run this, at once and before anything is submitted; none: it can."""
-    by_name, known = {p.name: p for p in partitions}, {node.name: node for node in nodes}
-    names = (settings.partition or ",".join(p.name for p in by_name.values() if p.default)).split(",")
-    if names == [""]:
-        return [f"no partition is named and Slurm has no default one; set slurm.partition: {', '.join(by_name)}"]
-    if strange := [name for name in names if name not in by_name]:
-        return [str(unknown("partition", name, by_name, "slurm.partition")) for name in strange]
-    gres = wanted_gres(gpus_per_node, device, settings)
-
-    def refused(partition: Partition) -> list[str]:
-        where, reasons = f"partition {partition.name}", []
-        if partition.state != "up":
-            reasons.append(f"{where} is {partition.state}; name another, or have it brought up")
-        if partition.max_nodes is not None and num_nodes > partition.max_nodes:
-            reasons.append(f"{num_nodes} nodes asked for, {where} allows {partition.max_nodes} (MaxNodes)")
-        if partition.max_time_s is not None and time_limit_s > partition.max_time_s:
-            allowed = _clock(partition.max_time_s)
-            reasons.append(
-                f"{_clock(time_limit_s)} asked for, {where} allows {allowed} (MaxTime); set slurm.time_limit_s"
-            )
-        if unheard := [host for host in hosts if host not in known]:
-            reasons.append(f"Slurm knows no {_fold(unheard)}; it has {_fold(known)}")
-        if outside := [host for host in hosts if host in known and host not in partition.nodes]:
-            reasons.append(f"{where} does not hold {_fold(outside)}; it holds {_fold(partition.nodes)}")
-        if barred := [host for host in hosts if host in settings.exclude]:
-            reasons.append(f"{_fold(barred)} is named, and excluded by slurm.exclude; leave it out of one")
-        there = [known[host] for host in hosts or partition.nodes if host in known and host in partition.nodes]
-        there = [node for node in there if node.name not in settings.exclude]
-        good = [node for node in there if node.usable]
-        bad = {node.name: node.state + f" ({node.reason})" * bool(node.reason) for node in there if not node.usable}
-        if hosts and bad:
-            reasons.append(f"named but not usable: {_grouped(bad)}; name others, or bring them back")
-        elif not hosts and num_nodes > len(good):
-            without = " without the excluded ones" if settings.exclude else ""
-            unusable = f", of which {len(good)} are usable: {_grouped(bad)}" if bad else ""
-            reasons.append(f"{num_nodes} nodes asked for, {where} has {len(there)}{without}{unusable}")
-        lacking = {node.name: node.gres or "none" for node in good if gres and not _holds(node.gres, gres)}
-        if len(good) - len(lacking) < min(num_nodes, len(good)):
-            reasons.append(
-                f"{gres} asked for on each node, found: {_grouped(lacking)}; mend slurm.gres or the partition"
-            )
-        return reasons
-
-    every = [refused(by_name[name]) for name in names]  # of several, Slurm takes the first that can start the job
-    return [] if [] in every else list(dict.fromkeys(itertools.chain.from_iterable(every)))
-
-
-def _holds(gres: str, wanted: str) -> bool:
-    """Whether "gpu:h200:8(S:0-1),nvme:1" holds "gpu:8", "gpu:h200:8", "gpu:4,nvme"."""
-    counts: dict[str, int] = {}
-    for name, count in _counted(gres):
-        for known in {name, name.partition(":")[0]}:
-            counts[known] = counts.get(known, 0) + count
-    return all(counts.get(name, 0) >= count for name, count in _counted(wanted))
-
-
-def _counted(gres: str) -> list[tuple[str, int]]:
-    """("gpu:h200", 8) of each part of a GRES list; without a number, 1."""
-    parts = re.findall(r"([a-z]\w*(?::[a-z_][\w.-]*)?)(?::(\d+)([kmg]?))?(?:\([^)]*\))?(?:,|$)", gres.lower())
-    return [(name, int(count or 1) * 1024 ** " kmg".index(unit or " ")) for name, count, unit in parts]
-
-
-def _grouped(said: Mapping[str, str]) -> str:
-    """`node[001-002] drained (bad cable), node007 down`: hosts folded by what is said of them."""
-    words = dict.fromkeys(said.values())
-    return ", ".join(f"{_fold([host for host in said if said[host] == word])} {word}" for word in words)
-
-
-def _fold(hosts: Iterable[str]) -> str:
-    from ClusterShell.NodeSet import NodeSet
-
-    return str(NodeSet.fromlist(list(hosts), resolver=None)) or "no node"

@@ -277,11 +277,15 @@ def broken() -> Fixture:
     dead = fixture.plan["cells"][-1]["id"]
     fixture.records = [record for record in fixture.records if record.cell != dead]
     fixture.status["state"] = "failed"
+    swap = {"host": "fukushimadc-02-hgx-0009", "by": None, "cell": dead, "reason": "has not answered for 30 s", "at": ""}
+    fixture.status["replaced"] = [swap]
     fixture.status["cells"][dead] = {
         "state": "failed",
+        "attempt": 2,
         "started": fixture.plan["created"],
         "ended": fixture.plan["created"],
         "error": {
+            "kind": "cuda_out_of_memory",
             "message": "rank19 died (exit 1): torch.OutOfMemoryError: CUDA out of memory",
             "host": NAMES[2],
             "stderr": [
