@@ -31,11 +31,12 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 system-packages:
 	testbed/install-system-packages.sh
 
-# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own list.
+# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own list. Two tests at a time: the
+# roles' scenarios, which mostly wait for connections and services, beside all others.
 test:
 	time $(MAKE) --no-print-directory system-packages setup
 	time $(MAKE) --no-print-directory lint
-	time $(VENV)/bin/pytest
+	time $(VENV)/bin/pytest -n 2 --dist loadgroup
 
 unit: setup
 	$(VENV)/bin/pytest tests/unit
