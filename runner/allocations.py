@@ -12,12 +12,15 @@ from typing import Any
 from runner import agents, backends, blame, jobs, process, slurm
 from runner.backends import Talk
 from runner.cells import CellRun, Course
+from runner.cluster import SlurmNode, refusals
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.inventory import Node, by_word
 from runner.plan import Cell, Plan, environment, job
 from runner.rundir import RunDir, write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
+# What srun says of a node on which it could not even start the agent.
+_LAUNCH = re.compile(r"Task launch for \S+ failed on node (\S+): (.*)")
 
 
 def settings_of(plan: Plan) -> slurm.Settings:
@@ -61,13 +64,11 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
     settings = transport.settings(plan)
     partitions, nodes = transport.cluster.look()
     largest = max(cells, key=lambda cell: cell.num_nodes)
-    script = transport.script(plan, "shakedown-test", cells if plan.one_allocation else [largest], None)
-    limit = re.search(r"--time=(?:(\d+)-)?(\d+):(\d+):(\d+)", script)
-    days, hours, minutes, seconds = (int(number or 0) for number in limit.groups()) if limit else (0, 0, 0, 0)
+    ready = transport.job(plan, "shakedown-test", cells if plan.one_allocation else [largest], None)
     hosts = tuple(slurm_name(plan.node(name), tuple(n.name for n in nodes)) for name in largest.hosts)
 
-    def reasons(nodes: Sequence[slurm.SlurmNode]) -> list[str]:
-        return slurm.refusals(
+    def reasons(nodes: Sequence[SlurmNode]) -> list[str]:
+        return refusals(
             largest.num_nodes,
             largest.gpus_per_node,
             largest.device,
@@ -75,13 +76,13 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
             settings,
             partitions,
             nodes,
-            days * 86400 + hours * 3600 + minutes * 60 + seconds,
+            slurm.limit_s(ready, settings),
         )
 
     if found := reasons(nodes):
         wrong = reasons([replace(node, usable=True) for node in nodes])
         raise (UsageError if wrong else InfrastructureError)("\n  ".join(["Slurm cannot start this:", *found]))
-    if why := transport.cluster.test_only(script):
+    if why := transport.cluster.test_only(slurm.render(ready, settings)):
         raise UsageError(f"Slurm refuses this: {why}")
 
 
@@ -126,7 +127,7 @@ class Allocations:
         A job that an earlier controller submitted is followed from its beginning.
         """
         try:
-            job_id, step = self._submit(plan, cell, data, course)
+            job_id, step, script = self._submit(plan, cell, data, course)
             info = jobs.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
         except jobs.NotStarted as error:
             return self._not_started(cell, str(error), plan)
@@ -134,7 +135,7 @@ class Allocations:
             return blame.error("slurm_unreachable", str(error))
         course.on_job(info)
         if not info.nodes:  # cancelled while it waited, or forgotten
-            return None if watch.stop.asked else self._fault(info, watch)
+            return None if watch.stop.asked else self._fault(info, watch, plan)
         placed = [self._node(plan, name) for name in info.nodes[: cell.num_nodes]]
         if cell.hosts and {node.name for node in placed} == set(cell.hosts):
             placed = [plan.node(name) for name in cell.hosts]
@@ -149,42 +150,54 @@ class Allocations:
             source=None if self.shared else cell.cell_dir,
             nodes=() if self.shared else placed,
             ssh_config=self.ssh_config,
+            log=script.with_suffix(".log") if self.shared else None,
             on_job=course.on_job,
         )
         try:
             info = jobs.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
         except jobs.Silent as error:
             return blame.error("slurm_unreachable", str(error))
-        return None if watch.stop.asked else self._fault(info, watch)
+        if not watch.stop.asked:
+            return self._fault(info, watch, plan)
+        if step is not None:  # the cells after it are not wanted either
+            with suppress(InfrastructureError):
+                self.cluster.cancel(job_id)
+        return None
 
-    def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None]:
-        """The id of the cell's job, submitted now unless it was already, and the cell's step in it."""
+    def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
+        """The id of the cell's job, submitted now unless it was already, the cell's step in it, and the sbatch file."""
+        whole = f"shakedown-{plan.run_id}-all-1"
         if cell.id in course.allocation:
             job_id, step = course.allocation[cell.id]
-            return str(job_id), int(step)
+            return str(job_id), int(step), self.run.slurm(whole)
         attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
         together = plan.one_allocation and attempt == 1 and job_id is None
         cells = course.pending if together else [cell]
-        name = f"shakedown-{plan.run_id}-{'all' if together else cell.id}-{attempt}"
+        name = whole if together else f"shakedown-{plan.run_id}-{cell.id}-{attempt}"
         path = self.run.slurm(name)
         if job_id is None and path.exists():  # a controller that died may have had no time to note the id
             job_id = self.cluster.find(name)
         if job_id is None:
-            script = self.script(plan, name, cells, data)
+            script = slurm.render(self.job(plan, name, cells, data), self.settings(plan))
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
             job_id = self.cluster.submit(script, agents.secrets())
         if not together:
-            return job_id, None
+            return job_id, None, path
         course.allocation.update({each.id: [job_id, step] for step, each in enumerate(cells)})
-        return job_id, 0
+        return job_id, 0, path
 
-    def script(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> str:
-        """The sbatch file of these cells."""
-        return render(plan, name, cells, data, self.settings(plan), self._slurm_names(), self.checks, self.expected)
+    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
+        return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm.Settings:
         return replace(self.cluster.settings, exclude=tuple((plan.slurm or {}).get("exclude", ())))
+
+    def exclude(self, plan: Plan, host: str) -> Plan:
+        """The plan with `host` among the nodes that Slurm may not choose."""
+        settings = dict(plan.slurm or {})
+        name = slurm_name(plan.node(host), self._slurm_names())
+        return replace(plan, slurm={**settings, "exclude": [*settings.get("exclude", ()), name]})
 
     def _slurm_names(self) -> tuple[str, ...]:
         if self._known is None:
@@ -200,7 +213,7 @@ class Allocations:
 
     # --- what became of it --------------------------------------------------------------------------
 
-    def _fault(self, info: slurm.JobInfo, watch: CellRun) -> dict[str, Any] | None:
+    def _fault(self, info: slurm.JobInfo, watch: CellRun, plan: Plan) -> dict[str, Any] | None:
         """What Slurm did to the job, where that is why the cell did not end well."""
         said = {
             "time_limit": ("time_limit", "reached its time limit"),
@@ -209,17 +222,23 @@ class Allocations:
             "preempted": ("preempted", "was preempted"),
             "out_of_memory": ("out_of_memory", "ran out of memory"),
         }
-        if any(outcome.get("stopped") == "time limit" for outcome in watch.outcomes.values()):
+        mute = [talk.name for talk in watch.talks if talk.name not in watch.outcomes]
+        host = mute[0] if len(mute) == 1 else None
+        stderr = next((talk.stderr for talk in watch.talks if talk.stderr), [])
+        refused = _LAUNCH.search("\n".join(stderr))
+        if refused and mute:
+            kind, message = "node_failed", f"could not start on a node: {refused[2]}"
+            host = self._node(plan, refused[1]).name
+        elif any(outcome.get("stopped") == "time limit" for outcome in watch.outcomes.values()):
             kind, message = said["time_limit"]
         elif info.state in said and watch.reason is None:
             kind, message = said[info.state]
-        elif not watch.outcomes and info.state in ("failed", "unknown", "complete"):
+        elif not watch.outcomes and info.state in ("failed", "unknown", "complete", "ending"):
             kind, message = "not_started", f"ended as {info.raw or 'unknown'} before any node answered"
         else:
             return None
-        mute = [talk.name for talk in watch.talks if talk.name not in watch.outcomes]
-        host = mute[0] if kind in ("node_failed", "out_of_memory") and len(mute) == 1 else None
-        stderr = next((talk.stderr for talk in watch.talks if talk.stderr), [])
+        if kind not in ("node_failed", "out_of_memory"):
+            host = None
         return blame.error(kind, f"job {info.job_id} {message}", host, stderr)
 
     def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
@@ -254,17 +273,17 @@ class Allocations:
             backends.ask(nodes, "ssh", self.ssh_config, request, timeout_s=15)
 
 
-def render(
+def prepare(
     plan: Plan,
     name: str,
     cells: Sequence[Cell],
     data: str | None,
-    settings: slurm.Settings,
+    shared: bool,
     known: Sequence[str],
     checks: Mapping[str, Any],
     expected: Mapping[str, str],
-) -> str:
-    """The sbatch file of `cells`. `known` are Slurm's names of nodes. Pure."""
+) -> slurm.Job:
+    """The job of `cells`. `known` are Slurm's names of nodes."""
     names = {slurm_name(node, known): node for node in plan.nodes}
     first = plan.nodes[0]
     steps = []
@@ -279,7 +298,7 @@ def render(
             "timeout_s": cell.params["timeout_s"],
             "scratch": first.scratch,
             "cell_dir": cell.cell_dir,
-            "shared_root": cell.cell_dir if settings.shared else None,
+            "shared_root": cell.cell_dir if shared else None,
             "hosts": [slurm_name(plan.node(host), known) for host in cell.hosts],
             "names": {word: node.name for word, node in names.items() if word != node.name},
             "addresses": {word: node.address for word, node in names.items() if word != node.address},
@@ -291,8 +310,8 @@ def render(
         }
         hosts = tuple(request["hosts"])
         steps.append(slurm.Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
-    log = f"{plan.run_dir}/slurm/{name}.log" if settings.shared else f"/var/tmp/{name}.log"
-    ready = slurm.Job(
+    log = f"{plan.run_dir}/slurm/{name}.log" if shared else f"/var/tmp/{name}.log"
+    return slurm.Job(
         name=name,
         steps=tuple(steps),
         python=first.python,
@@ -301,7 +320,6 @@ def render(
         device=cells[0].device,
         secrets=tuple(agents.secrets()),
     )
-    return slurm.render(ready, settings)
 
 
 def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
@@ -311,7 +329,7 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     together = [list(cells)] if plan.one_allocation else [[cell] for cell in cells]
     names = [f"shakedown-{plan.run_id}-{'all' if plan.one_allocation else some[0].id}-1" for some in together]
     return [
-        f"{name}.sbatch:\n{render(plan, name, some, None, settings, known, {}, {})}"
+        f"{name}.sbatch:\n{slurm.render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)}"
         for name, some in zip(names, together, strict=True)
     ]
 

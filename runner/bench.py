@@ -375,6 +375,9 @@ class Run:
             self.plan = replace(self.plan, nodes=(*self.plan.nodes, spare), spares=spares)
         good = [node for node in self.plan.nodes if node.name not in self.bad]
         by = f"{spare.alias} takes its place" if spare else f"no spare is left, {len(good)} nodes are good"
+        if isinstance(self.transport, Allocations) and not self.plan.named:
+            self.plan = self.transport.exclude(self.plan, bad)
+            by = f"Slurm is to choose among others, {len(good)} nodes are good"
         self._note(f"{self.plan.node(bad).alias} ({bad}) is given up: {error['message']}; {by}")
         self.status["replaced"].append(
             {

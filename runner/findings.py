@@ -112,7 +112,8 @@ def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> 
         error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
         if cell["state"] != "failed" and not (cell["state"] == "incomplete" and error):
             continue
-        kind = error.get("kind") if error.get("kind") in KINDS else "unknown"
+        kind = str(error.get("kind"))
+        kind = kind if kind in KINDS else "unknown"
         known, host = KINDS[kind], error.get("host")
         fault = NOBODY if known.fault == NODE and not host else known.fault  # a node that is not known is not blamed
         message = str(error.get("message") or "failed without saying why")

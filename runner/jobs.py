@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from runner import backends, process, slurm
 from runner.backends import Talk
+from runner.cluster import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
 from runner.errors import InfrastructureError, UsageError
 from runner.inventory import Node
 from runner.node import MESSAGES
@@ -31,6 +32,7 @@ COMMAND_S = 60.0  # Slurm's own commands give up sooner
 PATIENCE_S = 60.0  # a slurmctld that is restarted answers again after some seconds
 FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
 END_S = 20.0  # from the agents' outcomes, or scancel, to the job's end
+ENDING_S = 40.0  # Slurm's KillWait is 30 s: what ends for longer waits for a node that does not answer
 LAG_S = 3.0  # until the last words written on a node are seen through NFS
 FETCH_S = 60.0
 FETCH_LONGEST_S = 10.0  # between copies: an agent that is not heard for backends.SILENCE_S counts as lost
@@ -212,10 +214,10 @@ class Slurm:
         numbers = (line.strip().partition(".")[2] for line in self._jobs(argv).splitlines())
         return {int(number) for number in numbers if number.isdigit()}
 
-    def look(self) -> tuple[list[slurm.Partition], list[slurm.SlurmNode]]:
-        """The cluster's partitions and nodes, for `slurm.refusals`."""
-        partitions, nodes = (self._patiently(partial(self._jobs, argv)) for argv in (slurm.PARTITIONS, slurm.NODES))
-        return list(slurm.parse_partitions(partitions).values()), list(slurm.parse_nodes(nodes).values())
+    def look(self) -> tuple[list[Partition], list[SlurmNode]]:
+        """The cluster's partitions and nodes, for `cluster.refusals`."""
+        partitions, nodes = (self._patiently(partial(self._jobs, argv)) for argv in (PARTITIONS, NODES))
+        return list(parse_partitions(partitions).values()), list(parse_nodes(nodes).values())
 
 
 def _reason(outcome: process.Outcome) -> str:
@@ -291,7 +293,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def wait(
-    cluster: Slurm, job_id: str, on_wait: Callable[[JobInfo], None], stopped: Callable[[], bool] = lambda: False
+    commands: Slurm, job_id: str, on_wait: Callable[[JobInfo], None], stopped: Callable[[], bool] = lambda: False
 ) -> JobInfo:
     """Wait until the job runs, or has ended, or Slurm has forgotten it; `on_wait` hears each answer meanwhile.
 
@@ -300,15 +302,15 @@ def wait(
     """
 
     def ask() -> JobInfo:
-        info = cluster.poll([job_id])[job_id]
+        info = commands.poll([job_id])[job_id]
         with suppress(Silent):
-            return replace(info, position=cluster.position(job_id)) if info.state == "waiting" else info
+            return replace(info, position=commands.position(job_id)) if info.state == "waiting" else info
         return info
 
-    settings = cluster.settings
+    settings = commands.settings
     began = answered = time.monotonic()
     stuck, before, given_up = None, None, None
-    with _left_at_once(cluster, job_id), _threads() as pool:
+    with _left_at_once(commands, job_id), _threads() as pool:
         look = _Repeated(pool, ask)
         while not stopped():
             time.sleep(backends.POLL_S)
@@ -316,7 +318,7 @@ def wait(
             try:
                 info = look.take()
             except Silent:
-                if now - answered > cluster.patience_s:
+                if now - answered > commands.patience_s:
                     raise
                 continue
             if info is None:
@@ -336,21 +338,21 @@ def wait(
                 given_up = f"its reason is {info.reason or 'not given'}; allow it longer with slurm.wait_s"
             if given_up:
                 break
-    cluster.cancel(job_id)
+    commands.cancel(job_id)
     if given_up:
         waited_s = time.monotonic() - began
         raise NotStarted(f"job {job_id} waited {waited_s:.0f} s and was cancelled: {given_up}")
-    return cluster.poll([job_id])[job_id]
+    return commands.poll([job_id])[job_id]
 
 
 @contextmanager
-def _left_at_once(cluster: Slurm, job_id: str) -> Iterator[None]:
+def _left_at_once(commands: Slurm, job_id: str) -> Iterator[None]:
     """Whoever leaves without waiting for an orderly end leaves no job behind, if Slurm answers."""
     try:
         yield
     except KeyboardInterrupt:
         with suppress(InfrastructureError):
-            cluster.cancel(job_id, patient=False)
+            commands.cancel(job_id, patient=False)
         raise
 
 
@@ -392,17 +394,13 @@ class _Ear:
     """Reads what one agent has said, while its file grows or is replaced by a longer copy."""
 
     def __init__(self, path: Path, job_id: str) -> None:
-        self._path, self._job_id = path, job_id
-        self._head, self._offset = b"", 0
+        self._path, self._job_id, self._offset = path, job_id, 0
 
     def messages(self) -> list[dict[str, Any]]:
         """What is new; nothing of an earlier job in the same folder."""
         try:
             with open(self._path, "rb") as file:
-                head = file.readline()
-                if head != self._head:
-                    self._head, self._offset = head, 0
-                if not any(message.get("job") == self._job_id for message in _parsed(head)):
+                if not any(message.get("job") == self._job_id for message in _parsed(file.readline())):
                     return []
                 file.seek(self._offset)
                 data = file.read(AT_ONCE)
@@ -457,6 +455,7 @@ class _Conversation:
         self.info = _unknown(self.follow.job_id)
         self.began = self.heard = time.monotonic()
         self.begun = False  # the step was seen running
+        self.ending: float | None = None  # since when the job is said to be completing
         self.over: float | None = None  # since when the job, or step, is known to have ended
         self.all_ended: float | None = None
         self.stop_asked: float | None = None
@@ -525,7 +524,9 @@ class _Conversation:
         step = self.follow.step
         self.begun = self.begun or step in steps
         passed = step is not None and (any(other > step for other in steps) or (self.begun and step not in steps))
-        if self.over is None and (passed or _gone(info)):
+        self.ending = (self.ending or now) if info.state == "ending" else None
+        stuck = self.ending is not None and now - self.ending > ENDING_S
+        if self.over is None and (passed or stuck or _gone(info)):
             self.over = now
 
     def _tell(self, alive: Sequence[Talk], now: float) -> None:

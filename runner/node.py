@@ -201,7 +201,9 @@ class JobLeash(Leash):
     stdin = False
 
     def tick(self) -> None:
-        if time.monotonic() - self._heard > self._silence_s:
+        ran_s = time.monotonic() - self._heard
+        self.stacks = self.stacks or ran_s > self._silence_s - 2 * _Stacks.ANSWER_S
+        if ran_s > self._silence_s:
             self.reason = self.reason or "timed out"
 
 
@@ -260,6 +262,8 @@ class Cell:
             if found.get("problems"):
                 raise _Refused("; ".join(found["problems"]), found["kinds"][0])
             with self._locked():
+                if self.request["scratch"] is not None:
+                    _empty(self.folder)
                 if self.request.get("job"):
                     write_json_atomic(self.folder / "job.json", self.request["job"])
                 observed = facts.collect(self.env)
@@ -507,6 +511,15 @@ def _ignored(*numbers: int) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what an earlier attempt at the cell left: it was gathered, and must not be taken for this one's."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MESSAGES:
+            path.unlink()
 
 
 class _Refused(Exception):

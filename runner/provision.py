@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from runner.playbook import ROOT
 
 if TYPE_CHECKING:
     from runner.display import Display
-    from runner.inventory import Node
+    from runner.inventory import Inventory, Node
     from runner.playbook import Call, Event
 
 SITE = "site.yml"
@@ -354,7 +355,7 @@ def setup(
     ctx.exit(
         _play(
             SITE,
-            source,
+            read_inventory(source),
             hosts,
             tags,
             as_json,
@@ -369,18 +370,42 @@ def setup(
 
 @click.command()
 @_common
+@click.option("--backend", help="ssh or slurm: whom to ask; default: what the inventory says.")
+@click.option("--set", "settings", multiple=True, metavar="slurm.KEY=VALUE", help="How Slurm is asked, as for bench.")
 @click.option("--dry-run", is_flag=True, help="Print the command and its tasks; connect to no node.")
 @click.pass_context
 def check(
-    ctx: click.Context, source: str | None, hosts: str | None, tags: str | None, dry_run: bool, as_json: bool
+    ctx: click.Context,
+    source: str | None,
+    hosts: str | None,
+    tags: str | None,
+    backend: str | None,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
-    """Read back what nodes are now and show where they drifted; changes nothing, takes seconds."""
-    ctx.exit(_play(VERIFY, source, hosts, tags, as_json, dry_run=dry_run))
+    """Read back what nodes are now and show where they drifted; changes nothing, takes seconds.
+
+    Where nodes are reached through Slurm only, it shows what Slurm has for them, and why it could not start a
+    benchmark on all of them.
+    """
+    inventory = read_inventory(source)
+    own = inventory.nodes[0].backend
+    known = ("ssh", "slurm") if own != "local" else ("local",)
+    if backend is not None and backend not in known:
+        raise errors.unknown("backend", backend, known, f"inventory {inventory.source}")
+    if (backend or own) == "slurm":
+        if tags is not None:
+            raise errors.UsageError("--tags chooses roles, and Slurm is asked for none: leave it out")
+        ctx.exit(_ask_slurm(inventory, hosts, settings, dry_run, as_json))
+    if settings:
+        raise errors.UsageError(f"--set slurm.… goes with --backend slurm, this backend is {backend or own}")
+    ctx.exit(_play(VERIFY, inventory, hosts, tags, as_json, dry_run=dry_run))
 
 
 def _play(
     playbook_file: str,
-    source: str | None,
+    inventory: Inventory,
     hosts: str | None,
     tags: str | None,
     as_json: bool,
@@ -397,11 +422,10 @@ def _play(
     from runner.rundir import write_json_atomic
 
     _check_tags(tags, PHASES if playbook_file == SITE else ("verify",))
-    inventory = read_inventory(source)
     nodes = select(inventory, hosts)
     names = tuple(node.name for node in nodes)
     display = Display(quiet=as_json)
-    remote = nodes[0].backend == "ssh"
+    remote = nodes[0].backend != "local"
     with nullcontext("SSH_CONFIG") if dry_run else transport(inventory) as ssh_config:
         call = playbook.Call(
             playbook=playbook_file,
@@ -433,6 +457,37 @@ def _described(plan: Mapping[str, Any]) -> str:
 
     lines = [shlex.join(plan["command"]), f"# {len(plan['tasks'])} tasks on {fold(plan['nodes'])}"]
     return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])
+
+
+# --- Slurm instead of the nodes -------------------------------------------------------------------
+
+_SURVEYED = {"usable": errors.EXIT_OK, "down": errors.EXIT_INFRASTRUCTURE, "refused": errors.EXIT_USAGE}
+
+
+def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str], dry_run: bool, as_json: bool) -> int:
+    from runner import allocations, cluster, config, slurm, survey
+    from runner.inventory import select
+
+    overrides = config.parse_settings(settings)
+    if other := overrides.keys() - {"slurm"}:
+        raise errors.unknown("setting", f"{min(other)}.…", ["slurm.…"], "--set")
+    wanted = slurm.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
+    nodes = select(inventory, hosts)
+    if dry_run:
+        asked = [list(cluster.PARTITIONS), list(cluster.NODES), ["sbatch", "--test-only"]]
+        where = wanted.login or "this machine"
+        plan = {"host": where, "commands": asked}
+        text = "\n".join([f"# on {where}", *(shlex.join(argv) for argv in asked)])
+        click.echo(json.dumps(plan, indent=1) if as_json else text)
+        return errors.EXIT_OK
+    with transport(inventory) as ssh_config:
+        commands = allocations.cluster(wanted, inventory.nodes, ssh_config)
+        found = survey.ask(commands, nodes, named=hosts is not None)
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "backend": "slurm", **asdict(found)}, indent=1))
+    else:
+        click.echo(survey.describe(found, wanted, shutil.get_terminal_size((120, 24)).columns))
+    return _SURVEYED[found.state]
 
 
 def roles() -> list[str]:

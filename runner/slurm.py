@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -248,6 +248,8 @@ def _srun(job: Job, step: Step) -> list[str]:
         "ntasks": step.num_nodes,
         "ntasks-per-node": 1,
         "nodelist": ",".join(step.hosts) or None,
+        # The first nodes of the allocation, which the controller counts on.
+        "relative": 0 if len(job.steps) > 1 and not step.hosts else None,
         # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
         "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if len(job.steps) > 1 else None,
     }

@@ -249,6 +249,13 @@ def test_a_rank_that_is_not_prepared_for_the_question_lives_on(tmp_path):
     assert outcome["rc"] == 0 and outcome["stacks"]["rank0"]["frames"] == []
 
 
+def test_under_slurm_ranks_are_asked_where_they_stand_just_before_their_time_is_up():
+    early, late = node.JobLeash(60.0), node.JobLeash(1.0)
+    for leash in (early, late):
+        leash.tick()
+    assert (early.stacks, late.stacks, late.reason) == (False, True, None)
+
+
 def test_ranks_that_another_launcher_started_are_watched_and_ended(tmp_path):
     agent = Agent(tmp_path, None)
     agent.hear("started")
@@ -439,3 +446,12 @@ def test_a_node_that_the_inventory_does_not_know_goes_by_slurms_name_and_its_own
     own = node.placed(request, {**SLURM, "SLURMD_NODENAME": "a2"})
     assert (own["host"], own["cell_dir"]) == ("a2", "/scratch/run-a/c")
     assert "--master-addr=a1" in own["argv"] and own["env"]["NIC"] == "eth0"
+
+
+def test_a_second_attempt_finds_nothing_of_the_first(tmp_path):
+    Agent(tmp_path, python("pass")).close()
+    (tmp_path / "cell" / "torchrun").mkdir()
+    (tmp_path / "cell" / "rank7.jsonl").write_text('{"event": "end"}\n')
+    second = Agent(tmp_path, python("pass")).close()
+    assert list(second["ranks"]) == ["rank0"]
+    assert not (tmp_path / "cell" / "torchrun").exists()
