@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -19,8 +20,11 @@ from runner.plan import Cell, Plan, environment, job
 from runner.rundir import RunDir, write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
-# What srun says of a node on which it could not even start the agent.
-_LAUNCH = re.compile(r"Task launch for \S+ failed on node (\S+): (.*)")
+# What a job's log says of a node on which the agent could not even be started, and the kind of failure that it is.
+_LAUNCH = {
+    "node_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*)"),
+    "environment_missing": re.compile(r"slurmstepd-(?P<node>\S+): error: execve\(\): (?P<why>.*)"),
+}
 
 
 def settings_of(plan: Plan) -> slurm.Settings:
@@ -158,6 +162,8 @@ class Allocations:
         except jobs.Silent as error:
             return blame.error("slurm_unreachable", str(error))
         if not watch.stop.asked:
+            if not self.shared:
+                self._read_log(script.stem, plan, info, watch)
             return self._fault(info, watch, plan)
         if step is not None:  # the cells after it are not wanted either
             with suppress(InfrastructureError):
@@ -223,13 +229,12 @@ class Allocations:
             "out_of_memory": ("out_of_memory", "ran out of memory"),
         }
         mute = [talk.name for talk in watch.talks if talk.name not in watch.outcomes]
-        host = mute[0] if len(mute) == 1 else None
         stderr = next((talk.stderr for talk in watch.talks if talk.stderr), [])
-        refused = _LAUNCH.search("\n".join(stderr))
-        if refused and mute:
-            kind, message = "node_failed", f"could not start on a node: {refused[2]}"
-            host = self._node(plan, refused[1]).name
-        elif any(outcome.get("stopped") == "time limit" for outcome in watch.outcomes.values()):
+        for kind, words in _LAUNCH.items():
+            if mute and (found := words.search("\n".join(stderr))):
+                named = self._node(plan, found["node"]).name
+                return blame.error(kind, f"job {info.job_id} cannot start its agent: {found['why']}", named, stderr)
+        if any(outcome.get("stopped") == "time limit" for outcome in watch.outcomes.values()):
             kind, message = said["time_limit"]
         elif info.state in said and watch.reason is None:
             kind, message = said[info.state]
@@ -237,9 +242,18 @@ class Allocations:
             kind, message = "not_started", f"ended as {info.raw or 'unknown'} before any node answered"
         else:
             return None
-        if kind not in ("node_failed", "out_of_memory"):
-            host = None
+        host = mute[0] if kind in ("node_failed", "out_of_memory") and len(mute) == 1 else None
         return blame.error(kind, f"job {info.job_id} {message}", host, stderr)
+
+    def _read_log(self, name: str, plan: Plan, info: slurm.JobInfo, watch: CellRun) -> None:
+        """Ask the job's first node for the end of its log, where an agent said nothing and nobody else can tell why."""
+        mute = [talk for talk in watch.talks if not talk.answered]
+        if mute and info.nodes:
+            tail = shlex.join(["tail", f"--lines={jobs.LOG_LINES}", log_path(plan, name, False)])
+            first = self._node(plan, info.nodes[0])
+            with suppress(InfrastructureError):
+                outcome = process.run(["ssh", "-F", str(self.ssh_config), first.name, tail], timeout_s=20)
+                mute[0].stderr += outcome.stdout.splitlines()
 
     def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
         unusable: dict[str, str] = {}
@@ -271,6 +285,11 @@ class Allocations:
         if not self.shared and nodes:
             request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
             backends.ask(nodes, "ssh", self.ssh_config, request, timeout_s=15)
+
+
+def log_path(plan: Plan, name: str, shared: bool) -> str:
+    """Where a job's output goes: in the run directory, or on the job's first node, in a folder that is always there."""
+    return f"{plan.run_dir}/slurm/{name}.log" if shared else f"/var/tmp/{name}.log"
 
 
 def prepare(
@@ -310,12 +329,11 @@ def prepare(
         }
         hosts = tuple(request["hosts"])
         steps.append(slurm.Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
-    log = f"{plan.run_dir}/slurm/{name}.log" if shared else f"/var/tmp/{name}.log"
     return slurm.Job(
         name=name,
         steps=tuple(steps),
         python=first.python,
-        log=log,
+        log=log_path(plan, name, shared),
         gpus_per_node=cells[0].gpus_per_node,
         device=cells[0].device,
         secrets=tuple(agents.secrets()),

@@ -474,7 +474,10 @@ class Run:
                 place = f", place {info.position}" if info.position else ""
                 start = f", expected {info.start}" if info.start else ""
                 self.display.at(index, total, f"{cell.id} waits: {info.reason or 'Pending'}{place}{start}")
-            self._cell_state(cell, "waiting" if info.state == "waiting" else "running")
+            elif entry["state"] == "waiting":
+                self.display.at(index, total, f"{cell.id} starting as job {info.job_id}")
+            placed = self.plan.cells[index]  # by now perhaps
+            self._cell_state(placed, "waiting" if info.state == "waiting" else "running")
 
         def on_placed(nodes: Sequence[Node]) -> Cell:
             new = tuple(node for node in nodes if node not in self.plan.nodes)

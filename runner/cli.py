@@ -310,7 +310,7 @@ def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_confi
         return None
     from runner import allocations, slurm
 
-    return allocations.cluster(slurm.settings(settings, "slurm"), inventory.nodes, ssh_config)
+    return allocations.cluster(slurm.settings(settings, "slurm"), inventory.hosts, ssh_config)
 
 
 def _describe(planned: Any, cells: Sequence[Any]) -> str:
@@ -486,6 +486,9 @@ def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
     else:
         click.echo(report.terminal(summary))
         click.echo(f"\nreport: {run.report_html}")
+        if any(cell["state"] != "complete" for cell in summary["cells"]):
+            where = "" if str(run.path.parent) == str(Path("results").absolute()) else f" --results {run.path.parent}"
+            click.echo(f"to finish it: runner bench --resume {run.run_id}{where}")
     states = {cell["state"] for cell in summary["cells"]}
     if "cancelled" in states:
         return errors.EXIT_INTERRUPTED

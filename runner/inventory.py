@@ -63,12 +63,21 @@ class Node:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The nodes in inventory order, and where they were read from; `slurm` has the keys of slurm.Settings."""
+    """The nodes in inventory order, and where they were read from; `slurm` has the keys of slurm.Settings.
+
+    `login` is the host that `runner_slurm` names for Slurm's commands, where it is none of the nodes.
+    """
 
     source: str
     nodes: tuple[Node, ...]
     known_hosts: tuple[str, ...] = ()
     slurm: Mapping[str, Any] = field(default_factory=dict)
+    login: Node | None = None
+
+    @property
+    def hosts(self) -> tuple[Node, ...]:
+        """Every host that is reached over ssh."""
+        return (*self.nodes, self.login) if self.login else self.nodes
 
 
 class _Variables(BaseModel):
@@ -130,14 +139,13 @@ def read(source: str, cache: Path) -> Inventory:
     if static and kept.is_file():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is read anew
             data = json.loads(kept.read_text())
-            return Inventory(
-                source, tuple(Node(**node) for node in data["nodes"]), tuple(data["known_hosts"]), data["slurm"]
-            )
+            login = Node(**data["login"]) if data["login"] else None
+            nodes = tuple(Node(**node) for node in data["nodes"])
+            return Inventory(source, nodes, tuple(data["known_hosts"]), data["slurm"], login)
     inventory = parse(source, _list(source), _known_hosts(path))
     if static:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        nodes = [asdict(node) for node in inventory.nodes]
-        write_json_atomic(kept, {"nodes": nodes, "known_hosts": inventory.known_hosts, "slurm": inventory.slurm})
+        write_json_atomic(kept, {key: value for key, value in asdict(inventory).items() if key != "source"})
     return inventory
 
 
@@ -200,7 +208,16 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
         raise UsageError(f"inventory {source}: ansible_connection local goes with one host alone")
     if len(backends) > 1:
         raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
-    return Inventory(source, tuple(nodes), tuple(known_hosts), _slurm(source, [hostvars.get(n, {}) for n in names]))
+    slurm = _slurm(source, [hostvars.get(n, {}) for n in names])
+    word = slurm.get("login")
+    login = None if word is None or word in by_word(nodes) else _login(source, word, hostvars)
+    return Inventory(source, tuple(nodes), tuple(known_hosts), slurm, login)
+
+
+def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]]) -> Node:
+    if name not in hostvars:
+        raise unknown("host", name, hostvars, f"inventory {source}: runner_slurm: login")
+    return _node(source, name, name, hostvars[name])
 
 
 def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -318,7 +335,7 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
     """
     pinned = {line.split()[0] for line in known_hosts(inventory).splitlines()}
     lines = [f"# Rendered from {inventory.source!r}: `ssh -F THIS_FILE {inventory.nodes[0].alias}`"]
-    for node in inventory.nodes:
+    for node in inventory.hosts:
         lines += [
             "",
             f"Host {' '.join(dict.fromkeys((node.name, node.alias, node.address)))}",
@@ -351,10 +368,10 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
 def known_hosts(inventory: Inventory) -> str:
     """The pinned host keys, by node name (HostKeyAlias makes addresses and ports irrelevant)."""
     names: dict[str, str] = {}
-    for node in inventory.nodes:
+    for node in inventory.hosts:
         for word in (node.name, node.alias, node.address):
             names |= {word: node.name, f"[{word}]:{node.port}": node.name}
-    pinned = [f"{node.name} {node.host_key}" for node in inventory.nodes if node.host_key]
+    pinned = [f"{node.name} {node.host_key}" for node in inventory.hosts if node.host_key]
     for line in inventory.known_hosts:
         hosts, _, key = line.partition(" ")
         # `ssh-keyscan -p 44222 HOST` writes [HOST]:44222, which HostKeyAlias would not find.

@@ -488,6 +488,8 @@ class _Conversation:
             elif self.all_ended is None:
                 self.all_ended = now
                 look.soon()
+            if self.told == "cancel" and self._mute(alive, now):  # Slurm goes on ending it
+                return self._end(alive)
             if now > min(self._given_up_at(), (self.all_ended or now) + END_S):
                 with suppress(Silent):
                     self._cancel()
@@ -537,7 +539,7 @@ class _Conversation:
         if "stop" in words and self.stop_asked is None:
             self.stop_asked = now
         if self.stop_asked is not None:
-            wanted = "cancel" if now - self.stop_asked > self.patience_s else "stop"
+            wanted = "cancel" if now - self.stop_asked > self.patience_s or self._mute(alive, now) else "stop"
         else:
             wanted = "stacks" if "stacks" in words else ""
         if wanted and wanted != self.told and now >= self.next_told:
@@ -546,6 +548,10 @@ class _Conversation:
                 self.told = wanted
             except Silent:
                 self.next_told = now + SILENT_PAUSE_S
+
+    def _mute(self, alive: Sequence[Talk], now: float) -> bool:
+        """Whether only agents are left that do not answer: they will not by being waited for."""
+        return bool(alive) and all(now - talk.heard > backends.SILENCE_S for talk in alive)
 
     def _cancel(self, signal: str | None = None) -> None:
         self.follow.slurm.cancel(self.follow.job_id, signal, self.follow.step, patient=False)

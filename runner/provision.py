@@ -481,7 +481,7 @@ def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str],
         click.echo(json.dumps(plan, indent=1) if as_json else text)
         return errors.EXIT_OK
     with transport(inventory) as ssh_config:
-        commands = allocations.cluster(wanted, inventory.nodes, ssh_config)
+        commands = allocations.cluster(wanted, inventory.hosts, ssh_config)
         found = survey.ask(commands, nodes, named=hosts is not None)
     if as_json:
         click.echo(json.dumps({"schema": 1, "backend": "slurm", **asdict(found)}, indent=1))

@@ -188,6 +188,8 @@ def headline(summary: Mapping[str, Any]) -> str:
         return f"The run failed: {lost} of {len(summary['cells'])} cells did not finish"
     if summary["state"] == "incomplete":
         return f"The run is incomplete: {lost} of {len(summary['cells'])} cells did not finish"
+    if summary["state"] == "cancelled":
+        return f"The run was stopped: {lost} of {len(summary['cells'])} cells did not finish"
     kinds = {finding["kind"] for finding in summary["findings"]}
     if len(kinds) == 1:
         return FINDINGS_HEADLINES.get(kinds.pop(), HEADLINES[summary["verdict"]])

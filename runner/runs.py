@@ -273,12 +273,12 @@ def _error_text(error: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
     return f"{error['message']}{where}"
 
 
-def _job_text(job: Mapping[str, Any]) -> str:
+def _job_text(job: Mapping[str, Any], waits: bool) -> str:
     text = f"job {job['id']} {str(job.get('state') or 'unknown').lower()}"
     reason = job.get("reason")
     text += f": {reason}" if reason and reason != "None" else ""
     text += f", position {job['position']} in the queue" if job.get("position") else ""
-    return text + (f", expected to start {job['start']}" if job.get("start") else "")
+    return text + (f", expected to start {job['start']}" if waits and job.get("start") else "")
 
 
 def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime | None) -> list[str]:
@@ -289,7 +289,7 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
         lines.append(f"attempt {number} {attempt['state']}{why}")
     if cell["state"] in ("waiting", "running"):
         if job := cell.get("job"):
-            lines.append(_job_text(job))
+            lines.append(_job_text(job, waits=cell["state"] == "waiting"))
         if now and (progress := cell.get("progress")):
             fraction = progress["fraction"]
             left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
@@ -370,11 +370,25 @@ def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
     return {known[word] for word in words}
 
 
+def _left_jobs(status: Mapping[str, Any]) -> list[str]:
+    """The Slurm jobs whose end no controller has seen."""
+    if status["state"] != "incomplete":
+        return []
+    cells = status["cells"].values()
+    return sorted({cell["job"]["id"] for cell in cells if cell.get("job") and cell["started"] and not cell["ended"]})
+
+
 def _described(run: RunDir) -> str:
     status = run.read_status()
     text = describe(run.read_plan(), status, datetime.now(UTC), _columns())
     if elsewhere := _elsewhere(run):
         text += f"\n\nits controller is on {elsewhere}: whether it lives is known there"
+    elif jobs := _left_jobs(status):
+        text += (
+            f"\n\nno controller saw {', '.join(f'job {job_id}' for job_id in jobs)} end; if it still runs,\n"
+            f"  `runner bench --resume {run.run_id}` follows it\n"
+            f"  `runner runs stop {run.run_id}` cancels it"
+        )
     elif verdict := _verdict(run):
         text += f"\n\nverdict: {verdict.replace('_', ' ')}"
     return f"{text}\n\nfiles: {run.path}"

@@ -277,7 +277,13 @@ def broken() -> Fixture:
     dead = fixture.plan["cells"][-1]["id"]
     fixture.records = [record for record in fixture.records if record.cell != dead]
     fixture.status["state"] = "failed"
-    swap = {"host": "fukushimadc-02-hgx-0009", "by": None, "cell": dead, "reason": "has not answered for 30 s", "at": ""}
+    swap = {
+        "host": "fukushimadc-02-hgx-0009",
+        "by": None,
+        "cell": dead,
+        "reason": "has not answered for 30 s",
+        "at": "",
+    }
     fixture.status["replaced"] = [swap]
     fixture.status["cells"][dead] = {
         "state": "failed",

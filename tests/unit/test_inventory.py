@@ -201,3 +201,17 @@ def test_hosts_called_like_aliases_keep_their_names():
     read = inventory.parse("inv", listing({f"node{i:03d}": {} for i in range(3)}))
     assert [n.name for n in read.nodes] == ["node000", "node001", "node002"]
     assert [n.name for n in inventory.select(read, "node001")] == ["node001"]
+
+
+def test_a_login_node_is_reached_like_the_others_and_is_none_of_them(tmp_path):
+    slurm = {"runner_slurm": {"login": "head", "shared": False}}
+    hosts = {"a": slurm, "b": slurm, "head": {"ansible_host": "10.0.0.9", "ansible_port": 2222}}
+    told = listing(hosts) | {"gpu_nodes": {"hosts": ["a", "b"]}}
+    read = inventory.parse("inv", told)
+    assert [node.name for node in read.nodes] == ["a", "b"] and read.login.name == "head"
+    assert "Host head 10.0.0.9\n  HostName 10.0.0.9\n  HostKeyAlias head\n  Port 2222" in inventory.ssh_config(
+        read, "k"
+    )
+    told["_meta"]["hostvars"].pop("head")
+    with pytest.raises(UsageError, match="unknown host 'head'"):
+        inventory.parse("inv", told)

@@ -25,7 +25,7 @@ from runner.cli import cli
 from runner.errors import InfrastructureError, UsageError
 from runner.process import Outcome
 from runner.rundir import RunDir
-from runner.runs import cancel_jobs, changes, describe, nodes_text, overview, overview_table
+from runner.runs import cancel_jobs, changes, describe, details, nodes_text, overview, overview_table
 
 RUNNER = Path(sys.executable).with_name("runner")
 NOW = datetime(2026, 1, 2, 3, 10, 0, tzinfo=UTC)
@@ -216,6 +216,22 @@ def test_show_of_a_run_tells_verdict_and_files(tmp_path):
     shown = runner("show", "--results", tmp_path)
     assert shown.exit_code == 0
     assert "verdict: not judged" in shown.stdout and str(run.path) in shown.stdout
+
+
+def test_show_tells_of_a_job_that_goes_on_without_its_controller(tmp_path):
+    job = {"id": "124", "state": "running", "reason": "", "position": None, "start": at(30)}
+    make(tmp_path, state=status(cells={CELLS[0]: cell("running", at(6), job=job)}))
+    text = runner("show", "--results", tmp_path).stdout
+    assert "incomplete, 0 of 4 cells complete" in text and "no controller saw job 124 end" in text
+    assert f"`runner bench --resume {RUN}`" in text and f"`runner runs stop {RUN}`" in text
+    make(tmp_path, run_id=f"{RUN}2", state=status("incomplete", {CELLS[0]: cell("incomplete", at(6), at(9), job=job)}))
+    assert "no controller" not in runner("show", "--results", tmp_path).stdout
+
+
+def test_a_job_that_runs_is_not_expected_to_start():
+    job = {"id": "124", "state": "running", "reason": "", "position": None, "start": at(30)}
+    lines = {state: details(cell(state, at(6), job=job), {}, NOW)[0] for state in ("waiting", "running")}
+    assert "expected to start" in lines["waiting"] and lines["running"] == "job 124 running"
 
 
 def test_json_of_show_is_the_status_as_it_is_to_be_read(tmp_path):
