@@ -47,6 +47,37 @@ def differing_roles(names: list[str], hostvars: dict) -> list[str]:
     return lines
 
 
+def installed(nodes: list[dict], role: str) -> list[dict]:
+    """The facts of `role`'s phase install on each of `nodes` (their variables) that has them in this run.
+
+    Where validate found nothing to install, it has read them.
+    """
+    found = []
+    for variables in nodes:
+        install, validate = (variables.get(f"{role}_{phase}_result") or {} for phase in ("install", "validate"))
+        facts = install.get("facts") or (validate["facts"] if validate.get("also") else None)
+        found += [facts] if facts else []
+    return found
+
+
+def verified(nodes: list[dict], role: str) -> bool:
+    """Whether `role` was verified on all of `nodes` (their variables) by the calls that found nothing to configure.
+
+    That holds once: a later verification in the same run looks again.
+    """
+    return all(
+        f"{role}_verify_result" not in variables
+        and bool((variables.get(f"{role}_configure_result") or {}).get("also"))
+        for variables in nodes
+    )
+
+
 class FilterModule:
     def filters(self):
-        return {"why": why, "nodes_named_twice": nodes_named_twice, "differing_roles": differing_roles}
+        return {
+            "why": why,
+            "nodes_named_twice": nodes_named_twice,
+            "differing_roles": differing_roles,
+            "installed": installed,
+            "verified": verified,
+        }
