@@ -78,7 +78,10 @@ def test_why_is_one_line_without_ansibles_chain():
 def test_installs_facts_are_those_of_validate_where_it_found_nothing_to_install():
     nodes = [
         {"ssh_mesh_install_result": {"facts": {"name": "a"}}, "ssh_mesh_validate_result": {"facts": {"name": "old"}}},
-        {"ssh_mesh_install_result": {"skipped": True}, "ssh_mesh_validate_result": {"also": True, "facts": {"name": "b"}}},
+        {
+            "ssh_mesh_install_result": {"skipped": True},
+            "ssh_mesh_validate_result": {"also": True, "facts": {"name": "b"}},
+        },
         {"ssh_mesh_validate_result": {"also": False, "facts": {"name": "refused"}}},
         {"ssh_mesh_install_result": {"unreachable": True}},
         {},
