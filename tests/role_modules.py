@@ -38,8 +38,8 @@ class Answer(Exception):
 class ModuleStandIn:
     """Ansible's module object without its process: parameters in, an Answer raised."""
 
-    def __init__(self, phase, settings, check=False):
-        self.params = {"phase": phase, "settings": settings}
+    def __init__(self, phase, settings, check=False, also=None):
+        self.params = {"phase": phase, "settings": settings, "also": also}
         self.check_mode = check
         self.warnings = []
 
@@ -61,12 +61,12 @@ def load(role, name=None):
     return module
 
 
-def carry_out(phases, phase, settings, check=False, needs_root=False):
-    """Carry out one phase of a module on this machine and return its Answer."""
+def carry_out(phases, phase, settings, check=False, needs_root=False, also=None):
+    """Carry out one phase of a module on this machine, and the phase `also` where it can, and return its Answer."""
     from ansible.module_utils.phase import main
 
     try:
-        main(lambda **_: ModuleStandIn(phase, settings, check), phases, needs_root)
+        main(lambda **_: ModuleStandIn(phase, settings, check, also), phases, needs_root)
     except Answer as answer:
         return answer
     raise AssertionError("the module neither succeeded nor failed")

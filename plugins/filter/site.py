@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # Ansible 2.19 puts a chain of its own words before what is wrong.
 _CHAIN = re.compile(
     r"^(Task failed|Action failed|Module failed|Finalization of task args for '[^']*' failed|"
     r"Error while resolving value for '[^']*'|The (lookup|filter) plugin '[^']*' failed)[:.]\s*"
 )
+
+ROLES = Path(__file__).resolve().parents[2] / "roles"
+# What the roles register of the phases that may change a node. (NCCL is built before the roles that are asked about.)
+_PROVISIONED = [
+    f"{path.parent.name}_{phase}_result" for path in ROLES.glob("*/tasks") for phase in ("install", "configure")
+]
 
 
 def why(result: dict) -> str:
@@ -47,6 +54,39 @@ def differing_roles(names: list[str], hostvars: dict) -> list[str]:
     return lines
 
 
+def installed(nodes: list[dict], role: str) -> list[dict]:
+    """The facts of `role`'s phase install on each of `nodes` (their variables) that has them in this run.
+
+    Where validate found nothing to install, it has read them.
+    """
+    found = []
+    for variables in nodes:
+        install, validate = (variables.get(f"{role}_{phase}_result") or {} for phase in ("install", "validate"))
+        facts = install.get("facts") or (validate["facts"] if validate.get("also") else None)
+        found += [facts] if facts else []
+    return found
+
+
+def verified(nodes: list[dict], role: str) -> bool:
+    """Whether the calls that found nothing to configure have verified `role` on all of `nodes` (their variables).
+
+    That holds once, and only where no role has installed or configured anything in this run: a later verification
+    looks again, and so does one after a change on any node.
+    """
+    return not any(
+        f"{role}_verify_result" in variables
+        or not (variables.get(f"{role}_configure_result") or {}).get("also")
+        or any((variables.get(name) or {}).get("changed") for name in _PROVISIONED)
+        for variables in nodes
+    )
+
+
 class FilterModule:
     def filters(self):
-        return {"why": why, "nodes_named_twice": nodes_named_twice, "differing_roles": differing_roles}
+        return {
+            "why": why,
+            "nodes_named_twice": nodes_named_twice,
+            "differing_roles": differing_roles,
+            "installed": installed,
+            "verified": verified,
+        }

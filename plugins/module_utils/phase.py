@@ -10,6 +10,7 @@ Answer of a module (`module.exit_json` / `fail_json`):
     msg       one line: every problem, or what was done
     problems  [{"what", "expected", "found", "remedy"}]   empty unless failed
     facts     what was observed, by name; units in the names
+    also      bool: whether the phase that the parameter `also` names has nothing left to do here (see `also`)
     warnings  what does not stop the node (`unknown` results of checks that gave none)
     diff      [{"before", "after", "before_header", "after_header"}]   one a setting or file
 """
@@ -70,6 +71,7 @@ class Phase:
         self.warnings = []
         self.facts = {}
         self.diffs = []
+        self.also = False
 
     # --- what is found ---
 
@@ -164,11 +166,48 @@ class Phase:
 
     def finish(self):
         answer = {"changed": self.changed, "facts": self.facts, "problems": self.problems, "diff": self.diffs}
+        answer["also"] = self.also
         for text in self.warnings:
             self.module.warn(text)
         if self.problems:
             self.module.fail_json(msg=one_line(self.problems), **answer)
         self.module.exit_json(msg="; ".join(self.done) or "as wanted", **answer)
+
+
+class _Needed(Exception):
+    """A rehearsed phase has something to do or to tell."""
+
+
+class Rehearsal(Phase):
+    """A phase that ends at the first change it would make and at the first problem it finds."""
+
+    def __init__(self, module, name):
+        super().__init__(module)
+        self.name = name
+        self.check = True
+
+    def problem(self, what, expected, found, remedy=""):
+        raise _Needed(what)
+
+    def change(self, setting, before, after):
+        raise _Needed(setting)
+
+
+def also(phase, name, phases):
+    """Whether the phase `name` would change nothing and find no problem after `phase`, which changed nothing.
+
+    It reads all that it reads in a call of its own, and that call, which costs more than what it does on a node that
+    is as wanted, can be left out; its facts and warnings are `phase`'s. Else nothing of it is told: its own call will.
+    """
+    rehearsal = Rehearsal(phase.module, name)
+    try:
+        phases[name](rehearsal)
+    except (_Needed, Stop, OSError):
+        return False
+    phase.facts.update(rehearsal.facts)
+    phase.warnings += rehearsal.warnings
+    phase.done += rehearsal.done
+    return True
 
 
 def one_line(problems):
@@ -189,6 +228,7 @@ def main(module_class, phases, needs_root=True):
     module = module_class(
         argument_spec={
             "phase": {"type": "str", "required": True, "choices": sorted(phases, key=PHASES.index)},
+            "also": {"type": "str", "choices": sorted(phases, key=PHASES.index)},
             "settings": {"type": "dict", "required": True},
             "secrets": {"type": "dict", "no_log": True},
         },
@@ -200,6 +240,8 @@ def main(module_class, phases, needs_root=True):
             remedy = "set ansible_user: root, or ansible_become: true, for this node"
             raise Stop("user", "root", f"uid {os.geteuid()}", remedy)
         phases[phase.name](phase)
+        if module.params.get("also") and not phase.changed and not phase.problems:
+            phase.also = also(phase, module.params["also"], phases)
     except Stop as stop:
         phase.problem(*stop.problem)
     except OSError as error:

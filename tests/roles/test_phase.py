@@ -87,9 +87,71 @@ def test_an_ordinary_user_is_told_what_to_set():
     assert answer.msg.startswith("user: expected root, found uid ") and "ansible_become: true" in answer.msg
 
 
+# --- a phase that is carried out in the call of another ---
+
+
+def both(first, second):
+    return carry_out({"configure": first, "verify": second}, "configure", {}, also="verify")
+
+
+def as_wanted(phase):
+    phase.facts["first"] = 1
+
+
+def test_a_phase_with_nothing_to_do_is_carried_out_in_the_call_of_another():
+    def second(phase):
+        phase.facts["second"] = 2
+        phase.warn("in maintenance")
+        phase.done.append("answers")
+
+    answer = both(as_wanted, second)
+    assert answer.also and answer.ok and answer.facts == {"first": 1, "second": 2}
+    assert answer.warnings == ["in maintenance"] and answer.msg == "answers"
+
+
+def test_what_it_would_change_or_finds_wrong_is_left_to_its_own_call(tmp_path):
+    path = str(tmp_path / "conf")
+
+    def stop(phase):
+        raise Stop("munge", "up", "down")
+
+    def refused(phase):
+        raise PermissionError(1, "no", path)
+
+    def halfway(body):
+        def second(phase):
+            phase.facts["second"] = 2
+            phase.warn("half the truth")
+            body(phase)
+
+        return second
+
+    for body in (
+        lambda phase: phase.problem("peer", "a session", "refused"),
+        lambda phase: phase.write(path, "x"),
+        lambda phase: phase.remove(str(tmp_path)),
+        stop,
+        refused,
+    ):
+        answer = both(as_wanted, halfway(body))
+        assert answer.ok and not answer.also and not answer.changed
+        assert answer.facts == {"first": 1} and answer.warnings == []
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_it_is_not_tried_after_a_change_or_a_problem():
+    def never(phase):
+        raise AssertionError("carried out")
+
+    assert both(lambda phase: phase.change("mode", "0644", "0600"), never).also is False
+    assert both(lambda phase: phase.problem("disk", "10 GiB", "2 GiB"), never).also is False
+
+
 def test_a_bug_is_a_bug():
     with pytest.raises(KeyError):
         call(lambda phase: phase.want["nothing of this name"])
+    with pytest.raises(KeyError):
+        both(as_wanted, lambda phase: phase.want["nothing of this name"])
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_the_phases_are_files_in_their_order_with_their_tags(role):
         assert (ROOT / "roles" / role / "tasks" / f"{phase}.yml").exists()
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_what_a_role_configured_is_known_to_the_verification_of_others(role):
+    tasks = _yaml(role, "tasks/configure.yml")
+    assert tasks[-1]["register"] == f"{role}_configure_result"
+
+
 def test_modules_run_with_the_interpreter_that_the_inventory_names():
     # Ansible puts ansible_python_interpreter in the place of this line alone, and takes any other literally.
     for path in sorted(ROOT.glob("roles/*/library/*.py")):

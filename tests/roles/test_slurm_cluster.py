@@ -292,12 +292,17 @@ def test_nodes_come_in_the_inventorys_order_with_what_was_seen_of_them():
             "slurm_cluster_install_result": {"facts": {"observed": seen}},
         },
         "hgx-0002": {"runner_alias": "node002", "slurm_cluster_install_result": {"unreachable": True}},
+        "hgx-0003": {
+            "slurm_cluster_install_result": {"skipped": True},
+            "slurm_cluster_validate_result": {"also": True, "facts": {"observed": seen}},
+        },
     }
     assert cluster_settings.nodes(["hgx-0002", "hgx-0001"], hostvars, "alias") == [
         {"name": "node002", "address": "hgx-0002", "observed": {}},
         {"name": "node001", "address": "10.0.0.1", "observed": seen},
     ]
     assert cluster_settings.nodes(["hgx-0001"], hostvars, "hostname")[0]["name"] == "hgx-0001"
+    assert cluster_settings.nodes(["hgx-0003"], hostvars, "alias")[0]["observed"] == seen
 
 
 # --- the phases ------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Machine:
             raise KeyError(name)
         return pwd.struct_passwd((name, "x", os.geteuid(), os.getegid(), "", str(self.home), "/bin/sh"))
 
-    def __call__(self, phase, check=False, **changes):
+    def __call__(self, phase, check=False, also=None, **changes):
         settings = {
             "user": "root", "accept_new_host_keys": False, "verify_peers": 15, "connect_timeout_s": 5,
             "name": "gpu-1", "nodes": ROWS, "peers": ["gpu-1", "gpu-2"], **changes,
@@ -71,7 +71,7 @@ class Machine:
         phases = {
             name: functools.partial(f, account=self.account, etc=str(self.etc)) for name, f in mesh.PHASES.items()
         }
-        return carry_out(phases, phase, settings, check)
+        return carry_out(phases, phase, settings, check, also=also)
 
     def converge(self, **changes):
         own = self("install").facts
@@ -125,6 +125,38 @@ def test_the_client_configuration_is_read_by_ssh_itself(node):
 def test_a_second_run_changes_nothing(node):
     node.converge()
     assert not node("install").changed and not node.converge().changed
+
+
+def test_a_second_run_reads_in_validate_what_install_would_and_verifies_in_configure(node):
+    assert not node("validate", also="install").also and not (node.home / ".ssh").exists()
+    node.converge()
+    found = node("validate", also="install")
+    assert found.also and not found.changed and node("install").facts.items() <= found.facts.items()
+    answer = node.converge(also="verify")
+    assert answer.also and answer.facts["reached"] == 2
+
+
+@pytest.mark.parametrize("name", ["authorized_keys", "ssh_known_hosts", "90-shakedown.conf"])
+def test_drift_is_mended_by_a_second_run_and_then_verified_by_a_call_of_its_own(node, name):
+    node.converge()
+    text = node.file(name).read_text()
+    node.file(name).write_text("".join(line for line in text.splitlines(True) if "gpu-2" not in line))
+    answer = node.converge(also="verify")
+    assert answer.changed and not answer.also and node.file(name).read_text() == text
+
+
+def test_a_peer_that_does_not_answer_is_left_to_verify(node):
+    node.converge()
+    node.program("ssh", "exit 255")
+    assert not node.converge(also="verify").also and not node("verify").ok
+
+
+def test_a_key_that_is_gone_or_open_is_installed_by_a_second_run(node):
+    node.converge()
+    (node.home / ".ssh" / "id_ed25519").chmod(0o644)
+    assert not node("validate", also="install").also
+    (node.home / ".ssh" / "id_ed25519").unlink()
+    assert not node("validate", also="install").also and node("install").changed
 
 
 def test_check_mode_shows_every_file_and_makes_none(node):

@@ -73,3 +73,36 @@ def test_a_role_of_all_nodes_is_on_or_off_for_all():
 def test_why_is_one_line_without_ansibles_chain():
     chain = "Task failed: Finalization of task args for 'roce_qos' failed: Error while resolving value for 'settings': "
     assert site.why({"msg": f"{chain}The lookup plugin 'role_settings' failed: roce_qos:\n wrong"}) == "roce_qos: wrong"
+
+
+def test_installs_facts_are_those_of_validate_where_it_found_nothing_to_install():
+    nodes = [
+        {"ssh_mesh_install_result": {"facts": {"name": "a"}}, "ssh_mesh_validate_result": {"facts": {"name": "old"}}},
+        {
+            "ssh_mesh_install_result": {"skipped": True},
+            "ssh_mesh_validate_result": {"also": True, "facts": {"name": "b"}},
+        },
+        {"ssh_mesh_validate_result": {"also": False, "facts": {"name": "refused"}}},
+        {"ssh_mesh_install_result": {"unreachable": True}},
+        {},
+    ]
+    assert site.installed(nodes, "ssh_mesh") == [{"name": "a"}, {"name": "b"}]
+
+
+GOOD = {"ssh_mesh_configure_result": {"also": True, "changed": False}}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},  # not reached, or left out
+        {"ssh_mesh_configure_result": {"also": False, "changed": True}},
+        {"ssh_mesh_configure_result": {"skipped": True}},
+        {**GOOD, "ssh_mesh_verify_result": {"skipped": True}},  # verified before in this run
+        {**GOOD, "slurm_cluster_install_result": {"changed": True}},
+        {**GOOD, "slurm_prolog_configure_result": {"changed": True}},
+    ],
+)
+def test_one_node_that_changed_or_was_not_verified_has_all_verified(other):
+    assert site.verified([GOOD, GOOD], "ssh_mesh")
+    assert not site.verified([GOOD, other], "ssh_mesh")

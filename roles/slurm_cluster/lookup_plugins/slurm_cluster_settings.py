@@ -12,13 +12,14 @@ author: Shakedown
 short_description: Settings of the role slurm_cluster with the cluster's nodes
 description:
   - The role's variables without its prefix, the node's own name, the controller's, and one entry a node of the
-    cluster with its address and what the role's install phase saw there in this run.
+    cluster with its address and what the role saw there in this run.
 options:
   _terms:
     description: None.
 """
 
-INSTALLED = "slurm_cluster_install_result"  # what tasks/install.yml registers
+# What tasks/ register with `observed` among the facts: install, or validate where nothing was to be installed.
+READ = ("slurm_cluster_install_result", "slurm_cluster_validate_result")
 
 
 def node_name(host: str, variables: dict, kind: str) -> str:
@@ -31,12 +32,12 @@ def nodes(hosts: list[str], hostvars: dict, kind: str) -> list[dict]:
     entries = []
     for host in hosts:
         variables = hostvars[host]
-        facts = (variables.get(INSTALLED) or {}).get("facts") or {}
+        facts = [(variables.get(name) or {}).get("facts") or {} for name in READ]
         entries.append(
             {
                 "name": node_name(host, variables, kind),
                 "address": variables.get("ansible_host", host),
-                "observed": facts.get("observed") or {},
+                "observed": next((found["observed"] for found in facts if found.get("observed")), {}),
             }
         )
     return entries
