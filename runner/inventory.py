@@ -209,8 +209,8 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
     if len(backends) > 1:
         raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
     slurm = _slurm(source, [hostvars.get(n, {}) for n in names])
-    word = slurm.get("login")
-    login = None if word is None or word in by_word(nodes) else _login(source, word, hostvars)
+    head = slurm.get("login")
+    login = None if head is None or head in by_word(nodes) else _login(source, head, hostvars)
     return Inventory(source, tuple(nodes), tuple(known_hosts), slurm, login)
 
 

@@ -10,18 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from runner import testbed
+from runner import process, testbed
+from testbed.benches import RUNNER
 
 
 @dataclass(frozen=True)
 class Testbed:
-    """`inventory` is for -i; `nodes` are as `testbed.status` gives them, in inventory order."""
+    """`inventory` is for -i; `nodes` are as `testbed.status` gives them, in inventory order.
+
+    `share` is a folder that the nodes see at the same path as this machine, where there is one.
+    """
 
     __test__ = False
 
     name: str
     inventory: Path
     nodes: list[dict]
+    share: Path | None = None
 
     def container(self, word: str) -> str:
         """The container of the node of that name or alias."""
@@ -49,5 +54,27 @@ def testbed8(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     try:
         state = testbed.up(testbed.Options(nodes=8, name=name, inventory=folder))
         yield Testbed(name, folder, state["nodes"])
+    finally:
+        testbed.down(name)
+
+
+@pytest.fixture(scope="session")
+def slurm3(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
+    """Three nodes with Slurm, slurmctld on the first, and a folder shared as over NFS.
+
+    Whichever folder's tests ask first start it: to the others it is up already.
+    """
+    name, folder = "pytest-slurm3", tmp_path_factory.getbasetemp() / "slurm3"
+    (folder / "share").mkdir(parents=True, exist_ok=True)
+    try:
+        wanted = testbed.Options(nodes=3, name=name, inventory=folder / "inventory", share=folder / "share")
+        state = testbed.up(wanted)
+        inventory = Path(state["folder"])
+        if not (folder / "provisioned").exists():
+            process.run(
+                [str(RUNNER), "setup", "-i", str(inventory), "--results", str(folder)], timeout_s=300, check=True
+            )
+            (folder / "provisioned").touch()
+        yield Testbed(name, inventory, state["nodes"], Path(state["wanted"]["share"]))
     finally:
         testbed.down(name)
