@@ -104,6 +104,7 @@ class Allocations:
         self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
         self.shared = cluster.settings.shared
         self._known: tuple[str, ...] | None = None
+        self._together = False  # whether one job for all pending cells was submitted
 
     # --- data ---------------------------------------------------------------------------------------
 
@@ -172,14 +173,13 @@ class Allocations:
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, the cell's step in it, and the sbatch file."""
-        whole = f"shakedown-{plan.run_id}-all-1"
         if cell.id in course.allocation:
-            job_id, step = course.allocation[cell.id]
-            return str(job_id), int(step), self.run.slurm(whole)
+            job_id, step, name = course.allocation[cell.id]
+            return job_id, step, self.run.slurm(name)
         attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
-        together = plan.one_allocation and attempt == 1 and job_id is None
-        cells = course.pending if together else [cell]
-        name = whole if together else f"shakedown-{plan.run_id}-{cell.id}-{attempt}"
+        together = plan.one_allocation and job_id is None and not self._together
+        cells = [each for each in course.pending if each.id not in course.allocation] if together else [cell]
+        name = f"shakedown-{plan.run_id}-{'all' if together else cell.id}-{attempt}"
         path = self.run.slurm(name)
         if job_id is None and path.exists():  # a controller that died may have had no time to note the id
             job_id = self.cluster.find(name)
@@ -190,7 +190,8 @@ class Allocations:
             job_id = self.cluster.submit(script, agents.secrets())
         if not together:
             return job_id, None, path
-        course.allocation.update({each.id: [job_id, step] for step, each in enumerate(cells)})
+        self._together = True  # a cell that is tried again gets a job of its own
+        course.allocation.update({each.id: [job_id, step, name] for step, each in enumerate(cells)})
         return job_id, 0, path
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:

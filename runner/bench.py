@@ -170,6 +170,7 @@ class Run:
         self.data = transport.data_on_nodes(plan, data) if data else None
         self.stop = Stop(display)
         self.status = run.read_status()
+        self.inherited = self._left_to_slurm()
         self.records = self._kept_records()
         self.not_gathered: set[str] = set()
         self.bad: set[str] = set()
@@ -293,18 +294,20 @@ class Run:
 
     def _settle(self, index: int) -> None:
         """Run a cell, again after a failure that is worth it, until it is complete or given up."""
-        tried = 0
         if self._recover(self.plan.cells[index]):
             return
-        again = not self._taken_up(index)
+        inherited = self.plan.cells[index].id in self.inherited
+        tried = 0
         while True:
-            if again:
+            if not inherited:
                 self._set_aside(index)
-            again = True
             self._run_cell(index, self.plan.cells[index])
             error = self._entry(self.plan.cells[index])["error"]
             if error is None or self.stop.asked:
                 return
+            if inherited:  # what became of that job is known now; this controller's own attempts begin
+                inherited = False
+                continue
             worth_it = blame.may_retry(error)
             if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
                 continue
@@ -314,12 +317,13 @@ class Run:
             self._note(f"{self.plan.cells[index].id}: retry {tried} of {self.policy.retries}")
             self.stop.wait(RETRY_S)
 
-    def _taken_up(self, index: int) -> bool:
-        """Whether the cell is a job that goes on without its controller, to be followed from its beginning."""
-        cell = self.plan.cells[index]
-        entry = self._entry(cell)
-        interrupted = entry["started"] is not None and entry["error"] is None and entry["state"] != "cancelled"
-        return self.plan.backend == "slurm" and (interrupted or cell.id in self.status.get("allocation", {}))
+    def _left_to_slurm(self) -> set[str]:
+        """Cells whose jobs an earlier controller left behind: they go on without one, and are followed first."""
+        if self.plan.backend != "slurm":
+            return set()
+        cells = self.status["cells"].items()
+        left = {cell for cell, e in cells if e["started"] and e["error"] is None and e["state"] == "incomplete"}
+        return left | set(self.status.get("allocation", {}))
 
     def _recover(self, cell: Cell) -> bool:
         """Whether the cell had ended well when its controller died; what it measured is taken then."""

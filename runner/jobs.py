@@ -33,6 +33,7 @@ PATIENCE_S = 60.0  # a slurmctld that is restarted answers again after some seco
 FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
 END_S = 20.0  # from the agents' outcomes, or scancel, to the job's end
 ENDING_S = 40.0  # Slurm's KillWait is 30 s: what ends for longer waits for a node that does not answer
+FIRST_END_S = 10.0  # where no agent has said a word: srun has ended by then, since the job's script has
 LAG_S = 3.0  # until the last words written on a node are seen through NFS
 FETCH_S = 60.0
 FETCH_LONGEST_S = 10.0  # between copies: an agent that is not heard for backends.SILENCE_S counts as lost
@@ -527,7 +528,8 @@ class _Conversation:
         self.begun = self.begun or step in steps
         passed = step is not None and (any(other > step for other in steps) or (self.begun and step not in steps))
         self.ending = (self.ending or now) if info.state == "ending" else None
-        stuck = self.ending is not None and now - self.ending > ENDING_S
+        patience_s = ENDING_S if any(talk.answered for talk in self.talks) else FIRST_END_S
+        stuck = self.ending is not None and now - self.ending > patience_s
         if self.over is None and (passed or stuck or _gone(info)):
             self.over = now
 

@@ -446,7 +446,8 @@ def terminal(summary: Mapping[str, Any]) -> str:
     for finding in summary["findings"]:
         who = f"{finding['host']}: " if finding["host"] else ""
         parts.append(_wrapped(f"✕ {TITLES.get(finding['kind'], finding['kind'])}: {who}{finding['evidence']}"))
-    why = "" if summary["findings"] else f": {summary['reason']}"  # the findings above say it already
+    # The findings above say it already, or nothing was judged yet.
+    why = "" if summary["findings"] or summary["state"] == "cancelled" else f": {summary['reason']}"
     parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))
     text = "\n\n".join(parts)
     return "".join(char for char in text if char == "\n" or char.isprintable())
