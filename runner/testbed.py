@@ -434,7 +434,8 @@ def _start(home: Path, state: dict, options: Options, machine: Machine, image: s
         host_keys[node.name] = _make_key(keys / node.alias / "ssh_host_ed25519_key", node.name)
         _write(keys / node.alias / "authorized_keys", f"{client_key}\n", 0o600)
         argv = container_argv(node, nodes, options, machine, image, label, str(keys))
-        outcome = process.run(argv, timeout_s=120)
+        # podman's monitor notes in its working directory that the kernel killed something for memory.
+        outcome = process.run(argv, timeout_s=120, cwd=str(keys))
         if outcome.rc != 0:
             raise InfrastructureError(f"cannot start {node.name}: {outcome.last_line}")
         entry = {"name": node.name, "alias": node.alias, "address": node.address}

@@ -1,0 +1,125 @@
+"""Runs that are taken up again: after a controller was killed, in another environment, and when there is nothing to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from faults.conftest import SHORT, SLURM, SOME_SECONDS, assert_nothing_half_written, assert_nothing_left
+from runner.errors import EXIT_OK, EXIT_USAGE
+from runner.rundir import RunDir
+from testbed.benches import RUNNER, Bench
+
+pytestmark = pytest.mark.local
+
+
+def resume(results: Path, *arguments: object) -> tuple[int, str]:
+    """`runner bench --resume` of the newest run: its exit code and what it says."""
+    command = [RUNNER, "bench", "--resume", "latest", "--results", results, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    return done.returncode, done.stdout
+
+
+def this_machine(folder: Path, **variables: str) -> Path:
+    """An inventory of this machine with one rank, whose environment has `variables` beside."""
+    folder.mkdir(exist_ok=True)
+    host = {"ansible_connection": "local", "ansible_host": "127.0.0.1", "runner_gpus_per_node": 1}
+    hosts = {"localhost": {**host, "runner_device": "cpu", "runner_env": variables}}
+    (folder / "hosts.yml").write_text(json.dumps({"all": {"children": {"gpu_nodes": {"hosts": hosts}}}}))
+    return folder
+
+
+def contexts(run: RunDir) -> list[tuple]:
+    return sorted((r.cell, r.rank, r.metric, json.dumps(dict(r.context), sort_keys=True)) for r in run.read_records())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The results of a run of two cells that is complete; the tests add to it in their order."""
+    folder = tmp_path_factory.mktemp("finished")
+    bench = Bench(this_machine(folder / "before", NCCL_DEBUG="WARN"), folder / "results", "--repeats", "2", *SHORT)
+    code, output = bench.end()
+    assert code == EXIT_OK, output
+    return folder
+
+
+def test_controllers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
+    """The short form of the script that kills fifty."""
+    inventory = this_machine(tmp_path / "inventory")
+    command = [sys.executable, ROOT / "benchmarks" / "resume.py", "--runs", "3", "--seed", "4", "-i", inventory]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=400)
+    assert done.returncode == 0, done.stdout
+    last = re.fullmatch(r"3 of 3 runs complete and equal, (\d+) controllers killed", done.stdout.splitlines()[-1])
+    assert last and int(last[1]) >= 2, done.stdout
+
+
+def test_a_complete_run_has_nothing_left_to_do(finished):
+    run = RunDir.find(finished / "results", None)
+    before = run.records.read_bytes()
+    code, output = resume(finished / "results")
+    assert code == EXIT_OK, output
+    assert "2 of 2 cells are complete" in output and run.records.read_bytes() == before
+
+
+def test_another_environment_is_named_and_refused_and_nothing_is_touched(finished):
+    run = RunDir.find(finished / "results", None)
+    before = run.status.read_bytes(), run.plan.read_bytes(), run.records.read_bytes()
+    changed = this_machine(finished / "after", NCCL_DEBUG="INFO")
+    code, output = resume(finished / "results", "-i", changed)
+    assert code == EXIT_USAGE, output
+    assert "NCCL_DEBUG" in output and "WARN" in output and "INFO" in output and "--accept-drift" in output
+    assert before == (run.status.read_bytes(), run.plan.read_bytes(), run.records.read_bytes())
+
+
+def test_accepted_drift_measures_all_cells_again_each_once(finished):
+    run = RunDir.find(finished / "results", None)
+    expected = contexts(run)
+    code, output = resume(finished / "results", "-i", finished / "after", "--accept-drift")
+    assert code == EXIT_OK, output
+    cells = run.read_status()["cells"].values()
+    assert [(cell["state"], cell["attempt"]) for cell in cells] == [("complete", 2), ("complete", 2)]
+    assert contexts(run) == expected
+    for cell in run.read_plan()["cells"]:
+        facts = json.loads((run.cell("localhost", cell["id"]) / "facts.json").read_text())
+        assert facts["env"]["NCCL_DEBUG"] == "INFO"
+
+
+def test_a_damaged_plan_is_one_line_and_is_left_as_it_is(finished):
+    run = RunDir.find(finished / "results", None)
+    whole = run.plan.read_text()
+    damaged = whole[: len(whole) // 2]
+    run.plan.write_text(damaged)
+    try:
+        code, output = resume(finished / "results")
+        assert (code, output) == (EXIT_USAGE, f"runner: run {run.run_id}: {run.plan} is missing or damaged\n")
+        assert run.plan.read_text() == damaged
+    finally:
+        run.plan.write_text(whole)
+
+
+@pytest.mark.testbed
+def test_a_job_goes_on_without_its_controller_and_is_taken_up(slurm3, tmp_path):
+    results = slurm3.share / tmp_path.name
+    bench = Bench(slurm3.inventory, results, *SLURM, "--nodes", "2", *SOME_SECONDS)
+    bench.wait_for_ranks()
+    job = next(iter(bench.run.read_status()["cells"].values()))["job"]["id"]
+    bench.process.send_signal(signal.SIGKILL)
+    bench.end()
+    assert bench.run.read_status()["state"] == "incomplete"
+    code, output = resume(results)
+    assert code == EXIT_OK, output
+    (cell,) = bench.run.read_status()["cells"].values()
+    assert (cell["state"], cell["attempt"], cell["job"]["id"]) == ("complete", 1, job)
+    again = contexts(bench.run)
+    assert len(set(again)) == len(again) > 0
+    assert_nothing_half_written(bench.run)
+    assert_nothing_left(slurm3, bench.run)
