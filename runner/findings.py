@@ -66,30 +66,32 @@ KINDS: Mapping[str, Kind] = {
     "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
     "clock": Kind("A clock is wrong", CONFIGURATION, False, "let chrony or NTP set the node's clock"),
     "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
-    "port_taken": Kind("A port is taken", CONFIGURATION, False, "another job holds the rendezvous port"),
+    "port_taken": Kind("A port is taken", NOBODY, True, "see what holds it there; another try takes the next port"),
     "gpu_failed": Kind("A GPU failed", NODE, True, "drain the node and reset the GPU"),
     # how ranks end
     "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for who killed it"),
     "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),
     "cuda_out_of_memory": Kind("GPU memory ran out", USER, False, "lower the micro batch or use more nodes"),
     "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank stands"),
-    "rank_crashed": Kind("A rank crashed", NOBODY),
+    "rank_crashed": Kind("A rank crashed", NOBODY, False, "read its last lines"),
     "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),
-    "timed_out": Kind("A cell ran out of time", NOBODY),
-    "launcher_failed": Kind("The launcher failed", TOOL),
+    "timed_out": Kind("A cell ran out of time", NOBODY, False, "raise the test's timeout_s, or see what was slow"),
+    "launcher_failed": Kind("The launcher failed", TOOL, False, "read its last lines"),
     # the controller
     "not_gathered": Kind("Artefacts were not gathered", NODE, True, "they lie on the node still"),
     "controller_disk_full": Kind("The controller's disk is full", CONFIGURATION, False, "free some disk and resume"),
-    "interrupted": Kind("A cell was interrupted", USER),
+    "interrupted": Kind("A cell was interrupted", USER, False, "finish it with --resume"),
     # Slurm
     "time_limit": Kind("Slurm's time limit passed", CONFIGURATION, False, "ask for more time, or for less work"),
     "node_failed": Kind("Slurm lost a node", NODE, True, "see `scontrol show node` for the reason"),
-    "job_cancelled": Kind("The job was cancelled", USER),
+    "job_cancelled": Kind("The job was cancelled", USER, False, "finish it with --resume"),
     "not_started": Kind("The job did not start", NOBODY, False, "see the queue's reason"),
     "slurm_unreachable": Kind("Slurm does not answer", NOBODY, True, "see that slurmctld runs and answers here"),
     "preempted": Kind("The job was preempted", NOBODY, True, "choose a QoS or partition that is not preempted"),
     "prolog_failed": Kind("A prolog failed", NODE, True, "see the node's slurmd log"),
-    "unknown": Kind("A cell failed", NOBODY),  # also what runs say that recorded no kinds yet
+    "unknown": Kind(
+        "A cell failed", NOBODY, False, "read benchmark.log"
+    ),  # also what runs say that recorded no kinds yet
 }
 
 

@@ -164,7 +164,7 @@ FAULTS = [
         kind="port_taken",
         says=r"port 2\d{4} for the rendezvous is taken by another process",
         prepare=hold_ports,
-        undo=lambda node: inside(node, "pkill -f socket.socket; true"),
+        undo=lambda node: inside(node, "pkill -f socket[.]socket; true"),
         victim=0,  # the first node has the rendezvous
         gathered=False,  # it starts no rank
     ),
