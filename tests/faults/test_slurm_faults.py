@@ -206,6 +206,9 @@ def test_a_node_that_hangs_is_left_out_and_the_cell_runs_elsewhere(slurm3, mende
     assert slurm(slurm3, "squeue", "-h", "-o", "%T", "-j", before["job"]["id"]) in ("", "COMPLETING")
     assert [(one["host"], one["by"]) for one in status["replaced"]] == [(hung, None)]
     assert cell["state"] == "complete" and hung not in cell["hosts"]
+    (alias,) = [node["alias"] for node in slurm3.nodes if node["name"] == hung]
+    scripts = [path.read_text() for path in sorted(bench.run.slurm("any").parent.glob("*.sbatch"))]
+    assert [f"#SBATCH --exclude={alias}" in script.splitlines() for script in scripts] == [False, True]
     assert (bench.run.earlier("torch-2n-r1", 1) / first / "outcome.json").is_file()
     podman("unpause", slurm3.container(hung))
     assert_clean(slurm3, bench.run)

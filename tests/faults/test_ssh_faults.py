@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 
 import runner
-from faults.conftest import assert_kept, assert_no_orphan, assert_nothing_half_written, error_of
+from faults.conftest import (
+    ENDLESS,
+    SHORT,
+    SOME_SECONDS,
+    assert_kept,
+    assert_no_orphan,
+    assert_nothing_half_written,
+    error_of,
+    torch,
+)
 from runner import process
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED
 from runner.plan import PORTS
@@ -42,18 +51,7 @@ pytestmark = pytest.mark.testbed
 
 SCRATCH = "/var/tmp/shakedown"
 ENVIRONMENT = RUNNER.parent.parent
-
-
-def torch(iters: int = 2, size: str = "8", **more: object) -> tuple[str, ...]:
-    """One collective of one size."""
-    wanted = {"min_bytes": size, "max_bytes": size, "iters": iters, "collectives": "[all_reduce]", **more}
-    return ("--test", "torch", *(part for k, v in wanted.items() for part in ("--set", f"torch.{k}={v}")))
-
-
-SHORT = torch()
-SOME_SECONDS = torch(iters=30_000)
 LIMIT_S = 100  # ranks need most of it to start, where six of them share two cores with others
-ENDLESS = torch(iters=100_000_000)
 
 
 @dataclass(frozen=True)

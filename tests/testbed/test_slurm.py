@@ -15,8 +15,6 @@ from runner import __version__, inventory, jobs, process, slurm, testbed
 from runner.backends import Talk
 from runner.errors import UsageError
 
-RUNNER = Path(sys.executable).with_name("runner")
-NAME = "pytest-slurm"
 CELL = "torch-2n-r1"
 pytestmark = pytest.mark.testbed
 
@@ -53,27 +51,21 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(containers, tmp_path_factory):
+def cluster(slurm3, tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
-    share = folder / "share"
+    share = slurm3.share / "jobs"
     stand_in = share / "stand-in" / "torch" / "distributed"
     stand_in.mkdir(parents=True)
     for package in (stand_in, stand_in.parent):
         (package / "__init__.py").touch()
     (stand_in / "run.py").write_text(TORCHRUN)
-    try:
-        state = testbed.up(testbed.Options(nodes=3, name=NAME, inventory=folder / "inventory", share=share))
-        setup = [str(RUNNER), "setup", "-i", str(folder / "inventory"), "--results", str(folder)]
-        process.run(setup, timeout_s=240, check=True)
-        read = inventory.read(str(folder / "inventory"), folder / "cache")
-        pins, config = folder / "known_hosts", folder / "ssh_config"
-        pins.write_text(inventory.known_hosts(read))
-        config.write_text(inventory.ssh_config(read, str(pins)))
-        settings = slurm.settings({"partition": "gpu", "login": "node001"}, "test")
-        at = {node["alias"]: node["container"] for node in state["nodes"]}
-        yield Cluster(jobs.Slurm(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
-    finally:
-        testbed.down(NAME)
+    read = inventory.read(str(slurm3.inventory), folder / "cache")
+    pins, config = folder / "known_hosts", folder / "ssh_config"
+    pins.write_text(inventory.known_hosts(read))
+    config.write_text(inventory.ssh_config(read, str(pins)))
+    settings = slurm.settings({"partition": "gpu", "login": "node001"}, "test")
+    at = {node["alias"]: node["container"] for node in slurm3.nodes}
+    return Cluster(jobs.Slurm(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
 
 
 @dataclass
@@ -204,7 +196,7 @@ def limited(run):
 def test_what_cannot_be_shared_is_refused(tmp_path):
     for folder in (tmp_path / "nosuch", tmp_path / "a:b"):
         with pytest.raises(UsageError, match=r"--share .*: give a folder that exists and has no colon"):
-            testbed.up(testbed.Options(nodes=1, name=NAME, share=folder, inventory=tmp_path))
+            testbed.up(testbed.Options(nodes=1, name="pytest-share", share=folder, inventory=tmp_path))
 
 
 def test_the_cluster_is_seen_before_anything_is_submitted(cluster):
