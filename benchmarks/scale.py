@@ -119,42 +119,17 @@ def jobs(planned: Any) -> dict[tuple[str, str], str]:
 
 def sbatch_files(planned: Any) -> dict[str, str]:
     """The Slurm script of each cell of a plan for backend slurm, on named hosts: the longest kind of request."""
-    from runner import plan, slurm
+    from runner import allocations, slurm
 
     settings = slurm.Settings(partition="batch", account="perf")
-    scripts = {}
-    for cell in planned.cells:
-        nodes = [planned.node(host) for host in cell.hosts]
-        asked = {
-            "kind": "cell",
-            "slurm": True,
-            "run_id": planned.run_id,
-            "cell": cell.id,
-            "marker": f"{planned.run_id}/{cell.id}",
-            "engine": planned.engine,
-            "gpus_per_node": cell.gpus_per_node,
-            "master_port": cell.master_port,
-            "shared_root": cell.cell_dir,
-            "timeout_s": cell.params["timeout_s"],
-            "telemetry_interval_s": 1.0,
-            "grace_s": GRACE_S,
-            "hosts": cell.hosts,
-            "addresses": {node.name: node.address for node in nodes},
-            "node_env": {node.name: node.env for node in nodes},
-            "env": cell.env,
-            "job": plan.job(planned, cell, nodes[0], "/srv/data/builtin"),
-        }
-        step = slurm.Step(cell.id, cell.num_nodes, asked, hosts=cell.hosts, timeout_s=cell.params["timeout_s"])
-        job = slurm.Job(
-            name=f"shakedown-{planned.run_id}-{cell.id}",
-            steps=(step,),
-            python=nodes[0].python,
-            log=f"{planned.run_dir}/slurm/{cell.id}.log",
-            gpus_per_node=cell.gpus_per_node,
-            device=cell.device,
-        )
-        scripts[cell.id] = slurm.render(job, settings)
-    return scripts
+    known = tuple(node.alias for node in planned.nodes)
+
+    def script(cell: Any) -> str:
+        name = f"shakedown-{planned.run_id}-{cell.id}-1"
+        job = allocations.prepare(planned, name, [cell], "/srv/data/builtin", True, known, {}, {})
+        return slurm.render(job, settings)
+
+    return {cell.id: script(cell) for cell in planned.cells}
 
 
 def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, dict[str, Any]]]:

@@ -138,6 +138,8 @@ class Allocations:
             return self._not_started(cell, str(error), plan)
         except jobs.Silent as error:
             return blame.error("slurm_unreachable", str(error))
+        except InfrastructureError as error:  # sbatch refuses by now what it would have taken at the beginning
+            return blame.error("not_started", str(error))
         course.on_job(info)
         if not info.nodes:  # cancelled while it waited, or forgotten
             return None if watch.stop.asked else self._fault(info, watch, plan)
