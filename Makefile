@@ -6,7 +6,7 @@ RUNNER := $(VENV)/bin/runner
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
-.PHONY: bench test unit setup system-packages lint roles clean help
+.PHONY: bench test scenarios others unit setup system-packages lint roles clean help
 
 help:
 	@echo "make bench   install into .venv and benchmark this machine (about a minute without a GPU)"
@@ -31,12 +31,18 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 system-packages:
 	testbed/install-system-packages.sh
 
-# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own list. Two tests at a time: the
-# roles' scenarios, which mostly wait for connections and services, beside all others.
+# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own lists. The roles' scenarios mostly
+# wait for connections and services, so all other tests run beside them.
 test:
 	time $(MAKE) --no-print-directory system-packages setup
 	time $(MAKE) --no-print-directory lint
-	time $(VENV)/bin/pytest -n 2 --dist loadgroup
+	time $(MAKE) --no-print-directory -j2 --output-sync=target scenarios others
+
+scenarios:
+	$(VENV)/bin/pytest tests/roles/test_scenarios.py
+
+others:
+	$(VENV)/bin/pytest --ignore tests/roles/test_scenarios.py
 
 unit: setup
 	$(VENV)/bin/pytest tests/unit

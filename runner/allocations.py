@@ -32,9 +32,15 @@ def settings_of(plan: Plan) -> slurm.Settings:
 
 
 def slurm_name(node: Node, known: Sequence[str]) -> str:
-    """What Slurm calls the node: its alias, its name, or the first word of that."""
-    words = (node.alias, node.name, node.name.partition(".")[0])
-    return next((word for word in words if word in known), node.alias)
+    """What Slurm calls the node: its name, the first word of that, or its alias.
+
+    The alias comes last: it is a position in the inventory, which Slurm may have as another node's name.
+    """
+    return next((word for word in _words(node) if word in known), node.alias)
+
+
+def _words(node: Node) -> tuple[str, ...]:
+    return node.name, node.name.partition(".")[0], node.alias
 
 
 def cluster(settings: slurm.Settings, nodes: Sequence[Node], ssh_config: str | None) -> jobs.Slurm:
@@ -134,6 +140,7 @@ class Allocations:
         try:
             job_id, step, script = self._submit(plan, cell, data, course)
             info = jobs.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
+            every = [self._node(plan, name) for name in info.nodes]
         except jobs.NotStarted as error:
             return self._not_started(cell, str(error), plan)
         except jobs.Silent as error:
@@ -143,9 +150,10 @@ class Allocations:
         course.on_job(info)
         if not info.nodes:  # cancelled while it waited, or forgotten
             return None if watch.stop.asked else self._fault(info, watch, plan)
-        placed = [self._node(plan, name) for name in info.nodes[: cell.num_nodes]]
-        if cell.hosts and {node.name for node in placed} == set(cell.hosts):
-            placed = [plan.node(name) for name in cell.hosts]
+        placed = every[: cell.num_nodes]
+        asked = course.allocation[cell.id][3:] if step is not None else cell.hosts  # since then the cell may have moved
+        if asked and {node.name for node in every} >= set(asked):
+            placed = [plan.node(name) for name in asked]
         watch.cell = course.on_placed(placed)
         watch.talks = [Talk(node.name, (), {}) for node in placed]
         watch.begin(slurm.STARTUP_S)
@@ -176,7 +184,7 @@ class Allocations:
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, the cell's step in it, and the sbatch file."""
         if cell.id in course.allocation:
-            job_id, step, name = course.allocation[cell.id]
+            job_id, step, name, *_ = course.allocation[cell.id]
             return job_id, step, self.run.slurm(name)
         attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
         together = plan.one_allocation and job_id is None and not self._together
@@ -190,11 +198,12 @@ class Allocations:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
             job_id = self.cluster.submit(script, agents.secrets())
-        if not together:
-            return job_id, None, path
-        self._together = True  # a cell that is tried again gets a job of its own
-        course.allocation.update({each.id: [job_id, step, name] for step, each in enumerate(cells)})
-        return job_id, 0, path
+        if together:
+            self._together = True  # a cell that is tried again gets a job of its own
+            course.allocation.update({each.id: [job_id, step, name, *each.hosts] for step, each in enumerate(cells)})
+        if (course.entry["job"] or {}).get("id") != job_id:  # noted before Slurm is asked for anything else
+            course.on_job(slurm.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
+        return job_id, 0 if together else None, path
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
@@ -216,7 +225,7 @@ class Allocations:
     def _node(self, plan: Plan, name: str) -> Node:
         """The inventory's node that Slurm calls `name`; one like the others where the inventory has none."""
         for node in (*plan.nodes, *plan.spares):
-            if name in (node.alias, node.name, node.name.partition(".")[0]):
+            if name in _words(node) and slurm_name(node, self._slurm_names()) == name:
                 return node
         return replace(plan.nodes[0], name=name, alias=name, address=name)
 

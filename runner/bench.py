@@ -191,13 +191,13 @@ class Run:
             self._save("running")
             self.log.write(f"{now()} {self.plan.command}\n")
             with self.display.progress(len(self.plan.cells)):
+                for host, why in bad.items():
+                    self._give_up(host, 0, blame.error("unreachable", why, host))
                 try:
-                    self._send_data([node for node in self.plan.nodes if node.name not in bad])
+                    self._send_data([node for node in self._needed() if node.name not in bad])
                 except InfrastructureError:
                     self._save("failed")
                     raise
-                for host, why in bad.items():
-                    self._give_up(host, 0, blame.error("unreachable", why, host))
                 for index in range(len(self.plan.cells)):
                     cell = self.plan.cells[index]  # as it is planned by now
                     if self._entry(cell)["state"] == "complete" or self.bad & set(cell.hosts):
@@ -257,6 +257,12 @@ class Run:
 
     # --- data and records ---------------------------------------------------------------------------
 
+    def _needed(self) -> list[Node]:
+        """The nodes that may still have work: one that was replaced may not even answer."""
+        pending = [cell for cell in self.plan.cells if self._entry(cell)["state"] != "complete"]
+        hosts = {host for cell in pending for host in cell.hosts}
+        return [node for node in self.plan.nodes if node.name in hosts or not all(cell.hosts for cell in pending)]
+
     def _send_data(self, nodes: Sequence[Node]) -> None:
         if self.source is None:
             return
@@ -305,9 +311,11 @@ class Run:
             error = self._entry(self.plan.cells[index])["error"]
             if error is None or self.stop.asked:
                 return
-            if inherited:  # what became of that job is known now; this controller's own attempts begin
+            unheard = error["kind"] == "slurm_unreachable"  # its job may go on: it is followed, not given a second one
+            if inherited and not unheard:  # what became of that job is known now; own attempts begin
                 inherited = False
                 continue
+            inherited = unheard
             worth_it = blame.may_retry(error)
             if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
                 continue
@@ -321,9 +329,13 @@ class Run:
         """Cells whose jobs an earlier controller left behind: they go on without one, and are followed first."""
         if self.plan.backend != "slurm":
             return set()
-        cells = self.status["cells"].items()
-        left = {cell for cell, e in cells if e["started"] and e["error"] is None and e["state"] == "incomplete"}
-        return left | set(self.status.get("allocation", {}))
+        shared = self.status.get("allocation", {})
+        return {
+            cell
+            for cell, entry in self.status["cells"].items()
+            if (entry["error"] or {}).get("kind") in (None, "slurm_unreachable")
+            and (cell in shared or (entry["started"] and entry["state"] == "incomplete"))
+        }
 
     def _recover(self, cell: Cell) -> bool:
         """Whether the cell had ended well when its controller died; what it measured is taken then."""
@@ -363,7 +375,9 @@ class Run:
     def _replace(self, index: int, error: Mapping[str, Any]) -> bool:
         """Whether the cell can run again without the node that failed it."""
         bad = error["host"]
-        if bad is None or blame.KINDS[error["kind"]].fault != "node" or self.plan.backend == "local":
+        if blame.KINDS[error["kind"]].fault != "node" or self.plan.backend == "local":
+            return False
+        if bad not in self.plan.cells[index].hosts:  # nobody, or DeepSpeed's launcher on the controller
             return False
         self._give_up(bad, index, error)
         return bad not in self.plan.cells[index].hosts
@@ -433,7 +447,7 @@ class Run:
                 if (host, file) not in streams:
                     folder = self.run.cell(host, cell.id)
                     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    streams[host, file] = open(folder / Path(file).name, "w", encoding="utf-8")  # noqa: SIM115
+                    streams[host, file] = open(folder / Path(file).name, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
                 streams[host, file].write(line + "\n")
             if not file.endswith(".jsonl"):
                 self.log.write(f"{now()} {cell.id} {alias(host)} {file}: {line}\n")
@@ -549,7 +563,9 @@ def execute(
             status = run.read_status()
             status["state"] = "incomplete"
             for cell in status["cells"].values():
-                if cell["state"] in ("planned", *LIVE_STATES):
+                if cell["state"] in LIVE_STATES and plan.backend == "slurm":
+                    cell["state"] = "incomplete"  # where Slurm did not answer, its job goes on
+                elif cell["state"] in ("planned", *LIVE_STATES):
                     cell["state"] = "cancelled"
             run.write_status(status)
             raise Interrupted(f"left at once; what was written lies in {run.path}") from None

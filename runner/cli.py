@@ -487,7 +487,8 @@ def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
         click.echo(report.terminal(summary))
         click.echo(f"\nreport: {run.report_html}")
         if any(cell["state"] != "complete" for cell in summary["cells"]):
-            where = "" if str(run.path.parent) == str(Path("results").absolute()) else f" --results {run.path.parent}"
+            results = run.path.parent.absolute()
+            where = "" if results == Path("results").absolute() else f" --results {shlex.quote(str(results))}"
             click.echo(f"to finish it: runner bench --resume {run.run_id}{where}")
     states = {cell["state"] for cell in summary["cells"]}
     if "cancelled" in states:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,12 +114,15 @@ class RunDir:
     def set_aside(self, cell: str, attempt: int) -> None:
         """Move what an attempt at a cell left out of the way of the next one. Nothing is deleted."""
         target = self.earlier(cell, attempt)
-        for folder in sorted(self.path.glob(f"nodes/*/{cell}")):
-            target.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.rename(target / folder.parent.name)
+        left = {folder.parent.name: folder for folder in sorted(self.path.glob(f"nodes/*/{cell}"))}
         if self.launcher(cell).is_dir():
+            left["launcher"] = self.launcher(cell)
+        for name, folder in left.items():
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.launcher(cell).rename(target / "launcher")
+            place = target / name
+            while place.exists():  # a controller that died here had moved it, and it was gathered once more
+                place = place.with_name(f"{place.name}~")
+            folder.rename(place)
 
     def read_outcomes(self, hosts: Iterable[str], cell: str) -> dict[str, dict[str, Any]]:
         """outcome.json of every host that wrote a whole one."""
@@ -174,9 +178,21 @@ class RunDir:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """Hold the mark of a running controller; the kernel drops it when the controller dies."""
-        with open(self._alive, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        """Hold the mark of a running controller; the kernel drops it when the controller dies.
+
+        Raises UsageError where another one holds it.
+        """
+        with open(self._alive, "a") as file:
+            for left in reversed(range(20)):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:  # somebody who only looks has it for a moment
+                    if not left:
+                        what = f"run {self.run_id} is running: `runner runs show {self.run_id}` shows it"
+                        raise UsageError(what) from None
+                    time.sleep(0.05)
+            file.truncate(0)
             file.write(str(os.getpid()))
             try:
                 file.flush()
@@ -217,6 +233,8 @@ class RunDir:
             for cell in status["cells"].values():
                 if cell["state"] in LIVE_STATES:
                     cell["state"] = "incomplete"
+        status.setdefault("replaced", [])  # runs of earlier versions have neither this nor all keys of a cell
+        status["cells"] = {name: cell_status(1) | cell for name, cell in status["cells"].items()}
         return status
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:

@@ -343,7 +343,8 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
                 printable(detail), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
             )
     for swap in status.get("replaced") or ():
-        text = f"{aliases.get(swap['by'], swap['by'])} took the place of {aliases.get(swap['host'], swap['host'])}"
+        by = aliases.get(swap["by"], swap["by"]) or "nothing"
+        text = f"{by} took the place of {aliases.get(swap['host'], swap['host'])}"
         why = str(swap["reason"]).replace("_", " ")
         lines += ["", *textwrap.wrap(f"{text} in {swap['cell']}: {why}", width, subsequent_indent="  ")]
     return printable("\n".join(lines))
@@ -469,10 +470,12 @@ def _elsewhere(run: RunDir) -> str | None:
 def _stop_jobs(run: RunDir, wait: bool) -> None:
     """Cancel the Slurm jobs that a controller left behind."""
     status, plan = run.read_status(), run.read_plan()
+    shared = status.get("allocation", {})
     ids = {
-        str(cell["job"]["id"])
-        for cell in status["cells"].values()
-        if cell.get("job") and cell["state"] not in ("complete", "failed", "cancelled")
+        str(job_id)
+        for name, cell in status["cells"].items()
+        for job_id in ((cell.get("job") or {}).get("id"), shared.get(name, [None])[0])
+        if job_id and cell["state"] not in ("complete", "failed")
     }
     over = f"run {run.run_id} is not running: its state is {status['state']}"
     if not ids:

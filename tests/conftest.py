@@ -16,13 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two groups for `pytest -n 2 --dist loadgroup`, so that fixtures of a session are made once."""
-    for item in items:
-        group = "scenarios" if item.path.name == "test_scenarios.py" else "others"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def listing(hostvars: dict[str, dict]) -> dict:
     """What `ansible-inventory --list` prints for these hosts."""
     return {"_meta": {"hostvars": hostvars}, "all": {"children": ["gpu_nodes"]}, "gpu_nodes": {"hosts": list(hostvars)}}

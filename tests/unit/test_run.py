@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_plan
+from test_jobs import Commands, line
+from test_jobs import cluster as slurm_commands
 
-from runner import bench, blame, facts, plan, resume
+from runner import allocations, bench, blame, facts, inventory, plan, resume, slurm
+from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import UsageError
 from runner.inventory import Inventory, Node
@@ -270,3 +275,158 @@ def test_a_bad_node_is_done_without_from_the_start(cluster, tmp_path):
     nodes, status, _ = carry_out(built, replace_bad=True, bad={NAMES[1]: "no answer on its SSH port"})
     assert nodes.tried[0][1] == (NAMES[0], NAMES[3])
     assert status["replaced"][0]["reason"] == "no answer on its SSH port"
+
+
+def test_nodes_without_work_get_no_data(cluster, tmp_path):
+    """One that was replaced and is dead since would otherwise stop every later resume."""
+    built, run = interrupted(cluster, tmp_path)
+    built = replace(resume.load(run), nodes=cluster.nodes[:4])
+    nodes = Nodes(run)
+    again = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", bench.Policy(), Reach())
+    again.execute({})
+    assert nodes.sent == NAMES[:2]
+
+
+def test_a_launcher_is_no_node_that_a_spare_could_replace(cluster, tmp_path):
+    built = planned(cluster, tmp_path, spares=1)
+    run = RunDir.create(tmp_path, built.to_dict())
+    nodes = Nodes(run)
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), Reach())
+    assert not carried._replace(0, blame.error("lost_connection", "lost the connection to it", blame.LAUNCHER))
+
+
+def test_what_was_set_aside_is_never_in_the_way(tmp_path):
+    """A controller that dies while it makes room has moved folders, and gathers them again when it is resumed."""
+    run = RunDir(tmp_path / "run")
+    for content in ("first", "second"):
+        folder = run.cell("node001", "torch-1n-r1")
+        folder.mkdir(parents=True)
+        (folder / "rank0.jsonl").write_text(content)
+        run.set_aside("torch-1n-r1", 1)
+    kept = run.earlier("torch-1n-r1", 1)
+    assert sorted((path.parent.name, path.read_text()) for path in kept.rglob("*.jsonl")) == [
+        ("node001", "first"),
+        ("node001~", "second"),
+    ]
+
+
+def test_a_run_of_an_earlier_version_is_taken_up(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    status = run.read_status()
+    old = ("state", "started", "ended", "error")
+    cells = {name: {key: cell[key] for key in old} for name, cell in status["cells"].items()}
+    run.write_status({"state": "running", "cells": cells})
+    _, status, _ = carry_out(resume.load(run))
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    assert status["cells"]["torch-2n-r1"]["attempt"] == 2
+
+
+def test_only_one_controller_holds_a_run(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    with run.alive():
+        with pytest.raises(UsageError, match="is running"), run.alive():
+            pass
+        assert run.controller() == os.getpid()
+
+
+# --- jobs that go on without a controller ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "attempt"),
+    [
+        (None, {}, 1),
+        ("slurm_unreachable", {}, 1),
+        ("node_failed", {}, 2),
+        (None, {"torch-2n-r1": ["7", 1, "all"]}, 1),
+        ("plan_changed", {"torch-2n-r1": ["7", 1, "all"]}, 2),  # its old job would give the old measurement again
+    ],
+)
+def test_a_job_is_followed_where_its_end_is_not_known(cluster, tmp_path, kind, shared, attempt):
+    built, run = interrupted(cluster, tmp_path)
+    status = run.read_status()
+    error = kind and blame.error(kind, "planted")
+    status["cells"]["torch-2n-r1"].update(state="incomplete", error=error)
+    status.update(state="incomplete", allocation=shared)
+    run.write_status(status)
+    nodes = Nodes(run)
+    again = bench.Run(replace(built, backend="slurm"), run, nodes, Display(quiet=True), None, bench.Policy(), Reach())
+    for host in NAMES[:2]:
+        shutil.rmtree(run.cell(host, "torch-2n-r1"))
+    again.execute({})
+    entry = run.read_status()["cells"]["torch-2n-r1"]
+    assert (entry["state"], entry["attempt"]) == ("complete", attempt)
+
+
+def test_slurm_that_does_not_answer_is_no_reason_for_a_second_job(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+
+    class Again(Nodes):
+        def converse(self, planned, cell, watch, data, course):
+            for host in cell.hosts:  # the stand-in makes them anew
+                shutil.rmtree(self.run.cell(host, cell.id), ignore_errors=True)
+            return super().converse(planned, cell, watch, data, course)
+
+    run = RunDir.create(tmp_path, built.to_dict())
+    nodes = Again(run, ("torch", "slurm_unreachable", None))
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(1), Reach())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    entry = run.read_status()["cells"]["torch-2n-r1"]
+    assert len(nodes.tried) == 2 and (entry["state"], entry["attempt"]) == ("complete", 1)
+
+
+def test_slurms_own_name_of_a_node_wins_over_its_place_in_the_inventory():
+    listing = {"gpu_nodes": {"hosts": ["node001", "node003"]}, "_meta": {"hostvars": {}}}
+    nodes = inventory.parse("x", listing).nodes
+    assert [node.alias for node in nodes] == ["node001", "node002"]
+    known = ("node001", "node002", "node003")
+    assert [allocations.slurm_name(node, known) for node in nodes] == ["node001", "node003"]
+
+
+def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:
+    """Slurm's commands that know the run's nodes by their aliases, and job 7, which runs on `placed`."""
+    nodes = "".join(slurm.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in built.nodes)
+    commands = Commands(
+        sbatch=["7\n"], sinfo=[nodes], scontrol=["PartitionName=p"], squeue=[line("7", "RUNNING", nodes=placed)]
+    )
+    return allocations.Allocations(run, None, slurm_commands(commands), {}, {}), commands
+
+
+def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm", one_allocation=True)
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier, commands = through_slurm(built, run)
+    [cell] = built.cells
+    heard: list[tuple[str, str, dict]] = []
+
+    def on_job(info: slurm.JobInfo) -> None:
+        heard.append((info.job_id, info.state, dict(course.allocation)))
+        assert not commands.named("squeue")
+
+    course = Course({"attempt": 1, "job": None}, [cell], {}, on_job, lambda nodes: cell)
+    assert carrier._submit(built, cell, None, course)[:2] == ("7", 0)
+    [(job_id, state, allocation)] = heard
+    assert (job_id, state, allocation[cell.id][:2]) == ("7", "waiting", ["7", 0])
+
+
+def test_a_step_is_heard_on_the_hosts_that_it_was_given_not_on_the_first_of_its_job(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path, counts=(4,)), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier, _ = through_slurm(built, run, placed="node[001-004]")
+    [cell] = built.cells
+    given = (NAMES[3], NAMES[1])
+    cell = replace(cell, num_nodes=2, hosts=given)
+
+    class Placed(Exception):
+        pass
+
+    def on_placed(nodes: Sequence[Node]) -> plan.Cell:
+        raise Placed(*(node.name for node in nodes))
+
+    shared = {cell.id: ["7", 1, "all", *given]}
+    course = Course({"attempt": 1, "job": None}, [cell], shared, lambda info: None, on_placed)
+    watch = CellRun(cell, Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    with pytest.raises(Placed) as placed:
+        carrier.converse(built, cell, watch, None, course)
+    assert placed.value.args == given
