@@ -147,9 +147,9 @@ class RunDir:
             results.mkdir(parents=True, exist_ok=True)
             run.path.mkdir(mode=0o700)
             (run.path / "telemetry").mkdir(mode=0o700)
-            write_json_atomic(run.plan, plan)
             status = {"schema": 1, "run_id": run.run_id, "state": "planned", "replaced": []}
             write_json_atomic(run.status, status | {"cells": {c["id"]: cell_status(1) for c in plan["cells"]}})
+            write_json_atomic(run.plan, plan)  # last: a folder with a plan is a run, and can be read
             link = results / f".latest.{os.getpid()}"
             link.symlink_to(run.run_id)
             link.replace(results / "latest")

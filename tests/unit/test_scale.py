@@ -89,7 +89,7 @@ def test_every_cell_has_its_own_sbatch_file(steps):
     assert list(steps.scripts) == [cell.id for cell in steps.plan.cells]
     for cell in steps.plan.cells:
         lines = steps.scripts[cell.id].splitlines()
-        assert f"#SBATCH --job-name=shakedown-{steps.plan.run_id}-{cell.id}" in lines
+        assert f"#SBATCH --job-name=shakedown-{steps.plan.run_id}-{cell.id}-1" in lines
         assert f"#SBATCH --nodes={cell.num_nodes}" in lines
         assert slurm.placeholder(steps.scripts[cell.id]) is None
 
