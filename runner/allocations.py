@@ -170,7 +170,7 @@ class Allocations:
         )
         try:
             info = jobs.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
-        except jobs.Silent as error:
+        except InfrastructureError as error:
             return blame.error("slurm_unreachable", str(error))
         if not watch.stop.asked:
             if not self.shared:
@@ -189,7 +189,7 @@ class Allocations:
         attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
         together = plan.one_allocation and job_id is None and not self._together
         cells = [each for each in course.pending if each.id not in course.allocation] if together else [cell]
-        name = f"shakedown-{plan.run_id}-{'all' if together else cell.id}-{attempt}"
+        name = f"shakedown-{plan.run_id}-{'all-' if together else ''}{cell.id}-{attempt}"
         path = self.run.slurm(name)
         if job_id is None and path.exists():  # a controller that died may have had no time to note the id
             job_id = self.cluster.find(name)
@@ -357,7 +357,7 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     settings = settings_of(plan)
     known = tuple(node.alias for node in plan.nodes)
     together = [list(cells)] if plan.one_allocation else [[cell] for cell in cells]
-    names = [f"shakedown-{plan.run_id}-{'all' if plan.one_allocation else some[0].id}-1" for some in together]
+    names = [f"shakedown-{plan.run_id}-{'all-' if plan.one_allocation else ''}{some[0].id}-1" for some in together]
     return [
         f"{name}.sbatch:\n{slurm.render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)}"
         for name, some in zip(names, together, strict=True)

@@ -268,6 +268,11 @@ class Run:
             return
         self.display.at(0, 1, "sending data")
         failures = self.transport.send(self.plan, nodes, self.source, lambda: self.stop.asked)
+        if isinstance(self.transport, Allocations) and not self.plan.named and len(failures) < len(nodes):
+            for host, reason in failures.items():  # Slurm has others to choose
+                self._note(f"{self.plan.node(host).alias} is left out, the data cannot be sent to it: {reason}")
+                self.plan = self.transport.exclude(self.plan, host)
+            return
         if failures and not self.stop.asked:
             raise InfrastructureError(
                 "\n  ".join(["sending the data failed", *(f"{n}: {r}" for n, r in failures.items())])
@@ -340,7 +345,7 @@ class Run:
     def _recover(self, cell: Cell) -> bool:
         """Whether the cell had ended well when its controller died; what it measured is taken then."""
         entry = self._entry(cell)
-        if self.plan.backend == "slurm" or entry["started"] is None or entry["error"] is not None:
+        if entry["started"] is None or entry["error"] is not None or not cell.hosts:
             return False
         self.transport.gather(self.plan, cell)  # a node without any of it has nothing to give
         outcomes = self.run.read_outcomes(cell.hosts, cell.id)

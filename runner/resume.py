@@ -27,10 +27,12 @@ def load(run: RunDir) -> Plan:
 def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None) -> Plan:
     """The plan with its nodes reached as `inventory` says today, and its cells placed anew on the same nodes.
 
-    Raises UsageError for a node that is gone from the inventory.
+    Raises UsageError for a node that is gone from the inventory and has work left.
     """
     today = {node.name: node for node in inventory.nodes}
-    gone = [node.name for node in plan.nodes if node.name not in today and plan.backend != "slurm"]
+    states = run.read_status()["cells"]
+    needed = {host for cell in plan.cells if states[cell.id]["state"] != "complete" for host in cell.hosts}
+    gone = [name for name in sorted(needed) if name not in today and plan.backend != "slurm"]
     if gone:
         raise UsageError(
             f"run {plan.run_id} needs {', '.join(gone)}, which the inventory {inventory.source} does not have: "

@@ -430,3 +430,37 @@ def test_a_step_is_heard_on_the_hosts_that_it_was_given_not_on_the_first_of_its_
     with pytest.raises(Placed) as placed:
         carrier.converse(built, cell, watch, None, course)
     assert placed.value.args == given
+
+
+def test_a_node_that_left_the_inventory_does_not_matter_where_all_its_cells_are_complete(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    status = run.read_status()
+    status["cells"]["torch-2n-r1"].update(state="complete")
+    run.write_status(status)
+    renewed = resume.renew(built, replace(cluster, nodes=cluster.nodes[:1]), run, None)
+    assert [node.name for node in renewed.nodes] == NAMES[:2]
+
+
+def test_a_job_that_had_ended_well_is_taken_even_if_slurm_has_forgotten_it(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
+    nodes, status, _ = carry_out(replace(resume.load(run), backend="slurm"))
+    assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
+
+
+def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path, counts=(3,)), backend="slurm", named=False)
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Deaf(allocations.Allocations):
+        """Its second node cannot be sent anything."""
+
+        def send(self, planned, nodes, data, stopped):
+            return {nodes[1].name: "no route to it"}
+
+    carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
+    carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), Reach())
+    with open(run.log, "a") as carried.log:
+        carried._send_data(list(built.nodes))
+    assert carried.plan.slurm["exclude"] == ["node002"]
