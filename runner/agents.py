@@ -36,6 +36,22 @@ def secrets() -> dict[str, str]:
     return {key: os.environ[key] for key in SECRETS if key in os.environ}
 
 
+def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[str, str]:
+    """Fetch a cell's folder from each of its nodes over ssh; returns failures by node."""
+    targets = {}
+    for host in cell.hosts:
+        folder = run.cell(host, cell.id)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        targets[host] = str(folder)
+    return backends.gather([plan.node(host) for host in cell.hosts], str(ssh_config), cell.cell_dir, targets)
+
+
+def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
+    """Remove over ssh what the run left on `nodes`."""
+    request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
+    backends.ask(nodes, "ssh", ssh_config, request, timeout_s=15)
+
+
 class Agents:
     """One agent per node and cell, each on a leash held here."""
 
@@ -111,16 +127,9 @@ class Agents:
         """Bring the artefacts of a cell into the run directory; returns failures by node."""
         if plan.backend == "local":
             return {}
-        targets = {}
-        for host in cell.hosts:
-            folder = self.run.cell(host, cell.id)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            targets[host] = str(folder)
-        return backends.gather([plan.node(host) for host in cell.hosts], str(self.ssh_config), cell.cell_dir, targets)
+        return gather(self.run, plan, cell, self.ssh_config)
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
         """Remove what was gathered from `nodes`."""
-        if plan.backend == "local":
-            return
-        request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
-        backends.ask(nodes, plan.backend, self.ssh_config, request, timeout_s=15)
+        if plan.backend != "local":
+            clean(plan, nodes, self.ssh_config)

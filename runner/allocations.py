@@ -13,7 +13,7 @@ from typing import Any
 from runner import agents, backends, blame, jobs, process, slurm
 from runner.backends import Talk
 from runner.cells import CellRun, Course
-from runner.cluster import SlurmNode, refusals
+from runner.cluster import refused
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.inventory import Node, by_word
 from runner.plan import Cell, Plan, environment, job
@@ -75,22 +75,8 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
     partitions, nodes = transport.cluster.look()
     largest = max(cells, key=lambda cell: cell.num_nodes)
     ready = transport.job(plan, "shakedown-test", cells if plan.one_allocation else [largest], None)
-    hosts = tuple(slurm_name(plan.node(name), tuple(n.name for n in nodes)) for name in largest.hosts)
-
-    def reasons(nodes: Sequence[SlurmNode]) -> list[str]:
-        return refusals(
-            largest.num_nodes,
-            largest.gpus_per_node,
-            largest.device,
-            hosts,
-            settings,
-            partitions,
-            nodes,
-            slurm.limit_s(ready, settings),
-        )
-
-    if found := reasons(nodes):
-        wrong = reasons([replace(node, usable=True) for node in nodes])
+    found, wrong = refused(ready, settings, partitions, nodes)
+    if found:
         raise (UsageError if wrong else InfrastructureError)("\n  ".join(["Slurm cannot start this:", *found]))
     if why := transport.cluster.test_only(slurm.render(ready, settings)):
         raise UsageError(f"Slurm refuses this: {why}")
@@ -271,11 +257,10 @@ class Allocations:
         unusable: dict[str, str] = {}
         with suppress(InfrastructureError):
             unusable = {node.name: f"{node.state}: {node.reason}" for node in self.cluster.look()[1] if not node.usable}
-        bad = [name for name in cell.hosts if slurm_name(plan.node(name), tuple(unusable)) in unusable]
-        if bad:
-            why = "; ".join(f"{name} is {unusable[slurm_name(plan.node(name), tuple(unusable))]}" for name in bad)
-            message = f"{message}; {why}"
-        return blame.error("not_started", message, bad[0] if len(bad) == 1 else None)
+        words = {name: slurm_name(plan.node(name), tuple(unusable)) for name in cell.hosts}
+        bad = [name for name, word in words.items() if word in unusable]
+        why = [f"{name} is {unusable[words[name]]}" for name in bad]
+        return blame.error("not_started", "; ".join([message, *why]), bad[0] if len(bad) == 1 else None)
 
     # --- after it -----------------------------------------------------------------------------------
 
@@ -283,20 +268,14 @@ class Allocations:
         """Bring the artefacts of a cell into the run directory; returns failures by node."""
         if self.shared or not cell.hosts:
             return {}
-        targets = {}
-        for name in cell.hosts:
-            folder = self.run.cell(name, cell.id)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            targets[name] = str(folder)
-        return backends.gather([plan.node(name) for name in cell.hosts], str(self.ssh_config), cell.cell_dir, targets)
+        return agents.gather(self.run, plan, cell, self.ssh_config)
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
         """Remove what was gathered from `nodes`."""
         used = {name for cell in plan.cells for name in cell.hosts}
         nodes = [node for node in nodes if node.name in used]
         if not self.shared and nodes:
-            request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
-            backends.ask(nodes, "ssh", self.ssh_config, request, timeout_s=15)
+            agents.clean(plan, nodes, self.ssh_config)
 
 
 def log_path(plan: Plan, name: str, shared: bool) -> str:

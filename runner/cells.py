@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from runner import backends, records
@@ -17,6 +16,7 @@ from runner.display import Display
 from runner.inventory import Node
 from runner.node import ALIVE_S
 from runner.plan import Cell
+from runner.rundir import now
 
 # A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
 # anything is stopped, so that the guilty one can be told from its victims.
@@ -25,8 +25,6 @@ SETTLE_S = 2.0
 STACKS_S = 2.0
 # Once ranks have begun to measure, none of the workloads is silent for so long.
 STALL_S = 600.0
-
-
 _ASK = ("timed_out", "rank_hung")  # what is judged by where ranks stand
 
 
@@ -144,7 +142,7 @@ class CellRun:
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """The live state of each node: starting, running, ended, failed or silent, and when it was last heard."""
-        moment, told = time.monotonic(), time.time()
+        moment = time.monotonic()
         states = {}
         for talk in self.talks:
             if talk.name == LAUNCHER:
@@ -157,8 +155,7 @@ class CellRun:
                 state = "silent"
             else:
                 state = "running" if talk.name in self.started else "starting"
-            heard = datetime.fromtimestamp(told - (moment - talk.heard), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            states[talk.name] = {"state": state, "heard": heard}
+            states[talk.name] = {"state": state, "heard": now(moment - talk.heard)}
         return states
 
     def _look_around(self, moment: float) -> None:

@@ -206,6 +206,7 @@ def _bench(
     from runner import config, engines, plan
     from runner.display import Display
     from runner.inventory import select
+    from runner.rundir import now
 
     tests = tuple(dict.fromkeys(tests)) or tuple(config.TESTS)
     if engine not in engines.ENGINES:
@@ -238,7 +239,7 @@ def _bench(
     def build(nodes: tuple[Node, ...], passed_over: tuple[str, ...], ssh_config: str | None) -> plan.Plan:
         request = plan.Request(
             run_id=run_id,
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=now(),
             command=shlex.join(["runner", *sys.argv[1:]]),
             inventory=inventory.source,
             run_dir=str((results / run_id).absolute()),

@@ -5,10 +5,22 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runner.errors import unknown
-from runner.slurm import SEPARATOR, Settings, clock, expand, fold, pairs, said, seconds_of, wanted_gres
+from runner.slurm import (
+    SEPARATOR,
+    Job,
+    Settings,
+    clock,
+    expand,
+    fold,
+    limit_s,
+    pairs,
+    said,
+    seconds_of,
+    wanted_gres,
+)
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
 NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%E'))}")
@@ -103,6 +115,23 @@ def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settin
 
 
 # --- what it could never start --------------------------------------------------------------------
+
+
+def refused(
+    job: Job, settings: Settings, partitions: Sequence[Partition], nodes: Sequence[SlurmNode]
+) -> tuple[list[str], list[str]]:
+    """Every reason why Slurm could not run the largest cell of `job`, and every one that would be left if all nodes
+    came back.
+    """
+    largest = max(job.steps, key=lambda step: step.num_nodes)
+
+    def among(nodes: Sequence[SlurmNode]) -> list[str]:
+        limit = limit_s(job, settings)
+        return refusals(
+            largest.num_nodes, job.gpus_per_node, job.device, largest.hosts, settings, partitions, nodes, limit
+        )
+
+    return among(nodes), among([replace(node, usable=True) for node in nodes])
 
 
 def refusals(

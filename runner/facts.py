@@ -68,7 +68,7 @@ def environment(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two environments, such as `packages.torch 2.13.0 -> 2.12.1`."""
+    """What differs between two environments, such as `torch 2.13.0 -> 2.12.1`."""
     names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     return [
         f"{name.removeprefix('packages.')} {before.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names

@@ -124,8 +124,9 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["version"] != __version__:
         text = f"has shakedown {__version__}, this controller is {request['version']}"
         problems.append(("version_mismatch", text))
+    observed = facts.collect({})
     if request["gpus"]:  # None where the inventory leaves the number open
-        answering = len(facts.gpus()["gpus"])
+        answering = len(observed["gpus"])
         if answering < request["gpus"]:
             text = f"{answering} GPUs answer, the inventory says {request['gpus']}"
             problems.append(("gpu_failed", text))
@@ -133,7 +134,7 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
         "problems": [text for _, text in problems],
         "kinds": [kind for kind, _ in problems],
         "time_s": time.time(),
-        "facts": facts.collect({}),
+        "facts": observed,
     }
 
 

@@ -77,7 +77,7 @@ def drift(before: Mapping[str, Environments], now: Environments) -> dict[str, di
 
 
 def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[str, str]) -> str:
-    """`packages.torch 2.13.0 -> 2.12.1 on node[001-003]; ...`"""
+    """`torch 2.13.0 -> 2.12.1 on node[001-003]; ...`"""
     where: dict[str, set[str]] = defaultdict(set)
     for hosts in changed.values():
         for host, lines in hosts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from runner import cluster, config, slurm
 from runner.allocations import slurm_name
@@ -43,14 +43,7 @@ def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
     longest_s = max(config.load_test(test, {}).timeout_s for test in config.TESTS)
     step = slurm.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
     job = slurm.Job("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
-
-    def refusals(seen: Sequence[SlurmNode]) -> list[str]:
-        limit_s = slurm.limit_s(job, settings)
-        return cluster.refusals(
-            step.num_nodes, job.gpus_per_node, job.device, step.hosts, settings, partitions, seen, limit_s
-        )
-
-    refused, wrong = refusals(seen), refusals([replace(node, usable=True) for node in seen])
+    refused, wrong = cluster.refused(job, settings, partitions, seen)
     if not refused and (why := commands.test_only(slurm.render(job, settings))):
         refused = wrong = [f"sbatch says: {why}"]
     down = [name for name in names if name in known and not known[name].usable]
