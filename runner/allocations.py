@@ -91,12 +91,11 @@ class Allocations:
         ssh_config: str | None,
         cluster: jobs.Slurm,
         checks: Mapping[str, Any],
-        expected: Mapping[str, str],
+        expected: Mapping[str, str | None],
     ) -> None:
         self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
         self.shared = cluster.settings.shared
         self._known: tuple[str, ...] | None = None
-        self._together = False  # whether one job for all pending cells was submitted
 
     # --- data ---------------------------------------------------------------------------------------
 
@@ -162,10 +161,18 @@ class Allocations:
             if not self.shared:
                 self._read_log(script.stem, plan, info, watch)
             return self._fault(info, watch, plan)
-        if step is not None:  # the cells after it are not wanted either
-            with suppress(InfrastructureError):
-                self.cluster.cancel(job_id)
         return None
+
+    def leave(self, allocation: dict[str, Any], patient: bool) -> set[str]:
+        """Cancel the jobs that cells share, so that those cells have none; returns those that Slurm did not hear of."""
+        left = {job_id for job_id, *_ in allocation.values()}
+        for job_id in tuple(left):
+            with suppress(InfrastructureError):
+                self.cluster.cancel(job_id, patient=patient)
+                left.discard(job_id)
+        for cell in [cell for cell, (job_id, *_) in allocation.items() if job_id not in left]:
+            del allocation[cell]
+        return left
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, the cell's step in it, and the sbatch file."""
@@ -173,7 +180,7 @@ class Allocations:
             job_id, step, name, *_ = course.allocation[cell.id]
             return job_id, step, self.run.slurm(name)
         attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
-        together = plan.one_allocation and job_id is None and not self._together
+        together = plan.one_allocation and job_id is None
         cells = [each for each in course.pending if each.id not in course.allocation] if together else [cell]
         name = f"shakedown-{plan.run_id}-{'all-' if together else ''}{cell.id}-{attempt}"
         path = self.run.slurm(name)
@@ -185,7 +192,6 @@ class Allocations:
             write_text_atomic(path, script)
             job_id = self.cluster.submit(script, agents.secrets())
         if together:
-            self._together = True  # a cell that is tried again gets a job of its own
             course.allocation.update({each.id: [job_id, step, name, *each.hosts] for step, each in enumerate(cells)})
         if (course.entry["job"] or {}).get("id") != job_id:  # noted before Slurm is asked for anything else
             course.on_job(slurm.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
@@ -291,7 +297,7 @@ def prepare(
     shared: bool,
     known: Sequence[str],
     checks: Mapping[str, Any],
-    expected: Mapping[str, str],
+    expected: Mapping[str, str | None],
 ) -> slurm.Job:
     """The job of `cells`. `known` are Slurm's names of nodes."""
     names = {slurm_name(node, known): node for node in plan.nodes}

@@ -12,7 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner import __version__, allocations, backends, blame, facts, jobs, node, process, records, slurm, telemetry
+from runner import (
+    __version__,
+    allocations,
+    backends,
+    blame,
+    facts,
+    jobs,
+    node,
+    process,
+    records,
+    resume,
+    slurm,
+    telemetry,
+)
 from runner.agents import Agents
 from runner.allocations import Allocations, as_status
 from runner.blame import LAUNCHER
@@ -68,7 +81,7 @@ class Reach:
             return Answers(allocations.problems(self.cluster, nodes), {})
         return preflight(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
 
-    def transport(self, run: RunDir, first: Node, expected: Mapping[str, str]) -> Agents | Allocations:
+    def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Agents | Allocations:
         """What carries a cell to its nodes. Under Slurm, `expected` is the environment that must be found there."""
         if self.cluster is None:
             return Agents(run, self.ssh_config)
@@ -146,10 +159,11 @@ def choose(
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do when a cell fails for a reason that is not the user's."""
+    """What to do when a cell fails for a reason that is not the user's, and when nodes are not what they were."""
 
     retries: int = 0
     replace_bad_nodes: bool = False
+    accept_drift: bool = False
 
 
 class Run:
@@ -171,6 +185,8 @@ class Run:
         self.stop = Stop(display)
         self.status = run.read_status()
         self.inherited = self._left_to_slurm()
+        # What was measured before nodes changed is measured again; under Slurm that shows only in a job.
+        self.before = resume.measured(run, plan, self.status) if policy.accept_drift else {}
         self.records = self._kept_records()
         self.not_gathered: set[str] = set()
         self.bad: set[str] = set()
@@ -198,19 +214,40 @@ class Run:
                 except InfrastructureError:
                     self._save("failed")
                     raise
-                for index in range(len(self.plan.cells)):
-                    cell = self.plan.cells[index]  # as it is planned by now
-                    if self._entry(cell)["state"] == "complete" or self.bad & set(cell.hosts):
-                        continue
+                tried: set[str] = set()
+                while (index := self._next(tried)) is not None:
+                    cell = self.plan.cells[index]
+                    tried.add(cell.id)
                     if self.stop.asked:
                         self._cell_state(cell, "cancelled")
                     else:
                         self._settle(index)
+                        self._compare(self.plan.cells[index])
+                if self.stop.asked:  # between two cells
+                    self._leave_allocation()
             states = {c["state"] for c in self.status["cells"].values()}
             final = next((s for s in ("failed", "incomplete", "cancelled") if s in states), "complete")
             self._save(final)
             self.transport.clean(self.plan, [n for n in self.plan.nodes if n.name not in self.not_gathered | self.bad])
             return self._judge()
+
+    def _next(self, tried: set[str]) -> int | None:
+        """The first cell, as it is planned by now, that may still run."""
+        for index, cell in enumerate(self.plan.cells):
+            done = self._entry(cell)["state"] == "complete" or self.bad & set(cell.hosts)
+            if not done and cell.id not in tried:
+                return index
+        return None
+
+    def left_at_once(self) -> None:
+        """Note what a controller leaves that has no time: Slurm's jobs may go on, ranks over ssh end with it."""
+        self.status["state"] = "incomplete"
+        for cell in self.status["cells"].values():
+            if cell["state"] in LIVE_STATES and self.plan.backend == "slurm":
+                cell["state"] = "incomplete"
+            elif cell["state"] in ("planned", *LIVE_STATES):
+                cell["state"] = "cancelled"
+        self._write_status()
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -312,23 +349,60 @@ class Run:
         while True:
             if not inherited:
                 self._set_aside(index)
-            self._run_cell(index, self.plan.cells[index])
-            error = self._entry(self.plan.cells[index])["error"]
+            cell = self.plan.cells[index]
+            shared = self.status.get("allocation", {}).get(cell.id)
+            heard = self._run_cell(index, cell)
+            error = self._entry(cell)["error"]
             if error is None or self.stop.asked:
                 return
             unheard = error["kind"] == "slurm_unreachable"  # its job may go on: it is followed, not given a second one
             if inherited and not unheard:  # what became of that job is known now; own attempts begin
                 inherited = False
+                self._turn_never_came(cell, shared, heard)
                 continue
             inherited = unheard
             worth_it = blame.may_retry(error)
             if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
                 continue
+            if error["kind"] != "job_cancelled" and self._turn_never_came(cell, shared, heard):
+                continue
             if not worth_it or tried == self.policy.retries:
                 return
             tried += 1
-            self._note(f"{self.plan.cells[index].id}: retry {tried} of {self.policy.retries}")
+            self._note(f"{cell.id}: retry {tried} of {self.policy.retries}")
             self.stop.wait(RETRY_S)
+
+    def _compare(self, cell: Cell) -> None:
+        """Have cells run again that were complete, where a newer one shows that they were measured in another
+        environment.
+        """
+        entry = self._entry(cell)
+        if not self.before or entry["state"] != "complete":
+            return
+        found = resume.measured(self.run, replace(self.plan, cells=(cell,)), self.status)
+        changed = resume.outdated(self.before, found.get(cell.id, {}))
+        for opened in resume.reopen(self.plan, self.status, changed):
+            self._note(f"{opened} runs again: {self.status['cells'][opened]['error']['message']}")
+            del self.before[opened]
+        self._write_status()
+
+    def _turn_never_came(self, cell: Cell, shared: Sequence[Any] | None, heard: bool) -> bool:
+        """Whether the job that a cell shares ended before the cell's step; so it did for the later ones.
+
+        They are to have another together.
+        """
+        over = (self._entry(cell)["job"] or {}).get("state") in (*jobs.ENDED, "unknown")
+        if heard or not over or not shared or shared[1] == 0:  # step 0 is why there is a job
+            return False
+        self._leave_allocation()
+        return True
+
+    def _leave_allocation(self) -> None:
+        """Cancel the job that cells share: those that are not complete are submitted anew."""
+        allocation = self.status.get("allocation")
+        if allocation and isinstance(self.transport, Allocations):
+            for job_id in self.transport.leave(allocation, patient=not self.stop.asked):
+                self._note(f"job {job_id} could not be cancelled, it may go on: Slurm does not answer")
 
     def _left_to_slurm(self) -> set[str]:
         """Cells whose jobs an earlier controller left behind: they go on without one, and are followed first."""
@@ -411,6 +485,7 @@ class Run:
                 "at": now(),
             }
         )
+        self._leave_allocation()  # its steps have their nodes
         for later, cell in enumerate(self.plan.cells[index:], start=index):
             if bad not in cell.hosts or self._entry(cell)["state"] == "complete":
                 continue
@@ -435,7 +510,8 @@ class Run:
             self.plan = replace(self.plan, spares=tuple(node for node in self.plan.spares if node is not spare))
         return None
 
-    def _run_cell(self, index: int, cell: Cell) -> None:
+    def _run_cell(self, index: int, cell: Cell) -> bool:
+        """Run a cell once; returns whether any agent was heard."""
         total = len(self.plan.cells)
         remote = self.plan.backend == "ssh"
         streams: dict[tuple[str, str], Any] = {}
@@ -467,8 +543,10 @@ class Run:
             for stream in streams.values():
                 stream.close()
         cell = watch.cell
+        if self.stop.asked:
+            self._leave_allocation()
         state, error = watch.state()
-        if fault and state not in ("complete", "cancelled"):
+        if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
             state, error = "incomplete", fault
         for name, reason in self.transport.gather(self.plan, cell).items():
             self.not_gathered.add(name)
@@ -485,6 +563,7 @@ class Run:
             self._note(f"  {error['message']}{where}")
             for line in error["stderr"][-8:]:
                 self.display.note(f"    {line}")
+        return any(talk.answered for talk in watch.talks)
 
     def _course(self, index: int, watch: CellRun) -> Course:
         cell = self.plan.cells[index]
@@ -558,21 +637,16 @@ def execute(
         stack.enter_context(hold_nodes(state / "nodes", held, plan.run_id))
         if not run.plan.exists():
             RunDir.create(run.path.parent, json.loads(json.dumps(plan.to_dict())))
-        stack.enter_context(run.alive())
+        if run.controller() != os.getpid():  # who takes up a run holds it since its states were read
+            stack.enter_context(run.alive())
         if transport.ssh_config:
             with disk_errors(run.path):
                 run.keep_transport(Path(transport.ssh_config))
+        carried = Run(plan, run, transport, display, data, policy, reach)
         try:
-            return Run(plan, run, transport, display, data, policy, reach).execute(bad)
+            return carried.execute(bad)
         except KeyboardInterrupt:
-            status = run.read_status()
-            status["state"] = "incomplete"
-            for cell in status["cells"].values():
-                if cell["state"] in LIVE_STATES and plan.backend == "slurm":
-                    cell["state"] = "incomplete"  # where Slurm did not answer, its job goes on
-                elif cell["state"] in ("planned", *LIVE_STATES):
-                    cell["state"] = "cancelled"
-            run.write_status(status)
+            carried.left_at_once()
             raise Interrupted(f"left at once; what was written lies in {run.path}") from None
 
 

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -340,11 +340,15 @@ def _resume(
     from runner.rundir import RunDir
 
     run = RunDir.find(results, name)
-    planned = resume.load(run)
-    inventory = read_inventory(source if source is not None else planned.inventory)
     display = Display(quiet=as_json)
-    aliases = {node.name: node.alias for node in planned.nodes}
-    with transport(inventory) if planned.backend != "local" else nullcontext() as ssh_config:
+    with ExitStack() as stack:
+        if not dry_run:  # before anything is read that another controller may change
+            stack.enter_context(run.alive())
+        planned = resume.load(run, display.note)
+        inventory = read_inventory(source if source is not None else planned.inventory)
+        aliases = {node.name: node.alias for node in planned.nodes}
+        remote = planned.backend != "local"
+        ssh_config = stack.enter_context(transport(inventory)) if remote else None
         planned = resume.renew(planned, inventory, run, ssh_config)
         status = run.read_status()
         tests = tuple(dict.fromkeys(cell.test for cell in planned.cells))
@@ -380,7 +384,7 @@ def _resume(
         data = _prepare(planned, pending, display)
         run.write_plan(planned.to_dict())
         run.write_status(status)
-        policy = benchmark.Policy(retries, replace_bad_nodes)
+        policy = benchmark.Policy(retries, replace_bad_nodes, accept_drift)
         carrier = reach.transport(run, planned.nodes[0], {} if accept_drift else resume.common(before))
         summary = benchmark.execute(planned, run, state_dir(), carrier, display, data, policy, reach, bad)
     return _conclude(run, summary, as_json)

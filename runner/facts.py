@@ -67,11 +67,14 @@ def environment(facts: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in flat.items() if value not in (None, "")}
 
 
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two environments, such as `torch 2.13.0 -> 2.12.1`."""
+def changes(before: Mapping[str, str | None], now: Mapping[str, str]) -> list[str]:
+    """What differs between two environments, such as `torch 2.13.0 -> 2.12.1`; None before: it may be anything."""
+    open_to_any = {name for name, value in before.items() if value is None}
     names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     return [
-        f"{name.removeprefix('packages.')} {before.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names
+        f"{name.removeprefix('packages.')} {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in names
+        if name not in open_to_any
     ]
 
 

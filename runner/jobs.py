@@ -143,7 +143,18 @@ class Slurm:
                 raise InfrastructureError(f"sbatch refuses {name}: {_reason(outcome)}")
             return slurm.submitted_id(outcome.stdout)
 
-        return self._patiently(attempt)
+        try:
+            return self._patiently(attempt)
+        except KeyboardInterrupt:  # whoever leaves at once must not leave a job whose id nobody knows
+            with suppress(InfrastructureError):
+                if found := self.find(name):
+                    self.cancel(found, patient=False)
+            raise
+
+    def named(self, beginning: str) -> list[str]:
+        """The ids of the jobs that wait or run, and whose name begins so."""
+        rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%A %j"]).splitlines())
+        return sorted({row[0] for row in rows if len(row) == 2 and row[1].startswith(beginning)})
 
     def test_only(self, script: str) -> str | None:
         """Why Slurm would refuse the sbatch file, or None."""
@@ -492,9 +503,13 @@ class _Conversation:
             if self.told == "cancel" and self._mute(alive, now):  # Slurm goes on ending it
                 return self._end(alive)
             if now > min(self._given_up_at(), (self.all_ended or now) + END_S):
-                with suppress(Silent):
+                self._end(alive)
+                try:
                     self._cancel()
-                return self._end(alive)
+                except Silent:
+                    if alive:  # nobody could tell them, so they go on
+                        raise
+                return self.info
 
     def _hear(self, now: float) -> bool:
         """Pass on what is new; False when nothing was."""

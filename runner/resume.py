@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +12,20 @@ from runner import blame, facts
 from runner.errors import UsageError
 from runner.inventory import Inventory, Node, fold
 from runner.plan import Plan, fingerprint, place
-from runner.rundir import RunDir
+from runner.rundir import PULSES_S, RunDir
 
 Environments = Mapping[str, Mapping[str, str]]  # host -> property -> value
 
 
-def load(run: RunDir) -> Plan:
-    """The plan of a run that nobody carries out at the moment."""
+def load(run: RunDir, note: Callable[[str], None] = lambda text: None) -> Plan:
+    """The plan of a run that nobody else carries out at the moment; `note` is told what takes some seconds."""
     pid = run.controller()
-    if pid is not None:
+    if pid not in (None, os.getpid()):
         raise UsageError(f"run {run.run_id} is running (process {pid}): `runner runs show {run.run_id}` shows it")
+    if other := run.elsewhere():
+        note(f"seeing for {PULSES_S:g} s whether {other} still carries out run {run.run_id}")
+        if run.beats():
+            raise UsageError(f"run {run.run_id} is carried out on {other}: `runner runs stop` stops it there")
     return Plan.from_dict(run.read_plan())
 
 
@@ -60,10 +65,11 @@ def measured(run: RunDir, plan: Plan, status: Mapping[str, Any]) -> dict[str, di
     }
 
 
-def common(before: Mapping[str, Environments]) -> dict[str, str]:
-    """The properties that are the same wherever the complete cells ran: what an agent must find to add to them."""
+def common(before: Mapping[str, Environments]) -> dict[str, str | None]:
+    """What was the same wherever the complete cells ran: an agent must find it to add to them. None: it differed."""
     seen = [environment for hosts in before.values() for environment in hosts.values()]
-    return {name: value for name, value in seen[0].items() if all(e.get(name) == value for e in seen)} if seen else {}
+    values = {name: {environment.get(name) for environment in seen} for environment in seen for name in environment}
+    return {name: found.pop() if len(found) == 1 else None for name, found in values.items()}
 
 
 def drift(before: Mapping[str, Environments], now: Environments) -> dict[str, dict[str, list[str]]]:
@@ -74,6 +80,13 @@ def drift(before: Mapping[str, Environments], now: Environments) -> dict[str, di
             if host in now and (lines := facts.changes(environment, now[host])):
                 changed.setdefault(cell, {})[host] = lines
     return changed
+
+
+def outdated(before: Mapping[str, Environments], now: Environments) -> dict[str, dict[str, list[str]]]:
+    """As `drift`, where `now` is what a newer cell found on its nodes, which need not be those of the older ones."""
+    same = common(before)
+    found = {host: lines for host, environment in now.items() if (lines := facts.changes(same, environment))}
+    return (dict.fromkeys(before, found) if found else {}) | drift(before, now)
 
 
 def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[str, str]) -> str:

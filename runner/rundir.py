@@ -11,6 +11,8 @@ import errno
 import fcntl
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -22,6 +24,8 @@ from runner.errors import InfrastructureError, UsageError
 
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
 LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
+PULSE_S = 5.0  # a controller shows that often that it lives: not every file system tells another machine of a lock
+PULSES_S = 3 * PULSE_S  # who has shown nothing for so long is dead
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -183,7 +187,9 @@ class RunDir:
 
         Raises UsageError where another one holds it.
         """
-        with open(self._alive, "a") as file:
+        with disk_errors(self.path):
+            file = open(self._alive, "a")  # noqa: SIM115
+        with file:
             for left in reversed(range(20)):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,12 +201,20 @@ class RunDir:
                     time.sleep(0.05)
             file.truncate(0)
             file.write(str(os.getpid()))
+            over = threading.Event()
             try:
                 file.flush()
+                threading.Thread(target=self._pulse, args=(over,), daemon=True).start()
                 yield
             finally:
+                over.set()
                 with contextlib.suppress(OSError):
-                    self._alive.unlink()
+                    file.truncate(0)  # and not removed: who waits for its lock would have one that nobody sees
+
+    def _pulse(self, over: threading.Event) -> None:
+        while not over.wait(PULSE_S):
+            with contextlib.suppress(OSError):
+                os.utime(self._alive)
 
     def controller(self) -> int | None:
         """The process id of the controller that runs this now, or None."""
@@ -213,6 +227,33 @@ class RunDir:
         except FileNotFoundError:
             pass
         return None
+
+    def elsewhere(self) -> str | None:
+        """Machine and process of a controller that is not on this machine and wrote no final state; else None."""
+        try:
+            written = json.loads(self.status.read_text())  # as written: a lock may tell nothing of another machine
+        except (OSError, ValueError):
+            return None
+        controller = written.get("controller")
+        if not controller or written.get("state") in FINAL_STATES or controller["host"] == socket.gethostname():
+            return None
+        return f"{controller['host']} (process {controller['pid']})"
+
+    def beats(self, within_s: float = PULSES_S) -> bool:
+        """Whether a controller, on whatever machine, shows within that time that it lives."""
+
+        def touched() -> int:
+            with open(self._alive) as file:  # opened each time: NFS looks anew only then
+                return os.fstat(file.fileno()).st_mtime_ns
+
+        deadline = time.monotonic() + within_s
+        with contextlib.suppress(OSError):
+            before = touched()
+            while time.monotonic() < deadline:
+                time.sleep(0.2)
+                if touched() != before:
+                    return True
+        return False
 
     def _read(self, path: Path, *keys: str) -> dict[str, Any]:
         try:
@@ -227,9 +268,12 @@ class RunDir:
         return self._read(self.plan, "run_id", "cells", "nodes")
 
     def read_status(self) -> dict[str, Any]:
-        """The states; a run whose controller died without a final state is `incomplete`, and so are its cells."""
+        """The states; a run whose controller died without a final state is `incomplete`, and so are its cells.
+
+        To whoever holds the mark itself, what is written there is a dead one's.
+        """
         status = self._read(self.status, "state", "cells")
-        if status["state"] not in FINAL_STATES and self.controller() is None:
+        if status["state"] not in FINAL_STATES and self.controller() in (None, os.getpid()):
             status["state"] = "incomplete"
             for cell in status["cells"].values():
                 if cell["state"] in LIVE_STATES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,11 +125,13 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
     recorded Slurm jobs cancelled. Asked a second time, the controller leaves at once.
     """
     from runner import process
-    from runner.rundir import RunDir
+    from runner.rundir import PULSES_S, RunDir
 
     run = RunDir.find(results, name)
-    if elsewhere := _elsewhere(run):
-        raise errors.UsageError(f"run {run.run_id} is carried out on {elsewhere}: stop it there")
+    if elsewhere := run.elsewhere():
+        click.echo(f"seeing for {PULSES_S:g} s whether {elsewhere} still carries it out", err=True)
+        if run.beats():
+            raise errors.UsageError(f"run {run.run_id} is carried out on {elsewhere}: stop it there")
     pid = run.controller()
     if pid is None:
         _stop_jobs(run, wait=not no_wait)
@@ -373,16 +374,20 @@ def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
 
 def _left_jobs(status: Mapping[str, Any]) -> list[str]:
     """The Slurm jobs whose end no controller has seen."""
+
+    def unseen(cell: Mapping[str, Any]) -> bool:
+        return not cell["ended"] or (cell["error"] or {}).get("kind") == "slurm_unreachable"
+
     if status["state"] != "incomplete":
         return []
     cells = status["cells"].values()
-    return sorted({cell["job"]["id"] for cell in cells if cell.get("job") and cell["started"] and not cell["ended"]})
+    return sorted({cell["job"]["id"] for cell in cells if cell.get("job") and cell["started"] and unseen(cell)})
 
 
 def _described(run: RunDir) -> str:
     status = run.read_status()
     text = describe(run.read_plan(), status, datetime.now(UTC), _columns())
-    if elsewhere := _elsewhere(run):
+    if elsewhere := run.elsewhere():
         text += f"\n\nits controller is on {elsewhere}: whether it lives is known there"
     elif jobs := _left_jobs(status):
         text += (
@@ -453,23 +458,13 @@ def changes(plan: Mapping[str, Any], statuses: Iterable[Mapping[str, Any]]) -> I
 # --- stopping -------------------------------------------------------------------------------------
 
 
-def _elsewhere(run: RunDir) -> str | None:
-    """Machine and process of a controller that is not on this machine and wrote no final state; else None."""
-    from runner.rundir import FINAL_STATES
-
-    try:
-        written = json.loads(run.status.read_text())  # as written: a lock tells nothing of another machine
-    except (OSError, ValueError):
-        return None
-    controller = written.get("controller") or run.read_plan().get("controller")
-    if not controller or written.get("state") in FINAL_STATES or controller["host"] == socket.gethostname():
-        return None
-    return f"{controller['host']} (process {controller['pid']})"
-
-
 def _stop_jobs(run: RunDir, wait: bool) -> None:
     """Cancel the Slurm jobs that a controller left behind."""
     status, plan = run.read_status(), run.read_plan()
+    over = f"run {run.run_id} is not running: its state is {status['state']}"
+    if not plan.get("slurm") or status["state"] == "complete":
+        raise errors.UsageError(over)
+    commands = _slurm(run, plan)
     shared = status.get("allocation", {})
     ids = {
         str(job_id)
@@ -477,10 +472,10 @@ def _stop_jobs(run: RunDir, wait: bool) -> None:
         for job_id in ((cell.get("job") or {}).get("id"), shared.get(name, [None])[0])
         if job_id and cell["state"] not in ("complete", "failed")
     }
-    over = f"run {run.run_id} is not running: its state is {status['state']}"
+    ids.update(commands.named(f"shakedown-{run.run_id}-"))  # killed while it submitted one, it noted no id
     if not ids:
         raise errors.UsageError(over)
-    cancelled = cancel_jobs(_slurm(run, plan), run.run_id, sorted(ids), wait)
+    cancelled = cancel_jobs(commands, run.run_id, sorted(ids), wait)
     if not cancelled:
         raise errors.UsageError(f"{over}; none of its jobs waits or runs: {', '.join(sorted(ids))}")
     click.echo(f"run {run.run_id} had no controller; cancelled {', '.join(f'job {job_id}' for job_id in cancelled)}")

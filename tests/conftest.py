@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
 from runner import inventory
+from runner.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
@@ -50,3 +54,29 @@ def machine() -> inventory.Inventory:
     """This machine, on a path that a shell would trip over."""
     hostvars = {"localhost": {"ansible_connection": "local", "runner_python": "/home/o'neill/$(env) é/bin/python"}}
     return inventory.parse("inventory/local", listing(hostvars))
+
+
+@pytest.fixture
+def beating(monkeypatch):
+    """As if a controller on another machine, whose lock is not seen here, showed that it lives; known within 1 s."""
+    beats = RunDir.beats
+    monkeypatch.setattr(RunDir, "beats", lambda run: beats(run, 1.0))
+
+    @contextmanager
+    def alive(run: RunDir) -> Iterator[None]:
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(0.1):
+                (run.path / ".alive").touch()
+
+        (run.path / ".alive").touch()
+        thread = threading.Thread(target=beat)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    return alive

@@ -26,7 +26,7 @@ def line(job_id: str, raw: str, reason: str = "None", nodes: str = "", name: str
 class Commands:
     """Slurm's commands: each program's answers in turn (stdout, or an error of one), the last of them for ever."""
 
-    def __init__(self, **answers: list[str | Exception | tuple[int, str]]) -> None:
+    def __init__(self, **answers: list[str | BaseException | tuple[int, str]]) -> None:
         self.answers = {program: iter(_for_ever(given)) for program, given in answers.items()}
         self.calls: list[tuple[list[str], dict]] = []
 
@@ -34,7 +34,7 @@ class Commands:
         self.calls.append((list(argv), options))
         program = argv[0] if argv[0] != "ssh" else next(p for p in self.answers if p in argv[-1])
         answer = next(self.answers.get(program, iter([(1, f"{program}: error: disabled")])))
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         rc, text = answer if isinstance(answer, tuple) else (0, answer)
         return Outcome(tuple(argv), rc, 0.0, text if rc == 0 else "", "" if rc == 0 else text)
@@ -156,6 +156,18 @@ def test_a_lost_answer_is_no_reason_for_a_second_job():
     commands = Commands(sbatch=[lost], squeue=["41\n42\n"])
     assert cluster(commands).submit(SCRIPT) == "42"
     assert len(commands.named("sbatch")) == 1 and "--name=shakedown-r-c-1" in commands.named("squeue")[0]
+
+
+def test_who_leaves_while_a_job_is_submitted_leaves_none_behind():
+    commands = Commands(sbatch=[KeyboardInterrupt()], squeue=["41\n"], scancel=[""])
+    with pytest.raises(KeyboardInterrupt):
+        cluster(commands).submit(SCRIPT)
+    assert commands.named("scancel") == [["scancel", "41"]]
+
+
+def test_the_jobs_of_a_run_are_found_by_the_beginning_of_their_names():
+    commands = Commands(squeue=["41 shakedown-r-c-1\n42 shakedown-r2-c-1\n43 other job\n40 shakedown-r-all-c-1\n"])
+    assert cluster(commands).named("shakedown-r-") == ["40", "41"]
 
 
 def test_cancelling_what_is_over_is_no_error_and_what_is_refused_is():
@@ -291,6 +303,14 @@ def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_pa
     info = jobs.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
     assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
     assert info.state == "cancelled" and talks[0].rc == -1
+
+
+def test_a_stop_that_nobody_could_pass_on_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "END_S", 0.3)
+    said(tmp_path / "a", {"message": "started"})
+    commands = Commands(squeue=[line("7", "RUNNING", nodes="a")], scancel=[(1, DOWN)])
+    with pytest.raises(jobs.Silent, match="scancel: Unable to contact"):
+        conversation(tmp_path, commands, ["a"], word=lambda talk: "stop", patience_s=0.3)
 
 
 def test_in_one_allocation_a_cell_ends_with_its_step_and_the_job_goes_on(tmp_path):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_plan
-from test_jobs import Commands, line
+from test_jobs import DOWN, Commands, line
 from test_jobs import cluster as slurm_commands
 
-from runner import allocations, bench, blame, facts, inventory, plan, resume, slurm
+from runner import allocations, bench, blame, facts, inventory, plan, resume, runs, slurm
 from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import UsageError
@@ -34,6 +38,7 @@ class Nodes:
         self.run, self.faults = run, list(faults)  # (part of a cell's id, kind, host or None)
         self.tried: list[tuple[str, tuple[str, ...], int]] = []
         self.sent: list[str] = []
+        self.facts = FACTS
 
     def data_on_nodes(self, planned, data):
         return data
@@ -47,7 +52,7 @@ class Nodes:
         for host in cell.hosts:
             folder = self.run.cell(host, cell.id)
             folder.mkdir(parents=True)
-            (folder / "facts.json").write_text(json.dumps(FACTS))
+            (folder / "facts.json").write_text(json.dumps(self.facts))
             context = {"collective": "all_reduce", "size_bytes": 8}
             value = {"event": "value", "rank": 0, "metric": "busbw_gb_per_s", "value": 1.0, "context": context}
             (folder / "rank0.jsonl").write_text(json.dumps(value) + "\n")
@@ -227,8 +232,30 @@ def test_a_cell_that_had_ended_before_its_controller_did_is_taken(cluster, tmp_p
 
 def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
-    with run.alive(), pytest.raises(UsageError, match="is running"):
-        resume.load(run)
+    script = (
+        "import sys, time, pathlib; from runner.rundir import RunDir\n"
+        "with RunDir(pathlib.Path(sys.argv[1])).alive(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE) as controller:
+        assert controller.stdout and controller.stdout.readline()
+        with pytest.raises(UsageError, match=f"is running .process {controller.pid}"):
+            resume.load(run)
+        with pytest.raises(UsageError, match="is running"), run.alive():
+            pass
+        controller.kill()
+    with run.alive():  # whoever holds it reads what the dead one left
+        assert resume.load(run).run_id == run.run_id
+        assert run.read_status()["cells"]["torch-2n-r1"]["state"] == "incomplete"
+
+
+def test_a_run_that_is_carried_out_on_another_machine_is_refused_while_that_lives(cluster, tmp_path, beating):
+    _, run = interrupted(cluster, tmp_path)
+    run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
+    notes: list[str] = []
+    with beating(run), pytest.raises(UsageError, match=r"carried out on login2 \(process 4711\)"):
+        resume.load(run, notes.append)
+    assert notes == [f"seeing for 15 s whether login2 (process 4711) still carries out run {run.run_id}"]
+    assert resume.load(run).run_id == run.run_id, "it died there"
 
 
 def test_an_edited_plan_measures_its_cells_again(cluster, tmp_path):
@@ -464,3 +491,143 @@ def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(clust
     with open(run.log, "a") as carried.log:
         carried._send_data(list(built.nodes))
     assert carried.plan.slurm["exclude"] == ["node002"]
+
+
+def test_cells_of_an_older_environment_run_again_once_a_newer_one_has_shown_that_it_changed(cluster, tmp_path):
+    """Under Slurm nodes cannot be asked before."""
+    built, run = interrupted(cluster, tmp_path)
+    # The new cell may run on nodes that no older cell ran on.
+    moved = plan.place(built.cells[1], cluster.nodes[4:6], built, None)
+    built = replace(built, cells=(built.cells[0], moved), nodes=cluster.nodes, backend="slurm")
+    nodes = Nodes(run)
+    nodes.facts = {**FACTS, "packages": {"torch": "2.12.1"}}
+    for accepted, tried in ((True, ["torch-2n-r1", "torch-1n-r1"]), (True, [])):
+        again = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(accept_drift=accepted), Reach())
+        again.execute({})
+        assert [cell for cell, *_ in nodes.tried] == tried
+        nodes.tried.clear()
+    status = run.read_status()
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    [first] = status["cells"]["torch-1n-r1"]["attempts"]
+    assert first["error"]["kind"] == "drift"
+    assert sorted(record.cell for record in run.read_records()) == ["torch-1n-r1", "torch-2n-r1", "torch-2n-r1"]
+
+
+def test_what_differs_between_nodes_anyway_is_no_change():
+    old = {"driver": "570", "torch": "2.13.0"}
+    before = {"a": {"n1": old, "n2": {**old, "driver": "580"}}}
+    assert resume.outdated(before, {"n3": {**old, "driver": "590"}}) == {}
+    assert resume.outdated(before, {"n1": {**old, "driver": "590"}}) == {"a": {"n1": ["driver 570 -> 590"]}}
+    assert facts.changes(resume.common(before), {**old, "env.NCCL_DEBUG": "INFO"}) == ["env.NCCL_DEBUG absent -> INFO"]
+
+
+def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Unheard(Nodes):
+        def converse(self, planned, cell, watch, data, course):
+            watch.stop.asked = True
+            course.on_job(slurm.JobInfo("7", "x", "running", "RUNNING", "", (), None))
+            return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
+
+    bench.Run(built, run, Unheard(run), Display(quiet=True), None, bench.Policy(), Reach()).execute({})
+    status = run.read_status()
+    assert states(status) == {"torch-2n-r1": "incomplete"}
+    assert runs._left_jobs(status) == ["7"]
+
+
+# --- one job for all cells --------------------------------------------------------------------------
+
+
+class Together(allocations.Allocations):
+    """Cells share jobs, whose commands are stand-ins: each sbatch gives the next number, from 7. `faults` are by
+    (job, step): an error, after which the job has ended, or "stop", when the user stops the run there.
+    """
+
+    def __init__(self, run: RunDir, commands: Commands, faults: dict) -> None:
+        super().__init__(run, None, slurm_commands(commands), {}, {})
+        self.faults, self.tried = faults, []
+
+    def converse(self, planned, cell, watch, data, course):
+        job_id, step, script = self._submit(planned, cell, data, course)
+        self.tried.append((cell.num_nodes, job_id, step))
+        fault = self.faults.get((job_id, step))
+        if isinstance(fault, dict):
+            course.on_job(slurm.JobInfo(job_id, script.stem, "time_limit", "TIMEOUT", "", (), None))
+            return fault
+        if fault == "stop":
+            watch.stop.asked = True
+            return None
+        watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
+        watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
+        return None
+
+
+def together(cluster: Inventory, tmp_path: Path, faults: dict, spares: int = 0) -> tuple[Together, Commands, bench.Run]:
+    built = planned(cluster, tmp_path, counts=(1, 2, 3), spares=spares)
+    built = replace(built, backend="slurm", one_allocation=True)
+    run = RunDir(Path(built.run_dir))
+    if run.plan.exists():
+        built = resume.load(run)
+    else:
+        RunDir.create(tmp_path, built.to_dict())
+    ids = itertools.count(7 + len(list(run.path.glob("slurm/*.sbatch"))))
+    names = "".join(slurm.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in cluster.nodes)
+    commands = Commands(sinfo=[names], scontrol=["PartitionName=p"], squeue=[""], scancel=[""])
+    commands.answers["sbatch"] = (f"{number}\n" for number in ids)
+    carrier = Together(run, commands, faults)
+    policy = bench.Policy(0, spares > 0)
+    return carrier, commands, bench.Run(built, run, carrier, Display(quiet=True), None, policy, Reach())
+
+
+def test_cells_share_one_job(cluster, tmp_path):
+    carrier, commands, carried = together(cluster, tmp_path, {})
+    carried.execute({})
+    assert carrier.tried == [(1, "7", 0), (2, "7", 1), (3, "7", 2)]
+    assert commands.named("scancel") == []
+
+
+def test_cells_whose_turn_never_came_get_another_job_together(cluster, tmp_path):
+    ended = {("7", 0): blame.error("time_limit", "reached its time limit")}
+    never = {("7", step): blame.error("time_limit", "reached its time limit") for step in (1, 2)}
+    carrier, _, carried = together(cluster, tmp_path, ended | never)
+    carried.execute({})
+    assert carrier.tried == [(1, "7", 0), (2, "7", 1), (2, "8", 0), (3, "8", 1)]
+    assert list(states(carrier.run.read_status()).values()) == ["incomplete", "complete", "complete"]
+
+
+def test_after_a_stop_what_is_missing_shares_one_job_again(cluster, tmp_path):
+    carrier, commands, carried = together(cluster, tmp_path, {("7", 1): "stop"})
+    carried.execute({})
+    status = carrier.run.read_status()
+    assert list(states(status).values()) == ["complete", "cancelled", "cancelled"]
+    assert commands.named("scancel") == [["scancel", "7"]] and status["allocation"] == {}
+    carrier, _, carried = together(cluster, tmp_path, {})
+    carried.execute({})
+    assert carrier.tried == [(2, "8", 0), (3, "8", 1)]
+
+
+def test_a_job_that_could_not_be_cancelled_is_followed_again(cluster, tmp_path):
+    carrier, commands, carried = together(cluster, tmp_path, {("7", 1): "stop"})
+    commands.answers["scancel"] = itertools.repeat((1, DOWN))
+    carried.execute({})
+    assert "job 7 could not be cancelled" in carrier.run.log.read_text()
+    carrier, _, carried = together(cluster, tmp_path, {})
+    carried.execute({})
+    assert carrier.tried == [(2, "7", 1), (3, "7", 2)]
+
+
+def test_a_node_that_is_given_up_is_in_no_later_cell_of_a_shared_job(cluster, tmp_path):
+    bad = {("7", 1): blame.error("node_failed", "lost a node", NAMES[0])}
+    carrier, commands, carried = together(cluster, tmp_path, bad, spares=1)
+    carried.execute({})
+    assert carrier.tried == [(1, "7", 0), (2, "7", 1), (2, "8", 0), (3, "8", 1)]
+    assert commands.named("scancel") == [["scancel", "7"]]
+    [again] = [path.read_text() for path in carrier.run.path.glob("slurm/*all-torch-2n-r1-2.sbatch")]
+    assert "--nodelist" in again and "node001" not in [w for part in _lists(again) for w in slurm.expand(part)]
+    assert len(carrier.run.read_status()["replaced"]) == 1, "one spare, for all cells"
+
+
+def _lists(script: str) -> list[str]:
+    return re.findall(r"--nodelist=(\S+)", script)

@@ -63,6 +63,14 @@ def test_a_run_whose_controller_was_killed_is_incomplete(tmp_path):
     assert run.read_status()["cells"]["c2"]["state"] == "planned"
 
 
+def test_a_controller_shows_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "PULSE_S", 0.1)
+    run = RunDir.create(tmp_path, PLAN)
+    with run.alive():
+        assert run.beats(5)
+    assert not run.beats(0.5)
+
+
 def test_a_second_run_on_the_same_nodes_is_refused_naming_the_first(tmp_path):
     with (
         rundir.hold_nodes(tmp_path, ["a", "b"], "run-1"),

@@ -422,11 +422,20 @@ def test_a_run_that_is_over_cannot_be_stopped_and_nobody_is_signalled(tmp_path):
         bystander.kill()
 
 
-def test_a_controller_on_another_machine_is_named(tmp_path):
-    make(tmp_path, state=status(controller={"host": "login2.example", "pid": 4711}))
-    with pytest.raises(UsageError, match=r"carried out on login2.example \(process 4711\): stop it there"):
+def test_a_controller_that_lives_on_another_machine_is_named(tmp_path, beating):
+    run = make(tmp_path, state=status(controller={"host": "login2.example", "pid": 4711}))
+    with (
+        beating(run),
+        pytest.raises(UsageError, match=r"carried out on login2.example \(process 4711\): stop it there"),
+    ):
         runner("stop", "--results", tmp_path)
     assert "login2.example (process 4711)" in runner("show", "--results", tmp_path).stdout
+
+
+def test_one_that_died_there_keeps_nobody_from_stopping_what_it_left(tmp_path, beating):
+    make(tmp_path, state=status(controller={"host": "login2.example", "pid": 4711}))
+    with pytest.raises(UsageError, match="is not running: its state is incomplete"):
+        runner("stop", "--results", tmp_path)
 
 
 def test_where_a_run_that_is_over_was_carried_out_matters_no_more(tmp_path):
