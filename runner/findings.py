@@ -58,7 +58,7 @@ KINDS: Mapping[str, Kind] = {
     "refused_key": Kind("A node refuses the key", CONFIGURATION, False, "authorize the key there (role ssh_mesh)"),
     "lost_connection": Kind("A node was lost", NODE, True, "see whether it was restarted or lost its network"),
     "hung": Kind("A node stopped answering", NODE, True, "look at its console and its network"),
-    # what a node's check finds
+    # what is found before anything starts
     "environment_missing": Kind(
         "Software is missing", CONFIGURATION, False, "install the environment on this node as on the others"
     ),
@@ -85,6 +85,9 @@ KINDS: Mapping[str, Kind] = {
     "time_limit": Kind("Slurm's time limit passed", CONFIGURATION, False, "ask for more time, or for less work"),
     "node_failed": Kind("Slurm lost a node", NODE, True, "see `scontrol show node` for the reason"),
     "job_cancelled": Kind("The job was cancelled", USER, False, "finish it with --resume"),
+    "not_in_slurm": Kind(
+        "Slurm does not know a node", CONFIGURATION, False, "add it to slurm.conf, or name nodes that Slurm has"
+    ),
     "not_started": Kind("The job did not start", NOBODY, False, "see the queue's reason"),
     "slurm_unreachable": Kind("Slurm does not answer", NOBODY, True, "see that slurmctld runs and answers here"),
     "preempted": Kind("The job was preempted", NOBODY, True, "choose a QoS or partition that is not preempted"),
@@ -93,6 +96,29 @@ KINDS: Mapping[str, Kind] = {
         "A cell failed", NOBODY, False, "read benchmark.log"
     ),  # also what runs say that recorded no kinds yet
 }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a node cannot be used: a kind of KINDS, and one line for people."""
+
+    kind: str
+    message: str
+
+
+def node_lines(bad: Iterable[Mapping[str, str] | str]) -> list[str]:
+    """A line for each node in `bad`, which has {"host", "alias", "kind", "message"} for each problem of each.
+
+    Plans of earlier versions have such lines already.
+    """
+    nodes: dict[str, list[str]] = defaultdict(list)
+    for one in bad:
+        if isinstance(one, str):
+            node, _, message = one.partition(": ")
+        else:
+            node, message = f"{one['alias']} ({one['host']})", one["message"]
+        nodes[node].append(message)
+    return [f"{node}: {'; '.join(messages)}" for node, messages in nodes.items()]
 
 
 def _finding(

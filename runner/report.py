@@ -282,7 +282,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
         ),
     ]
     if plan.get("passed_over"):
-        rows.append(("Passed over", "; ".join(plan["passed_over"])))
+        rows.append(("Passed over", "; ".join(findings.node_lines(plan["passed_over"]))))
     for swap in summary.get("replaced", ()):
         by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
         rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))
