@@ -13,15 +13,17 @@ from typing import Any
 from runner import agents, backends, blame, jobs, process, slurm
 from runner.backends import Talk
 from runner.cells import CellRun, Course
-from runner.cluster import refused
+from runner.cluster import node_kind, refused
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.inventory import Node, by_word
+from runner.kinds import Problem
 from runner.plan import Cell, Plan, environment, job
 from runner.rundir import RunDir, write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
 # What a job's log says of a node on which the agent could not even be started, and the kind of failure that it is.
 _LAUNCH = {
+    "prolog_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*prolog failed.*)", re.I),
     "node_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*)"),
     "environment_missing": re.compile(r"slurmstepd-(?P<node>\S+): error: execve\(\): (?P<why>.*)"),
 }
@@ -53,17 +55,28 @@ def cluster(settings: slurm.Settings, nodes: Sequence[Node], ssh_config: str | N
     return jobs.Slurm(settings, login, ssh_config)
 
 
-def problems(cluster: jobs.Slurm, nodes: Sequence[Node]) -> dict[str, str]:
+def problems(cluster: jobs.Slurm, nodes: Sequence[Node]) -> dict[str, Problem]:
     """Why Slurm would not use each of `nodes`; good ones are left out."""
     known = {node.name: node for node in cluster.look()[1]}
     found = {}
     for node in nodes:
         seen = known.get(slurm_name(node, tuple(known)))
         if seen is None:
-            found[node.name] = "Slurm does not know it"
+            found[node.name] = Problem("not_in_slurm", "Slurm does not know it")
         elif not seen.usable:
-            found[node.name] = f"Slurm says {seen.state}" + (f" ({seen.reason})" if seen.reason else "")
+            text = f"Slurm says {seen.state}" + (f" ({seen.reason})" if seen.reason else "")
+            found[node.name] = Problem(node_kind(seen.reason), text)
     return found
+
+
+def told_by_slurm(error: Mapping[str, Any], found: Mapping[str, Problem]) -> dict[str, Any]:
+    """`error` with what Slurm says of its nodes: the only bad one is named, and it is a prolog's if all say so."""
+    return {
+        **error,
+        "kind": "prolog_failed" if {one.kind for one in found.values()} == {"prolog_failed"} else error["kind"],
+        "host": next(iter(found)) if len(found) == 1 else error["host"],
+        "message": "; ".join([error["message"], *(f"{host}: {one.message}" for host, one in found.items())]),
+    }
 
 
 def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
@@ -77,7 +90,8 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
     ready = transport.job(plan, "shakedown-test", cells if plan.one_allocation else [largest], None)
     found, wrong = refused(ready, settings, partitions, nodes)
     if found:
-        raise (UsageError if wrong else InfrastructureError)("\n  ".join(["Slurm cannot start this:", *found]))
+        text = "\n  ".join(["Slurm cannot start this:", *found])
+        raise UsageError(text) if wrong else InfrastructureError(text, "not_started")
     if why := transport.cluster.test_only(slurm.render(ready, settings)):
         raise UsageError(f"Slurm refuses this: {why}")
 
@@ -247,7 +261,11 @@ class Allocations:
         else:
             return None
         host = mute[0] if kind in ("node_failed", "out_of_memory") and len(mute) == 1 else None
-        return blame.error(kind, f"job {info.job_id} {message}", host, stderr)
+        error = blame.error(kind, f"job {info.job_id} {message}", host, stderr)
+        if kind in ("node_failed", "not_started"):
+            nodes = [self._node(plan, name) for name in info.nodes]
+            return self._told(error, [node for node in nodes if node.name in mute])
+        return error
 
     def _read_log(self, name: str, plan: Plan, info: slurm.JobInfo, watch: CellRun) -> None:
         """Ask the job's first node for the end of its log, where an agent said nothing and nobody else can tell why."""
@@ -260,13 +278,13 @@ class Allocations:
                 mute[0].stderr += outcome.stdout.splitlines()
 
     def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
-        unusable: dict[str, str] = {}
+        return self._told(blame.error("not_started", message), [plan.node(name) for name in cell.hosts])
+
+    def _told(self, error: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
+        """`error` with what Slurm says of those `nodes`, if it answers."""
         with suppress(InfrastructureError):
-            unusable = {node.name: f"{node.state}: {node.reason}" for node in self.cluster.look()[1] if not node.usable}
-        words = {name: slurm_name(plan.node(name), tuple(unusable)) for name in cell.hosts}
-        bad = [name for name, word in words.items() if word in unusable]
-        why = [f"{name} is {unusable[words[name]]}" for name in bad]
-        return blame.error("not_started", "; ".join([message, *why]), bad[0] if len(bad) == 1 else None)
+            return told_by_slurm(error, problems(self.cluster, nodes) if nodes else {})
+        return error
 
     # --- after it -----------------------------------------------------------------------------------
 

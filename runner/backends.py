@@ -22,6 +22,7 @@ from typing import Any
 from runner import process
 from runner.errors import InfrastructureError
 from runner.inventory import Node
+from runner.kinds import Problem
 
 AGENT = ("-P", "-u", "-m", "runner.node")
 HEARTBEAT_S = 2.0
@@ -190,8 +191,8 @@ def converse(
 
 def ask(
     nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Mapping[str, Any], timeout_s: float = 30.0
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Put one short request to the agents of all `nodes`: (answers by name, one-line failures by name)."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Problem]]:
+    """Put one short request to the agents of all `nodes`: (answers by name, why there is none by name)."""
     reach = BACKENDS[backend]
     talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request) for node in nodes}
     answers: dict[str, dict[str, Any]] = {}
@@ -202,10 +203,11 @@ def ask(
         lambda talk: "stop" if time.monotonic() > deadline else None,
         patience_s=2.0,
     )
-    by_name = {node.name: node for node in nodes}
-    failures = {
-        name: explain(by_name[name], talk.rc, talk.stderr) for name, talk in talks.items() if name not in answers
-    }
+    failures = {}
+    for node in nodes:
+        if node.name not in answers:
+            rc, stderr = talks[node.name].rc, talks[node.name].stderr
+            failures[node.name] = Problem(reason_kind(rc, stderr), explain(node, rc, stderr))
     return answers, failures
 
 
@@ -236,7 +238,7 @@ _SSH_FAILED = 255
 
 
 def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
-    """The kind of failure (`findings.KINDS`) of a command that should have reached a node's agent."""
+    """The kind of failure (`kinds.KINDS`) of a command that should have reached a node's agent."""
     text = "\n".join(stderr)
     for needle, kind, _ in _REASONS:
         if needle in text:

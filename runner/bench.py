@@ -33,6 +33,7 @@ from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
 from runner.inventory import Node, fold
+from runner.kinds import Problem, node_lines
 from runner.plan import CELL_ENV, PORTS, Cell, Plan, fingerprint, place
 from runner.rundir import (
     LIVE_STATES,
@@ -55,11 +56,14 @@ SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
 # --- before anything starts -----------------------------------------------------------------------
 
 
+Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are left out
+
+
 @dataclass(frozen=True)
 class Answers:
-    """What nodes say before anything starts: problems by name, none for a good one, and what each is now."""
+    """What nodes say before anything starts: what is wrong with each, and what each is now."""
 
-    problems: Mapping[str, str]
+    problems: Problems
     environments: Mapping[str, Mapping[str, str]]
 
 
@@ -78,7 +82,8 @@ class Reach:
     def ask(self, nodes: Sequence[Node]) -> Answers:
         """What would stop a cell on any of `nodes`, asked of all at once."""
         if self.cluster is not None:
-            return Answers(allocations.problems(self.cluster, nodes), {})
+            found = allocations.problems(self.cluster, nodes)
+            return Answers({name: [problem] for name, problem in found.items()}, {})
         return preflight(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
 
     def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Agents | Allocations:
@@ -99,20 +104,21 @@ def preflight(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str 
         asked = time.time()
         if backend == "local":  # this process is on the node already
             answers = {nodes[0].name: node.check(request)}
-            problems: dict[str, str] = {}
+            failures: dict[str, Problem] = {}
         else:
-            answers, problems = backends.ask(nodes, backend, ssh_config, request)
+            answers, failures = backends.ask(nodes, backend, ssh_config, request)
         heard = time.time()
         leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer["problems"])
         if not leaving or time.monotonic() > deadline:
             break
         time.sleep(1)
+    problems = {name: [failure] for name, failure in failures.items()}
     environments = {}
     for name, answer in answers.items():
         # It read its clock at some moment in between.
         clock = blame.clock_problem(answer["time_s"] - min(max(answer["time_s"], asked), heard))
-        if found := [*answer["problems"], *([clock] if clock else [])]:
-            problems[name] = "; ".join(found)
+        if found := [*map(Problem, answer["kinds"], answer["problems"]), *([clock] if clock else [])]:
+            problems[name] = found
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer["facts"], "env": {**answer["facts"]["env"], **facts.relevant(added)}}
         environments[name] = facts.environment(seen)
@@ -131,27 +137,40 @@ def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> dict[
     }
 
 
+def bad_nodes(nodes: Sequence[Node], problems: Problems) -> tuple[dict[str, str], ...]:
+    """{"host", "alias", "kind", "message"} for each problem of each of `nodes`."""
+    return tuple(
+        {"host": node.name, "alias": node.alias, **asdict(problem)}
+        for node in nodes
+        for problem in problems.get(node.name, ())
+    )
+
+
+def refusal(what: str, bad: Sequence[Mapping[str, str]]) -> InfrastructureError:
+    """The error that names every bad node at once, for people and for programs."""
+    kinds = {one["kind"] for one in bad}
+    return InfrastructureError("\n  ".join([what, *node_lines(bad)]), kinds.pop() if len(kinds) == 1 else None, bad)
+
+
 def choose(
-    nodes: Sequence[Node], count: int, problems: Mapping[str, str], skip_bad: bool
-) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    nodes: Sequence[Node], count: int, problems: Problems, skip_bad: bool
+) -> tuple[tuple[Node, ...], tuple[dict[str, str], ...]]:
     """The first `count` nodes, or with `skip_bad` the first good ones and what was passed over and why.
 
     Raises InfrastructureError naming every bad node at once.
     """
     wanted = nodes if skip_bad else nodes[:count]
-    bad = [f"{n.alias} ({n.name}): {problems[n.name]}" for n in wanted if n.name in problems]
     good = tuple(n for n in wanted if n.name not in problems)[:count]
     if len(good) < count:
         hint = "" if skip_bad else "; mend them, or let others take their place with --skip-bad-nodes"
         what = (
             f"{len(good)} of {len(wanted)} nodes are good, {count} wanted"
             if skip_bad
-            else f"{len(bad)} of {count} nodes are bad"
+            else f"{len(wanted) - len(good)} of {count} nodes are bad"
         )
-        raise InfrastructureError("\n  ".join([f"{what}{hint}", *bad]))
+        raise refusal(f"{what}{hint}", bad_nodes(wanted, problems))
     last = max(wanted.index(n) for n in good)
-    passed = [f"{n.alias} ({n.name}): {problems[n.name]}" for n in wanted[: last + 1] if n.name in problems]
-    return good, tuple(passed)
+    return good, bad_nodes(wanted[: last + 1], problems)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -193,7 +212,7 @@ class Run:
         self._written = 0.0
         self.log: TextIO
 
-    def execute(self, bad: Mapping[str, str]) -> dict[str, Any]:
+    def execute(self, bad: Problems) -> dict[str, Any]:
         """Run every cell that is not complete, then judge and report; returns the summary.
 
         `bad` are nodes to do without, and why. Measured values are never lost.
@@ -207,8 +226,8 @@ class Run:
             self._save("running")
             self.log.write(f"{now()} {self.plan.command}\n")
             with self.display.progress(len(self.plan.cells)):
-                for host, why in bad.items():
-                    self._give_up(host, 0, blame.error("unreachable", why, host))
+                for host, problems in bad.items():
+                    self._give_up(host, 0, blame.unusable(host, problems))
                 try:
                     self._send_data([node for node in self._needed() if node.name not in bad])
                 except InfrastructureError:
@@ -481,6 +500,7 @@ class Run:
                 "host": bad,
                 "by": spare.name if spare else None,
                 "cell": self.plan.cells[index].id,
+                "kind": error["kind"],
                 "reason": error["message"],
                 "at": now(),
             }
@@ -499,14 +519,15 @@ class Run:
 
     def _good_spare(self) -> Node | None:
         for spare in self.plan.spares:
-            problem = self.reach.ask([spare]).problems.get(spare.name)
-            if problem is None:
+            if problems := self.reach.ask([spare]).problems.get(spare.name):
+                why = blame.unusable(spare.name, problems)["message"]
+            else:
                 try:
                     self._send_data([spare])
                     return spare
                 except InfrastructureError as error:
-                    problem = str(error)
-            self._note(f"spare {spare.alias} is no good: {problem}")
+                    why = str(error)
+            self._note(f"spare {spare.alias} is no good: {why}")
             self.plan = replace(self.plan, spares=tuple(node for node in self.plan.spares if node is not spare))
         return None
 
@@ -624,7 +645,7 @@ def execute(
     data: str | None,
     policy: Policy,
     reach: Reach,
-    bad: Mapping[str, str],
+    bad: Problems,
 ) -> dict[str, Any]:
     """Keep others off the nodes, and run what of the plan is not complete.
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from runner import backends
 from runner.backends import Talk
-from runner.findings import KINDS as KINDS
+from runner.kinds import KINDS as KINDS
+from runner.kinds import Problem
 
 LAUNCHER = "launcher"
 # Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.
@@ -30,11 +31,17 @@ def may_retry(found: Mapping[str, Any]) -> bool:
     return found.get("kind") in KINDS and KINDS[found["kind"]].retry
 
 
-def clock_problem(offset_s: float) -> str | None:
+def unusable(host: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The error of a node that has `problems`: of the first one's kind, as its agent would say."""
+    return error(problems[0].kind, "; ".join(problem.message for problem in problems), host)
+
+
+def clock_problem(offset_s: float) -> Problem | None:
     """What is wrong with a node whose clock is `offset_s` ahead of the controller's; None if nothing is."""
     if abs(offset_s) <= CLOCK_OFF_S:
         return None
-    return f"its clock is {abs(offset_s):,.0f} s {'ahead of' if offset_s > 0 else 'behind'} the controller's"
+    side = "ahead of" if offset_s > 0 else "behind"
+    return Problem("clock", f"its clock is {abs(offset_s):,.0f} s {side} the controller's")
 
 
 def ended_well(outcome: Mapping[str, Any]) -> bool:

@@ -12,12 +12,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -87,25 +87,32 @@ def main() -> None:
     try:
         sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
     except errors.RunnerError as error:
-        click.echo(f"runner: {error}", err=True)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code, str(error), error.kind, error.nodes)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        click.echo(f"runner: {error.format_message()}{hint}", err=True)
-        sys.exit(errors.EXIT_USAGE)
+        _leave(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
     except BrokenPipeError:  # `runner ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(errors.EXIT_OK)
     except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"runner: {place}{(error.strerror or str(error)).lower()}", err=True)
-        sys.exit(errors.EXIT_INFRASTRUCTURE)
+        text = f"{place}{(error.strerror or str(error)).lower()}"
+        _leave(errors.EXIT_INFRASTRUCTURE, text, errors.disk_kind(error))
     except (KeyboardInterrupt, click.Abort):
-        click.echo("runner: interrupted", err=True)
-        sys.exit(errors.EXIT_INTERRUPTED)
+        _leave(errors.EXIT_INTERRUPTED, "interrupted")
+
+
+def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()) -> NoReturn:
+    """End with an error: a line for people, and for whoever asked for JSON one object, too."""
+    click.echo(f"runner: {message}", err=True)
+    if "--json" in sys.argv:  # a mistake may lie in the options themselves
+        told = {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
+        with suppress(OSError):  # nobody reads it
+            click.echo(json.dumps({"error": told}, indent=1))
+    sys.exit(code)
 
 
 def _names(kind: str) -> Callable[..., list[str]]:
@@ -203,7 +210,7 @@ def _bench(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    from runner import config, engines, plan
+    from runner import config, engines, kinds, plan
     from runner.display import Display
     from runner.inventory import select
     from runner.rundir import now
@@ -236,7 +243,7 @@ def _bench(
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     display = Display(quiet=as_json)
 
-    def build(nodes: tuple[Node, ...], passed_over: tuple[str, ...], ssh_config: str | None) -> plan.Plan:
+    def build(nodes: tuple[Node, ...], passed_over: tuple[Mapping[str, str], ...], ssh_config: str | None) -> plan.Plan:
         request = plan.Request(
             run_id=run_id,
             created=now(),
@@ -282,14 +289,14 @@ def _bench(
         cluster = _cluster(slurm, inventory, ssh_config)
         reach = benchmark.Reach(chosen[0].backend, device, engine, tests, ssh_config, cluster)
         nodes, spares = chosen, chosen[:0]
-        passed_over: tuple[str, ...] = ()
+        passed_over: tuple[Mapping[str, str], ...] = ()
         if cluster is None or hosts is not None:  # else Slurm chooses
             skip = skip_bad_nodes or replace_bad_nodes
             asked = chosen if skip else chosen[: max(counts)]
             display.note(f"checking {benchmark.summary_line(asked)}")
             problems = reach.ask(asked).problems
             nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip)
-            for line in passed_over:
+            for line in kinds.node_lines(passed_over):
                 display.note(f"passed over {line}")
             if replace_bad_nodes:
                 spares = tuple(n for n in chosen if n not in nodes and n.name not in problems)
@@ -372,12 +379,10 @@ def _resume(
             click.echo(json.dumps([cell.id for cell in pending]) if as_json else _describe(planned, pending))
             return errors.EXIT_OK
         needed = {host for cell in pending for host in cell.hosts}
-        bad = {host: why for host, why in answers.problems.items() if host in needed}
+        bad = {host: found for host, found in answers.problems.items() if host in needed}
         if bad and not replace_bad_nodes:
-            lines = [f"{aliases[host]} ({host}): {why}" for host, why in bad.items()]
-            raise errors.InfrastructureError(
-                "\n  ".join([f"{len(bad)} nodes are bad; mend them, or use spares with --replace-bad-nodes", *lines])
-            )
+            what = f"{len(bad)} nodes are bad; mend them, or use spares with --replace-bad-nodes"
+            raise benchmark.refusal(what, benchmark.bad_nodes(planned.nodes, bad))
         if replace_bad_nodes:
             planned = replace(planned, spares=resume.spares(planned, inventory))
         _require_launcher(planned)

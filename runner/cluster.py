@@ -88,6 +88,15 @@ def parse_nodes(text: str) -> dict[str, SlurmNode]:
     return nodes
 
 
+# What slurmctld drains a node with, the driver of role slurm_prolog before it, and what srun says.
+_PROLOG = re.compile(r"(job )?prolog (error|failed|\S+:)", re.IGNORECASE)
+
+
+def node_kind(reason: str) -> str:
+    """The kind of failure (`kinds.KINDS`) of a node that Slurm does not use for this reason."""
+    return "prolog_failed" if _PROLOG.match(reason) else "node_failed"
+
+
 def destinations(settings: Settings, partitions: Iterable[Partition]) -> list[str]:
     """The names of the partitions that jobs go to: those set, or the default one."""
     names = settings.partition.split(",") if settings.partition else []

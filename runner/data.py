@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runner.errors import InfrastructureError, UsageError
+from runner.errors import InfrastructureError, UsageError, disk_kind
 from runner.sources import TEMPLATE, Content, Sample, Tokens, open_source, open_tokenizer
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def prepare(
     except OSError as error:
         reason = error.strerror or error
         raise InfrastructureError(
-            f"cannot prepare data in {cache_dir}: {reason}; free space or choose another --cache-dir"
+            f"cannot prepare data in {cache_dir}: {reason}; free space or choose another --cache-dir", disk_kind(error)
         ) from error
     return Prepared(folder, manifest)
 

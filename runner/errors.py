@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Mapping, Sequence
 
 EXIT_OK = 0
 EXIT_TARGET_MISSED = 1
@@ -13,9 +14,19 @@ EXIT_INTERRUPTED = 130
 
 
 class RunnerError(Exception):
-    """One line for the user: what was asked, what was found, what to do."""
+    """One line for the user: what was asked, what was found, what to do.
+
+    For programs: the `kind` of failure (`kinds.KINDS`) where it is one, and {"host", "alias", "kind", "message"} for
+    each problem of each bad node.
+    """
 
     exit_code = EXIT_USAGE
+    kind: str | None = None
+
+    def __init__(self, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.kind = kind or self.kind
+        self.nodes = nodes
 
 
 class UsageError(RunnerError):
@@ -32,6 +43,11 @@ class Interrupted(RunnerError):
     """The user stopped the command; what had been measured was kept."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def disk_kind(error: OSError) -> str | None:
+    """The kind of failure where the controller's own disk is full."""
+    return "controller_disk_full" if error.errno == errno.ENOSPC else None
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:

@@ -62,6 +62,8 @@ class NotStarted(InfrastructureError):
 class Silent(InfrastructureError):
     """Slurm's controller does not answer."""
 
+    kind = "slurm_unreachable"
+
 
 class Slurm:
     """Slurm's commands, on this machine or over ssh on a login node.

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
-from runner import __version__, engines
+from runner import __version__, engines, kinds
 from runner.errors import UsageError
 from runner.inventory import Node
 
@@ -81,7 +81,7 @@ class Plan:
     models: Mapping[str, Mapping[str, Any]]
     targets: Sequence[Mapping[str, Any]]
     cells: tuple[Cell, ...]
-    passed_over: tuple[str, ...] = ()
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
     spares: tuple[Node, ...] = ()
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes
@@ -160,7 +160,7 @@ class Request:
     ssh_config: str | None
     weights: str | None = None
     seed: int = 0
-    passed_over: tuple[str, ...] = ()
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
     spares: bool = False  # whether nodes beyond those needed may take the place of bad ones
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes
@@ -396,7 +396,7 @@ def describe(plan: Plan, fold: Any) -> str:
     """
     lines = [f"run {plan.run_id}: {len(plan.cells)} cells, backend {plan.backend}, engine {plan.engine}"]
     lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
-    lines += [f"passed over {line}" for line in plan.passed_over]
+    lines += [f"passed over {line}" for line in kinds.node_lines(plan.passed_over)]
     aliases = {node.name: node.alias for node in plan.nodes}
     for cell in plan.cells:
         lines += [

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import analysis, figures, findings, metrics
+from runner import analysis, figures, findings, kinds, metrics
 from runner.figures import complete_cells, nodes_text, number
 from runner.records import Record
 from runner.rundir import RunDir, write_text_atomic
@@ -30,7 +30,7 @@ HEADLINES = {
     "not_judged": "It works; its speed was not judged",
 }
 TITLES = {
-    **{name: kind.title for name, kind in findings.KINDS.items()},
+    **{name: kind.title for name, kind in kinds.KINDS.items()},
     "rank_died": "A rank died",  # what runs say that recorded no kinds yet
     "node_unreachable": "A node stopped answering",
     "wrong_values": "Wrong results",
@@ -282,7 +282,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
         ),
     ]
     if plan.get("passed_over"):
-        rows.append(("Passed over", "; ".join(plan["passed_over"])))
+        rows.append(("Passed over", "; ".join(kinds.node_lines(plan["passed_over"]))))
     for swap in summary.get("replaced", ()):
         by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
         rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))

@@ -7,7 +7,6 @@ has no end marker (a final state in status.json) is incomplete, never zero.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import records
-from runner.errors import InfrastructureError, UsageError
+from runner.errors import InfrastructureError, UsageError, disk_kind
 
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
 LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
@@ -50,8 +49,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InfrastructureError(f"the disk of {path} is full: free some space and run again") from error
+        if kind := disk_kind(error):
+            raise InfrastructureError(f"the disk of {path} is full: free some space and run again", kind) from error
         raise InfrastructureError(f"cannot write to {error.filename or path}: {error.strerror}") from error
 
 
@@ -326,7 +325,7 @@ def hold_nodes(state: Path, hosts: list[str], run_id: str) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise InfrastructureError(
-                    f"{host} is in use by run {holder}: wait for it or stop it (`runner runs stop {holder}`)"
+                    f"{host} is in use by run {holder}: wait for it or stop it (`runner runs stop {holder}`)", "in_use"
                 ) from None
             file.truncate(0)
             file.write(run_id)

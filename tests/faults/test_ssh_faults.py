@@ -296,17 +296,21 @@ def test_whatever_would_stop_a_cell_is_named_for_every_node_at_once(bed, tmp_pat
             "import time; time.time = lambda read=time.clock_gettime, clock=time.CLOCK_REALTIME: read(clock) + 3610\n",
         )
         undo.callback(unmount, late, hook)
-        code, output = Bench(bed.inventory, tmp_path, "--nodes", "6", *SHORT).end()
+        code, output = Bench(bed.inventory, tmp_path, "--nodes", "6", "--json", *SHORT).end()
     assert code == EXIT_INFRASTRUCTURE and "6 of 6 nodes are bad" in output, output
     names = [node["name"] for node in bed.nodes]
-    for alias, name, words in (
-        ("node001", names[0], "nothing listens"),
-        ("node002", names[1], "its host key differs from the pinned one"),
-        ("node003", names[2], "provision it with"),
-        ("node004", names[3], "has shakedown 0.0.1, this controller is"),
-        ("node005", names[4], "free in"),
-        ("node006", names[5], "its clock is 3,6"),
+    told = {
+        bad["alias"]: (bad["host"], bad["kind"]) for bad in json.loads(output[output.index("{") :])["error"]["nodes"]
+    }
+    for alias, name, kind, words in (
+        ("node001", names[0], "unreachable", "nothing listens"),
+        ("node002", names[1], "host_key_changed", "its host key differs from the pinned one"),
+        ("node003", names[2], "environment_missing", "provision it with"),
+        ("node004", names[3], "version_mismatch", "has shakedown 0.0.1, this controller is"),
+        ("node005", names[4], "disk_full", "free in"),
+        ("node006", names[5], "clock", "its clock is 3,6"),
     ):
+        assert told[alias] == (name, kind)
         (line,) = [line for line in output.splitlines() if line.startswith(f"  {alias} ({name}): ")]
         assert words in line
     assert not list(tmp_path.iterdir())

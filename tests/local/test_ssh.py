@@ -120,25 +120,32 @@ def test_the_users_own_ssh_takes_the_same_config(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "said", "kind"),
     [
-        ({"ansible_port": 1}, "nothing listens on its SSH port (127.0.0.1:1,"),
+        ({"ansible_port": 1}, "nothing listens on its SSH port (127.0.0.1:1,", "unreachable"),
         (
             {"runner_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEwnvr0GkbYv6Yj9E7rGm2wYvYgGq0pWqkqYJkqYJkqY"},
             "its host key",
+            "host_key_changed",
         ),
-        ({"ansible_ssh_private_key_file": "STRANGER"}, "it refuses the key for this user"),
-        ({"runner_python": "/nowhere/bin/python"}, "has no /nowhere/bin/python: provision it"),
-        ({"runner_python": "/usr/bin/python3"}, "its environment lacks this package"),
-        ({"runner_scratch": "/proc/nothing"}, "cannot write to /proc/nothing"),
-        ({"runner_min_free_disk_gib": 1e9}, " GiB free in "),
+        ({"ansible_ssh_private_key_file": "STRANGER"}, "it refuses the key for this user", "refused_key"),
+        ({"runner_python": "/nowhere/bin/python"}, "has no /nowhere/bin/python: provision it", "environment_missing"),
+        ({"runner_python": "/usr/bin/python3"}, "its environment lacks this package", "environment_missing"),
+        ({"runner_scratch": "/proc/nothing"}, "cannot write to /proc/nothing", "unknown"),
+        ({"runner_min_free_disk_gib": 1e9}, " GiB free in ", "disk_full"),
     ],
 )
-def test_a_node_that_cannot_be_used_is_named_with_the_reason_before_anything_starts(server, tmp_path, changes, said):
+def test_a_node_that_cannot_be_used_is_named_with_the_reason_before_anything_starts(
+    server, tmp_path, changes, said, kind
+):
     changes = {k: str(server.folder / "stranger") if v == "STRANGER" else v for k, v in changes.items()}
-    done = bench(server.inventory(tmp_path, **changes), results=tmp_path / "results")
+    done = bench(server.inventory(tmp_path, **changes), "--json", results=tmp_path / "results")
     assert done.returncode == 3
     assert "node001 (gpu-a): " in done.stderr and said in done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert [(error["kind"], bad["kind"], bad["host"], bad["alias"]) for bad in error["nodes"]] == [
+        (kind, kind, "gpu-a", "node001")
+    ]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "results").exists()
 
@@ -165,7 +172,12 @@ def test_all_bad_nodes_are_named_at_once_and_good_ones_take_their_place(server, 
     for alias in ("node001", "node002", "node003"):
         assert f"passed over {alias}" in done.stderr
     plan = json.loads((tmp_path / "results" / "latest" / "plan.json").read_text())
-    assert [n["name"] for n in plan["nodes"]] == ["gpu-d"] and len(plan["passed_over"]) == 3
+    assert [n["name"] for n in plan["nodes"]] == ["gpu-d"]
+    assert [(bad["alias"], bad["kind"]) for bad in plan["passed_over"]] == [
+        ("node001", "unreachable"),
+        ("node002", "unreachable"),
+        ("node003", "environment_missing"),
+    ]
 
 
 def test_artefacts_that_cannot_be_fetched_stay_on_the_node_and_the_run_says_so(server, tmp_path):

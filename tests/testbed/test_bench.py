@@ -149,4 +149,4 @@ def test_good_nodes_take_the_place_of_a_bad_one(testbed8, tmp_path):
     assert code == 0, output
     plan = RunDir.find(tmp_path, None).read_plan()
     assert plan["cells"][0]["hosts"] == [NAMES[0], NAMES[2], NAMES[3]]
-    assert [line.split()[0] for line in plan["passed_over"]] == ["node002"]
+    assert [(bad["alias"], bad["kind"]) for bad in plan["passed_over"]] == [("node002", "unreachable")]

@@ -11,6 +11,7 @@ import pytest
 from runner import bench, blame, cells
 from runner.backends import Talk
 from runner.errors import InfrastructureError
+from runner.kinds import Problem
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
@@ -23,35 +24,49 @@ def talks(*names: str) -> list[Talk]:
     return [Talk(name, (), {}, rc=0, heard=time.monotonic()) for name in names]
 
 
+DOWN = Problem("unreachable", "no route to it")
+LATE = Problem("clock", "its clock is 90 s behind the controller's")
+
+
 def test_the_first_n_of_the_inventory_are_taken(cluster):
-    nodes, passed = bench.choose(cluster.nodes, 2, {"fukushimadc-02-hgx-0005": "down"}, skip_bad=False)
+    nodes, passed = bench.choose(cluster.nodes, 2, {"fukushimadc-02-hgx-0005": [DOWN]}, skip_bad=False)
     assert [n.alias for n in nodes] == ["node001", "node002"] and passed == ()
 
 
 def test_all_bad_nodes_are_named_at_once(cluster):
     problems = {
-        cluster.nodes[1].name: "down",
-        cluster.nodes[3].name: "its host key changed",
-        cluster.nodes[7].name: "down",
+        cluster.nodes[1].name: [DOWN],
+        cluster.nodes[3].name: [Problem("disk_full", "0.1 GiB free"), LATE],
+        cluster.nodes[7].name: [DOWN],
     }
     with pytest.raises(InfrastructureError) as error:
         bench.choose(cluster.nodes, 4, problems, skip_bad=False)
     text = str(error.value)
     assert "2 of 4 nodes are bad" in text and "--skip-bad-nodes" in text
-    assert "node002 (fukushimadc-02-hgx-0002): down" in text and "node004" in text and "node008" not in text
+    assert "node002 (fukushimadc-02-hgx-0002): no route to it" in text and "node008" not in text
+    assert f"node004 (fukushimadc-02-hgx-0004): 0.1 GiB free; {LATE.message}" in text
     assert error.value.exit_code == 3
+    told = [(bad["alias"], bad["kind"], bad["message"]) for bad in error.value.nodes]
+    assert told == [
+        ("node002", "unreachable", "no route to it"),
+        ("node004", "disk_full", "0.1 GiB free"),
+        ("node004", "clock", LATE.message),
+    ]
+    assert error.value.kind is None, "they are of several kinds"
 
 
 def test_good_nodes_take_the_place_of_bad_ones_and_the_report_says_so(cluster):
-    problems = {cluster.nodes[1].name: "down", cluster.nodes[7].name: "down"}
+    problems = {cluster.nodes[1].name: [DOWN], cluster.nodes[7].name: [DOWN]}
     nodes, passed = bench.choose(cluster.nodes, 4, problems, skip_bad=True)
     assert [n.alias for n in nodes] == ["node001", "node003", "node004", "node005"]
-    assert passed == ("node002 (fukushimadc-02-hgx-0002): down",)  # node008 was not needed
+    (bad,) = passed  # node008 was not needed
+    assert bad == {"host": cluster.nodes[1].name, "alias": "node002", "kind": DOWN.kind, "message": DOWN.message}
 
 
 def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
-    with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 wanted"):
-        bench.choose(cluster.nodes, 8, {cluster.nodes[2].name: "down"}, skip_bad=True)
+    with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 wanted") as error:
+        bench.choose(cluster.nodes, 8, {cluster.nodes[2].name: [DOWN]}, skip_bad=True)
+    assert error.value.kind == "unreachable"
 
 
 class Clock(SimpleNamespace):

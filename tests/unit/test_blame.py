@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from runner import backends, blame, node
 from runner.backends import Talk
+from runner.kinds import Problem, node_lines
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
@@ -248,6 +250,11 @@ def test_every_kind_that_the_code_tells_is_in_the_table():
     assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(blame.KINDS)
 
 
+def test_every_kind_in_the_table_is_told_somewhere():
+    code = "".join(path.read_text() for path in (ROOT / "runner").glob("*.py") if path.name != "kinds.py")
+    assert [kind for kind in blame.KINDS if f'"{kind}"' not in code] == []
+
+
 def test_only_infrastructure_is_tried_again():
     assert blame.may_retry({"kind": "lost_connection"})
     assert not blame.may_retry({"kind": "rank_crashed"})
@@ -264,4 +271,10 @@ def test_only_infrastructure_is_tried_again():
     ],
 )
 def test_a_clock_is_wrong_when_it_is_off_by_more_than_a_minute(offset_s, problem):
-    assert blame.clock_problem(offset_s) == problem
+    assert blame.clock_problem(offset_s) == (problem and Problem("clock", problem))
+
+
+def test_a_node_with_several_problems_is_one_line_and_so_is_one_of_an_earlier_version():
+    told = {"host": "gpu-b", "alias": "node002", "kind": "clock", "message": "late"}
+    assert node_lines([told, {**told, "message": "full"}]) == node_lines(["node002 (gpu-b): late; full"])
+    assert node_lines(["node002 (gpu-b): late; full"]) == ["node002 (gpu-b): late; full"]

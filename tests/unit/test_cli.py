@@ -76,6 +76,23 @@ def test_a_mistake_is_one_line_and_a_code(arguments, code, said, tmp_path):
     assert said in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("runner: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["benhc"], 2, "unknown command"),
+        (["bench", "--nods", "3"], 2, "--nods"),
+        (["bench", "--engine", "deepsped"], 2, "did you mean 'deepspeed'"),
+        (["report", "nothing"], 2, "no run 'nothing'"),
+        (["inventory", "--ssh-config", "/dev/null/here"], 3, "Not a directory"),
+    ],
+)
+def test_with_json_an_error_is_one_object_on_stdout_and_the_same_line_on_stderr(arguments, code, said):
+    done = run(*arguments, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"], error["kind"], error["nodes"]) == (code, code, None, [])
+    assert said in error["message"] and done.stderr == f"runner: {error['message']}\n"
+
+
 def test_a_dry_run_says_what_each_node_would_run_and_writes_nothing(tmp_path):
     before = set(tmp_path.iterdir())
     done = run("bench", "--nodes", "8", "--model", "llama-2-7b", "--dry-run", "--results", str(tmp_path / "results"))

@@ -67,6 +67,25 @@ def test_which_nodes_can_be_used(word, usable):
     assert cluster.node_state(word)[1] is usable
 
 
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("Prolog error", "prolog_failed"),
+        ("Prolog error [slurm@2018-05-17T01:05:47]", "prolog_failed"),
+        ("Job prolog failed", "prolog_failed"),
+        ("prolog gpu_health: GPU 3 fell off the bus; prolog fabric: 1 of 2 links", "prolog_failed"),
+        ("epilog leftover: process 7 survives SIGKILL", "node_failed"),
+        ("to try the new prolog", "node_failed"),
+        ("Job env setup error", "node_failed"),
+        ("Kill task failed", "node_failed"),
+        ("Not responding", "node_failed"),
+        ("", "node_failed"),
+    ],
+)
+def test_a_prolog_is_told_from_other_reasons(reason, kind):
+    assert cluster.node_kind(reason) == kind
+
+
 @real_output
 @pytest.mark.parametrize(
     ("name", "pattern", "unusable"),

@@ -23,6 +23,7 @@ from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import UsageError
 from runner.inventory import Inventory, Node
+from runner.kinds import Problem
 from runner.rundir import RunDir
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
@@ -81,11 +82,11 @@ def bench_talk(host: str):
 class Reach:
     """A stand-in for the preflight: says which nodes are no good."""
 
-    def __init__(self, **problems: str) -> None:
-        self.problems = {name.replace("_", "-"): why for name, why in problems.items()}
+    def __init__(self, **problems: Problem) -> None:
+        self.problems = problems
 
     def ask(self, nodes: Sequence[Node]) -> bench.Answers:
-        found = {node.name: self.problems[node.alias] for node in nodes if node.alias in self.problems}
+        found = {node.name: [self.problems[node.alias]] for node in nodes if node.alias in self.problems}
         return bench.Answers(found, {})
 
 
@@ -176,7 +177,7 @@ def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
 
 def test_a_spare_that_is_no_good_is_passed_over(cluster, tmp_path):
     built = planned(cluster, tmp_path, spares=2)
-    reach = Reach(node003="nothing listens on its SSH port")
+    reach = Reach(node003=Problem("unreachable", "nothing listens on its SSH port"))
     nodes, status, _ = carry_out(built, ("torch", "hung", NAMES[0]), replace_bad=True, reach=reach)
     assert status["replaced"][0]["by"] == NAMES[3]
     assert nodes.tried[-1][1] == (NAMES[1], NAMES[3])
@@ -299,9 +300,19 @@ def test_nodes_are_reached_as_the_inventory_says_today(cluster, tmp_path):
 def test_a_bad_node_is_done_without_from_the_start(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     built = replace(resume.load(run), spares=cluster.nodes[3:4])
-    nodes, status, _ = carry_out(built, replace_bad=True, bad={NAMES[1]: "no answer on its SSH port"})
+    bad = {NAMES[1]: [Problem("refused_key", "it refuses the key"), Problem("clock", "its clock is late")]}
+    nodes, status, _ = carry_out(built, replace_bad=True, bad=bad)
     assert nodes.tried[0][1] == (NAMES[0], NAMES[3])
-    assert status["replaced"][0]["reason"] == "no answer on its SSH port"
+    swap = status["replaced"][0]
+    assert (swap["kind"], swap["reason"]) == ("refused_key", "it refuses the key; its clock is late")
+
+
+def test_a_cell_that_cannot_run_without_a_bad_node_fails_for_what_is_wrong_with_it(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    bad = {NAMES[1]: [Problem("clock", "its clock is late")]}
+    _, status, _ = carry_out(resume.load(run), replace_bad=True, bad=bad)
+    error = status["cells"]["torch-2n-r1"]["error"]
+    assert (error["kind"], error["host"]) == ("clock", NAMES[1])
 
 
 def test_nodes_without_work_get_no_data(cluster, tmp_path):
@@ -418,6 +429,70 @@ def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allo
         sbatch=["7\n"], sinfo=[nodes], scontrol=["PartitionName=p"], squeue=[line("7", "RUNNING", nodes=placed)]
     )
     return allocations.Allocations(run, None, slurm_commands(commands), {}, {}), commands
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "kind"),
+    [
+        ("drained", "Prolog error", "prolog_failed"),
+        ("drained", "prolog gpu_health: GPU 3 fell off the bus", "prolog_failed"),
+        ("down*", "Not responding", "node_failed"),
+        ("drained", "", "node_failed"),
+    ],
+)
+def test_a_node_that_slurm_does_not_use_has_a_kind(cluster, state, reason, kind):
+    listed = [("node001", "idle", "none"), ("node002", state, reason or "none")]
+    sinfo = "".join(slurm.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    commands = slurm_commands(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
+    found = allocations.problems(commands, cluster.nodes[:3])
+    assert {name: one.kind for name, one in found.items()} == {NAMES[1]: kind, NAMES[2]: "not_in_slurm"}
+    assert reason in found[NAMES[1]].message
+
+
+DRAINED = Problem("prolog_failed", "Slurm says drained (Prolog error)")
+BROKEN = Problem("node_failed", "Slurm says drained (fan broken)")
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "host"),
+    [
+        ({}, "not_started", None),
+        ({"a": DRAINED}, "prolog_failed", "a"),
+        ({"a": BROKEN}, "not_started", "a"),
+        ({"a": DRAINED, "b": DRAINED}, "prolog_failed", None),
+        ({"a": DRAINED, "b": BROKEN}, "not_started", None),
+    ],
+)
+def test_what_slurm_says_of_its_nodes_tells_why_a_job_did_not_start(found, kind, host):
+    error = allocations.told_by_slurm(blame.error("not_started", "given up"), found)
+    assert (error["kind"], error["host"]) == (kind, host)
+    assert error["message"] == "; ".join(["given up", *(f"{name}: {one.message}" for name, one in found.items())])
+
+
+def test_a_prolog_that_failed_under_srun_is_told_of_its_node(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    carrier, _ = through_slurm(built, RunDir.create(tmp_path, built.to_dict()))
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
+    watch.talks[0].stderr = ["srun: error: Task launch for 23.0 failed on node node002: Job prolog failed"]
+    info = slurm.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
+
+
+def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    listed = [("node001", "idle", "none"), ("node002", "drained", "Prolog error")]
+    sinfo = "".join(slurm.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    commands = slurm_commands(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
+    carrier = allocations.Allocations(run, None, commands, {}, {})
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
+    info = slurm.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
+    assert error["message"].endswith("before any node answered; " + f"{NAMES[1]}: Slurm says drained (Prolog error)")
 
 
 def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp_path):

@@ -1,0 +1,98 @@
+"""Kinds of failure: what each means, whose fault it is, and what to do. Pure.
+
+Whatever goes wrong has one of these kinds: a cell's error, a bad node, a command's error with `--json`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of failure: whose fault it is, whether another try may end better, and what to do.
+
+    `retry` is for what infrastructure may do better the next time, never for a user's or a configuration's fault.
+    """
+
+    title: str
+    fault: str
+    retry: bool = False
+    advice: str = ""
+
+
+NODE, CONFIGURATION, USER, TOOL, NOBODY = "node", "configuration", "user", "tool", "not identifiable"
+
+# Every kind of failure that agents, backends and `blame` tell of.
+KINDS: Mapping[str, Kind] = {
+    # reaching a node
+    "unreachable": Kind("A node cannot be reached", NODE, True, "see that it is up and its sshd and network answer"),
+    "host_key_changed": Kind(
+        "A host key is not the pinned one", CONFIGURATION, False, "compare it before you trust it"
+    ),
+    "refused_key": Kind("A node refuses the key", CONFIGURATION, False, "authorize the key there (role ssh_mesh)"),
+    "lost_connection": Kind("A node was lost", NODE, True, "see whether it was restarted or lost its network"),
+    "hung": Kind("A node stopped answering", NODE, True, "look at its console and its network"),
+    # what is found before anything starts
+    "environment_missing": Kind(
+        "Software is missing", CONFIGURATION, False, "install the environment on this node as on the others"
+    ),
+    "version_mismatch": Kind("Versions differ", CONFIGURATION, False, "install the controller's version there"),
+    "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
+    "clock": Kind("A clock is wrong", CONFIGURATION, False, "let chrony or NTP set the node's clock"),
+    "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
+    "port_taken": Kind("A port is taken", NOBODY, True, "see what holds it there; another try takes the next port"),
+    "gpu_failed": Kind("A GPU failed", NODE, True, "drain the node and reset the GPU"),
+    # how ranks end
+    "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for who killed it"),
+    "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),
+    "cuda_out_of_memory": Kind("GPU memory ran out", USER, False, "lower the micro batch or use more nodes"),
+    "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank stands"),
+    "rank_crashed": Kind("A rank crashed", NOBODY, False, "read its last lines"),
+    "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),
+    "timed_out": Kind("A cell ran out of time", NOBODY, False, "raise the test's timeout_s, or see what was slow"),
+    "launcher_failed": Kind("The launcher failed", TOOL, False, "read its last lines"),
+    # the controller
+    "not_gathered": Kind("Artefacts were not gathered", NODE, True, "they lie on the node still"),
+    "controller_disk_full": Kind("The controller's disk is full", CONFIGURATION, False, "free some disk and resume"),
+    "interrupted": Kind("A cell was interrupted", USER, False, "finish it with --resume"),
+    # Slurm
+    "time_limit": Kind("Slurm's time limit passed", CONFIGURATION, False, "ask for more time, or for less work"),
+    "node_failed": Kind("Slurm lost a node", NODE, True, "see `scontrol show node` for the reason"),
+    "job_cancelled": Kind("The job was cancelled", USER, False, "finish it with --resume"),
+    "not_in_slurm": Kind(
+        "Slurm does not know a node", CONFIGURATION, False, "add it to slurm.conf, or name nodes that Slurm has"
+    ),
+    "not_started": Kind("The job did not start", NOBODY, False, "see the queue's reason"),
+    "slurm_unreachable": Kind("Slurm does not answer", NOBODY, True, "see that slurmctld runs and answers here"),
+    "preempted": Kind("The job was preempted", NOBODY, True, "choose a QoS or partition that is not preempted"),
+    "prolog_failed": Kind("A prolog failed", NODE, True, "see the node's slurmd log"),
+    "unknown": Kind(
+        "A cell failed", NOBODY, False, "read benchmark.log"
+    ),  # also what runs say that recorded no kinds yet
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a node cannot be used: a kind of KINDS, and one line for people."""
+
+    kind: str
+    message: str
+
+
+def node_lines(bad: Iterable[Mapping[str, str] | str]) -> list[str]:
+    """A line for each node in `bad`, which has {"host", "alias", "kind", "message"} for each problem of each.
+
+    Plans of earlier versions have such lines already.
+    """
+    nodes: dict[str, list[str]] = defaultdict(list)
+    for one in bad:
+        if isinstance(one, str):
+            node, _, message = one.partition(": ")
+        else:
+            node, message = f"{one['alias']} ({one['host']})", one["message"]
+        nodes[node].append(message)
+    return [f"{node}: {'; '.join(messages)}" for node, messages in nodes.items()]
