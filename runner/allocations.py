@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from runner import agents, backends, blame, jobs, process, slurm
+from runner import agents, backends, blame, following, jobs, process, slurm
 from runner.backends import Talk
 from runner.cells import CellRun, Course
 from runner.cluster import node_kind, refused
@@ -138,7 +138,7 @@ class Allocations:
         """
         try:
             job_id, step, script = self._submit(plan, cell, data, course)
-            info = jobs.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
+            info = following.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
             every = [self._node(plan, name) for name in info.nodes]
         except jobs.NotStarted as error:
             return self._not_started(cell, str(error), plan)
@@ -156,7 +156,7 @@ class Allocations:
         watch.cell = course.on_placed(placed)
         watch.talks = [Talk(node.name, (), {}) for node in placed]
         watch.begin(slurm.STARTUP_S)
-        follow = jobs.Follow(
+        follow = following.Follow(
             slurm=self.cluster,
             job_id=job_id,
             folders={node.name: self.run.cell(node.name, cell.id) for node in placed},
@@ -168,7 +168,7 @@ class Allocations:
             on_job=course.on_job,
         )
         try:
-            info = jobs.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
+            info = following.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
         except InfrastructureError as error:
             return blame.error("slurm_unreachable", str(error))
         if not watch.stop.asked:
@@ -271,7 +271,7 @@ class Allocations:
         """Ask the job's first node for the end of its log, where an agent said nothing and nobody else can tell why."""
         mute = [talk for talk in watch.talks if not talk.answered]
         if mute and info.nodes:
-            tail = shlex.join(["tail", f"--lines={jobs.LOG_LINES}", log_path(plan, name, False)])
+            tail = shlex.join(["tail", f"--lines={following.LOG_LINES}", log_path(plan, name, False)])
             first = self._node(plan, info.nodes[0])
             with suppress(InfrastructureError):
                 outcome = process.run(["ssh", "-F", str(self.ssh_config), first.name, tail], timeout_s=20)

@@ -13,13 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from runner import (
-    __version__,
-    allocations,
-    backends,
     blame,
-    facts,
     jobs,
-    node,
     process,
     records,
     resume,
@@ -32,9 +27,9 @@ from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
-from runner.inventory import Node, fold
-from runner.kinds import Problem, node_lines
-from runner.plan import CELL_ENV, PORTS, Cell, Plan, fingerprint, place
+from runner.inventory import Node
+from runner.plan import PORTS, Cell, Plan, fingerprint, place
+from runner.preflight import Problems, Reach
 from runner.rundir import (
     LIVE_STATES,
     RunDir,
@@ -48,132 +43,6 @@ from runner.rundir import (
 
 STATUS_S = 1.0
 RETRY_S = 5.0
-# How long agents whose controller was killed may take to notice and to leave their node.
-OWN_S = backends.SILENCE_S + 15
-SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
-
-
-# --- before anything starts -----------------------------------------------------------------------
-
-
-Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are left out
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What nodes say before anything starts: what is wrong with each, and what each is now."""
-
-    problems: Problems
-    environments: Mapping[str, Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How a run's nodes are asked and reached. `own` is a run that may be just about to leave them."""
-
-    backend: str
-    device: str
-    engine: str
-    tests: Sequence[str]
-    ssh_config: str | None
-    cluster: jobs.Slurm | None = None
-    own: str = ""
-
-    def ask(self, nodes: Sequence[Node]) -> Answers:
-        """What would stop a cell on any of `nodes`, asked of all at once."""
-        if self.cluster is not None:
-            found = allocations.problems(self.cluster, nodes)
-            return Answers({name: [problem] for name, problem in found.items()}, {})
-        return preflight(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
-
-    def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Agents | Allocations:
-        """What carries a cell to its nodes. Under Slurm, `expected` is the environment that must be found there."""
-        if self.cluster is None:
-            return Agents(run, self.ssh_config)
-        wanted = checks(first, self.device, self.engine, self.tests)
-        return Allocations(run, self.ssh_config, self.cluster, wanted, expected)
-
-
-def preflight(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str | None, own: str = "") -> Answers:
-    """Ask the agents of all nodes, at once, for whatever would stop a cell, and for what each node is."""
-    backend = nodes[0].backend
-    request = {"kind": "check", **wanted}
-    by_name = {n.name: n for n in nodes}
-    deadline = time.monotonic() + OWN_S
-    while True:
-        asked = time.time()
-        if backend == "local":  # this process is on the node already
-            answers = {nodes[0].name: node.check(request)}
-            failures: dict[str, Problem] = {}
-        else:
-            answers, failures = backends.ask(nodes, backend, ssh_config, request)
-        heard = time.time()
-        leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer["problems"])
-        if not leaving or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    problems = {name: [failure] for name, failure in failures.items()}
-    environments = {}
-    for name, answer in answers.items():
-        # It read its clock at some moment in between.
-        clock = blame.clock_problem(answer["time_s"] - min(max(answer["time_s"], asked), heard))
-        if found := [*map(Problem, answer["kinds"], answer["problems"]), *([clock] if clock else [])]:
-            problems[name] = found
-        added = {**CELL_ENV, **by_name[name].env}
-        seen = {**answer["facts"], "env": {**answer["facts"]["env"], **facts.relevant(added)}}
-        environments[name] = facts.environment(seen)
-    return Answers(problems, environments)
-
-
-def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> dict[str, Any]:
-    """What a node must have for these tests."""
-    return {
-        "version": __version__,
-        "scratch": first.scratch,
-        "min_free_disk_gib": first.min_free_disk_gib,
-        "packages": sorted({"torch", engine} - {"torchrun"} | (SFT_PACKAGES if "sft" in tests else set())),
-        "programs": ["rsync"] if first.backend == "ssh" else [],
-        "gpus": first.gpus if device == "cuda" else 0,
-    }
-
-
-def bad_nodes(nodes: Sequence[Node], problems: Problems) -> tuple[dict[str, str], ...]:
-    """{"host", "alias", "kind", "message"} for each problem of each of `nodes`."""
-    return tuple(
-        {"host": node.name, "alias": node.alias, **asdict(problem)}
-        for node in nodes
-        for problem in problems.get(node.name, ())
-    )
-
-
-def refusal(what: str, bad: Sequence[Mapping[str, str]]) -> InfrastructureError:
-    """The error that names every bad node at once, for people and for programs."""
-    kinds = {one["kind"] for one in bad}
-    return InfrastructureError("\n  ".join([what, *node_lines(bad)]), kinds.pop() if len(kinds) == 1 else None, bad)
-
-
-def choose(
-    nodes: Sequence[Node], count: int, problems: Problems, skip_bad: bool
-) -> tuple[tuple[Node, ...], tuple[dict[str, str], ...]]:
-    """The first `count` nodes, or with `skip_bad` the first good ones and what was passed over and why.
-
-    Raises InfrastructureError naming every bad node at once.
-    """
-    wanted = nodes if skip_bad else nodes[:count]
-    good = tuple(n for n in wanted if n.name not in problems)[:count]
-    if len(good) < count:
-        hint = "" if skip_bad else "; mend them, or let others take their place with --skip-bad-nodes"
-        what = (
-            f"{len(good)} of {len(wanted)} nodes are good, {count} wanted"
-            if skip_bad
-            else f"{len(wanted) - len(good)} of {count} nodes are bad"
-        )
-        raise refusal(f"{what}{hint}", bad_nodes(wanted, problems))
-    last = max(wanted.index(n) for n in good)
-    return good, bad_nodes(wanted[: last + 1], problems)
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -669,7 +538,3 @@ def execute(
         except KeyboardInterrupt:
             carried.left_at_once()
             raise Interrupted(f"left at once; what was written lies in {run.path}") from None
-
-
-def summary_line(nodes: Sequence[Node]) -> str:
-    return f"{len(nodes)} nodes: {fold([n.alias for n in nodes])} = {fold([n.name for n in nodes])}"

@@ -279,7 +279,7 @@ def _bench(
         click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else _describe(planned, planned.cells))
         return errors.EXIT_OK
 
-    from runner import allocations
+    from runner import allocations, preflight
     from runner import bench as benchmark
     from runner.rundir import RunDir
 
@@ -287,15 +287,15 @@ def _bench(
     build(chosen, (), "SSH_CONFIG" if remote else None)
     with transport(inventory) if remote else nullcontext() as ssh_config:
         cluster = _cluster(slurm, inventory, ssh_config)
-        reach = benchmark.Reach(chosen[0].backend, device, engine, tests, ssh_config, cluster)
+        reach = preflight.Reach(chosen[0].backend, device, engine, tests, ssh_config, cluster)
         nodes, spares = chosen, chosen[:0]
         passed_over: tuple[Mapping[str, str], ...] = ()
         if cluster is None or hosts is not None:  # else Slurm chooses
             skip = skip_bad_nodes or replace_bad_nodes
             asked = chosen if skip else chosen[: max(counts)]
-            display.note(f"checking {benchmark.summary_line(asked)}")
+            display.note(f"checking {preflight.folded(asked)}")
             problems = reach.ask(asked).problems
-            nodes, passed_over = benchmark.choose(chosen, max(counts), problems, skip)
+            nodes, passed_over = preflight.choose(chosen, max(counts), problems, skip)
             for line in kinds.node_lines(passed_over):
                 display.note(f"passed over {line}")
             if replace_bad_nodes:
@@ -342,7 +342,7 @@ def _resume(
     as_json: bool,
 ) -> int:
     from runner import bench as benchmark
-    from runner import resume
+    from runner import preflight, resume
     from runner.display import Display
     from runner.rundir import RunDir
 
@@ -361,8 +361,8 @@ def _resume(
         tests = tuple(dict.fromkeys(cell.test for cell in planned.cells))
         cluster = _cluster(planned.slurm, inventory, ssh_config)
         device = planned.cells[0].device
-        reach = benchmark.Reach(planned.backend, device, planned.engine, tests, ssh_config, cluster, own=run.run_id)
-        answers = reach.ask(planned.nodes) if cluster is None else benchmark.Answers({}, {})
+        reach = preflight.Reach(planned.backend, device, planned.engine, tests, ssh_config, cluster, own=run.run_id)
+        answers = reach.ask(planned.nodes) if cluster is None else preflight.Answers({}, {})
         before = resume.measured(run, planned, status)
         changed = resume.drift(before, answers.environments)
         again = resume.reopen(planned, status, changed)
@@ -382,7 +382,7 @@ def _resume(
         bad = {host: found for host, found in answers.problems.items() if host in needed}
         if bad and not replace_bad_nodes:
             what = f"{len(bad)} nodes are bad; mend them, or use spares with --replace-bad-nodes"
-            raise benchmark.refusal(what, benchmark.bad_nodes(planned.nodes, bad))
+            raise preflight.refusal(what, preflight.bad_nodes(planned.nodes, bad))
         if replace_bad_nodes:
             planned = replace(planned, spares=resume.spares(planned, inventory))
         _require_launcher(planned)

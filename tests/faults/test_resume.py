@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import ROOT
 from faults.conftest import SHORT, SLURM, SOME_SECONDS, assert_nothing_half_written, assert_nothing_left
-from runner.errors import EXIT_OK, EXIT_USAGE
+from runner.errors import EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from runner.rundir import RunDir
 from testbed.benches import RUNNER, Bench
 
@@ -122,4 +123,57 @@ def test_a_job_goes_on_without_its_controller_and_is_taken_up(slurm3, tmp_path):
     again = contexts(bench.run)
     assert len(set(again)) == len(again) > 0
     assert_nothing_half_written(bench.run)
+    assert_nothing_left(slurm3, bench.run)
+
+
+@pytest.mark.testbed
+def test_after_ctrl_c_what_is_missing_shares_one_job_again(slurm3, tmp_path):
+    results = slurm3.share / tmp_path.name
+    bench = Bench(slurm3.inventory, results, *SLURM, "--one-allocation", "--nodes", "2", "--repeats", "3", *SHORT)
+    bench.wait_for_ranks()
+    bench.process.send_signal(signal.SIGINT)
+    code, output = bench.end()
+    assert code == EXIT_INTERRUPTED, output
+    status = bench.run.read_status()
+    missing = [name for name, cell in status["cells"].items() if cell["state"] == "cancelled"]
+    assert len(missing) >= 2 and status["allocation"] == {}, "one at most ended before it heard"
+    assert_nothing_left(slurm3, bench.run)
+    code, output = resume(results)
+    assert code == EXIT_OK, output
+    cells = bench.run.read_status()["cells"]
+    assert {cell["state"] for cell in cells.values()} == {"complete"}
+    assert len({cells[name]["job"]["id"] for name in missing}) == 1
+    assert len(list((bench.run.path / "slurm").glob("*.sbatch"))) == 2
+    assert len(set(contexts(bench.run))) == len(contexts(bench.run)) > 0
+
+
+@pytest.mark.testbed
+def test_under_slurm_a_new_cell_shows_what_has_changed_and_older_ones_run_again(slurm3, tmp_path):
+    results = slurm3.share / tmp_path.name
+    bench = Bench(slurm3.inventory, results, *SLURM, "--hosts", "node001", "--repeats", "2", *SHORT)
+    code, output = bench.end()
+    assert code == EXIT_OK, output
+    plan = bench.run.read_plan()
+    plan["cells"][1]["params"]["iters"] += 1  # measured by another plan, it is missing now
+    bench.run.write_plan(plan)
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    hosts = yaml.safe_load((slurm3.inventory / "hosts.yml").read_text())
+    hosts["all"]["children"]["gpu_nodes"]["vars"]["runner_env"]["NCCL_DEBUG"] = "INFO"
+    (changed / "hosts.yml").write_text(yaml.safe_dump(hosts))
+
+    code, output = resume(results, "-i", changed)
+    assert code == EXIT_INFRASTRUCTURE, output
+    assert "NCCL_DEBUG absent -> INFO" in output and "--accept-drift" in output
+    states = [(cell["state"], cell["attempt"]) for cell in bench.run.read_status()["cells"].values()]
+    assert states == [("complete", 1), ("failed", 2)]
+
+    code, output = resume(results, "-i", changed, "--accept-drift")
+    assert code == EXIT_OK, output
+    assert "torch-1n-r1 runs again: measured in another environment: env.NCCL_DEBUG absent -> INFO on node001" in output
+    states = [(cell["state"], cell["attempt"]) for cell in bench.run.read_status()["cells"].values()]
+    assert states == [("complete", 2), ("complete", 3)]
+    for cell, hosts in bench.run.read_facts(bench.run.read_plan()).items():
+        assert {facts["env"].get("NCCL_DEBUG") for facts in hosts.values()} == {"INFO"}, cell
+    assert len(set(contexts(bench.run))) == len(contexts(bench.run)) > 0
     assert_nothing_left(slurm3, bench.run)

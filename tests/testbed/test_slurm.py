@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runner import __version__, inventory, jobs, process, slurm, testbed
+from runner import __version__, following, inventory, jobs, process, slurm, testbed
 from runner.backends import Talk
 from runner.errors import UsageError
 
@@ -141,14 +141,14 @@ class Run:
 
     def submit(self) -> slurm.JobInfo:
         self.job_id = self.cluster.slurm.submit(self.script(), {"HF_TOKEN": "a 's3cret' $(x)"})
-        return jobs.wait(self.cluster.slurm, self.job_id, self.waited.append)
+        return following.wait(self.cluster.slurm, self.job_id, self.waited.append)
 
     def follow(self, info: slurm.JobInfo, step: int | None = None, word=lambda talk: None) -> slurm.JobInfo:
         cell, count, _ = self.cells[step or 0]
         words = inventory.by_word(self.cluster.nodes)
         nodes = [words[name] for name in info.nodes[:count]]
         self.talks = [Talk(node.name, (), {}) for node in nodes]
-        follow = jobs.Follow(
+        follow = following.Follow(
             self.cluster.slurm,
             self.job_id,
             {node.name: self.folder / "nodes" / node.name / cell for node in nodes},
@@ -159,7 +159,9 @@ class Run:
             log=self.log if self.shared else None,
             lag_s=0.5,
         )
-        return jobs.converse(follow, self.talks, lambda talk, m: self.heard.append((talk.name, m)), word, patience_s=20)
+        return following.converse(
+            follow, self.talks, lambda talk, m: self.heard.append((talk.name, m)), word, patience_s=20
+        )
 
     def outcomes(self) -> dict[str, dict]:
         return {name: message for name, message in self.heard if message["message"] == "outcome"}
@@ -293,7 +295,7 @@ def test_a_job_whose_node_is_drained_is_given_up_with_the_reason(cluster, run):
         one = run(0.0, hosts=("node002", "node003"))
         one.job_id = impatient.submit(one.script())
         with pytest.raises(jobs.NotStarted, match=f"job {one.job_id} waited .* node"):
-            jobs.wait(impatient, one.job_id, one.waited.append)
+            following.wait(impatient, one.job_id, one.waited.append)
         assert impatient.poll([one.job_id])[one.job_id].state == "cancelled"
         assert one.waited[0].state == "waiting"
     finally:
@@ -303,6 +305,6 @@ def test_a_job_whose_node_is_drained_is_given_up_with_the_reason(cluster, run):
 def test_a_step_that_cannot_start_is_told_by_the_jobs_log(cluster, run):
     one = run(0.0)
     one.job_id = cluster.slurm.submit(one.script().replace(sys.executable, "/nosuch/python"))
-    info = one.follow(jobs.wait(cluster.slurm, one.job_id, one.waited.append))
+    info = one.follow(following.wait(cluster.slurm, one.job_id, one.waited.append))
     assert info.state == "failed" and {talk.rc for talk in one.talks} == {-1}
     assert any("/nosuch/python" in said for said in one.talks[0].stderr)

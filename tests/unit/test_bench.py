@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import bench, blame, cells
+from runner import blame, cells, preflight
 from runner.backends import Talk
 from runner.errors import InfrastructureError
 from runner.kinds import Problem
@@ -29,7 +29,7 @@ LATE = Problem("clock", "its clock is 90 s behind the controller's")
 
 
 def test_the_first_n_of_the_inventory_are_taken(cluster):
-    nodes, passed = bench.choose(cluster.nodes, 2, {"fukushimadc-02-hgx-0005": [DOWN]}, skip_bad=False)
+    nodes, passed = preflight.choose(cluster.nodes, 2, {"fukushimadc-02-hgx-0005": [DOWN]}, skip_bad=False)
     assert [n.alias for n in nodes] == ["node001", "node002"] and passed == ()
 
 
@@ -40,7 +40,7 @@ def test_all_bad_nodes_are_named_at_once(cluster):
         cluster.nodes[7].name: [DOWN],
     }
     with pytest.raises(InfrastructureError) as error:
-        bench.choose(cluster.nodes, 4, problems, skip_bad=False)
+        preflight.choose(cluster.nodes, 4, problems, skip_bad=False)
     text = str(error.value)
     assert "2 of 4 nodes are bad" in text and "--skip-bad-nodes" in text
     assert "node002 (fukushimadc-02-hgx-0002): no route to it" in text and "node008" not in text
@@ -57,7 +57,7 @@ def test_all_bad_nodes_are_named_at_once(cluster):
 
 def test_good_nodes_take_the_place_of_bad_ones_and_the_report_says_so(cluster):
     problems = {cluster.nodes[1].name: [DOWN], cluster.nodes[7].name: [DOWN]}
-    nodes, passed = bench.choose(cluster.nodes, 4, problems, skip_bad=True)
+    nodes, passed = preflight.choose(cluster.nodes, 4, problems, skip_bad=True)
     assert [n.alias for n in nodes] == ["node001", "node003", "node004", "node005"]
     (bad,) = passed  # node008 was not needed
     assert bad == {"host": cluster.nodes[1].name, "alias": "node002", "kind": DOWN.kind, "message": DOWN.message}
@@ -65,7 +65,7 @@ def test_good_nodes_take_the_place_of_bad_ones_and_the_report_says_so(cluster):
 
 def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
     with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 wanted") as error:
-        bench.choose(cluster.nodes, 8, {cluster.nodes[2].name: [DOWN]}, skip_bad=True)
+        preflight.choose(cluster.nodes, 8, {cluster.nodes[2].name: [DOWN]}, skip_bad=True)
     assert error.value.kind == "unreachable"
 
 

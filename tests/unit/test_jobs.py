@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
-import time
-from pathlib import Path
 
 import pytest
 
 from runner import inventory, jobs, slurm
-from runner.backends import Talk
 from runner.errors import InfrastructureError, UsageError
 from runner.process import Outcome
 
@@ -27,7 +23,7 @@ class Commands:
     """Slurm's commands: each program's answers in turn (stdout, or an error of one), the last of them for ever."""
 
     def __init__(self, **answers: list[str | BaseException | tuple[int, str]]) -> None:
-        self.answers = {program: iter(_for_ever(given)) for program, given in answers.items()}
+        self.answers = {program: iter(for_ever(given)) for program, given in answers.items()}
         self.calls: list[tuple[list[str], dict]] = []
 
     def __call__(self, argv, **options) -> Outcome:
@@ -43,7 +39,7 @@ class Commands:
         return [argv for argv, _ in self.calls if argv[0] == program]
 
 
-def _for_ever(given):
+def for_ever(given):
     return itertools.chain(given, itertools.repeat(given[-1]))
 
 
@@ -177,169 +173,6 @@ def test_cancelling_what_is_over_is_no_error_and_what_is_refused_is():
     refused = Commands(scancel=[(1, "scancel: error: Kill job error on job id 7: Access/permission denied")])
     with pytest.raises(InfrastructureError, match=r"cannot cancel job 7: .*permission denied"):
         cluster(refused).cancel("7")
-
-
-# --- waiting --------------------------------------------------------------------------------------
-
-
-def test_waiting_tells_place_and_reason_and_ends_when_the_job_runs():
-    commands = Commands(squeue=[line("7", "PENDING", "Priority"), "5\n7\n", line("7", "RUNNING", nodes="n1")])
-    heard = []
-    assert jobs.wait(cluster(commands), "7", heard.append).state == "running"
-    assert [(info.reason, info.position) for info in heard] == [("Priority", 2)]
-
-
-class Held(Commands):
-    """A cluster that holds job 7 back for a reason, until it is cancelled."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(squeue=[line("7", "PENDING", reason)], scancel=[""])
-
-    def __call__(self, argv, **options):
-        outcome = super().__call__(argv, **options)
-        if argv[0] == "scancel":
-            self.answers["squeue"] = iter(_for_ever([line("7", "CANCELLED")]))
-        return outcome
-
-
-@pytest.mark.parametrize(
-    ("reason", "settings", "said"),
-    [("PartitionDown", {"stuck_s": 0}, "partition"), ("Priority", {"wait_s": 1}, "Priority; allow it longer")],
-)
-def test_a_job_that_would_wait_in_vain_is_cancelled_and_the_reason_told(reason, settings, said):
-    commands = Held(reason)
-    with pytest.raises(jobs.NotStarted, match=f"job 7 waited . s and was cancelled: .*{said}"):
-        jobs.wait(cluster(commands, **settings), "7", lambda info: None)
-    assert commands.named("scancel") == [["scancel", "7"]]
-
-
-def test_what_ends_by_itself_is_waited_for_until_the_user_stops():
-    commands = Held("Resources")
-    info = jobs.wait(cluster(commands, stuck_s=1), "7", lambda info: None, stopped=lambda: len(commands.calls) > 2)
-    assert info.state == "cancelled"
-
-
-# --- listening ------------------------------------------------------------------------------------
-
-
-def said(folder: Path, *messages: dict, job: str = "7") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"message": "placed", "job": job}, *messages]
-    (folder / "messages.jsonl").write_text("".join(f"{json.dumps(message)}\n" for message in lines))
-
-
-GOOD = {"message": "outcome", "rc": 0, "error": None}
-
-
-def conversation(tmp_path, commands, hosts, word=lambda talk: None, patience_s=1.0, **follow):
-    talks = [Talk(host, (), {}) for host in hosts]
-    heard: list[tuple[str, str]] = []
-    info = jobs.converse(
-        jobs.Follow(cluster(commands), "7", {host: tmp_path / host for host in hosts}, lag_s=0.1, **follow),
-        talks,
-        lambda talk, message: heard.append((talk.name, message["message"])),
-        word,
-        patience_s,
-    )
-    return info, talks, heard
-
-
-def test_every_agent_is_heard_and_the_jobs_end_awaited(tmp_path):
-    said(tmp_path / "a", {"message": "alive"}, {"message": "line", "file": "x", "line": "y"}, GOOD)
-    said(tmp_path / "b", {"message": "outcome", "rc": 1, "error": None})
-    commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), line("7", "COMPLETED", nodes="a")])
-    info, talks, heard = conversation(tmp_path, commands, ["a", "b"])
-    assert info.state == "complete" and [talk.rc for talk in talks] == [0, 1]
-    assert heard == [("a", "placed"), ("a", "line"), ("a", "outcome"), ("b", "placed"), ("b", "outcome")]
-
-
-def test_a_job_that_ends_leaves_its_silent_agents_without_outcome_but_with_its_log(tmp_path):
-    said(tmp_path / "a", GOOD)
-    (tmp_path / "job.log").write_text("srun: error: b: task 1: Killed\n")
-    commands = Commands(squeue=[line("7", "NODE_FAIL", nodes="a,b")])
-    info, talks, _ = conversation(tmp_path, commands, ["a", "b"], log=tmp_path / "job.log")
-    assert (info.state, talks[0].rc, talks[1].rc) == ("node_failed", 0, -1)
-    assert talks[1].stderr == ["srun: error: b: task 1: Killed"] and talks[0].stderr == []
-
-
-def test_what_an_earlier_job_left_in_the_folder_is_not_heard(tmp_path):
-    said(tmp_path / "a", GOOD, job="6")
-    info, talks, heard = conversation(tmp_path, Commands(squeue=[line("7", "FAILED")]), ["a"])
-    assert heard == [] and talks[0].rc == -1 and info.state == "failed"
-
-
-def test_a_growing_file_is_read_once_and_only_in_whole_lines(tmp_path):
-    path = tmp_path / "messages.jsonl"
-    ear = jobs._Ear(path, "7")
-    assert ear.messages() == []
-    path.write_bytes(b'{"message": "placed", "jo')
-    assert ear.messages() == []
-    path.write_bytes(b'{"message": "placed", "job": "7"}\n{"message": "alive"}\n\0\0\0\n{"message": "out')
-    assert [m["message"] for m in ear.messages()] == ["placed", "alive"]
-    longer = path.read_bytes() + b'come"}\n'
-    path.with_name("copy").write_bytes(longer)
-    path.with_name("copy").replace(path)  # as rsync does
-    assert [m["message"] for m in ear.messages()] == ["outcome"]
-    assert ear.messages() == []
-    path.write_bytes(b'{"message": "placed", "job": "8"}\n' + longer)
-    assert ear.messages() == []
-
-
-def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_path):
-    said(tmp_path / "a", {"message": "started"})
-    commands = Held("None")
-    commands.answers["squeue"] = iter(_for_ever([line("7", "RUNNING", nodes="a")]))
-
-    class Deaf:
-        def __call__(self, argv, **options):
-            return commands(argv, **options) if argv != ["scancel", "--signal=USR2", "7"] else self.term(argv)
-
-        def term(self, argv):
-            commands.calls.append((argv, {}))
-            return Outcome(tuple(argv), 0, 0.0, "", "")
-
-    talks = [Talk("a", (), {})]
-    follow = jobs.Follow(jobs.Slurm(slurm.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1)
-    info = jobs.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
-    assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
-    assert info.state == "cancelled" and talks[0].rc == -1
-
-
-def test_a_stop_that_nobody_could_pass_on_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "END_S", 0.3)
-    said(tmp_path / "a", {"message": "started"})
-    commands = Commands(squeue=[line("7", "RUNNING", nodes="a")], scancel=[(1, DOWN)])
-    with pytest.raises(jobs.Silent, match="scancel: Unable to contact"):
-        conversation(tmp_path, commands, ["a"], word=lambda talk: "stop", patience_s=0.3)
-
-
-def test_in_one_allocation_a_cell_ends_with_its_step_and_the_job_goes_on(tmp_path):
-    said(tmp_path / "a", GOOD)
-    commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), "7.0\n7.batch\n"])
-    _, talks, _ = conversation(tmp_path, commands, ["a"], step=0)
-    assert talks[0].rc == 0
-
-    # A step whose agents left no word is over when the next one runs.
-    running = line("7", "RUNNING", nodes="b")
-    commands = Commands(squeue=[running, "7.1\n7.batch\n"])
-    started = time.monotonic()
-    info, talks, _ = conversation(tmp_path, commands, ["b"], step=0)
-    assert talks[0].rc == -1 and info.state == "running" and time.monotonic() - started < 10
-    assert not commands.named("scancel")
-
-
-def test_slurm_may_be_silent_as_long_as_agents_are_heard(tmp_path):
-    said(tmp_path / "a", {"message": "started"})
-    commands = Commands(squeue=[(1, DOWN), (1, DOWN), line("7", "COMPLETED", nodes="a")])
-    follow = jobs.Follow(cluster(commands, patience_s=0), "7", {"a": tmp_path / "a"})
-    talks = [Talk("a", (), {})]
-
-    def word(talk):
-        if len(commands.named("squeue")) > 1:
-            said(tmp_path / "a", {"message": "started"}, GOOD)
-
-    assert jobs.converse(follow, talks, lambda talk, message: None, word).state == "complete"
-    assert talks[0].rc == 0
 
 
 # --- the inventory --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import test_plan
 from test_jobs import DOWN, Commands, line
 from test_jobs import cluster as slurm_commands
 
-from runner import allocations, bench, blame, facts, inventory, plan, resume, runs, slurm
+from runner import allocations, bench, blame, facts, inventory, plan, preflight, resume, runs, slurm
 from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import UsageError
@@ -85,9 +85,9 @@ class Reach:
     def __init__(self, **problems: Problem) -> None:
         self.problems = problems
 
-    def ask(self, nodes: Sequence[Node]) -> bench.Answers:
+    def ask(self, nodes: Sequence[Node]) -> preflight.Answers:
         found = {node.name: [self.problems[node.alias]] for node in nodes if node.alias in self.problems}
-        return bench.Answers(found, {})
+        return preflight.Answers(found, {})
 
 
 def planned(cluster: Inventory, tmp_path: Path, counts=(2,), spares: int = 0, **changes) -> plan.Plan:
