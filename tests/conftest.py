@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -15,6 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
 from runner import inventory
 from runner.rundir import RunDir
+
+# A deadline measures who else uses the machine.
+hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]

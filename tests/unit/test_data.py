@@ -88,7 +88,7 @@ capacity_and_lengths = st.integers(8, 300).flatmap(
 
 
 @given(capacity_and_lengths)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_sample_lies_in_one_bin_and_no_bin_overflows(case):
     capacity, lengths = case
     bins = pack(lengths, capacity)
@@ -100,7 +100,7 @@ def test_every_sample_lies_in_one_bin_and_no_bin_overflows(case):
 
 
 @given(capacity_and_lengths)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_two_bins_could_be_one(case):
     capacity, lengths = case
     loads = np.sort(np.bincount(pack(lengths, capacity), weights=lengths))
@@ -128,7 +128,7 @@ def test_a_length_out_of_range_is_refused():
 
 
 @given(capacity_and_lengths.filter(lambda case: len(case[1])), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_samples_come_back_whole_from_the_arrays(tmp_path_factory, case, seed):
     seq_len, lengths = case
     n = int(lengths.sum())

@@ -21,7 +21,7 @@ from runner.slurm import Job, Settings, Step
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
-quick = hypothesis_settings(max_examples=50, deadline=None)  # a deadline measures who else uses the machine
+quick = hypothesis_settings(max_examples=50)
 
 
 def captured(name):
