@@ -326,6 +326,7 @@ class Fleet:
             "run_id": RUN_ID,
             "cell": "fleet",
             # A marker each: all agents share this machine, and each ends whatever carries its own.
+            "attempt": 1,
             "marker": f"{RUN_ID}-{os.getpid()}/{host}",
             "heartbeat_timeout_s": backends.SILENCE_S,
             "telemetry_interval_s": 1.0,

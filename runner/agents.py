@@ -25,6 +25,7 @@ def cell_request(plan: Plan, cell: Cell) -> dict[str, Any]:
         "kind": "cell",
         "run_id": plan.run_id,
         "cell": cell.id,
+        "attempt": cell.attempt,
         "marker": f"{plan.run_id}/{cell.id}",
         "telemetry_interval_s": 1.0,
         "grace_s": GRACE_S,

@@ -313,6 +313,8 @@ class Run:
         outcomes = self.run.read_outcomes(cell.hosts, cell.id)
         if not all(blame.ended_well(outcomes.get(host, {})) for host in cell.hosts):
             return False
+        if any(outcome.get("attempt", 1) != cell.attempt for outcome in outcomes.values()):
+            return False  # killed before this attempt had begun on the nodes, which have an earlier one's still
         self._collect(cell)
         self._cell_state(cell, "complete")
         self._note(f"{cell.id}: complete, it had ended before its controller did")
@@ -331,7 +333,7 @@ class Run:
         self.records = [record for record in self.records if record.cell != cell.id]
         # The old rendezvous may still hold its port.
         port = PORTS[(cell.master_port - PORTS[0] + 1) % len(PORTS)]
-        moved = replace(cell, master_port=port)
+        moved = replace(cell, master_port=port, attempt=entry["attempt"] + 1)
         hosts = [self.plan.node(host) for host in cell.hosts]
         if self.plan.backend == "slurm" and not self.plan.named:  # Slurm may choose others
             moved = replace(moved, hosts=())

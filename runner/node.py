@@ -285,6 +285,7 @@ class Cell:
         outcome = {
             "schema": 1,
             "host": self.request["host"],
+            "attempt": self.request["attempt"],
             "rc": rc,
             "stopped": self.leash.reason,
             "error": self.error,

@@ -60,6 +60,7 @@ class Cell:
     cell_dir: str
     master_port: int
     launch: engines.Launch
+    attempt: int = 1
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def render(job: Job, settings: Settings) -> str:
     hosts = tuple(dict.fromkeys(host for step in job.steps for host in step.hosts))
     options = {
         "job-name": job.name,
-        "output": job.log,
+        "output": job.log.replace("%", "%%"),  # sbatch has patterns such as %j
         "open-mode": "append",
         "partition": settings.partition,
         "account": settings.account,

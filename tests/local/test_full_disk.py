@@ -52,6 +52,7 @@ def test_a_nodes(small_disk, tmp_path):
         "kind": "cell",
         "run_id": "run-a",
         "cell": "c",
+        "attempt": 1,
         "marker": marker,
         "host": "n1",
         "scratch": str(tmp_path / "scratch"),

@@ -104,6 +104,7 @@ class Run:
             "slurm": True,
             "run_id": self.run_id,
             "cell": cell,
+            "attempt": 1,
             "marker": self.marker(cell),
             "scratch": "/var/tmp/shakedown",
             "engine": "torchrun",

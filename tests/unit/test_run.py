@@ -231,6 +231,18 @@ def test_a_cell_that_had_ended_before_its_controller_did_is_taken(cluster, tmp_p
     assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
 
 
+def test_what_an_earlier_attempt_left_on_the_nodes_is_not_taken_for_the_last_ones(cluster, tmp_path):
+    """Killed before the second attempt had begun there, the controller gathers the first one's files once more."""
+    _, run = interrupted(cluster, tmp_path)
+    data = run.read_plan()
+    data["cells"][1]["attempt"] = 2
+    run.write_plan(data)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))
+    nodes, _, _ = carry_out(resume.load(run))
+    assert [cell for cell, *_ in nodes.tried] == ["torch-2n-r1"]
+
+
 def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
     script = (

@@ -246,9 +246,9 @@ def test_secrets_are_handed_on_by_name_and_nothing_else_is():
     )
 
 
-def test_blanks_and_percent_signs_in_paths_survive():
+def test_blanks_survive_in_paths_and_percent_signs_are_no_patterns_of_sbatchs():
     script = slurm.render(cell(python="/opt/my env/bin/python", log="/scratch/my run/%j.log"), Settings())
-    assert '--output="/scratch/my run/%j.log"' in options(script)
+    assert '--output="/scratch/my run/%%j.log"' in options(script)
     assert "'/opt/my env/bin/python' -P -u -m runner.node" in script
 
 
