@@ -6,7 +6,7 @@ RUNNER := $(VENV)/bin/runner
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
-.PHONY: bench test scenarios others unit setup system-packages lint roles clean help
+.PHONY: bench test lockless others unit setup system-packages lint roles clean help
 
 help:
 	@echo "make bench   install into .venv and benchmark this machine (about a minute without a GPU)"
@@ -32,17 +32,20 @@ system-packages:
 	testbed/install-system-packages.sh
 
 # Where the time goes: each stage's at its end, and the slowest tests' in pytest's own lists. The roles' scenarios mostly
-# wait for connections and services, so all other tests run beside them.
+# wait for connections and services, so other tests run beside them. What locks nodes stays in one of the two processes:
+# the nodes of all testbeds have the same names, and one would be refused what the other is using.
 test:
 	time $(MAKE) --no-print-directory system-packages setup
 	time $(MAKE) --no-print-directory lint
-	time $(MAKE) --no-print-directory -j2 --output-sync=target scenarios others
+	time $(MAKE) --no-print-directory -j2 --output-sync=target lockless others
 
-scenarios:
-	$(VENV)/bin/pytest tests/roles/test_scenarios.py
+LOCKLESS := tests/roles tests/unit
+
+lockless:
+	$(VENV)/bin/pytest $(LOCKLESS)
 
 others:
-	$(VENV)/bin/pytest --ignore tests/roles/test_scenarios.py
+	$(VENV)/bin/pytest $(LOCKLESS:%=--ignore %)
 
 unit: setup
 	$(VENV)/bin/pytest tests/unit
