@@ -6,7 +6,7 @@ RUNNER := $(VENV)/bin/runner
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
-.PHONY: bench test lockless others unit setup system-packages lint roles clean help
+.PHONY: bench test half other-half unit setup system-packages lint roles clean help
 
 help:
 	@echo "make bench   install into .venv and benchmark this machine (about a minute without a GPU)"
@@ -31,21 +31,20 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 system-packages:
 	testbed/install-system-packages.sh
 
-# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own lists. The roles' scenarios mostly
-# wait for connections and services, so other tests run beside them. What locks nodes stays in one of the two processes:
-# the nodes of all testbeds have the same names, and one would be refused what the other is using.
+# Where the time goes: each stage's at its end, and the slowest tests' in pytest's own lists. Testbeds and the roles' scenarios
+# often wait for connections and services, so that two processes, which take as long as each other, share the processors.
 test:
 	time $(MAKE) --no-print-directory system-packages setup
 	time $(MAKE) --no-print-directory lint
-	time $(MAKE) --no-print-directory -j2 --output-sync=target lockless others
+	time $(MAKE) --no-print-directory -j2 --output-sync=target half other-half
 
-LOCKLESS := tests/roles tests/unit
+HALF := tests/roles tests/unit
 
-lockless:
-	$(VENV)/bin/pytest $(LOCKLESS)
+half:
+	$(VENV)/bin/pytest $(HALF)
 
-others:
-	$(VENV)/bin/pytest $(LOCKLESS:%=--ignore %)
+other-half:
+	$(VENV)/bin/pytest $(HALF:%=--ignore %)
 
 unit: setup
 	$(VENV)/bin/pytest tests/unit

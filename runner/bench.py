@@ -524,9 +524,9 @@ def execute(
     """
     process.allow_open_files()
     # Slurm keeps its jobs apart by itself.
-    held = [] if plan.backend == "slurm" else [n.name for n in (*plan.nodes, *plan.spares)]
+    held = {} if plan.backend == "slurm" else {node.name: node.endpoint for node in (*plan.nodes, *plan.spares)}
     with ExitStack() as stack:
-        stack.enter_context(hold_nodes(state / "nodes", held, plan.run_id))
+        stack.enter_context(hold_nodes(state, held, plan.run_id))
         if not run.plan.exists():
             RunDir.create(run.path.parent, json.loads(json.dumps(plan.to_dict())))
         if run.controller() != os.getpid():  # who takes up a run holds it since its states were read

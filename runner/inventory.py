@@ -60,6 +60,11 @@ class Node:
     backend: str
     env: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def endpoint(self) -> str:
+        """Where its sshd is: two clusters may give their nodes the same names."""
+        return f"{self.address}:{self.port}"
+
 
 @dataclass(frozen=True)
 class Inventory:

@@ -363,7 +363,7 @@ def setup(
             variables=_variables(settings),
             dry_run=dry_run,
             folder=results / run_id,
-            hold=lambda names: nullcontext() if check else hold_nodes(state_dir(), names, run_id),
+            hold=lambda endpoints: nullcontext() if check else hold_nodes(state_dir(), endpoints, run_id),
         )
     )
 
@@ -414,7 +414,7 @@ def _play(
     variables: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     folder: Path | None = None,
-    hold: Any = lambda names: nullcontext(),
+    hold: Any = lambda endpoints: nullcontext(),
 ) -> int:
     from runner import playbook
     from runner.display import Display
@@ -442,7 +442,7 @@ def _play(
             click.echo(json.dumps(plan, indent=1) if as_json else _described(plan))
             return errors.EXIT_OK
         started = time.monotonic()
-        with hold(list(names)):
+        with hold({node.name: node.endpoint for node in nodes}):
             display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
             board, state, said = carry_out(call, nodes, display, folder)
     elapsed_s = time.monotonic() - started

@@ -198,15 +198,18 @@ class RunDir:
                         what = f"run {self.run_id} is running: `runner runs show {self.run_id}` shows it"
                         raise UsageError(what) from None
                     time.sleep(0.05)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            over = threading.Event()
-            try:
+            with disk_errors(self.path):
+                file.truncate(0)
+                file.write(str(os.getpid()))
                 file.flush()
-                threading.Thread(target=self._pulse, args=(over,), daemon=True).start()
+            over = threading.Event()
+            pulse = threading.Thread(target=self._pulse, args=(over,), daemon=True)
+            pulse.start()
+            try:
                 yield
             finally:
                 over.set()
+                pulse.join()
                 with contextlib.suppress(OSError):
                     file.truncate(0)  # and not removed: who waits for its lock would have one that nobody sees
 
@@ -310,15 +313,16 @@ class RunDir:
 
 
 @contextlib.contextmanager
-def hold_nodes(state: Path, hosts: list[str], run_id: str) -> Iterator[None]:
-    """Keep a second run of this user away from the same nodes; raises naming the run that holds one.
+def hold_nodes(state: Path, endpoints: Mapping[str, str], run_id: str) -> Iterator[None]:
+    """Keep this user's other runs and set-ups away from nodes, given as name -> endpoint; raises naming who holds one.
 
     The kernel drops the locks when the holder dies, so none is ever stale.
     """
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    locks = state / "nodes"
+    locks.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for host in sorted(hosts):
-            file = stack.enter_context(open(state / host, "a+"))
+        for host, endpoint in sorted(endpoints.items(), key=lambda item: item[1]):
+            file = stack.enter_context(open(locks / endpoint, "a+"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

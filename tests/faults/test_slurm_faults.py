@@ -83,11 +83,6 @@ def unanswered(slurm3: Testbed) -> Iterator[Bench]:
     mend(slurm3)
 
 
-def own_locks(folder: Path) -> dict[str, str]:
-    """Nodes of another testbed on this machine have the same names, and may be in use."""
-    return {"XDG_STATE_HOME": str(folder / "state")}
-
-
 def first_cell(run: RunDir) -> dict:
     return next(iter(run.read_status()["cells"].values()))
 
@@ -242,7 +237,7 @@ def test_slurmd_down_is_told_of_the_node_and_others_are_used(slurm3, mended, sha
 
 def test_over_ssh_a_rank_killed_once_costs_a_retry(slurm3, unanswered, tmp_path):
     arguments = ("--nodes", "2", "--retries", "1", *SOME_SECONDS)
-    bench = Bench(slurm3.inventory, tmp_path / "results", *arguments, env=own_locks(tmp_path))
+    bench = Bench(slurm3.inventory, tmp_path / "results", *arguments)
     bench.wait_for_ranks()
     killed = slurm3.nodes[1]
     signal_rank(killed["container"], "KILL")
@@ -258,7 +253,7 @@ def test_over_ssh_a_rank_killed_once_costs_a_retry(slurm3, unanswered, tmp_path)
 
 def test_over_ssh_a_spare_takes_the_place_of_a_node_that_dies(slurm3, unanswered, tmp_path):
     arguments = ("--nodes", "2", "--replace-bad-nodes", *SOME_SECONDS)
-    bench = Bench(slurm3.inventory, tmp_path / "results", *arguments, env=own_locks(tmp_path))
+    bench = Bench(slurm3.inventory, tmp_path / "results", *arguments)
     bench.wait_for_ranks()
     first, dead, spare = slurm3.nodes
     podman("kill", dead["container"])
@@ -286,7 +281,7 @@ def test_without_slurmctld_what_runs_is_measured_and_nothing_more_is_started(slu
 
 
 def test_runs_stop_ends_a_run_from_elsewhere_and_jobs_without_a_controller(slurm3, tmp_path):
-    ssh = Bench(slurm3.inventory, tmp_path / "ssh", "--hosts", "node003", *ENDLESS, env=own_locks(tmp_path))
+    ssh = Bench(slurm3.inventory, tmp_path / "ssh", "--hosts", "node003", *ENDLESS)
     job = Bench(slurm3.inventory, tmp_path / "job", *SLURM, *UNSHARED, "--hosts", "node002", *ENDLESS)
     orphan = Bench(slurm3.inventory, tmp_path / "orphan", *SLURM, *UNSHARED, "--hosts", "node001", *ENDLESS)
     for bench in (ssh, job, orphan):
