@@ -164,7 +164,7 @@ def play(
         return "cancelled", ""
     if done.rc == 0:
         return "complete", ""
-    return "failed", reason("\n".join(said))
+    return "failed", reason("\n".join(said)) if said else ""
 
 
 def _sweep(folder: Path) -> None:
@@ -238,6 +238,9 @@ def message(result: Mapping[str, Any]) -> str:
     if "MODULE FAILURE" in text or "Traceback" in text:
         trace = str(result.get("module_stderr") or result.get("exception") or "").strip().splitlines()
         text = f"the module crashed: {trace[-1]}" if trace else text
+    if "deserialization failed" in text:  # its interpreter did not start it
+        said = str(result.get("module_stderr") or "").strip().splitlines()
+        text = f"the module gave no answer: {said[0]}" if said else text
     return reason(text)
 
 

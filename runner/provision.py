@@ -298,7 +298,7 @@ def conclude(board: Board, state: str, said: str, elapsed_s: float, as_json: boo
         click.echo(f"interrupted after {elapsed_s:.0f} s: run it again, it goes on with what is left")
         return code
     if not board.bad() and state == "failed":
-        raise errors.InfrastructureError(f"ansible-playbook failed: {said}")
+        raise errors.InfrastructureError(f"ansible-playbook failed: {said or 'no reason given'}")
     words = "done, with failures" if board.bad() else "done"
     would = f" ({len(change)} would change)" if change else ""
     click.echo(

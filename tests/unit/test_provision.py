@@ -71,6 +71,9 @@ def test_a_failure_that_the_playbook_expects_is_none():
         ({"msg": "non-zero return code", "stderr": "warming up\nno space left\n"}, "no space left"),
         ({"msg": "MODULE FAILURE: see stderr", "module_stderr": "Traceback…\nKeyError: 'gpus'"},
          "the module crashed: KeyError: 'gpus'"),
+        ({"msg": "Module result deserialization failed: No start of json char found",
+          "module_stderr": "pyenv: python3.13: command not found\n\nThe command exists in these versions:\n  3.13.0\n"},
+         "the module gave no answer: pyenv: python3.13: command not found"),
         ({}, "failed without a word"),
     ],
 )  # fmt: skip
