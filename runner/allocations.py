@@ -177,16 +177,16 @@ class Allocations:
             return self._fault(info, watch, plan)
         return None
 
-    def leave(self, allocation: dict[str, Any], patient: bool) -> set[str]:
-        """Cancel the jobs that cells share, so that those cells have none; returns those that Slurm did not hear of."""
-        left = {job_id for job_id, *_ in allocation.values()}
-        for job_id in tuple(left):
-            with suppress(InfrastructureError):
-                self.cluster.cancel(job_id, patient=patient)
-                left.discard(job_id)
-        for cell in [cell for cell, (job_id, *_) in allocation.items() if job_id not in left]:
-            del allocation[cell]
-        return left
+    def leave(self, plan: Plan, job_ids: set[str] | None, patient: bool) -> bool:
+        """Cancel the run's jobs, or of them `job_ids`, that wait or run; returns whether Slurm heard it."""
+        try:
+            for job_id in self.cluster.of_run(plan.run_id):  # ids are used again, names are not
+                if job_ids is None or job_id in job_ids:
+                    with following.left_at_once(self.cluster, job_id):
+                        self.cluster.cancel(job_id, patient=patient)
+        except InfrastructureError:
+            return False
+        return True
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, the cell's step in it, and the sbatch file."""
@@ -195,11 +195,13 @@ class Allocations:
             return job_id, step, self.run.slurm(name)
         attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
         together = plan.one_allocation and job_id is None
-        cells = [each for each in course.pending if each.id not in course.allocation] if together else [cell]
         name = f"shakedown-{plan.run_id}-{'all-' if together else ''}{cell.id}-{attempt}"
         path = self.run.slurm(name)
+        cells = course.pending if together else [cell]
         if job_id is None and path.exists():  # a controller that died may have had no time to note the id
             job_id = self.cluster.find(name)
+            ids = slurm.cells_of(path.read_text()) if job_id else []
+            cells = [next(each for each in plan.cells if each.id == cell_id) for cell_id in ids] or cells
         if job_id is None:
             script = slurm.render(self.job(plan, name, cells, data), self.settings(plan))
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -73,8 +73,12 @@ class Run:
         self.stop = Stop(display)
         self.status = run.read_status()
         self.inherited = self._left_to_slurm()
-        # What was measured before nodes changed is measured again; under Slurm that shows only in a job.
-        self.before = resume.measured(run, plan, self.status) if policy.accept_drift else {}
+        self.tried: set[str] = set()
+        # Under Slurm only a new cell shows whether nodes have changed since these were measured.
+        self.before: dict[str, resume.Environments] = {}
+        if policy.accept_drift:
+            self.before |= resume.measured(run, plan, self.status)
+        self.reopened: set[str] = set()
         self.records = self._kept_records()
         self.not_gathered: set[str] = set()
         self.bad: set[str] = set()
@@ -102,30 +106,29 @@ class Run:
                 except InfrastructureError:
                     self._save("failed")
                     raise
-                tried: set[str] = set()
-                while (index := self._next(tried)) is not None:
-                    cell = self.plan.cells[index]
-                    tried.add(cell.id)
-                    if self.stop.asked:
-                        self._cell_state(cell, "cancelled")
-                    else:
-                        self._settle(index)
-                        self._compare(self.plan.cells[index])
-                if self.stop.asked:  # between two cells
-                    self._leave_allocation()
+                while not self.stop.asked and (index := self._next()) is not None:
+                    self.tried.add(self.plan.cells[index].id)
+                    self._settle(index)
+                if self.stop.asked:
+                    self._leave_rest()
             states = {c["state"] for c in self.status["cells"].values()}
             final = next((s for s in ("failed", "incomplete", "cancelled") if s in states), "complete")
             self._save(final)
             self.transport.clean(self.plan, [n for n in self.plan.nodes if n.name not in self.not_gathered | self.bad])
             return self._judge()
 
-    def _next(self, tried: set[str]) -> int | None:
-        """The first cell, as it is planned by now, that may still run."""
-        for index, cell in enumerate(self.plan.cells):
-            done = self._entry(cell)["state"] == "complete" or self.bad & set(cell.hosts)
-            if not done and cell.id not in tried:
-                return index
-        return None
+    def _pending(self) -> list[int]:
+        """The cells, as they are planned by now, that are still to run; those that were complete come last."""
+        cells = enumerate(self.plan.cells)
+        left = [
+            index
+            for index, cell in cells
+            if self._entry(cell)["state"] != "complete" and cell.id not in self.tried and not self.bad & set(cell.hosts)
+        ]
+        return sorted(left, key=lambda index: self.plan.cells[index].id in self.reopened)
+
+    def _next(self) -> int | None:
+        return next(iter(self._pending()), None)
 
     def left_at_once(self) -> None:
         """Note what a controller leaves that has no time: Slurm's jobs may go on, ranks over ssh end with it."""
@@ -231,24 +234,29 @@ class Run:
     def _settle(self, index: int) -> None:
         """Run a cell, again after a failure that is worth it, until it is complete or given up."""
         if self._recover(self.plan.cells[index]):
+            self._over(self.plan.cells[index])
+            self._compare(self.plan.cells[index], own=False)
             return
-        inherited = self.plan.cells[index].id in self.inherited
         tried = 0
         while True:
-            if not inherited:
-                self._set_aside(index)
+            self._make_room(index)
             cell = self.plan.cells[index]
-            shared = self.status.get("allocation", {}).get(cell.id)
+            inherited, shared = cell.id in self.inherited, self._allocation.get(cell.id)
             heard = self._run_cell(index, cell)
             error = self._entry(cell)["error"]
+            # Where Slurm is silent the job may go on: it is followed, and the cell not given a second one.
+            unheard = error is not None and error["kind"] == "slurm_unreachable"
+            if unheard:
+                self.inherited.add(cell.id)
+            else:
+                self._over(cell)
+            if self._entry(cell)["state"] == "complete":
+                self._compare(self.plan.cells[index], own=not inherited)
             if error is None or self.stop.asked:
                 return
-            unheard = error["kind"] == "slurm_unreachable"  # its job may go on: it is followed, not given a second one
             if inherited and not unheard:  # what became of that job is known now; own attempts begin
-                inherited = False
                 self._turn_never_came(cell, shared, heard)
                 continue
-            inherited = unheard
             worth_it = blame.may_retry(error)
             if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
                 continue
@@ -260,19 +268,50 @@ class Run:
             self._note(f"{cell.id}: retry {tried} of {self.policy.retries}")
             self.stop.wait(RETRY_S)
 
-    def _compare(self, cell: Cell) -> None:
+    def _make_room(self, index: int) -> None:
+        """Set aside what earlier attempts left, also at the cells that share the job which is submitted now."""
+        for each in self._sharing(index):
+            if self.plan.cells[each].id not in self.inherited:
+                self._set_aside(each)
+
+    def _sharing(self, index: int) -> list[int]:
+        """The cells of the job that a cell needs: itself, and in one allocation all that have none yet."""
+        taken = {*self._allocation, *self.inherited}
+        if self.plan.cells[index].id in self._allocation:
+            return []
+        if self.plan.cells[index].id in self.inherited or not self.plan.one_allocation:
+            return [index]
+        return [index, *(each for each in self._pending() if each != index and self.plan.cells[each].id not in taken)]
+
+    def _compare(self, cell: Cell, own: bool) -> None:
         """Have cells run again that were complete, where a newer one shows that they were measured in another
-        environment.
+        environment. That of one whose job was an earlier controller's (not `own`) may be the older one, too.
         """
-        entry = self._entry(cell)
-        if not self.before or entry["state"] != "complete":
+        if not (self.policy.accept_drift and self.plan.backend == "slurm"):
             return
-        found = resume.measured(self.run, replace(self.plan, cells=(cell,)), self.status)
-        changed = resume.outdated(self.before, found.get(cell.id, {}))
+        found = resume.measured(self.run, replace(self.plan, cells=(cell,)), self.status).get(cell.id, {})
+        changed = resume.outdated(self.before, found)
         for opened in resume.reopen(self.plan, self.status, changed):
             self._note(f"{opened} runs again: {self.status['cells'][opened]['error']['message']}")
-            del self.before[opened]
+            del self.before[opened]  # once
+            self.reopened.add(opened)
+            self.tried.discard(opened)
+            self._move(next(index for index, each in enumerate(self.plan.cells) if each.id == opened))
+        if not own:
+            self.before[cell.id] = found
         self._write_status()
+
+    # --- jobs of Slurm's that cells have ---------------------------------------------------------------
+
+    @property
+    def _allocation(self) -> dict[str, Any]:
+        """The job, step, sbatch file and named hosts of each cell that shares a job, until its end was seen."""
+        return self.status.setdefault("allocation", {})
+
+    def _over(self, cell: Cell) -> None:
+        """The end of the cell's job, or step, was seen: the next attempt has another."""
+        self.inherited.discard(cell.id)
+        self._allocation.pop(cell.id, None)
 
     def _turn_never_came(self, cell: Cell, shared: Sequence[Any] | None, heard: bool) -> bool:
         """Whether the job that a cell shares ended before the cell's step; so it did for the later ones.
@@ -286,23 +325,45 @@ class Run:
         return True
 
     def _leave_allocation(self) -> None:
-        """Cancel the job that cells share: those that are not complete are submitted anew."""
-        allocation = self.status.get("allocation")
-        if allocation and isinstance(self.transport, Allocations):
-            for job_id in self.transport.leave(allocation, patient=not self.stop.asked):
-                self._note(f"job {job_id} could not be cancelled, it may go on: Slurm does not answer")
+        """Cancel the jobs that cells share: those that are not complete are submitted anew."""
+        if isinstance(self.transport, Allocations) and self._allocation:
+            self._cancel({job_id for job_id, *_ in self._allocation.values()})
+
+    def _leave_rest(self) -> None:
+        """The user stopped the run: its jobs are cancelled, and the cells whose turn had not come are so, too."""
+        going_on = {*self._allocation, *self.inherited}
+        heard = not isinstance(self.transport, Allocations) or self._cancel(None)
+        for index in self._pending():
+            cell = self.plan.cells[index]
+            # What an earlier controller said of a cell still holds.
+            if heard if cell.id in going_on else self._entry(cell)["state"] == "planned":
+                self._cell_state(cell, "cancelled")
+
+    def _cancel(self, job_ids: set[str] | None) -> bool:
+        """Cancel these jobs of the run, or all; returns whether Slurm heard it. Cells that had one have none then."""
+        assert isinstance(self.transport, Allocations)
+        if not self.transport.leave(self.plan, job_ids, patient=not self.stop.asked):
+            self._note("Slurm does not answer: jobs of this run may go on; `runner runs stop` cancels them")
+            return False
+        for cell in [cell for cell, (job_id, *_) in self._allocation.items() if job_ids is None or job_id in job_ids]:
+            del self._allocation[cell]
+            self.inherited.discard(cell)
+        return True
 
     def _left_to_slurm(self) -> set[str]:
         """Cells whose jobs an earlier controller left behind: they go on without one, and are followed first."""
         if self.plan.backend != "slurm":
             return set()
-        shared = self.status.get("allocation", {})
-        return {
+        left = {
             cell
             for cell, entry in self.status["cells"].items()
             if (entry["error"] or {}).get("kind") in (None, "slurm_unreachable")
-            and (cell in shared or (entry["started"] and entry["state"] == "incomplete"))
+            and entry["state"] != "complete"
+            and (cell in self._allocation or (entry["started"] and entry["state"] == "incomplete"))
         }
+        for cell in self._allocation.keys() - left:
+            del self._allocation[cell]
+        return left
 
     def _recover(self, cell: Cell) -> bool:
         """Whether the cell had ended well when its controller died; what it measured is taken then."""
@@ -329,7 +390,6 @@ class Run:
         self.run.set_aside(cell.id, entry["attempt"])
         last = {key: entry[key] for key in ("state", "started", "ended", "error", "job", "hosts")}
         self.status["cells"][cell.id] = cell_status(entry["attempt"] + 1, [*entry["attempts"], last])
-        self.status.get("allocation", {}).pop(cell.id, None)
         self.records = [record for record in self.records if record.cell != cell.id]
         # The old rendezvous may still hold its port.
         port = PORTS[(cell.master_port - PORTS[0] + 1) % len(PORTS)]
@@ -378,15 +438,23 @@ class Run:
         )
         self._leave_allocation()  # its steps have their nodes
         for later, cell in enumerate(self.plan.cells[index:], start=index):
-            if bad not in cell.hosts or self._entry(cell)["state"] == "complete":
+            if self._entry(cell)["state"] == "complete" or self._move(later):
                 continue
-            keep = [self.plan.node(host) for host in cell.hosts if host not in self.bad]
-            more = [node for node in reversed(good) if node not in keep][: cell.num_nodes - len(keep)]
-            if len(keep) + len(more) == cell.num_nodes:
-                self._amend(later, place(cell, [*keep, *more], self.plan, self.transport.ssh_config))
-            elif self._entry(cell)["error"] is None:
+            if self._entry(cell)["error"] is None:
                 why = f"needs {cell.num_nodes} nodes, {len(good)} are good: {error['message']}"
                 self._cell_state(cell, "failed", {**error, "message": why, "stderr": []})
+
+    def _move(self, index: int) -> bool:
+        """Place a cell on good nodes only; returns whether there are enough."""
+        cell = self.plan.cells[index]
+        if not self.bad & set(cell.hosts):
+            return True
+        keep = [self.plan.node(host) for host in cell.hosts if host not in self.bad]
+        good = [node for node in reversed(self.plan.nodes) if node.name not in self.bad and node not in keep]
+        nodes = [*keep, *good[: cell.num_nodes - len(keep)]]
+        if len(nodes) == cell.num_nodes:
+            self._amend(index, place(cell, nodes, self.plan, self.transport.ssh_config))
+        return len(nodes) == cell.num_nodes
 
     def _good_spare(self) -> Node | None:
         for spare in self.plan.spares:
@@ -435,8 +503,8 @@ class Run:
             for stream in streams.values():
                 stream.close()
         cell = watch.cell
-        if self.stop.asked:
-            self._leave_allocation()
+        if self.stop.asked and isinstance(self.transport, Allocations):
+            self._leave_allocation()  # before its next step begins
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
             state, error = "incomplete", fault
@@ -480,9 +548,8 @@ class Run:
             self._cell_state(placed, "running")
             return placed
 
-        pending = [each for each in self.plan.cells[index:] if self._entry(each)["state"] != "complete"]
-        allocation = self.status.setdefault("allocation", {})
-        return Course(self._entry(cell), pending, allocation, on_job, on_placed)
+        pending = [self.plan.cells[each] for each in self._sharing(index)]
+        return Course(self._entry(cell), pending, self._allocation, on_job, on_placed)
 
     def _judge(self) -> dict[str, Any]:
         self.display.at(1, 1, "writing the report")
@@ -524,7 +591,7 @@ def execute(
     """
     process.allow_open_files()
     # Slurm keeps its jobs apart by itself.
-    held = {} if plan.backend == "slurm" else {node.name: node.endpoint for node in (*plan.nodes, *plan.spares)}
+    held = {} if plan.backend == "slurm" else {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
     with ExitStack() as stack:
         stack.enter_context(hold_nodes(state, held, plan.run_id))
         if not run.plan.exists():

@@ -348,10 +348,11 @@ def _resume(
 
     run = RunDir.find(results, name)
     display = Display(quiet=as_json)
+    resume.refuse_running(run, display.note)
     with ExitStack() as stack:
         if not dry_run:  # before anything is read that another controller may change
             stack.enter_context(run.alive())
-        planned = resume.load(run, display.note)
+        planned = resume.load(run)
         inventory = read_inventory(source if source is not None else planned.inventory)
         aliases = {node.name: node.alias for node in planned.nodes}
         remote = planned.backend != "local"

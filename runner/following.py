@@ -100,7 +100,7 @@ def wait(
     settings = commands.settings
     began = answered = time.monotonic()
     stuck, before, given_up = None, None, None
-    with _left_at_once(commands, job_id), _threads() as pool:
+    with left_at_once(commands, job_id), _threads() as pool:
         look = _Repeated(pool, ask)
         while not stopped():
             time.sleep(backends.POLL_S)
@@ -128,7 +128,7 @@ def wait(
                 given_up = f"its reason is {info.reason or 'not given'}; allow it longer with slurm.wait_s"
             if given_up:
                 break
-    commands.cancel(job_id)
+        commands.cancel(job_id)
     if given_up:
         waited_s = time.monotonic() - began
         raise NotStarted(f"job {job_id} waited {waited_s:.0f} s and was cancelled: {given_up}")
@@ -136,7 +136,7 @@ def wait(
 
 
 @contextmanager
-def _left_at_once(commands: Slurm, job_id: str) -> Iterator[None]:
+def left_at_once(commands: Slurm, job_id: str) -> Iterator[None]:
     """Whoever leaves without waiting for an orderly end leaves no job behind, if Slurm answers."""
     try:
         yield
@@ -228,7 +228,7 @@ def converse(
     """
     for folder in follow.folders.values():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _left_at_once(follow.slurm, follow.job_id), _threads() as pool:
+    with left_at_once(follow.slurm, follow.job_id), _threads() as pool:
         return _Conversation(follow, talks, on_message, word, patience_s).run(pool)
 
 

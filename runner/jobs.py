@@ -134,10 +134,10 @@ class Slurm:
                     self.cancel(found, patient=False)
             raise
 
-    def named(self, beginning: str) -> list[str]:
-        """The ids of the jobs that wait or run, and whose name begins so."""
+    def of_run(self, run_id: str) -> list[str]:
+        """The ids of the run's jobs that wait or run, by their names, which no other run has."""
         rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%A %j"]).splitlines())
-        return sorted({row[0] for row in rows if len(row) == 2 and row[1].startswith(beginning)})
+        return sorted({row[0] for row in rows if len(row) == 2 and row[1].startswith(f"shakedown-{run_id}-")}, key=int)
 
     def test_only(self, script: str) -> str | None:
         """Why Slurm would refuse the sbatch file, or None."""

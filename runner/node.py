@@ -285,7 +285,7 @@ class Cell:
         outcome = {
             "schema": 1,
             "host": self.request["host"],
-            "attempt": self.request["attempt"],
+            "attempt": self.request.get("attempt", 1),  # a job that waits may be of an earlier version
             "rc": rc,
             "stopped": self.leash.reason,
             "error": self.error,

@@ -442,7 +442,7 @@ def _play(
             click.echo(json.dumps(plan, indent=1) if as_json else _described(plan))
             return errors.EXIT_OK
         started = time.monotonic()
-        with hold({node.name: node.endpoint for node in nodes}):
+        with hold({node.endpoint: node.name for node in nodes}):
             display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
             board, state, said = carry_out(call, nodes, display, folder)
     elapsed_s = time.monotonic() - started

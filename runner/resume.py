@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,15 +16,20 @@ from runner.rundir import PULSES_S, RunDir
 Environments = Mapping[str, Mapping[str, str]]  # host -> property -> value
 
 
-def load(run: RunDir, note: Callable[[str], None] = lambda text: None) -> Plan:
-    """The plan of a run that nobody else carries out at the moment; `note` is told what takes some seconds."""
-    pid = run.controller()
-    if pid not in (None, os.getpid()):
+def refuse_running(run: RunDir, note: Callable[[str], None]) -> None:
+    """Raise UsageError for a run that somebody carries out; `note` is told what takes some seconds.
+
+    To be asked before the run is held: who holds it shows that he lives himself.
+    """
+    if (pid := run.controller()) is not None:
         raise UsageError(f"run {run.run_id} is running (process {pid}): `runner runs show {run.run_id}` shows it")
     if other := run.elsewhere():
         note(f"seeing for {PULSES_S:g} s whether {other} still carries out run {run.run_id}")
         if run.beats():
             raise UsageError(f"run {run.run_id} is carried out on {other}: `runner runs stop` stops it there")
+
+
+def load(run: RunDir) -> Plan:
     return Plan.from_dict(run.read_plan())
 
 

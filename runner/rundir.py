@@ -314,14 +314,14 @@ class RunDir:
 
 @contextlib.contextmanager
 def hold_nodes(state: Path, endpoints: Mapping[str, str], run_id: str) -> Iterator[None]:
-    """Keep this user's other runs and set-ups away from nodes, given as name -> endpoint; raises naming who holds one.
+    """Keep this user's other runs and set-ups away from nodes, given as endpoint -> name; raises naming who holds one.
 
     The kernel drops the locks when the holder dies, so none is ever stale.
     """
     locks = state / "nodes"
     locks.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for host, endpoint in sorted(endpoints.items(), key=lambda item: item[1]):
+        for endpoint, host in sorted(endpoints.items()):
             file = stack.enter_context(open(locks / endpoint, "a+"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -130,7 +130,7 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
     run = RunDir.find(results, name)
     if elsewhere := run.elsewhere():
         click.echo(f"seeing for {PULSES_S:g} s whether {elsewhere} still carries it out", err=True)
-        if run.beats():
+        if run.beats() or run.controller() is not None:  # it may be stopped itself, and hold its run
             raise errors.UsageError(f"run {run.run_id} is carried out on {elsewhere}: stop it there")
     pid = run.controller()
     if pid is None:
@@ -464,20 +464,9 @@ def _stop_jobs(run: RunDir, wait: bool) -> None:
     over = f"run {run.run_id} is not running: its state is {status['state']}"
     if not plan.get("slurm") or status["state"] == "complete":
         raise errors.UsageError(over)
-    commands = _slurm(run, plan)
-    shared = status.get("allocation", {})
-    ids = {
-        str(job_id)
-        for name, cell in status["cells"].items()
-        for job_id in ((cell.get("job") or {}).get("id"), shared.get(name, [None])[0])
-        if job_id and cell["state"] not in ("complete", "failed")
-    }
-    ids.update(commands.named(f"shakedown-{run.run_id}-"))  # killed while it submitted one, it noted no id
-    if not ids:
-        raise errors.UsageError(over)
-    cancelled = cancel_jobs(commands, run.run_id, sorted(ids), wait)
+    cancelled = cancel_jobs(_slurm(run, plan), run.run_id, wait)
     if not cancelled:
-        raise errors.UsageError(f"{over}; none of its jobs waits or runs: {', '.join(sorted(ids))}")
+        raise errors.UsageError(f"{over}; none of its jobs waits or runs")
     click.echo(f"run {run.run_id} had no controller; cancelled {', '.join(f'job {job_id}' for job_id in cancelled)}")
 
 
@@ -502,33 +491,20 @@ def _slurm(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
     return jobs.Slurm(settings, by_word(nodes).get(settings.login, other), str(config))
 
 
-def cancel_jobs(
-    commands: Slurm, run_id: str, ids: Sequence[str], wait: bool, sleep: Callable[[float], None] = time.sleep
-) -> list[str]:
-    """Cancel those of `ids` that Slurm still has under this run's name, since ids are used again; returns them.
+def cancel_jobs(commands: Slurm, run_id: str, wait: bool, sleep: Callable[[float], None] = time.sleep) -> list[str]:
+    """Cancel the jobs that Slurm still has of a run; returns their ids.
 
     With `wait` it returns when they have ended; raises InfrastructureError when Slurm does not get that done.
     """
-
-    def left(of: Sequence[str]) -> list[str]:
-        known = commands.poll(of)
-        return [
-            job_id
-            for job_id in of
-            if job_id in known
-            and known[job_id].state in ("waiting", "running", "ending")
-            and known[job_id].name.startswith(f"shakedown-{run_id}")
-        ]
-
-    cancelled = left(ids)
+    cancelled = commands.of_run(run_id)
     for job_id in cancelled:
         commands.cancel(job_id)
     waited = 0.0
-    while wait and (still := left(cancelled)):
+    while wait and (still := set(commands.of_run(run_id)) & set(cancelled)):
         if waited > ANSWER_S:
+            left = ", ".join(f"job {job_id}" for job_id in sorted(still))
             raise errors.InfrastructureError(
-                f"{', '.join(f'job {job_id}' for job_id in still)} cancelled {_span(waited)} ago and not ended: "
-                "look at `squeue` and at slurmd on its nodes"
+                f"{left} cancelled {_span(waited)} ago and not ended: look at `squeue` and at slurmd on its nodes"
             )
         sleep(POLL_S)
         waited += POLL_S

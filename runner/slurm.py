@@ -183,6 +183,11 @@ def wanted_gres(gpus_per_node: int, device: str, settings: Settings) -> str | No
     return settings.gres or (f"gpu:{gpus_per_node}" if device == "cuda" else None)
 
 
+def cells_of(script: str) -> list[str]:
+    """The cells of an sbatch file that `render` made, in the order of their steps."""
+    return re.findall(r"^srun --job-name=(\S+) ", script, re.MULTILINE)
+
+
 def render(job: Job, settings: Settings) -> str:
     """The job as one sbatch file. Nothing in it is expanded by the batch shell but exit statuses.
 

@@ -53,6 +53,15 @@ def test_what_ends_by_itself_is_waited_for_until_the_user_stops():
     assert info.state == "cancelled"
 
 
+def test_who_leaves_while_a_job_is_cancelled_cancels_it_nevertheless():
+    """The second Ctrl-C ends the command that the first one started."""
+    commands = Held("Priority")
+    commands.answers["scancel"] = iter([KeyboardInterrupt(), ""])
+    with pytest.raises(KeyboardInterrupt):
+        following.wait(cluster(commands), "7", lambda info: None, stopped=lambda: True)
+    assert commands.named("scancel") == [["scancel", "7"]] * 2
+
+
 # --- listening ------------------------------------------------------------------------------------
 
 

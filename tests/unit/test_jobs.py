@@ -163,7 +163,7 @@ def test_who_leaves_while_a_job_is_submitted_leaves_none_behind():
 
 def test_the_jobs_of_a_run_are_found_by_the_beginning_of_their_names():
     commands = Commands(squeue=["41 shakedown-r-c-1\n42 shakedown-r2-c-1\n43 other job\n40 shakedown-r-all-c-1\n"])
-    assert cluster(commands).named("shakedown-r-") == ["40", "41"]
+    assert cluster(commands).of_run("r") == ["40", "41"]
 
 
 def test_cancelling_what_is_over_is_no_error_and_what_is_refused_is():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -252,7 +251,7 @@ def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path):
     with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE) as controller:
         assert controller.stdout and controller.stdout.readline()
         with pytest.raises(UsageError, match=f"is running .process {controller.pid}"):
-            resume.load(run)
+            resume.refuse_running(run, print)
         with pytest.raises(UsageError, match="is running"), run.alive():
             pass
         controller.kill()
@@ -266,9 +265,69 @@ def test_a_run_that_is_carried_out_on_another_machine_is_refused_while_that_live
     run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
     notes: list[str] = []
     with beating(run), pytest.raises(UsageError, match=r"carried out on login2 \(process 4711\)"):
-        resume.load(run, notes.append)
+        resume.refuse_running(run, notes.append)
     assert notes == [f"seeing for 15 s whether login2 (process 4711) still carries out run {run.run_id}"]
-    assert resume.load(run).run_id == run.run_id, "it died there"
+    resume.refuse_running(run, notes.append)  # it died there
+
+
+def test_a_run_whose_controller_died_on_another_machine_is_taken_up(cluster, tmp_path, beating):
+    """Whoever holds a run shows that he lives, and must not take himself for the other."""
+    _, run = interrupted(cluster, tmp_path)
+    run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
+    resume.refuse_running(run, print)
+    with run.alive():
+        _, status, _ = carry_out(resume.load(run))
+    assert set(states(status).values()) == {"complete"}
+
+
+class Measured(Nodes):
+    """As agents leave a cell, with its outcome; the user stops the run in the cell `stopped_in`."""
+
+    stopped_in: str | None = None
+
+    def converse(self, planned, cell, watch, data, course):
+        if cell.id == self.stopped_in:
+            self.tried.append((cell.id, cell.hosts, cell.master_port))
+            watch.stop.asked = True
+            return None
+        fault = super().converse(planned, cell, watch, data, course)
+        for host in cell.hosts:
+            outcome = {"rc": 0, "error": None, "attempt": cell.attempt}
+            (self.run.cell(host, cell.id) / "outcome.json").write_text(json.dumps(outcome))
+        return fault
+
+
+def measure(built, run, policy=None, faults=(), stopped_in=None, torch="2.13.0") -> list[str]:
+    """Carry out what is missing; the cells that ran."""
+    nodes = Measured(run, *faults)
+    nodes.stopped_in, nodes.facts = stopped_in, {**FACTS, "packages": {"torch": torch}}
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy or bench.Policy(), Reach())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    return [cell.removeprefix("torch-").removesuffix("-r1") for cell, *_ in nodes.tried]
+
+
+def versions(run: RunDir) -> set[str]:
+    """The versions of torch that the results were measured with."""
+    seen = run.read_facts(run.read_plan())
+    return {observed["packages"]["torch"] for hosts in seen.values() for observed in hosts.values()}
+
+
+def missing(run: RunDir, cell: str, kind: str = "hung") -> None:
+    status = run.read_status()
+    status["cells"][cell].update(state="incomplete", error=blame.error(kind, "planted"))
+    run.write_status(status)
+
+
+def test_a_cell_that_does_not_stand_is_not_taken_for_measured_after_a_stop(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2))
+    run = RunDir.create(tmp_path, built.to_dict())
+    measure(built, run)
+    for cell in ("torch-1n-r1", "torch-2n-r1"):
+        missing(run, cell, "plan_changed")
+    assert measure(resume.load(run), run, stopped_in="torch-1n-r1") == ["1n"]
+    assert run.read_status()["cells"]["torch-2n-r1"]["error"]["kind"] == "plan_changed"
+    assert measure(resume.load(run), run) == ["1n", "2n"]
 
 
 def test_an_edited_plan_measures_its_cells_again(cluster, tmp_path):
@@ -600,6 +659,61 @@ def test_cells_of_an_older_environment_run_again_once_a_newer_one_has_shown_that
     assert sorted(record.cell for record in run.read_records()) == ["torch-1n-r1", "torch-2n-r1", "torch-2n-r1"]
 
 
+DRIFT = bench.Policy(accept_drift=True)
+
+
+def three_measured(cluster: Inventory, tmp_path: Path, spares: int = 0) -> RunDir:
+    """A run through Slurm, all of whose three cells were measured with torch 2.13.0."""
+    built = replace(planned(cluster, tmp_path, counts=(1, 2, 3), spares=spares), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    assert measure(built, run) == ["1n", "2n", "3n"]
+    return run
+
+
+def test_what_was_complete_runs_after_what_was_missing(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path)
+    missing(run, "torch-2n-r1")
+    missing(run, "torch-3n-r1")
+    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["2n", "3n", "1n"]
+    assert versions(run) == {"2.12.1"}
+
+
+def test_what_is_to_be_measured_again_is_so_after_a_stop_too(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path)
+    missing(run, "torch-3n-r1")
+    stopped = measure(resume.load(run), run, DRIFT, stopped_in="torch-1n-r1", torch="2.12.1")
+    assert stopped == ["3n", "1n"]
+    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["1n", "2n"]
+    assert versions(run) == {"2.12.1"}
+
+
+def test_a_cell_that_ended_without_its_controller_may_be_of_the_older_environment(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path)
+    missing(run, "torch-3n-r1")
+    status = run.read_status()
+    status["state"] = "running"
+    status["cells"]["torch-2n-r1"].update(state="running", ended=None, plan_hash=None)
+    run.write_status(status)
+    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["3n", "1n", "2n"]
+    assert versions(run) == {"2.12.1"}
+
+
+def test_what_is_measured_again_is_not_so_on_a_node_that_was_given_up(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path, spares=1)
+    missing(run, "torch-3n-r1")
+    policy = bench.Policy(0, True, True)
+    fault = ("3n", "node_failed", NAMES[0])
+    assert measure(resume.load(run), run, policy, [fault], torch="2.12.1") == ["3n", "3n", "1n", "2n"]
+    assert set(states(run.read_status()).values()) == {"complete"}
+    assert all(NAMES[0] not in cell["hosts"] for cell in run.read_plan()["cells"])
+
+
+def test_over_ssh_nodes_were_asked_already_and_nothing_more_runs_again(cluster, tmp_path):
+    """Nodes may differ among each other, and a newer cell may run on others."""
+    _, run = interrupted(cluster, tmp_path)
+    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["2n"]
+
+
 def test_what_differs_between_nodes_anyway_is_no_change():
     old = {"driver": "570", "torch": "2.13.0"}
     before = {"a": {"n1": old, "n2": {**old, "driver": "580"}}}
@@ -629,7 +743,8 @@ def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
 
 class Together(allocations.Allocations):
     """Cells share jobs, whose commands are stand-ins: each sbatch gives the next number, from 7. `faults` are by
-    (job, step): an error, after which the job has ended, or "stop", when the user stops the run there.
+    (job, step): an error, after which the job has ended unless a rank crashed, or "stop", when the user stops the run
+    there, or "silent", when Slurm does not hear of that.
     """
 
     def __init__(self, run: RunDir, commands: Commands, faults: dict) -> None:
@@ -640,18 +755,54 @@ class Together(allocations.Allocations):
         job_id, step, script = self._submit(planned, cell, data, course)
         self.tried.append((cell.num_nodes, job_id, step))
         fault = self.faults.get((job_id, step))
+        if isinstance(fault, dict) and fault["kind"] == "rank_crashed":  # the job goes on
+            watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
+            return fault
         if isinstance(fault, dict):
             course.on_job(slurm.JobInfo(job_id, script.stem, "time_limit", "TIMEOUT", "", (), None))
             return fault
         if fault == "stop":
             watch.stop.asked = True
             return None
+        if fault == "silent":
+            watch.stop.asked = True
+            return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
         watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
         watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
         return None
 
 
-def together(cluster: Inventory, tmp_path: Path, faults: dict, spares: int = 0) -> tuple[Together, Commands, bench.Run]:
+class Queue(Commands):
+    """A Slurm that numbers jobs from `first` on and has them in its queue until they are cancelled."""
+
+    def __init__(self, cluster: Inventory, first: int) -> None:
+        names = "".join(slurm.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in cluster.nodes)
+        super().__init__(sinfo=[names], scontrol=["PartitionName=p"], squeue=[""], scancel=[""], sbatch=[""])
+        self.jobs: dict[str, str] = {}
+        self.next = first
+        self.silent = False
+
+    def __call__(self, argv, **options):
+        if argv[0] == "sbatch":
+            name = re.search("--job-name=(.*)", options["input"])
+            assert name
+            self.jobs[str(self.next)] = name[1]
+            self.answers["sbatch"] = iter([f"{self.next}\n"])
+            self.next += 1
+        elif argv[0] == "squeue":
+            self.answers["squeue"] = iter(["".join(f"{job} {name}\n" for job, name in self.jobs.items())])
+        elif argv[0] == "scancel" and self.silent:
+            self.answers["scancel"] = iter([(1, DOWN)])
+        elif argv[0] == "scancel":
+            self.jobs.pop(argv[-1], None)
+            self.answers["scancel"] = iter([""])
+        return super().__call__(argv, **options)
+
+
+def together(
+    cluster: Inventory, tmp_path: Path, faults: dict, spares: int = 0, drift: bool = False
+) -> tuple[Together, Queue, bench.Run]:
+    """A run whose three cells share a job, or that run taken up again."""
     built = planned(cluster, tmp_path, counts=(1, 2, 3), spares=spares)
     built = replace(built, backend="slurm", one_allocation=True)
     run = RunDir(Path(built.run_dir))
@@ -659,13 +810,10 @@ def together(cluster: Inventory, tmp_path: Path, faults: dict, spares: int = 0) 
         built = resume.load(run)
     else:
         RunDir.create(tmp_path, built.to_dict())
-    ids = itertools.count(7 + len(list(run.path.glob("slurm/*.sbatch"))))
-    names = "".join(slurm.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in cluster.nodes)
-    commands = Commands(sinfo=[names], scontrol=["PartitionName=p"], squeue=[""], scancel=[""])
-    commands.answers["sbatch"] = (f"{number}\n" for number in ids)
-    carrier = Together(run, commands, faults)
-    policy = bench.Policy(0, spares > 0)
-    return carrier, commands, bench.Run(built, run, carrier, Display(quiet=True), None, policy, Reach())
+    queue = Queue(cluster, 7 + len(list(run.path.glob("slurm/*.sbatch"))))
+    carrier = Together(run, queue, faults)
+    policy = bench.Policy(0, spares > 0, drift)
+    return carrier, queue, bench.Run(built, run, carrier, Display(quiet=True), None, policy, Reach())
 
 
 def test_cells_share_one_job(cluster, tmp_path):
@@ -696,10 +844,11 @@ def test_after_a_stop_what_is_missing_shares_one_job_again(cluster, tmp_path):
 
 
 def test_a_job_that_could_not_be_cancelled_is_followed_again(cluster, tmp_path):
-    carrier, commands, carried = together(cluster, tmp_path, {("7", 1): "stop"})
-    commands.answers["scancel"] = itertools.repeat((1, DOWN))
+    carrier, commands, carried = together(cluster, tmp_path, {("7", 1): "silent"})
+    commands.silent = True
     carried.execute({})
-    assert "job 7 could not be cancelled" in carrier.run.log.read_text()
+    assert "jobs of this run may go on" in carrier.run.log.read_text()
+    assert list(states(carrier.run.read_status()).values()) == ["complete", "incomplete", "planned"]
     carrier, _, carried = together(cluster, tmp_path, {})
     carried.execute({})
     assert carrier.tried == [(2, "7", 1), (3, "7", 2)]
@@ -718,3 +867,81 @@ def test_a_node_that_is_given_up_is_in_no_later_cell_of_a_shared_job(cluster, tm
 
 def _lists(script: str) -> list[str]:
     return re.findall(r"--nodelist=(\S+)", script)
+
+
+def failed(kind: str = "rank_crashed") -> dict:
+    return blame.error(kind, "planted")
+
+
+def test_cells_that_had_started_share_the_next_job_with_those_that_had_not(cluster, tmp_path):
+    carrier, _, carried = together(cluster, tmp_path, {("7", 0): failed(), ("7", 1): "stop"})
+    carried.execute({})
+    carrier, queue, carried = together(cluster, tmp_path, {})
+    carried.execute({})
+    assert carrier.tried == [(1, "8", 0), (2, "8", 1), (3, "8", 2)]
+    assert [cell["attempt"] for cell in carrier.run.read_status()["cells"].values()] == [2, 2, 1]
+    assert list(queue.jobs) == ["8"], "and no other was submitted"
+
+
+def test_a_cell_that_was_given_up_is_in_no_later_job(cluster, tmp_path):
+    never = {("7", step): failed("time_limit") for step in (0, 1)}
+    carrier, _, carried = together(cluster, tmp_path, never | {("8", 0): failed("time_limit")})
+    carried.execute({})
+    assert carrier.tried == [(1, "7", 0), (2, "7", 1), (2, "8", 0), (3, "8", 1)]
+    script = next(carrier.run.path.glob("slurm/*all-torch-2n-r1-2.sbatch")).read_text()
+    assert slurm.cells_of(script) == ["torch-2n-r1", "torch-3n-r1"]
+
+
+def test_only_jobs_of_the_run_that_have_not_ended_are_cancelled(cluster, tmp_path):
+    _, _, carried = together(cluster, tmp_path, {("7", 0): failed()})
+    carried.execute({})
+    _, queue, carried = together(cluster, tmp_path, {("8", 0): "stop"})
+    queue.jobs["7"] = "somebody-elses-with-this-number"
+    carried.execute({})
+    assert queue.named("scancel") == [["scancel", "8"]]
+
+
+def test_a_job_that_an_earlier_controller_left_is_cancelled_by_a_stop_as_well(cluster, tmp_path):
+    _, _, carried = together(cluster, tmp_path, {("7", 0): "stop"})
+    queue, run = carried.transport.cluster._execute, carried.run
+    status = run.read_status()
+    job = {"id": "6", "state": "running"}
+    status["cells"]["torch-2n-r1"].update(state="incomplete", started="2026-01-01T00:00:00Z", job=job)
+    run.write_status({**status, "state": "incomplete"})
+    carried = bench.Run(carried.plan, run, carried.transport, Display(quiet=True), None, bench.Policy(), Reach())
+    queue.jobs["6"] = f"shakedown-{run.run_id}-torch-2n-r1-1"
+    carried.execute({})
+    assert queue.jobs == {} and set(states(run.read_status()).values()) == {"cancelled"}
+
+
+def test_a_cell_whose_shared_job_is_gone_has_no_retry_more_than_asked_for(cluster, tmp_path):
+    carrier, _, carried = together(cluster, tmp_path, {})
+    status = carrier.run.read_status()
+    status["allocation"] = {cell.id: ["7", step, "all", *cell.hosts] for step, cell in enumerate(carried.plan.cells)}
+    cell = status["cells"]["torch-1n-r1"]
+    cell.update(state="running", started="2026-01-01T00:00:00Z", hosts=NAMES[:1], job={"id": "7", "state": "running"})
+    carrier.run.write_status({**status, "state": "running"})
+    carrier.run.slurm("all").parent.mkdir()
+    carrier.run.slurm("all").write_text("")
+    never = {("7", step): failed("time_limit") for step in (0, 1, 2)}
+    carrier, _, carried = together(cluster, tmp_path, never | {("8", 0): failed(), ("9", 1): failed()})
+    carried.execute({})
+    assert [job for nodes, job, _ in carrier.tried if nodes == 3] == ["9"]
+
+
+def test_a_job_whose_id_was_never_noted_has_the_cells_of_its_file(cluster, tmp_path):
+    """Killed during sbatch: Slurm knows the job by its name."""
+    carrier, _, carried = together(cluster, tmp_path, {("7", 0): failed(), ("7", 1): failed("time_limit")})
+    carried.execute({})
+    run = carrier.run
+    missed = slurm.render(carrier.job(carried.plan, "x", carried.plan.cells[1:], None), carrier.settings(carried.plan))
+    run.slurm(f"shakedown-{run.run_id}-all-torch-2n-r1-1").write_text(missed)
+    status = run.read_status()
+    for name in ("torch-2n-r1", "torch-3n-r1"):
+        status["cells"][name].update(state="planned", started=None, ended=None, error=None, job=None, attempt=1)
+    status["cells"]["torch-2n-r1"].update(state="incomplete", started="2026-01-01T00:00:00Z")
+    run.write_status({**status, "state": "incomplete", "allocation": {}})
+    carrier, _, carried = together(cluster, tmp_path, {})
+    carrier.cluster.find = {f"shakedown-{run.run_id}-all-torch-2n-r1-1": "5"}.get
+    carried.execute({})
+    assert carrier.tried[1:] == [(2, "5", 0), (3, "5", 1)]

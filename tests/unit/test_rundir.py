@@ -72,21 +72,20 @@ def test_a_controller_shows_that_it_lives(tmp_path, monkeypatch):
 
 
 def test_a_second_run_on_the_same_nodes_is_refused_naming_the_first(tmp_path):
-    node = {name: f"10.0.0.{number}:22" for number, name in enumerate("abc")}
     with (
-        rundir.hold_nodes(tmp_path, {"a": node["a"], "b": node["b"]}, "run-1"),
+        rundir.hold_nodes(tmp_path, {"10.0.0.1:22": "a", "10.0.0.2:22": "b"}, "run-1"),
         pytest.raises(InfrastructureError, match="b is in use by run run-1"),
-        rundir.hold_nodes(tmp_path, {"b": node["b"], "c": node["c"]}, "run-2"),
+        rundir.hold_nodes(tmp_path, {"10.0.0.2:22": "b", "10.0.0.3:22": "c"}, "run-2"),
     ):
         pass
-    with rundir.hold_nodes(tmp_path, {"b": node["b"], "c": node["c"]}, "run-3"):
+    with rundir.hold_nodes(tmp_path, {"10.0.0.2:22": "b", "10.0.0.3:22": "c"}, "run-3"):
         pass
 
 
 def test_nodes_of_two_clusters_may_have_the_same_names(tmp_path):
     with (
-        rundir.hold_nodes(tmp_path, {"node001": "10.0.0.1:22"}, "run-1"),
-        rundir.hold_nodes(tmp_path, {"node001": "10.7.0.1:22"}, "run-2"),
+        rundir.hold_nodes(tmp_path, {"10.0.0.1:22": "node001"}, "run-1"),
+        rundir.hold_nodes(tmp_path, {"10.7.0.1:22": "node001"}, "run-2"),
     ):
         pass
 

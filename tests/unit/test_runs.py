@@ -438,6 +438,18 @@ def test_one_that_died_there_keeps_nobody_from_stopping_what_it_left(tmp_path, b
         runner("stop", "--results", tmp_path)
 
 
+def test_a_controller_there_that_holds_its_run_and_shows_nothing_is_no_process_of_this_machine(
+    tmp_path, beating, controller
+):
+    """It may be suspended; its process id may be another process's here."""
+    run = make(tmp_path, state=status(controller={"host": "login2.example", "pid": 4711}))
+    held = controller(run)
+    with pytest.raises(UsageError, match=r"carried out on login2.example"):
+        runner("stop", "--no-wait", "--results", tmp_path)
+    time.sleep(0.3)
+    assert held.poll() is None
+
+
 def test_where_a_run_that_is_over_was_carried_out_matters_no_more(tmp_path):
     make(tmp_path, state=status("failed", controller={"host": "login2.example", "pid": 4711}))
     assert "login2" not in runner("show", "--results", tmp_path).stdout
@@ -452,47 +464,41 @@ def test_a_controller_of_this_machine_that_died_is_no_other_machines(tmp_path):
 
 
 class Cluster:
-    """Slurm's commands as a stand-in: jobs by id, which end some calls of squeue after they were cancelled."""
+    """Slurm's commands as a stand-in: names of jobs by id, which leave the queue some looks after they were cancelled."""
 
-    def __init__(self, jobs, polls_to_end=1):
-        self.jobs, self.polls_to_end, self.cancelled, self.slept = jobs, polls_to_end, [], 0.0
+    def __init__(self, jobs, looks_to_end=1):
+        self.jobs, self.looks_to_end, self.cancelled, self.slept = jobs, looks_to_end, [], 0.0
 
     def run(self, argv, **_):
-        text = ""
         if argv[0] == "scancel":
             self.cancelled.append(argv[-1])
-        elif argv[0] == "squeue":
-            text = "\n".join(
-                slurm.SEPARATOR.join((job_id, state, "N/A", "", name, "None"))
-                for job_id, (state, name) in self.jobs.items()
-            )
-            if self.cancelled:
-                self.polls_to_end -= 1
-            if self.polls_to_end == 0:
-                self.jobs.update({job_id: ("CANCELLED", self.jobs[job_id][1]) for job_id in self.cancelled})
-        return Outcome(tuple(argv), 0, 0.0, text, "")
+            return Outcome(tuple(argv), 0, 0.0, "", "")
+        if self.cancelled:
+            self.looks_to_end -= 1
+        left = {i: name for i, name in self.jobs.items() if self.looks_to_end >= 0 or i not in self.cancelled}
+        return Outcome(tuple(argv), 0, 0.0, "".join(f"{job_id} {name}\n" for job_id, name in left.items()), "")
 
     def sleep(self, seconds):
         self.slept += seconds
 
-    def cancel(self, *ids, wait=True):
-        return cancel_jobs(jobs.Slurm(slurm.Settings(), run=self.run), RUN, ids, wait, self.sleep)
+    def cancel(self, wait=True):
+        return cancel_jobs(jobs.Slurm(slurm.Settings(), run=self.run), RUN, wait, self.sleep)
 
 
-def test_jobs_left_behind_are_cancelled_by_id_if_they_are_this_runs_and_not_over():
+def test_jobs_left_behind_are_cancelled_by_id_and_those_of_others_are_not():
     cluster = Cluster({
-        "1": ("RUNNING", f"shakedown-{RUN}-{CELLS[0]}"), "2": ("PENDING", f"shakedown-{RUN}-{CELLS[1]}"),
-        "3": ("COMPLETED", f"shakedown-{RUN}-{CELLS[2]}"), "4": ("RUNNING", "somebody-elses-with-this-number"),
+        "1": f"shakedown-{RUN}-{CELLS[0]}-1", "2": f"shakedown-{RUN}-all-{CELLS[1]}-1",
+        "3": f"shakedown-{RUN}0-{CELLS[2]}-1", "4": "somebody else's",
     })  # fmt: skip
-    assert cluster.cancel("1", "2", "3", "4") == ["1", "2"]
+    assert cluster.cancel() == ["1", "2"]
     assert cluster.cancelled == ["1", "2"] and cluster.slept > 0
 
 
 def test_a_job_that_slurm_does_not_end_is_told():
-    cluster = Cluster({"7": ("RUNNING", f"shakedown-{RUN}-{CELLS[0]}")}, polls_to_end=10**6)
+    cluster = Cluster({"7": f"shakedown-{RUN}-{CELLS[0]}-1"}, looks_to_end=10**6)
     with pytest.raises(InfrastructureError, match=r"job 7 cancelled .* ago and not ended"):
-        cluster.cancel("7")
-    assert cluster.cancel("7", wait=False) == ["7"]
+        cluster.cancel()
+    assert cluster.cancel(wait=False) == ["7"]
 
 
 def test_stop_of_a_run_whose_controller_died_cancels_its_job(tmp_path):
@@ -505,10 +511,10 @@ def test_stop_of_a_run_whose_controller_died_cancels_its_job(tmp_path):
     )  # fmt: skip
     queue, programs = tmp_path / "queue", tmp_path / "bin"
     programs.mkdir()
-    queue.write_text(slurm.SEPARATOR.join(("41", "RUNNING", "N/A", "", f"shakedown-{RUN}-{CELLS[0]}-1", "None")))
+    queue.write_text(f"41 shakedown-{RUN}-{CELLS[0]}-1\n")
     for name, script in (
         ("squeue", f"cat {queue}"),
-        ("scancel", f"echo $* >> {queue}.said; sed -i s/RUNNING/CANCELLED/ {queue}"),
+        ("scancel", f"echo $* >> {queue}.said; sed -i d {queue}"),
     ):
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
@@ -519,7 +525,7 @@ def test_stop_of_a_run_whose_controller_died_cancels_its_job(tmp_path):
     assert Path(f"{queue}.said").read_text() == "41\n"
     done = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (
-        2, f"runner: run {RUN} is not running: its state is incomplete; none of its jobs waits or runs: 41\n",
+        2, f"runner: run {RUN} is not running: its state is incomplete; none of its jobs waits or runs\n",
     )  # fmt: skip
 
 
