@@ -122,7 +122,7 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
     """Stop a run in good order.
 
     Its ranks end, and what was measured is gathered and judged. A run without a controller has its
-    recorded Slurm jobs cancelled. Asked a second time, the controller leaves at once.
+    Slurm jobs cancelled. Asked a second time, the controller leaves at once.
     """
     from runner import process
     from runner.rundir import PULSES_S, RunDir
