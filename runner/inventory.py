@@ -130,8 +130,10 @@ def read(source: str, cache: Path) -> Inventory:
     """
     path = Path(source)
     if not path.exists():
-        near = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-        raise unknown("inventory", source, [str(path.parent / name) for name in near])
+        near = sorted({str(hosts.parent) for hosts in path.parent.glob("*/hosts.y*ml")})
+        if not near:
+            raise UsageError(f"no inventory {source}: write one there, or name another with -i")
+        raise unknown("inventory", source, near)
     files = _read_by_ansible(path)
     static = not any(os.access(p, os.X_OK) and p.suffix not in (".yml", ".yaml") for p in files)
     key = hashlib.sha256()

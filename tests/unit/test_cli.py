@@ -58,6 +58,7 @@ def test_help_imports_neither_torch_nor_ansible():
         (["bench", "--backend", "local", "--dry-run"], 2, "for backend ssh"),
         (["bench", "--model", "llama-2-13b", "--dry-run"], 2, "--set sft.gradient_accumulation=8"),
         (["bench", "-i", "inventory/lcal"], 2, "did you mean 'inventory/local'"),
+        (["bench", "-i", "/nope"], 2, "no inventory /nope"),
         (["bench", "-i", "", "--dry-run"], 2, "-i is empty"),
         (["bench", "--hosts", "", "--dry-run"], 2, "--hosts names no node"),
         (["bench", "--test", "torch", "--set", "sft.bogus=1"], 2, "unknown key 'bogus'"),
