@@ -38,7 +38,7 @@ test:
 	time $(MAKE) --no-print-directory lint
 	time $(MAKE) --no-print-directory -j2 --output-sync=target half other-half
 
-HALF := tests/roles tests/unit
+HALF := tests/roles tests/unit $(addprefix tests/local/test_,collectives.py data_prepare.py node.py sft.py)
 
 half:
 	$(VENV)/bin/pytest $(HALF)

@@ -27,7 +27,19 @@ from faults.conftest import (
 )
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_OK
 from runner.rundir import RunDir
-from testbed.benches import RUNNER, Bench, inside, mount, other_content, pause, podman, signal_rank, unmount, until
+from testbed.benches import (
+    RUNNER,
+    Bench,
+    inside,
+    mount,
+    other_content,
+    pause,
+    podman,
+    signal_rank,
+    stop_next_rank,
+    unmount,
+    until,
+)
 from testbed.conftest import Testbed
 
 pytestmark = pytest.mark.testbed
@@ -58,13 +70,7 @@ def limited(slurm3: Testbed) -> Iterator[Bench]:
     assert slurm3.share
     arguments = ("--hosts", "node003", "--repeats", "2", "--set", "slurm.time_limit_s=120", *SHORT)
     bench = Bench(slurm3.inventory, slurm3.share / "limited", *SLURM, *arguments)
-    container = slurm3.nodes[2]["container"]
-
-    def stopped() -> bool:
-        signal_rank(container, "STOP")
-        return "runner.workloads" in inside(container, "ps -eo stat=,args= | grep ^T || true")
-
-    assert until(stopped, 60)
+    stop_next_rank(slurm3.nodes[2]["container"])
     yield bench
     mend(slurm3)
 

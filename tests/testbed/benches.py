@@ -123,11 +123,20 @@ def other_content(container: str, path: Path, text: str) -> None:
     mount(container, "--bind", f"/tmp/{path.name}", str(path))
 
 
-def signal_rank(container: str, name: str) -> None:
-    """Send a signal to the ranks on a node, and to nothing else of it."""
-    inside(
-        container,
+def _to_ranks(name: str) -> str:
+    return (
         'for p in $(pgrep -f "runner.workloads"); do'
         ' grep -qz "^RANK=" /proc/$p/environ && grep -qz "^LOCAL_RANK=" /proc/$p/environ'
-        f" && kill -{name} $p; done; true",
+        f" && kill -{name} $p; done"
     )
+
+
+def signal_rank(container: str, name: str) -> None:
+    """Send a signal to the ranks on a node, and to nothing else of it."""
+    inside(container, f"{_to_ranks(name)}; true")
+
+
+def stop_next_rank(container: str) -> None:
+    """Stop the next rank that starts on a node, soon after it has."""
+    stopped = 'ps -eo stat=,args= | grep -q "^T.*runner.workloads"'
+    inside(container, f"for i in $(seq 600); do {_to_ranks('STOP')}; {stopped} && exit 0; sleep 0.1; done; exit 1")
