@@ -106,9 +106,9 @@ class Run:
                 except InfrastructureError:
                     self._save("failed")
                     raise
-                while not self.stop.asked and (index := self._next()) is not None:
-                    self.tried.add(self.plan.cells[index].id)
-                    self._settle(index)
+                while not self.stop.asked and (pending := self._pending()):
+                    self.tried.add(self.plan.cells[pending[0]].id)
+                    self._settle(pending[0])
                 if self.stop.asked:
                     self._leave_rest()
             states = {c["state"] for c in self.status["cells"].values()}
@@ -119,16 +119,12 @@ class Run:
 
     def _pending(self) -> list[int]:
         """The cells, as they are planned by now, that are still to run; those that were complete come last."""
-        cells = enumerate(self.plan.cells)
         left = [
             index
-            for index, cell in cells
+            for index, cell in enumerate(self.plan.cells)
             if self._entry(cell)["state"] != "complete" and cell.id not in self.tried and not self.bad & set(cell.hosts)
         ]
         return sorted(left, key=lambda index: self.plan.cells[index].id in self.reopened)
-
-    def _next(self) -> int | None:
-        return next(iter(self._pending()), None)
 
     def left_at_once(self) -> None:
         """Note what a controller leaves that has no time: Slurm's jobs may go on, ranks over ssh end with it."""
