@@ -75,8 +75,9 @@ class Run:
         self.inherited = self._left_to_slurm()
         self.tried: set[str] = set()
         # Under Slurm only a new cell shows whether nodes have changed since these were measured.
+        self.compares = policy.accept_drift and plan.backend == "slurm"
         self.before: dict[str, resume.Environments] = {}
-        if policy.accept_drift:
+        if self.compares:
             self.before |= resume.measured(run, plan, self.status)
         self.reopened: set[str] = set()
         self.records = self._kept_records()
@@ -283,7 +284,7 @@ class Run:
         """Have cells run again that were complete, where a newer one shows that they were measured in another
         environment. That of one whose job was an earlier controller's (not `own`) may be the older one, too.
         """
-        if not (self.policy.accept_drift and self.plan.backend == "slurm"):
+        if not self.compares:
             return
         found = resume.measured(self.run, replace(self.plan, cells=(cell,)), self.status).get(cell.id, {})
         changed = resume.outdated(self.before, found)
