@@ -494,13 +494,13 @@ def node_is_up(phase, want):
 
 
 def one_job(phase, want):
-    """A job of one task runs here, unless others hold the node."""
+    """A job of one task runs here, unless others hold the node, or wait before it: Slurm fills in every 30 s only."""
     argv = ["srun", f"--nodelist={want['node']}", "--nodes=1", "--ntasks=1", "--immediate=10", "--time=1"]
     outcome = phase.run([*argv, "--job-name=verify", "true"], want["verify_job_limit_s"])
     if outcome.ok:
         phase.done.append("a job ran")
     elif "busy" in outcome.stderr or "immediate" in outcome.stderr.lower():
-        phase.warn("no job was tried: the node is busy")
+        phase.warn("no job was tried: none started within 10 s (see `squeue`)")
     else:
         phase.problem("a job of one task", "done", outcome.last_line, "see `journalctl -u slurmd`")
 
