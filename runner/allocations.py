@@ -87,7 +87,8 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
     settings = transport.settings(plan)
     partitions, nodes = transport.cluster.look()
     largest = max(cells, key=lambda cell: cell.num_nodes)
-    ready = transport.job(plan, "shakedown-test", cells if plan.one_allocation else [largest], None)
+    first = [largest, *(cell for cell in cells if cell is not largest)]
+    ready = transport.job(plan, "shakedown-test", together(plan, first), None)
     found, wrong = refused(ready, settings, partitions, nodes)
     if found:
         text = "\n  ".join(["Slurm cannot start this:", *found])
@@ -96,8 +97,20 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
         raise UsageError(f"Slurm refuses this: {why}")
 
 
+def together(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
+    """Which of `cells` share the job of the first: all of one allocation; of an array, whose tasks are alike, those of
+    its size and nodes.
+    """
+    if plan.job_array:
+        return [cell for cell in cells if (cell.num_nodes, cell.hosts) == (cells[0].num_nodes, cells[0].hosts)]
+    return list(cells) if plan.one_allocation else [cells[0]]
+
+
 class Allocations:
-    """One job per cell, or one for all. Slurm holds the job, so a controller may die and follow it again."""
+    """One job per cell, one array per number of nodes, or one job for all.
+
+    Slurm holds the job, so a controller may die and follow it again.
+    """
 
     def __init__(
         self,
@@ -150,12 +163,14 @@ class Allocations:
         if not info.nodes:  # cancelled while it waited, or forgotten
             return None if watch.stop.asked else self._fault(info, watch, plan)
         placed = every[: cell.num_nodes]
-        asked = course.allocation[cell.id][3:] if step is not None else cell.hosts  # since then the cell may have moved
+        shared = course.allocation.get(cell.id)
+        asked = shared[3:] if shared else cell.hosts  # since then the cell may have moved
         if asked and {node.name for node in every} >= set(asked):
             placed = [plan.node(name) for name in asked]
         watch.cell = course.on_placed(placed)
         watch.talks = [Talk(node.name, (), {}) for node in placed]
         watch.begin(slurm.STARTUP_S)
+        log = log_path(plan, script.stem, self.shared, job_id)
         follow = following.Follow(
             slurm=self.cluster,
             job_id=job_id,
@@ -164,7 +179,7 @@ class Allocations:
             source=None if self.shared else cell.cell_dir,
             nodes=() if self.shared else placed,
             ssh_config=self.ssh_config,
-            log=script.with_suffix(".log") if self.shared else None,
+            log=Path(log) if self.shared else None,
             on_job=course.on_job,
         )
         try:
@@ -173,7 +188,7 @@ class Allocations:
             return blame.error("slurm_unreachable", str(error))
         if not watch.stop.asked:
             if not self.shared:
-                self._read_log(script.stem, plan, info, watch)
+                self._read_log(log, plan, info, watch)
             return self._fault(info, watch, plan)
         return None
 
@@ -189,15 +204,15 @@ class Allocations:
         return True
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
-        """The id of the cell's job, submitted now unless it was already, the cell's step in it, and the sbatch file."""
+        """The id of the cell's job, submitted now unless it was already, its step in that, and the sbatch file."""
         if cell.id in course.allocation:
             job_id, step, name, *_ = course.allocation[cell.id]
             return job_id, step, self.run.slurm(name)
-        attempt, job_id = course.entry["attempt"], (course.entry["job"] or {}).get("id")
-        together = plan.one_allocation and job_id is None
-        name = f"shakedown-{plan.run_id}-{'all-' if together else ''}{cell.id}-{attempt}"
+        attempt, job_id, step = course.entry["attempt"], (course.entry["job"] or {}).get("id"), None
+        shares = (plan.one_allocation or plan.job_array) and job_id is None
+        name = job_name(plan, cell, attempt, shares)
         path = self.run.slurm(name)
-        cells = course.pending if together else [cell]
+        cells = course.pending if shares else [cell]
         if job_id is None and path.exists():  # a controller that died may have had no time to note the id
             job_id = self.cluster.find(name)
             ids = slurm.cells_of(path.read_text()) if job_id else []
@@ -207,11 +222,14 @@ class Allocations:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
             job_id = self.cluster.submit(script, agents.secrets())
-        if together:
-            course.allocation.update({each.id: [job_id, step, name, *each.hosts] for step, each in enumerate(cells)})
+        if shares:
+            for number, each in enumerate(cells):
+                place = [f"{job_id}_{number}", None] if plan.job_array else [job_id, number]
+                course.allocation[each.id] = [*place, name, *each.hosts]
+            job_id, step = course.allocation[cell.id][:2]
         if (course.entry["job"] or {}).get("id") != job_id:  # noted before Slurm is asked for anything else
             course.on_job(slurm.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
-        return job_id, 0 if together else None, path
+        return job_id, step, path
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
@@ -269,11 +287,11 @@ class Allocations:
             return self._told(error, [node for node in nodes if node.name in mute])
         return error
 
-    def _read_log(self, name: str, plan: Plan, info: slurm.JobInfo, watch: CellRun) -> None:
+    def _read_log(self, log: str, plan: Plan, info: slurm.JobInfo, watch: CellRun) -> None:
         """Ask the job's first node for the end of its log, where an agent said nothing and nobody else can tell why."""
         mute = [talk for talk in watch.talks if not talk.answered]
         if mute and info.nodes:
-            tail = shlex.join(["tail", f"--lines={following.LOG_LINES}", log_path(plan, name, False)])
+            tail = shlex.join(["tail", f"--lines={following.LOG_LINES}", log])
             first = self._node(plan, info.nodes[0])
             with suppress(InfrastructureError):
                 outcome = process.run(["ssh", "-F", str(self.ssh_config), first.name, tail], timeout_s=20)
@@ -304,9 +322,20 @@ class Allocations:
             agents.clean(plan, nodes, self.ssh_config)
 
 
-def log_path(plan: Plan, name: str, shared: bool) -> str:
-    """Where a job's output goes: in the run directory, or on the job's first node, in a folder that is always there."""
-    return f"{plan.run_dir}/slurm/{name}.log" if shared else f"/var/tmp/{name}.log"
+def job_name(plan: Plan, cell: Cell, attempt: int, shares: bool) -> str:
+    """The name of the job that is submitted for `cell`, which no other has."""
+    kind = "array-" if shares and plan.job_array else "all-" if shares else ""
+    return f"shakedown-{plan.run_id}-{kind}{cell.id}-{attempt}"
+
+
+def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
+    """Where a job's output goes: in the run directory, or on the job's first node, in a folder that is always there.
+
+    That of an array's task has its number at the end.
+    """
+    number = job_id.partition("_")[2]
+    folder = f"{plan.run_dir}/slurm" if shared else "/var/tmp"
+    return f"{folder}/{name}.log" + (f".{number}" if number else "")
 
 
 def prepare(
@@ -354,6 +383,7 @@ def prepare(
         gpus_per_node=cells[0].gpus_per_node,
         device=cells[0].device,
         secrets=tuple(agents.secrets()),
+        array=plan.job_array,
     )
 
 
@@ -361,12 +391,14 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     """The sbatch files of `cells` as far as they are known before Slurm has been asked for the names of nodes."""
     settings = settings_of(plan)
     known = tuple(node.alias for node in plan.nodes)
-    together = [list(cells)] if plan.one_allocation else [[cell] for cell in cells]
-    names = [f"shakedown-{plan.run_id}-{'all-' if plan.one_allocation else ''}{some[0].id}-1" for some in together]
-    return [
-        f"{name}.sbatch:\n{slurm.render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)}"
-        for name, some in zip(names, together, strict=True)
-    ]
+    shares, left, shown = plan.one_allocation or plan.job_array, list(cells), []
+    while left:
+        some = together(plan, left)
+        name = job_name(plan, some[0], 1, shares)
+        script = slurm.render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)
+        shown.append(f"{name}.sbatch:\n{script}")
+        left = [cell for cell in left if cell not in some]
+    return shown
 
 
 def as_status(info: slurm.JobInfo) -> dict[str, Any]:

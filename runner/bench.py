@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from runner import (
     telemetry,
 )
 from runner.agents import Agents
-from runner.allocations import Allocations, as_status
+from runner.allocations import Allocations, as_status, together
 from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course, Stop
 from runner.display import Display
@@ -74,6 +75,7 @@ class Run:
         self.status = run.read_status()
         self.inherited = self._left_to_slurm()
         self.tried: set[str] = set()
+        self.retried: Counter[str] = Counter()
         # Under Slurm only a new cell shows whether nodes have changed since these were measured.
         self.compares = policy.accept_drift and plan.backend == "slurm"
         self.before: dict[str, resume.Environments] = {}
@@ -119,13 +121,17 @@ class Run:
             return self._judge()
 
     def _pending(self) -> list[int]:
-        """The cells, as they are planned by now, that are still to run; those that were complete come last."""
+        """The cells, as they are planned by now, that are still to run: those first that have a job which goes on
+        meanwhile, those last that were complete.
+        """
         left = [
             index
             for index, cell in enumerate(self.plan.cells)
             if self._entry(cell)["state"] != "complete" and cell.id not in self.tried and not self.bad & set(cell.hosts)
         ]
-        return sorted(left, key=lambda index: self.plan.cells[index].id in self.reopened)
+        going_on = {*self._allocation, *self.inherited}
+        ids = [cell.id for cell in self.plan.cells]
+        return sorted(left, key=lambda index: (ids[index] in self.reopened, ids[index] not in going_on))
 
     def left_at_once(self) -> None:
         """Note what a controller leaves that has no time: Slurm's jobs may go on, ranks over ssh end with it."""
@@ -234,7 +240,6 @@ class Run:
             self._over(self.plan.cells[index])
             self._compare(self.plan.cells[index], own=False)
             return
-        tried = 0
         while True:
             self._make_room(index)
             cell = self.plan.cells[index]
@@ -253,17 +258,29 @@ class Run:
                 return
             if inherited and not unheard:  # what became of that job is known now; own attempts begin
                 self._turn_never_came(cell, shared, heard)
-                continue
-            worth_it = blame.may_retry(error)
-            if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
-                continue
-            if error["kind"] != "job_cancelled" and self._turn_never_came(cell, shared, heard):
-                continue
-            if not worth_it or tried == self.policy.retries:
+            elif not self._worth_another(index, cell, error, shared, heard):
                 return
-            tried += 1
-            self._note(f"{cell.id}: retry {tried} of {self.policy.retries}")
-            self.stop.wait(RETRY_S)
+            if self._allocation:  # beside cells whose job goes on it would measure their traffic: it comes after them
+                self.tried.discard(cell.id)
+                return
+
+    def _worth_another(
+        self, index: int, cell: Cell, error: Mapping[str, Any], shared: Sequence[Any] | None, heard: bool
+    ) -> bool:
+        """Whether a cell that failed is to run again: without the node that failed it, or since its turn had not
+        come, or as a retry.
+        """
+        worth_it = blame.may_retry(error)
+        if worth_it and self.policy.replace_bad_nodes and self._replace(index, error):
+            return True
+        if error["kind"] != "job_cancelled" and self._turn_never_came(cell, shared, heard):
+            return True
+        if not worth_it or self.retried[cell.id] == self.policy.retries:
+            return False
+        self.retried[cell.id] += 1
+        self._note(f"{cell.id}: retry {self.retried[cell.id]} of {self.policy.retries}")
+        self.stop.wait(RETRY_S)
+        return True
 
     def _make_room(self, index: int) -> None:
         """Set aside what earlier attempts left, also at the cells that share the job which is submitted now."""
@@ -272,13 +289,15 @@ class Run:
                 self._set_aside(each)
 
     def _sharing(self, index: int) -> list[int]:
-        """The cells of the job that a cell needs: itself, and in one allocation all that have none yet."""
-        taken = {*self._allocation, *self.inherited}
-        if self.plan.cells[index].id in self._allocation:
+        """The cells of the job that a cell needs: itself, and of those that have none yet all that share it."""
+        cell, taken = self.plan.cells[index], {*self._allocation, *self.inherited}
+        if cell.id in self._allocation:
             return []
-        if self.plan.cells[index].id in self.inherited or not self.plan.one_allocation:
+        if cell.id in self.inherited:
             return [index]
-        return [index, *(each for each in self._pending() if each != index and self.plan.cells[each].id not in taken)]
+        free = [each for each in self._pending() if each != index and self.plan.cells[each].id not in taken]
+        sharing = together(self.plan, [self.plan.cells[each] for each in (index, *free)])
+        return [each for each in (index, *free) if self.plan.cells[each] in sharing]
 
     def _compare(self, cell: Cell, own: bool) -> None:
         """Have cells run again that were complete, where a newer one shows that they were measured in another
@@ -316,7 +335,7 @@ class Run:
         They are to have another together.
         """
         over = (self._entry(cell)["job"] or {}).get("state") in (*jobs.ENDED, "unknown")
-        if heard or not over or not shared or shared[1] == 0:  # step 0 is why there is a job
+        if heard or not over or not shared or not shared[1]:  # step 0, or a task of an array, is why there is a job
             return False
         self._leave_allocation()
         return True

@@ -165,6 +165,7 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
 @click.option("--resume", metavar="RUN", help="Finish a run: what is complete is kept.", shell_complete=run_names)
 @click.option("--accept-drift", is_flag=True, help="Resume in a changed environment; old cells run again.")
 @click.option("--one-allocation", is_flag=True, help="Slurm: one job for all cells instead of one each.")
+@click.option("--job-array", is_flag=True, help="Slurm: one job array for the cells of each number of nodes.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 1000), help="Repeats of each cell.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
 @click.option("--set", "settings", multiple=True, metavar="TEST.KEY=VALUE", help="Change a setting, e.g. sft.steps=20.")
@@ -204,6 +205,7 @@ def _bench(
     retries: int,
     replace_bad_nodes: bool,
     one_allocation: bool,
+    job_array: bool,
     repeats: int,
     seed: int,
     settings: tuple[str, ...],
@@ -229,11 +231,14 @@ def _bench(
     architecture = config.load_model(model).model_dump()
     deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
     counts = _counts(num_nodes, sweep)
+    slurm_only = [flag for flag, on in (("--one-allocation", one_allocation), ("--job-array", job_array)) if on]
+    if len(slurm_only) > 1:
+        raise errors.UsageError(f"{' and '.join(slurm_only)} exclude each other: give one of them")
 
     inventory = read_inventory(source)
     chosen = select(inventory, hosts)
     counts = counts or (len(chosen),)
-    chosen, slurm = _over(backend, chosen, inventory, overrides, one_allocation)
+    chosen, slurm = _over(backend, chosen, inventory, overrides, slurm_only)
     if max(counts) > len(chosen):
         limit = (
             f"--hosts {hosts} names {len(chosen)}" if hosts else f"the inventory {inventory.source} has {len(chosen)}"
@@ -270,6 +275,7 @@ def _bench(
             slurm=slurm,
             named=slurm is None or hosts is not None,
             one_allocation=one_allocation,
+            job_array=job_array,
         )
         return plan.build(request, nodes)
 
@@ -401,18 +407,17 @@ def _over(
     nodes: tuple[Node, ...],
     inventory: Inventory,
     overrides: dict[str, dict[str, Any]],
-    one_allocation: bool,
+    slurm_only: Sequence[str],
 ) -> tuple[tuple[Node, ...], dict[str, Any] | None]:
-    """The nodes as `backend` reaches them, and Slurm's settings where it is Slurm."""
+    """The nodes as `backend` reaches them, and Slurm's settings where it is Slurm, for which `slurm_only` was given."""
     wanted = backend or nodes[0].backend
     if wanted != nodes[0].backend and not (wanted == "slurm" and nodes[0].backend == "ssh"):
         raise errors.UsageError(
             f"--backend {wanted}: the inventory {inventory.source} describes nodes for backend {nodes[0].backend}"
         )
     if wanted != "slurm":
-        if one_allocation or "slurm" in overrides:
-            what = "--one-allocation" if one_allocation else "--set slurm.…"
-            raise errors.UsageError(f"{what} goes with --backend slurm, this run's backend is {wanted}")
+        if what := [*slurm_only, *(["--set slurm.…"] if "slurm" in overrides else [])]:
+            raise errors.UsageError(f"{what[0]} goes with --backend slurm, this run's backend is {wanted}")
         return nodes, None
     from runner import slurm
 

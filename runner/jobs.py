@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -136,8 +137,10 @@ class Slurm:
 
     def of_run(self, run_id: str) -> list[str]:
         """The ids of the run's jobs that wait or run, by their names, which no other run has."""
-        rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%A %j"]).splitlines())
-        return sorted({row[0] for row in rows if len(row) == 2 and row[1].startswith(f"shakedown-{run_id}-")}, key=int)
+        argv = ["squeue", "--noheader", "--array", "--format=%i %j"]
+        rows = (line.split(maxsplit=1) for line in self._jobs(argv).splitlines())
+        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"shakedown-{run_id}-")}
+        return sorted(found, key=lambda job_id: [int(number) for number in job_id.split("_")])
 
     def test_only(self, script: str) -> str | None:
         """Why Slurm would refuse the sbatch file, or None."""
@@ -169,7 +172,7 @@ class Slurm:
                 found |= slurm.parse_sacct(self._run(slurm.sacct_argv(missing)).stdout)
         for job_id in job_ids:
             if job_id not in found and (info := slurm.parse_scontrol_job(self._jobs(slurm.scontrol_argv(job_id)))):
-                found[job_id] = info
+                found[job_id] = replace(info, job_id=job_id)  # it has another one for a task of an array
         return {job_id: info for job_id, info in found.items() if job_id in job_ids}
 
     def _jobs(self, argv: Sequence[str]) -> str:
@@ -180,12 +183,13 @@ class Slurm:
         return outcome.stdout
 
     def find(self, name: str) -> str | None:
-        """The id of the newest job of that name, or None: for a controller that died before it noted the id."""
-        queued = self._jobs(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%A"]).split()
+        """The id of the newest job, or array, of that name, or None: for a controller that died before it noted it."""
+        queued = self._jobs(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%F"]).split()
         if not queued:
             with suppress(InfrastructureError):
-                argv = ["sacct", "--allocations", "--noheader", "--parsable2", f"--name={name}", "--format=JobIDRaw"]
-                queued = self._run([*argv, "--starttime=now-7days"]).stdout.split()
+                argv = ["sacct", "--allocations", "--noheader", "--parsable2", f"--name={name}", "--format=JobID"]
+                rows = self._run([*argv, "--starttime=now-7days"]).stdout.split()
+                queued = [row.partition("_")[0] for row in rows]
         return max((job_id for job_id in queued if job_id.isdigit()), key=int, default=None)
 
     def cancel(self, job_id: str, signal: str | None = None, step: int | None = None, *, patient: bool = True) -> None:

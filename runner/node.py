@@ -452,7 +452,7 @@ def _slurm_cell(request: Mapping[str, Any]) -> int:
         return 1
     os.dup2(stream, 1)
     os.close(stream)
-    _say("placed", job=os.environ.get("SLURM_JOB_ID"), hosts=own["hosts"], host=own["host"])
+    _say("placed", job=slurm.own_id(os.environ), hosts=own["hosts"], host=own["host"])
     return Cell(own).run()
 
 

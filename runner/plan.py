@@ -87,6 +87,7 @@ class Plan:
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
+    job_array: bool = False
     schema: int = SCHEMA
     version: str = __version__
 
@@ -166,6 +167,7 @@ class Request:
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
+    job_array: bool = False
 
 
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
@@ -209,6 +211,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         slurm=request.slurm,
         named=request.named,
         one_allocation=request.one_allocation,
+        job_array=request.job_array,
     )
 
 

@@ -156,7 +156,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """One sbatch file: one cell, or all cells of a run.
+    """One sbatch file: one cell, or several: one after the other in one allocation, or each a task of an `array`.
 
     `name` is unique, so that a job can be found again by it. `python` is the agent's interpreter on the nodes,
     `log` the path of the job's output in a folder that exists on the batch host; `secrets` are names of
@@ -170,11 +170,13 @@ class Job:
     gpus_per_node: int
     device: str
     secrets: tuple[str, ...] = ()
+    array: bool = False
 
 
 def limit_s(job: Job, settings: Settings) -> int:
     """The time limit that `job` is submitted with: the one set, or what its cells may take; whole minutes."""
-    limit = settings.time_limit_s or sum(step.timeout_s + STARTUP_S for step in job.steps)
+    limits = [step.timeout_s + STARTUP_S for step in job.steps]
+    limit = settings.time_limit_s or (max(limits) if job.array else sum(limits))
     return math.ceil(limit / 60) * 60
 
 
@@ -196,7 +198,9 @@ def render(job: Job, settings: Settings) -> str:
     hosts = tuple(dict.fromkeys(host for step in job.steps for host in step.hosts))
     options = {
         "job-name": job.name,
-        "output": job.log.replace("%", "%%"),  # sbatch has patterns such as %j
+        # One at a time: side by side they would measure each other's traffic.
+        "array": f"0-{len(job.steps) - 1}%1" if job.array else None,
+        "output": job.log.replace("%", "%%") + (".%a" if job.array else ""),  # sbatch has patterns such as %j
         "open-mode": "append",
         "partition": settings.partition,
         "account": settings.account,
@@ -217,7 +221,8 @@ def render(job: Job, settings: Settings) -> str:
     needs = f"# It hands on {', '.join(job.secrets)} from the environment of sbatch." if job.secrets else None
     lines = [
         "#!/bin/bash",
-        f"# {job.name}: Shakedown's agent on every node of each cell, one cell after the other.",
+        f"# {job.name}: Shakedown's agent on every node of each cell, one cell after the other"
+        + (", each a task of an array." if job.array else "."),
         *(f"#   {_told(step)}" for step in job.steps),
         "# By hand: `sbatch THIS_FILE`, with no SBATCH_* variable set, since those win over the lines below.",
         *([needs] if needs else []),
@@ -227,7 +232,7 @@ def render(job: Job, settings: Settings) -> str:
         "# Rank, node list and master address come from Slurm inside each task, not from this shell. A cell that",
         "# fails does not stop the next one; the job ends with the first status that is not 0.",
         "status=0",
-        *(line for step in job.steps for line in _srun(job, step)),
+        *(_choice(job) if job.array else (line for step in job.steps for line in _srun(job, step))),
         "",
         'exit "$status"',
         "",
@@ -243,8 +248,15 @@ def _told(step: Step) -> str:
     return f"cell {step.cell}: {step.num_nodes} node{'s'[: step.num_nodes > 1]} {where}, at most {step.timeout_s:g} s"
 
 
+def _choice(job: Job) -> list[str]:
+    """The lines of all cells, of which a task of the array runs one."""
+    cases = [[f"{number})", *_srun(job, step)[1:], ";;"] for number, step in enumerate(job.steps)]
+    return ["", 'case "$SLURM_ARRAY_TASK_ID" in', *(line for case in cases for line in case), "esac"]
+
+
 def _srun(job: Job, step: Step) -> list[str]:
     """The lines of one cell. srun copies its stdin, the request, to every task."""
+    together = len(job.steps) > 1 and not job.array
     request = json.dumps(step.request, indent=1, sort_keys=True)
     delimiter = next(word for n in itertools.count() if (word := f"REQUEST{n or ''}") not in request)
     options = {
@@ -254,9 +266,9 @@ def _srun(job: Job, step: Step) -> list[str]:
         "ntasks-per-node": 1,
         "nodelist": ",".join(step.hosts) or None,
         # The first nodes of the allocation, which the controller counts on.
-        "relative": 0 if len(job.steps) > 1 and not step.hosts else None,
+        "relative": 0 if together and not step.hosts else None,
         # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
-        "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if len(job.steps) > 1 else None,
+        "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if together else None,
     }
     words = [shlex.quote(f"--{name}={value}") for name, value in _unbroken(options)]
     ((_, python),) = _unbroken({"python": job.python})
@@ -324,6 +336,12 @@ def fold(hosts: Iterable[str]) -> str:
     return str(NodeSet.fromlist(list(hosts), resolver=None)) or "no node"
 
 
+def own_id(environ: Mapping[str, str]) -> str | None:
+    """The id of the job that this is a task of, as Slurm tells it to others: "123", or "123_4" in an array."""
+    array, number = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{number}" if array and number else environ.get("SLURM_JOB_ID")
+
+
 def placement(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
     """The hosts of this step in Slurm's order, and which of them this is, from the environment of a task.
 
@@ -381,9 +399,12 @@ class JobInfo:
     position: int | None = None
 
 
+_ID = re.compile(r"\d+(_\d+)?", re.ASCII)
 SEPARATOR = "|#"  # reasons hold blanks, commas, brackets, and whatever an administrator typed
-SQUEUE = ("squeue", "--noheader", "--states=all", f"--format={SEPARATOR.join(('%A', '%T', '%S', '%N', '%j', '%r'))}")
-_COLUMNS = ("JobIDRaw", "JobName", "State", "Reason", "NodeList", "Start", "ExitCode")
+# Ids are 123, or 123_4 in an array: such a task has a number of its own as well, but only once it runs.
+_FORMAT = SEPARATOR.join(("%i", "%T", "%S", "%N", "%j", "%r"))
+SQUEUE = ("squeue", "--noheader", "--array", "--states=all", f"--format={_FORMAT}")
+_COLUMNS = ("JobID", "JobName", "State", "Reason", "NodeList", "Start", "ExitCode")
 SACCT = ("sacct", "--parsable2", f"--delimiter={SEPARATOR}", "--allocations", f"--format={','.join(_COLUMNS)}")
 
 
@@ -402,7 +423,7 @@ def scontrol_argv(job_id: str) -> list[str]:
 def queue_argv(partition: str | None) -> list[str]:
     """What `position` reads: the waiting jobs of a partition (None: of all), the next to start first."""
     only = [f"--partition={partition}"] if partition else []
-    return ["squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%A", *only]
+    return ["squeue", "--noheader", "--array", "--states=PENDING", "--sort=-p,i", "--format=%i", *only]
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -433,7 +454,7 @@ def parse_squeue(text: str) -> dict[str, JobInfo]:
     return {
         row[0]: _job(row[0], name=row[4], raw=row[1], reason=row[5], nodes=row[3], start=row[2])
         for row in rows
-        if len(row) == 6 and row[0].isdigit()
+        if len(row) == 6 and _ID.fullmatch(row[0])
     }
 
 
@@ -444,8 +465,8 @@ def parse_sacct(text: str, separator: str = SEPARATOR) -> dict[str, JobInfo]:
     jobs = {}
     for words in lines:
         row = dict(zip(header, words, strict=False))
-        job_id = row.get("JobIDRaw") or row.get("JobID", "")
-        if len(words) == len(header) and job_id.isdigit():
+        job_id = row.get("JobID", "")
+        if len(words) == len(header) and _ID.fullmatch(job_id):
             jobs[job_id] = _job(job_id, *(row.get(column, "") for column in _COLUMNS[1:]))
     return jobs
 

@@ -27,7 +27,7 @@ def test_the_options_of_bench_are_frozen():
     assert options == sorted([
         "-i", "--inventory", "--results", "--nodes", "--sweep", "--hosts", "--skip-bad-nodes", "--model", "--weights",
         "--test", "--engine", "--backend", "--scaling", "--repeats", "--seed", "--set", "--dry-run", "--json",
-        "--retries", "--replace-bad-nodes", "--resume", "--accept-drift", "--one-allocation",
+        "--retries", "--replace-bad-nodes", "--resume", "--accept-drift", "--one-allocation", "--job-array",
     ])
     # fmt: on
 

@@ -63,7 +63,7 @@ def test_many_jobs_are_one_question():
 
 
 def test_what_squeue_has_forgotten_is_asked_of_sacct():
-    header = "JobIDRaw|#State|#ExitCode|#Start|#NodeList|#JobName|#Reason\n"
+    header = "JobID|#State|#ExitCode|#Start|#NodeList|#JobName|#Reason\n"
     commands = Commands(
         squeue=[(1, "slurm_load_jobs error: Invalid job id specified")],
         sacct=[header + "7|#TIMEOUT|#0:0|#Unknown|#n1|#x|#None\n"],

@@ -743,7 +743,7 @@ def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
 
 class Together(allocations.Allocations):
     """Cells share jobs, whose commands are stand-ins: each sbatch gives the next number, from 7. `faults` are by
-    (job, step): an error, after which the job has ended unless a rank crashed, or "stop", when the user stops the run
+    (job, step): an error, after which the job has ended unless it was a rank's, or "stop", when the user stops the run
     there, or "silent", when Slurm does not hear of that.
     """
 
@@ -755,7 +755,7 @@ class Together(allocations.Allocations):
         job_id, step, script = self._submit(planned, cell, data, course)
         self.tried.append((cell.num_nodes, job_id, step))
         fault = self.faults.get((job_id, step))
-        if isinstance(fault, dict) and fault["kind"] == "rank_crashed":  # the job goes on
+        if isinstance(fault, dict) and fault["kind"].startswith("rank_"):  # the job goes on
             watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
             return fault
         if isinstance(fault, dict):
@@ -786,7 +786,9 @@ class Queue(Commands):
         if argv[0] == "sbatch":
             name = re.search("--job-name=(.*)", options["input"])
             assert name
-            self.jobs[str(self.next)] = name[1]
+            array = re.search(r"--array=0-(\d+)%1$", options["input"], re.MULTILINE)
+            tasks = [f"_{number}" for number in range(int(array[1]) + 1)] if array else [""]
+            self.jobs |= {f"{self.next}{task}": name[1] for task in tasks}
             self.answers["sbatch"] = iter([f"{self.next}\n"])
             self.next += 1
         elif argv[0] == "squeue":
@@ -800,11 +802,19 @@ class Queue(Commands):
 
 
 def together(
-    cluster: Inventory, tmp_path: Path, faults: dict, spares: int = 0, drift: bool = False
+    cluster: Inventory,
+    tmp_path: Path,
+    faults: dict,
+    spares: int = 0,
+    drift: bool = False,
+    array: bool = False,
+    retries: int = 0,
 ) -> tuple[Together, Queue, bench.Run]:
-    """A run whose three cells share a job, or that run taken up again."""
-    built = planned(cluster, tmp_path, counts=(1, 2, 3), spares=spares)
-    built = replace(built, backend="slurm", one_allocation=True)
+    """A run whose three cells share a job, or two of one node and two of two that share an `array` each, or that run
+    taken up again.
+    """
+    built = planned(cluster, tmp_path, counts=(1, 2) if array else (1, 2, 3), spares=spares, repeats=1 + array)
+    built = replace(built, backend="slurm", one_allocation=not array, job_array=array)
     run = RunDir(Path(built.run_dir))
     if run.plan.exists():
         built = resume.load(run)
@@ -812,8 +822,10 @@ def together(
         RunDir.create(tmp_path, built.to_dict())
     queue = Queue(cluster, 7 + len(list(run.path.glob("slurm/*.sbatch"))))
     carrier = Together(run, queue, faults)
-    policy = bench.Policy(0, spares > 0, drift)
-    return carrier, queue, bench.Run(built, run, carrier, Display(quiet=True), None, policy, Reach())
+    policy = bench.Policy(retries, spares > 0, drift)
+    carried = bench.Run(built, run, carrier, Display(quiet=True), None, policy, Reach())
+    carried.stop.wait = lambda seconds: None  # nobody waits in a test
+    return carrier, queue, carried
 
 
 def test_cells_share_one_job(cluster, tmp_path):
@@ -841,6 +853,79 @@ def test_after_a_stop_what_is_missing_shares_one_job_again(cluster, tmp_path):
     carrier, _, carried = together(cluster, tmp_path, {})
     carried.execute({})
     assert carrier.tried == [(2, "8", 0), (3, "8", 1)]
+
+
+def test_a_retry_comes_after_the_cells_whose_job_goes_on(cluster, tmp_path):
+    """Beside them it would measure their traffic, and they its."""
+    faults = {("7", 0): failed("rank_killed"), ("7", 2): failed("rank_killed"), ("8", 1): failed("rank_killed")}
+    carrier, _, carried = together(cluster, tmp_path, faults, retries=1)
+    carried.execute({})
+    assert carrier.tried == [(1, "7", 0), (2, "7", 1), (3, "7", 2), (3, "8", 0), (1, "8", 1)]
+    assert list(states(carrier.run.read_status()).values()) == ["incomplete", "complete", "complete"]
+
+
+def test_cells_of_one_size_share_an_array_and_sizes_follow_each_other(cluster, tmp_path):
+    carrier, commands, carried = together(cluster, tmp_path, {}, array=True)
+    carried.execute({})
+    assert carrier.tried == [(n, f"{job}_{task}", None) for n, job in ((1, 7), (2, 8)) for task in (0, 1)]
+    assert commands.named("scancel") == []
+    first, second = sorted(path.read_text() for path in carrier.run.path.glob("slurm/*array*.sbatch"))
+    assert slurm.cells_of(first) == ["torch-1n-r1", "torch-1n-r2"] and "--nodes=1\n" in first
+    assert slurm.cells_of(second) == ["torch-2n-r1", "torch-2n-r2"] and "--nodes=2\n" in second
+
+
+def test_a_retry_in_an_array_comes_after_the_other_tasks(cluster, tmp_path):
+    carrier, _, carried = together(cluster, tmp_path, {("7_0", None): failed("rank_killed")}, array=True, retries=1)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7_0", "7_1", "8_0", "9_0", "9_1"]
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}
+
+
+def test_a_stop_cancels_all_tasks_of_an_array_and_what_is_missing_shares_another(cluster, tmp_path):
+    carrier, commands, carried = together(cluster, tmp_path, {("7_0", None): "stop"}, array=True)
+    carried.execute({})
+    assert commands.named("scancel") == [["scancel", "7_0"], ["scancel", "7_1"]] and commands.jobs == {}
+    assert set(states(carrier.run.read_status()).values()) == {"cancelled"}
+    carrier, _, carried = together(cluster, tmp_path, {}, array=True)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["8_0", "8_1", "9_0", "9_1"]
+
+
+def test_a_node_that_is_given_up_is_in_no_later_task(cluster, tmp_path):
+    bad = {("8_0", None): blame.error("node_failed", "lost a node", NAMES[1])}
+    carrier, commands, carried = together(cluster, tmp_path, bad, spares=1, array=True)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7_0", "7_1", "8_0", "9_0", "9_1"]
+    assert commands.named("scancel") == [["scancel", "8_1"]], "the other one has ended"
+    [again] = [path.read_text() for path in carrier.run.path.glob("slurm/*array-torch-2n-r1-2.sbatch")]
+    assert "node002" not in [word for part in _lists(again) for word in slurm.expand(part)]
+
+
+def test_tasks_that_an_earlier_controller_left_are_followed_before_anything_else_runs(cluster, tmp_path):
+    carrier, _, carried = together(cluster, tmp_path, {("8_0", None): "silent"}, array=True)
+    carrier.leave = lambda *_, **__: False  # type: ignore[method-assign]
+    carried.execute({})
+    status = carrier.run.read_status()
+    assert status["allocation"].keys() == {"torch-2n-r1", "torch-2n-r2"}
+    status["cells"]["torch-1n-r1"].update(state="failed", error=failed("rank_killed"))
+    carrier.run.write_status(status)
+    carrier, _, carried = together(cluster, tmp_path, {}, array=True)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["8_0", "8_1", "9_0"]
+
+
+def test_an_array_whose_id_was_never_noted_is_found_by_its_name(cluster, tmp_path):
+    carrier, _, carried = together(cluster, tmp_path, {("7_0", None): "stop"}, array=True)
+    carried.execute({})
+    run, status = carrier.run, carrier.run.read_status()
+    for cell in status["cells"].values():
+        cell.update(state="planned", started=None, ended=None, error=None, job=None, attempt=1)
+    status["cells"]["torch-1n-r1"].update(state="incomplete", started="2026-01-01T00:00:00Z")
+    run.write_status({**status, "state": "incomplete", "allocation": {}})
+    carrier, _, carried = together(cluster, tmp_path, {}, array=True)
+    carrier.cluster.find = {f"shakedown-{run.run_id}-array-torch-1n-r1-1": "5"}.get
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["5_0", "5_1", "8_0", "8_1"]
 
 
 def test_a_job_that_could_not_be_cancelled_is_followed_again(cluster, tmp_path):
@@ -902,7 +987,7 @@ def test_only_jobs_of_the_run_that_have_not_ended_are_cancelled(cluster, tmp_pat
 
 
 def test_a_job_that_an_earlier_controller_left_is_cancelled_by_a_stop_as_well(cluster, tmp_path):
-    _, _, carried = together(cluster, tmp_path, {("7", 0): "stop"})
+    _, _, carried = together(cluster, tmp_path, {("6", None): "stop"})
     queue, run = carried.transport.cluster._execute, carried.run
     status = run.read_status()
     job = {"id": "6", "state": "running"}
@@ -924,9 +1009,9 @@ def test_a_cell_whose_shared_job_is_gone_has_no_retry_more_than_asked_for(cluste
     carrier.run.slurm("all").parent.mkdir()
     carrier.run.slurm("all").write_text("")
     never = {("7", step): failed("time_limit") for step in (0, 1, 2)}
-    carrier, _, carried = together(cluster, tmp_path, never | {("8", 0): failed(), ("9", 1): failed()})
+    carrier, _, carried = together(cluster, tmp_path, never | {("8", 2): failed()})
     carried.execute({})
-    assert [job for nodes, job, _ in carrier.tried if nodes == 3] == ["9"]
+    assert [job for nodes, job, _ in carrier.tried if nodes == 3] == ["8"]
 
 
 def test_a_job_whose_id_was_never_noted_has_the_cells_of_its_file(cluster, tmp_path):
@@ -944,4 +1029,4 @@ def test_a_job_whose_id_was_never_noted_has_the_cells_of_its_file(cluster, tmp_p
     carrier, _, carried = together(cluster, tmp_path, {})
     carrier.cluster.find = {f"shakedown-{run.run_id}-all-torch-2n-r1-1": "5"}.get
     carried.execute({})
-    assert carrier.tried[1:] == [(2, "5", 0), (3, "5", 1)]
+    assert carrier.tried[:2] == [(2, "5", 0), (3, "5", 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -160,6 +161,8 @@ H200 = Settings(
 )
 SWEEP = tuple(Step(f"sft-llama-2-7b-{n}n-r0", n, {**REQUEST, "num_nodes": n}, timeout_s=3600) for n in (1, 2, 4, 8))
 
+REPEATS = tuple(Step(f"torch-2n-r{n}", 2, {**REQUEST, "repeat": n}, timeout_s=1800 * n) for n in (1, 2))
+
 
 def options(script):
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
@@ -180,6 +183,7 @@ def without_requests(script):
         ),
         ("named-hosts", cell(Step("torch-3n-r0", 3, REQUEST, ("node003", "node001", "node002"))), Settings()),
         ("one-allocation", cell(*SWEEP, gpus_per_node=8, device="cuda"), Settings(partition="gpu")),
+        ("job-array", cell(*REPEATS, array=True), Settings(partition="gpu")),
     ],
 )
 def test_the_whole_file(name, job, settings):
@@ -192,6 +196,42 @@ def test_the_batch_shell_expands_nothing_but_exit_statuses(job):
     kept = [line for line in body.splitlines() if "$" in line or ("`" in line and not line.startswith("#"))]
     assert set(kept) == {'result=$?; [ "$status" -ne 0 ] || status=$result', 'exit "$status"'}
     assert not re.search(r"\bset -|\beval\b", body)
+
+
+def test_of_an_array_the_batch_shell_expands_the_number_of_its_task_as_well():
+    body = without_requests(slurm.render(cell(*REPEATS, array=True), Settings()))
+    kept = {line for line in body.splitlines() if "$" in line}
+    assert kept - {'result=$?; [ "$status" -ne 0 ] || status=$result', 'exit "$status"'} == {
+        'case "$SLURM_ARRAY_TASK_ID" in'
+    }
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_task_of_an_array_runs_its_own_cell(task, tmp_path):
+    """By a real shell, with a stand-in for srun that shows what it is given."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$1"; cat\n')
+    (tmp_path / "srun").chmod(0o755)
+    script = slurm.render(cell(*REPEATS, array=True), Settings())
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(task)}
+    done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True, check=True)
+    first, _, request = done.stdout.partition("\n")
+    assert first == f"--job-name={REPEATS[task].cell}" and json.loads(request) == REPEATS[task].request
+
+
+def test_tasks_of_an_array_run_one_at_a_time_each_as_long_as_the_longest_may():
+    script = slurm.render(cell(*REPEATS, array=True), Settings())
+    assert {"--array=0-1%1", "--time=0-01:02:00"} <= set(options(script))
+    assert any(line.startswith("--output=") and line.endswith(".log.%a") for line in options(script))
+    assert slurm.cells_of(script) == ["torch-2n-r1", "torch-2n-r2"]
+
+
+def test_a_task_of_an_array_is_known_by_the_id_that_it_has_before_it_starts():
+    inside = {"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "2"}
+    assert slurm.own_id(inside) == "12_2" and slurm.own_id({"SLURM_JOB_ID": "14"}) == "14"
+    line = slurm.SEPARATOR.join(("12_2", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
+    rest = slurm.SEPARATOR.join(("12_[3-4%1]", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
+    assert slurm.parse_squeue(f"{line}\n{rest}\n").keys() == {"12_2"}
+    assert slurm.why_stuck("JobArrayTaskLimit") is None
 
 
 def test_every_cell_gets_its_request_as_it_is():
@@ -464,7 +504,7 @@ def test_sacct_steps_and_records_over_several_lines_are_no_jobs(name):
 
 def test_sacct_tells_the_last_of_a_requeued_jobs_lines():
     lines = [
-        "JobIDRaw|#JobName|#State|#Reason|#NodeList|#Start|#ExitCode",
+        "JobID|#JobName|#State|#Reason|#NodeList|#Start|#ExitCode",
         "12|#a|#NODE_FAIL|#None|#n1|#2026-01-01T00:00:00|#0:0",
         "12|#a|#FAILED|#NonZeroExitCode|#n[1-2]|#2026-01-01T00:10:00|#3:0",
         "12.batch|#batch|#FAILED|##|#n1|#2026-01-01T00:10:00|#3:0",
