@@ -277,7 +277,8 @@ class Allocations:
         elif info.state in said and watch.reason is None:
             kind, message = said[info.state]
         elif not watch.outcomes and info.state in ("failed", "unknown", "complete", "ending"):
-            kind, message = "not_started", f"ended as {info.raw or 'unknown'} before any node answered"
+            forgotten = "is not known to Slurm any more: cancelled while it waited, or it ended long ago"
+            kind, message = "not_started", f"ended as {info.raw} before any node answered" if info.raw else forgotten
         else:
             return None
         host = mute[0] if kind in ("node_failed", "out_of_memory") and len(mute) == 1 else None

@@ -34,7 +34,8 @@ _CLEAN = (
     "unset $(env | sed -nE 's/^((SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM_TIME)_[A-Z0-9_]*)=.*/\\1/p') LINES"
 )
 _OVER = ("Invalid job id", "already comp")
-_GONE = ("Invalid job id", "Invalid job array id")
+_ALREADY_DONE = 2021 & 0xFF  # ESLURM_ALREADY_DONE: that a task of an array is over scancel tells by its status alone
+_GONE = ("Invalid job id", "Invalid job array id", " not found")
 
 
 class NotStarted(InfrastructureError):
@@ -178,9 +179,11 @@ class Slurm:
     def _jobs(self, argv: Sequence[str]) -> str:
         """What a query prints; nothing where Slurm has forgotten the job."""
         outcome = self._run(argv)
-        if outcome.rc != 0 and not any(word in outcome.stderr for word in _GONE):
-            raise Silent(f"{argv[0]}: {_reason(outcome)}")  # whatever it is, a query that worked may work again
-        return outcome.stdout
+        if outcome.rc == 0:
+            return outcome.stdout
+        if any(word in outcome.stdout + outcome.stderr for word in _GONE):
+            return ""
+        raise Silent(f"{argv[0]}: {_reason(outcome)}")  # whatever it is, a query that worked may work again
 
     def find(self, name: str) -> str | None:
         """The id of the newest job, or array, of that name, or None: for a controller that died before it noted it."""
@@ -200,7 +203,7 @@ class Slurm:
         target = job_id if step is None else f"{job_id}.{step}"
         argv = ["scancel", *([f"--signal={signal}"] if signal else []), target]
         outcome = self._patiently(partial(self._run, argv)) if patient else self._run(argv)
-        if outcome.rc != 0 and not any(word in outcome.stderr for word in _OVER):
+        if outcome.rc not in (0, _ALREADY_DONE) and not any(word in outcome.stderr for word in _OVER):
             raise InfrastructureError(f"cannot cancel job {target}: {_reason(outcome)}")
 
     def position(self, job_id: str) -> int | None:

@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import ROOT
-from faults.conftest import SHORT, SLURM, SOME_SECONDS, assert_nothing_half_written, assert_nothing_left
+from faults.conftest import SHORT, SLURM, SOME_SECONDS, assert_nothing_half_written, assert_nothing_left, slurm
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from runner.rundir import RunDir
 from testbed.benches import RUNNER, Bench
@@ -123,6 +124,38 @@ def test_a_job_goes_on_without_its_controller_and_is_taken_up(slurm3, tmp_path):
     again = contexts(bench.run)
     assert len(set(again)) == len(again) > 0
     assert_nothing_half_written(bench.run)
+    assert_nothing_left(slurm3, bench.run)
+
+
+@pytest.mark.testbed
+def test_the_tasks_of_an_array_go_on_without_a_controller_and_one_that_was_cancelled_gets_a_job_of_its_own(
+    slurm3, tmp_path
+):
+    results = slurm3.share / tmp_path.name
+    bench = Bench(slurm3.inventory, results, *SLURM, "--job-array", "--nodes", "1", "--repeats", "3", *SOME_SECONDS)
+    bench.wait_for_ranks()
+    bench.process.send_signal(signal.SIGKILL)
+    bench.end()
+    tasks = [job_id for job_id, *_ in bench.run.read_status()["allocation"].values()]
+    array = tasks[0].partition("_")[0]
+    assert tasks == [f"{array}_{number}" for number in range(3)]
+    slurm(slurm3, "scancel", tasks[2])
+    code, output = resume(results)
+    assert code == EXIT_INFRASTRUCTURE, output
+    cells = bench.run.read_status()["cells"]
+    assert [(cell["state"], cell["attempt"], cell["job"]["id"]) for cell in cells.values()] == [
+        ("complete", 1, tasks[0]),
+        ("complete", 1, tasks[1]),
+        ("incomplete", 1, tasks[2]),
+    ], output
+    starts = [datetime.fromisoformat(cell["job"]["start"]) for cell in list(cells.values())[:2]]
+    assert starts[0] < starts[1], "one at a time"
+    assert f"job {tasks[2]} is not known to Slurm any more: cancelled while it waited" in output
+    code, output = resume(results)
+    assert code == EXIT_OK, output
+    cells = bench.run.read_status()["cells"]
+    assert [(cell["state"], cell["attempt"]) for cell in cells.values()] == [("complete", n) for n in (1, 1, 2)]
+    assert len(set(contexts(bench.run))) == len(contexts(bench.run)) > 0
     assert_nothing_left(slurm3, bench.run)
 
 

@@ -25,7 +25,7 @@ all:
       hosts:
         localhost: {ansible_connection: local, ansible_host: 127.0.0.1, runner_gpus_per_node: 1, runner_device: cpu}
 """
-WAYS = ("ssh", "slurm", "slurm unshared", "slurm in one allocation")
+WAYS = ("ssh", "slurm", "slurm unshared", "slurm in one allocation", "slurm in job arrays")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def runs(slurm3: Testbed, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                 slurm3.inventory, folder / "unshared", *SLURM, "--set", "slurm.shared=false", *both
             ),
             "slurm in one allocation": Bench(slurm3.inventory, share / "one", *SLURM, "--one-allocation", *both),
+            "slurm in job arrays": Bench(slurm3.inventory, share / "arrays", *SLURM, "--job-array", *both),
         }
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +31,8 @@ class Commands:
         self.calls.append((list(argv), options))
         program = argv[0] if argv[0] != "ssh" else next(p for p in self.answers if p in argv[-1])
         answer = next(self.answers.get(program, iter([(1, f"{program}: error: disabled")])))
+        if isinstance(answer, Outcome):
+            return answer
         if isinstance(answer, BaseException):
             raise answer
         rc, text = answer if isinstance(answer, tuple) else (0, answer)
@@ -71,6 +74,16 @@ def test_what_squeue_has_forgotten_is_asked_of_sacct():
     )
     assert cluster(commands).poll(["7"])["7"].state == "time_limit"
     assert not commands.named("scontrol")
+
+
+def test_a_task_of_an_array_that_is_over_is_told_in_other_ways():
+    """As Slurm 22.05 does it: `Job 7_1 not found` on stdout, and scancel's status without a word."""
+    commands = Commands(squeue=[""], sacct=[(1, "disabled")], scontrol=["JobId=9 ArrayJobId=7 JobState=FAILED"])
+    assert cluster(commands).poll(["7_1"]) == {"7_1": replace(jobs.forgotten("7_1"), state="failed", raw="FAILED")}
+    commands = Commands(squeue=[""], sacct=[(1, "disabled")], scontrol=[""], scancel=[(229, "")])
+    commands.answers["scontrol"] = iter([Outcome((), 1, 0.0, "Job 7_1 not found\n", "")])
+    assert cluster(commands).poll(["7_1"])["7_1"].state == "unknown"
+    cluster(commands).cancel("7_1", "USR2")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +174,11 @@ def test_who_leaves_while_a_job_is_submitted_leaves_none_behind():
     assert commands.named("scancel") == [["scancel", "41"]]
 
 
-def test_the_jobs_of_a_run_are_found_by_the_beginning_of_their_names():
-    commands = Commands(squeue=["41 shakedown-r-c-1\n42 shakedown-r2-c-1\n43 other job\n40 shakedown-r-all-c-1\n"])
-    assert cluster(commands).of_run("r") == ["40", "41"]
+def test_the_jobs_of_a_run_are_found_by_the_beginning_of_their_names_tasks_of_arrays_one_by_one():
+    rows = "41 shakedown-r-c-1\n42 shakedown-r2-c-1\n43 other job\n9 shakedown-r-all-c-1\n"
+    commands = Commands(squeue=[f"44_1 shakedown-r-array-c-1\n{rows}44_0 shakedown-r-array-c-1\n"])
+    assert cluster(commands).of_run("r") == ["9", "41", "44_0", "44_1"]
+    assert "--array" in commands.named("squeue")[0]
 
 
 def test_cancelling_what_is_over_is_no_error_and_what_is_refused_is():
