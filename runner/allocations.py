@@ -186,11 +186,9 @@ class Allocations:
             info = following.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
         except InfrastructureError as error:
             return blame.error("slurm_unreachable", str(error))
-        if not watch.stop.asked:
-            if not self.shared:
-                self._read_log(log, plan, info, watch)
-            return self._fault(info, watch, plan)
-        return None
+        if not self.shared and info.nodes:
+            self._fetch_log(log, self._node(plan, info.nodes[0]), watch)
+        return None if watch.stop.asked else self._fault(info, watch, plan)
 
     def leave(self, plan: Plan, job_ids: set[str] | None, patient: bool) -> bool:
         """Cancel the run's jobs, or of them `job_ids`, that wait or run; returns whether Slurm heard it."""
@@ -288,15 +286,15 @@ class Allocations:
             return self._told(error, [node for node in nodes if node.name in mute])
         return error
 
-    def _read_log(self, log: str, plan: Plan, info: slurm.JobInfo, watch: CellRun) -> None:
-        """Ask the job's first node for the end of its log, where an agent said nothing and nobody else can tell why."""
-        mute = [talk for talk in watch.talks if not talk.answered]
-        if mute and info.nodes:
-            tail = shlex.join(["tail", f"--lines={following.LOG_LINES}", log])
-            first = self._node(plan, info.nodes[0])
-            with suppress(InfrastructureError):
-                outcome = process.run(["ssh", "-F", str(self.ssh_config), first.name, tail], timeout_s=20)
-                mute[0].stderr += outcome.stdout.splitlines()
+    def _fetch_log(self, log: str, first: Node, watch: CellRun) -> None:
+        """Bring the job's log from its first node; its end is what an agent says that could not be started."""
+        with suppress(InfrastructureError):
+            command = ["ssh", "-F", str(self.ssh_config), first.name, shlex.join(["tail", "--bytes=1M", log])]
+            outcome = process.run(command, timeout_s=20)
+            if outcome.rc == 0:
+                write_text_atomic(self.run.path / "slurm" / Path(log).name, outcome.stdout)
+                for talk in [talk for talk in watch.talks if not talk.answered][:1]:
+                    talk.stderr += outcome.stdout.splitlines()[-following.LOG_LINES :]
 
     def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
         return self._told(blame.error("not_started", message), [plan.node(name) for name in cell.hosts])
@@ -326,7 +324,7 @@ class Allocations:
 def job_name(plan: Plan, cell: Cell, attempt: int, shares: bool) -> str:
     """The name of the job that is submitted for `cell`, which no other has."""
     kind = "array-" if shares and plan.job_array else "all-" if shares else ""
-    return f"shakedown-{plan.run_id}-{kind}{cell.id}-{attempt}"
+    return f"{slurm.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
 
 def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
@@ -335,7 +333,7 @@ def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
     That of an array's task has its number at the end.
     """
     number = job_id.partition("_")[2]
-    folder = f"{plan.run_dir}/slurm" if shared else "/var/tmp"
+    folder = f"{plan.run_dir}/slurm" if shared else slurm.LOGS
     return f"{folder}/{name}.log" + (f".{number}" if number else "")
 
 

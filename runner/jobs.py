@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ _CLEAN = (
 )
 _OVER = ("Invalid job id", "already comp")
 _ALREADY_DONE = 2021 & 0xFF  # ESLURM_ALREADY_DONE: that a task of an array is over scancel tells by its status alone
-_GONE = ("Invalid job id", "Invalid job array id", " not found")
+_GONE = re.compile(r"Invalid job (array )?id|^Job \S+ not found$", re.MULTILINE)
 
 
 class NotStarted(InfrastructureError):
@@ -140,7 +141,7 @@ class Slurm:
         """The ids of the run's jobs that wait or run, by their names, which no other run has."""
         argv = ["squeue", "--noheader", "--array", "--format=%i %j"]
         rows = (line.split(maxsplit=1) for line in self._jobs(argv).splitlines())
-        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"shakedown-{run_id}-")}
+        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm.NAME}-{run_id}-")}
         return sorted(found, key=lambda job_id: [int(number) for number in job_id.split("_")])
 
     def test_only(self, script: str) -> str | None:
@@ -181,7 +182,7 @@ class Slurm:
         outcome = self._run(argv)
         if outcome.rc == 0:
             return outcome.stdout
-        if any(word in outcome.stdout + outcome.stderr for word in _GONE):
+        if _GONE.search(outcome.stdout) or _GONE.search(outcome.stderr):
             return ""
         raise Silent(f"{argv[0]}: {_reason(outcome)}")  # whatever it is, a query that worked may work again
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -152,9 +153,14 @@ def _lock_holder(scratch: Path) -> str | None:
 
 
 def clean(scratch: Path, run_id: str) -> bool:
-    """Remove what a run left in this node's scratch folder; its artefacts have been gathered."""
+    """Remove what a run and its Slurm jobs left on this node; its artefacts have been gathered."""
     folder = scratch / run_id
-    if folder.parent != scratch or not folder.is_dir():
+    if not run_id or folder.parent != scratch:
+        return False
+    for log in Path(slurm.LOGS).glob(f"{slurm.NAME}-{glob.escape(run_id)}-*.log*"):
+        with contextlib.suppress(OSError):
+            log.unlink()
+    if not folder.is_dir():
         return False
     shutil.rmtree(folder, ignore_errors=True)
     return True

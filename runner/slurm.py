@@ -133,6 +133,8 @@ def seconds_of(text: str) -> int | None:
 
 # --- one job --------------------------------------------------------------------------------------
 
+NAME = "shakedown"  # with which the names of jobs begin: after it comes the run's id
+LOGS = "/var/tmp"  # where a job's output goes on nodes that do not see the run directory; it is always there
 STARTUP_S = 120  # allowed to every cell beside its own limit: imports from a cold file system, gathering
 # So long before its time limit, or up to a minute earlier, every process of a job's tasks gets SIGUSR1 and SIGCONT,
 # sessions of their own included: one that does not catch or ignore it dies of it. After the limit: SIGTERM, KillWait.

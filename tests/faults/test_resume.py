@@ -132,7 +132,7 @@ def test_the_tasks_of_an_array_go_on_without_a_controller_and_one_that_was_cance
     slurm3, tmp_path
 ):
     results = slurm3.share / tmp_path.name
-    bench = Bench(slurm3.inventory, results, *SLURM, "--job-array", "--nodes", "1", "--repeats", "3", *SOME_SECONDS)
+    bench = Bench(slurm3.inventory, results, *SLURM, "--job-array", "--nodes", "2", "--repeats", "3", *SOME_SECONDS)
     bench.wait_for_ranks()
     bench.process.send_signal(signal.SIGKILL)
     bench.end()

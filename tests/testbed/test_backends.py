@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.rundir import RunDir
-from testbed.benches import Bench
+from testbed.benches import Bench, inside
 from testbed.conftest import Testbed
 
 pytestmark = pytest.mark.testbed
@@ -122,3 +122,15 @@ def test_the_same_artefacts_are_kept_of_every_node(runs, way):
             names = {path.name for path in run.cell(host, cell["id"]).iterdir()}
             wanted = {"job.json", "facts.json", "outcome.json", "telemetry.jsonl", "engine.stdout", "engine.stderr"}
             assert wanted | {f"rank{rank}.jsonl", f"rank{rank}.stdout", f"rank{rank}.stderr"} <= names
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_jobs_log_lies_beside_its_file_and_nowhere_else(runs, slurm3, way):
+    run = runs[way]
+    files = sorted(path.name for path in run.slurm("x").parent.iterdir())
+    scripts = [name for name in files if name.endswith(".sbatch")]
+    assert len(scripts) == (1 if "allocation" in way else 2)
+    logs = [name.replace(".sbatch", ".log.0" if "array" in way else ".log") for name in scripts]
+    assert files == sorted([*scripts, *logs])
+    for node in slurm3.nodes:
+        assert run.run_id not in inside(node["container"], "ls /var/tmp /var/tmp/shakedown")
