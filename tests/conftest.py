@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -85,3 +86,23 @@ def beating(monkeypatch):
             thread.join()
 
     return alive
+
+
+@pytest.fixture
+def held():
+    """A process of this machine that carries out a run, as far as anybody can see."""
+    script = (
+        "import sys, time, pathlib; from runner.rundir import RunDir\n"
+        "with RunDir(pathlib.Path(sys.argv[1])).alive(): print('held', flush=True); time.sleep(60)"
+    )
+
+    @contextmanager
+    def controller(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
+        with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE) as process:
+            assert process.stdout and process.stdout.readline()
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    return controller

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -242,14 +240,9 @@ def test_what_an_earlier_attempt_left_on_the_nodes_is_not_taken_for_the_last_one
     assert [cell for cell, *_ in nodes.tried] == ["torch-2n-r1"]
 
 
-def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path):
+def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path, held):
     _, run = interrupted(cluster, tmp_path)
-    script = (
-        "import sys, time, pathlib; from runner.rundir import RunDir\n"
-        "with RunDir(pathlib.Path(sys.argv[1])).alive(): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE) as controller:
-        assert controller.stdout and controller.stdout.readline()
+    with held(run) as controller:
         with pytest.raises(UsageError, match=f"is running .process {controller.pid}"):
             resume.refuse_running(run, print)
         with pytest.raises(UsageError, match="is running"), run.alive():

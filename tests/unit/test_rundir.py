@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -43,16 +41,11 @@ def test_runs_are_found_by_name_beginning_path_and_latest(tmp_path):
         RunDir.find(tmp_path / "empty", None)
 
 
-def test_a_run_whose_controller_was_killed_is_incomplete(tmp_path):
+def test_a_run_whose_controller_was_killed_is_incomplete(tmp_path, held):
     run = RunDir.create(tmp_path, PLAN)
     status = run.read_status()
     status["state"] = status["cells"]["c1"]["state"] = "running"
-    script = (
-        "import sys, time, pathlib; from runner.rundir import RunDir\n"
-        "with RunDir(pathlib.Path(sys.argv[1])).alive(): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE) as controller:
-        assert controller.stdout and controller.stdout.readline()
+    with held(run) as controller:
         run.write_status(status)
         assert run.read_status()["state"] == "running"
         assert run.controller() == controller.pid
