@@ -69,7 +69,7 @@ def block(containers, tmp_path_factory) -> Iterator[dict[str, str]]:  # noqa: F8
     home, printed = tmp_path_factory.mktemp("block"), {}
     try:
         for line in (line for line, _ in COMMANDS if "testbed" in line):
-            done = shell(line, home, 400)
+            done = shell(line, home, 800)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
             printed[line] = done.stdout
         yield printed
@@ -85,6 +85,7 @@ def told(block: dict[str, str], word: str) -> tuple[RunDir, str]:
 
 
 @pytest.mark.testbed
+@pytest.mark.timeout(1500)  # all of it, in the fixture: four minutes on two idle cores, 23 starts of a rank
 def test_the_testbed_of_the_readme(block):
     assert list(block) == [line for line, _ in COMMANDS if "testbed" in line]
 
