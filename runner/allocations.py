@@ -99,11 +99,15 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
 
 def together(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
     """Which of `cells` share the job of the first: all of one allocation; of an array, whose tasks are alike, those of
-    its size and nodes.
+    its size, and of its nodes if these are named.
     """
     if plan.job_array:
-        return [cell for cell in cells if (cell.num_nodes, cell.hosts) == (cells[0].num_nodes, cells[0].hosts)]
+        return [cell for cell in cells if _shape(plan, cell) == _shape(plan, cells[0])]
     return list(cells) if plan.one_allocation else [cells[0]]
+
+
+def _shape(plan: Plan, cell: Cell) -> tuple[int, tuple[str, ...]]:
+    return cell.num_nodes, cell.hosts if plan.named else ()
 
 
 class Allocations:
@@ -193,8 +197,9 @@ class Allocations:
     def leave(self, plan: Plan, job_ids: set[str] | None, patient: bool) -> bool:
         """Cancel the run's jobs, or of them `job_ids`, that wait or run; returns whether Slurm heard it."""
         try:
+            wanted = None if job_ids is None else {slurm.whole(job_id) for job_id in job_ids}
             for job_id in self.cluster.of_run(plan.run_id):  # ids are used again, names are not
-                if job_ids is None or job_id in job_ids:
+                if wanted is None or job_id in wanted:
                     with following.left_at_once(self.cluster, job_id):
                         self.cluster.cancel(job_id, patient=patient)
         except InfrastructureError:
@@ -203,6 +208,7 @@ class Allocations:
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, its step in that, and the sbatch file."""
+        self._look_again(plan, cell, course)
         if cell.id in course.allocation:
             job_id, step, name, *_ = course.allocation[cell.id]
             return job_id, step, self.run.slurm(name)
@@ -210,7 +216,7 @@ class Allocations:
         shares = (plan.one_allocation or plan.job_array) and job_id is None
         name = job_name(plan, cell, attempt, shares)
         path = self.run.slurm(name)
-        cells = course.pending if shares else [cell]
+        cells = [*course.pending] if shares and course.pending else [cell]
         if job_id is None and path.exists():  # a controller that died may have had no time to note the id
             job_id = self.cluster.find(name)
             ids = slurm.cells_of(path.read_text()) if job_id else []
@@ -219,15 +225,29 @@ class Allocations:
             script = slurm.render(self.job(plan, name, cells, data), self.settings(plan))
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
+            if shares:  # until Slurm answers nobody else may submit these
+                course.allocation.update(
+                    {each.id: [None, number, name, *each.hosts] for number, each in enumerate(cells)}
+                )
             job_id = self.cluster.submit(script, agents.secrets())
         if shares:
             for number, each in enumerate(cells):
-                place = [f"{job_id}_{number}", None] if plan.job_array else [job_id, number]
-                course.allocation[each.id] = [*place, name, *each.hosts]
+                course.allocation[each.id] = [*_place(plan, job_id, number), name, *each.hosts]
             job_id, step = course.allocation[cell.id][:2]
         if (course.entry["job"] or {}).get("id") != job_id:  # noted before Slurm is asked for anything else
             course.on_job(slurm.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
         return job_id, step, path
+
+    def _look_again(self, plan: Plan, cell: Cell, course: Course) -> None:
+        """Whether Slurm has the job that the cell shares, where the answer to sbatch was lost."""
+        name = course.allocation[cell.id][2] if cell.id in course.allocation else ""
+        unknown = {each: entry for each, entry in course.allocation.items() if entry[0] is None and entry[2] == name}
+        job_id = self.cluster.find(name) if unknown else None
+        for each, (_, number, *rest) in unknown.items():
+            if job_id:
+                course.allocation[each] = [*_place(plan, job_id, number), *rest]
+            else:
+                del course.allocation[each]
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
@@ -325,6 +345,11 @@ def job_name(plan: Plan, cell: Cell, attempt: int, shares: bool) -> str:
     """The name of the job that is submitted for `cell`, which no other has."""
     kind = "array-" if shares and plan.job_array else "all-" if shares else ""
     return f"{slurm.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
+
+
+def _place(plan: Plan, job_id: str, number: int) -> tuple[str, int | None]:
+    """The job, and the step in it, of the cell that is the `number`-th of those that share `job_id`."""
+    return (f"{job_id}_{number}", None) if plan.job_array else (job_id, number)
 
 
 def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:

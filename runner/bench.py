@@ -131,7 +131,12 @@ class Run:
         ]
         going_on = {*self._allocation, *self.inherited}
         ids = [cell.id for cell in self.plan.cells]
-        return sorted(left, key=lambda index: (ids[index] in self.reopened, ids[index] not in going_on))
+        return sorted(left, key=lambda index: (ids[index] not in going_on, ids[index] in self.reopened))
+
+    def _through(self) -> int:
+        """How many cells are complete or given up, beside the one that runs now."""
+        entries = self.status["cells"].items()
+        return sum(entry["state"] == "complete" or cell in self.tried for cell, entry in entries) - 1
 
     def left_at_once(self) -> None:
         """Note what a controller leaves that has no time: Slurm's jobs may go on, ranks over ssh end with it."""
@@ -236,7 +241,7 @@ class Run:
 
     def _settle(self, index: int) -> None:
         """Run a cell, again after a failure that is worth it, until it is complete or given up."""
-        if self._recover(self.plan.cells[index]):
+        if self._recover(index):
             self._over(self.plan.cells[index])
             self._compare(self.plan.cells[index], own=False)
             return
@@ -278,8 +283,10 @@ class Run:
         if not worth_it or self.retried[cell.id] == self.policy.retries:
             return False
         self.retried[cell.id] += 1
-        self._note(f"{cell.id}: retry {self.retried[cell.id]} of {self.policy.retries}")
-        self.stop.wait(RETRY_S)
+        later = ", after the cells whose job goes on" if self._allocation else ""
+        self._note(f"{cell.id}: retry {self.retried[cell.id]} of {self.policy.retries}{later}")
+        if not later:
+            self.stop.wait(RETRY_S)
         return True
 
     def _make_room(self, index: int) -> None:
@@ -312,6 +319,7 @@ class Run:
             del self.before[opened]  # once
             self.reopened.add(opened)
             self.tried.discard(opened)
+            del self.retried[opened]
             self._move(next(index for index, each in enumerate(self.plan.cells) if each.id == opened))
         if not own:
             self.before[cell.id] = found
@@ -343,7 +351,8 @@ class Run:
     def _leave_allocation(self) -> None:
         """Cancel the jobs that cells share: those that are not complete are submitted anew."""
         if isinstance(self.transport, Allocations) and self._allocation:
-            self._cancel({job_id for job_id, *_ in self._allocation.values()})
+            ids = {job_id for job_id, *_ in self._allocation.values()}
+            self._cancel(None if None in ids else ids)  # None: whether Slurm has it is not known
 
     def _leave_rest(self) -> None:
         """The user stopped the run: its jobs are cancelled, and the cells whose turn had not come are so, too."""
@@ -381,11 +390,19 @@ class Run:
             del self._allocation[cell]
         return left
 
-    def _recover(self, cell: Cell) -> bool:
-        """Whether the cell had ended well when its controller died; what it measured is taken then."""
+    def _recover(self, index: int) -> bool:
+        """Whether the cell had ended well without a controller; what it measured is taken then."""
+        cell = self.plan.cells[index]
         entry = self._entry(cell)
-        if entry["started"] is None or entry["error"] is not None or not cell.hosts:
+        if entry["error"] is not None or (entry["started"] is None and cell.id not in self._allocation):
             return False
+        if not cell.hosts:  # nobody followed it; where files are shared, its agents have told here where it was
+            nodes = {node.name: node for node in self.plan.nodes}
+            told = self.run.read_placement(cell.id)
+            if not told or not nodes.keys() >= set(told):
+                return False
+            cell = place(cell, [nodes[name] for name in told], self.plan, None)
+            self._amend(index, cell)
         self.transport.gather(self.plan, cell)  # a node without any of it has nothing to give
         outcomes = self.run.read_outcomes(cell.hosts, cell.id)
         if not all(blame.ended_well(outcomes.get(host, {})) for host in cell.hosts):
@@ -428,8 +445,9 @@ class Run:
         return bad not in self.plan.cells[index].hosts
 
     def _give_up(self, bad: str, index: int, error: Mapping[str, Any]) -> None:
-        """Do without a node from cell `index` on. A spare takes its place; where there is none, cells move to good
-        nodes if these are enough, and fail otherwise.
+        """Do without a node in cell `index` and all that are still to run.
+
+        A spare takes its place; where there is none, cells move to good nodes if these are enough, and fail otherwise.
         """
         self.bad.add(bad)
         spare = self._good_spare()
@@ -453,8 +471,9 @@ class Run:
             }
         )
         self._leave_allocation()  # its steps have their nodes
-        for later, cell in enumerate(self.plan.cells[index:], start=index):
-            if self._entry(cell)["state"] == "complete" or self._move(later):
+        for other, cell in enumerate(self.plan.cells):
+            through = self._entry(cell)["state"] == "complete" or (cell.id in self.tried and other != index)
+            if through or self._move(other):
                 continue
             if self._entry(cell)["error"] is None:
                 why = f"needs {cell.num_nodes} nodes, {len(good)} are good: {error['message']}"
@@ -488,7 +507,7 @@ class Run:
 
     def _run_cell(self, index: int, cell: Cell) -> bool:
         """Run a cell once; returns whether any agent was heard."""
-        total = len(self.plan.cells)
+        total, through = len(self.plan.cells), self._through()
         remote = self.plan.backend == "ssh"
         streams: dict[tuple[str, str], Any] = {}
 
@@ -496,7 +515,7 @@ class Run:
             return next((node.alias for node in self.plan.nodes if node.name == host), host)
 
         def on_progress(fraction: float, phase: str) -> None:
-            self.display.at(index + fraction, total, f"{cell.id} {phase}")
+            self.display.at(through + fraction, total, f"{cell.id} {phase}")
             self._entry(cell)["progress"] = {"fraction": round(fraction, 3), "phase": phase}
 
         def on_line(host: str, file: str, line: str) -> None:
@@ -510,7 +529,7 @@ class Run:
                 self.log.write(f"{now()} {cell.id} {alias(host)} {file}: {line}\n")
 
         self._cell_state(cell, "running")
-        self.display.at(index, total, f"{cell.id} starting")
+        self.display.at(through, total, f"{cell.id} starting")
         watch = CellRun(cell, self.stop, on_progress, on_line, lambda: self._live(cell, watch))
         started = time.monotonic()
         try:
@@ -543,7 +562,7 @@ class Run:
 
     def _course(self, index: int, watch: CellRun) -> Course:
         cell = self.plan.cells[index]
-        total = len(self.plan.cells)
+        total, through = len(self.plan.cells), self._through()
 
         def on_job(info: slurm.JobInfo) -> None:
             entry = self._entry(cell)
@@ -551,9 +570,9 @@ class Run:
             if info.state == "waiting":
                 place = f", place {info.position}" if info.position else ""
                 start = f", expected {info.start}" if info.start else ""
-                self.display.at(index, total, f"{cell.id} waits: {info.reason or 'Pending'}{place}{start}")
+                self.display.at(through, total, f"{cell.id} waits: {info.reason or 'Pending'}{place}{start}")
             elif entry["state"] == "waiting":
-                self.display.at(index, total, f"{cell.id} starting as job {info.job_id}")
+                self.display.at(through, total, f"{cell.id} starting as job {info.job_id}")
             placed = self.plan.cells[index]  # by now perhaps
             self._cell_state(placed, "waiting" if info.state == "waiting" else "running")
 

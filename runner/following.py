@@ -21,7 +21,7 @@ from runner.backends import Talk
 from runner.errors import InfrastructureError
 from runner.inventory import Node
 from runner.jobs import NotStarted, Silent, Slurm, forgotten, gone, intervals
-from runner.node import MESSAGES
+from runner.rundir import MESSAGES
 from runner.slurm import JobInfo
 
 FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
@@ -142,7 +142,7 @@ def left_at_once(commands: Slurm, job_id: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with suppress(InfrastructureError):
-            commands.cancel(job_id, patient=False)
+            commands.cancel(slurm.whole(job_id), patient=False)
         raise
 
 

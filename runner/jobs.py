@@ -138,11 +138,10 @@ class Slurm:
             raise
 
     def of_run(self, run_id: str) -> list[str]:
-        """The ids of the run's jobs that wait or run, by their names, which no other run has."""
-        argv = ["squeue", "--noheader", "--array", "--format=%i %j"]
-        rows = (line.split(maxsplit=1) for line in self._jobs(argv).splitlines())
+        """The ids of the run's jobs and arrays that wait or run, by their names, which no other run has."""
+        rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%F %j"]).splitlines())
         found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm.NAME}-{run_id}-")}
-        return sorted(found, key=lambda job_id: [int(number) for number in job_id.split("_")])
+        return sorted(found, key=int)
 
     def test_only(self, script: str) -> str | None:
         """Why Slurm would refuse the sbatch file, or None."""

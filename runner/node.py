@@ -34,7 +34,7 @@ from typing import Any
 
 from runner import __version__, engines, facts, process, slurm
 from runner.errors import InfrastructureError
-from runner.rundir import write_json_atomic
+from runner.rundir import MESSAGES, write_json_atomic
 
 TICK_S = 0.1
 ALIVE_S = 5.0
@@ -47,7 +47,6 @@ SLURM_WORDS: dict[int, str] = {
     signal.SIGTERM: "stop",
     process.STACKS: "stacks",
 }
-MESSAGES = "messages.jsonl"
 PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUTH_SOCK")
 
 

@@ -23,6 +23,7 @@ from runner.errors import InfrastructureError, UsageError, disk_kind
 
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
 LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
+MESSAGES = "messages.jsonl"  # in a cell's folder: what its agent says, where nobody hears its stdout
 PULSE_S = 5.0  # a controller shows that often that it lives: not every file system tells another machine of a lock
 PULSES_S = 3 * PULSE_S  # who has shown nothing for so long is dead
 
@@ -112,7 +113,7 @@ class RunDir:
         return self.path / "attempts" / f"{cell}.{attempt}"
 
     def slurm(self, name: str) -> Path:
-        """The sbatch file of a cell, or of all; its log lies beside it."""
+        """The sbatch file of a job; its log lies beside it."""
         return self.path / "slurm" / f"{name}.sbatch"
 
     def set_aside(self, cell: str, attempt: int) -> None:
@@ -135,6 +136,13 @@ class RunDir:
             with contextlib.suppress(OSError, ValueError):
                 outcomes[host] = json.loads((self.cell(host, cell) / "outcome.json").read_text())
         return outcomes
+
+    def read_placement(self, cell: str) -> list[str]:
+        """The hosts of a cell in rank order, as its agents under Slurm told; none where nothing of them is here."""
+        for path in sorted(self.path.glob(f"nodes/*/{cell}/{MESSAGES}")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as file:
+                return [str(host) for host in json.loads(file.readline())["hosts"]]
+        return []
 
     def keep_transport(self, ssh_config: Path) -> None:
         """Keep how the nodes were reached, pinned host keys included, for what is done to them later."""

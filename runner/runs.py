@@ -373,15 +373,18 @@ def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
 
 
 def _left_jobs(status: Mapping[str, Any]) -> list[str]:
-    """The Slurm jobs whose end no controller has seen."""
+    """The Slurm jobs, tasks of arrays as well, whose end no controller has seen."""
 
     def unseen(cell: Mapping[str, Any]) -> bool:
         return not cell["ended"] or (cell["error"] or {}).get("kind") == "slurm_unreachable"
 
     if status["state"] != "incomplete":
         return []
-    cells = status["cells"].values()
-    return sorted({cell["job"]["id"] for cell in cells if cell.get("job") and cell["started"] and unseen(cell)})
+    cells = status["cells"]
+    told = {cell["job"]["id"] for cell in cells.values() if cell.get("job") and cell["started"] and unseen(cell)}
+    shared = status.get("allocation", {}).items()
+    waiting = {job_id for cell, (job_id, *_) in shared if job_id and unseen(cells[cell])}
+    return sorted(told | waiting, key=lambda job_id: [int(number) for number in job_id.split("_")])
 
 
 def _described(run: RunDir) -> str:

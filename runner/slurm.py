@@ -338,6 +338,11 @@ def fold(hosts: Iterable[str]) -> str:
     return str(NodeSet.fromlist(list(hosts), resolver=None)) or "no node"
 
 
+def whole(job_id: str) -> str:
+    """The id of all of a job: of the array that it is a task of."""
+    return job_id.partition("_")[0]
+
+
 def own_id(environ: Mapping[str, str]) -> str | None:
     """The id of the job that this is a task of, as Slurm tells it to others: "123", or "123_4" in an array."""
     array, number = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
@@ -423,9 +428,9 @@ def scontrol_argv(job_id: str) -> list[str]:
 
 
 def queue_argv(partition: str | None) -> list[str]:
-    """What `position` reads: the waiting jobs of a partition (None: of all), the next to start first."""
+    """What `position` reads: the waiting jobs of a partition (None: of all), the next to start first; an array once."""
     only = [f"--partition={partition}"] if partition else []
-    return ["squeue", "--noheader", "--array", "--states=PENDING", "--sort=-p,i", "--format=%i", *only]
+    return ["squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%F", *only]
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -445,8 +450,8 @@ def submitted_id(stdout: str) -> str:
 
 
 def position(text: str, job_id: str) -> int | None:
-    """The place of a job in the answer to `queue_argv`, from 1; None: it does not wait."""
-    waiting = text.split()
+    """The place of a job, or of its array, in the answer to `queue_argv`, from 1; None: it does not wait."""
+    waiting, job_id = list(dict.fromkeys(text.split())), whole(job_id)
     return waiting.index(job_id) + 1 if job_id in waiting else None
 
 

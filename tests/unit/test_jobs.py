@@ -174,11 +174,11 @@ def test_who_leaves_while_a_job_is_submitted_leaves_none_behind():
     assert commands.named("scancel") == [["scancel", "41"]]
 
 
-def test_the_jobs_of_a_run_are_found_by_the_beginning_of_their_names_tasks_of_arrays_one_by_one():
+def test_the_jobs_of_a_run_are_found_by_the_beginning_of_their_names_an_array_once():
     rows = "41 shakedown-r-c-1\n42 shakedown-r2-c-1\n43 other job\n9 shakedown-r-all-c-1\n"
-    commands = Commands(squeue=[f"44_1 shakedown-r-array-c-1\n{rows}44_0 shakedown-r-array-c-1\n"])
-    assert cluster(commands).of_run("r") == ["9", "41", "44_0", "44_1"]
-    assert "--array" in commands.named("squeue")[0]
+    commands = Commands(squeue=[f"44 shakedown-r-array-c-1\n{rows}44 shakedown-r-array-c-1\n"])
+    assert cluster(commands).of_run("r") == ["9", "41", "44"]
+    assert "--format=%F %j" in commands.named("squeue")[0]
 
 
 def test_cancelling_what_is_over_is_no_error_and_what_is_refused_is():
