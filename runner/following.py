@@ -87,8 +87,8 @@ def wait(
 ) -> JobInfo:
     """Wait until the job runs, or has ended, or Slurm has forgotten it; `on_wait` hears each answer meanwhile.
 
-    Once `stopped`, it cancels the job and returns what it then is. Raises NotStarted for a job that it gave up
-    (settings.wait_s, settings.stuck_s), and cancelled, saying why.
+    Once `stopped`, it cancels the job, of a task the whole array, and returns what it then is. Raises NotStarted for a
+    job that it gave up (settings.wait_s, settings.stuck_s), and cancelled, saying why.
     """
 
     def ask() -> JobInfo:
@@ -128,7 +128,7 @@ def wait(
                 given_up = f"its reason is {info.reason or 'not given'}; allow it longer with slurm.wait_s"
             if given_up:
                 break
-        commands.cancel(job_id)
+        commands.cancel(job_id if given_up else slurm.whole(job_id))
     if given_up:
         waited_s = time.monotonic() - began
         raise NotStarted(f"job {job_id} waited {waited_s:.0f} s and was cancelled: {given_up}")
