@@ -206,48 +206,54 @@ class Allocations:
             return False
         return True
 
+    def adopt(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], allocation: dict[str, Any]) -> bool:
+        """Whether the cell has a job; one whose id was never heard is looked for by its name.
+
+        Its cells are then noted in `allocation`, or, where Slurm has no such job, no longer. Raises Silent.
+        """
+        job_id, _, name, *_ = allocation.get(cell.id) or ((entry["job"] or {}).get("id"), None, None)
+        if job_id:
+            return True
+        name = name or job_name(plan, cell, entry["attempt"])
+        path = self.run.slurm(name)
+        found = self.cluster.find(name) if path.exists() else None
+        if found is None:
+            for each in [each for each, (_, _, other, *_) in allocation.items() if other == name]:
+                del allocation[each]
+            return False
+        for number, each in enumerate(slurm.cells_of(path.read_text())):
+            if each not in allocation or allocation[each][2] == name:  # else it has another by now
+                hosts = next(one.hosts for one in plan.cells if one.id == each)
+                allocation[each] = [*_place(plan, found, number), name, *hosts]
+        return True
+
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, its step in that, and the sbatch file."""
-        self._look_again(plan, cell, course)
-        if cell.id in course.allocation:
-            job_id, step, name, *_ = course.allocation[cell.id]
-            return job_id, step, self.run.slurm(name)
-        attempt, job_id, step = course.entry["attempt"], (course.entry["job"] or {}).get("id"), None
-        shares = (plan.one_allocation or plan.job_array) and job_id is None
-        name = job_name(plan, cell, attempt, shares)
-        path = self.run.slurm(name)
-        cells = [*course.pending] if shares and course.pending else [cell]
-        if job_id is None and path.exists():  # a controller that died may have had no time to note the id
-            job_id = self.cluster.find(name)
-            ids = slurm.cells_of(path.read_text()) if job_id else []
-            cells = [next(each for each in plan.cells if each.id == cell_id) for cell_id in ids] or cells
-        if job_id is None:
+        name = job_name(plan, cell, course.entry["attempt"])
+        if not self.adopt(plan, cell, course.entry, course.allocation):
+            cells = course.pending or [cell]
             script = slurm.render(self.job(plan, name, cells, data), self.settings(plan))
+            path = self.run.slurm(name)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
-            if shares:  # until Slurm answers nobody else may submit these
-                course.allocation.update(
-                    {each.id: [None, number, name, *each.hosts] for number, each in enumerate(cells)}
-                )
-            job_id = self.cluster.submit(script, agents.secrets())
-        if shares:
+            # Until Slurm answers nobody else may submit these.
+            course.allocation.update({each.id: [None, None, name, *each.hosts] for each in cells})
+            try:
+                job_id = self.cluster.submit(script, agents.secrets())
+            except jobs.Silent:
+                raise
+            except InfrastructureError:  # refused
+                for each in cells:
+                    del course.allocation[each.id]
+                raise
             for number, each in enumerate(cells):
                 course.allocation[each.id] = [*_place(plan, job_id, number), name, *each.hosts]
-            job_id, step = course.allocation[cell.id][:2]
-        if (course.entry["job"] or {}).get("id") != job_id:  # noted before Slurm is asked for anything else
+        known = (course.entry["job"] or {}).get("id")
+        noted: Sequence[Any] = course.allocation.get(cell.id) or (known, None, name)
+        job_id, step, name = noted[:3]
+        if job_id != known:  # told before Slurm is asked for anything else
             course.on_job(slurm.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
-        return job_id, step, path
-
-    def _look_again(self, plan: Plan, cell: Cell, course: Course) -> None:
-        """Whether Slurm has the job that the cell shares, where the answer to sbatch was lost."""
-        name = course.allocation[cell.id][2] if cell.id in course.allocation else ""
-        unknown = {each: entry for each, entry in course.allocation.items() if entry[0] is None and entry[2] == name}
-        job_id = self.cluster.find(name) if unknown else None
-        for each, (_, number, *rest) in unknown.items():
-            if job_id:
-                course.allocation[each] = [*_place(plan, job_id, number), *rest]
-            else:
-                del course.allocation[each]
+        return job_id, step, self.run.slurm(name)
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
@@ -341,15 +347,15 @@ class Allocations:
             agents.clean(plan, nodes, self.ssh_config)
 
 
-def job_name(plan: Plan, cell: Cell, attempt: int, shares: bool) -> str:
+def job_name(plan: Plan, cell: Cell, attempt: int) -> str:
     """The name of the job that is submitted for `cell`, which no other has."""
-    kind = "array-" if shares and plan.job_array else "all-" if shares else ""
+    kind = "array-" if plan.job_array else "all-" if plan.one_allocation else ""
     return f"{slurm.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
 
 def _place(plan: Plan, job_id: str, number: int) -> tuple[str, int | None]:
-    """The job, and the step in it, of the cell that is the `number`-th of those that share `job_id`."""
-    return (f"{job_id}_{number}", None) if plan.job_array else (job_id, number)
+    """The job, and the step in it, of the `number`-th cell of the sbatch file that was submitted as `job_id`."""
+    return (f"{job_id}_{number}", None) if plan.job_array else (job_id, number if plan.one_allocation else None)
 
 
 def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
@@ -415,10 +421,10 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     """The sbatch files of `cells` as far as they are known before Slurm has been asked for the names of nodes."""
     settings = settings_of(plan)
     known = tuple(node.alias for node in plan.nodes)
-    shares, left, shown = plan.one_allocation or plan.job_array, list(cells), []
+    left, shown = list(cells), []
     while left:
         some = together(plan, left)
-        name = job_name(plan, some[0], 1, shares)
+        name = job_name(plan, some[0], 1)
         script = slurm.render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)
         shown.append(f"{name}.sbatch:\n{script}")
         left = [cell for cell in left if cell not in some]

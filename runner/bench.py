@@ -8,7 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -117,7 +117,9 @@ class Run:
             states = {c["state"] for c in self.status["cells"].values()}
             final = next((s for s in ("failed", "incomplete", "cancelled") if s in states), "complete")
             self._save(final)
-            self.transport.clean(self.plan, [n for n in self.plan.nodes if n.name not in self.not_gathered | self.bad])
+            if not self._allocation and not self.inherited:  # else a job that goes on has its files there
+                kept = self.not_gathered | self.bad
+                self.transport.clean(self.plan, [node for node in self.plan.nodes if node.name not in kept])
             return self._judge()
 
     def _pending(self) -> list[int]:
@@ -129,9 +131,14 @@ class Run:
             for index, cell in enumerate(self.plan.cells)
             if self._entry(cell)["state"] != "complete" and cell.id not in self.tried and not self.bad & set(cell.hosts)
         ]
-        going_on = {*self._allocation, *self.inherited}
         ids = [cell.id for cell in self.plan.cells]
-        return sorted(left, key=lambda index: (ids[index] not in going_on, ids[index] in self.reopened))
+        return sorted(left, key=lambda index: (self._own_job(ids[index]), ids[index] in self.reopened))
+
+    def _own_job(self, cell: str) -> int:
+        """0: it has a job that goes on, 1: it may have one, 2: it has none."""
+        noted = self._allocation.get(cell) or [(self.status["cells"][cell]["job"] or {}).get("id")]
+        has = cell in self._allocation or cell in self.inherited
+        return 2 if not has else 0 if noted[0] else 1
 
     def _through(self) -> int:
         """How many cells are complete or given up, beside the one that runs now."""
@@ -242,15 +249,14 @@ class Run:
     def _settle(self, index: int) -> None:
         """Run a cell, again after a failure that is worth it, until it is complete or given up."""
         if self._recover(index):
-            self._over(self.plan.cells[index])
-            self._compare(self.plan.cells[index], own=False)
             return
         while True:
+            self._adopt(index)
             self._make_room(index)
             cell = self.plan.cells[index]
-            inherited, shared = cell.id in self.inherited, self._allocation.get(cell.id)
+            inherited = cell.id in self.inherited
             heard = self._run_cell(index, cell)
-            error = self._entry(cell)["error"]
+            error, shared = self._entry(cell)["error"], self._allocation.get(cell.id)
             # Where Slurm is silent the job may go on: it is followed, and the cell not given a second one.
             unheard = error is not None and error["kind"] == "slurm_unreachable"
             if unheard:
@@ -265,7 +271,7 @@ class Run:
                 self._turn_never_came(cell, shared, heard)
             elif not self._worth_another(index, cell, error, shared, heard):
                 return
-            if self._allocation:  # beside cells whose job goes on it would measure their traffic: it comes after them
+            if self._others_go_on():  # beside them it would measure their traffic: it comes after them
                 self.tried.discard(cell.id)
                 return
 
@@ -283,7 +289,7 @@ class Run:
         if not worth_it or self.retried[cell.id] == self.policy.retries:
             return False
         self.retried[cell.id] += 1
-        later = ", after the cells whose job goes on" if self._allocation else ""
+        later = ", after the cells whose job goes on" if self._others_go_on() else ""
         self._note(f"{cell.id}: retry {self.retried[cell.id]} of {self.policy.retries}{later}")
         if not later:
             self.stop.wait(RETRY_S)
@@ -329,8 +335,28 @@ class Run:
 
     @property
     def _allocation(self) -> dict[str, Any]:
-        """The job, step, sbatch file and named hosts of each cell that shares a job, until its end was seen."""
+        """The job, step, sbatch file and named hosts of each cell that has a job, until its end was seen."""
         return self.status.setdefault("allocation", {})
+
+    def _others_go_on(self) -> bool:
+        """Whether cells that are still to be followed have a job."""
+        return not self._allocation.keys() <= self.tried
+
+    def _adopt(self, index: int) -> None:
+        """Learn what became of a job of the cell whose id was never heard."""
+        if not isinstance(self.transport, Allocations):
+            return
+        cell, before = self.plan.cells[index], set(self._allocation)
+        with suppress(jobs.Silent):  # the cell's conversation will say so
+            has = self.transport.adopt(self.plan, cell, self._entry(cell), self._allocation)
+            found = self._allocation.keys() - before
+            for each in [each for each in found if self.status["cells"][each]["state"] == "complete"]:
+                del self._allocation[each]
+            if cell.id in self.inherited:
+                self.inherited |= found & self._allocation.keys()
+            self.inherited -= before - self._allocation.keys()
+            if not has:
+                self.inherited.discard(cell.id)
 
     def _over(self, cell: Cell) -> None:
         """The end of the cell's job, or step, was seen: the next attempt has another."""
@@ -349,7 +375,7 @@ class Run:
         return True
 
     def _leave_allocation(self) -> None:
-        """Cancel the jobs that cells share: those that are not complete are submitted anew."""
+        """Cancel the jobs that cells have: those that are not complete are submitted anew."""
         if isinstance(self.transport, Allocations) and self._allocation:
             ids = {job_id for job_id, *_ in self._allocation.values()}
             self._cancel(None if None in ids else ids)  # None: whether Slurm has it is not known
@@ -370,9 +396,15 @@ class Run:
         if not self.transport.leave(self.plan, job_ids, patient=not self.stop.asked):
             self._note("Slurm does not answer: jobs of this run may go on; `runner runs stop` cancels them")
             return False
-        for cell in [cell for cell, (job_id, *_) in self._allocation.items() if job_ids is None or job_id in job_ids]:
-            del self._allocation[cell]
-            self.inherited.discard(cell)
+        for index, cell in enumerate(self.plan.cells):
+            if cell.id not in self._allocation or not (job_ids is None or self._allocation[cell.id][0] in job_ids):
+                continue
+            # Nobody may have followed it to its end yet; over ssh that would take too long to see.
+            unfollowed = self.transport.shared and self._entry(cell)["started"] is None
+            if not (unfollowed and self._recover(index)):
+                self._over(cell)
+        if job_ids is None:
+            self.inherited.clear()
         return True
 
     def _left_to_slurm(self) -> set[str]:
@@ -393,25 +425,30 @@ class Run:
     def _recover(self, index: int) -> bool:
         """Whether the cell had ended well without a controller; what it measured is taken then."""
         cell = self.plan.cells[index]
-        entry = self._entry(cell)
-        if entry["error"] is not None or (entry["started"] is None and cell.id not in self._allocation):
+        entry, shared = self._entry(cell), self._allocation.get(cell.id)
+        unfollowed = entry["started"] is None
+        if entry["state"] == "complete" or entry["error"] is not None or (unfollowed and not shared):
             return False
-        if not cell.hosts:  # nobody followed it; where files are shared, its agents have told here where it was
+        if cell.hosts:
+            self.transport.gather(self.plan, cell)  # a node without any of it has nothing to give
+        if unfollowed or not cell.hosts:  # its agents have told where it was, those of an earlier job as well
+            job_id = shared[0] if shared else (entry["job"] or {}).get("id")
             nodes = {node.name: node for node in self.plan.nodes}
-            told = self.run.read_placement(cell.id)
+            told = self.run.read_placement(cell.id, job_id)
             if not told or not nodes.keys() >= set(told):
                 return False
-            cell = place(cell, [nodes[name] for name in told], self.plan, None)
-            self._amend(index, cell)
-        self.transport.gather(self.plan, cell)  # a node without any of it has nothing to give
+            cell = cell if cell.hosts else place(cell, [nodes[name] for name in told], self.plan, None)
         outcomes = self.run.read_outcomes(cell.hosts, cell.id)
         if not all(blame.ended_well(outcomes.get(host, {})) for host in cell.hosts):
             return False
         if any(outcome.get("attempt", 1) != cell.attempt for outcome in outcomes.values()):
             return False  # killed before this attempt had begun on the nodes, which have an earlier one's still
+        self._amend(index, cell)
         self._collect(cell)
         self._cell_state(cell, "complete")
-        self._note(f"{cell.id}: complete, it had ended before its controller did")
+        self._note(f"{cell.id}: complete, it had ended without a controller")
+        self._over(cell)
+        self._compare(cell, own=False)
         return True
 
     def _set_aside(self, index: int) -> None:

@@ -63,8 +63,8 @@ class Course:
     """What a transport may need to know of the run a cell belongs to, and whom it tells what it decides.
 
     `entry` is the cell's in status.json, `pending` are the cells of the job that it needs, this one first, and
-    `allocation` has the job (None: sbatch has not answered), step, sbatch file and named hosts of each cell that
-    shares one; it is kept in status.json as well.
+    `allocation` has the job (None: sbatch has not answered), step, sbatch file and named hosts of each cell that has
+    a job; it is kept in status.json as well.
     `on_placed` gets the nodes that Slurm chose and gives the cell as it is then planned.
     """
 

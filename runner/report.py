@@ -266,7 +266,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     hardware = plan.get("hardware", {})
     used = {host for cell in plan["cells"] for host in cell["hosts"]}  # of those that Slurm had to choose from
     hosts = [node["name"] for node in plan["nodes"] if node["name"] in used or not used]
-    first = plan["cells"][0] if plan["cells"] else {"gpus_per_node": 0, "device": "?"}
+    first: Mapping[str, Any] = plan["cells"][0] if plan["cells"] else {"gpus_per_node": 0, "device": "?"}
     number = first["gpus_per_node"]
     ranks = f"{number} {'CPU rank' if first['device'] == 'cpu' else 'GPU'}{'s'[: number > 1]} each"
     models = ", ".join(plan.get("models", {}))

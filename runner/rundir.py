@@ -137,11 +137,13 @@ class RunDir:
                 outcomes[host] = json.loads((self.cell(host, cell) / "outcome.json").read_text())
         return outcomes
 
-    def read_placement(self, cell: str) -> list[str]:
-        """The hosts of a cell in rank order, as its agents under Slurm told; none where nothing of them is here."""
+    def read_placement(self, cell: str, job_id: str | None) -> list[str]:
+        """The hosts of a cell in rank order, as its agents in that job of Slurm's told; none where none has told it."""
         for path in sorted(self.path.glob(f"nodes/*/{cell}/{MESSAGES}")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as file:
-                return [str(host) for host in json.loads(file.readline())["hosts"]]
+                placed = json.loads(file.readline())
+                if job_id and placed["job"] == job_id:
+                    return [str(host) for host in placed["hosts"]]
         return []
 
     def keep_transport(self, ssh_config: Path) -> None:

@@ -14,6 +14,7 @@ from test_run import FACTS, Reach, bench_talk, missing, planned, slurm_commands,
 from conftest import NAMES
 from runner import allocations, bench, blame, jobs, resume, runs, slurm
 from runner.display import Display
+from runner.errors import InfrastructureError
 from runner.inventory import Inventory
 from runner.rundir import RunDir
 
@@ -496,6 +497,14 @@ def test_a_waiting_task_is_told_of_where_the_one_before_it_had_ended(cluster, tm
     assert status["allocation"] and runs._left_jobs({**status, "state": "incomplete"}) == ["7_1"]
 
 
+def ended_well(run: RunDir, cell: str, job_id: str) -> None:
+    """What the agent of a task leaves that ran on the first node."""
+    folder = run.cell(NAMES[0], cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "messages.jsonl").write_text(json.dumps({"message": "placed", "job": job_id, "hosts": NAMES[:1]}) + "\n")
+    (folder / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))
+
+
 @pytest.mark.parametrize("array", [True, False])
 def test_a_task_that_ended_well_without_a_controller_is_taken_even_if_slurm_has_forgotten_it(cluster, tmp_path, array):
     """As test_a_job_that_had_ended_well_is_taken_even_if_slurm_has_forgotten_it; nobody had followed this one yet."""
@@ -508,9 +517,8 @@ def test_a_task_that_ended_well_without_a_controller_is_taken_even_if_slurm_has_
     job = {"id": place[0][0], "state": "running"}
     status["cells"]["torch-1n-r1"].update(state="incomplete", started="2026-01-01T00:00:00Z", job=job)
     run.write_status({**status, "state": "incomplete"})
-    for cell in built.cells:
-        run.cell(NAMES[0], cell.id).mkdir(parents=True)
-        (run.cell(NAMES[0], cell.id) / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))
+    for cell, (job_id, _) in zip(built.cells, place, strict=True):
+        ended_well(run, cell.id, job_id)
 
     class Forgetful(Queue):
         def __call__(self, argv, **options):
@@ -545,15 +553,7 @@ def test_no_cell_is_in_two_jobs_where_the_answer_to_sbatch_was_lost(cluster, tmp
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 3, array=array)
     queue = Lost(cluster, 7)
     carrier.cluster = jobs.Slurm(slurm.Settings(), patience_s=0, run=queue)
-    inner = carrier.converse
-
-    def converse(*args):
-        try:
-            return inner(*args)
-        except jobs.Silent as error:
-            return blame.error("slurm_unreachable", str(error))
-
-    carrier.converse = converse
+    silent_is_said(carrier)
     carried.execute({})
     held = [cell for argv, options in queue.calls if argv[0] == "sbatch" for cell in slurm.cells_of(options["input"])]
     assert sorted(held) == sorted(set(held)), [job for job in queue.jobs]
@@ -594,3 +594,163 @@ def test_the_bar_does_not_go_back(cluster, tmp_path):
     carried.display.at = lambda at, total, text: done.append(at / total)
     carried.execute({})
     assert done == sorted(done)
+
+
+def silent_is_said(carrier: Together) -> None:
+    """As the real conversation does it."""
+    inner = carrier.converse
+
+    def converse(*args):
+        try:
+            return inner(*args)
+        except jobs.Silent as error:
+            return blame.error("slurm_unreachable", str(error))
+
+    carrier.converse = converse  # type: ignore[method-assign]
+
+
+def test_a_task_whose_job_is_found_by_its_name_has_no_retry_more_and_cancels_no_others(cluster, tmp_path):
+    carrier, _, carried = of_sizes(cluster, tmp_path, {("7_1", None): failed("time_limit")}, (1,), 4)
+    queue = Lost(cluster, 7)
+    carrier.cluster = jobs.Slurm(slurm.Settings(), patience_s=0, run=queue)
+    carrier.cluster.find = lambda name: next((slurm.whole(job) for job, its in queue.jobs.items() if its == name), None)
+    silent_is_said(carrier)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7_1", "7_2", "7_3"], queue.named("scancel")
+
+
+def never_heard(cluster, tmp_path, repeats: int = 3, array: bool = True, faults: dict | None = None):
+    """A run taken up again, whose controller was killed while sbatch had not answered."""
+    carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), repeats, array=array)
+    status = carrier.run.read_status()
+    name = allocations.job_name(carried.plan, carried.plan.cells[0], 1)
+    status["allocation"] = {cell.id: [None, None, name, *cell.hosts] for cell in carried.plan.cells}
+    status["cells"]["torch-1n-r1"].update(
+        state="incomplete", started="2026-01-01T00:00:00Z", error=failed("slurm_unreachable")
+    )
+    carrier.run.write_status({**status, "state": "incomplete"})
+    carrier, queue, carried = of_sizes(cluster, tmp_path, faults or {}, (1,), repeats, array=array)
+    carrier.cluster.find = lambda name: None  # type: ignore[method-assign]
+    return carrier, queue, carried
+
+
+@pytest.mark.parametrize("array", [True, False])
+def test_cells_of_a_job_that_never_came_to_slurm_share_the_next(cluster, tmp_path, array):
+    carrier, _, carried = never_heard(cluster, tmp_path, array=array)
+    carried.execute({})
+    assert len({slurm.whole(job) for _, job, _ in carrier.tried}) == 1, carrier.tried
+
+
+def test_a_job_that_never_came_to_slurm_is_no_reason_for_an_attempt_more(cluster, tmp_path):
+    faults = {(f"{job}_0", None): failed("rank_crashed") for job in range(7, 30)}
+    _, queue, carried = never_heard(cluster, tmp_path, 1, faults=faults)
+    carried.execute({})
+    assert len(queue.named("sbatch")) == 1
+
+
+def test_a_job_that_slurm_refuses_leaves_its_other_cells_to_the_next(cluster, tmp_path):
+    class Refuses(Queue):
+        refused = False
+
+        def __call__(self, argv, **options):
+            outcome = super().__call__(argv, **options)
+            if argv[0] == "sbatch" and not self.refused:
+                self.refused = True
+                self.jobs.clear()
+                return replace(outcome, rc=1, stdout="", stderr="sbatch: error: QOSMaxSubmitJobPerUserLimit")
+            return outcome
+
+    carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 4)
+    carrier.cluster = slurm_commands(Refuses(cluster, 7))
+    inner = carrier.converse
+
+    def converse(*args):
+        try:
+            return inner(*args)
+        except InfrastructureError as error:
+            return blame.error("not_started", str(error))
+
+    carrier.converse = converse
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["8_0", "8_1", "8_2"]
+
+
+def test_tasks_of_a_found_array_that_was_cancelled_run_again_in_one_resume(cluster, tmp_path):
+    class Killed(Queue):
+        def __call__(self, argv, **options):
+            outcome = super().__call__(argv, **options)
+            if argv[0] == "sbatch":
+                raise SystemExit("killed")
+            return outcome
+
+    carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 3)
+    carrier.cluster = slurm_commands(Killed(cluster, 7))
+    with pytest.raises(SystemExit):
+        carried.execute({})
+    cancelled = {(f"7_{task}", None): failed("job_cancelled") for task in range(3)}
+    carrier, _, carried = of_sizes(cluster, tmp_path, cancelled, (1,), 3)
+    carrier.cluster.find = {allocations.job_name(carried.plan, carried.plan.cells[0], 1): "7"}.get
+    carried.execute({})
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}, carrier.tried
+
+
+def stopped_while_the_next_task_ended(cluster, tmp_path, job_id: str):
+    """Ctrl-C while the first cell's artefacts are gathered; `job_id` has left the second one's meanwhile."""
+    carrier, _, carried = of_sizes(cluster, tmp_path, {("7_0", None): failed("rank_crashed")}, (1,), 3)
+
+    def gather(plan, cell):
+        if not carried.stop.asked and carrier.tried and cell.id == "torch-1n-r1":
+            ended_well(carrier.run, "torch-1n-r2", job_id)
+            carried.stop.asked = True
+        return {}
+
+    carrier.gather = gather
+    carried.execute({})
+    return carrier.run
+
+
+def test_a_task_that_ended_before_its_array_was_left_is_taken(cluster, tmp_path):
+    run = stopped_while_the_next_task_ended(cluster, tmp_path, "7_1")
+    assert states(run.read_status())["torch-1n-r2"] == "complete"
+
+
+def test_what_an_earlier_job_left_is_not_taken_for_that_of_a_task_that_goes_on(cluster, tmp_path):
+    stopped_while_the_next_task_ended(cluster, tmp_path, "6_1")
+    carrier, queue, carried = of_sizes(cluster, tmp_path, {}, (1,), 3)
+    carried.execute({})
+    assert set(queue.jobs) == {job for _, job, _ in carrier.tried} == {"8_0", "8_1", "8_2"}
+
+
+def test_where_an_earlier_job_was_is_not_where_a_new_one_is(cluster, tmp_path):
+    carrier, _, carried = of_sizes(cluster, tmp_path, {("7_0", None): "stop"}, (1,), 2, named=False)
+    carried.execute({})
+    ended_well(carrier.run, "torch-1n-r2", "7_1")
+    never = {("8_1", None): failed("not_started")}
+    carrier, _, carried = of_sizes(cluster, tmp_path, never, (1,), 2, named=False, kind=Placing)
+    carried.execute({})
+    assert carried.plan.cells[1].hosts == () and carrier.run.read_status()["cells"]["torch-1n-r2"]["hosts"] == []
+
+
+def test_a_cell_without_a_job_waits_for_those_that_have_one(cluster, tmp_path):
+    carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 2)
+    run, second = carrier.run, carried.plan.cells[1]
+    status = run.read_status()
+    name = allocations.job_name(carried.plan, second, 1)
+    status["allocation"] = {second.id: ["5_0", None, name, *second.hosts]}
+    unheard = {"state": "incomplete", "started": "2026-01-01T00:00:00Z", "error": failed("slurm_unreachable")}
+    status["cells"]["torch-1n-r1"].update(unheard)
+    status["cells"][second.id].update(unheard, job={"id": "5_0", "state": "running"})
+    run.write_status({**status, "state": "incomplete"})
+    carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 2)
+    carrier.cluster.find = lambda name: None
+    carried.execute({})
+    assert carrier.tried[0][1] == "5_0", carrier.tried
+
+
+def test_nothing_is_removed_from_nodes_while_a_job_goes_on(cluster, tmp_path):
+    carrier, queue, carried = together(cluster, tmp_path, {("7_0", None): "silent"}, array=True)
+    queue.silent, carrier.shared, cleaned = True, False, []
+    carrier.gather = lambda plan, cell: {}
+    carrier.clean = lambda plan, nodes: cleaned.extend(nodes)
+    carried.execute({})
+    assert cleaned == [] and queue.jobs
