@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
 from runner import inventory
 from runner.rundir import RunDir
+
+# Ignored by who is started in the background of a script, it would be so by every program that is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline measures who else uses the machine.
 hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)
