@@ -221,10 +221,10 @@ class Allocations:
             for each in [each for each, (_, _, other, *_) in allocation.items() if other == name]:
                 del allocation[each]
             return False
+        cells = {each.id: each for each in plan.cells}
         for number, each in enumerate(slurm.cells_of(path.read_text())):
             if each not in allocation or allocation[each][2] == name:  # else it has another by now
-                hosts = next(one.hosts for one in plan.cells if one.id == each)
-                allocation[each] = [*_place(plan, found, number), name, *hosts]
+                allocation[each] = _noted(plan, cells[each], name, found, number)
         return True
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
@@ -247,7 +247,7 @@ class Allocations:
                     del course.allocation[each.id]
                 raise
             for number, each in enumerate(cells):
-                course.allocation[each.id] = [*_place(plan, job_id, number), name, *each.hosts]
+                course.allocation[each.id] = _noted(plan, each, name, job_id, number)
         known = (course.entry["job"] or {}).get("id")
         noted: Sequence[Any] = course.allocation.get(cell.id) or (known, None, name)
         job_id, step, name = noted[:3]
@@ -353,9 +353,10 @@ def job_name(plan: Plan, cell: Cell, attempt: int) -> str:
     return f"{slurm.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
 
-def _place(plan: Plan, job_id: str, number: int) -> tuple[str, int | None]:
-    """The job, and the step in it, of the `number`-th cell of the sbatch file that was submitted as `job_id`."""
-    return (f"{job_id}_{number}", None) if plan.job_array else (job_id, number if plan.one_allocation else None)
+def _noted(plan: Plan, cell: Cell, name: str, job_id: str, number: int) -> list[Any]:
+    """What `Course.allocation` has of `cell`, the `number`-th of the sbatch file `name`, submitted as `job_id`."""
+    task = f"{job_id}_{number}" if plan.job_array else job_id
+    return [task, number if plan.one_allocation else None, name, *cell.hosts]
 
 
 def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:

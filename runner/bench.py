@@ -443,7 +443,8 @@ class Run:
             return False
         if any(outcome.get("attempt", 1) != cell.attempt for outcome in outcomes.values()):
             return False  # killed before this attempt had begun on the nodes, which have an earlier one's still
-        self._amend(index, cell)
+        if cell is not self.plan.cells[index]:
+            self._amend(index, cell)
         self._collect(cell)
         self._cell_state(cell, "complete")
         self._note(f"{cell.id}: complete, it had ended without a controller")
@@ -570,7 +571,7 @@ class Run:
         watch = CellRun(cell, self.stop, on_progress, on_line, lambda: self._live(cell, watch))
         started = time.monotonic()
         try:
-            fault = self.transport.converse(self.plan, cell, watch, self.data, self._course(index, watch))
+            fault = self.transport.converse(self.plan, cell, watch, self.data, self._course(index, through))
         finally:
             for stream in streams.values():
                 stream.close()
@@ -597,9 +598,9 @@ class Run:
                 self.display.note(f"    {line}")
         return any(talk.answered for talk in watch.talks)
 
-    def _course(self, index: int, watch: CellRun) -> Course:
+    def _course(self, index: int, through: int) -> Course:
         cell = self.plan.cells[index]
-        total, through = len(self.plan.cells), self._through()
+        total = len(self.plan.cells)
 
         def on_job(info: slurm.JobInfo) -> None:
             entry = self._entry(cell)

@@ -192,7 +192,7 @@ class Slurm:
             with suppress(InfrastructureError):
                 argv = ["sacct", "--allocations", "--noheader", "--parsable2", f"--name={name}", "--format=JobID"]
                 rows = self._run([*argv, "--starttime=now-7days"]).stdout.split()
-                queued = [row.partition("_")[0] for row in rows]
+                queued = [slurm.whole(row) for row in rows]
         return max((job_id for job_id in queued if job_id.isdigit()), key=int, default=None)
 
     def cancel(self, job_id: str, signal: str | None = None, step: int | None = None, *, patient: bool = True) -> None:

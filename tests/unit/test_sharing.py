@@ -386,7 +386,7 @@ def test_no_other_array_is_submitted_while_a_reopened_cells_task_goes_on(cluster
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1, 2, 3), 2, kind=Facts, drift=True)
     carrier.torch = "2.12.1"
     carried.execute({})
-    arrays = [job.partition("_")[0] for _, job, _ in carrier.tried]
+    arrays = [slurm.whole(job) for _, job, _ in carrier.tried]
     assert arrays == sorted(arrays, key=int), carrier.tried
 
 
@@ -559,18 +559,21 @@ def test_no_cell_is_in_two_jobs_where_the_answer_to_sbatch_was_lost(cluster, tmp
     assert sorted(held) == sorted(set(held)), [job for job in queue.jobs]
 
 
+class KilledAfterSubmitting(Queue):
+    """Its controller dies before it can note the job's id."""
+
+    def __call__(self, argv, **options):
+        outcome = super().__call__(argv, **options)
+        if argv[0] == "sbatch":
+            raise SystemExit("killed")
+        return outcome
+
+
 @pytest.mark.parametrize(("named", "repeats"), [(True, 1), (True, 3), (False, 1), (False, 3)])
 def test_killed_between_sbatch_and_the_note_of_its_id(cluster, tmp_path, named, repeats):
-    class Killed(Queue):
-        def __call__(self, argv, **options):
-            outcome = super().__call__(argv, **options)
-            if argv[0] == "sbatch":
-                raise SystemExit("killed")
-            return outcome
-
     kind = Together if named else Placing
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), repeats, named=named, kind=kind)
-    carrier.cluster = slurm_commands(Killed(cluster, 7))
+    carrier.cluster = slurm_commands(KilledAfterSubmitting(cluster, 7))
     with pytest.raises(SystemExit):
         carried.execute({})
     carrier, queue, carried = of_sizes(cluster, tmp_path, {}, (1,), repeats, named=named, kind=kind)
@@ -676,15 +679,8 @@ def test_a_job_that_slurm_refuses_leaves_its_other_cells_to_the_next(cluster, tm
 
 
 def test_tasks_of_a_found_array_that_was_cancelled_run_again_in_one_resume(cluster, tmp_path):
-    class Killed(Queue):
-        def __call__(self, argv, **options):
-            outcome = super().__call__(argv, **options)
-            if argv[0] == "sbatch":
-                raise SystemExit("killed")
-            return outcome
-
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 3)
-    carrier.cluster = slurm_commands(Killed(cluster, 7))
+    carrier.cluster = slurm_commands(KilledAfterSubmitting(cluster, 7))
     with pytest.raises(SystemExit):
         carried.execute({})
     cancelled = {(f"7_{task}", None): failed("job_cancelled") for task in range(3)}
