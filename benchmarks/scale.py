@@ -156,6 +156,7 @@ class Steps:
         given = listing(num_nodes)
         self._timed("imports: runner, pydantic, ClusterShell", self._imports)
         from runner import blame, inventory, plan
+        from runner.system import nodeset
 
         asked = self._timed("configuration files", lambda: request(num_nodes))
         self.inventory = self._timed("inventory.parse", lambda: inventory.parse("inventory/large", given))
@@ -165,7 +166,7 @@ class Steps:
         nodes = self._timed("select: the folded set", lambda: inventory.select(self.inventory, folded))
         self.plan = self._timed("plan.build", lambda: plan.build(asked, nodes))
         self.json = self._timed("plan.json: to_dict and dumps", lambda: json.dumps(self.plan.to_dict()))
-        self.text = self._timed("describe", lambda: plan.describe(self.plan, inventory.fold))
+        self.text = self._timed("describe", lambda: plan.describe(self.plan, nodeset.fold))
         self.jobs = self._timed("job.json of each cell and node", lambda: jobs(self.plan))
         self.targets = self._timed("gather targets of each cell and node", lambda: gather_targets(self.plan))
         by_slurm = replace(asked, backend="slurm", slurm={"shared": True})
@@ -183,10 +184,10 @@ class Steps:
     def _imports(self) -> None:
         from ClusterShell.NodeSet import NodeSet  # noqa: F401
 
-        from runner import blame, inventory, plan, rundir, slurm  # noqa: F401
+        from runner.system import nodeset  # noqa: F401
 
     def _fold(self) -> str:
-        from runner.inventory import fold
+        from runner.system.nodeset import fold
 
         fold([node.alias for node in self.inventory.nodes])
         return fold([node.name for node in self.inventory.nodes])

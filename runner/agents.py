@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import backends, process
+from runner import backends
 from runner.backends import Talk
 from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course
 from runner.inventory import Node
 from runner.plan import Cell, Plan, environment, job
-from runner.rundir import RunDir, write_text_atomic
+from runner.rundir import RunDir
+from runner.system import process
+from runner.system.files import write_text_atomic
 
 GRACE_S = 3.0
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")

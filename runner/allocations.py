@@ -10,15 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from runner import agents, backends, blame, following, jobs, process, slurm
+from runner import agents, backends, blame, following, jobs, slurm
 from runner.backends import Talk
 from runner.cells import CellRun, Course
 from runner.cluster import node_kind, refused
 from runner.errors import InfrastructureError, UsageError, unknown
+from runner.failures import Problem
 from runner.inventory import Node, by_word
-from runner.kinds import Problem
 from runner.plan import Cell, Plan, environment, job
-from runner.rundir import RunDir, write_text_atomic
+from runner.rundir import RunDir
+from runner.system import process
+from runner.system.files import write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
 # What a job's log says of a node on which the agent could not even be started, and the kind of failure that it is.

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import process
 from runner.errors import InfrastructureError
+from runner.failures import Problem
 from runner.inventory import Node
-from runner.kinds import Problem
+from runner.system import process
 
 AGENT = ("-P", "-u", "-m", "runner.node")
 HEARTBEAT_S = 2.0

@@ -13,8 +13,7 @@ from typing import Any
 
 from runner import backends
 from runner.backends import Talk
-from runner.kinds import KINDS as KINDS
-from runner.kinds import Problem
+from runner.failures import KINDS, Problem
 
 LAUNCHER = "launcher"
 # Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.

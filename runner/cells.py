@@ -16,7 +16,7 @@ from runner.display import Display
 from runner.inventory import Node
 from runner.node import ALIVE_S
 from runner.plan import Cell
-from runner.rundir import now
+from runner.system.clock import now
 
 # A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
 # anything is stopped, so that the guilty one can be told from its victims.

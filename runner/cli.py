@@ -23,7 +23,9 @@ import click
 from click.core import ParameterSource
 
 from runner import __version__, errors
-from runner.options import cache_dir, inventory_option, read_inventory, results_option, run_names, state_dir, transport
+from runner.options import inventory_option, read_inventory, results_option, run_names, transport
+from runner.system import places
+from runner.system.places import cache_dir, state_dir
 
 if TYPE_CHECKING:
     from runner.inventory import Inventory, Node
@@ -117,7 +119,7 @@ def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Map
 
 def _names(kind: str) -> Callable[..., list[str]]:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        folder = Path(__file__).resolve().parent.parent / "configs" / kind
+        folder = places.CONFIGS / kind
         return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
 
     return complete
@@ -212,10 +214,10 @@ def _bench(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    from runner import config, engines, kinds, plan
+    from runner import config, engines, failures, plan
     from runner.display import Display
     from runner.inventory import select
-    from runner.rundir import now
+    from runner.system.clock import now
 
     tests = tuple(dict.fromkeys(tests)) or tuple(config.TESTS)
     if engine not in engines.ENGINES:
@@ -302,7 +304,7 @@ def _bench(
             display.note(f"checking {preflight.folded(asked)}")
             problems = reach.ask(asked).problems
             nodes, passed_over = preflight.choose(chosen, max(counts), problems, skip)
-            for line in kinds.node_lines(passed_over):
+            for line in failures.node_lines(passed_over):
                 display.note(f"passed over {line}")
             if replace_bad_nodes:
                 spares = tuple(n for n in chosen if n not in nodes and n.name not in problems)
@@ -330,7 +332,7 @@ def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_confi
 def _describe(planned: Any, cells: Sequence[Any]) -> str:
     """The plan for a person; under Slurm with the files that would be submitted."""
     from runner import allocations, plan
-    from runner.inventory import fold
+    from runner.system.nodeset import fold
 
     text = plan.describe(replace(planned, cells=tuple(cells)), fold)
     scripts = allocations.preview(planned, cells) if planned.backend == "slurm" else []
@@ -547,7 +549,7 @@ def show_inventory(source: str | None, hosts: str | None, folder: Path | None, a
     from tabulate import tabulate
 
     from runner.inventory import known_hosts, select, ssh_config
-    from runner.rundir import disk_errors, write_text_atomic
+    from runner.system.files import disk_errors, write_text_atomic
 
     inventory = read_inventory(source)
     nodes = select(inventory, hosts)

@@ -8,19 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runner.errors import unknown
-from runner.slurm import (
-    SEPARATOR,
-    Job,
-    Settings,
-    clock,
-    expand,
-    fold,
-    limit_s,
-    pairs,
-    said,
-    seconds_of,
-    wanted_gres,
-)
+from runner.slurm import SEPARATOR, Job, Settings, clock, limit_s, pairs, said, seconds_of, wanted_gres
+from runner.system.nodeset import expand, fold
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
 NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%E'))}")
@@ -174,9 +163,9 @@ def refusals(
                 f"{clock(time_limit_s)} asked for, {where} allows {allowed} (MaxTime); set slurm.time_limit_s"
             )
         if unheard := [host for host in hosts if host not in known]:
-            reasons.append(f"Slurm knows no {fold(unheard)}; it has {fold(known)}")
+            reasons.append(f"Slurm knows no {fold(unheard)}; it has {fold(known) or 'no node'}")
         if outside := [host for host in hosts if host in known and host not in partition.nodes]:
-            reasons.append(f"{where} does not hold {fold(outside)}; it holds {fold(partition.nodes)}")
+            reasons.append(f"{where} does not hold {fold(outside)}; it holds {fold(partition.nodes) or 'no node'}")
         if barred := [host for host in hosts if host in settings.exclude]:
             reasons.append(f"{fold(barred)} is named, and excluded by slurm.exclude; leave it out of one")
         there = [known[host] for host in hosts or partition.nodes if host in known and host in partition.nodes]

@@ -5,43 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PositiveFloat,
-    ValidationError,
     model_validator,
 )
 
 from runner.errors import UsageError, unknown
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from runner.system.places import CONFIGS
+from runner.system.schema import ConfigFile, PositiveInt, Size, check, read_yaml
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
-def parse_size(value: Any) -> Any:
-    """Bytes of `8`, `64K`, `1MiB`, `8G` (powers of 1024, as nccl-tests reads them)."""
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
-    return value
-
-
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `yes` is no number
-Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class ModelConfig(_File):
+class ModelConfig(ConfigFile):
     """The architecture of a Llama-style decoder, and how it is fine-tuned by default."""
 
     name: str
@@ -68,7 +47,7 @@ class ModelConfig(_File):
         return self
 
 
-class Hardware(_File):
+class Hardware(ConfigFile):
     """Ceilings of one node; None where there is nothing to judge against."""
 
     gpu: str
@@ -79,7 +58,7 @@ class Hardware(_File):
     nvlink_busbw_gb_per_s: float | None
 
 
-class Target(_File):
+class Target(ConfigFile):
     """A value that a metric must reach; num_nodes None: at every node count that was measured."""
 
     name: str
@@ -95,7 +74,7 @@ class Target(_File):
     max_bytes: Size | None = None
 
 
-class Targets(_File):
+class Targets(ConfigFile):
     targets: tuple[Target, ...]
 
 
@@ -104,7 +83,7 @@ Collective = Literal[
 ]
 
 
-class TorchTest(_File):
+class TorchTest(ConfigFile):
     """Collectives over torch.distributed: the same code on NCCL and gloo."""
 
     collectives: Annotated[tuple[Collective, ...], Field(min_length=1)]
@@ -123,7 +102,7 @@ class TorchTest(_File):
         return self
 
 
-class SftTest(_File):
+class SftTest(ConfigFile):
     """DeepSpeed supervised fine-tuning. What is left out comes from the model's DeepSpeed file."""
 
     steps: PositiveInt
@@ -143,7 +122,7 @@ class SftTest(_File):
     timeout_s: PositiveFloat
 
 
-TESTS: dict[str, type[_File]] = {"torch": TorchTest, "sft": SftTest}
+TESTS: dict[str, type[ConfigFile]] = {"torch": TorchTest, "sft": SftTest}
 
 # What DeepSpeed reads beside what the shipped files hold.
 DEEPSPEED_SECTIONS = (
@@ -152,53 +131,6 @@ DEEPSPEED_SECTIONS = (
     "prescale_gradients", "gradient_predivide_factor", "scheduler", "sparse_gradients", "tensorboard",
     "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
-
-AnyFile = TypeVar("AnyFile", bound=BaseModel)
-
-
-def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
-    """`values` as `schema`; the first thing wrong becomes one line with file, field and nearest name."""
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
-    try:
-        return schema.model_validate(dict(values))
-    except ValidationError as error:
-        # A misspelt key also leaves the right one missing: the misspelling is the news.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            place = ".".join([where, *(str(part) for part in first["loc"][:-1])])
-            raise unknown("key", str(first["loc"][-1]), _fields_at(schema, first["loc"]), place) from None
-        if first["type"] == "missing":
-            raise UsageError(f"{where}: {field} is missing") from None
-        if first["type"] == "literal_error":
-            expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
-            raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
-        said = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where}: {field} = {first['input']!r}: {said}" if field else f"{where}: {said}") from None
-
-
-def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
-    """The field names of the model that holds the last part of `location`."""
-    for part in location[:-1]:
-        if isinstance(part, str):
-            annotation = schema.model_fields[part].annotation
-            nested = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-            schema = next(kind for kind in nested if issubclass(kind, BaseModel))
-    return schema.model_fields
-
-
-def read_yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def names(kind: str, suffix: str = ".yaml") -> list[str]:

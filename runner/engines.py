@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Protocol
 
-from runner.process import MARKER
+from runner.system.process import MARKER
 
 
 class Host(Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runner import facts as facts_of
-from runner.kinds import KINDS, NOBODY, NODE
+from runner.failures import KINDS, NOBODY, NODE
 from runner.records import Record
 
 Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json

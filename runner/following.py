@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from runner import backends, process, slurm
+from runner import backends, slurm
 from runner.backends import Talk
 from runner.errors import InfrastructureError
 from runner.inventory import Node
 from runner.jobs import NotStarted, Silent, Slurm, forgotten, gone, intervals
 from runner.rundir import MESSAGES
 from runner.slurm import JobInfo
+from runner.system import process
 
 FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
 END_S = 20.0  # from the agents' outcomes, or scancel, to the job's end

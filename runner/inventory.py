@@ -19,10 +19,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from runner import __version__, process
-from runner.config import check
+from runner import __version__
 from runner.errors import UsageError, unknown
-from runner.rundir import write_json_atomic
+from runner.system import process
+from runner.system.files import write_json_atomic
+from runner.system.places import ROOT
+from runner.system.schema import check
 
 GROUP = "gpu_nodes"
 
@@ -112,8 +114,7 @@ class _Variables(BaseModel):
 
 def default_source() -> str:
     """The inventory of ansible.cfg: what `ansible-playbook site.yml` takes without -i."""
-    root = Path(__file__).resolve().parent.parent
-    for candidate in (os.environ.get("ANSIBLE_CONFIG"), "ansible.cfg", str(root / "ansible.cfg")):
+    for candidate in (os.environ.get("ANSIBLE_CONFIG"), "ansible.cfg", str(ROOT / "ansible.cfg")):
         if candidate and Path(candidate).is_file():
             parser = configparser.ConfigParser(interpolation=None)
             parser.read(candidate)
@@ -325,13 +326,6 @@ def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
 def by_word(nodes: Sequence[Node]) -> dict[str, Node]:
     """Nodes by all that they are called: address, alias, name. Slurm knows them by one of these."""
     return {word: node for node in nodes for word in (node.address, node.alias, node.name)}
-
-
-def fold(words: Sequence[str]) -> str:
-    """`node[001-003]` for node001, node002, node003."""
-    from ClusterShell.NodeSet import NodeSet
-
-    return str(NodeSet.fromlist(list(words), resolver=None))
 
 
 def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:

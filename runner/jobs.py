@@ -16,11 +16,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from runner import backends, process, slurm
+from runner import backends, slurm
 from runner.cluster import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
 from runner.errors import InfrastructureError, UsageError
 from runner.inventory import Node
 from runner.slurm import JobInfo
+from runner.system import process
 
 ENDED = ("complete", "failed", "cancelled", "time_limit", "node_failed", "out_of_memory", "preempted")
 COMMAND_S = 60.0  # Slurm's own commands give up sooner

@@ -81,7 +81,7 @@ class _Group:
     texts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        from runner.inventory import fold
+        from runner.system.nodeset import fold
 
         clock = datetime.fromtimestamp(self.moment, UTC).strftime("%H:%M:%S ") if self.moment else ""
         if self.line.cell is None:
@@ -170,7 +170,7 @@ def _merged(texts: Sequence[str]) -> str:
 
 
 def _set(values: Sequence[str], kind: str) -> str:
-    from runner.inventory import fold
+    from runner.system.nodeset import fold
 
     distinct = set(values)
     if len(distinct) == 1 or kind == "passing":

@@ -32,9 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, engines, facts, process, slurm
+from runner import __version__, engines, facts, slurm
 from runner.errors import InfrastructureError
-from runner.rundir import MESSAGES, write_json_atomic
+from runner.rundir import MESSAGES
+from runner.system import process
+from runner.system.files import write_json_atomic
 
 TICK_S = 0.1
 ALIVE_S = 5.0

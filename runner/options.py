@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
+from runner.system.places import cache_dir
 
 if TYPE_CHECKING:
     from runner.inventory import Inventory
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shakedown"
-
-
-def state_dir() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "shakedown"
 
 
 def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:

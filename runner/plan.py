@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
-from runner import __version__, engines, kinds
+from runner import __version__, engines, failures
 from runner.errors import UsageError
 from runner.inventory import Node
 
@@ -400,7 +400,7 @@ def describe(plan: Plan, fold: Any) -> str:
     """
     lines = [f"run {plan.run_id}: {len(plan.cells)} cells, backend {plan.backend}, engine {plan.engine}"]
     lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
-    lines += [f"passed over {line}" for line in kinds.node_lines(plan.passed_over)]
+    lines += [f"passed over {line}" for line in failures.node_lines(plan.passed_over)]
     aliases = {node.name: node.alias for node in plan.nodes}
     for cell in plan.cells:
         lines += [

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runner import process
 from runner.errors import InfrastructureError
-
-ROOT = Path(__file__).resolve().parent.parent
+from runner.system import process
+from runner.system.places import ROOT
 
 Status = Literal["ok", "changed", "failed", "unreachable", "skipped"]
 

@@ -11,10 +11,11 @@ from runner import __version__, allocations, backends, blame, facts, jobs, node
 from runner.agents import Agents
 from runner.allocations import Allocations
 from runner.errors import InfrastructureError
-from runner.inventory import Node, fold
-from runner.kinds import Problem, node_lines
+from runner.failures import Problem, node_lines
+from runner.inventory import Node
 from runner.plan import CELL_ENV
 from runner.rundir import RunDir
+from runner.system.nodeset import fold
 
 # How long agents whose controller was killed may take to notice and to leave their node.
 OWN_S = backends.SILENCE_S + 15

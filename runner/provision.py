@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.options import cache_dir, inventory_option, read_inventory, results_option, state_dir, transport
-from runner.playbook import ROOT
+from runner.options import inventory_option, read_inventory, results_option, transport
+from runner.system.places import ROOT, cache_dir, state_dir
 
 if TYPE_CHECKING:
     from runner.display import Display
@@ -81,7 +81,7 @@ class Failure:
 
 def failures(board: Board) -> list[Failure]:
     """Every failure, equal ones folded over nodes and roles, in the order in which they were met."""
-    from runner.inventory import fold
+    from runner.system.nodeset import fold
 
     met: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
     named = set()
@@ -106,7 +106,7 @@ def failures(board: Board) -> list[Failure]:
 
 def _folded(board: Board, met: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
     """(nodes, what) of each different `what` in (host, what), in the order in which they were met."""
-    from runner.inventory import fold
+    from runner.system.nodeset import fold
 
     nodes: dict[tuple[str, ...], dict[str, None]] = {}
     for host, what in met:
@@ -220,7 +220,7 @@ class Progress:
 
     def finish(self) -> None:
         """Remember how long the tasks took."""
-        from runner.rundir import write_json_atomic
+        from runner.system.files import write_json_atomic
 
         self._end()
         with suppress(OSError):
@@ -242,7 +242,7 @@ def _read_seconds() -> dict[str, float]:
 def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path | None) -> tuple[Board, str, str]:
     """Play `call`; events and Ansible's own output go to `folder`/ansible. Returns the board, the state, an error."""
     from runner import backends, playbook
-    from runner.rundir import disk_errors
+    from runner.system.files import disk_errors
 
     by_name = {node.name: node for node in nodes}
     board = Board({node.name: node.alias for node in nodes})
@@ -349,7 +349,7 @@ def setup(
 
     A second run changes nothing. A node that cannot be brought there is named with the reason; the others go on.
     """
-    from runner.rundir import hold_nodes
+    from runner.system.locks import hold_nodes
 
     run_id = datetime.now(UTC).strftime("setup-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     ctx.exit(
@@ -418,8 +418,9 @@ def _play(
 ) -> int:
     from runner import playbook
     from runner.display import Display
-    from runner.inventory import fold, select
-    from runner.rundir import write_json_atomic
+    from runner.inventory import select
+    from runner.system.files import write_json_atomic
+    from runner.system.nodeset import fold
 
     _check_tags(tags, PHASES if playbook_file == SITE else ("verify",))
     nodes = select(inventory, hosts)
@@ -453,7 +454,7 @@ def _play(
 
 
 def _described(plan: Mapping[str, Any]) -> str:
-    from runner.inventory import fold
+    from runner.system.nodeset import fold
 
     lines = [shlex.join(plan["command"]), f"# {len(plan['tasks'])} tasks on {fold(plan['nodes'])}"]
     return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])

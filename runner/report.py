@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import analysis, figures, findings, kinds, metrics
+from runner import analysis, failures, figures, findings, metrics
 from runner.figures import complete_cells, nodes_text, number
 from runner.records import Record
-from runner.rundir import RunDir, write_text_atomic
+from runner.rundir import RunDir
+from runner.system.files import write_text_atomic
 
 SIGNS = {"pass": "✓", "fail": "✕", "inconclusive": "?", "not_judged": "–"}
 VERDICTS = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive", "not_judged": "not judged"}
@@ -30,7 +31,7 @@ HEADLINES = {
     "not_judged": "It works; its speed was not judged",
 }
 TITLES = {
-    **{name: kind.title for name, kind in kinds.KINDS.items()},
+    **{name: kind.title for name, kind in failures.KINDS.items()},
     "rank_died": "A rank died",  # what runs say that recorded no kinds yet
     "node_unreachable": "A node stopped answering",
     "wrong_values": "Wrong results",
@@ -125,7 +126,7 @@ class Naming:
         return f"{self.alias[host]} ({host})" if host and host in self.alias else host or ""
 
     def fold(self, hosts: Iterable[str]) -> str:
-        from runner.inventory import fold
+        from runner.system.nodeset import fold
 
         names = sorted(self.short(host) for host in hosts)
         plain = all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
@@ -283,7 +284,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
         ),
     ]
     if plan.get("passed_over"):
-        rows.append(("Passed over", "; ".join(kinds.node_lines(plan["passed_over"]))))
+        rows.append(("Passed over", "; ".join(failures.node_lines(plan["passed_over"]))))
     for swap in summary.get("replaced", ()):
         by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
         rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))

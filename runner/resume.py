@@ -9,9 +9,10 @@ from typing import Any
 
 from runner import blame, facts
 from runner.errors import UsageError
-from runner.inventory import Inventory, Node, fold
+from runner.inventory import Inventory, Node
 from runner.plan import Plan, fingerprint, place
 from runner.rundir import PULSES_S, RunDir
+from runner.system.nodeset import fold
 
 Environments = Mapping[str, Mapping[str, str]]  # host -> property -> value
 

@@ -14,50 +14,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from runner import records
-from runner.errors import InfrastructureError, UsageError, disk_kind
+from runner.errors import UsageError
+from runner.system.files import disk_errors, write_json_atomic, write_text_atomic
 
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
 LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
 MESSAGES = "messages.jsonl"  # in a cell's folder: what its agent says, where nobody hears its stdout
 PULSE_S = 5.0  # a controller shows that often that it lives: not every file system tells another machine of a lock
 PULSES_S = 3 * PULSE_S  # who has shown nothing for so long is dead
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write `path` as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk of the controller into one line."""
-    try:
-        yield
-    except OSError as error:
-        if kind := disk_kind(error):
-            raise InfrastructureError(f"the disk of {path} is full: free some space and run again", kind) from error
-        raise InfrastructureError(f"cannot write to {error.filename or path}: {error.strerror}") from error
-
-
-def now(ago_s: float = 0.0) -> str:
-    """The time, or what it was `ago_s` seconds ago."""
-    return (datetime.now(UTC) - timedelta(seconds=ago_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -320,28 +288,3 @@ class RunDir:
             for cell in plan["cells"]
             for host in cell["hosts"]
         }
-
-
-@contextlib.contextmanager
-def hold_nodes(state: Path, endpoints: Mapping[str, str], run_id: str) -> Iterator[None]:
-    """Keep this user's other runs and set-ups away from nodes, given as endpoint -> name; raises naming who holds one.
-
-    The kernel drops the locks when the holder dies, so none is ever stale.
-    """
-    locks = state / "nodes"
-    locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        for endpoint, host in sorted(endpoints.items()):
-            file = stack.enter_context(open(locks / endpoint, "a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InfrastructureError(
-                    f"{host} is in use by run {holder}: wait for it or stop it (`runner runs stop {holder}`)", "in_use"
-                ) from None
-            file.truncate(0)
-            file.write(run_id)
-            file.flush()
-        yield

@@ -124,8 +124,8 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
     Its ranks end, and what was measured is gathered and judged. A run without a controller has its
     Slurm jobs cancelled. Asked a second time, the controller leaves at once.
     """
-    from runner import process
     from runner.rundir import PULSES_S, RunDir
+    from runner.system import process
 
     run = RunDir.find(results, name)
     if elsewhere := run.elsewhere():
@@ -250,7 +250,7 @@ def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
 
 def nodes_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
     """`node[001-003] running, node004 silent for 12 s`; without `now` how long is left out."""
-    from runner.inventory import fold
+    from runner.system.nodeset import fold
 
     states: dict[str, list[str]] = {}
     for host, node in nodes.items():
@@ -428,7 +428,7 @@ def _watch(run: RunDir) -> None:
     """Until the run has ended: its state in place on a terminal, else a line for each change."""
     from rich.console import Console
 
-    from runner.rundir import now
+    from runner.system.clock import now
 
     plan, console = run.read_plan(), Console()
     if not sys.stdout.isatty() or console.is_dumb_terminal:

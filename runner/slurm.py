@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runner.errors import InfrastructureError, UsageError, unknown
+from runner.system.nodeset import expand, fold
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -309,33 +310,6 @@ def clock(seconds: int) -> str:
 
 
 # --- inside a step --------------------------------------------------------------------------------
-
-
-def expand(nodelist: str) -> tuple[str, ...]:
-    """The names of a Slurm node list in the order it has, which is that of ranks (ClusterShell's sets sort).
-
-    Raises ValueError for what is no node list.
-    """
-    names: list[str] = []
-    for part in re.split(r",(?![^\[\]]*\])", nodelist.strip()):
-        if not re.fullmatch(r"(?!$)[\w.-]*(\[\d+(-\d+)?(,\d+(-\d+)?)*\][\w.-]*)*", part, re.ASCII):
-            raise ValueError(f"{nodelist!r} is no list of nodes; write node[001-003],other")
-        words = re.split(r"\[(.*?)\]", part)  # text, ranges, text, ranges, text
-        choices = [_numbers(word) if n % 2 else [word] for n, word in enumerate(words)]
-        names += ("".join(pieces) for pieces in itertools.product(*choices))
-    return tuple(dict.fromkeys(names))
-
-
-def _numbers(ranges: str) -> list[str]:
-    bounds = [(first, last or first) for first, _, last in (part.partition("-") for part in ranges.split(","))]
-    return [f"{n:0{len(first)}}" for first, last in bounds for n in range(int(first), int(last) + 1)]
-
-
-def fold(hosts: Iterable[str]) -> str:
-    """`node[001-003]` for node001, node002, node003."""
-    from ClusterShell.NodeSet import NodeSet
-
-    return str(NodeSet.fromlist(list(hosts), resolver=None)) or "no node"
 
 
 def whole(job_id: str) -> str:

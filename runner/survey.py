@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from runner import cluster, config, slurm
 from runner.allocations import slurm_name
 from runner.cluster import Partition, SlurmNode
-from runner.inventory import Node, fold
+from runner.inventory import Node
 from runner.jobs import Slurm
 from runner.slurm import Settings
+from runner.system.nodeset import fold
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,15 @@ from typing import Any
 
 import click
 
-from runner import process
 from runner.errors import EXIT_INFRASTRUCTURE, InfrastructureError, UsageError
+from runner.system import process
+from runner.system.places import ROOT, TESTBED
 
 SSH_PORT = 44222  # as testbed/sshd.conf
 MAX_NODES = 16
 DEFAULT_NAME = "testbed"
 LABEL = "shakedown.testbed"
-ROOT = Path(__file__).resolve().parent.parent
-DEFINITION = ROOT / "testbed"
+DEFINITION = TESTBED
 INSTALL = "testbed/install-system-packages.sh"
 SUBNETS = tuple(f"10.89.{third}.0/24" for third in range(256))  # podman's own range for bridges
 KEYS_IN_NODE = "/etc/ssh/testbed"  # as testbed/sshd.conf

@@ -9,8 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from runner import process
 from runner.errors import RunnerError
+from runner.system import process
 from runner.workloads import Events, Job, rank_from_env
 
 

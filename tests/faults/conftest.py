@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import process, testbed
+from runner import testbed
 from runner.rundir import RunDir
+from runner.system import process
 from testbed.benches import Bench, inside, podman, until
 from testbed.conftest import Testbed, containers, slurm3  # noqa: F401  # fixtures
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import __version__, facts, node, process
+from runner import __version__, facts, node
+from runner.system import process
 
 pytestmark = pytest.mark.local
 

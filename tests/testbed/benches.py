@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runner import process
 from runner.rundir import RunDir
+from runner.system import process
 from runner.testbed import SSH_PORT
 
 RUNNER = Path(sys.executable).with_name("runner")

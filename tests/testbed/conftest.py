@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import process, testbed
+from runner import testbed
+from runner.system import process
 from testbed.benches import RUNNER
 
 

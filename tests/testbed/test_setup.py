@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import process, testbed
+from runner import testbed
+from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")
 pytestmark = pytest.mark.testbed

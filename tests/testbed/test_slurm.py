@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from runner import __version__, following, inventory, jobs, process, slurm, testbed
+from runner import __version__, following, inventory, jobs, slurm, testbed
 from runner.backends import Talk
 from runner.errors import UsageError
+from runner.system import process
 
 CELL = "torch-2n-r1"
 pytestmark = pytest.mark.testbed

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import inventory as inventories
 from runner import testbed
+from runner.inventory import known_hosts, read, ssh_config
 
 from .conftest import Testbed
 
@@ -46,9 +46,9 @@ def two(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def ssh(two: Testbed, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """`ssh -F` with the configuration that the product renders from the inventory."""
     folder = tmp_path_factory.mktemp("ssh")
-    inventory = inventories.read(str(two.inventory), folder / "cache")
-    (folder / "known_hosts").write_text(inventories.known_hosts(inventory))
-    (folder / "config").write_text(inventories.ssh_config(inventory, str(folder / "known_hosts")))
+    inventory = read(str(two.inventory), folder / "cache")
+    (folder / "known_hosts").write_text(known_hosts(inventory))
+    (folder / "config").write_text(ssh_config(inventory, str(folder / "known_hosts")))
     return ["ssh", "-F", str(folder / "config")]
 
 
@@ -72,7 +72,7 @@ def test_a_node_is_an_ordinary_machine_with_systemd_on_port_44222(ssh):
 
 
 def test_another_host_key_than_the_pinned_one_is_refused(two, ssh, tmp_path):
-    inventory = inventories.read(str(two.inventory), tmp_path / "cache")
+    inventory = read(str(two.inventory), tmp_path / "cache")
     first, second = inventory.nodes
     (tmp_path / "known_hosts").write_text(f"{first.name} {second.host_key}\n")
     done = subprocess.run(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_fixture import NAMES, Fixture
 
-from runner import analysis, config, findings, kinds, metrics
+from runner import analysis, config, failures, findings, metrics
 
 TARGETS = Path(__file__).parents[2] / "configs" / "targets" / "default.yaml"
 
@@ -303,8 +303,8 @@ def failed(error: dict[str, Any] | None, state: str = "failed") -> dict[str, Any
     return summary_of(fixture)
 
 
-@pytest.mark.parametrize(("kind", "known"), kinds.KINDS.items())
-def test_a_failed_cells_kind_says_whose_fault_it_is_and_what_to_do(kind: str, known: kinds.Kind) -> None:
+@pytest.mark.parametrize(("kind", "known"), failures.KINDS.items())
+def test_a_failed_cells_kind_says_whose_fault_it_is_and_what_to_do(kind: str, known: failures.Kind) -> None:
     (found,) = failed({"kind": kind, "message": "it broke", "host": NAMES[1], "stderr": ["last"]})["findings"]
     assert (found["kind"], found["fault"], found["host"]) == (kind, known.fault, NAMES[1])
     assert found["evidence"] == (f"it broke; {known.advice}" if known.advice else "it broke")
@@ -330,8 +330,8 @@ def test_a_run_that_recorded_no_kind_is_read_without_guessing_one(error: dict[st
 
 
 def test_another_try_is_for_infrastructure_alone() -> None:
-    assert {known.fault for known in kinds.KINDS.values() if known.retry} <= {"node", "not identifiable"}
-    assert {known.fault for known in kinds.KINDS.values()} <= {
+    assert {known.fault for known in failures.KINDS.values() if known.retry} <= {"node", "not identifiable"}
+    assert {known.fault for known in failures.KINDS.values()} <= {
         "node",
         "configuration",
         "user",

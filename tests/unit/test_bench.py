@@ -11,7 +11,7 @@ import pytest
 from runner import blame, cells, preflight
 from runner.backends import Talk
 from runner.errors import InfrastructureError
-from runner.kinds import Problem
+from runner.failures import Problem
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:

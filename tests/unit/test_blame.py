@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from runner import backends, blame, node
 from runner.backends import Talk
-from runner.kinds import Problem, node_lines
+from runner.failures import Problem, node_lines
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:

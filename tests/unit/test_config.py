@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from runner import config
 from runner.errors import UsageError
+from runner.system import schema
 
 
 @pytest.mark.parametrize("name", config.names("models"))
@@ -32,7 +33,7 @@ def test_the_users_targets_are_shipped():
 def test_a_misspelt_key_of_a_target_is_named():
     wrong = {"targets": [{"name": "x", "test": "sft", "metrc": "y", "num_nodes": 1, "direction": "min", "value": 1}]}
     with pytest.raises(UsageError, match=r"t.yaml.targets.0: unknown key 'metrc'; did you mean 'metric'\?"):
-        config.check(config.Targets, wrong, "t.yaml")
+        schema.check(config.Targets, wrong, "t.yaml")
 
 
 @pytest.mark.parametrize("name", config.names("hardware"))
@@ -74,7 +75,7 @@ def test_an_unknown_key_in_a_file_names_file_and_field():
     with pytest.raises(
         UsageError, match=r"configs/models/x.yaml: unknown key 'hiden_size'; did you mean 'hidden_size'\?"
     ):
-        config.check(config.ModelConfig, {"hiden_size": 1}, "configs/models/x.yaml")
+        schema.check(config.ModelConfig, {"hiden_size": 1}, "configs/models/x.yaml")
 
 
 def test_settings_are_read_as_yaml():
@@ -85,7 +86,7 @@ def test_settings_are_read_as_yaml():
 
 @given(st.integers(1, 1000), st.sampled_from(["", "K", "M", "G", "T", "KiB", "MiB", "k"]))
 def test_sizes_are_powers_of_1024(number, unit):
-    assert config.parse_size(f"{number}{unit}") == number * 1024 ** " KMGT".index(unit[:1].upper() or " ")
+    assert schema.parse_size(f"{number}{unit}") == number * 1024 ** " KMGT".index(unit[:1].upper() or " ")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_what_cannot_work_is_refused_when_it_is_read(call, said):
 
 
 def model(**changes):
-    return config.check(config.ModelConfig, {**config.load_model("tiny").model_dump(), **changes}, "m.yaml")
+    return schema.check(config.ModelConfig, {**config.load_model("tiny").model_dump(), **changes}, "m.yaml")
 
 
 def test_numbers_with_an_exponent_are_numbers():

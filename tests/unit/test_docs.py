@@ -9,7 +9,7 @@ import re
 import pytest
 
 from conftest import ROOT
-from runner.kinds import KINDS
+from runner.failures import KINDS
 from runner.slurm import Settings
 
 GUIDE = ROOT / "docs" / "guide.md"

@@ -11,7 +11,7 @@ from test_jobs import DOWN, Commands, cluster, for_ever, line
 
 from runner import following, jobs, slurm
 from runner.backends import Talk
-from runner.process import Outcome
+from runner.system.process import Outcome
 
 # --- waiting --------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from conftest import NAMES, ROOT, listing
 from golden_files import check as golden
 from runner import inventory
 from runner.errors import UsageError
+from runner.system import nodeset
 
 
 def test_the_real_cluster_has_eight_nodes_a_gap_and_port_44222(tmp_path):
@@ -73,8 +74,8 @@ def test_names_aliases_addresses_and_folded_sets_select_nodes_in_inventory_order
 def test_folding_and_selecting_are_inverse(chosen):
     read = inventory.parse("x", listing({name: {} for name in NAMES}))
     wanted = [read.nodes[i] for i in sorted(chosen)]
-    assert list(inventory.select(read, inventory.fold([n.name for n in wanted]))) == wanted
-    assert list(inventory.select(read, inventory.fold([n.alias for n in wanted]))) == wanted
+    assert list(inventory.select(read, nodeset.fold([n.name for n in wanted]))) == wanted
+    assert list(inventory.select(read, nodeset.fold([n.alias for n in wanted]))) == wanted
 
 
 @pytest.mark.parametrize("hosts", ["node009", "fukushimadc-02-hgx-0008", "node[001-", "$(reboot)"])

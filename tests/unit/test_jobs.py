@@ -9,7 +9,7 @@ import pytest
 
 from runner import inventory, jobs, slurm
 from runner.errors import InfrastructureError, UsageError
-from runner.process import Outcome
+from runner.system.process import Outcome
 
 SCRIPT = "#!/bin/bash\n#SBATCH --job-name=shakedown-r-c-1\n"
 DOWN = "Unable to contact slurm controller (connect failure)"

@@ -15,6 +15,7 @@ from golden_files import check as golden
 from runner import config, inventory, plan
 from runner.engines import ENGINES
 from runner.errors import UsageError
+from runner.system import nodeset
 
 
 def request(source: inventory.Inventory, **changes) -> plan.Request:
@@ -50,7 +51,7 @@ def request(source: inventory.Inventory, **changes) -> plan.Request:
 def test_every_engine_on_every_backend(cluster, machine, engine, backend):
     source = machine if backend == "local" else cluster
     asked = request(source, engine=engine, node_counts=(1,) if backend == "local" else (3,))
-    golden(f"plan/{engine}-{backend}.txt", plan.describe(plan.build(asked, source.nodes), inventory.fold) + "\n")
+    golden(f"plan/{engine}-{backend}.txt", plan.describe(plan.build(asked, source.nodes), nodeset.fold) + "\n")
 
 
 def test_the_plan_is_plain_json_and_says_the_same_twice(cluster):
@@ -159,7 +160,7 @@ def test_each_node_keeps_its_own_environment(cluster):
     """NICs may be named differently: what differs is said per node and reaches that node's ranks alone."""
     odd = (*cluster.nodes[:2], replace(cluster.nodes[2], env={"NCCL_IB_HCA": "mlx5_7"}))
     built = plan.build(request(cluster, node_counts=(3,)), odd)
-    text = plan.describe(built, inventory.fold)
+    text = plan.describe(built, nodeset.fold)
     assert "NCCL_IB_HCA=mlx5_0,mlx5_1 on node[001-002]" in text and "NCCL_IB_HCA=mlx5_7 on node003" in text
     sent = [plan.job(built, built.cells[0], node, None)["env"]["NCCL_IB_HCA"] for node in built.nodes]
     assert sent == ["mlx5_0,mlx5_1", "mlx5_0,mlx5_1", "mlx5_7"]

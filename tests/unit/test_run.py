@@ -18,8 +18,8 @@ from runner import allocations, bench, blame, facts, inventory, plan, preflight,
 from runner.cells import CellRun, Course, Stop
 from runner.display import Display
 from runner.errors import UsageError
+from runner.failures import Problem
 from runner.inventory import Inventory, Node
-from runner.kinds import Problem
 from runner.rundir import RunDir
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]

@@ -10,6 +10,7 @@ import pytest
 from runner import records, rundir
 from runner.errors import InfrastructureError, UsageError
 from runner.rundir import RunDir
+from runner.system import files, locks
 
 PLAN = {
     "run_id": "20260102-030405-abcd",
@@ -66,28 +67,28 @@ def test_a_controller_shows_that_it_lives(tmp_path, monkeypatch):
 
 def test_a_second_run_on_the_same_nodes_is_refused_naming_the_first(tmp_path):
     with (
-        rundir.hold_nodes(tmp_path, {"10.0.0.1:22": "a", "10.0.0.2:22": "b"}, "run-1"),
+        locks.hold_nodes(tmp_path, {"10.0.0.1:22": "a", "10.0.0.2:22": "b"}, "run-1"),
         pytest.raises(InfrastructureError, match="b is in use by run run-1"),
-        rundir.hold_nodes(tmp_path, {"10.0.0.2:22": "b", "10.0.0.3:22": "c"}, "run-2"),
+        locks.hold_nodes(tmp_path, {"10.0.0.2:22": "b", "10.0.0.3:22": "c"}, "run-2"),
     ):
         pass
-    with rundir.hold_nodes(tmp_path, {"10.0.0.2:22": "b", "10.0.0.3:22": "c"}, "run-3"):
+    with locks.hold_nodes(tmp_path, {"10.0.0.2:22": "b", "10.0.0.3:22": "c"}, "run-3"):
         pass
 
 
 def test_nodes_of_two_clusters_may_have_the_same_names(tmp_path):
     with (
-        rundir.hold_nodes(tmp_path, {"10.0.0.1:22": "node001"}, "run-1"),
-        rundir.hold_nodes(tmp_path, {"10.7.0.1:22": "node001"}, "run-2"),
+        locks.hold_nodes(tmp_path, {"10.0.0.1:22": "node001"}, "run-1"),
+        locks.hold_nodes(tmp_path, {"10.7.0.1:22": "node001"}, "run-2"),
     ):
         pass
 
 
 def test_writes_are_whole_or_nothing(tmp_path):
     path = tmp_path / "x.json"
-    rundir.write_json_atomic(path, {"a": "é"})
+    files.write_json_atomic(path, {"a": "é"})
     with pytest.raises(ValueError):
-        rundir.write_json_atomic(path, {"a": float("nan")})
+        files.write_json_atomic(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": "é"}
     assert os.listdir(tmp_path) == ["x.json"]
 
@@ -95,7 +96,7 @@ def test_writes_are_whole_or_nothing(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     with (
         pytest.raises(InfrastructureError, match="is full: free some space"),
-        rundir.disk_errors(tmp_path),
+        files.disk_errors(tmp_path),
         open("/dev/full", "w") as file,
     ):
         file.write("x")

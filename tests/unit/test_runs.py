@@ -23,9 +23,9 @@ from golden_files import check as golden
 from runner import jobs, slurm
 from runner.cli import cli
 from runner.errors import InfrastructureError, UsageError
-from runner.process import Outcome
 from runner.rundir import RunDir
 from runner.runs import cancel_jobs, changes, describe, details, nodes_text, overview, overview_table
+from runner.system.process import Outcome
 
 RUNNER = Path(sys.executable).with_name("runner")
 NOW = datetime(2026, 1, 2, 3, 10, 0, tzinfo=UTC)

@@ -17,6 +17,7 @@ from runner.display import Display
 from runner.errors import InfrastructureError
 from runner.inventory import Inventory
 from runner.rundir import RunDir
+from runner.system import nodeset
 
 
 class Together(allocations.Allocations):
@@ -190,7 +191,7 @@ def test_a_node_that_is_given_up_is_in_no_later_task(cluster, tmp_path):
     assert [job for _, job, _ in carrier.tried] == ["7_0", "7_1", "8_0", "9_0", "9_1"]
     assert commands.named("scancel") == [["scancel", "8"]]
     [again] = [path.read_text() for path in carrier.run.path.glob("slurm/*array-torch-2n-r1-2.sbatch")]
-    assert "node002" not in [word for part in _lists(again) for word in slurm.expand(part)]
+    assert "node002" not in [word for part in _lists(again) for word in nodeset.expand(part)]
 
 
 def test_tasks_that_an_earlier_controller_left_are_followed_before_anything_else_runs(cluster, tmp_path):
@@ -238,7 +239,7 @@ def test_a_node_that_is_given_up_is_in_no_later_cell_of_a_shared_job(cluster, tm
     assert carrier.tried == [(1, "7", 0), (2, "7", 1), (2, "8", 0), (3, "8", 1)]
     assert commands.named("scancel") == [["scancel", "7"]]
     [again] = [path.read_text() for path in carrier.run.path.glob("slurm/*all-torch-2n-r1-2.sbatch")]
-    assert "--nodelist" in again and "node001" not in [w for part in _lists(again) for w in slurm.expand(part)]
+    assert "--nodelist" in again and "node001" not in [w for part in _lists(again) for w in nodeset.expand(part)]
     assert len(carrier.run.read_status()["replaced"]) == 1, "one spare, for all cells"
 
 

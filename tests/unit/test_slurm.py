@@ -19,6 +19,7 @@ from golden_files import check as golden
 from runner import slurm
 from runner.errors import InfrastructureError, UsageError
 from runner.slurm import Job, Settings, Step
+from runner.system import nodeset
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
@@ -358,7 +359,7 @@ def test_the_words_of_a_step_are_one_argument_each():
 )
 def test_what_was_folded_expands_to_the_same_names(parts):
     names = {f"{prefix}{number:0{width}}" for prefix, number, width in parts}
-    assert set(slurm.expand(str(NodeSet.fromlist(names, resolver=None)))) == names
+    assert set(nodeset.expand(str(NodeSet.fromlist(names, resolver=None)))) == names
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_what_was_folded_expands_to_the_same_names(parts):
     ],
 )
 def test_node_lists_keep_slurms_order(nodelist, names):
-    assert slurm.expand(nodelist) == tuple(names.split())
+    assert nodeset.expand(nodelist) == tuple(names.split())
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_node_lists_keep_slurms_order(nodelist, names):
 )
 def test_what_is_no_node_list_is_said(nodelist):
     with pytest.raises(ValueError, match="no list of nodes"):
-        slurm.expand(nodelist)
+        nodeset.expand(nodelist)
 
 
 def test_a_task_finds_its_place_in_what_slurm_tells_it():
@@ -628,4 +629,4 @@ def test_jobs_of_other_versions_have_known_states_and_nodes(name):
     for job in text.get("jobs", [text]):
         words = job["job_state"] if isinstance(job["job_state"], list) else [job["job_state"]]
         assert "unknown" not in map(slurm.state, words)
-        assert not job["nodes"] or set(slurm.expand(job["nodes"])) == set(NodeSet(job["nodes"], resolver=None))
+        assert not job["nodes"] or set(nodeset.expand(job["nodes"])) == set(NodeSet(job["nodes"], resolver=None))

@@ -16,7 +16,7 @@ from golden_files import check as golden
 from runner import errors, jobs, provision, slurm, survey
 from runner.cli import cli
 from runner.errors import InfrastructureError, UsageError
-from runner.process import Outcome
+from runner.system.process import Outcome
 
 EXAMPLE = ROOT / "inventory" / "slurm-example"
 PARTITIONS = (

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from conftest import NAMES
 from golden_files import check as golden
-from runner import inventory as inventories
-from runner import testbed
+from runner import inventory, testbed
 from runner.errors import InfrastructureError, UsageError
 
 SUBNET = "10.89.3.0/24"
@@ -95,7 +94,7 @@ def test_the_product_reads_its_own_inventory_beside_the_keys(tmp_path):
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh/id_ed25519").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (tmp_path / "hosts.yml").write_text(testbed.generated("x") + yaml.safe_dump(generated(tmp_path), sort_keys=False))
-    nodes = inventories.read(str(tmp_path), tmp_path / "cache").nodes
+    nodes = inventory.read(str(tmp_path), tmp_path / "cache").nodes
     assert [(n.name, n.alias) for n in nodes] == [(n.name, n.alias) for n in testbed.lay_out(8, SUBNET)]
     assert {(n.port, n.user, n.device, n.gpus, n.backend) for n in nodes} == {(44222, "root", "cpu", 1, "ssh")}
     assert nodes[7].host_key == "ssh-ed25519 AAAAC3Nzanode008"
