@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")

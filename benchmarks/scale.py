@@ -100,7 +100,7 @@ def request(num_nodes: int) -> Any:
 
 def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
     """Where the artefacts of each (cell, host) go."""
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     run = RunDir(Path(planned.run_dir))
     return {(cell.id, host): run.cell(host, cell.id) for cell in planned.cells for host in cell.hosts}

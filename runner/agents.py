@@ -13,7 +13,7 @@ from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course
 from runner.inventory import Node
 from runner.plan import Cell, Plan, environment, job
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic
 

@@ -18,7 +18,7 @@ from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
 from runner.inventory import Node, by_word
 from runner.plan import Cell, Plan, environment, job
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic
 

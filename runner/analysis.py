@@ -17,7 +17,8 @@ from typing import Any
 
 from runner import findings, limits, metrics
 from runner.findings import Facts
-from runner.records import Record
+from runner.results.records import Record
+from runner.results.statistics import quantile
 
 Telemetry = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # cell id -> host -> samples
 
@@ -153,7 +154,7 @@ def bootstrap(
     draws = [drawn(samples) / (drawn(base) if base else 1.0) for _ in range(RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
     value = rate(samples) / (rate(base) if base else 1.0)
-    return value, metrics.quantile(draws, tail), metrics.quantile(draws, 1 - tail)
+    return value, quantile(draws, tail), quantile(draws, 1 - tail)
 
 
 def _scaling(

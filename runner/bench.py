@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner import blame, jobs, records, resume, slurm, telemetry
+from runner import blame, jobs, resume, slurm
 from runner.agents import Agents
 from runner.allocations import Allocations, as_status, together
 from runner.blame import LAUNCHER
@@ -23,7 +23,9 @@ from runner.errors import InfrastructureError, Interrupted
 from runner.inventory import Node
 from runner.plan import PORTS, Cell, Plan, fingerprint, place
 from runner.preflight import Problems, Reach
-from runner.rundir import LIVE_STATES, RunDir, cell_status
+from runner.results import records, telemetry
+from runner.results.rundir import RunDir
+from runner.results.status import LIVE_STATES, cell_status
 from runner.system import process
 from runner.system.clock import now
 from runner.system.files import disk_errors, write_json_atomic, write_text_atomic

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import backends, records
+from runner import backends
 from runner.backends import Talk
 from runner.blame import LATE, LAUNCHER, blame, ended_well, error, standstill
 from runner.display import Display
 from runner.inventory import Node
 from runner.node import ALIVE_S
 from runner.plan import Cell
+from runner.results import records
 from runner.system.clock import now
 
 # A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before

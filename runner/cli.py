@@ -289,7 +289,7 @@ def _bench(
 
     from runner import allocations, preflight
     from runner import bench as benchmark
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     # Refuse what cannot be planned before anything is asked of the nodes.
     build(chosen, (), "SSH_CONFIG" if remote else None)
@@ -352,7 +352,7 @@ def _resume(
     from runner import bench as benchmark
     from runner import preflight, resume
     from runner.display import Display
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     run = RunDir.find(results, name)
     display = Display(quiet=as_json)
@@ -525,7 +525,7 @@ def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
 def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -> None:
     """Judge a run again and rewrite its report; default: the newest run."""
     from runner import bench as benchmark
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     run = RunDir.find(results, name)
     ctx.exit(_conclude(run, benchmark.judge(run), as_json))

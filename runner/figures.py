@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner import chart, limits, metrics
-from runner.records import Record
+from runner.results.records import Record
 
 
 @dataclass(frozen=True)

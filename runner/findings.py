@@ -13,7 +13,7 @@ from typing import Any
 
 from runner import facts as facts_of
 from runner.failures import KINDS, NOBODY, NODE
-from runner.records import Record
+from runner.results.records import Record
 
 Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json
 

@@ -21,7 +21,7 @@ from runner.backends import Talk
 from runner.errors import InfrastructureError
 from runner.inventory import Node
 from runner.jobs import NotStarted, Silent, Slurm, forgotten, gone, intervals
-from runner.rundir import MESSAGES
+from runner.results.celldir import MESSAGES
 from runner.slurm import JobInfo
 from runner.system import process
 

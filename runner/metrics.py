@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner import limits
-from runner.records import Record
+from runner.results.records import Record
+from runner.results.statistics import quantile, spread
 
 LATENCY_BYTES = 8
 GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
@@ -88,21 +89,6 @@ def steps(records: Iterable[Record], world_size: int) -> list[Step]:
 def unit(metric: str) -> str:
     """The unit in a metric's name, as people write it; empty for a count or a ratio."""
     return next((text for part, text in UNITS if part in metric), "")
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def spread(values: Sequence[float]) -> float:
-    """Median absolute deviation from the median: half of the values lie within it, outliers do not move it."""
-    middle = statistics.median(values)
-    return statistics.median(abs(value - middle) for value in values)
 
 
 def summarise_cell(

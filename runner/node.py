@@ -34,7 +34,7 @@ from typing import Any
 
 from runner import __version__, engines, facts, slurm
 from runner.errors import InfrastructureError
-from runner.rundir import MESSAGES
+from runner.results.celldir import MESSAGES
 from runner.system import process
 from runner.system.files import write_json_atomic
 

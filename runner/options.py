@@ -33,7 +33,7 @@ def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Completion of a run's id."""
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     return [
         r.run_id for r in RunDir.all(Path(ctx.params.get("results") or "results")) if r.run_id.startswith(incomplete)

@@ -14,7 +14,7 @@ from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
 from runner.inventory import Node
 from runner.plan import CELL_ENV
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
 
 # How long agents whose controller was killed may take to notice and to leave their node.

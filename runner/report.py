@@ -18,8 +18,8 @@ from typing import Any
 
 from runner import analysis, failures, figures, findings, metrics
 from runner.figures import complete_cells, nodes_text, number
-from runner.records import Record
-from runner.rundir import RunDir
+from runner.results.records import Record
+from runner.results.rundir import RunDir
 from runner.system.files import write_text_atomic
 
 SIGNS = {"pass": "✓", "fail": "✕", "inconclusive": "?", "not_judged": "–"}

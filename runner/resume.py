@@ -11,7 +11,7 @@ from runner import blame, facts
 from runner.errors import UsageError
 from runner.inventory import Inventory, Node
 from runner.plan import Plan, fingerprint, place
-from runner.rundir import PULSES_S, RunDir
+from runner.results.rundir import PULSES_S, RunDir
 from runner.system.nodeset import fold
 
 Environments = Mapping[str, Mapping[str, str]]  # host -> property -> value

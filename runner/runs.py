@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runner import errors, logs
+from runner import errors
 from runner.display import remaining_s
-from runner.logs import Line, last_lines, parse_line, printable, wanted
 from runner.options import results_option, run_names
+from runner.results import logs
+from runner.results.logs import Line, last_lines, parse_line, printable, wanted
 
 if TYPE_CHECKING:
     from runner.jobs import Slurm
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
 REFRESH_S = 1.0  # status.json changes at most once a second
 POLL_S = 2.0
@@ -46,7 +47,7 @@ def runs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
 def list_runs(results: Path, limit: int | None, as_json: bool) -> None:
     """Every run with its state and verdict, newest last. Times are UTC."""
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     moment = datetime.now(UTC)
     rows = [overview(run, moment) for run in RunDir.all(results)[-limit if limit else None :]]
@@ -60,7 +61,7 @@ def list_runs(results: Path, limit: int | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="status.json as it is to be read.")
 def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
     """The state of a run, its cells and nodes."""
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     if watch and as_json:
         raise errors.UsageError("--watch and --json exclude each other: give one of them")
@@ -83,7 +84,7 @@ def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
 @click.option("--host", "hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006].")
 def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | None, hosts: str | None) -> None:
     """What nodes said last, equal lines folded. Times are UTC."""
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     run = RunDir.find(results, name)
     plan = run.read_plan()
@@ -124,7 +125,7 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
     Its ranks end, and what was measured is gathered and judged. A run without a controller has its
     Slurm jobs cancelled. Asked a second time, the controller leaves at once.
     """
-    from runner.rundir import PULSES_S, RunDir
+    from runner.results.rundir import PULSES_S, RunDir
     from runner.system import process
 
     run = RunDir.find(results, name)
@@ -182,7 +183,7 @@ def _done(status: Mapping[str, Any]) -> str:
 
 def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
     """When the run started and, if it has, ended: with its last cell."""
-    from runner.rundir import FINAL_STATES
+    from runner.results.status import FINAL_STATES
 
     ends = [cell["ended"] for cell in status["cells"].values() if cell["ended"]]
     starts = [cell["started"] for cell in status["cells"].values() if cell["started"]]
@@ -414,7 +415,7 @@ def _looking(run: RunDir) -> Iterator[None]:
 
 def _statuses(run: RunDir) -> Iterator[dict[str, Any]]:
     """The run's status again and again, the last one final."""
-    from runner.rundir import FINAL_STATES
+    from runner.results.status import FINAL_STATES
 
     while True:
         status = run.read_status()

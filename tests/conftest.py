@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
 from runner import inventory
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 
 # Ignored by who is started in the background of a script, it would be so by every program that is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner import testbed
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import process
 from testbed.benches import Bench, inside, podman, until
 from testbed.conftest import Testbed, containers, slurm3  # noqa: F401  # fixtures

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import process
 from runner.testbed import SSH_PORT
 

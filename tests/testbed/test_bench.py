@@ -12,7 +12,7 @@ from functools import partial
 import psutil
 import pytest
 
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import process
 from testbed.benches import RUNNER, Bench, inside, podman, signal_rank, until
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from runner.limits import busbw_factor
-from runner.records import Record
+from runner.results.records import Record
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [f"fukushimadc-02-hgx-{n:04d}" for n in (1, 2, 3, 4, 5, 6, 7, 9)]

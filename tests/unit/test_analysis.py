@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from report_fixture import NAMES, Fixture
 
 from runner import analysis, config, failures, findings, metrics
+from runner.results import statistics
 
 TARGETS = Path(__file__).parents[2] / "configs" / "targets" / "default.yaml"
 
@@ -279,7 +280,7 @@ def test_the_bootstrap_sees_the_spread_between_repeats_not_only_within() -> None
 def test_quantiles_are_numpys(values: list[float], q: float) -> None:
     import numpy as np
 
-    assert metrics.quantile(values, q) == pytest.approx(float(np.quantile(values, q)), abs=1e-6)
+    assert statistics.quantile(values, q) == pytest.approx(float(np.quantile(values, q)), abs=1e-6)
 
 
 # --- states and findings ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.logs import Line, fold_lines, last_lines, parse_line, printable
+from runner.results.logs import Line, fold_lines, last_lines, parse_line, printable
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "torch"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")

@@ -20,7 +20,7 @@ from runner.display import Display
 from runner.errors import UsageError
 from runner.failures import Problem
 from runner.inventory import Inventory, Node
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
 FACTS = {"hostname": "n", "boot_id": "b", "kernel": "6.1", "packages": {"torch": "2.13.0"}, "env": {}}

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from runner import records, rundir
 from runner.errors import InfrastructureError, UsageError
-from runner.rundir import RunDir
+from runner.results import records, rundir
+from runner.results.rundir import RunDir
 from runner.system import files, locks
 
 PLAN = {

@@ -23,7 +23,7 @@ from golden_files import check as golden
 from runner import jobs, slurm
 from runner.cli import cli
 from runner.errors import InfrastructureError, UsageError
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.runs import cancel_jobs, changes, describe, details, nodes_text, overview, overview_table
 from runner.system.process import Outcome
 

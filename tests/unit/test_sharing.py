@@ -16,7 +16,7 @@ from runner import allocations, bench, blame, jobs, resume, runs, slurm
 from runner.display import Display
 from runner.errors import InfrastructureError
 from runner.inventory import Inventory
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from runner.system import nodeset
 
 

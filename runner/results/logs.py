@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
 WINDOW_S = 2.0  # equal lines of several nodes within this time are one
 PAUSE_S = 0.5  # between two looks at a log that grows
@@ -241,7 +241,7 @@ def _backwards(file: BinaryIO, end: int) -> tuple[int, Iterator[bytes]]:
 
 def follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) -> Iterator[str]:
     """What the log says from `position` on, until the run has ended."""
-    from runner.rundir import FINAL_STATES
+    from runner.results.status import FINAL_STATES
 
     folding, rest, heard = Folding(), b"", time.monotonic()
     while True:

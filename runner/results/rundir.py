@@ -13,40 +13,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner import records
 from runner.errors import UsageError
+from runner.results import records
+from runner.results.celldir import MESSAGES
+from runner.results.status import FINAL_STATES, LIVE_STATES, cell_status
 from runner.system.files import disk_errors, write_json_atomic, write_text_atomic
 
-FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
-LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
-MESSAGES = "messages.jsonl"  # in a cell's folder: what its agent says, where nobody hears its stdout
 PULSE_S = 5.0  # a controller shows that often that it lives: not every file system tells another machine of a lock
 PULSES_S = 3 * PULSE_S  # who has shown nothing for so long is dead
-
-
-def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """A cell's entry in status.json before its `attempt`; `attempts` are the earlier ones.
-
-    `plan_hash` is that of the plan which a complete cell was measured by, `job` what Slurm says of its job,
-    `nodes` the live state of each.
-    """
-    return {
-        "state": "planned",
-        "started": None,
-        "ended": None,
-        "error": None,
-        "attempt": attempt,
-        "attempts": list(attempts),
-        "hosts": [],
-        "plan_hash": None,
-        "job": None,
-        "nodes": {},
-        "progress": None,
-    }
 
 
 class RunDir:
