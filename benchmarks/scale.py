@@ -120,8 +120,9 @@ def jobs(planned: Any) -> dict[tuple[str, str], str]:
 def sbatch_files(planned: Any) -> dict[str, str]:
     """The Slurm script of each cell of a plan for backend slurm, on named hosts: the longest kind of request."""
     from runner import allocations, slurm
+    from runner.cluster import slurm as slurm_settings
 
-    settings = slurm.Settings(partition="batch", account="perf")
+    settings = slurm_settings.Settings(partition="batch", account="perf")
     known = tuple(node.alias for node in planned.nodes)
 
     def script(cell: Any) -> str:
@@ -155,13 +156,14 @@ class Steps:
         self.seconds: dict[str, float] = {}
         given = listing(num_nodes)
         self._timed("imports: runner, pydantic, ClusterShell", self._imports)
-        from runner import blame, inventory, plan
+        from runner import blame, plan
+        from runner.cluster import inventory, ssh
         from runner.system import nodeset
 
         asked = self._timed("configuration files", lambda: request(num_nodes))
         self.inventory = self._timed("inventory.parse", lambda: inventory.parse("inventory/large", given))
-        self._timed("ssh_config", lambda: inventory.ssh_config(self.inventory, "/run/known_hosts"))
-        self._timed("known_hosts", lambda: inventory.known_hosts(self.inventory))
+        self._timed("ssh_config", lambda: ssh.ssh_config(self.inventory, "/run/known_hosts"))
+        self._timed("known_hosts", lambda: ssh.known_hosts(self.inventory))
         folded = self._timed("fold: names and aliases", self._fold)
         nodes = self._timed("select: the folded set", lambda: inventory.select(self.inventory, folded))
         self.plan = self._timed("plan.build", lambda: plan.build(asked, nodes))
@@ -299,7 +301,8 @@ class Fleet:
     """One controller with `num_agents` agents, measured while all of them stream."""
 
     def __init__(self, num_agents: int, step_s: float, window_s: float, leave: bool, folder: Path) -> None:
-        from runner import backends, cells, inventory, plan
+        from runner import backends, cells, plan
+        from runner.cluster import inventory
         from runner.display import Display
 
         self.num_agents, self.window_s, self.leave, self.folder = num_agents, window_s, leave, folder

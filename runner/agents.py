@@ -11,7 +11,7 @@ from runner import backends
 from runner.backends import Talk
 from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course
-from runner.inventory import Node
+from runner.cluster.inventory import Node
 from runner.plan import Cell, Plan, environment, job
 from runner.results.rundir import RunDir
 from runner.system import process

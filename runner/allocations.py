@@ -13,10 +13,11 @@ from typing import Any
 from runner import agents, backends, blame, following, jobs, slurm
 from runner.backends import Talk
 from runner.cells import CellRun, Course
-from runner.cluster import node_kind, refused
+from runner.cluster import slurm as slurm_settings
+from runner.cluster.inventory import Node, by_word
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
-from runner.inventory import Node, by_word
+from runner.launch.slurm.capacity import node_kind, refused
 from runner.plan import Cell, Plan, environment, job
 from runner.results.rundir import RunDir
 from runner.system import process
@@ -31,8 +32,8 @@ _LAUNCH = {
 }
 
 
-def settings_of(plan: Plan) -> slurm.Settings:
-    return slurm.settings(dict(plan.slurm or {}), f"slurm of run {plan.run_id}")
+def settings_of(plan: Plan) -> slurm_settings.Settings:
+    return slurm_settings.settings(dict(plan.slurm or {}), f"slurm of run {plan.run_id}")
 
 
 def slurm_name(node: Node, known: Sequence[str]) -> str:
@@ -47,7 +48,7 @@ def _words(node: Node) -> tuple[str, ...]:
     return node.name, node.name.partition(".")[0], node.alias
 
 
-def cluster(settings: slurm.Settings, nodes: Sequence[Node], ssh_config: str | None) -> jobs.Slurm:
+def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config: str | None) -> jobs.Slurm:
     """Slurm's commands, here or on the login node that the settings name."""
     login = None
     if settings.login is not None:
@@ -260,7 +261,7 @@ class Allocations:
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
-    def settings(self, plan: Plan) -> slurm.Settings:
+    def settings(self, plan: Plan) -> slurm_settings.Settings:
         return replace(self.cluster.settings, exclude=tuple((plan.slurm or {}).get("exclude", ())))
 
     def exclude(self, plan: Plan, host: str) -> Plan:
@@ -352,7 +353,7 @@ class Allocations:
 def job_name(plan: Plan, cell: Cell, attempt: int) -> str:
     """The name of the job that is submitted for `cell`, which no other has."""
     kind = "array-" if plan.job_array else "all-" if plan.one_allocation else ""
-    return f"{slurm.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
+    return f"{slurm_settings.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
 
 def _noted(plan: Plan, cell: Cell, name: str, job_id: str, number: int) -> list[Any]:
@@ -367,7 +368,7 @@ def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
     That of an array's task has its number at the end.
     """
     number = job_id.partition("_")[2]
-    folder = f"{plan.run_dir}/slurm" if shared else slurm.LOGS
+    folder = f"{plan.run_dir}/slurm" if shared else slurm_settings.LOGS
     return f"{folder}/{name}.log" + (f".{number}" if number else "")
 
 

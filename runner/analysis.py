@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from runner import findings, limits, metrics
+from runner import findings, metrics
+from runner.cluster import limits
 from runner.findings import Facts
 from runner.results.records import Record
 from runner.results.statistics import quantile

@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem
-from runner.inventory import Node
 from runner.system import process
 
 AGENT = ("-P", "-u", "-m", "runner.node")

@@ -18,9 +18,9 @@ from runner.agents import Agents
 from runner.allocations import Allocations, as_status, together
 from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course, Stop
+from runner.cluster.inventory import Node
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
-from runner.inventory import Node
 from runner.plan import PORTS, Cell, Plan, fingerprint, place
 from runner.preflight import Problems, Reach
 from runner.results import records, telemetry

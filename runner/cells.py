@@ -12,8 +12,8 @@ from typing import Any
 from runner import backends
 from runner.backends import Talk
 from runner.blame import LATE, LAUNCHER, blame, ended_well, error, standstill
+from runner.cluster.inventory import Node
 from runner.display import Display
-from runner.inventory import Node
 from runner.node import ALIVE_S
 from runner.plan import Cell
 from runner.results import records

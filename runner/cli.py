@@ -23,12 +23,13 @@ import click
 from click.core import ParameterSource
 
 from runner import __version__, errors
-from runner.options import inventory_option, read_inventory, results_option, run_names, transport
+from runner.cluster.ssh import rendered
+from runner.options import inventory_option, read_inventory, results_option, run_names
 from runner.system import places
 from runner.system.places import cache_dir, state_dir
 
 if TYPE_CHECKING:
-    from runner.inventory import Inventory, Node
+    from runner.cluster.inventory import Inventory, Node
 
 
 # Commands that live in other modules, imported when they are used: name -> (module, short help).
@@ -215,8 +216,8 @@ def _bench(
     as_json: bool,
 ) -> int:
     from runner import config, engines, failures, plan
+    from runner.cluster.inventory import select
     from runner.display import Display
-    from runner.inventory import select
     from runner.system.clock import now
 
     tests = tuple(dict.fromkeys(tests)) or tuple(config.TESTS)
@@ -293,7 +294,7 @@ def _bench(
 
     # Refuse what cannot be planned before anything is asked of the nodes.
     build(chosen, (), "SSH_CONFIG" if remote else None)
-    with transport(inventory) if remote else nullcontext() as ssh_config:
+    with rendered(inventory) if remote else nullcontext() as ssh_config:
         cluster = _cluster(slurm, inventory, ssh_config)
         reach = preflight.Reach(chosen[0].backend, device, engine, tests, ssh_config, cluster)
         nodes, spares = chosen, chosen[:0]
@@ -324,9 +325,10 @@ def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_confi
     """Slurm, where the run goes through it."""
     if settings is None:
         return None
-    from runner import allocations, slurm
+    from runner import allocations
+    from runner.cluster import slurm as slurm_settings
 
-    return allocations.cluster(slurm.settings(settings, "slurm"), inventory.hosts, ssh_config)
+    return allocations.cluster(slurm_settings.settings(settings, "slurm"), inventory.hosts, ssh_config)
 
 
 def _describe(planned: Any, cells: Sequence[Any]) -> str:
@@ -364,7 +366,7 @@ def _resume(
         inventory = read_inventory(source if source is not None else planned.inventory)
         aliases = {node.name: node.alias for node in planned.nodes}
         remote = planned.backend != "local"
-        ssh_config = stack.enter_context(transport(inventory)) if remote else None
+        ssh_config = stack.enter_context(rendered(inventory)) if remote else None
         planned = resume.renew(planned, inventory, run, ssh_config)
         status = run.read_status()
         tests = tuple(dict.fromkeys(cell.test for cell in planned.cells))
@@ -421,9 +423,11 @@ def _over(
         if what := [*slurm_only, *(["--set slurm.…"] if "slurm" in overrides else [])]:
             raise errors.UsageError(f"{what[0]} goes with --backend slurm, this run's backend is {wanted}")
         return nodes, None
-    from runner import slurm
+    from runner.cluster import slurm as slurm_settings
 
-    settings = slurm.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
+    settings = slurm_settings.settings(
+        {**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}"
+    )
     return tuple(replace(node, backend="slurm") for node in nodes), asdict(settings)
 
 
@@ -548,7 +552,8 @@ def show_inventory(source: str | None, hosts: str | None, folder: Path | None, a
 
     from tabulate import tabulate
 
-    from runner.inventory import known_hosts, select, ssh_config
+    from runner.cluster.inventory import select
+    from runner.cluster.ssh import known_hosts, ssh_config
     from runner.system.files import disk_errors, write_text_atomic
 
     inventory = read_inventory(source)

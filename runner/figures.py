@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner import chart, limits, metrics
+from runner import chart, metrics
+from runner.cluster import limits
 from runner.results.records import Record
 
 

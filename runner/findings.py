@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from runner import facts as facts_of
+from runner.cluster import facts as facts_of
 from runner.failures import KINDS, NOBODY, NODE
 from runner.results.records import Record
 

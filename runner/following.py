@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 
 from runner import backends, slurm
 from runner.backends import Talk
+from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
-from runner.inventory import Node
 from runner.jobs import NotStarted, Silent, Slurm, forgotten, gone, intervals
 from runner.results.celldir import MESSAGES
 from runner.slurm import JobInfo

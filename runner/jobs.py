@@ -17,9 +17,10 @@ from functools import partial
 from typing import TypeVar
 
 from runner import backends, slurm
-from runner.cluster import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
+from runner.cluster import slurm as slurm_settings
+from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, UsageError
-from runner.inventory import Node
+from runner.launch.slurm.capacity import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
 from runner.slurm import JobInfo
 from runner.system import process
 
@@ -58,7 +59,7 @@ class Slurm:
 
     def __init__(
         self,
-        settings: slurm.Settings,
+        settings: slurm_settings.Settings,
         login: Node | None = None,
         ssh_config: str | None = None,
         *,
@@ -141,7 +142,7 @@ class Slurm:
     def of_run(self, run_id: str) -> list[str]:
         """The ids of the run's jobs and arrays that wait or run, by their names, which no other run has."""
         rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%F %j"]).splitlines())
-        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm.NAME}-{run_id}-")}
+        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm_settings.NAME}-{run_id}-")}
         return sorted(found, key=int)
 
     def test_only(self, script: str) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import limits
+from runner.cluster import limits
 from runner.results.records import Record
 from runner.results.statistics import quantile, spread
 

@@ -32,7 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, engines, facts, slurm
+from runner import __version__, engines, slurm
+from runner.cluster import facts
+from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError
 from runner.results.celldir import MESSAGES
 from runner.system import process
@@ -158,7 +160,7 @@ def clean(scratch: Path, run_id: str) -> bool:
     folder = scratch / run_id
     if not run_id or folder.parent != scratch:
         return False
-    for log in Path(slurm.LOGS).glob(f"{slurm.NAME}-{glob.escape(run_id)}-*.log*"):
+    for log in Path(slurm_settings.LOGS).glob(f"{slurm_settings.NAME}-{glob.escape(run_id)}-*.log*"):
         with contextlib.suppress(OSError):
             log.unlink()
     if not folder.is_dir():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from runner import errors
 from runner.system.places import cache_dir
 
 if TYPE_CHECKING:
-    from runner.inventory import Inventory
+    from runner.cluster.inventory import Inventory
 
 
 def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,22 +39,8 @@ def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 
 def read_inventory(source: str | None) -> Inventory:
-    from runner import inventory
+    from runner.cluster import inventory
 
     if source == "":
         raise errors.UsageError("-i is empty: give an inventory, or leave -i out for ansible.cfg's")
     return inventory.read(inventory.default_source() if source is None else source, cache_dir() / "inventory")
-
-
-@contextmanager
-def transport(inventory: Inventory) -> Iterator[str]:
-    """A private folder with the rendered ssh_config, on a path that pdsh and rsync can take unquoted."""
-    from runner.inventory import known_hosts, ssh_config
-
-    # TMPDIR may hold spaces, which PDSH_SSH_ARGS cannot carry.
-    with tempfile.TemporaryDirectory(prefix="shakedown-", dir="/tmp") as folder:
-        pinned = Path(folder, "known_hosts")
-        pinned.write_text(known_hosts(inventory))
-        config = Path(folder, "ssh_config")
-        config.write_text(ssh_config(inventory, str(pinned)))
-        yield str(config)

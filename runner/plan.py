@@ -17,8 +17,8 @@ from pathlib import PurePath
 from typing import Any
 
 from runner import __version__, engines, failures
+from runner.cluster.inventory import Node
 from runner.errors import UsageError
-from runner.inventory import Node
 
 SCHEMA = 1
 # Rendezvous ports lie below the kernel's ephemeral range and differ between runs, cells and attempts.

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner import __version__, allocations, backends, blame, facts, jobs, node
+from runner import __version__, allocations, backends, blame, jobs, node
 from runner.agents import Agents
 from runner.allocations import Allocations
+from runner.cluster import facts
+from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
-from runner.inventory import Node
 from runner.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.options import inventory_option, read_inventory, results_option, transport
+from runner.cluster.ssh import rendered
+from runner.options import inventory_option, read_inventory, results_option
 from runner.system.places import ROOT, cache_dir, state_dir
 
 if TYPE_CHECKING:
+    from runner.cluster.inventory import Inventory, Node
     from runner.display import Display
-    from runner.inventory import Inventory, Node
     from runner.playbook import Call, Event
 
 SITE = "site.yml"
@@ -417,8 +418,8 @@ def _play(
     hold: Any = lambda endpoints: nullcontext(),
 ) -> int:
     from runner import playbook
+    from runner.cluster.inventory import select
     from runner.display import Display
-    from runner.inventory import select
     from runner.system.files import write_json_atomic
     from runner.system.nodeset import fold
 
@@ -427,7 +428,7 @@ def _play(
     names = tuple(node.name for node in nodes)
     display = Display(quiet=as_json)
     remote = nodes[0].backend != "local"
-    with nullcontext("SSH_CONFIG") if dry_run else transport(inventory) as ssh_config:
+    with nullcontext("SSH_CONFIG") if dry_run else rendered(inventory) as ssh_config:
         call = playbook.Call(
             playbook=playbook_file,
             inventory=str(Path(inventory.source).absolute()),
@@ -466,22 +467,24 @@ _SURVEYED = {"usable": errors.EXIT_OK, "down": errors.EXIT_INFRASTRUCTURE, "refu
 
 
 def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str], dry_run: bool, as_json: bool) -> int:
-    from runner import allocations, cluster, config, slurm, survey
-    from runner.inventory import select
+    from runner import allocations, config, survey
+    from runner.cluster import slurm as slurm_settings
+    from runner.cluster.inventory import select
+    from runner.launch.slurm import capacity
 
     overrides = config.parse_settings(settings)
     if other := overrides.keys() - {"slurm"}:
         raise errors.unknown("setting", f"{min(other)}.…", ["slurm.…"], "--set")
-    wanted = slurm.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
+    wanted = slurm_settings.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
     nodes = select(inventory, hosts)
     if dry_run:
-        asked = [list(cluster.PARTITIONS), list(cluster.NODES), ["sbatch", "--test-only"]]
+        asked = [list(capacity.PARTITIONS), list(capacity.NODES), ["sbatch", "--test-only"]]
         where = wanted.login or "this machine"
         plan = {"host": where, "commands": asked}
         text = "\n".join([f"# on {where}", *(shlex.join(argv) for argv in asked)])
         click.echo(json.dumps(plan, indent=1) if as_json else text)
         return errors.EXIT_OK
-    with transport(inventory) as ssh_config:
+    with rendered(inventory) as ssh_config:
         commands = allocations.cluster(wanted, inventory.hosts, ssh_config)
         found = survey.ask(commands, nodes, named=hosts is not None)
     if as_json:

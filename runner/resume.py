@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from runner import blame, facts
+from runner import blame
+from runner.cluster import facts
+from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
-from runner.inventory import Inventory, Node
 from runner.plan import Plan, fingerprint, place
 from runner.results.rundir import PULSES_S, RunDir
 from runner.system.nodeset import fold

@@ -478,11 +478,12 @@ def _slurm(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
     """Slurm's commands where the run gave them."""
     from dataclasses import replace
 
-    from runner import jobs, slurm
-    from runner.inventory import by_word
+    from runner import jobs
+    from runner.cluster import slurm as slurm_settings
+    from runner.cluster.inventory import by_word
     from runner.plan import Plan
 
-    settings = slurm.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")
+    settings = slurm_settings.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")
     if settings.login is None:
         return jobs.Slurm(settings)
     planned = Plan.from_dict(plan)

@@ -6,12 +6,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import cluster, config, slurm
+from runner import config, slurm
 from runner.allocations import slurm_name
-from runner.cluster import Partition, SlurmNode
-from runner.inventory import Node
+from runner.cluster.inventory import Node
+from runner.cluster.slurm import Settings
 from runner.jobs import Slurm
-from runner.slurm import Settings
+from runner.launch.slurm import capacity
+from runner.launch.slurm.capacity import Partition, SlurmNode
 from runner.system.nodeset import fold
 
 
@@ -44,7 +45,7 @@ def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
     longest_s = max(config.load_test(test, {}).timeout_s for test in config.TESTS)
     step = slurm.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
     job = slurm.Job("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
-    refused, wrong = cluster.refused(job, settings, partitions, seen)
+    refused, wrong = capacity.refused(job, settings, partitions, seen)
     if not refused and (why := commands.test_only(slurm.render(job, settings))):
         refused = wrong = [f"sbatch says: {why}"]
     down = [name for name in names if name in known and not known[name].usable]
@@ -61,7 +62,7 @@ def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
 
 def describe(found: Survey, settings: Settings, width: int) -> str:
     """A survey for people, in lines of `width` columns where words allow it."""
-    lines = cluster.describe(found.partitions, found.nodes, settings)
+    lines = capacity.describe(found.partitions, found.nodes, settings)
     for what, names in (("not usable", found.down), ("unknown to Slurm", found.unknown)):
         lines += [f"in the inventory, {what}: {fold(names)}"] if names else []
     asked = f"bench --nodes {found.num_nodes}"

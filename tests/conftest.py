@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
-from runner import inventory
+from runner.cluster import inventory
 from runner.results.rundir import RunDir
 
 # Ignored by who is started in the background of a script, it would be so by every program that is started here.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from runner.limits import busbw_factor
+from runner.cluster.limits import busbw_factor
 from runner.workloads import Events, Job
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ranks
-from runner.limits import busbw_factor
+from runner.cluster.limits import busbw_factor
 from runner.workloads import collectives
 
 pytestmark = pytest.mark.local

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import __version__, facts, node
+from runner import __version__, node
+from runner.cluster import facts
 from runner.system import process
 
 pytestmark = pytest.mark.local

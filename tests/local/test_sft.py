@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ranks
-from runner import limits
+from runner.cluster import limits
 from runner.workloads import sft
 
 pytestmark = pytest.mark.local

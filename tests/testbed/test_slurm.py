@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from runner import __version__, following, inventory, jobs, slurm, testbed
+from runner import __version__, following, jobs, slurm, testbed
 from runner.backends import Talk
+from runner.cluster import inventory, ssh
+from runner.cluster import slurm as slurm_settings
 from runner.errors import UsageError
 from runner.system import process
 
@@ -62,9 +64,9 @@ def cluster(slurm3, tmp_path_factory):
     (stand_in / "run.py").write_text(TORCHRUN)
     read = inventory.read(str(slurm3.inventory), folder / "cache")
     pins, config = folder / "known_hosts", folder / "ssh_config"
-    pins.write_text(inventory.known_hosts(read))
-    config.write_text(inventory.ssh_config(read, str(pins)))
-    settings = slurm.settings({"partition": "gpu", "login": "node001"}, "test")
+    pins.write_text(ssh.known_hosts(read))
+    config.write_text(ssh.ssh_config(read, str(pins)))
+    settings = slurm_settings.settings({"partition": "gpu", "login": "node001"}, "test")
     at = {node["alias"]: node["container"] for node in slurm3.nodes}
     return Cluster(jobs.Slurm(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
 
@@ -139,7 +141,7 @@ class Run:
             for cell, count, rank_s in self.cells
         )
         job = slurm.Job(self.name, steps, sys.executable, str(self.log), 1, "cpu", secrets=("HF_TOKEN",))
-        return slurm.render(job, slurm.settings({"partition": "gpu", **self.settings}, "test"))
+        return slurm.render(job, slurm_settings.settings({"partition": "gpu", **self.settings}, "test"))
 
     def submit(self) -> slurm.JobInfo:
         self.job_id = self.cluster.slurm.submit(self.script(), {"HF_TOKEN": "a 's3cret' $(x)"})
@@ -293,7 +295,7 @@ def test_in_one_allocation_cells_follow_each_other_and_one_that_is_stopped_does_
 def test_a_job_whose_node_is_drained_is_given_up_with_the_reason(cluster, run):
     cluster.inside("node003", "scontrol", "update", "node=node003", "state=drain", "reason=fan broken")
     try:
-        impatient = jobs.Slurm(slurm.settings({"stuck_s": 1}, "test"), cluster.nodes[0], cluster.ssh_config)
+        impatient = jobs.Slurm(slurm_settings.settings({"stuck_s": 1}, "test"), cluster.nodes[0], cluster.ssh_config)
         one = run(0.0, hosts=("node002", "node003"))
         one.job_id = impatient.submit(one.script())
         with pytest.raises(jobs.NotStarted, match=f"job {one.job_id} waited .* node"):

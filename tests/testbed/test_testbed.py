@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from runner import testbed
-from runner.inventory import known_hosts, read, ssh_config
+from runner.cluster.inventory import read
+from runner.cluster.ssh import known_hosts, ssh_config
 
 from .conftest import Testbed
 

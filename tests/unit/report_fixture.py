@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from runner.limits import busbw_factor
+from runner.cluster.limits import busbw_factor
 from runner.results.records import Record
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runner import cluster
-from runner.cluster import Partition, SlurmNode
-from runner.slurm import SEPARATOR, Settings
+from runner.cluster.slurm import Settings
+from runner.launch.slurm import capacity
+from runner.launch.slurm.capacity import Partition, SlurmNode
+from runner.slurm import SEPARATOR
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
@@ -25,7 +26,7 @@ def captured(name):
 
 @real_output
 def test_partitions_of_a_large_cluster():
-    first, second, third = cluster.parse_partitions(captured("scontrol-show-partition-oneliner.txt")).values()
+    first, second, third = capacity.parse_partitions(captured("scontrol-show-partition-oneliner.txt")).values()
     assert (first.name, first.default, first.state, first.max_time_s, first.max_nodes) == (
         "partition1",
         True,
@@ -39,7 +40,7 @@ def test_partitions_of_a_large_cluster():
 
 def test_a_partition_without_nodes():
     text = "PartitionName=empty Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED Nodes=(null) State=DOWN\nnoise\n"
-    assert cluster.parse_partitions(text) == {"empty": Partition("empty", "down", False, None, None, ())}
+    assert capacity.parse_partitions(text) == {"empty": Partition("empty", "down", False, None, None, ())}
 
 
 def test_nodes_once_each_with_reason_and_gres():
@@ -49,7 +50,7 @@ def test_nodes_once_each_with_reason_and_gres():
         "node002|#drained*|#gpu:h200:8|#bad cable | port 3\n"
         "node003|#allocated|#(null)|#none\nnode004|#broken"
     )
-    assert cluster.parse_nodes(text) == {
+    assert capacity.parse_nodes(text) == {
         "node001": SlurmNode("node001", "idle", True, "", "gpu:h200:8(S:0-1)"),
         "node002": SlurmNode("node002", "drained, not answering", False, "bad cable | port 3", "gpu:h200:8"),
         "node003": SlurmNode("node003", "allocated", True, "", ""),
@@ -64,7 +65,7 @@ def test_nodes_once_each_with_reason_and_gres():
                                   "unk", "error", "IDLE+DRAIN", "future")],
 )  # fmt: skip
 def test_which_nodes_can_be_used(word, usable):
-    assert cluster.node_state(word)[1] is usable
+    assert capacity.node_state(word)[1] is usable
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_which_nodes_can_be_used(word, usable):
     ],
 )
 def test_a_prolog_is_told_from_other_reasons(reason, kind):
-    assert cluster.node_kind(reason) == kind
+    assert capacity.node_kind(reason) == kind
 
 
 @real_output
@@ -98,7 +99,7 @@ def test_a_prolog_is_told_from_other_reasons(reason, kind):
 )
 def test_node_states_as_sinfo_really_gives_them(name, pattern, unusable):
     words = set(re.findall(pattern, captured(name), re.MULTILINE))
-    assert {word for word in words if not cluster.node_state(word)[1]} == unusable and words - unusable
+    assert {word for word in words if not capacity.node_state(word)[1]} == unusable and words - unusable
 
 
 @real_output
@@ -108,7 +109,7 @@ def test_nodes_of_other_versions_have_known_states_and_gres(name):
     for node in text.get("nodes", [text]):
         states = node["state"] if isinstance(node["state"], list) else [node["state"], *node["state_flags"]]
         line = SEPARATOR.join((node["name"], "+".join(states), node["gres"], node["reason"]))
-        (found,) = cluster.parse_nodes(line).values()
+        (found,) = capacity.parse_nodes(line).values()
         assert found.usable == (not {"down", "drain"} & {word.lower() for word in states})
     if "h100" in name:
         assert (
@@ -126,7 +127,7 @@ GPU = Partition("gpu", "up", True, 86400, 16, tuple(node.name for node in H200_N
 def refusals(
     num_nodes=8, gpus_per_node=8, device="cuda", hosts=(), settings=None, partitions=None, nodes=None, time_limit_s=3600
 ):
-    return cluster.refusals(
+    return capacity.refusals(
         num_nodes,
         gpus_per_node,
         device,
@@ -141,7 +142,7 @@ def refusals(
 def altered(**states):
     """The eight nodes, with `node003=("drained", "bad cable")`."""
     return [
-        SlurmNode(node.name, *cluster.node_state(states[node.name][0]), states[node.name][1], node.gres)
+        SlurmNode(node.name, *capacity.node_state(states[node.name][0]), states[node.name][1], node.gres)
         if node.name in states
         else node
         for node in H200_NODES

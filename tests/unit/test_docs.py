@@ -9,8 +9,8 @@ import re
 import pytest
 
 from conftest import ROOT
+from runner.cluster.slurm import Settings
 from runner.failures import KINDS
-from runner.slurm import Settings
 
 GUIDE = ROOT / "docs" / "guide.md"
 KINDS_TABLE = re.compile(r"(?<=<!-- kinds -->\n).*?(?=<!-- /kinds -->)", re.DOTALL)
@@ -47,7 +47,7 @@ def test_every_module_has_its_one_idea():
 
 
 def test_every_variable_of_the_inventory_is_explained():
-    from runner.inventory import _Variables
+    from runner.cluster.inventory import _Variables
 
     text = GUIDE.read_text() + (ROOT / "docs" / "slurm.md").read_text()
     assert [name for name in _Variables.model_fields if f"`{name}" not in text] == []

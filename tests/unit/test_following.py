@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from test_jobs import DOWN, Commands, cluster, for_ever, line
 
-from runner import following, jobs, slurm
+from runner import following, jobs
 from runner.backends import Talk
+from runner.cluster import slurm as slurm_settings
 from runner.system.process import Outcome
 
 # --- waiting --------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_pa
             return Outcome(tuple(argv), 0, 0.0, "", "")
 
     talks = [Talk("a", (), {})]
-    follow = following.Follow(jobs.Slurm(slurm.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1)
+    follow = following.Follow(jobs.Slurm(slurm_settings.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1)
     info = following.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
     assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
     assert info.state == "cancelled" and talks[0].rc == -1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import NAMES, ROOT, listing
 from golden_files import check as golden
-from runner import inventory
+from runner.cluster import inventory, ssh
 from runner.errors import UsageError
 from runner.system import nodeset
 
@@ -117,13 +117,13 @@ def test_two_nodes_of_one_name_are_refused():
 
 
 def test_ssh_config_pins_host_keys_and_carries_port_and_user(cluster):
-    golden("ssh/ssh_config", inventory.ssh_config(cluster, "/run/x y/known_hosts"))
-    golden("ssh/known_hosts", inventory.known_hosts(cluster))
+    golden("ssh/ssh_config", ssh.ssh_config(cluster, "/run/x y/known_hosts"))
+    golden("ssh/known_hosts", ssh.known_hosts(cluster))
 
 
 def test_openssh_reads_the_rendered_config(cluster, tmp_path):
     path = tmp_path / "ssh_config"
-    path.write_text(inventory.ssh_config(cluster, "/run/x y/known_hosts"))
+    path.write_text(ssh.ssh_config(cluster, "/run/x y/known_hosts"))
     for word in ("node008", "fukushimadc-02-hgx-0009", "10.2.201.8"):
         told = subprocess.run(["ssh", "-G", "-F", path, word], capture_output=True, text=True, check=True).stdout
         values = dict(line.split(" ", 1) for line in told.splitlines() if " " in line)
@@ -149,9 +149,9 @@ def test_keys_of_ssh_keyscan_are_pins_and_a_pin_is_exclusive(tmp_path):
     (tmp_path / "hosts.yml").write_text("all: {hosts: {gpu-a: {ansible_port: 44222}, gpu-b: {ansible_port: 44222}}}")
     (tmp_path / "known_hosts").write_text("[gpu-a]:44222 ssh-ed25519 AAAA1\n[node001]:44222 ssh-rsa BBBB1\n")
     read = inventory.read(str(tmp_path), tmp_path / "cache")
-    assert inventory.known_hosts(read) == "gpu-a ssh-ed25519 AAAA1\ngpu-a ssh-rsa BBBB1\n"
+    assert ssh.known_hosts(read) == "gpu-a ssh-ed25519 AAAA1\ngpu-a ssh-rsa BBBB1\n"
     config = tmp_path / "ssh_config"
-    config.write_text(inventory.ssh_config(read, "/run/pins"))
+    config.write_text(ssh.ssh_config(read, "/run/pins"))
     for name, files in (("gpu-a", "/run/pins"), ("gpu-b", "/run/pins ")):
         told = subprocess.run(["ssh", "-G", "-F", config, name], capture_output=True, text=True, check=True).stdout
         line = next(line for line in told.splitlines() if line.startswith("userknownhostsfile "))
@@ -210,9 +210,7 @@ def test_a_login_node_is_reached_like_the_others_and_is_none_of_them(tmp_path):
     told = listing(hosts) | {"gpu_nodes": {"hosts": ["a", "b"]}}
     read = inventory.parse("inv", told)
     assert [node.name for node in read.nodes] == ["a", "b"] and read.login.name == "head"
-    assert "Host head 10.0.0.9\n  HostName 10.0.0.9\n  HostKeyAlias head\n  Port 2222" in inventory.ssh_config(
-        read, "k"
-    )
+    assert "Host head 10.0.0.9\n  HostName 10.0.0.9\n  HostKeyAlias head\n  Port 2222" in ssh.ssh_config(read, "k")
     told["_meta"]["hostvars"].pop("head")
     with pytest.raises(UsageError, match="unknown host 'head'"):
         inventory.parse("inv", told)

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from runner import inventory, jobs, slurm
+from runner import jobs, slurm
+from runner.cluster import inventory
+from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
 from runner.system.process import Outcome
 
@@ -47,7 +49,7 @@ def for_ever(given):
 
 
 def cluster(commands: Commands, *, patience_s: float = 60.0, **settings) -> jobs.Slurm:
-    return jobs.Slurm(slurm.Settings(**settings), patience_s=patience_s, run=commands)
+    return jobs.Slurm(slurm_settings.Settings(**settings), patience_s=patience_s, run=commands)
 
 
 # --- one question ---------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def test_the_script_goes_in_by_stdin_and_secrets_by_the_environment():
 
 def test_no_command_line_shows_a_secret_on_the_way_to_a_login_node(cluster_inventory):
     commands = Commands(sbatch=["12\n"])
-    far = jobs.Slurm(slurm.Settings(), cluster_inventory.nodes[0], "/run/ssh_config", run=commands)
+    far = jobs.Slurm(slurm_settings.Settings(), cluster_inventory.nodes[0], "/run/ssh_config", run=commands)
     assert far.submit(SCRIPT, {"HF_TOKEN": "s3cr'et $(x)", "WANDB_API_KEY": "k"}) == "12"
     argv, options = commands.calls[0]
     assert argv[:4] == ["ssh", "-F", "/run/ssh_config", cluster_inventory.nodes[0].name]

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner import limits
+from runner.cluster import limits
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

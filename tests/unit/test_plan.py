@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_files import check as golden
-from runner import config, inventory, plan
+from runner import config, plan
+from runner.cluster import inventory
 from runner.engines import ENGINES
 from runner.errors import UsageError
 from runner.system import nodeset

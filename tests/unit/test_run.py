@@ -14,12 +14,13 @@ import test_plan
 from test_jobs import Commands, line
 from test_jobs import cluster as slurm_commands
 
-from runner import allocations, bench, blame, facts, inventory, plan, preflight, resume, runs, slurm
+from runner import allocations, bench, blame, plan, preflight, resume, runs, slurm
 from runner.cells import CellRun, Course, Stop
+from runner.cluster import facts, inventory
+from runner.cluster.inventory import Inventory, Node
 from runner.display import Display
 from runner.errors import UsageError
 from runner.failures import Problem
-from runner.inventory import Inventory, Node
 from runner.results.rundir import RunDir
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]

@@ -20,8 +20,9 @@ from click.testing import CliRunner
 
 from conftest import NAMES
 from golden_files import check as golden
-from runner import jobs, slurm
+from runner import jobs
 from runner.cli import cli
+from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
 from runner.results.rundir import RunDir
 from runner.runs import cancel_jobs, changes, describe, details, nodes_text, overview, overview_table
@@ -482,7 +483,7 @@ class Cluster:
         self.slept += seconds
 
     def cancel(self, wait=True):
-        return cancel_jobs(jobs.Slurm(slurm.Settings(), run=self.run), RUN, wait, self.sleep)
+        return cancel_jobs(jobs.Slurm(slurm_settings.Settings(), run=self.run), RUN, wait, self.sleep)
 
 
 def test_jobs_left_behind_are_cancelled_by_id_and_those_of_others_are_not():

@@ -130,6 +130,6 @@ def test_the_large_configurations_are_those_of_the_cluster(size, global_batch):
     [("tiny", 0.001), ("llama-3.2-1b", 1.236), ("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-2-70b", 68.977)],
 )
 def test_architectures_have_the_published_number_of_parameters(name, billions):
-    from runner import limits
+    from runner.cluster import limits
 
     assert limits.parameters(config.load_model(name).model_dump()).total / 1e9 == pytest.approx(billions, rel=1e-3)

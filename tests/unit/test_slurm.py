@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from golden_files import check as golden
 from runner import slurm
+from runner.cluster import slurm as slurm_settings
+from runner.cluster.slurm import Settings
 from runner.errors import InfrastructureError, UsageError
-from runner.slurm import Job, Settings, Step
+from runner.slurm import Job, Step
 from runner.system import nodeset
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
@@ -46,7 +48,7 @@ def test_settings_are_taken_as_yaml_gives_them():
         "shared": False,
         "wait_s": 3600,
     }
-    assert slurm.settings(given, "--set slurm") == Settings(
+    assert slurm_settings.settings(given, "--set slurm") == Settings(
         partition="gpu,gpu-long",
         account="1234",
         time_limit_s=129600,
@@ -57,8 +59,8 @@ def test_settings_are_taken_as_yaml_gives_them():
         shared=False,
         wait_s=3600,
     )
-    assert slurm.settings({}, "here") == Settings()
-    assert slurm.settings(asdict(H200), "a saved plan") == H200
+    assert slurm_settings.settings({}, "here") == Settings()
+    assert slurm_settings.settings(asdict(H200), "a saved plan") == H200
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_settings_are_taken_as_yaml_gives_them():
 )  # fmt: skip
 def test_a_setting_that_cannot_be_submitted_is_one_line(values, said):
     with pytest.raises(UsageError) as error:
-        slurm.settings(values, "inv")
+        slurm_settings.settings(values, "inv")
     assert said in str(error.value) and str(error.value).startswith("inv: ") and "\n" not in str(error.value)
 
 
@@ -106,7 +108,7 @@ def test_a_setting_that_cannot_be_submitted_is_one_line(values, said):
 def test_no_setting_ends_its_line_or_hides_an_option(text):
     for key in ("partition", "account", "qos", "gres", "constraint", "extra"):
         try:
-            settings = slurm.settings({key: text}, "inv")
+            settings = slurm_settings.settings({key: text}, "inv")
         except UsageError:
             continue
         (line,) = [
@@ -123,7 +125,7 @@ def test_no_setting_ends_its_line_or_hides_an_option(text):
     + [(word, None) for word in ("UNLIMITED", "INFINITE", "NONE", "", "1:2:3:4", "-5")],
 )
 def test_slurms_times_are_seconds(text, seconds):
-    assert slurm.seconds_of(text) == seconds
+    assert slurm_settings.seconds_of(text) == seconds
 
 
 # --- one job ---------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_no_request_ends_its_own_document(request):
     try:
         script = slurm.render(cell(Step("c", 1, request)), Settings())
     except UsageError:
-        assert slurm.placeholder(json.dumps(request)) is not None
+        assert slurm_settings.placeholder(json.dumps(request)) is not None
         return
     ((delimiter, text),) = re.findall(r"<<'(\w+)'\n(.*?)\n\1\n", script, flags=re.DOTALL)
     assert json.loads(text) == request and delimiter not in text
@@ -326,7 +328,7 @@ PLACEHOLDERS = (
 )
 def test_nothing_with_a_placeholder_in_it_is_submitted(before, mark, word, after):
     before += mark
-    assert slurm.placeholder(before + word + after)
+    assert slurm_settings.placeholder(before + word + after)
     for job in (
         cell(log=f"/tmp/{before}{word}{after}.log"),
         cell(Step("c", 1, {"env": {"A": before + word + after}})),
@@ -334,12 +336,12 @@ def test_nothing_with_a_placeholder_in_it_is_submitted(before, mark, word, after
         with pytest.raises(UsageError):
             slurm.render(job, Settings())
     with pytest.raises(UsageError):
-        slurm.settings({"account": word}, "inv")
+        slurm_settings.settings({"account": word}, "inv")
 
 
 @pytest.mark.parametrize("word", ["gpu", "a<b", "todo", "methodology", "xx", "maxxxl", "{}", "your", "$1", "<|user|>"])
 def test_ordinary_words_are_no_placeholders(word):
-    assert slurm.placeholder(f"a {word} b") is None
+    assert slurm_settings.placeholder(f"a {word} b") is None
 
 
 def test_the_words_of_a_step_are_one_argument_each():

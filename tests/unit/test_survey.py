@@ -15,6 +15,7 @@ from conftest import ROOT
 from golden_files import check as golden
 from runner import errors, jobs, provision, slurm, survey
 from runner.cli import cli
+from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
 from runner.system.process import Outcome
 
@@ -49,7 +50,7 @@ class Commands:
 
 
 def ask(commands, nodes, named=False, **settings):
-    return survey.ask(jobs.Slurm(slurm.Settings(**settings), run=commands), nodes, named)
+    return survey.ask(jobs.Slurm(slurm_settings.Settings(**settings), run=commands), nodes, named)
 
 
 def test_a_cluster_that_can_run_a_benchmark_on_all_nodes(cluster):
@@ -99,7 +100,7 @@ def test_where_slurm_does_not_answer_it_is_said(cluster):
         return Outcome(tuple(argv), 1, 0.0, "", "Unable to contact slurm controller (connect failure)\n")
 
     with pytest.raises(InfrastructureError, match="Unable to contact"):
-        survey.ask(jobs.Slurm(slurm.Settings(), patience_s=0.0, run=silent), cluster.nodes, named=False)
+        survey.ask(jobs.Slurm(slurm_settings.Settings(), patience_s=0.0, run=silent), cluster.nodes, named=False)
 
 
 @pytest.mark.parametrize("width", [50, 80])
@@ -109,7 +110,7 @@ def test_what_people_see(cluster, width):
     commands = Commands(
         sinfo(node003=DRAINED, node006=("down*", "Not responding"), node007=("down*", "Not responding"))
     )
-    text = survey.describe(ask(commands, nodes), slurm.Settings(), width)
+    text = survey.describe(ask(commands, nodes), slurm_settings.Settings(), width)
     assert max(map(len, text.splitlines())) <= width
     golden(f"slurm/check-{width}.txt", text + "\n")
 
@@ -154,5 +155,5 @@ def test_the_commented_settings_of_the_example_hold_too():
     """Somebody removes the # in front of them."""
     text = re.sub(r"^( +)# (?=[a-z_]+: .*)", r"\1", (EXAMPLE / "hosts.yml").read_text(), flags=re.MULTILINE)
     variables = yaml.safe_load(text)["all"]["children"]["gpu_nodes"]["vars"]["runner_slurm"]
-    assert {field.name for field in dataclasses.fields(slurm.Settings)} - set(variables) == {"stuck_s"}
-    assert slurm.settings(variables, "example").wait_s == 12 * 3600
+    assert {field.name for field in dataclasses.fields(slurm_settings.Settings)} - set(variables) == {"stuck_s"}
+    assert slurm_settings.settings(variables, "example").wait_s == 12 * 3600

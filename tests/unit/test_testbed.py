@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from conftest import NAMES
 from golden_files import check as golden
-from runner import inventory, testbed
+from runner import testbed
+from runner.cluster import inventory
 from runner.errors import InfrastructureError, UsageError
 
 SUBNET = "10.89.3.0/24"

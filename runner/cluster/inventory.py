@@ -234,9 +234,9 @@ def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any
     if any(other != first for other in others):
         raise UsageError(f"inventory {source}: runner_slurm differs between hosts: set it once, for {GROUP}")
     if first:
-        from runner import slurm
+        from runner.cluster import slurm as slurm_settings
 
-        slurm.settings(first, f"inventory {source}: runner_slurm")
+        slurm_settings.settings(first, f"inventory {source}: runner_slurm")
     return dict(first)
 
 
@@ -326,56 +326,3 @@ def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
 def by_word(nodes: Sequence[Node]) -> dict[str, Node]:
     """Nodes by all that they are called: address, alias, name. Slurm knows them by one of these."""
     return {word: node for node in nodes for word in (node.address, node.alias, node.name)}
-
-
-def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
-    """The one OpenSSH configuration that ClusterShell, pdsh, rsync, DeepSpeed and people use.
-
-    Host keys are always checked: against the inventory's pins where it has some, and those alone, else
-    against the user's own known_hosts. Nothing is asked.
-    """
-    pinned = {line.split()[0] for line in known_hosts(inventory).splitlines()}
-    lines = [f"# Rendered from {inventory.source!r}: `ssh -F THIS_FILE {inventory.nodes[0].alias}`"]
-    for node in inventory.hosts:
-        lines += [
-            "",
-            f"Host {' '.join(dict.fromkeys((node.name, node.alias, node.address)))}",
-            f"  HostName {node.address}",
-            f"  HostKeyAlias {node.name}",
-            f"  Port {node.port}",
-            f"  User {node.user}",
-        ]
-        if node.name in pinned:  # a pin is exclusive: no other file may vouch for another key
-            lines += [f'  UserKnownHostsFile "{known_hosts_file}"', "  GlobalKnownHostsFile /dev/null"]
-        if node.key_file:
-            lines += [f'  IdentityFile "{node.key_file}"', "  IdentitiesOnly yes"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Host *",
-            "  BatchMode yes",
-            "  StrictHostKeyChecking yes",
-            f'  UserKnownHostsFile "{known_hosts_file}" ~/.ssh/known_hosts',
-            "  ConnectTimeout 10",
-            "  ServerAliveInterval 5",
-            "  ServerAliveCountMax 6",
-            "  LogLevel ERROR",
-            "",
-        ]
-    )
-
-
-def known_hosts(inventory: Inventory) -> str:
-    """The pinned host keys, by node name (HostKeyAlias makes addresses and ports irrelevant)."""
-    names: dict[str, str] = {}
-    for node in inventory.hosts:
-        for word in (node.name, node.alias, node.address):
-            names |= {word: node.name, f"[{word}]:{node.port}": node.name}
-    pinned = [f"{node.name} {node.host_key}" for node in inventory.hosts if node.host_key]
-    for line in inventory.known_hosts:
-        hosts, _, key = line.partition(" ")
-        # `ssh-keyscan -p 44222 HOST` writes [HOST]:44222, which HostKeyAlias would not find.
-        for name in dict.fromkeys(names.get(host, host) for host in hosts.split(",")):
-            pinned.append(f"{name} {key}")
-    return "".join(f"{line}\n" for line in dict.fromkeys(pinned))

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from runner.cluster.slurm import Settings, clock, seconds_of
 from runner.errors import unknown
-from runner.slurm import SEPARATOR, Job, Settings, clock, limit_s, pairs, said, seconds_of, wanted_gres
+from runner.slurm import SEPARATOR, Job, limit_s, pairs, said, wanted_gres
 from runner.system.nodeset import expand, fold
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
