@@ -20,6 +20,8 @@ from runner.cluster import limits
 from runner.findings import Facts
 from runner.results.records import Record
 from runner.results.statistics import quantile
+from runner.workloads.collectives import metrics as collective_metrics
+from runner.workloads.sft import metrics as sft_metrics
 
 Telemetry = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # cell id -> host -> samples
 
@@ -233,7 +235,7 @@ def _per_gpu_samples(
     repeats = []
     for cell in cells:
         world = cell["world_size"]
-        measured = [s for s in metrics.steps(by_cell.get(cell["id"], []), world) if s.measured]
+        measured = [s for s in sft_metrics.steps(by_cell.get(cell["id"], []), world) if s.measured]
         if sum(step.loss_tokens for step in measured):
             repeats.append([(step.loss_tokens / world, step.time_s) for step in measured])
     return repeats
@@ -334,7 +336,7 @@ def _observed(
     low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
     found = [
         value * factor
-        for size, value in metrics.by_size(by_cell.get(cell["id"], []), collective, name).items()
+        for size, value in collective_metrics.by_size(by_cell.get(cell["id"], []), collective, name).items()
         if low <= size <= high
     ]
     best = max if target["direction"] == "min" else min

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Commands that live in other modules, imported when they are used: name -> (module, short help).
 _ELSEWHERE = {
     "check": ("runner.provision", "Read back what nodes are now and show where they drifted."),
-    "data": ("runner.data", "Prepare training data: tokenise, pack, cache."),
+    "data": ("runner.cli_data", "Prepare training data: tokenise, pack, cache."),
     "runs": ("runner.runs", "Look at runs and stop them: list, show, tail, stop."),
     "setup": ("runner.provision", "Bring nodes to the wanted state: site.yml, with progress and a table."),
     "testbed": ("runner.testbed", "Start and stop a cluster of containers on this machine."),
@@ -219,8 +219,9 @@ def _bench(
     from runner.cluster.inventory import select
     from runner.display import Display
     from runner.system.clock import now
+    from runner.workloads import registry
 
-    tests = tuple(dict.fromkeys(tests)) or tuple(config.TESTS)
+    tests = tuple(dict.fromkeys(tests)) or tuple(registry.TESTS)
     if engine not in engines.ENGINES:
         raise errors.unknown("engine", engine, engines.ENGINES)
     if backend is not None and backend not in BACKENDS:
@@ -484,7 +485,7 @@ def _prepare(planned: Any, cells: Iterable[Any], display: Any) -> str | None:
     cell = next((cell for cell in cells if cell.test == "sft"), None)
     if cell is None:
         return None
-    from runner import data
+    from runner.workloads.data import prepare as data
 
     display.note("preparing data")
     prepared = data.prepare(

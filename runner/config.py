@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -16,6 +16,8 @@ from pydantic import (
 from runner.errors import UsageError, unknown
 from runner.system.places import CONFIGS
 from runner.system.schema import ConfigFile, PositiveInt, Size, check, read_yaml
+from runner.workloads.collectives.settings import Collective
+from runner.workloads.registry import TESTS
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
 
@@ -77,52 +79,6 @@ class Target(ConfigFile):
 class Targets(ConfigFile):
     targets: tuple[Target, ...]
 
-
-Collective = Literal[
-    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv", "ping_pong", "barrier"
-]
-
-
-class TorchTest(ConfigFile):
-    """Collectives over torch.distributed: the same code on NCCL and gloo."""
-
-    collectives: Annotated[tuple[Collective, ...], Field(min_length=1)]
-    min_bytes: Size
-    max_bytes: Size | None = Field(description="None: 8 GiB on GPUs, 1 MiB on CPUs")
-    factor: Annotated[int, Field(ge=2)]
-    warmup: Annotated[int, Field(ge=0)]
-    iters: PositiveInt
-    dtype: Literal["float32", "bfloat16", "float16"]
-    timeout_s: PositiveFloat
-
-    @model_validator(mode="after")
-    def _ordered(self) -> TorchTest:
-        if self.max_bytes is not None and self.max_bytes < self.min_bytes:
-            raise ValueError(f"max_bytes {self.max_bytes} is below min_bytes {self.min_bytes}")
-        return self
-
-
-class SftTest(ConfigFile):
-    """DeepSpeed supervised fine-tuning. What is left out comes from the model's DeepSpeed file."""
-
-    steps: PositiveInt
-    warmup_steps: Annotated[int, Field(ge=0)]
-    lr: PositiveFloat | None
-    dataset: str
-    tokenizer: str | None
-    samples: PositiveInt
-    seq_len: PositiveInt | None
-    global_batch: PositiveInt | None
-    micro_batch: PositiveInt | None
-    gradient_accumulation: PositiveInt | None
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"]
-    activation_checkpointing: bool
-    liger: Literal["auto", "true", "false"]
-    compile: bool
-    timeout_s: PositiveFloat
-
-
-TESTS: dict[str, type[ConfigFile]] = {"torch": TorchTest, "sft": SftTest}
 
 # What DeepSpeed reads beside what the shipped files hold.
 DEEPSPEED_SECTIONS = (

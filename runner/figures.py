@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner import chart, metrics
+from runner import chart
 from runner.cluster import limits
 from runner.results.records import Record
+from runner.workloads.sft import metrics as sft_metrics
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def training(
     times: dict[str, list[chart.Point]] = {host: [] for host in cells[0]["hosts"]}
     memory: dict[str, list[chart.Point]] = {host: [] for host in cells[0]["hosts"]}
     for cell in cells:
-        for step in metrics.steps(by_cell[cell["id"]], cell["world_size"]):
+        for step in sft_metrics.steps(by_cell[cell["id"]], cell["world_size"]):
             for host, seconds in step.host_time_s.items() if step.measured else ():
                 title = f"{short(host)}, repeat {cell['repeat']}, step {step.index}: {number(seconds, 4)} s"
                 times.setdefault(host, []).append(chart.Point(seconds, 0, title))
@@ -215,7 +216,7 @@ def training(
     for (name, n), group in groups.items():
         points = [
             chart.Point(step.index, step.loss, f"{name}, {nodes_text(n)}, step {step.index}: {step.loss:.3f}")
-            for step in metrics.steps(by_cell[group[0]["id"]], group[0]["world_size"])
+            for step in sft_metrics.steps(by_cell[group[0]["id"]], group[0]["world_size"])
             if step.loss is not None
         ]
         if points:

@@ -14,6 +14,7 @@ from runner.jobs import Slurm
 from runner.launch.slurm import capacity
 from runner.launch.slurm.capacity import Partition, SlurmNode
 from runner.system.nodeset import fold
+from runner.workloads import registry
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
     settings, first = commands.settings, nodes[0]
     known = {node.name: node for node in seen}
     names = [slurm_name(node, tuple(known)) for node in nodes]
-    longest_s = max(config.load_test(test, {}).timeout_s for test in config.TESTS)
+    longest_s = max(config.load_test(test, {}).timeout_s for test in registry.TESTS)
     step = slurm.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
     job = slurm.Job("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
     refused, wrong = capacity.refused(job, settings, partitions, seen)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import ranks
 from runner.cluster.limits import busbw_factor
-from runner.workloads import collectives
+from runner.workloads.collectives import rank as collectives
 
 pytestmark = pytest.mark.local
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from runner import config
 from runner.errors import UsageError
 from runner.system import schema
+from runner.workloads import registry
 
 
 @pytest.mark.parametrize("name", config.names("models"))
@@ -18,7 +19,7 @@ def test_every_shipped_model_loads_and_names_itself(name):
     assert config.load_deepspeed(model.deepspeed, {})["zero_optimization"]["stage"] == 3
 
 
-@pytest.mark.parametrize("name", config.TESTS)
+@pytest.mark.parametrize("name", registry.TESTS)
 def test_every_shipped_test_loads(name):
     assert config.load_test(name, {}).timeout_s > 0
 

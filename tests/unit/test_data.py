@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runner import instructions
-from runner.data import Flat, assemble, pack, prepare
 from runner.errors import InfrastructureError, UsageError
+from runner.workloads.data import instructions
+from runner.workloads.data.pack import Flat, assemble, pack
+from runner.workloads.data.prepare import prepare
 
 EOS, PAD, IGNORED = 1, 0, -100
 ROWS = [

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runner import config
 from runner.errors import UsageError
-from runner.workloads import Job, sft
+from runner.workloads.job import Job
+from runner.workloads.sft import data, resolve
 
 MODELS = ["tiny", "llama-3.2-1b", "llama-2-7b", "llama-2-13b", "llama-2-70b"]
 DEEPSPEED = {
@@ -33,41 +34,41 @@ def job(device: str = "cpu", deepspeed: dict | None = None, **params) -> Job:
 
 
 def test_settings_come_from_the_deepspeed_configuration_and_the_learning_rate_may_be_set():
-    settings = sft.resolve(job())
+    settings = resolve.resolve(job())
     assert (settings.micro_batch, settings.gradient_accumulation, settings.dtype) == (2, 4, "bfloat16")
     assert settings.deepspeed["optimizer"]["params"] == {"lr": 1e-5, "eps": 1e-8}
-    assert sft.resolve(job(lr=3e-4)).deepspeed["optimizer"]["params"] == {"lr": 3e-4, "eps": 1e-8}
+    assert resolve.resolve(job(lr=3e-4)).deepspeed["optimizer"]["params"] == {"lr": 3e-4, "eps": 1e-8}
     assert DEEPSPEED["optimizer"]["params"]["lr"] == 1e-5
 
 
 def test_an_auto_that_nobody_resolved_is_named():
     left = {"train_batch_size": "auto", "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
     with pytest.raises(UsageError, match=r'train_batch_size, zero_optimization\.reduce_bucket_size is still "auto"'):
-        sft.resolve(job(deepspeed=left))
+        resolve.resolve(job(deepspeed=left))
 
 
 def test_a_batch_that_does_not_multiply_is_refused():
     with pytest.raises(UsageError, match="train_batch_size 20 is not micro-batch 2 × accumulation 4 × 2 ranks = 16"):
-        sft.resolve(job(deepspeed={"train_batch_size": 20}))
+        resolve.resolve(job(deepspeed={"train_batch_size": 20}))
 
 
 def test_what_needs_a_gpu_is_refused_without_one():
-    assert sft.resolve(job()).attention == "sdpa"
-    assert sft.resolve(job()).liger is False
+    assert resolve.resolve(job()).attention == "sdpa"
+    assert resolve.resolve(job()).liger is False
     with pytest.raises(UsageError, match="flash_attention_2 needs a GPU"):
-        sft.resolve(job(attention="flash_attention_2"))
+        resolve.resolve(job(attention="flash_attention_2"))
     with pytest.raises(UsageError, match="liger=true needs a GPU"):
-        sft.resolve(job(liger="true"))
+        resolve.resolve(job(liger="true"))
 
 
 @given(count=st.integers(1, 300), seed=st.integers(0, 10), start=st.integers(0, 1000), micro=st.integers(1, 5))
 def test_each_epoch_holds_every_sequence_once_in_an_order_of_its_own(count, seed, start, micro):
     epoch = start % 4
-    order = [sft.place(epoch * count + i, count, seed) for i in range(count)]
+    order = [data.place(epoch * count + i, count, seed) for i in range(count)]
     assert sorted(order) == list(range(count))
     if count > 20:
-        assert order != [sft.place((epoch + 1) * count + i, count, seed) for i in range(count)]
-        assert order != [sft.place(epoch * count + i, count, seed + 1) for i in range(count)]
+        assert order != [data.place((epoch + 1) * count + i, count, seed) for i in range(count)]
+        assert order != [data.place(epoch * count + i, count, seed + 1) for i in range(count)]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -75,11 +76,11 @@ def test_the_order_does_not_undo_the_shuffle_of_the_data(seed):
     """The data places sequence i at permutation[i] of numpy's generator of the same seed."""
     packed_at = np.random.default_rng(seed).permutation(1000)
     was = np.argsort(packed_at)
-    order = was[[sft.place(i, 1000, seed) for i in range(1000)]]
+    order = was[[data.place(i, 1000, seed) for i in range(1000)]]
     assert (np.diff(order) == 1).sum() < 10
 
 
-def packed(folder, seq_len: int = 32, vocab_size: int = 66) -> sft.PackedData:
+def packed(folder, seq_len: int = 32, vocab_size: int = 66) -> data.PackedData:
     for name, shape in {
         "input_ids": (4, seq_len),
         "labels": (4, seq_len),
@@ -88,7 +89,7 @@ def packed(folder, seq_len: int = 32, vocab_size: int = 66) -> sft.PackedData:
     }.items():
         np.save(folder / f"{name}.npy", np.zeros(shape, np.int32))
     (folder / "manifest.json").write_text(json.dumps({"vocab_size": vocab_size}))
-    return sft.PackedData(folder)
+    return data.PackedData(folder)
 
 
 def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
@@ -100,14 +101,14 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="tokenizer has 67 tokens, m embeds 66"):
         packed(tmp_path, vocab_size=67).check(job())
     with pytest.raises(UsageError, match=r"no prepared data in .*; make it with `runner data prepare`"):
-        sft.PackedData(tmp_path / "none")
+        data.PackedData(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_shipped_model_trains_with_its_deepspeed_configuration(name):
     model = config.load_model(name)
     values = config.load_deepspeed(model.deepspeed, {})
-    assert set(sft.unresolved(values)) <= {"train_batch_size", "train_micro_batch_size_per_gpu"}
+    assert set(resolve.unresolved(values)) <= {"train_batch_size", "train_micro_batch_size_per_gpu"}
     assert values["zero_optimization"]["stage"] == 3
     assert values["bf16"] == {"enabled": True}
     assert values["zero_optimization"]["overlap_comm"] is True

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import instructions
 from runner.errors import InfrastructureError, RunnerError, UsageError
+from runner.workloads.data import instructions
 
 BUILTIN_VOCAB_SIZE = 2048
 SUFFIXES = (".json", ".jsonl", ".parquet")

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from runner.cluster.limits import busbw_factor
-from runner.workloads import Events, Job
+from runner.workloads.job import Events, Job
 
 if TYPE_CHECKING:
     import torch
