@@ -68,12 +68,13 @@ def listing(num_nodes: int) -> dict[str, Any]:
 
 def request(num_nodes: int) -> Any:
     """A sweep over the powers of two up to `num_nodes`; the global batch is one that divides at each."""
-    from runner import config, plan
+    from runner.plan import config
+    from runner.plan.request import Request
 
     model = config.load_model("llama-2-7b").model_dump()
     deepspeed = config.load_deepspeed(model["deepspeed"], {})
     batch = num_nodes * GPUS_PER_NODE * deepspeed["gradient_accumulation_steps"]
-    return plan.Request(
+    return Request(
         run_id=RUN_ID,
         created="2026-11-21T12:00:00Z",
         command="runner bench --sweep 1,2,4,8",
@@ -108,7 +109,7 @@ def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
 
 def jobs(planned: Any) -> dict[tuple[str, str], str]:
     """`job.json` of each (cell, host), as sent to its agent."""
-    from runner import plan
+    from runner.plan import plan
 
     return {
         (cell.id, host): json.dumps(plan.job(planned, cell, planned.node(host), "/var/tmp/shakedown/data/builtin"))
@@ -156,8 +157,9 @@ class Steps:
         self.seconds: dict[str, float] = {}
         given = listing(num_nodes)
         self._timed("imports: runner, pydantic, ClusterShell", self._imports)
-        from runner import blame, plan
+        from runner import blame
         from runner.cluster import inventory, ssh
+        from runner.plan import build, describe
         from runner.system import nodeset
 
         asked = self._timed("configuration files", lambda: request(num_nodes))
@@ -166,13 +168,13 @@ class Steps:
         self._timed("known_hosts", lambda: ssh.known_hosts(self.inventory))
         folded = self._timed("fold: names and aliases", self._fold)
         nodes = self._timed("select: the folded set", lambda: inventory.select(self.inventory, folded))
-        self.plan = self._timed("plan.build", lambda: plan.build(asked, nodes))
+        self.plan = self._timed("plan.build", lambda: build.build(asked, nodes))
         self.json = self._timed("plan.json: to_dict and dumps", lambda: json.dumps(self.plan.to_dict()))
-        self.text = self._timed("describe", lambda: plan.describe(self.plan, nodeset.fold))
+        self.text = self._timed("describe", lambda: describe.describe(self.plan, nodeset.fold))
         self.jobs = self._timed("job.json of each cell and node", lambda: jobs(self.plan))
         self.targets = self._timed("gather targets of each cell and node", lambda: gather_targets(self.plan))
         by_slurm = replace(asked, backend="slurm", slurm={"shared": True})
-        slurm_plan = self._timed("plan.build for Slurm", lambda: plan.build(by_slurm, nodes))
+        slurm_plan = self._timed("plan.build for Slurm", lambda: build.build(by_slurm, nodes))
         self.scripts = self._timed("sbatch files of all cells", lambda: sbatch_files(slurm_plan))
         talks, outcomes = failed_everywhere(self.plan)
         self.blamed = self._timed("blame: all nodes of one cell", lambda: blame.blame(talks, outcomes))
@@ -301,14 +303,15 @@ class Fleet:
     """One controller with `num_agents` agents, measured while all of them stream."""
 
     def __init__(self, num_agents: int, step_s: float, window_s: float, leave: bool, folder: Path) -> None:
-        from runner import backends, cells, plan
+        from runner import backends, cells
         from runner.cluster import inventory
         from runner.display import Display
+        from runner.plan import build
 
         self.num_agents, self.window_s, self.leave, self.folder = num_agents, window_s, leave, folder
         source = inventory.parse("inventory/fleet", listing(num_agents))
         # The cell is only asked for its limit and its launcher; the agents get requests of their own.
-        cell = plan.build(_only(request(1), num_agents), source.nodes).cells[0]
+        cell = build.build(_only(request(1), num_agents), source.nodes).cells[0]
         self.files = Files(folder)
         self.stop = cells.Stop(Display(quiet=True))
         self.cell = cells.CellRun(

@@ -12,7 +12,7 @@ from runner.backends import Talk
 from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course
 from runner.cluster.inventory import Node
-from runner.plan import Cell, Plan, environment, job
+from runner.plan.plan import Cell, Plan, environment, job
 from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic

@@ -18,7 +18,7 @@ from runner.cluster.inventory import Node, by_word
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
 from runner.launch.slurm.capacity import node_kind, refused
-from runner.plan import Cell, Plan, environment, job
+from runner.plan.plan import Cell, Plan, environment, job
 from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic

@@ -21,7 +21,8 @@ from runner.cells import CellRun, Course, Stop
 from runner.cluster.inventory import Node
 from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
-from runner.plan import PORTS, Cell, Plan, fingerprint, place
+from runner.plan.build import place
+from runner.plan.plan import PORTS, Cell, Plan, fingerprint
 from runner.preflight import Problems, Reach
 from runner.results import records, telemetry
 from runner.results.rundir import RunDir

@@ -215,15 +215,19 @@ def _bench(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    from runner import config, engines, failures, plan
+    from runner import failures
     from runner.cluster.inventory import select
     from runner.display import Display
+    from runner.plan import build as building
+    from runner.plan import config, plan
+    from runner.plan.engines.registry import ENGINES
+    from runner.plan.request import Request
     from runner.system.clock import now
     from runner.workloads import registry
 
     tests = tuple(dict.fromkeys(tests)) or tuple(registry.TESTS)
-    if engine not in engines.ENGINES:
-        raise errors.unknown("engine", engine, engines.ENGINES)
+    if engine not in ENGINES:
+        raise errors.unknown("engine", engine, ENGINES)
     if backend is not None and backend not in BACKENDS:
         raise errors.unknown("backend", backend, BACKENDS)
     if scaling not in ("weak", "strong"):
@@ -253,7 +257,7 @@ def _bench(
     display = Display(quiet=as_json)
 
     def build(nodes: tuple[Node, ...], passed_over: tuple[Mapping[str, str], ...], ssh_config: str | None) -> plan.Plan:
-        request = plan.Request(
+        request = Request(
             run_id=run_id,
             created=now(),
             command=shlex.join(["runner", *sys.argv[1:]]),
@@ -281,7 +285,7 @@ def _bench(
             one_allocation=one_allocation,
             job_array=job_array,
         )
-        return plan.build(request, nodes)
+        return building.build(request, nodes)
 
     remote = chosen[0].backend != "local"
     if dry_run:
@@ -334,10 +338,11 @@ def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_confi
 
 def _describe(planned: Any, cells: Sequence[Any]) -> str:
     """The plan for a person; under Slurm with the files that would be submitted."""
-    from runner import allocations, plan
+    from runner import allocations
+    from runner.plan import describe
     from runner.system.nodeset import fold
 
-    text = plan.describe(replace(planned, cells=tuple(cells)), fold)
+    text = describe.describe(replace(planned, cells=tuple(cells)), fold)
     scripts = allocations.preview(planned, cells) if planned.backend == "slurm" else []
     return "\n\n".join([text, *scripts])
 

@@ -32,10 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, engines, slurm
+from runner import __version__, slurm
 from runner.cluster import facts
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError
+from runner.plan.engines.ranks import Ranks
+from runner.plan.engines.registry import ENGINES
 from runner.results.celldir import MESSAGES
 from runner.system import process
 from runner.system.files import write_json_atomic
@@ -482,8 +484,8 @@ def placed(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
     names = [request.get("names", {}).get(host, host) for host in hosts]
     root = request.get("shared_root")
     cell_dir = str(Path(root, names[index], request["cell"])) if root else request["cell_dir"]
-    launch = engines.ENGINES[request["engine"]](
-        engines.Ranks(
+    launch = ENGINES[request["engine"]].launch(
+        Ranks(
             nodes=[_Host(name, sys.executable) for name in names],
             gpus_per_node=request["gpus_per_node"],
             master_address=request.get("addresses", {}).get(hosts[0], hosts[0]),

@@ -14,7 +14,7 @@ from runner.cluster import facts
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
-from runner.plan import CELL_ENV
+from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
 

@@ -11,7 +11,8 @@ from runner import blame
 from runner.cluster import facts
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
-from runner.plan import Plan, fingerprint, place
+from runner.plan.build import place
+from runner.plan.plan import Plan, fingerprint
 from runner.results.rundir import PULSES_S, RunDir
 from runner.system.nodeset import fold
 

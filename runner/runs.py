@@ -481,7 +481,7 @@ def _slurm(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
     from runner import jobs
     from runner.cluster import slurm as slurm_settings
     from runner.cluster.inventory import by_word
-    from runner.plan import Plan
+    from runner.plan.plan import Plan
 
     settings = slurm_settings.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")
     if settings.login is None:

@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import config, slurm
+from runner import slurm
 from runner.allocations import slurm_name
 from runner.cluster.inventory import Node
 from runner.cluster.slurm import Settings
 from runner.jobs import Slurm
 from runner.launch.slurm import capacity
 from runner.launch.slurm.capacity import Partition, SlurmNode
+from runner.plan import config
 from runner.system.nodeset import fold
 from runner.workloads import registry
 

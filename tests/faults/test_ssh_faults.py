@@ -29,7 +29,7 @@ from faults.conftest import (
     torch,
 )
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED
-from runner.plan import PORTS
+from runner.plan.plan import PORTS
 from runner.system import process
 from testbed.benches import (
     RUNNER,

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_fixture import NAMES, Fixture
 
-from runner import analysis, config, failures, findings, metrics
+from runner import analysis, failures, findings, metrics
+from runner.plan import config
 from runner.results import statistics
 
 TARGETS = Path(__file__).parents[2] / "configs" / "targets" / "default.yaml"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner import config
 from runner.errors import UsageError
+from runner.plan import config
 from runner.system import schema
 from runner.workloads import registry
 

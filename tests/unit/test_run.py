@@ -14,13 +14,14 @@ import test_plan
 from test_jobs import Commands, line
 from test_jobs import cluster as slurm_commands
 
-from runner import allocations, bench, blame, plan, preflight, resume, runs, slurm
+from runner import allocations, bench, blame, preflight, resume, runs, slurm
 from runner.cells import CellRun, Course, Stop
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
 from runner.display import Display
 from runner.errors import UsageError
 from runner.failures import Problem
+from runner.plan import build, plan
 from runner.results.rundir import RunDir
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
@@ -96,11 +97,11 @@ def planned(cluster: Inventory, tmp_path: Path, counts=(2,), spares: int = 0, **
         spares=spares > 0,
         **changes,
     )
-    return plan.build(asked, cluster.nodes[: max(counts) + spares])
+    return build.build(asked, cluster.nodes[: max(counts) + spares])
 
 
 def plan_settings() -> dict:
-    from runner import config
+    from runner.plan import config
 
     return config.load_test("torch", {}).model_dump()
 
@@ -135,7 +136,7 @@ def test_the_plan_comes_back_from_its_file(cluster, tmp_path):
 def test_the_fingerprint_is_of_what_is_measured_not_of_where(cluster, tmp_path):
     built = planned(cluster, tmp_path)
     [cell] = built.cells
-    elsewhere = plan.place(cell, cluster.nodes[4:6], built, None)
+    elsewhere = build.place(cell, cluster.nodes[4:6], built, None)
     longer = replace(cell, params={**cell.params, "iters": 11})
     assert plan.fingerprint(built, elsewhere) == plan.fingerprint(built, cell) != plan.fingerprint(built, longer)
 
@@ -636,7 +637,7 @@ def test_cells_of_an_older_environment_run_again_once_a_newer_one_has_shown_that
     """Under Slurm nodes cannot be asked before."""
     built, run = interrupted(cluster, tmp_path)
     # The new cell may run on nodes that no older cell ran on.
-    moved = plan.place(built.cells[1], cluster.nodes[4:6], built, None)
+    moved = build.place(built.cells[1], cluster.nodes[4:6], built, None)
     built = replace(built, cells=(built.cells[0], moved), nodes=cluster.nodes, backend="slurm")
     nodes = Nodes(run)
     nodes.facts = {**FACTS, "packages": {"torch": "2.12.1"}}

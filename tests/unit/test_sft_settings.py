@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner import config
 from runner.errors import UsageError
+from runner.plan import config
 from runner.workloads.job import Job
 from runner.workloads.sft import data, resolve
 
