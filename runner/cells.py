@@ -14,7 +14,7 @@ from runner.backends import Talk
 from runner.blame import LATE, LAUNCHER, blame, ended_well, error, standstill
 from runner.cluster.inventory import Node
 from runner.display import Display
-from runner.node import ALIVE_S
+from runner.node.agent import ALIVE_S
 from runner.plan.plan import Cell
 from runner.results import records
 from runner.system.clock import now

@@ -128,9 +128,9 @@ def _names(kind: str) -> Callable[..., list[str]]:
 
 def _observed(node: Node, device: str) -> tuple[int, str, str]:
     """GPUs per node, device and hardware of this machine where the inventory says `auto`."""
-    from runner import telemetry
+    from runner.node import sampler
 
-    names = telemetry.gpu_names()
+    names = sampler.gpu_names()
     if device == "auto":
         device = "cuda" if names else "cpu"
     hardware = node.hardware

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner import __version__, allocations, backends, blame, jobs, node
+from runner import __version__, allocations, backends, blame, jobs
 from runner.agents import Agents
 from runner.allocations import Allocations
 from runner.cluster import facts
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
+from runner.node import check
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
@@ -69,7 +70,7 @@ def ask_agents(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str
     while True:
         asked = time.time()
         if backend == "local":  # this process is on the node already
-            answers = {nodes[0].name: node.check(request)}
+            answers = {nodes[0].name: check.check(request)}
             failures: dict[str, Problem] = {}
         else:
             answers, failures = backends.ask(nodes, backend, ssh_config, request)

@@ -204,30 +204,6 @@ def whole(job_id: str) -> str:
     return job_id.partition("_")[0]
 
 
-def own_id(environ: Mapping[str, str]) -> str | None:
-    """The id of the job that this is a task of, as Slurm tells it to others: "123", or "123_4" in an array."""
-    array, number = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{number}" if array and number else environ.get("SLURM_JOB_ID")
-
-
-def placement(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
-    """The hosts of this step in Slurm's order, and which of them this is, from the environment of a task.
-
-    Raises ValueError saying what is missing.
-    """
-    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if not nodelist:
-        raise ValueError("SLURM_STEP_NODELIST is not set: this is no task of srun")
-    hosts, name, index = expand(nodelist), environ.get("SLURMD_NODENAME"), environ.get("SLURM_NODEID", "")
-    if name in hosts:
-        return hosts, hosts.index(name)
-    if name:
-        raise ValueError(f"SLURMD_NODENAME {name} is not in the step's node list {nodelist}")
-    if not index.isdigit() or int(index) >= len(hosts):
-        raise ValueError(f"neither SLURMD_NODENAME nor SLURM_NODEID says which of {nodelist} this is")
-    return hosts, int(index)
-
-
 # --- what became of jobs --------------------------------------------------------------------------
 
 _WORDS = {

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from runner import backends, blame, node
+from runner import backends, blame
 from runner.backends import Talk
 from runner.failures import Problem, node_lines
+from runner.node import stacks as node
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:

@@ -20,6 +20,7 @@ from runner import slurm
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.slurm import Settings
 from runner.errors import InfrastructureError, UsageError
+from runner.node import slurm_step
 from runner.slurm import Job, Step
 from runner.system import nodeset
 
@@ -230,7 +231,7 @@ def test_tasks_of_an_array_run_one_at_a_time_each_as_long_as_the_longest_may():
 
 def test_a_task_of_an_array_is_known_by_the_id_that_it_has_before_it_starts():
     inside = {"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "2"}
-    assert slurm.own_id(inside) == "12_2" and slurm.own_id({"SLURM_JOB_ID": "14"}) == "14"
+    assert slurm_step.own_id(inside) == "12_2" and slurm_step.own_id({"SLURM_JOB_ID": "14"}) == "14"
     line = slurm.SEPARATOR.join(("12_2", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
     rest = slurm.SEPARATOR.join(("12_[3-4%1]", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
     assert slurm.parse_squeue(f"{line}\n{rest}\n").keys() == {"12_2"}
@@ -391,9 +392,9 @@ def test_what_is_no_node_list_is_said(nodelist):
 def test_a_task_finds_its_place_in_what_slurm_tells_it():
     told = {"SLURM_STEP_NODELIST": "node[002-003]", "SLURM_JOB_NODELIST": "node[001-003]"}
     hosts = ("node002", "node003")
-    assert slurm.placement({**told, "SLURMD_NODENAME": "node003", "SLURM_NODEID": "1"}) == (hosts, 1)
-    assert slurm.placement({**told, "SLURM_NODEID": "1"}) == (hosts, 1)
-    assert slurm.placement({"SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1"}) == (("node1",), 0)
+    assert slurm_step.placement({**told, "SLURMD_NODENAME": "node003", "SLURM_NODEID": "1"}) == (hosts, 1)
+    assert slurm_step.placement({**told, "SLURM_NODEID": "1"}) == (hosts, 1)
+    assert slurm_step.placement({"SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1"}) == (("node1",), 0)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_a_task_finds_its_place_in_what_slurm_tells_it():
 )
 def test_a_task_that_slurm_told_too_little_says_what_is_missing(environ, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        slurm.placement(environ)
+        slurm_step.placement(environ)
 
 
 # --- what became of jobs ---------------------------------------------------------------------------
