@@ -622,7 +622,8 @@ class Run:
 
 def judge(run: RunDir) -> dict[str, Any]:
     """Summary and report of a run from what its directory holds; repeatable at any time."""
-    from runner import analysis, report  # not on the way to the first step
+    from runner import report  # not on the way to the first step
+    from runner.judge import analysis
 
     plan, status = run.read_plan(), run.read_status()
     recorded = run.read_records()

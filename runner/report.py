@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import analysis, failures, figures, findings, metrics
+from runner import failures, figures
 from runner.figures import complete_cells, nodes_text, number
+from runner.judge import analysis, findings, metrics
 from runner.results.records import Record
 from runner.results.rundir import RunDir
 from runner.system.files import write_text_atomic

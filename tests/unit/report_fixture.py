@@ -315,7 +315,8 @@ def broken() -> Fixture:
 if __name__ == "__main__":
     import sys
 
-    from runner import analysis, report
+    from runner import report
+    from runner.judge import analysis
 
     for name, made in {"healthy": healthy(), "testbed": testbed(), "broken": broken()}.items():
         folder = Path(sys.argv[1]) / name

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_fixture import NAMES, Fixture
 
-from runner import analysis, failures, findings, metrics
+from runner import failures
+from runner.judge import analysis, findings, metrics
+from runner.judge import verdict as analysis
 from runner.plan import config
 from runner.results import statistics
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_files import check as golden
-from runner import analysis, chart, figures, report
+from runner import chart, figures, report
+from runner.judge import analysis
 
 RUNS = {"healthy": report_fixture.healthy, "testbed": report_fixture.testbed, "broken": report_fixture.broken}
 HOSTILE = "<script>alert('x')</script>"
