@@ -17,7 +17,7 @@ from report_fixture import NAMES, Fixture
 
 from runner import failures
 from runner.judge import analysis, findings, metrics
-from runner.judge import verdict as analysis
+from runner.judge import verdict as verdicts
 from runner.plan import config
 from runner.results import statistics
 
@@ -212,8 +212,8 @@ def test_a_model_too_small_to_load_a_gpu_is_not_judged() -> None:
     cell = {"hosts": ["a"], "device": "cuda"}
     facts = {"a": {"boot_id": "x"}}
     tiny, seven_b = (config.load_model(name).model_dump() for name in ("tiny", "llama-2-7b"))
-    assert "too small to load a GPU" in str(analysis.not_judged_reason(cell, facts, tiny))
-    assert analysis.not_judged_reason(cell, facts, seven_b) is None
+    assert "too small to load a GPU" in str(verdicts.not_judged_reason(cell, facts, tiny))
+    assert verdicts.not_judged_reason(cell, facts, seven_b) is None
 
 
 def test_the_cpu_is_not_judged() -> None:
@@ -258,12 +258,12 @@ def test_a_bandwidth_target_needs_its_message_size(healthy: Fixture) -> None:
 )
 def test_the_whole_interval_decides(value: float, ci: tuple[float, float], direction: str, verdict: str) -> None:
     wanted = 98.0 if direction == "min" else 50.0
-    assert analysis.judge(value, ci, 3, wanted, direction).verdict == verdict
+    assert verdicts.judge(value, ci, 3, wanted, direction).verdict == verdict
 
 
 @given(st.floats(1, 1e6), st.floats(0, 0.5), st.integers(3, 50), st.floats(1, 1e6))
 def test_repeats_needed_exceed_those_made(value: float, width: float, repeats: int, wanted: float) -> None:
-    judged = analysis.judge(value, (value * (1 - width), value * (1 + width)), repeats, wanted, "min")
+    judged = verdicts.judge(value, (value * (1 - width), value * (1 + width)), repeats, wanted, "min")
     if judged.verdict == "inconclusive":
         assert judged.repeats_needed is not None and repeats < judged.repeats_needed <= 100
     else:
@@ -273,9 +273,9 @@ def test_repeats_needed_exceed_those_made(value: float, width: float, repeats: i
 def test_the_bootstrap_sees_the_spread_between_repeats_not_only_within() -> None:
     """Repeats that are steady inside but differ from each other: the interval spans them."""
     repeats = [[(100.0, 1.0)] * 10, [(110.0, 1.0)] * 10, [(105.0, 1.0)] * 10]
-    value, low, high = analysis.bootstrap(repeats, None, "seed")
+    value, low, high = verdicts.bootstrap(repeats, None, "seed")
     assert (value, low, high) == (105.0, 100.0, 110.0)
-    value, low, high = analysis.bootstrap(repeats, repeats, "seed")
+    value, low, high = verdicts.bootstrap(repeats, repeats, "seed")
     assert value == 1.0 and low < 0.96 and high > 1.04
 
 
