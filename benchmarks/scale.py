@@ -305,8 +305,8 @@ class Fleet:
     def __init__(self, num_agents: int, step_s: float, window_s: float, leave: bool, folder: Path) -> None:
         from runner import backends, cells
         from runner.cluster import inventory
-        from runner.display import Display
         from runner.plan import build
+        from runner.report.progress import Display
 
         self.num_agents, self.window_s, self.leave, self.folder = num_agents, window_s, leave, folder
         source = inventory.parse("inventory/fleet", listing(num_agents))

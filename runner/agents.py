@@ -9,10 +9,10 @@ from typing import Any
 
 from runner import backends
 from runner.backends import Talk
-from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course
 from runner.cluster.inventory import Node
 from runner.plan.plan import Cell, Plan, environment, job
+from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic

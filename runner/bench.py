@@ -16,20 +16,22 @@ from typing import Any, TextIO
 from runner import blame, jobs, resume, slurm
 from runner.agents import Agents
 from runner.allocations import Allocations, as_status, together
-from runner.blame import LAUNCHER
 from runner.cells import CellRun, Course, Stop
 from runner.cluster.inventory import Node
-from runner.display import Display
 from runner.errors import InfrastructureError, Interrupted
+from runner.failures import KINDS
 from runner.plan.build import place
 from runner.plan.plan import PORTS, Cell, Plan, fingerprint
 from runner.preflight import Problems, Reach
+from runner.report.conclude import judge
+from runner.report.progress import Display
 from runner.results import records, telemetry
+from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
 from runner.results.status import LIVE_STATES, cell_status
 from runner.system import process
 from runner.system.clock import now
-from runner.system.files import disk_errors, write_json_atomic, write_text_atomic
+from runner.system.files import disk_errors, write_text_atomic
 from runner.system.locks import hold_nodes
 
 STATUS_S = 1.0
@@ -465,7 +467,7 @@ class Run:
     def _replace(self, index: int, error: Mapping[str, Any]) -> bool:
         """Whether the cell can run again without the node that failed it."""
         bad = error["host"]
-        if blame.KINDS[error["kind"]].fault != "node" or self.plan.backend == "local":
+        if KINDS[error["kind"]].fault != "node" or self.plan.backend == "local":
             return False
         if bad not in self.plan.cells[index].hosts:  # nobody, or DeepSpeed's launcher on the controller
             return False
@@ -618,24 +620,6 @@ class Run:
         self.display.at(1, 1, "writing the report")
         telemetry.compact(self.run.telemetry_streams(asdict(self.plan)), self.run.telemetry)
         return judge(self.run)
-
-
-def judge(run: RunDir) -> dict[str, Any]:
-    """Summary and report of a run from what its directory holds; repeatable at any time."""
-    from runner import report  # not on the way to the first step
-    from runner.judge import analysis
-
-    plan, status = run.read_plan(), run.read_status()
-    recorded = run.read_records()
-    observed = run.read_facts(plan)
-    samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (cell, host), stream in run.telemetry_streams(plan).items():
-        samples.setdefault(cell, {})[host] = telemetry.read(stream)
-    summary = analysis.summarise(plan, status, recorded, observed, telemetry=samples)
-    with disk_errors(run.path):
-        write_json_atomic(run.summary, summary)
-        report.write(run.path, plan, status, summary, recorded, observed, telemetry=samples)
-    return summary
 
 
 def execute(

@@ -14,8 +14,8 @@ from typing import Any
 from runner import backends
 from runner.backends import Talk
 from runner.failures import KINDS, Problem
+from runner.results.celldir import LAUNCHER
 
-LAUNCHER = "launcher"
 # Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.
 CLOCK_OFF_S = 60.0
 

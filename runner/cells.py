@@ -11,12 +11,13 @@ from typing import Any
 
 from runner import backends
 from runner.backends import Talk
-from runner.blame import LATE, LAUNCHER, blame, ended_well, error, standstill
+from runner.blame import LATE, blame, ended_well, error, standstill
 from runner.cluster.inventory import Node
-from runner.display import Display
 from runner.node.agent import ALIVE_S
 from runner.plan.plan import Cell
+from runner.report.progress import Display
 from runner.results import records
+from runner.results.celldir import LAUNCHER
 from runner.system.clock import now
 
 # A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before

@@ -217,11 +217,11 @@ def _bench(
 ) -> int:
     from runner import failures
     from runner.cluster.inventory import select
-    from runner.display import Display
     from runner.plan import build as building
     from runner.plan import config, plan
     from runner.plan.engines.registry import ENGINES
     from runner.plan.request import Request
+    from runner.report.progress import Display
     from runner.system.clock import now
     from runner.workloads import registry
 
@@ -294,7 +294,7 @@ def _bench(
         return errors.EXIT_OK
 
     from runner import allocations, preflight
-    from runner import bench as benchmark
+    from runner.bench import Policy, execute
     from runner.results.rundir import RunDir
 
     # Refuse what cannot be planned before anything is asked of the nodes.
@@ -321,8 +321,8 @@ def _bench(
         if isinstance(carrier, allocations.Allocations):
             allocations.refuse(planned, carrier, planned.cells)
         data = _prepare(planned, planned.cells, display)
-        policy = benchmark.Policy(retries, replace_bad_nodes)
-        summary = benchmark.execute(planned, run, state_dir(), carrier, display, data, policy, reach, {})
+        policy = Policy(retries, replace_bad_nodes)
+        summary = execute(planned, run, state_dir(), carrier, display, data, policy, reach, {})
     return _conclude(run, summary, as_json)
 
 
@@ -357,9 +357,9 @@ def _resume(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    from runner import bench as benchmark
     from runner import preflight, resume
-    from runner.display import Display
+    from runner.bench import Policy, execute
+    from runner.report.progress import Display
     from runner.results.rundir import RunDir
 
     run = RunDir.find(results, name)
@@ -406,9 +406,9 @@ def _resume(
         data = _prepare(planned, pending, display)
         run.write_plan(planned.to_dict())
         run.write_status(status)
-        policy = benchmark.Policy(retries, replace_bad_nodes, accept_drift)
+        policy = Policy(retries, replace_bad_nodes, accept_drift)
         carrier = reach.transport(run, planned.nodes[0], {} if accept_drift else resume.common(before))
-        summary = benchmark.execute(planned, run, state_dir(), carrier, display, data, policy, reach, bad)
+        summary = execute(planned, run, state_dir(), carrier, display, data, policy, reach, bad)
     return _conclude(run, summary, as_json)
 
 
@@ -507,12 +507,12 @@ def _prepare(planned: Any, cells: Iterable[Any], display: Any) -> str | None:
 
 def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
     """Print what came out; the exit code says the same."""
-    from runner import report
+    from runner.report import terminal
 
     if as_json:
         click.echo(json.dumps(summary, indent=1, allow_nan=False))
     else:
-        click.echo(report.terminal(summary))
+        click.echo(terminal.terminal(summary))
         click.echo(f"\nreport: {run.report_html}")
         if any(cell["state"] != "complete" for cell in summary["cells"]):
             results = run.path.parent.absolute()
@@ -534,11 +534,11 @@ def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
 @click.pass_context
 def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -> None:
     """Judge a run again and rewrite its report; default: the newest run."""
-    from runner import bench as benchmark
+    from runner.report import conclude
     from runner.results.rundir import RunDir
 
     run = RunDir.find(results, name)
-    ctx.exit(_conclude(run, benchmark.judge(run), as_json))
+    ctx.exit(_conclude(run, conclude.judge(run), as_json))
 
 
 @cli.command("inventory")

@@ -27,8 +27,8 @@ from runner.system.places import ROOT, cache_dir, state_dir
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
-    from runner.display import Display
     from runner.playbook import Call, Event
+    from runner.report.progress import Display
 
 SITE = "site.yml"
 VERIFY = "playbooks/verify.yml"
@@ -419,7 +419,7 @@ def _play(
 ) -> int:
     from runner import playbook
     from runner.cluster.inventory import select
-    from runner.display import Display
+    from runner.report.progress import Display
     from runner.system.files import write_json_atomic
     from runner.system.nodeset import fold
 

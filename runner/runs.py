@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.display import remaining_s
 from runner.options import results_option, run_names
+from runner.report.runs import (
+    aliases_of,
+    changes,
+    describe,
+    done_text,
+    overview,
+    overview_table,
+    span_text,
+    verdict_text,
+)
 from runner.results import logs
-from runner.results.logs import Line, last_lines, parse_line, printable, wanted
+from runner.results.logs import Line, last_lines, parse_line, wanted
 
 if TYPE_CHECKING:
     from runner.jobs import Slurm
@@ -147,7 +156,7 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
     except KeyboardInterrupt:
         raise errors.Interrupted(f"waiting no longer; run {run.run_id} is still stopping") from None
     status = run.read_status()
-    click.echo(f"run {run.run_id}: {status['state']}, {_done(status)}")
+    click.echo(f"run {run.run_id}: {status['state']}, {done_text(status)}")
 
 
 # --- a run as it stands ---------------------------------------------------------------------------
@@ -158,211 +167,13 @@ def _columns() -> int:
     return shutil.get_terminal_size((120, 24)).columns
 
 
-def _moment(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
-
-
-def _took(entry: Mapping[str, Any], now: datetime) -> float | None:
-    """Seconds from `started` to `ended`, or to now."""
-    started = _moment(entry["started"])
-    return ((_moment(entry["ended"]) or now) - started).total_seconds() if started else None
-
-
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _done(status: Mapping[str, Any]) -> str:
-    states = [cell["state"] for cell in status["cells"].values()]
-    return f"{states.count('complete')} of {len(states)} cells complete"
-
-
-def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
-    """When the run started and, if it has, ended: with its last cell."""
-    from runner.results.status import FINAL_STATES
-
-    ends = [cell["ended"] for cell in status["cells"].values() if cell["ended"]]
-    starts = [cell["started"] for cell in status["cells"].values() if cell["started"]]
-    final = status["state"] in FINAL_STATES
-    # Killed, it left no end: the last that is known of it.
-    return {
-        "started": plan.get("created"),
-        "ended": max([*ends, *starts], default=plan.get("created")) if final else None,
-    }
-
-
-def _verdict(run: RunDir) -> str | None:
-    try:
-        return json.loads(run.summary.read_text())["verdict"]
-    except (OSError, ValueError, KeyError, TypeError):  # not judged yet, or not by a version that says it
-        return None
-
-
-def overview(run: RunDir, now: datetime) -> dict[str, Any]:
-    """One row of `list`. Times are ISO, `duration_s` goes up to `now` while it runs; None: not known."""
-    try:
-        plan, status = run.read_plan(), run.read_status()
-    except errors.UsageError:
-        return {"run": run.run_id, "state": "unreadable"}
-    times = _times(plan, status)
-    states = [cell["state"] for cell in status["cells"].values()]
-    return {
-        "run": run.run_id,
-        "state": status["state"],
-        "verdict": _verdict(run) if times["ended"] else None,
-        "cells": f"{states.count('complete')}/{len(states)}",
-        **times,
-        "duration_s": _took(times, now),
-        "nodes": len(plan["nodes"]),
-        "engine": plan.get("engine"),
-        "inventory": plan.get("inventory"),
-    }
-
-
-def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
-    """The rows of `list` in at most `width` columns if that can be: what matters least gives way."""
-    from tabulate import tabulate
-
-    table = [
-        {
-            "run": row["run"],
-            "state": row["state"],
-            "verdict": (row.get("verdict") or "").replace("_", " "),
-            "cells": row.get("cells", ""),
-            "took": _span(row.get("duration_s")),
-            "started": (row.get("started") or "")[:16].replace("T", " "),
-            "nodes": row.get("nodes", ""),
-            "engine": row.get("engine", ""),
-            "inventory": row.get("inventory", ""),
-        }
-        for row in rows
-    ]
-    while True:
-        text = tabulate(table, headers="keys", disable_numparse=True)
-        if not table or len(table[0]) <= 3 or len(text.split("\n", 1)[0]) <= width:
-            return printable(text)
-        for row in table:
-            row.popitem()
-
-
-def nodes_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
-    """`node[001-003] running, node004 silent for 12 s`; without `now` how long is left out."""
-    from runner.system.nodeset import fold
-
-    states: dict[str, list[str]] = {}
-    for host, node in nodes.items():
-        states.setdefault(node["state"], []).append(host)
-    order = ("starting", "running", "ended", "failed", "silent")
-    parts = []
-    for state in sorted(states, key=lambda s: order.index(s) if s in order else len(order)):
-        text = f"{fold([aliases.get(host, host) for host in states[state]])} {state}"
-        heard = [moment for host in states[state] if (moment := _moment(nodes[host].get("heard")))]
-        if state == "silent" and now and heard:
-            text += f" for {_span((now - min(heard)).total_seconds())}"
-        parts.append(text)
-    return ", ".join(parts)
-
-
-def _error_text(error: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
-    host = error.get("host")
-    where = f" on {aliases.get(host, host)}" if host else ""
-    if kind := error.get("kind"):  # runs of earlier versions have none
-        return f"{kind.replace('_', ' ')}{where}: {error['message']}"
-    return f"{error['message']}{where}"
-
-
-def _job_text(job: Mapping[str, Any], waits: bool) -> str:
-    text = f"job {job['id']} {str(job.get('state') or 'unknown').lower()}"
-    reason = job.get("reason")
-    text += f": {reason}" if reason and reason != "None" else ""
-    text += f", position {job['position']} in the queue" if job.get("position") else ""
-    return text + (f", expected to start {job['start']}" if waits and job.get("start") else "")
-
-
-def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime | None) -> list[str]:
-    """What a cell's entry in status.json says beyond its state; without `now` only what does not change by itself."""
-    lines = []
-    for number, attempt in enumerate(cell.get("attempts") or (), start=1):
-        why = f": {_error_text(attempt['error'], aliases)}" if attempt.get("error") else ""
-        lines.append(f"attempt {number} {attempt['state']}{why}")
-    if cell["state"] in ("waiting", "running"):
-        if job := cell.get("job"):
-            lines.append(_job_text(job, waits=cell["state"] == "waiting"))
-        if now and (progress := cell.get("progress")):
-            fraction = progress["fraction"]
-            left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
-            lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {_span(left)} left" if left else ""))
-        if nodes := cell.get("nodes"):
-            lines.append(nodes_text(nodes, aliases, now))
-    elif cell.get("error"):
-        lines.append(_error_text(cell["error"], aliases))
-    return lines
-
-
-def _state_text(cell: Mapping[str, Any]) -> str:
-    attempt = cell.get("attempt") or 1
-    return cell["state"] + (f", attempt {attempt}" if attempt > 1 else "")
-
-
-def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, width: int, brief: bool = False) -> str:
-    """The state of a run for people, in lines of at most `width` columns where words allow it.
-
-    `brief` leaves out the cells of which there is nothing to say: those complete and those planned.
-    """
-    import textwrap
-
-    from tabulate import tabulate
-
-    aliases = _aliases(plan)
-    cells = {
-        name: cell
-        for name, cell in status["cells"].items()
-        if not brief or cell["state"] not in ("complete", "planned")
-    }
-    rows = [
-        {
-            "cell": name,
-            "state": _state_text(cell),
-            "started": (cell["started"] or "")[11:19],
-            "took": _span(_took(cell, now)) if cell["ended"] or cell["state"] in ("waiting", "running") else "",
-        }
-        for name, cell in cells.items()
-    ]
-    if width < 80:
-        for row in rows:
-            del row["started"]
-    lines = [f"run {status.get('run_id') or plan['run_id']}: {status['state']}, {_done(status)}", ""]
-    table = tabulate(rows, headers="keys", disable_numparse=True).split("\n")
-    lines += table[:2]
-    for line, cell in zip(table[2:], cells.values(), strict=True):
-        lines.append(line.rstrip())
-        for detail in details(cell, aliases, now):
-            lines += textwrap.wrap(
-                printable(detail), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-            )
-    for swap in status.get("replaced") or ():
-        by = aliases.get(swap["by"], swap["by"]) or "nothing"
-        text = f"{by} took the place of {aliases.get(swap['host'], swap['host'])}"
-        why = str(swap["reason"]).replace("_", " ")
-        lines += ["", *textwrap.wrap(f"{text} in {swap['cell']}: {why}", width, subsequent_indent="  ")]
-    return printable("\n".join(lines))
-
-
-def _aliases(plan: Mapping[str, Any]) -> dict[str, str]:
-    return {node["name"]: node.get("alias", node["name"]) for node in [*plan["nodes"], *plan.get("spares", ())]}
-
-
 def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
     """The names under which the log has the nodes that `hosts` names."""
     from ClusterShell.NodeSet import NodeSet, NodeSetParseError
 
-    from runner.blame import LAUNCHER
+    from runner.results.celldir import LAUNCHER
 
-    known = {word: alias for name, alias in _aliases(plan).items() for word in (name, alias)} | {LAUNCHER: LAUNCHER}
+    known = {word: alias for name, alias in aliases_of(plan).items() for word in (name, alias)} | {LAUNCHER: LAUNCHER}
     try:
         words = list(NodeSet(hosts, resolver=None))
     except NodeSetParseError as error:
@@ -399,7 +210,7 @@ def _described(run: RunDir) -> str:
             f"  `runner bench --resume {run.run_id}` follows it\n"
             f"  `runner runs stop {run.run_id}` cancels it"
         )
-    elif verdict := _verdict(run):
+    elif verdict := verdict_text(run):
         text += f"\n\nverdict: {verdict.replace('_', ' ')}"
     return f"{text}\n\nfiles: {run.path}"
 
@@ -446,17 +257,6 @@ def _watch(run: RunDir) -> None:
             if text.count("\n") >= console.height:  # rich would cut off the end, where it runs
                 text = describe(*view, brief=True)
             live.update(Text(text), refresh=True)
-
-
-def changes(plan: Mapping[str, Any], statuses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """One line for each change of a cell; what moves by itself, as progress and times, is left out."""
-    aliases, told = _aliases(plan), dict[str, str]()
-    for status in statuses:
-        for name, cell in status["cells"].items():
-            text = "; ".join([_state_text(cell), *details(cell, aliases, None)])
-            if text != told.get(name, "planned"):
-                yield printable(f"{name}: {text}")
-            told[name] = text
 
 
 # --- stopping -------------------------------------------------------------------------------------
@@ -509,7 +309,7 @@ def cancel_jobs(commands: Slurm, run_id: str, wait: bool, sleep: Callable[[float
         if waited > ANSWER_S:
             left = ", ".join(f"job {job_id}" for job_id in sorted(still))
             raise errors.InfrastructureError(
-                f"{left} cancelled {_span(waited)} ago and not ended: look at `squeue` and at slurmd on its nodes"
+                f"{left} cancelled {span_text(waited)} ago and not ended: look at `squeue` and at slurmd on its nodes"
             )
         sleep(POLL_S)
         waited += POLL_S

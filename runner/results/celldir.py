@@ -3,3 +3,6 @@
 from __future__ import annotations
 
 MESSAGES = "messages.jsonl"  # in a cell's folder: what its agent says, where nobody hears its stdout
+
+
+LAUNCHER = "launcher"

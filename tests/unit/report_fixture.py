@@ -315,11 +315,11 @@ def broken() -> Fixture:
 if __name__ == "__main__":
     import sys
 
-    from runner import report
     from runner.judge import analysis
+    from runner.report import page
 
     for name, made in {"healthy": healthy(), "testbed": testbed(), "broken": broken()}.items():
         folder = Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)
-        report.write(folder, *made.arguments[:2], analysis.summarise(*made.arguments), *made.arguments[2:])
+        page.write(folder, *made.arguments[:2], analysis.summarise(*made.arguments), *made.arguments[2:])
         print(folder / "report.html")

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import blame, cells, preflight
+from runner import cells, preflight
 from runner.backends import Talk
 from runner.errors import InfrastructureError
 from runner.failures import Problem
+from runner.results import celldir
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
@@ -160,7 +161,7 @@ def test_slurms_time_limit_leaves_a_cell_incomplete(cluster):
 
 def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it_is(cluster):
     run = cell_run(cluster, head=("deepspeed",))
-    launcher = Talk(blame.LAUNCHER, (), {}, heard=time.monotonic())
+    launcher = Talk(celldir.LAUNCHER, (), {}, heard=time.monotonic())
     run.talks.append(launcher)
     run.hear(run.talks[0], {"message": "started"})
     assert run.word(launcher) is None

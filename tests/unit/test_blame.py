@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from runner import backends, blame
 from runner.backends import Talk
-from runner.failures import Problem, node_lines
+from runner.failures import KINDS, Problem, node_lines
 from runner.node import stacks as node
+from runner.results import celldir
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
@@ -62,7 +63,7 @@ def test_an_engine_that_never_started_a_rank_is_quoted():
 def test_a_launcher_that_fails_alone_is_quoted():
     pdsh = outcome(rc=2, ranks={}, engine_stderr=["pdsh@x: node001: ssh exited with exit code 2"])
     nodes = {"a": outcome(rc=None, stopped="done", ranks={})}
-    said = blame.blame(talks("a", blame.LAUNCHER), {**nodes, blame.LAUNCHER: pdsh})
+    said = blame.blame(talks("a", celldir.LAUNCHER), {**nodes, celldir.LAUNCHER: pdsh})
     assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
 
 
@@ -145,11 +146,11 @@ def test_pdsh_tells_how_a_rank_ended_under_deepspeeds_launcher():
     ends = ["pdsh@c: node002: ssh exited with exit code 247", "pdsh@c: node001: ssh exited with exit code 1"]
     launcher = outcome(rc=-2, stopped="stop", ranks={}, engine_stderr=ends)
     found = blame.blame(
-        talks("a", "b", blame.LAUNCHER),
+        talks("a", "b", celldir.LAUNCHER),
         {
             "a": outcome(rc=None, stderr=["Connection closed by peer"]),
             "b": outcome(rc=None),
-            blame.LAUNCHER: launcher,
+            celldir.LAUNCHER: launcher,
         },
     )
     assert (found["kind"], found["host"], found["message"]) == ("rank_killed", "b", "rank0 was killed by SIGKILL")
@@ -248,12 +249,12 @@ def test_stacks_are_read_as_faulthandler_writes_them():
 
 def test_every_kind_that_the_code_tells_is_in_the_table():
     told = {kind for _, kind, _ in backends._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
-    assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(blame.KINDS)
+    assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
 
 
 def test_every_kind_in_the_table_is_told_somewhere():
-    code = "".join(path.read_text() for path in (ROOT / "runner").glob("*.py") if path.name != "kinds.py")
-    assert [kind for kind in blame.KINDS if f'"{kind}"' not in code] == []
+    code = "".join(path.read_text() for path in (ROOT / "runner").rglob("*.py") if path.name != "failures.py")
+    assert [kind for kind in KINDS if f'"{kind}"' not in code] == []
 
 
 def test_only_infrastructure_is_tried_again():

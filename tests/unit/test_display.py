@@ -1,6 +1,6 @@
 """Progress: an ETA from what has been done so far."""
 
-from runner.display import remaining_s
+from runner.report.progress import remaining_s
 
 
 def test_the_rest_takes_as_long_as_what_is_done():

@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_files import check as golden
-from runner import chart, figures, report
+from runner.cluster import limits
 from runner.judge import analysis
+from runner.report import chart, figures, terminal
+from runner.report.page import write
+from runner.report.words import GLOSSARY
 
 RUNS = {"healthy": report_fixture.healthy, "testbed": report_fixture.testbed, "broken": report_fixture.broken}
 HOSTILE = "<script>alert('x')</script>"
@@ -51,7 +54,7 @@ def written(tmp_path: Path, fixture: report_fixture.Fixture) -> tuple[str, str]:
     """(HTML, Markdown) of a run."""
     summary = analysis.summarise(*fixture.arguments)
     plan, status, records, facts, telemetry = fixture.arguments
-    report.write(tmp_path, plan, status, summary, records, facts, telemetry)
+    write(tmp_path, plan, status, summary, records, facts, telemetry)
     return (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
 
 
@@ -68,7 +71,7 @@ def run(
 def test_markdown_and_terminal_are_as_recorded(run: tuple[str, str, str, dict[str, Any]]) -> None:
     name, _, markdown, summary = run
     golden(f"report/{name}.md", markdown)
-    golden(f"report/{name}.txt", report.terminal(summary) + "\n")
+    golden(f"report/{name}.txt", terminal.terminal(summary) + "\n")
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(run: tuple[str, str, str, dict[str, Any]]) -> None:
@@ -166,7 +169,7 @@ def test_the_terminal_gets_100_columns_and_no_control_characters(name: str) -> N
     for entry in fixture.status["cells"].values():
         if entry["error"]:
             entry["error"]["message"] = "\x1b[31mred\x07 " + "a long story " * 20
-    text = report.terminal(analysis.summarise(*fixture.arguments))
+    text = terminal.terminal(analysis.summarise(*fixture.arguments))
     assert max(len(line) for line in text.splitlines()) <= 100
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
@@ -183,14 +186,14 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
 
 def test_every_term_of_the_glossary_is_in_the_reference_of_metrics() -> None:
     reference = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    assert [term for term in report.GLOSSARY if term not in reference] == []
+    assert [term for term in GLOSSARY if term not in reference] == []
 
 
 def test_every_metric_of_a_summary_is_in_the_reference_of_metrics() -> None:
     reference = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     summary = analysis.summarise(*report_fixture.healthy((1, 2)).arguments)
     names = {name for cell in summary["cells"] for name in cell["metrics"]}
-    collectives = "|".join((*analysis.metrics.limits.COLLECTIVES, "barrier"))
+    collectives = "|".join((*limits.COLLECTIVES, "barrier"))
     general = {re.sub(rf"^({collectives})_", "<collective>_", name) for name in names}
     assert sorted(name for name in general if f"`{name}`" not in reference) == []
 

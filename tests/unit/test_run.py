@@ -18,10 +18,11 @@ from runner import allocations, bench, blame, preflight, resume, runs, slurm
 from runner.cells import CellRun, Course, Stop
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
-from runner.display import Display
 from runner.errors import UsageError
 from runner.failures import Problem
 from runner.plan import build, plan
+from runner.report.progress import Display
+from runner.results import celldir
 from runner.results.rundir import RunDir
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
@@ -395,7 +396,7 @@ def test_a_launcher_is_no_node_that_a_spare_could_replace(cluster, tmp_path):
     run = RunDir.create(tmp_path, built.to_dict())
     nodes = Nodes(run)
     carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), Reach())
-    assert not carried._replace(0, blame.error("lost_connection", "lost the connection to it", blame.LAUNCHER))
+    assert not carried._replace(0, blame.error("lost_connection", "lost the connection to it", celldir.LAUNCHER))
 
 
 def test_what_was_set_aside_is_never_in_the_way(tmp_path):

@@ -24,8 +24,9 @@ from runner import jobs
 from runner.cli import cli
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
+from runner.report.runs import changes, describe, details, nodes_text, overview, overview_table
 from runner.results.rundir import RunDir
-from runner.runs import cancel_jobs, changes, describe, details, nodes_text, overview, overview_table
+from runner.runs import cancel_jobs
 from runner.system.process import Outcome
 
 RUNNER = Path(sys.executable).with_name("runner")

@@ -15,8 +15,8 @@ from conftest import NAMES
 from runner import allocations, bench, blame, jobs, resume, runs, slurm
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Inventory
-from runner.display import Display
 from runner.errors import InfrastructureError
+from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system import nodeset
 
