@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from runner import __version__, following, jobs, slurm, testbed
+from runner import __version__, following, jobs, slurm
 from runner.backends import Talk
 from runner.cluster import inventory, ssh
 from runner.cluster import slurm as slurm_settings
 from runner.errors import UsageError
+from runner.provision.testbed import containers as provision_testbed
+from runner.provision.testbed import layout
 from runner.system import process
 
 CELL = "torch-2n-r1"
@@ -202,7 +204,7 @@ def limited(run):
 def test_what_cannot_be_shared_is_refused(tmp_path):
     for folder in (tmp_path / "nosuch", tmp_path / "a:b"):
         with pytest.raises(UsageError, match=r"--share .*: give a folder that exists and has no colon"):
-            testbed.up(testbed.Options(nodes=1, name="pytest-share", share=folder, inventory=tmp_path))
+            provision_testbed.up(layout.Options(nodes=1, name="pytest-share", share=folder, inventory=tmp_path))
 
 
 def test_the_cluster_is_seen_before_anything_is_submitted(cluster):

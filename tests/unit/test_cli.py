@@ -11,7 +11,7 @@ import click
 import pytest
 
 from conftest import NAMES, ROOT
-from runner.cli import cli
+from runner.cli.main import cli
 
 RUNNER = Path(sys.executable).with_name("runner")
 
@@ -33,7 +33,7 @@ def test_the_options_of_bench_are_frozen():
 
 
 def test_help_imports_neither_torch_nor_ansible():
-    script = "import sys; sys.argv[1:] = ['--help']; from runner.cli import main\ntry: main()\nexcept SystemExit: print(*sys.modules)"
+    script = "import sys; sys.argv[1:] = ['--help']; from runner.cli.main import main\ntry: main()\nexcept SystemExit: print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert "click" in modules
     assert not {"torch", "ansible", "ansible_runner", "pydantic", "numpy", "polars"} & set(modules)

@@ -64,7 +64,7 @@ def test_every_option_that_is_named_exists(document):
     """Of the commands of `runner`, wherever a line of a document starts one."""
     from click import Context
 
-    from runner.cli import cli
+    from runner.cli.main import cli
 
     for line in re.findall(r"^\s*runner (\w+ .*)$|`runner (\w+ [^`]*)`", document.read_text(), re.MULTILINE):
         words = re.sub(r"\s#.*|\s{3,}.*", "", "".join(line)).split()

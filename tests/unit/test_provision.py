@@ -7,9 +7,10 @@ import json
 import pytest
 
 from conftest import NAMES
-from runner import playbook, provision
 from runner.errors import UsageError
-from runner.playbook import Call
+from runner.provision import board as provision_board
+from runner.provision import playbook, roles
+from runner.provision.playbook import Call
 
 NODES = {name: f"node{position:03d}" for position, name in enumerate(NAMES, 1)}
 
@@ -29,7 +30,7 @@ def raw(host=NAMES[0], event="runner_on_ok", role="roce_qos", phase="verify", **
 
 def board(*raws):
     events = [event for one in raws if (event := playbook.parse(one))]
-    return provision.Board(NODES, events)
+    return provision_board.Board(NODES, events)
 
 
 WRONG = {"what": "mlx5_0/eth1 pfc", "expected": "3", "found": "off", "remedy": ""}
@@ -94,7 +95,7 @@ def test_the_call_limits_to_the_chosen_nodes_and_quotes_once():
 
 def test_equal_problems_of_several_nodes_are_one_line():
     told = board(failed(NAMES[1], WRONG), failed(NAMES[2], WRONG), failed(NAMES[7], WRONG | {"found": "5"}))
-    assert [(f.nodes, f.line()) for f in provision.failures(told)] == [
+    assert [(f.nodes, f.line()) for f in provision_board.failures(told)] == [
         ("node[002-003]", "roce_qos: mlx5_0/eth1 pfc: expected 3, found off"),
         ("node008", "roce_qos: mlx5_0/eth1 pfc: expected 3, found 5"),
     ]
@@ -103,19 +104,19 @@ def test_equal_problems_of_several_nodes_are_one_line():
 def test_every_problem_of_a_node_is_told_but_not_the_playbooks_repetition():
     last = raw(NAMES[1], "runner_on_failed", role="", msg="roce_qos: …")
     told = board(failed(NAMES[1], WRONG, {"what": "mtu", "expected": "9000", "found": "1500"}), last)
-    assert [f.what for f in provision.failures(told)] == ["mlx5_0/eth1 pfc", "mtu"]
+    assert [f.what for f in provision_board.failures(told)] == ["mlx5_0/eth1 pfc", "mtu"]
 
 
 def test_a_playbooks_own_reason_is_told_when_no_role_has_one():
     told = board(raw(NAMES[0], "runner_on_failed", role="", msg="a and b have the same runner_alias node001"))
-    assert provision.failures(told)[0].line() == "a and b have the same runner_alias node001"
+    assert provision_board.failures(told)[0].line() == "a and b have the same runner_alias node001"
 
 
 def test_warnings_and_differences_are_folded_too():
     entry = {"before_header": "eth1 mtu", "after_header": "eth1 mtu", "before": "1500\n", "after": "9000\n"}
     told = board(*(raw(name, changed=True, warnings=["clock unknown"], diff=[entry]) for name in NAMES[:3]))
-    assert provision.warnings(told) == [("node[001-003]", "roce_qos", "clock unknown")]
-    assert provision.diffs(told) == [("node[001-003]", "eth1 mtu", "1500", "9000")]
+    assert provision_board.warnings(told) == [("node[001-003]", "roce_qos", "clock unknown")]
+    assert provision_board.diffs(told) == [("node[001-003]", "eth1 mtu", "1500", "9000")]
 
 
 def test_the_table_shows_the_worst_of_each_role_on_each_node():
@@ -126,19 +127,19 @@ def test_the_table_shows_the_worst_of_each_role_on_each_node():
         failed(NAMES[1], WRONG),
         raw(NAMES[2], "runner_on_unreachable", msg="gone"),
     )
-    rows = [line.split() for line in provision.table(told).splitlines()]
+    rows = [line.split() for line in provision_board.table(told).splitlines()]
     assert rows[:2] == [["node", "roce"], ["qos"]]
     assert rows[3:7] == [["node001", "changed"], ["node002", "FAILED"], ["node003", "NO", "ANSWER"], ["node004", "–"]]
     assert rows[-1] == ["off:", "nccl_build"]
 
 
 def test_the_table_of_all_roles_fits_into_80_columns():
-    told = board(*(raw(name, role=role, changed=True) for name in NAMES for role in provision.roles()))
-    assert max(map(len, provision.table(told).splitlines())) <= 80
+    told = board(*(raw(name, role=role, changed=True) for name in NAMES for role in roles.roles()))
+    assert max(map(len, provision_board.table(told).splitlines())) <= 80
 
 
 def test_the_summary_is_json_with_a_schema():
-    told = provision.summary(board(failed(NAMES[1], WRONG)), "failed", 12.34, "")
+    told = provision_board.summary(board(failed(NAMES[1], WRONG)), "failed", 12.34, "")
     assert json.loads(json.dumps(told)) == told
     assert told["nodes"]["node002"] == {"name": NAMES[1], "roles": {"roce_qos": "failed"}}
     assert told["failures"][0]["expected"] == "3" and told["error"] is None
@@ -156,7 +157,7 @@ def test_the_summary_is_json_with_a_schema():
     ],
 )
 def test_the_exit_code_says_what_happened(raws, state, code):
-    assert provision.exit_code(board(*raws), state) == code
+    assert provision_board.exit_code(board(*raws), state) == code
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_the_exit_code_says_what_happened(raws, state, code):
 
 @pytest.mark.parametrize("tags", ["roce_qos", "verify", "roce_qos,conda_env"])
 def test_roles_and_phases_are_tags(tags):
-    provision._check_tags(tags)
+    roles.check_tags(tags)
 
 
 @pytest.mark.parametrize(
@@ -172,17 +173,17 @@ def test_roles_and_phases_are_tags(tags):
 )
 def test_another_tag_is_refused(tags, said):
     with pytest.raises(UsageError, match=said):
-        provision._check_tags(tags)
+        roles.check_tags(tags)
 
 
 def test_a_phase_that_is_not_played_is_no_tag():
     with pytest.raises(UsageError, match="unknown tag 'install'"):
-        provision._check_tags("install", ("verify",))
+        roles.check_tags("install", ("verify",))
 
 
 def test_variables_are_the_roles_and_typed_as_yaml():
     name = "cuda_check_driver_min"
-    assert provision._variables([f"{name}='560'"]) == {name: "560"}
+    assert roles.variables_of([f"{name}='560'"]) == {name: "560"}
     for setting, said in ((f"{name}x=1", "did you mean"), (name, "NAME=VALUE"), (f"{name}=[", "no YAML")):
         with pytest.raises(UsageError, match=said):
-            provision._variables([setting])
+            roles.variables_of([setting])

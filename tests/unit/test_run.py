@@ -14,8 +14,9 @@ import test_plan
 from test_jobs import Commands, line
 from test_jobs import cluster as slurm_commands
 
-from runner import allocations, bench, blame, preflight, resume, runs, slurm
+from runner import allocations, bench, blame, preflight, resume, slurm
 from runner.cells import CellRun, Course, Stop
+from runner.cli import runs
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError

@@ -21,12 +21,12 @@ from click.testing import CliRunner
 from conftest import NAMES
 from golden_files import check as golden
 from runner import jobs
-from runner.cli import cli
+from runner.cancel import cancel_jobs
+from runner.cli.main import cli
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
 from runner.report.runs import changes, describe, details, nodes_text, overview, overview_table
 from runner.results.rundir import RunDir
-from runner.runs import cancel_jobs
 from runner.system.process import Outcome
 
 RUNNER = Path(sys.executable).with_name("runner")

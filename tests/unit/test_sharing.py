@@ -12,7 +12,8 @@ from test_jobs import DOWN, Commands, for_ever
 from test_run import FACTS, Reach, bench_talk, missing, planned, slurm_commands, states
 
 from conftest import NAMES
-from runner import allocations, bench, blame, jobs, resume, runs, slurm
+from runner import allocations, bench, blame, jobs, resume, slurm
+from runner.cli import runs
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError

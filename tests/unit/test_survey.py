@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 from conftest import ROOT
 from golden_files import check as golden
-from runner import errors, jobs, provision, slurm, survey
-from runner.cli import cli
+from runner import errors, jobs, slurm, survey
+from runner.cli import setup
+from runner.cli.main import cli
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
 from runner.system.process import Outcome
@@ -116,7 +117,7 @@ def test_what_people_see(cluster, width):
 
 
 def test_the_exit_code_says_the_same():
-    assert provision._SURVEYED == {
+    assert setup._SURVEYED == {
         "usable": errors.EXIT_OK, "down": errors.EXIT_INFRASTRUCTURE, "refused": errors.EXIT_USAGE
     }  # fmt: skip
 

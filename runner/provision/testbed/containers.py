@@ -11,248 +11,57 @@ so that `down` finds exactly that, whatever interrupted `up`.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Network
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
-
-from runner.errors import EXIT_INFRASTRUCTURE, InfrastructureError, UsageError
+from runner.errors import InfrastructureError, UsageError
+from runner.provision.testbed.layout import (
+    DEFAULT_NAME,
+    DEFINITION,
+    INSTALL,
+    LABEL,
+    NAME,
+    SSH_PORT,
+    SUBNETS,
+    Base,
+    Machine,
+    Options,
+    base_steps,
+    bootstrapped_base,
+    build_step,
+    container_argv,
+    generated,
+    image_tag,
+    inventory,
+    known_hosts,
+    lay_out,
+    network_argv,
+    network_name,
+    outermost,
+)
 from runner.system import process
-from runner.system.places import ROOT, TESTBED
+from runner.system.places import ROOT
 
-SSH_PORT = 44222  # as testbed/sshd.conf
-MAX_NODES = 16
-DEFAULT_NAME = "testbed"
-LABEL = "shakedown.testbed"
-DEFINITION = TESTBED
-INSTALL = "testbed/install-system-packages.sh"
-SUBNETS = tuple(f"10.89.{third}.0/24" for third in range(256))  # podman's own range for bridges
-KEYS_IN_NODE = "/etc/ssh/testbed"  # as testbed/sshd.conf
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _READY_S = 90.0  # sshd took 1-3 s; 8 nodes on a busy machine of 2 cores took 10 s
 
 # What is being done, and about how many seconds are left in all.
 OnProgress = Callable[[str, float], None]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user asks for. `memory` as podman takes it ("4g"), `cpus` in cores, both per node.
-
-    `share` is a folder that every node sees at its own path and may write to, as a home on NFS would be.
-    """
-
-    nodes: int = 8
-    name: str = DEFAULT_NAME
-    inventory: Path | None = None
-    memory: str | None = None
-    cpus: float | None = None
-    image: str | None = None
-    share: Path | None = None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What of this machine the nodes share: its Python, folders, and limits that cannot be raised."""
-
-    python: str
-    mounts: tuple[str, ...]
-    runtime: str | None
-    max_open_files: int
-    max_processes: int
-
-
-@dataclass(frozen=True)
-class Base:
-    """What the image is built on: `image`, made with debootstrap where `suite` and `mirror` are given."""
-
-    image: str
-    suite: str | None = None
-    mirror: str | None = None
-    components: str = "main"
-
-
-@dataclass(frozen=True)
-class Node:
-    name: str
-    alias: str
-    address: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command, what it does in words, and about how many seconds it takes."""
-
-    what: str
-    expected_s: float
-    argv: tuple[str, ...]
-
-
 # --- decided: pure ---------------------------------------------------------------------------------
-
-
-def lay_out(count: int, subnet: str) -> list[Node]:
-    """`count` nodes in `subnet`, named as the first real cluster's: after ...-0007 comes ...-0009."""
-    if not 1 <= count <= MAX_NODES:
-        raise UsageError(f"--nodes {count}: a testbed has 1 to {MAX_NODES} nodes")
-    network = IPv4Network(subnet)
-    return [
-        Node(
-            name=f"fukushimadc-02-hgx-{position + (position >= 8):04d}",
-            alias=f"node{position:03d}",
-            address=str(network[10 + position]),  # the gateway has the first
-        )
-        for position in range(1, count + 1)
-    ]
-
-
-def bootstrapped_base(os_release: Mapping[str, str], indexes: str) -> Base:
-    """This machine's own distribution, whose libraries its Python fits, from the mirror that it uses itself.
-
-    `indexes` are lines `site suite component` of `apt-get indextargets`.
-    """
-    suite = os_release.get("VERSION_CODENAME", "")
-    mirror = next((f[0] for f in map(str.split, indexes.splitlines()) if f[1:] == [suite, "main"]), None)
-    if not suite or mirror is None:
-        found = os_release.get("PRETTY_NAME", "an unknown system")
-        raise InfrastructureError(
-            f"no Debian or Ubuntu package mirror found for {found}: give an image with --image, e.g. debian:12"
-        )
-    # Ubuntu keeps pdsh in universe.
-    components = "main,universe" if os_release.get("ID") == "ubuntu" else "main"
-    return Base(f"localhost/shakedown-base:{suite}", suite, mirror.rstrip("/"), components)
-
-
-def image_tag(base: Base, definition: Mapping[str, str]) -> str:
-    """The image's name, by hash of all that it is made from (`definition`: file name -> content)."""
-    made_from = json.dumps([base.image, base.suite, base.mirror, sorted(definition.items())])
-    return f"localhost/shakedown-testbed:{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
-
-
-def base_steps(base: Base, folder: str) -> list[Step]:
-    """The commands that make `base` in the empty `folder`; none where a registry has it."""
-    if base.suite is None or base.mirror is None:
-        return []
-    root, tar = f"{folder}/root", f"{folder}/base.tar"
-    bootstrap = ("debootstrap", "--variant=minbase", f"--components={base.components}")
-    return [
-        Step(f"debootstrap of {base.suite}", 35, (*bootstrap, base.suite, root, base.mirror)),
-        Step("packing the base system", 1, ("tar", "-C", root, "-cf", tar, ".")),
-        Step("importing the base system", 4, ("podman", "import", "--quiet", tar, base.image)),
-    ]
-
-
-def build_step(base: Base, tag: str, definition: str = str(DEFINITION)) -> Step:
-    # chroot isolation and the host's network ask the least of the kernel, and reach the mirror as the host does.
-    argv = ("podman", "build", "--network", "host", "--isolation", "chroot", "--build-arg", f"BASE={base.image}")
-    return Step("installing systemd, sshd and Python's libraries", 15, (*argv, "--tag", tag, definition))
-
-
-def network_name(testbed: str) -> str:
-    return f"shakedown-{testbed}"
-
-
-def network_argv(testbed: str, label: str, subnet: str) -> list[str]:
-    """Internal: nothing of a test leaves the machine. Names are in /etc/hosts, so no DNS either.
-
-    An internal network without DNS has a gateway, the controller's own address in it, only if one is given.
-    """
-    argv = ["podman", "network", "create", "--internal", "--disable-dns", "--subnet", subnet]
-    argv += ["--gateway", str(IPv4Network(subnet)[1]), "--label", f"{LABEL}={label}"]
-    return [*argv, network_name(testbed)]
-
-
-def container_argv(
-    node: Node, nodes: Sequence[Node], options: Options, machine: Machine, image: str, label: str, keys: str
-) -> list[str]:
-    """The command that starts `node`; `keys` is the folder with the node's own folder of SSH keys."""
-    argv = ["podman", *(["--runtime", machine.runtime] if machine.runtime else []), "run", "--detach"]
-    argv += ["--name", f"shakedown-{options.name}-{node.alias}", "--hostname", node.name]
-    argv += ["--label", f"{LABEL}={label}", "--systemd=always"]
-    # NET_ADMIN: routes, MTU and slow links (tc) can be set in the node, as on a real one.
-    argv += ["--network", network_name(options.name), "--ip", node.address, "--cap-add", "NET_ADMIN"]
-    argv += ["--dns", "127.0.0.1"]  # nobody answers there: an unknown name fails at once instead of after 10 s
-    for other in nodes:
-        argv += ["--add-host", f"{other.name}:{other.address}", "--add-host", f"{other.alias}:{other.address}"]
-    argv += ["--shm-size", "1g"]  # PyTorch's data loaders and gloo want more than the 64 MB of a container
-    for limit, value in (("nofile", machine.max_open_files), ("nproc", machine.max_processes)):
-        argv += ["--ulimit", f"{limit}={value}:{value}"]
-    if options.memory:
-        argv += ["--memory", options.memory]
-    if options.cpus:
-        argv += ["--cpus", f"{options.cpus:g}"]
-    for path in machine.mounts:
-        argv += ["--volume", f"{path}:{path}:ro"]
-    if options.share:
-        argv += ["--volume", f"{options.share}:{options.share}"]
-    return [*argv, "--volume", f"{keys}/{node.alias}:{KEYS_IN_NODE}:ro", image]
-
-
-def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path, python: str) -> dict[str, Any]:
-    """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is where it will lie."""
-    # For plain `ansible`; quoted twice, since ssh splits the option's value as well.
-    known_hosts = shlex.quote(f'UserKnownHostsFile="{folder / ".ssh" / "known_hosts"}"')
-    hosts = {
-        node.name: {
-            "ansible_host": node.address,
-            "runner_alias": node.alias,
-            "runner_host_key": host_keys[node.name],
-        }
-        for node in nodes
-    }
-    variables = {
-        "ansible_port": SSH_PORT,
-        "ansible_user": "root",
-        "ansible_ssh_private_key_file": str(folder / ".ssh" / "id_ed25519"),
-        "ansible_ssh_common_args": f"-o StrictHostKeyChecking=yes -o {known_hosts}",
-        "ansible_python_interpreter": "/usr/bin/python3",
-        "runner_python": python,
-        "runner_gpus_per_node": 1,
-        "runner_device": "cpu",
-        "runner_hardware": "cpu",
-        "runner_nics_per_node": 1,
-        "runner_scratch": "/var/tmp/shakedown",
-        "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
-        # For `runner setup`: the controller's environment is mounted, Slurm waits in apt's cache.
-        "conda_env_enabled": False,
-        "slurm_cluster_enabled": True,
-        "slurm_cluster_proctrack": "linuxproc",
-    }
-    return {"all": {"children": {"gpu_nodes": {"hosts": hosts, "vars": variables}}}}
-
-
-def generated(testbed: str) -> str:
-    """The first line of a generated inventory: what does not start with it belongs to somebody else."""
-    return f"# Written by `runner testbed up --name {testbed}`, removed by `runner testbed down --name {testbed}`.\n"
-
-
-def known_hosts(nodes: Sequence[Node], host_keys: Mapping[str, str]) -> str:
-    """The nodes' pinned keys, for the address that Ansible connects to."""
-    return "".join(f"[{node.address}]:{SSH_PORT} {host_keys[node.name]}\n" for node in nodes)
-
-
-def outermost(paths: Sequence[str]) -> tuple[str, ...]:
-    """`paths` without those that lie below another, and without /usr, which is the image's own."""
-    wanted = sorted({path.rstrip("/") for path in paths} - {"/usr", ""})
-    return tuple(p for p in wanted if not any(p != other and p.startswith(f"{other}/") for other in wanted))
 
 
 # --- observed --------------------------------------------------------------------------------------
@@ -324,7 +133,7 @@ def state_home() -> Path:
 
 
 def _record(home: Path, name: str) -> Path:
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UsageError(f"--name {name!r}: use lower-case letters, digits and hyphens, 31 at most")
     return home / f"{name}.json"
 
@@ -383,7 +192,7 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
     if (hosts := folder / "hosts.yml").exists() and not hosts.read_text().startswith(generated(options.name)):
         raise UsageError(f"{hosts} does not belong to testbed {options.name!r}: choose another folder with --inventory")
     lay_out(options.nodes, SUBNETS[0])
-    _require_root()
+    require_root()
     _require("podman", "ssh-keygen", "iptables|nft")
     options = _shared_folder(options)
     machine = this_machine(json.loads(_podman("info", "--format", "json")))
@@ -543,7 +352,7 @@ def _check_python(node: Mapping[str, str], python: str, image: str) -> None:
         )
 
 
-def _require_root() -> None:
+def require_root() -> None:
     if os.geteuid() != 0:
         raise InfrastructureError(
             "runner testbed must be run as root (found: an ordinary user, whose containers this machine cannot reach "
@@ -582,7 +391,7 @@ def down(name: str = DEFAULT_NAME, *, home: Path | None = None) -> bool:
     home = home or state_home()
     if _read_state(home, name) is None:
         return False
-    _require_root()
+    require_root()
     with _locked(_record(home, name)):
         if state := _read_state(home, name):
             _remove(home, state)
@@ -623,93 +432,3 @@ def dry_run(options: Options, *, home: Path | None = None) -> list[str]:
 
 
 # --- the command -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _shown() -> Iterator[OnProgress]:
-    """Progress on stderr: a line with the seconds left, or plain lines where there is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda what, left_s: click.echo(f"testbed: {what} (about {left_s:.0f} s left)", err=True)
-        return
-    from rich.console import Console
-    from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
-    from rich.text import Text
-
-    class Left(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            left_s = task.fields["end_s"] - time.monotonic()
-            return Text(f"about {left_s:.0f} s left" if left_s > 0 else "longer than usual")
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), Left())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None, end_s=0.0)
-
-        def show(what: str, left_s: float) -> None:
-            progress.update(task, description=what, end_s=time.monotonic() + left_s)
-
-        yield show
-
-
-_name_option = click.option(
-    "--name", default=DEFAULT_NAME, show_default=True, help="Several may exist side by side.", metavar="NAME"
-)
-
-
-@click.group()
-def testbed() -> None:
-    """Start and stop a cluster of containers on this machine."""
-
-
-@testbed.command("up")
-@click.option("--nodes", type=click.IntRange(1, MAX_NODES), default=8, show_default=True, help="How many nodes.")
-@_name_option
-@click.option("--inventory", type=click.Path(path_type=Path), metavar="DIR",
-              help="Folder for the generated inventory.  [default: inventory/testbed]")  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 4g.")
-@click.option("--cpus", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Processors of each node.")
-@click.option("--image", metavar="IMAGE", help="Build on this image of a registry instead of debootstrap.")
-@click.option("--share", type=click.Path(path_type=Path), metavar="DIR",
-              help="A folder that all nodes see at the same path and may write to.")  # fmt: skip
-@click.option("--dry-run", "dry", is_flag=True, help="Print what would be run and written.")
-def _up(dry: bool, **options: Any) -> None:
-    """Start the nodes and write their inventory. The first time it builds the image (about a minute)."""
-    wanted = Options(**options)
-    if wanted.memory and not re.fullmatch(r"[1-9][0-9]*[bkmg]?", wanted.memory):
-        raise UsageError(f"--memory {wanted.memory!r}: give a number with k, m or g, e.g. 4g")
-    if dry:
-        click.echo("\n".join(dry_run(wanted)))
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped either way, it removes what it started
-    started = time.monotonic()
-    with _shown() as on_progress:
-        state = up(wanted, on_progress)
-    count, folder = len(state["nodes"]), Path(state["folder"])
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    took = "was up already" if state["already"] else f"is up after {time.monotonic() - started:.0f} s"
-    click.echo(f"testbed {wanted.name!r} {took}: {count} {'node' if count == 1 else 'nodes'}, inventory {shown}")
-    click.echo(f"next: runner bench -i {shown} --nodes {count} --model tiny")
-
-
-@testbed.command("down")
-@_name_option
-def _down(name: str) -> None:
-    """Stop and remove the nodes, their network and their inventory."""
-    click.echo(f"testbed {name!r} {'is down' if down(name) else 'was not up'}")
-
-
-@testbed.command("status")
-@_name_option
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def _status(name: str, as_json: bool) -> int:
-    """Show each node; ends with 3 unless all of them answer."""
-    _require_root()
-    nodes = status(name)
-    if as_json:
-        click.echo(json.dumps(nodes, indent=1))
-    elif not nodes:
-        click.echo(f"testbed {name!r} is not up: start it with `runner testbed up`")
-    else:
-        for node in nodes:
-            answer = "sshd answers" if node["sshd"] else "sshd does not answer"
-            click.echo(f"{node['name']}  {node['alias']}  {node['address']:<13}  {node['state']:<8}  {answer}")
-    return 0 if nodes and all(node["sshd"] for node in nodes) else EXIT_INFRASTRUCTURE

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.options import results_option, run_names
+from runner.cancel import cancel_jobs, slurm_of
+from runner.cli.options import results_option, run_names
 from runner.report.runs import (
     aliases_of,
     changes,
@@ -24,19 +25,15 @@ from runner.report.runs import (
     done_text,
     overview,
     overview_table,
-    span_text,
     verdict_text,
 )
 from runner.results import logs
 from runner.results.logs import Line, last_lines, parse_line, wanted
 
 if TYPE_CHECKING:
-    from runner.jobs import Slurm
     from runner.results.rundir import RunDir
 
 REFRESH_S = 1.0  # status.json changes at most once a second
-POLL_S = 2.0
-ANSWER_S = 120.0  # what Slurm may take to end a cancelled job
 
 
 run_argument = click.argument("name", metavar="[RUN]", required=False, shell_complete=run_names)
@@ -268,49 +265,7 @@ def _stop_jobs(run: RunDir, wait: bool) -> None:
     over = f"run {run.run_id} is not running: its state is {status['state']}"
     if not plan.get("slurm") or status["state"] == "complete":
         raise errors.UsageError(over)
-    cancelled = cancel_jobs(_slurm(run, plan), run.run_id, wait)
+    cancelled = cancel_jobs(slurm_of(run, plan), run.run_id, wait)
     if not cancelled:
         raise errors.UsageError(f"{over}; none of its jobs waits or runs")
     click.echo(f"run {run.run_id} had no controller; cancelled {', '.join(f'job {job_id}' for job_id in cancelled)}")
-
-
-def _slurm(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
-    """Slurm's commands where the run gave them."""
-    from dataclasses import replace
-
-    from runner import jobs
-    from runner.cluster import slurm as slurm_settings
-    from runner.cluster.inventory import by_word
-    from runner.plan.plan import Plan
-
-    settings = slurm_settings.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")
-    if settings.login is None:
-        return jobs.Slurm(settings)
-    planned = Plan.from_dict(plan)
-    nodes = [*planned.nodes, *planned.spares]
-    config = run.path / "ssh_config"
-    if not nodes or not config.exists():
-        raise errors.UsageError(f"run {run.run_id} kept no way to {settings.login}: use `scancel` there")
-    # The login host need not be one of the run's nodes; the ssh_config knows the whole inventory.
-    other = replace(nodes[0], name=settings.login, alias=settings.login, address=settings.login)
-    return jobs.Slurm(settings, by_word(nodes).get(settings.login, other), str(config))
-
-
-def cancel_jobs(commands: Slurm, run_id: str, wait: bool, sleep: Callable[[float], None] = time.sleep) -> list[str]:
-    """Cancel the jobs that Slurm still has of a run; returns their ids.
-
-    With `wait` it returns when they have ended; raises InfrastructureError when Slurm does not get that done.
-    """
-    cancelled = commands.of_run(run_id)
-    for job_id in cancelled:
-        commands.cancel(job_id)
-    waited = 0.0
-    while wait and (still := set(commands.of_run(run_id)) & set(cancelled)):
-        if waited > ANSWER_S:
-            left = ", ".join(f"job {job_id}" for job_id in sorted(still))
-            raise errors.InfrastructureError(
-                f"{left} cancelled {span_text(waited)} ago and not ended: look at `squeue` and at slurmd on its nodes"
-            )
-        sleep(POLL_S)
-        waited += POLL_S
-    return cancelled

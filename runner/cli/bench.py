@@ -1,7 +1,4 @@
-"""The command `runner`: parses, calls, and turns results into exit codes.
-
-Everything heavier than click is imported inside the command that needs it, so that `--help` answers at once.
-"""
+"""`runner bench`: benchmark nodes, or finish a run."""
 
 from __future__ import annotations
 
@@ -9,22 +6,20 @@ import json
 import os
 import secrets
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from runner import __version__, errors
+from runner import errors
+from runner.cli.options import inventory_option, read_inventory, results_option, run_names
 from runner.cluster.ssh import rendered
-from runner.options import inventory_option, read_inventory, results_option, run_names
 from runner.system import places
 from runner.system.places import cache_dir, state_dir
 
@@ -32,90 +27,7 @@ if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
 
 
-# Commands that live in other modules, imported when they are used: name -> (module, short help).
-_ELSEWHERE = {
-    "check": ("runner.provision", "Read back what nodes are now and show where they drifted."),
-    "data": ("runner.cli_data", "Prepare training data: tokenise, pack, cache."),
-    "runs": ("runner.runs", "Look at runs and stop them: list, show, tail, stop."),
-    "setup": ("runner.provision", "Bring nodes to the wanted state: site.yml, with progress and a table."),
-    "testbed": ("runner.testbed", "Start and stop a cluster of containers on this machine."),
-}
-
-
 BACKENDS = ("local", "ssh", "slurm")
-
-
-class _Commands(click.Group):
-    """A group that knows its lazy members' names and help without importing them, and suggests the nearest name."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _ELSEWHERE:
-            return getattr(import_module(_ELSEWHERE[cmd_name][0]), cmd_name)
-        return super().get_command(ctx, cmd_name)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = []
-        for name in self.list_commands(ctx):
-            if name in _ELSEWHERE:
-                rows.append((name, _ELSEWHERE[name][1]))
-            elif command := super().get_command(ctx, name):
-                rows.append((name, command.get_short_help_str(80)))
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError:
-            raise errors.unknown("command", args[0], self.list_commands(ctx)) from None
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="shakedown")
-def cli() -> None:
-    """Shakedown: bring up, benchmark and accept a multi-node GPU cluster."""
-
-
-def main() -> None:
-    """Entry point: one line per user error, a traceback for a bug."""
-
-    def leave(number: int, frame: object) -> None:
-        raise KeyboardInterrupt  # so that whatever is open is cleaned up
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
-    try:
-        sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
-    except errors.RunnerError as error:
-        _leave(error.exit_code, str(error), error.kind, error.nodes)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        hint = f" (see `{context.command_path} --help`)" if context else ""
-        _leave(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
-    except BrokenPipeError:  # `runner ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(errors.EXIT_OK)
-    except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
-        place = f"{error.filename}: " if error.filename else ""
-        text = f"{place}{(error.strerror or str(error)).lower()}"
-        _leave(errors.EXIT_INFRASTRUCTURE, text, errors.disk_kind(error))
-    except (KeyboardInterrupt, click.Abort):
-        _leave(errors.EXIT_INTERRUPTED, "interrupted")
-
-
-def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()) -> NoReturn:
-    """End with an error: a line for people, and for whoever asked for JSON one object, too."""
-    click.echo(f"runner: {message}", err=True)
-    if "--json" in sys.argv:  # a mistake may lie in the options themselves
-        told = {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
-        with suppress(OSError):  # nobody reads it
-            click.echo(json.dumps({"error": told}, indent=1))
-    sys.exit(code)
 
 
 def _names(kind: str) -> Callable[..., list[str]]:
@@ -139,7 +51,7 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
     return node.gpus or (len(names) if device == "cuda" else 2), device, hardware
 
 
-@cli.command()
+@click.command()
 @inventory_option
 @results_option
 @click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all.")
@@ -323,7 +235,7 @@ def _bench(
         data = _prepare(planned, planned.cells, display)
         policy = Policy(retries, replace_bad_nodes)
         summary = execute(planned, run, state_dir(), carrier, display, data, policy, reach, {})
-    return _conclude(run, summary, as_json)
+    return print_conclusion(run, summary, as_json)
 
 
 def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_config: str | None) -> Any:
@@ -409,7 +321,7 @@ def _resume(
         policy = Policy(retries, replace_bad_nodes, accept_drift)
         carrier = reach.transport(run, planned.nodes[0], {} if accept_drift else resume.common(before))
         summary = execute(planned, run, state_dir(), carrier, display, data, policy, reach, bad)
-    return _conclude(run, summary, as_json)
+    return print_conclusion(run, summary, as_json)
 
 
 def _over(
@@ -505,7 +417,7 @@ def _prepare(planned: Any, cells: Iterable[Any], display: Any) -> str | None:
     return str(prepared.path)
 
 
-def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
+def print_conclusion(run: Any, summary: dict[str, Any], as_json: bool) -> int:
     """Print what came out; the exit code says the same."""
     from runner.report import terminal
 
@@ -525,76 +437,3 @@ def _conclude(run: Any, summary: dict[str, Any], as_json: bool) -> int:
         return errors.EXIT_INFRASTRUCTURE
     missed = summary["verdict"] not in ("pass", "not_judged") or summary["findings"]
     return errors.EXIT_TARGET_MISSED if missed else errors.EXIT_OK
-
-
-@cli.command()
-@results_option
-@click.argument("name", metavar="[RUN]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.pass_context
-def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -> None:
-    """Judge a run again and rewrite its report; default: the newest run."""
-    from runner.report import conclude
-    from runner.results.rundir import RunDir
-
-    run = RunDir.find(results, name)
-    ctx.exit(_conclude(run, conclude.judge(run), as_json))
-
-
-@cli.command("inventory")
-@inventory_option
-@click.option("--hosts", metavar="SET", help="Only these nodes.")
-@click.option(
-    "--ssh-config",
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Write ssh_config and known_hosts there.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
-def show_inventory(source: str | None, hosts: str | None, folder: Path | None, as_json: bool) -> None:
-    """The nodes as the product sees them; or the ssh_config that reaches them."""
-    from dataclasses import asdict
-
-    from tabulate import tabulate
-
-    from runner.cluster.inventory import select
-    from runner.cluster.ssh import known_hosts, ssh_config
-    from runner.system.files import disk_errors, write_text_atomic
-
-    inventory = read_inventory(source)
-    nodes = select(inventory, hosts)
-    if folder is not None:
-        with disk_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            pinned = (folder / "known_hosts").absolute()
-            write_text_atomic(pinned, known_hosts(inventory))
-            write_text_atomic(folder / "ssh_config", ssh_config(inventory, str(pinned)))
-        click.echo(f"ssh -F {shlex.quote(str(folder / 'ssh_config'))} {nodes[0].alias}")
-    elif as_json:
-        click.echo(json.dumps([asdict(node) for node in nodes], indent=1))
-    else:
-        rows = [
-            {
-                "alias": n.alias, "name": n.name, "address": f"{n.address}:{n.port}", "user": n.user,
-                "gpus": n.gpus or "auto", "hardware": n.hardware, "nics": f"{n.nics} × {n.nic_gbit_per_s or '?'} Gb/s",
-                "host key": "pinned" if n.host_key else "known_hosts",
-            }
-            for n in nodes
-        ]  # fmt: skip
-        click.echo(tabulate(rows, headers="keys"))
-
-
-@cli.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the completion script: eval "$(runner completion bash)"."""
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None
-    click.echo(kind(cli, {}, "runner", "_RUNNER_COMPLETE").source())
-
-
-if __name__ == "__main__":
-    main()
