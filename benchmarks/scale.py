@@ -120,8 +120,9 @@ def jobs(planned: Any) -> dict[tuple[str, str], str]:
 
 def sbatch_files(planned: Any) -> dict[str, str]:
     """The Slurm script of each cell of a plan for backend slurm, on named hosts: the longest kind of request."""
-    from runner import allocations, slurm
     from runner.cluster import slurm as slurm_settings
+    from runner.launch.slurm import allocations
+    from runner.launch.slurm import script as slurm
 
     settings = slurm_settings.Settings(partition="batch", account="perf")
     known = tuple(node.alias for node in planned.nodes)
@@ -136,7 +137,7 @@ def sbatch_files(planned: Any) -> dict[str, str]:
 
 def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, dict[str, Any]]]:
     """Talks and outcomes of the largest cell after one rank died and every other rank lost its peers."""
-    from runner.backends import Talk
+    from runner.launch.talk import Talk
 
     hosts = max(planned.cells, key=lambda cell: cell.num_nodes).hosts
     lost = [f"frame {n} of a traceback, as long as such lines usually are: /opt/env/lib/python" for n in range(19)]
@@ -157,8 +158,8 @@ class Steps:
         self.seconds: dict[str, float] = {}
         given = listing(num_nodes)
         self._timed("imports: runner, pydantic, ClusterShell", self._imports)
-        from runner import blame
         from runner.cluster import inventory, ssh
+        from runner.launch import blame
         from runner.plan import build, describe
         from runner.system import nodeset
 
@@ -303,8 +304,9 @@ class Fleet:
     """One controller with `num_agents` agents, measured while all of them stream."""
 
     def __init__(self, num_agents: int, step_s: float, window_s: float, leave: bool, folder: Path) -> None:
-        from runner import backends, cells
         from runner.cluster import inventory
+        from runner.launch import signals, watch
+        from runner.launch import talk as backends
         from runner.plan import build
         from runner.report.progress import Display
 
@@ -313,8 +315,8 @@ class Fleet:
         # The cell is only asked for its limit and its launcher; the agents get requests of their own.
         cell = build.build(_only(request(1), num_agents), source.nodes).cells[0]
         self.files = Files(folder)
-        self.stop = cells.Stop(Display(quiet=True))
-        self.cell = cells.CellRun(
+        self.stop = signals.Stop(Display(quiet=True))
+        self.cell = watch.CellRun(
             cell, self.stop, lambda done, phase: None, self._line, deadline=time.monotonic() + 900
         )
         argv = [sys.executable, *backends.AGENT]
@@ -326,7 +328,7 @@ class Fleet:
         self.ended: Moment | None = None
 
     def _request(self, host: str, step_s: float) -> dict[str, Any]:
-        from runner import backends
+        from runner.launch import talk as backends
 
         return {
             "kind": "cell",
@@ -371,7 +373,7 @@ class Fleet:
 
     def run(self) -> dict[str, Any]:
         """Start all, stream for the window, stop all; what each phase took."""
-        from runner import backends
+        from runner.launch import talk as backends
 
         before_mib, started, cpu_s = _peak_mib(), time.monotonic(), time.process_time()
         with contextlib.suppress(KeyboardInterrupt):

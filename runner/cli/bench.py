@@ -205,8 +205,9 @@ def _bench(
         click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else _describe(planned, planned.cells))
         return errors.EXIT_OK
 
-    from runner import allocations, preflight
-    from runner.bench import Policy, execute
+    from runner.launch import preflight
+    from runner.launch.run import Policy, execute
+    from runner.launch.slurm import allocations
     from runner.results.rundir import RunDir
 
     # Refuse what cannot be planned before anything is asked of the nodes.
@@ -242,15 +243,15 @@ def _cluster(settings: Mapping[str, Any] | None, inventory: Inventory, ssh_confi
     """Slurm, where the run goes through it."""
     if settings is None:
         return None
-    from runner import allocations
     from runner.cluster import slurm as slurm_settings
+    from runner.launch.slurm import allocations
 
     return allocations.cluster(slurm_settings.settings(settings, "slurm"), inventory.hosts, ssh_config)
 
 
 def _describe(planned: Any, cells: Sequence[Any]) -> str:
     """The plan for a person; under Slurm with the files that would be submitted."""
-    from runner import allocations
+    from runner.launch.slurm import allocations
     from runner.plan import describe
     from runner.system.nodeset import fold
 
@@ -269,8 +270,9 @@ def _resume(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    from runner import preflight, resume
-    from runner.bench import Policy, execute
+    from runner.launch import drift as resume
+    from runner.launch import preflight
+    from runner.launch.run import Policy, execute
     from runner.report.progress import Display
     from runner.results.rundir import RunDir
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.cancel import cancel_jobs, slurm_of
 from runner.cli.options import results_option, run_names
+from runner.launch.slurm.cancel import cancel_jobs, slurm_of
 from runner.report.runs import (
     aliases_of,
     changes,

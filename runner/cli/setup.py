@@ -220,10 +220,9 @@ _SURVEYED = {"usable": errors.EXIT_OK, "down": errors.EXIT_INFRASTRUCTURE, "refu
 
 
 def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str], dry_run: bool, as_json: bool) -> int:
-    from runner import allocations, survey
     from runner.cluster import slurm as slurm_settings
     from runner.cluster.inventory import select
-    from runner.launch.slurm import capacity
+    from runner.launch.slurm import allocations, capacity, survey
     from runner.plan import config
 
     overrides = config.parse_settings(settings)

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import cells, preflight
-from runner.backends import Talk
 from runner.errors import InfrastructureError
 from runner.failures import Problem
+from runner.launch import preflight, watch
+from runner.launch.talk import Talk
 from runner.results import celldir
 
 
@@ -74,10 +74,10 @@ class Clock(SimpleNamespace):
     asked = False
 
 
-def cell_run(cluster, **changes) -> cells.CellRun:
+def cell_run(cluster, **changes) -> watch.CellRun:
     launch = SimpleNamespace(head=changes.pop("head", None))
     cell = SimpleNamespace(launch=launch, hosts=("a", "b"), params={"timeout_s": 60})
-    run = cells.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
+    run = watch.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
     run.talks = talks("a", "b")
     for talk in run.talks:
         talk.rc = None
@@ -96,7 +96,7 @@ def test_others_are_stopped_soon_after_a_failure(cluster):
     run = cell_run(cluster)
     assert run.word(run.talks[0]) is None
     run.hear(run.talks[1], outcome(rc=1))
-    run.first_failure -= cells.SETTLE_S + 0.1
+    run.first_failure -= watch.SETTLE_S + 0.1
     assert run.word(run.talks[0]) == "stop"
 
 
@@ -104,7 +104,7 @@ def test_a_cell_that_overruns_is_asked_where_it_stands_and_is_incomplete(cluster
     run = cell_run(cluster)
     run.deadline = time.monotonic() - 1
     assert run.word(run.talks[0]) == "stacks"  # where do you stand? then
-    run.reason_at -= cells.STACKS_S
+    run.reason_at -= watch.STACKS_S
     assert run.word(run.talks[0]) == "stop"
     for talk in run.talks:
         run.hear(talk, outcome(rc=None, stopped="stop"))

@@ -10,8 +10,8 @@ import pytest
 
 from runner.cluster.slurm import Settings
 from runner.launch.slurm import capacity
+from runner.launch.slurm.answers import SEPARATOR
 from runner.launch.slurm.capacity import Partition, SlurmNode
-from runner.slurm import SEPARATOR
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from test_jobs import DOWN, Commands, cluster, for_ever, line
 
-from runner import following, jobs
-from runner.backends import Talk
 from runner.cluster import slurm as slurm_settings
+from runner.launch.slurm import commands as jobs
+from runner.launch.slurm import follow as following
+from runner.launch.talk import Talk
 from runner.system.process import Outcome
 
 # --- waiting --------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from runner import jobs, slurm
 from runner.cluster import inventory
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
+from runner.launch.slurm import answers as slurm
+from runner.launch.slurm import commands as jobs
 from runner.system.process import Outcome
 
 SCRIPT = "#!/bin/bash\n#SBATCH --job-name=shakedown-r-c-1\n"

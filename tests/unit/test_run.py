@@ -14,13 +14,16 @@ import test_plan
 from test_jobs import Commands, line
 from test_jobs import cluster as slurm_commands
 
-from runner import allocations, bench, blame, preflight, resume, slurm
-from runner.cells import CellRun, Course, Stop
 from runner.cli import runs
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
 from runner.failures import Problem
+from runner.launch import blame, drift, preflight
+from runner.launch import run as bench
+from runner.launch.signals import Stop
+from runner.launch.slurm import allocations, answers
+from runner.launch.watch import CellRun, Course
 from runner.plan import build, plan
 from runner.report.progress import Display
 from runner.results import celldir
@@ -74,7 +77,7 @@ class Nodes:
 
 
 def bench_talk(host: str):
-    from runner.backends import Talk
+    from runner.launch.talk import Talk
 
     return Talk(host, (), {}, rc=0)
 
@@ -216,7 +219,7 @@ def interrupted(cluster: Inventory, tmp_path: Path) -> tuple[plan.Plan, RunDir]:
 def test_only_what_is_missing_runs_again_and_nothing_is_counted_twice(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
     before = run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns
-    nodes, status, _ = carry_out(resume.load(run))
+    nodes, status, _ = carry_out(drift.load(run))
     assert [cell for cell, _, _ in nodes.tried] == ["torch-2n-r1"]
     assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
     assert run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns == before
@@ -227,7 +230,7 @@ def test_a_cell_that_had_ended_before_its_controller_did_is_taken(cluster, tmp_p
     _, run = interrupted(cluster, tmp_path)
     for host in NAMES[:2]:
         (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
-    nodes, status, _ = carry_out(resume.load(run))
+    nodes, status, _ = carry_out(drift.load(run))
     assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
 
 
@@ -239,7 +242,7 @@ def test_what_an_earlier_attempt_left_on_the_nodes_is_not_taken_for_the_last_one
     run.write_plan(data)
     for host in NAMES[:2]:
         (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))
-    nodes, _, _ = carry_out(resume.load(run))
+    nodes, _, _ = carry_out(drift.load(run))
     assert [cell for cell, *_ in nodes.tried] == ["torch-2n-r1"]
 
 
@@ -247,12 +250,12 @@ def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path, held):
     _, run = interrupted(cluster, tmp_path)
     with held(run) as controller:
         with pytest.raises(UsageError, match=f"is running .process {controller.pid}"):
-            resume.refuse_running(run, print)
+            drift.refuse_running(run, print)
         with pytest.raises(UsageError, match="is running"), run.alive():
             pass
         controller.kill()
     with run.alive():  # whoever holds it reads what the dead one left
-        assert resume.load(run).run_id == run.run_id
+        assert drift.load(run).run_id == run.run_id
         assert run.read_status()["cells"]["torch-2n-r1"]["state"] == "incomplete"
 
 
@@ -261,18 +264,18 @@ def test_a_run_that_is_carried_out_on_another_machine_is_refused_while_that_live
     run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
     notes: list[str] = []
     with beating(run), pytest.raises(UsageError, match=r"carried out on login2 \(process 4711\)"):
-        resume.refuse_running(run, notes.append)
+        drift.refuse_running(run, notes.append)
     assert notes == [f"seeing for 15 s whether login2 (process 4711) still carries out run {run.run_id}"]
-    resume.refuse_running(run, notes.append)  # it died there
+    drift.refuse_running(run, notes.append)  # it died there
 
 
 def test_a_run_whose_controller_died_on_another_machine_is_taken_up(cluster, tmp_path, beating):
     """Whoever holds a run shows that he lives, and must not take himself for the other."""
     _, run = interrupted(cluster, tmp_path)
     run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
-    resume.refuse_running(run, print)
+    drift.refuse_running(run, print)
     with run.alive():
-        _, status, _ = carry_out(resume.load(run))
+        _, status, _ = carry_out(drift.load(run))
     assert set(states(status).values()) == {"complete"}
 
 
@@ -321,9 +324,9 @@ def test_a_cell_that_does_not_stand_is_not_taken_for_measured_after_a_stop(clust
     measure(built, run)
     for cell in ("torch-1n-r1", "torch-2n-r1"):
         missing(run, cell, "plan_changed")
-    assert measure(resume.load(run), run, stopped_in="torch-1n-r1") == ["1n"]
+    assert measure(drift.load(run), run, stopped_in="torch-1n-r1") == ["1n"]
     assert run.read_status()["cells"]["torch-2n-r1"]["error"]["kind"] == "plan_changed"
-    assert measure(resume.load(run), run) == ["1n", "2n"]
+    assert measure(drift.load(run), run) == ["1n", "2n"]
 
 
 def test_an_edited_plan_measures_its_cells_again(cluster, tmp_path):
@@ -332,41 +335,41 @@ def test_an_edited_plan_measures_its_cells_again(cluster, tmp_path):
     data["cells"][0]["params"]["iters"] = 99
     run.write_plan(data)
     status = run.read_status()
-    assert resume.reopen(resume.load(run), status, {}) == ["torch-1n-r1"]
+    assert drift.reopen(drift.load(run), status, {}) == ["torch-1n-r1"]
     assert status["cells"]["torch-1n-r1"]["error"]["kind"] == "plan_changed"
 
 
 def test_a_changed_environment_is_named_by_property_and_nodes(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
-    before = resume.measured(run, built, run.read_status())
+    before = drift.measured(run, built, run.read_status())
     assert list(before) == ["torch-1n-r1"]
     now = {name: facts.environment({**FACTS, "packages": {"torch": "2.12.1"}}) for name in NAMES}
-    changed = resume.drift({**before, "other": {NAMES[1]: before["torch-1n-r1"][NAMES[0]]}}, now)
+    changed = drift.drift({**before, "other": {NAMES[1]: before["torch-1n-r1"][NAMES[0]]}}, now)
     aliases = {node.name: node.alias for node in cluster.nodes}
-    assert resume.describe(changed, aliases) == "torch 2.13.0 -> 2.12.1 on node[001-002]"
+    assert drift.describe(changed, aliases) == "torch 2.13.0 -> 2.12.1 on node[001-002]"
     veth = {"name": "veth1", "speed_mbit_per_s": 10000, "mtu": 1500, "driver": None}
     same = facts.environment({**FACTS, "boot_id": "another", "hostname": "m", "nics": [veth]})
-    assert resume.drift(before, {name: same for name in NAMES}) == {}, "neither a reboot nor a container is one"
+    assert drift.drift(before, {name: same for name in NAMES}) == {}, "neither a reboot nor a container is one"
 
 
 def test_a_node_that_left_the_inventory_is_named(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     smaller = replace(cluster, nodes=cluster.nodes[:1])
     with pytest.raises(UsageError, match=f"needs {NAMES[1]}"):
-        resume.renew(built, smaller, run, None)
+        drift.renew(built, smaller, run, None)
 
 
 def test_nodes_are_reached_as_the_inventory_says_today(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     moved = replace(cluster, nodes=tuple(replace(node, address=f"10.9.9.{n}") for n, node in enumerate(cluster.nodes)))
-    renewed = resume.renew(built, moved, run, "/tmp/new/ssh_config")
+    renewed = drift.renew(built, moved, run, "/tmp/new/ssh_config")
     assert renewed.nodes[0].address == "10.9.9.0"
     assert "--master-addr=10.9.9.0" in renewed.cells[0].launch.argv[0]
 
 
 def test_a_bad_node_is_done_without_from_the_start(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
-    built = replace(resume.load(run), spares=cluster.nodes[3:4])
+    built = replace(drift.load(run), spares=cluster.nodes[3:4])
     bad = {NAMES[1]: [Problem("refused_key", "it refuses the key"), Problem("clock", "its clock is late")]}
     nodes, status, _ = carry_out(built, replace_bad=True, bad=bad)
     assert nodes.tried[0][1] == (NAMES[0], NAMES[3])
@@ -377,7 +380,7 @@ def test_a_bad_node_is_done_without_from_the_start(cluster, tmp_path):
 def test_a_cell_that_cannot_run_without_a_bad_node_fails_for_what_is_wrong_with_it(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
     bad = {NAMES[1]: [Problem("clock", "its clock is late")]}
-    _, status, _ = carry_out(resume.load(run), replace_bad=True, bad=bad)
+    _, status, _ = carry_out(drift.load(run), replace_bad=True, bad=bad)
     error = status["cells"]["torch-2n-r1"]["error"]
     assert (error["kind"], error["host"]) == ("clock", NAMES[1])
 
@@ -385,7 +388,7 @@ def test_a_cell_that_cannot_run_without_a_bad_node_fails_for_what_is_wrong_with_
 def test_nodes_without_work_get_no_data(cluster, tmp_path):
     """One that was replaced and is dead since would otherwise stop every later resume."""
     built, run = interrupted(cluster, tmp_path)
-    built = replace(resume.load(run), nodes=cluster.nodes[:4])
+    built = replace(drift.load(run), nodes=cluster.nodes[:4])
     nodes = Nodes(run)
     again = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", bench.Policy(), Reach())
     again.execute({})
@@ -421,7 +424,7 @@ def test_a_run_of_an_earlier_version_is_taken_up(cluster, tmp_path):
     old = ("state", "started", "ended", "error")
     cells = {name: {key: cell[key] for key in old} for name, cell in status["cells"].items()}
     run.write_status({"state": "running", "cells": cells})
-    _, status, _ = carry_out(resume.load(run))
+    _, status, _ = carry_out(drift.load(run))
     assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
     assert status["cells"]["torch-2n-r1"]["attempt"] == 2
 
@@ -491,7 +494,7 @@ def test_slurms_own_name_of_a_node_wins_over_its_place_in_the_inventory():
 
 def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:
     """Slurm's commands that know the run's nodes by their aliases, and job 7, which runs on `placed`."""
-    nodes = "".join(slurm.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in built.nodes)
+    nodes = "".join(answers.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in built.nodes)
     commands = Commands(
         sbatch=["7\n"], sinfo=[nodes], scontrol=["PartitionName=p"], squeue=[line("7", "RUNNING", nodes=placed)]
     )
@@ -509,7 +512,7 @@ def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allo
 )
 def test_a_node_that_slurm_does_not_use_has_a_kind(cluster, state, reason, kind):
     listed = [("node001", "idle", "none"), ("node002", state, reason or "none")]
-    sinfo = "".join(slurm.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
     commands = slurm_commands(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     found = allocations.problems(commands, cluster.nodes[:3])
     assert {name: one.kind for name, one in found.items()} == {NAMES[1]: kind, NAMES[2]: "not_in_slurm"}
@@ -542,7 +545,7 @@ def test_a_prolog_that_failed_under_srun_is_told_of_its_node(cluster, tmp_path):
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
     watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
     watch.talks[0].stderr = ["srun: error: Task launch for 23.0 failed on node node002: Job prolog failed"]
-    info = slurm.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
     error = carrier._fault(info, watch, built)
     assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
 
@@ -551,12 +554,12 @@ def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(clust
     built = replace(planned(cluster, tmp_path), backend="slurm")
     run = RunDir.create(tmp_path, built.to_dict())
     listed = [("node001", "idle", "none"), ("node002", "drained", "Prolog error")]
-    sinfo = "".join(slurm.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
     commands = slurm_commands(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     carrier = allocations.Allocations(run, None, commands, {}, {})
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
     watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
-    info = slurm.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
     error = carrier._fault(info, watch, built)
     assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
     assert error["message"].endswith("before any node answered; " + f"{NAMES[1]}: Slurm says drained (Prolog error)")
@@ -569,7 +572,7 @@ def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp
     [cell] = built.cells
     heard: list[tuple[str, str, dict]] = []
 
-    def on_job(info: slurm.JobInfo) -> None:
+    def on_job(info: answers.JobInfo) -> None:
         heard.append((info.job_id, info.state, dict(course.allocation)))
         assert not commands.named("squeue")
 
@@ -606,7 +609,7 @@ def test_a_node_that_left_the_inventory_does_not_matter_where_all_its_cells_are_
     status = run.read_status()
     status["cells"]["torch-2n-r1"].update(state="complete")
     run.write_status(status)
-    renewed = resume.renew(built, replace(cluster, nodes=cluster.nodes[:1]), run, None)
+    renewed = drift.renew(built, replace(cluster, nodes=cluster.nodes[:1]), run, None)
     assert [node.name for node in renewed.nodes] == NAMES[:2]
 
 
@@ -614,7 +617,7 @@ def test_a_job_that_had_ended_well_is_taken_even_if_slurm_has_forgotten_it(clust
     _, run = interrupted(cluster, tmp_path)
     for host in NAMES[:2]:
         (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
-    nodes, status, _ = carry_out(replace(resume.load(run), backend="slurm"))
+    nodes, status, _ = carry_out(replace(drift.load(run), backend="slurm"))
     assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
 
 
@@ -670,16 +673,16 @@ def test_what_was_complete_runs_after_what_was_missing(cluster, tmp_path):
     run = three_measured(cluster, tmp_path)
     missing(run, "torch-2n-r1")
     missing(run, "torch-3n-r1")
-    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["2n", "3n", "1n"]
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["2n", "3n", "1n"]
     assert versions(run) == {"2.12.1"}
 
 
 def test_what_is_to_be_measured_again_is_so_after_a_stop_too(cluster, tmp_path):
     run = three_measured(cluster, tmp_path)
     missing(run, "torch-3n-r1")
-    stopped = measure(resume.load(run), run, DRIFT, stopped_in="torch-1n-r1", torch="2.12.1")
+    stopped = measure(drift.load(run), run, DRIFT, stopped_in="torch-1n-r1", torch="2.12.1")
     assert stopped == ["3n", "1n"]
-    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["1n", "2n"]
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["1n", "2n"]
     assert versions(run) == {"2.12.1"}
 
 
@@ -690,7 +693,7 @@ def test_a_cell_that_ended_without_its_controller_may_be_of_the_older_environmen
     status["state"] = "running"
     status["cells"]["torch-2n-r1"].update(state="running", ended=None, plan_hash=None)
     run.write_status(status)
-    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["3n", "1n", "2n"]
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["3n", "1n", "2n"]
     assert versions(run) == {"2.12.1"}
 
 
@@ -699,7 +702,7 @@ def test_what_is_measured_again_is_not_so_on_a_node_that_was_given_up(cluster, t
     missing(run, "torch-3n-r1")
     policy = bench.Policy(0, True, True)
     fault = ("3n", "node_failed", NAMES[0])
-    assert measure(resume.load(run), run, policy, [fault], torch="2.12.1") == ["3n", "3n", "1n", "2n"]
+    assert measure(drift.load(run), run, policy, [fault], torch="2.12.1") == ["3n", "3n", "1n", "2n"]
     assert set(states(run.read_status()).values()) == {"complete"}
     assert all(NAMES[0] not in cell["hosts"] for cell in run.read_plan()["cells"])
 
@@ -707,15 +710,15 @@ def test_what_is_measured_again_is_not_so_on_a_node_that_was_given_up(cluster, t
 def test_over_ssh_nodes_were_asked_already_and_nothing_more_runs_again(cluster, tmp_path):
     """Nodes may differ among each other, and a newer cell may run on others."""
     _, run = interrupted(cluster, tmp_path)
-    assert measure(resume.load(run), run, DRIFT, torch="2.12.1") == ["2n"]
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["2n"]
 
 
 def test_what_differs_between_nodes_anyway_is_no_change():
     old = {"driver": "570", "torch": "2.13.0"}
     before = {"a": {"n1": old, "n2": {**old, "driver": "580"}}}
-    assert resume.outdated(before, {"n3": {**old, "driver": "590"}}) == {}
-    assert resume.outdated(before, {"n1": {**old, "driver": "590"}}) == {"a": {"n1": ["driver 570 -> 590"]}}
-    assert facts.changes(resume.common(before), {**old, "env.NCCL_DEBUG": "INFO"}) == ["env.NCCL_DEBUG absent -> INFO"]
+    assert drift.outdated(before, {"n3": {**old, "driver": "590"}}) == {}
+    assert drift.outdated(before, {"n1": {**old, "driver": "590"}}) == {"a": {"n1": ["driver 570 -> 590"]}}
+    assert facts.changes(drift.common(before), {**old, "env.NCCL_DEBUG": "INFO"}) == ["env.NCCL_DEBUG absent -> INFO"]
 
 
 def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
@@ -725,7 +728,7 @@ def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
     class Unheard(Nodes):
         def converse(self, planned, cell, watch, data, course):
             watch.stop.asked = True
-            course.on_job(slurm.JobInfo("7", "x", "running", "RUNNING", "", (), None))
+            course.on_job(answers.JobInfo("7", "x", "running", "RUNNING", "", (), None))
             return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
 
     bench.Run(built, run, Unheard(run), Display(quiet=True), None, bench.Policy(), Reach()).execute({})

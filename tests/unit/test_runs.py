@@ -20,11 +20,11 @@ from click.testing import CliRunner
 
 from conftest import NAMES
 from golden_files import check as golden
-from runner import jobs
-from runner.cancel import cancel_jobs
 from runner.cli.main import cli
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
+from runner.launch.slurm import commands
+from runner.launch.slurm.cancel import cancel_jobs
 from runner.report.runs import changes, describe, details, nodes_text, overview, overview_table
 from runner.results.rundir import RunDir
 from runner.system.process import Outcome
@@ -484,7 +484,7 @@ class Cluster:
         self.slept += seconds
 
     def cancel(self, wait=True):
-        return cancel_jobs(jobs.Slurm(slurm_settings.Settings(), run=self.run), RUN, wait, self.sleep)
+        return cancel_jobs(commands.Slurm(slurm_settings.Settings(), run=self.run), RUN, wait, self.sleep)
 
 
 def test_jobs_left_behind_are_cancelled_by_id_and_those_of_others_are_not():

@@ -12,11 +12,16 @@ from test_jobs import DOWN, Commands, for_ever
 from test_run import FACTS, Reach, bench_talk, missing, planned, slurm_commands, states
 
 from conftest import NAMES
-from runner import allocations, bench, blame, jobs, resume, slurm
 from runner.cli import runs
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError
+from runner.launch import blame
+from runner.launch import drift as resume
+from runner.launch import run as bench
+from runner.launch.slurm import allocations, answers
+from runner.launch.slurm import commands as jobs
+from runner.launch.slurm.script import cells_of, render
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system import nodeset
@@ -40,7 +45,7 @@ class Together(allocations.Allocations):
             watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
             return fault
         if isinstance(fault, dict):
-            course.on_job(slurm.JobInfo(job_id, script.stem, "time_limit", "TIMEOUT", "", (), None))
+            course.on_job(answers.JobInfo(job_id, script.stem, "time_limit", "TIMEOUT", "", (), None))
             return fault
         if fault == "stop":
             watch.stop.asked = True
@@ -57,7 +62,7 @@ class Queue(Commands):
     """A Slurm that numbers jobs from `first` on and has them in its queue until they are cancelled."""
 
     def __init__(self, cluster: Inventory, first: int) -> None:
-        names = "".join(slurm.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in cluster.nodes)
+        names = "".join(answers.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in cluster.nodes)
         super().__init__(sinfo=[names], scontrol=["PartitionName=p"], squeue=[""], scancel=[""], sbatch=[""])
         self.jobs: dict[str, str] = {}
         self.next = first
@@ -73,12 +78,12 @@ class Queue(Commands):
             self.answers["sbatch"] = iter([f"{self.next}\n"])
             self.next += 1
         elif argv[0] == "squeue":
-            whole = {slurm.whole(job): name for job, name in self.jobs.items()}
+            whole = {answers.whole(job): name for job, name in self.jobs.items()}
             self.answers["squeue"] = iter(["".join(f"{job} {name}\n" for job, name in whole.items())])
         elif argv[0] == "scancel" and self.silent:
             self.answers["scancel"] = iter([(1, DOWN)])
         elif argv[0] == "scancel":
-            self.jobs = {job: name for job, name in self.jobs.items() if argv[-1] not in (job, slurm.whole(job))}
+            self.jobs = {job: name for job, name in self.jobs.items() if argv[-1] not in (job, answers.whole(job))}
             self.answers["scancel"] = iter([""])
         return super().__call__(argv, **options)
 
@@ -165,8 +170,8 @@ def test_cells_of_one_size_share_an_array_and_sizes_follow_each_other(cluster, t
     assert carrier.tried == [(n, f"{job}_{task}", None) for n, job in ((1, 7), (2, 8)) for task in (0, 1)]
     assert commands.named("scancel") == []
     first, second = sorted(path.read_text() for path in carrier.run.path.glob("slurm/*array*.sbatch"))
-    assert slurm.cells_of(first) == ["torch-1n-r1", "torch-1n-r2"] and "--nodes=1\n" in first
-    assert slurm.cells_of(second) == ["torch-2n-r1", "torch-2n-r2"] and "--nodes=2\n" in second
+    assert cells_of(first) == ["torch-1n-r1", "torch-1n-r2"] and "--nodes=1\n" in first
+    assert cells_of(second) == ["torch-2n-r1", "torch-2n-r2"] and "--nodes=2\n" in second
 
 
 def test_a_retry_in_an_array_comes_after_the_other_tasks(cluster, tmp_path):
@@ -269,7 +274,7 @@ def test_a_cell_that_was_given_up_is_in_no_later_job(cluster, tmp_path):
     carried.execute({})
     assert carrier.tried == [(1, "7", 0), (2, "7", 1), (2, "8", 0), (3, "8", 1)]
     script = next(carrier.run.path.glob("slurm/*all-torch-2n-r1-2.sbatch")).read_text()
-    assert slurm.cells_of(script) == ["torch-2n-r1", "torch-3n-r1"]
+    assert cells_of(script) == ["torch-2n-r1", "torch-3n-r1"]
 
 
 def test_only_jobs_of_the_run_that_have_not_ended_are_cancelled(cluster, tmp_path):
@@ -314,7 +319,7 @@ def test_a_job_whose_id_was_never_noted_has_the_cells_of_its_file(cluster, tmp_p
     carrier, _, carried = together(cluster, tmp_path, {("7", 0): failed(), ("7", 1): failed("time_limit")})
     carried.execute({})
     run = carrier.run
-    missed = slurm.render(carrier.job(carried.plan, "x", carried.plan.cells[1:], None), carrier.settings(carried.plan))
+    missed = render(carrier.job(carried.plan, "x", carried.plan.cells[1:], None), carrier.settings(carried.plan))
     run.slurm(f"shakedown-{run.run_id}-all-torch-2n-r1-1").write_text(missed)
     status = run.read_status()
     for name in ("torch-2n-r1", "torch-3n-r1"):
@@ -389,7 +394,7 @@ def test_no_other_array_is_submitted_while_a_reopened_cells_task_goes_on(cluster
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1, 2, 3), 2, kind=Facts, drift=True)
     carrier.torch = "2.12.1"
     carried.execute({})
-    arrays = [slurm.whole(job) for _, job, _ in carrier.tried]
+    arrays = [answers.whole(job) for _, job, _ in carrier.tried]
     assert arrays == sorted(arrays, key=int), carrier.tried
 
 
@@ -558,7 +563,7 @@ def test_no_cell_is_in_two_jobs_where_the_answer_to_sbatch_was_lost(cluster, tmp
     carrier.cluster = jobs.Slurm(slurm_settings.Settings(), patience_s=0, run=queue)
     silent_is_said(carrier)
     carried.execute({})
-    held = [cell for argv, options in queue.calls if argv[0] == "sbatch" for cell in slurm.cells_of(options["input"])]
+    held = [cell for argv, options in queue.calls if argv[0] == "sbatch" for cell in cells_of(options["input"])]
     assert sorted(held) == sorted(set(held)), [job for job in queue.jobs]
 
 
@@ -619,7 +624,9 @@ def test_a_task_whose_job_is_found_by_its_name_has_no_retry_more_and_cancels_no_
     carrier, _, carried = of_sizes(cluster, tmp_path, {("7_1", None): failed("time_limit")}, (1,), 4)
     queue = Lost(cluster, 7)
     carrier.cluster = jobs.Slurm(slurm_settings.Settings(), patience_s=0, run=queue)
-    carrier.cluster.find = lambda name: next((slurm.whole(job) for job, its in queue.jobs.items() if its == name), None)
+    carrier.cluster.find = lambda name: next(
+        (answers.whole(job) for job, its in queue.jobs.items() if its == name), None
+    )
     silent_is_said(carrier)
     carried.execute({})
     assert [job for _, job, _ in carrier.tried] == ["7_1", "7_2", "7_3"], queue.named("scancel")
@@ -644,7 +651,7 @@ def never_heard(cluster, tmp_path, repeats: int = 3, array: bool = True, faults:
 def test_cells_of_a_job_that_never_came_to_slurm_share_the_next(cluster, tmp_path, array):
     carrier, _, carried = never_heard(cluster, tmp_path, array=array)
     carried.execute({})
-    assert len({slurm.whole(job) for _, job, _ in carrier.tried}) == 1, carrier.tried
+    assert len({answers.whole(job) for _, job, _ in carrier.tried}) == 1, carrier.tried
 
 
 def test_a_job_that_never_came_to_slurm_is_no_reason_for_an_attempt_more(cluster, tmp_path):

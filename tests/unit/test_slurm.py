@@ -16,12 +16,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from golden_files import check as golden
-from runner import slurm
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.slurm import Settings
 from runner.errors import InfrastructureError, UsageError
+from runner.launch.slurm import answers
+from runner.launch.slurm.script import STARTUP_S, Job, Step, cells_of, limit_s, render
 from runner.node import slurm_step
-from runner.slurm import Job, Step
 from runner.system import nodeset
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
@@ -113,9 +113,7 @@ def test_no_setting_ends_its_line_or_hides_an_option(text):
         except UsageError:
             continue
         (line,) = [
-            line
-            for line in options(slurm.render(cell(), settings))
-            if line not in options(slurm.render(cell(), Settings()))
+            line for line in options(render(cell(), settings)) if line not in options(render(cell(), Settings()))
         ]
         assert line.startswith("--") and len(line.split()) == 1 and not set(line) & set("\"'\\$#`")
 
@@ -191,19 +189,19 @@ def without_requests(script):
     ],
 )
 def test_the_whole_file(name, job, settings):
-    golden(f"slurm/{name}.sh", slurm.render(job, settings))
+    golden(f"slurm/{name}.sh", render(job, settings))
 
 
 @pytest.mark.parametrize("job", [cell(), cell(*SWEEP)])
 def test_the_batch_shell_expands_nothing_but_exit_statuses(job):
-    body = without_requests(slurm.render(job, Settings()))
+    body = without_requests(render(job, Settings()))
     kept = [line for line in body.splitlines() if "$" in line or ("`" in line and not line.startswith("#"))]
     assert set(kept) == {'result=$?; [ "$status" -ne 0 ] || status=$result', 'exit "$status"'}
     assert not re.search(r"\bset -|\beval\b", body)
 
 
 def test_of_an_array_the_batch_shell_expands_the_number_of_its_task_as_well():
-    body = without_requests(slurm.render(cell(*REPEATS, array=True), Settings()))
+    body = without_requests(render(cell(*REPEATS, array=True), Settings()))
     kept = {line for line in body.splitlines() if "$" in line}
     assert kept - {'result=$?; [ "$status" -ne 0 ] || status=$result', 'exit "$status"'} == {
         'case "$SLURM_ARRAY_TASK_ID" in'
@@ -215,7 +213,7 @@ def test_a_task_of_an_array_runs_its_own_cell(task, tmp_path):
     """By a real shell, with a stand-in for srun that shows what it is given."""
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$1"; cat\n')
     (tmp_path / "srun").chmod(0o755)
-    script = slurm.render(cell(*REPEATS, array=True), Settings())
+    script = render(cell(*REPEATS, array=True), Settings())
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(task)}
     done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True, check=True)
     first, _, request = done.stdout.partition("\n")
@@ -223,23 +221,23 @@ def test_a_task_of_an_array_runs_its_own_cell(task, tmp_path):
 
 
 def test_tasks_of_an_array_run_one_at_a_time_each_as_long_as_the_longest_may():
-    script = slurm.render(cell(*REPEATS, array=True), Settings())
+    script = render(cell(*REPEATS, array=True), Settings())
     assert {"--array=0-1%1", "--time=0-01:02:00"} <= set(options(script))
     assert any(line.startswith("--output=") and line.endswith(".log.%a") for line in options(script))
-    assert slurm.cells_of(script) == ["torch-2n-r1", "torch-2n-r2"]
+    assert cells_of(script) == ["torch-2n-r1", "torch-2n-r2"]
 
 
 def test_a_task_of_an_array_is_known_by_the_id_that_it_has_before_it_starts():
     inside = {"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "2"}
     assert slurm_step.own_id(inside) == "12_2" and slurm_step.own_id({"SLURM_JOB_ID": "14"}) == "14"
-    line = slurm.SEPARATOR.join(("12_2", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
-    rest = slurm.SEPARATOR.join(("12_[3-4%1]", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
-    assert slurm.parse_squeue(f"{line}\n{rest}\n").keys() == {"12_2"}
-    assert slurm.why_stuck("JobArrayTaskLimit") is None
+    line = answers.SEPARATOR.join(("12_2", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
+    rest = answers.SEPARATOR.join(("12_[3-4%1]", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
+    assert answers.parse_squeue(f"{line}\n{rest}\n").keys() == {"12_2"}
+    assert answers.why_stuck("JobArrayTaskLimit") is None
 
 
 def test_every_cell_gets_its_request_as_it_is():
-    script = slurm.render(cell(*SWEEP), Settings())
+    script = render(cell(*SWEEP), Settings())
     requests = re.findall(r"<<'(\w+)'\n(.*?)\n\1\n", script, flags=re.DOTALL)
     assert [json.loads(request) for _, request in requests] == [step.request for step in SWEEP]
 
@@ -248,7 +246,7 @@ def test_every_cell_gets_its_request_as_it_is():
 @given(st.dictionaries(st.text(), st.text() | st.sampled_from(["REQUEST", "a\nREQUEST\nb", "REQUEST1"]), max_size=4))
 def test_no_request_ends_its_own_document(request):
     try:
-        script = slurm.render(cell(Step("c", 1, request)), Settings())
+        script = render(cell(Step("c", 1, request)), Settings())
     except UsageError:
         assert slurm_settings.placeholder(json.dumps(request)) is not None
         return
@@ -257,15 +255,15 @@ def test_no_request_ends_its_own_document(request):
 
 
 def test_the_time_limit_is_what_the_cells_may_take_in_whole_minutes():
-    assert slurm.limit_s(cell(Step("c", 1, {}, timeout_s=61)), Settings()) == 240
-    assert slurm.limit_s(cell(*SWEEP), Settings()) == 4 * (3600 + slurm.STARTUP_S)
-    assert "--time=0-04:08:00" in options(slurm.render(cell(*SWEEP), Settings()))
-    assert "--time=1-00:01:00" in options(slurm.render(cell(), Settings(time_limit_s=86401)))
+    assert limit_s(cell(Step("c", 1, {}, timeout_s=61)), Settings()) == 240
+    assert limit_s(cell(*SWEEP), Settings()) == 4 * (3600 + STARTUP_S)
+    assert "--time=0-04:08:00" in options(render(cell(*SWEEP), Settings()))
+    assert "--time=1-00:01:00" in options(render(cell(), Settings(time_limit_s=86401)))
 
 
 def test_only_several_cells_in_one_allocation_have_limits_of_their_own():
-    assert "--time" not in without_requests(slurm.render(cell(), Settings())).partition("status=0")[2]
-    script = slurm.render(cell(*SWEEP), Settings())
+    assert "--time" not in without_requests(render(cell(), Settings())).partition("status=0")[2]
+    script = render(cell(*SWEEP), Settings())
     assert script.count("\nsrun ") == script.count(" --time=0-01:02:00 ") == 4
 
 
@@ -279,19 +277,17 @@ def test_only_several_cells_in_one_allocation_have_limits_of_their_own():
     ],
 )
 def test_gpus_are_asked_for_where_they_are_needed(device, settings, gres):
-    lines = options(slurm.render(cell(device=device), settings))
+    lines = options(render(cell(device=device), settings))
     assert [line for line in lines if line.startswith("--gres")] == ([gres] if gres else [])
 
 
 def test_secrets_are_handed_on_by_name_and_nothing_else_is():
-    assert "--export=NIL" in options(slurm.render(cell(), Settings()))
-    assert "--export=HF_TOKEN,WANDB_API_KEY" in options(
-        slurm.render(cell(secrets=("HF_TOKEN", "WANDB_API_KEY")), Settings())
-    )
+    assert "--export=NIL" in options(render(cell(), Settings()))
+    assert "--export=HF_TOKEN,WANDB_API_KEY" in options(render(cell(secrets=("HF_TOKEN", "WANDB_API_KEY")), Settings()))
 
 
 def test_blanks_survive_in_paths_and_percent_signs_are_no_patterns_of_sbatchs():
-    script = slurm.render(cell(python="/opt/my env/bin/python", log="/scratch/my run/%j.log"), Settings())
+    script = render(cell(python="/opt/my env/bin/python", log="/scratch/my run/%j.log"), Settings())
     assert '--output="/scratch/my run/%%j.log"' in options(script)
     assert "'/opt/my env/bin/python' -P -u -m runner.node" in script
 
@@ -311,7 +307,7 @@ def test_blanks_survive_in_paths_and_percent_signs_are_no_patterns_of_sbatchs():
 )
 def test_what_would_break_the_file_is_refused(changes):
     with pytest.raises(UsageError) as error:
-        slurm.render(cell(**changes), Settings())
+        render(cell(**changes), Settings())
     assert "cannot hold" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -335,7 +331,7 @@ def test_nothing_with_a_placeholder_in_it_is_submitted(before, mark, word, after
         cell(Step("c", 1, {"env": {"A": before + word + after}})),
     ):
         with pytest.raises(UsageError):
-            slurm.render(job, Settings())
+            render(job, Settings())
     with pytest.raises(UsageError):
         slurm_settings.settings({"account": word}, "inv")
 
@@ -346,7 +342,7 @@ def test_ordinary_words_are_no_placeholders(word):
 
 
 def test_the_words_of_a_step_are_one_argument_each():
-    script = without_requests(slurm.render(cell(Step("a b; c & *", 1, {}, ("n[1];x",))), Settings()))
+    script = without_requests(render(cell(Step("a b; c & *", 1, {}, ("n[1];x",))), Settings()))
     (line,) = [line for line in script.replace("\\\n", "").splitlines() if line.startswith("srun ")]
     words = shlex.split(line)
     assert words[:2] == ["srun", "--job-name=a b; c & *"] and "--nodelist=n[1];x" in words and words[-6:-1] == [
@@ -428,13 +424,13 @@ def test_a_task_that_slurm_told_too_little_says_what_is_missing(environ, said):
     ],
 )  # fmt: skip
 def test_every_state_is_one_of_our_words(word, ours):
-    assert slurm.state(word) == ours
+    assert answers.state(word) == ours
 
 
 @quick
 @given(st.text())
 def test_no_state_is_a_surprise(word):
-    assert slurm.state(word) in {*slurm.STATES.values(), "unknown"}
+    assert answers.state(word) in {*answers.STATES.values(), "unknown"}
 
 
 SQUEUE = """\
@@ -448,7 +444,7 @@ slurm_load_jobs error: Unable to contact slurm controller
 
 
 def test_squeue_tells_state_nodes_reason_and_start():
-    jobs = slurm.parse_squeue(SQUEUE)
+    jobs = answers.parse_squeue(SQUEUE)
     assert list(jobs) == ["4", "7", "8", "1"]
     assert (jobs["4"].state, jobs["4"].nodes, jobs["4"].reason) == ("running", ("node001", "node002"), "")
     assert (jobs["7"].state, jobs["7"].nodes, jobs["7"].start) == ("waiting", (), "2026-11-22T01:00:00")
@@ -466,27 +462,27 @@ def test_reasons_as_squeue_really_gives_them_survive_our_format():
         if 'cpu": xx' not in line and line[0] == "{"
     ]
     ours = "".join(
-        slurm.SEPARATOR.join(
+        answers.SEPARATOR.join(
             (str(job["id"]), job["state"], job["end_time"], job["r"] if "(" not in job["r"] else "", "n", job["r"])
         )
         + "\n"
         for job in seen
     )
-    jobs = slurm.parse_squeue(ours)
+    jobs = answers.parse_squeue(ours)
     assert jobs["26515966"].nodes == ("cs10",) and jobs["18804"].start is None
-    stuck = {job_id: slurm.why_stuck(job.reason) for job_id, job in jobs.items() if job.state == "waiting"}
+    stuck = {job_id: answers.why_stuck(job.reason) for job_id, job in jobs.items() if job.state == "waiting"}
     assert {job_id for job_id, why in stuck.items() if why} == {"51447052", "51447053"}
     assert "cs[100,101,102]" in stuck["51447052"] and set(stuck) == {"51447051", "51447052", "51447053", "18804"}
 
 
 @real_output
 def test_a_table_for_people_is_not_taken_for_an_answer():
-    assert slurm.parse_squeue(captured("squeue-array-truncated-jobid.txt")) == {}
+    assert answers.parse_squeue(captured("squeue-array-truncated-jobid.txt")) == {}
 
 
 @real_output
 def test_sacct_cancelled_by_a_user_without_its_steps():
-    jobs = slurm.parse_sacct(captured("sacct-P-cancelled-by-uid.txt"), "|")
+    jobs = answers.parse_sacct(captured("sacct-P-cancelled-by-uid.txt"), "|")
     assert list(jobs) == ["39125549", "39125551", "39125552"]
     assert {job.state for job in jobs.values()} == {"cancelled"}
     assert jobs["39125549"].raw == "CANCELLED by 1185300516"
@@ -494,7 +490,7 @@ def test_sacct_cancelled_by_a_user_without_its_steps():
 
 @real_output
 def test_sacct_leaves_out_the_tail_of_a_broken_record():
-    assert slurm.parse_sacct(captured("sacct-P-all-with-broken-line.txt"), "|") == {}
+    assert answers.parse_sacct(captured("sacct-P-all-with-broken-line.txt"), "|") == {}
 
 
 @real_output
@@ -502,8 +498,8 @@ def test_sacct_leaves_out_the_tail_of_a_broken_record():
 def test_sacct_steps_and_records_over_several_lines_are_no_jobs(name):
     text = captured(name)
     ids = {line.split("|#")[32] for line in text.splitlines()[1:] if line.count("|#") > 90}
-    assert slurm.parse_sacct(text).keys() == {job_id for job_id in ids if job_id.isdigit()} and ids
-    assert all(slurm.state(word) != "unknown" for word in re.findall(r"\|#([A-Z]{6,}(?: by \d+)?)\|#20", text))
+    assert answers.parse_sacct(text).keys() == {job_id for job_id in ids if job_id.isdigit()} and ids
+    assert all(answers.state(word) != "unknown" for word in re.findall(r"\|#([A-Z]{6,}(?: by \d+)?)\|#20", text))
 
 
 def test_sacct_tells_the_last_of_a_requeued_jobs_lines():
@@ -515,11 +511,11 @@ def test_sacct_tells_the_last_of_a_requeued_jobs_lines():
         "13|#b|#CANCELLED by 0|#None|#None assigned|#Unknown|#0:15",
         "14|#b|#TIMEOUT|#Ti",
     ]
-    jobs = slurm.parse_sacct("\n".join(lines))
+    jobs = answers.parse_sacct("\n".join(lines))
     assert list(jobs) == ["12", "13"]
     assert (jobs["12"].state, jobs["12"].exit_code, jobs["12"].nodes) == ("failed", 3, ("n1", "n2"))
     assert (jobs["13"].state, jobs["13"].signal, jobs["13"].nodes, jobs["13"].start) == ("cancelled", 15, (), None)
-    assert slurm.parse_sacct("") == {}
+    assert answers.parse_sacct("") == {}
 
 
 TIMEOUT = (  # Slurm 22.05
@@ -532,13 +528,13 @@ TIMEOUT = (  # Slurm 22.05
 
 
 def test_scontrol_tells_how_a_job_ended():
-    job = slurm.parse_scontrol_job(TIMEOUT)
-    assert job == slurm.JobInfo(
+    job = answers.parse_scontrol_job(TIMEOUT)
+    assert job == answers.JobInfo(
         "4", "limit", "time_limit", "TIMEOUT", "TimeLimit", ("node001", "node002"), "2026-11-21T10:48:19", 0, 15
     )
     said_by_the_user = TIMEOUT + "Comment=why? JobState=COMPLETED NodeList=node009"
-    assert slurm.parse_scontrol_job(said_by_the_user) == job
-    assert slurm.parse_scontrol_job("slurm_load_jobs error: Invalid job id specified\n") is None
+    assert answers.parse_scontrol_job(said_by_the_user) == job
+    assert answers.parse_scontrol_job("slurm_load_jobs error: Invalid job id specified\n") is None
 
 
 @real_output
@@ -547,36 +543,36 @@ def test_scontrol_tells_how_a_job_ended():
     [("multinode", "8401413", "node1433", 8), ("gres-idx", "30214", "node1751", 1)],
 )
 def test_scontrol_on_many_lines(name, job_id, first, num_nodes):
-    job = slurm.parse_scontrol_job(captured(f"scontrol-show-job-{name}.txt"))
+    job = answers.parse_scontrol_job(captured(f"scontrol-show-job-{name}.txt"))
     assert (job.job_id, job.state, job.reason, job.exit_code) == (job_id, "running", "", None)
     assert (job.nodes[0], len(job.nodes)) == (first, num_nodes) and job.start.startswith("2024-")
 
 
 def test_a_batched_query_asks_for_all_jobs_at_once():
-    assert slurm.squeue_argv(["1", "2"])[-1] == slurm.sacct_argv(["1", "2"])[-1] == "--jobs=1,2"
-    assert slurm.scontrol_argv("7")[-2:] == ["job", "7"]
-    assert slurm.queue_argv("gpu")[-1] == "--partition=gpu"
+    assert answers.squeue_argv(["1", "2"])[-1] == answers.sacct_argv(["1", "2"])[-1] == "--jobs=1,2"
+    assert answers.scontrol_argv("7")[-2:] == ["job", "7"]
+    assert answers.queue_argv("gpu")[-1] == "--partition=gpu"
 
 
 def test_the_place_in_the_queue_counts_from_one():
-    assert [slurm.position("31\n12\n7\n", job_id) for job_id in ("31", "7", "1")] == [1, 3, None]
+    assert [answers.position("31\n12\n7\n", job_id) for job_id in ("31", "7", "1")] == [1, 3, None]
 
 
 @pytest.mark.parametrize(("stdout", "job_id"), [("12\n", "12"), ("12;cluster\n", "12"), ("note\n345\n", "345")])
 def test_the_submitted_id(stdout, job_id):
-    assert slurm.submitted_id(stdout) == job_id
+    assert answers.submitted_id(stdout) == job_id
 
 
 @pytest.mark.parametrize("stdout", ["", "Submitted batch job 12\n", "error\n", "12\nlater words"])
 def test_no_id_is_said(stdout):
     with pytest.raises(InfrastructureError, match="no job id"):
-        slurm.submitted_id(stdout)
+        answers.submitted_id(stdout)
 
 
 def test_slurms_commands_get_no_variable_that_changes_them():
     environ = {"PATH": "/bin", "SLURM_CONF": "/etc/s", "SBATCH_PARTITION": "x", "SQUEUE_FORMAT": "y", "SLURM_JOB_ID": "1",
                "SLURM_TIME_FORMAT": "relative", "HF_TOKEN": "t"}  # fmt: skip
-    assert slurm.environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s", "HF_TOKEN": "t"}
+    assert answers.environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s", "HF_TOKEN": "t"}
 
 
 @pytest.mark.parametrize(
@@ -611,7 +607,7 @@ def test_slurms_commands_get_no_variable_that_changes_them():
     ],
 )
 def test_what_waiting_will_not_end_is_said_with_what_to_do(reason, todo):
-    why = slurm.why_stuck(reason)
+    why = answers.why_stuck(reason)
     assert todo in why and "\n" not in why
 
 
@@ -622,7 +618,7 @@ def test_what_waiting_will_not_end_is_said_with_what_to_do(reason, todo):
      "AssocGrpNodeLimit", "QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "Cleaning", "Prolog", "never heard of"],
 )  # fmt: skip
 def test_what_ends_by_itself_is_waited_for(reason):
-    assert slurm.why_stuck(reason) is None
+    assert answers.why_stuck(reason) is None
 
 
 @real_output
@@ -631,5 +627,5 @@ def test_jobs_of_other_versions_have_known_states_and_nodes(name):
     text = json.loads(captured(name))
     for job in text.get("jobs", [text]):
         words = job["job_state"] if isinstance(job["job_state"], list) else [job["job_state"]]
-        assert "unknown" not in map(slurm.state, words)
+        assert "unknown" not in map(answers.state, words)
         assert not job["nodes"] or set(nodeset.expand(job["nodes"])) == set(NodeSet(job["nodes"], resolver=None))

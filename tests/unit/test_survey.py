@@ -13,11 +13,14 @@ from click.testing import CliRunner
 
 from conftest import ROOT
 from golden_files import check as golden
-from runner import errors, jobs, slurm, survey
+from runner import errors
 from runner.cli import setup
 from runner.cli.main import cli
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
+from runner.launch.slurm import answers as slurm
+from runner.launch.slurm import commands as jobs
+from runner.launch.slurm import survey
 from runner.system.process import Outcome
 
 EXAMPLE = ROOT / "inventory" / "slurm-example"

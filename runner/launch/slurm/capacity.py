@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from runner.cluster.slurm import Settings, clock, seconds_of
 from runner.errors import unknown
-from runner.slurm import SEPARATOR, Job, limit_s, pairs, said, wanted_gres
+from runner.launch.slurm.answers import SEPARATOR, pairs, said
+from runner.launch.slurm.script import Job, limit_s, wanted_gres
 from runner.system.nodeset import expand, fold
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")

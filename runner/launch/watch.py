@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import backends
-from runner.backends import Talk
-from runner.blame import LATE, blame, ended_well, error, standstill
 from runner.cluster.inventory import Node
+from runner.launch import talk as backends
+from runner.launch.blame import LATE, blame, ended_well, error, standstill
+from runner.launch.signals import Stop
+from runner.launch.talk import Talk
 from runner.node.agent import ALIVE_S
 from runner.plan.plan import Cell
-from runner.report.progress import Display
 from runner.results import records
 from runner.results.celldir import LAUNCHER
 from runner.system.clock import now
@@ -28,36 +26,6 @@ STACKS_S = 2.0
 # Once ranks have begun to measure, none of the workloads is silent for so long.
 STALL_S = 600.0
 _ASK = ("timed_out", "rank_hung")  # what is judged by where ranks stand
-
-
-class Stop:
-    """What the user's signals ask for. The first asks for an orderly end, the second leaves at once."""
-
-    def __init__(self, display: Display) -> None:
-        self.asked = False
-        self._display = display
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._heard) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, but not past the user's wish to stop."""
-        deadline = time.monotonic() + seconds
-        while not self.asked and time.monotonic() < deadline:
-            time.sleep(backends.POLL_S)
-
-    def _heard(self, number: int, _frame: object) -> None:
-        again, self.asked = self.asked, True
-        if again:
-            raise KeyboardInterrupt
-        self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")
 
 
 @dataclass(frozen=True)

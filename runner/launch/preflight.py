@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner import __version__, allocations, backends, blame, jobs
-from runner.agents import Agents
-from runner.allocations import Allocations
+from runner import __version__
 from runner.cluster import facts
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
+from runner.launch import blame, talk
+from runner.launch.agents import Agents
+from runner.launch.slurm import allocations, commands
+from runner.launch.slurm.allocations import Allocations
 from runner.node import check
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
 
 # How long agents whose controller was killed may take to notice and to leave their node.
-OWN_S = backends.SILENCE_S + 15
+OWN_S = talk.SILENCE_S + 15
 SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
 
 Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are left out
@@ -43,7 +45,7 @@ class Reach:
     engine: str
     tests: Sequence[str]
     ssh_config: str | None
-    cluster: jobs.Slurm | None = None
+    cluster: commands.Slurm | None = None
     own: str = ""
 
     def ask(self, nodes: Sequence[Node]) -> Answers:
@@ -73,7 +75,7 @@ def ask_agents(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str
             answers = {nodes[0].name: check.check(request)}
             failures: dict[str, Problem] = {}
         else:
-            answers, failures = backends.ask(nodes, backend, ssh_config, request)
+            answers, failures = talk.ask(nodes, backend, ssh_config, request)
         heard = time.time()
         leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer["problems"])
         if not leaving or time.monotonic() > deadline:

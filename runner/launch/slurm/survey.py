@@ -6,13 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import slurm
-from runner.allocations import slurm_name
 from runner.cluster.inventory import Node
 from runner.cluster.slurm import Settings
-from runner.jobs import Slurm
-from runner.launch.slurm import capacity
+from runner.launch.slurm import capacity, script
+from runner.launch.slurm.allocations import slurm_name
 from runner.launch.slurm.capacity import Partition, SlurmNode
+from runner.launch.slurm.commands import Slurm
 from runner.plan import config
 from runner.system.nodeset import fold
 from runner.workloads import registry
@@ -45,10 +44,10 @@ def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
     known = {node.name: node for node in seen}
     names = [slurm_name(node, tuple(known)) for node in nodes]
     longest_s = max(config.load_test(test, {}).timeout_s for test in registry.TESTS)
-    step = slurm.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
-    job = slurm.Job("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
+    step = script.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
+    job = script.Job("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
     refused, wrong = capacity.refused(job, settings, partitions, seen)
-    if not refused and (why := commands.test_only(slurm.render(job, settings))):
+    if not refused and (why := commands.test_only(script.render(job, settings))):
         refused = wrong = [f"sbatch says: {why}"]
     down = [name for name in names if name in known and not known[name].usable]
     return Survey(

@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner import blame, jobs, resume, slurm
-from runner.agents import Agents
-from runner.allocations import Allocations, as_status, together
-from runner.cells import CellRun, Course, Stop
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, Interrupted
 from runner.failures import KINDS
+from runner.launch import blame, drift
+from runner.launch.agents import Agents
+from runner.launch.preflight import Problems, Reach
+from runner.launch.signals import Stop
+from runner.launch.slurm import answers, commands
+from runner.launch.slurm.allocations import Allocations, as_status, together
+from runner.launch.watch import CellRun, Course
 from runner.plan.build import place
 from runner.plan.plan import PORTS, Cell, Plan, fingerprint
-from runner.preflight import Problems, Reach
 from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import records, telemetry
@@ -70,9 +72,9 @@ class Run:
         self.retried: Counter[str] = Counter()
         # Under Slurm only a new cell shows whether nodes have changed since these were measured.
         self.compares = policy.accept_drift and plan.backend == "slurm"
-        self.before: dict[str, resume.Environments] = {}
+        self.before: dict[str, drift.Environments] = {}
         if self.compares:
-            self.before |= resume.measured(run, plan, self.status)
+            self.before |= drift.measured(run, plan, self.status)
         self.reopened: set[str] = set()
         self.records = self._kept_records()
         self.not_gathered: set[str] = set()
@@ -310,9 +312,9 @@ class Run:
         """
         if not self.compares:
             return
-        found = resume.measured(self.run, replace(self.plan, cells=(cell,)), self.status).get(cell.id, {})
-        changed = resume.outdated(self.before, found)
-        for opened in resume.reopen(self.plan, self.status, changed):
+        found = drift.measured(self.run, replace(self.plan, cells=(cell,)), self.status).get(cell.id, {})
+        changed = drift.outdated(self.before, found)
+        for opened in drift.reopen(self.plan, self.status, changed):
             self._note(f"{opened} runs again: {self.status['cells'][opened]['error']['message']}")
             del self.before[opened]  # once
             self.reopened.add(opened)
@@ -339,7 +341,7 @@ class Run:
         if not isinstance(self.transport, Allocations):
             return
         cell, before = self.plan.cells[index], set(self._allocation)
-        with suppress(jobs.Silent):  # the cell's conversation will say so
+        with suppress(commands.Silent):  # the cell's conversation will say so
             has = self.transport.adopt(self.plan, cell, self._entry(cell), self._allocation)
             found = self._allocation.keys() - before
             for each in [each for each in found if self.status["cells"][each]["state"] == "complete"]:
@@ -360,7 +362,7 @@ class Run:
 
         They are to have another together.
         """
-        over = (self._entry(cell)["job"] or {}).get("state") in (*jobs.ENDED, "unknown")
+        over = (self._entry(cell)["job"] or {}).get("state") in (*commands.ENDED, "unknown")
         if heard or not over or not shared or not shared[1]:  # step 0, or a task of an array, is why there is a job
             return False
         self._leave_allocation()
@@ -594,7 +596,7 @@ class Run:
         cell = self.plan.cells[index]
         total = len(self.plan.cells)
 
-        def on_job(info: slurm.JobInfo) -> None:
+        def on_job(info: answers.JobInfo) -> None:
             entry = self._entry(cell)
             entry["job"] = as_status(info)
             if info.state == "waiting":

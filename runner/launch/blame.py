@@ -11,9 +11,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner import backends
-from runner.backends import Talk
 from runner.failures import KINDS, Problem
+from runner.launch import talk as backends
+from runner.launch.talk import Talk
 from runner.results.celldir import LAUNCHER
 
 # Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.

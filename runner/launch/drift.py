@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from runner import blame
 from runner.cluster import facts
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
+from runner.launch import blame
 from runner.plan.build import place
 from runner.plan.plan import Plan, fingerprint
 from runner.results.rundir import PULSES_S, RunDir

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import backends
-from runner.backends import Talk
-from runner.cells import CellRun, Course
 from runner.cluster.inventory import Node
+from runner.launch import copy
+from runner.launch.talk import AGENT, BACKENDS, SILENCE_S, Talk, ask, converse, local
+from runner.launch.watch import CellRun, Course
 from runner.plan.plan import Cell, Plan, environment, job
 from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
@@ -46,13 +46,13 @@ def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[
         folder = run.cell(host, cell.id)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         targets[host] = str(folder)
-    return backends.gather([plan.node(host) for host in cell.hosts], str(ssh_config), cell.cell_dir, targets)
+    return copy.gather([plan.node(host) for host in cell.hosts], str(ssh_config), cell.cell_dir, targets)
 
 
 def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
     """Remove over ssh what the run left on `nodes`."""
     request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
-    backends.ask(nodes, "ssh", ssh_config, request, timeout_s=15)
+    ask(nodes, "ssh", ssh_config, request, timeout_s=15)
 
 
 class Agents:
@@ -65,7 +65,7 @@ class Agents:
         """Prepared data to each node once; rsync finds what is there already. Returns failures by node."""
         if plan.backend == "local":
             return {}
-        return backends.send(nodes, str(self.ssh_config), data, self.data_on_nodes(plan, data), stopped=stopped)
+        return copy.send(nodes, str(self.ssh_config), data, self.data_on_nodes(plan, data), stopped=stopped)
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:
         """Where ranks find the data that lies in `data` here."""
@@ -76,13 +76,13 @@ class Agents:
         watch.talks = self._talks(plan, cell, data)
         watch.begin()
         try:
-            backends.converse(watch.talks, watch.hear, watch.word, patience_s=4 * GRACE_S + 5)
+            converse(watch.talks, watch.hear, watch.word, patience_s=4 * GRACE_S + 5)
         finally:
             self._sweep(plan, [talk for talk in watch.talks if talk.name not in watch.outcomes])
 
     def _talks(self, plan: Plan, cell: Cell, data: str | None) -> list[Talk]:
-        common = {**cell_request(plan, cell), "heartbeat_timeout_s": backends.SILENCE_S}
-        reach = backends.BACKENDS[plan.backend]
+        common = {**cell_request(plan, cell), "heartbeat_timeout_s": SILENCE_S}
+        reach = BACKENDS[plan.backend]
         talks = []
         for index, host in enumerate(cell.hosts):
             node = plan.node(host)
@@ -97,7 +97,7 @@ class Agents:
                 "secrets": secrets(),
                 "rendezvous_port": cell.master_port if index == 0 else None,
             }
-            talks.append(Talk(host, reach(node, backends.AGENT, self.ssh_config), request))
+            talks.append(Talk(host, reach(node, AGENT, self.ssh_config), request))
         if cell.launch.head:
             folder = self.run.launcher(cell.id)
             folder.mkdir(mode=0o700, parents=True)
@@ -113,7 +113,7 @@ class Agents:
                 "isolated": True,
                 "hold": True,
             }
-            talks.append(Talk(LAUNCHER, backends.local(plan.node(cell.hosts[0]), backends.AGENT, None), request))
+            talks.append(Talk(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request))
         return talks
 
     def _sweep(self, plan: Plan, lost: Sequence[Talk]) -> None:
@@ -124,7 +124,7 @@ class Agents:
         nodes = [plan.node(talk.name) for talk in lost if talk.name != LAUNCHER]
         if nodes and plan.backend != "local":
             request = {"kind": "sweep", "marker": lost[0].request["marker"], "grace_s": GRACE_S}
-            backends.ask(nodes, plan.backend, self.ssh_config, request, timeout_s=15)
+            ask(nodes, plan.backend, self.ssh_config, request, timeout_s=15)
 
     def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
         """Bring the artefacts of a cell into the run directory; returns failures by node."""

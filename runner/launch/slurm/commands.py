@@ -16,12 +16,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from runner import backends, slurm
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, UsageError
+from runner.launch import talk
+from runner.launch.slurm import answers
+from runner.launch.slurm.answers import JobInfo
 from runner.launch.slurm.capacity import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
-from runner.slurm import JobInfo
 from runner.system import process
 
 ENDED = ("complete", "failed", "cancelled", "time_limit", "node_failed", "out_of_memory", "preempted")
@@ -77,7 +78,7 @@ class Slurm:
         secrets = secrets or {}
         try:
             if self._login is None:
-                env = {**slurm.environment(os.environ), **secrets}
+                env = {**answers.environment(os.environ), **secrets}
                 outcome = self._execute(argv, timeout_s=COMMAND_S, input=input, env=env, cwd="/")
             else:
                 # The far shell reads secrets from its stdin, so that no command line ever shows one.
@@ -92,7 +93,7 @@ class Slurm:
                 raise _lacking("this machine", argv[0]) from None
             raise Silent(str(error)) from None
         if self._login is not None and outcome.rc == 255:
-            reason = backends.explain(self._login, 255, outcome.stderr.splitlines())
+            reason = talk.explain(self._login, 255, outcome.stderr.splitlines())
             raise Silent(f"login node {self._login.name}: {reason}")
         if self._login is not None and outcome.rc == 127:
             raise _lacking(f"login node {self._login.name}", argv[0])
@@ -129,7 +130,7 @@ class Slurm:
             outcome = self._run(["sbatch", "--parsable"], script, secrets)
             if outcome.rc != 0:
                 raise InfrastructureError(f"sbatch refuses {name}: {_reason(outcome)}")
-            return slurm.submitted_id(outcome.stdout)
+            return answers.submitted_id(outcome.stdout)
 
         try:
             return self._patiently(attempt)
@@ -169,12 +170,12 @@ class Slurm:
         return {job_id: self._known[job_id] for job_id in job_ids}
 
     def _ask(self, job_ids: Sequence[str]) -> dict[str, JobInfo]:
-        found = slurm.parse_squeue(self._jobs(slurm.squeue_argv(job_ids)))
+        found = answers.parse_squeue(self._jobs(answers.squeue_argv(job_ids)))
         if missing := [job_id for job_id in job_ids if job_id not in found]:
             with suppress(InfrastructureError):  # no sacct, or its daemon is down
-                found |= slurm.parse_sacct(self._run(slurm.sacct_argv(missing)).stdout)
+                found |= answers.parse_sacct(self._run(answers.sacct_argv(missing)).stdout)
         for job_id in job_ids:
-            if job_id not in found and (info := slurm.parse_scontrol_job(self._jobs(slurm.scontrol_argv(job_id)))):
+            if job_id not in found and (info := answers.parse_scontrol_job(self._jobs(answers.scontrol_argv(job_id)))):
                 found[job_id] = replace(info, job_id=job_id)  # it has another one for a task of an array
         return {job_id: info for job_id, info in found.items() if job_id in job_ids}
 
@@ -194,7 +195,7 @@ class Slurm:
             with suppress(InfrastructureError):
                 argv = ["sacct", "--allocations", "--noheader", "--parsable2", f"--name={name}", "--format=JobID"]
                 rows = self._run([*argv, "--starttime=now-7days"]).stdout.split()
-                queued = [slurm.whole(row) for row in rows]
+                queued = [answers.whole(row) for row in rows]
         return max((job_id for job_id in queued if job_id.isdigit()), key=int, default=None)
 
     def cancel(self, job_id: str, signal: str | None = None, step: int | None = None, *, patient: bool = True) -> None:
@@ -210,7 +211,7 @@ class Slurm:
 
     def position(self, job_id: str) -> int | None:
         """The job's place among those that wait in its partition, from 1."""
-        return slurm.position(self._jobs(slurm.queue_argv(self.settings.partition)), job_id)
+        return answers.position(self._jobs(answers.queue_argv(self.settings.partition)), job_id)
 
     def steps(self, job_id: str) -> set[int]:
         """The numbers of the job's steps that run now."""

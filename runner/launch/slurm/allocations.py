@@ -10,14 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from runner import agents, backends, blame, following, jobs, slurm
-from runner.backends import Talk
-from runner.cells import CellRun, Course
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Node, by_word
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
+from runner.launch import agents, blame, copy
+from runner.launch.slurm import answers, commands
+from runner.launch.slurm import follow as following
 from runner.launch.slurm.capacity import node_kind, refused
+from runner.launch.slurm.script import STARTUP_S, Job, Step, cells_of, render
+from runner.launch.talk import Talk
+from runner.launch.watch import CellRun, Course
 from runner.plan.plan import Cell, Plan, environment, job
 from runner.results.rundir import RunDir
 from runner.system import process
@@ -48,17 +51,17 @@ def _words(node: Node) -> tuple[str, ...]:
     return node.name, node.name.partition(".")[0], node.alias
 
 
-def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config: str | None) -> jobs.Slurm:
+def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config: str | None) -> commands.Slurm:
     """Slurm's commands, here or on the login node that the settings name."""
     login = None
     if settings.login is not None:
         login = by_word(nodes).get(settings.login)
         if login is None:
             raise unknown("host", settings.login, [node.name for node in nodes], "slurm.login")
-    return jobs.Slurm(settings, login, ssh_config)
+    return commands.Slurm(settings, login, ssh_config)
 
 
-def problems(cluster: jobs.Slurm, nodes: Sequence[Node]) -> dict[str, Problem]:
+def problems(cluster: commands.Slurm, nodes: Sequence[Node]) -> dict[str, Problem]:
     """Why Slurm would not use each of `nodes`; good ones are left out."""
     known = {node.name: node for node in cluster.look()[1]}
     found = {}
@@ -96,7 +99,7 @@ def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
     if found:
         text = "\n  ".join(["Slurm cannot start this:", *found])
         raise UsageError(text) if wrong else InfrastructureError(text, "not_started")
-    if why := transport.cluster.test_only(slurm.render(ready, settings)):
+    if why := transport.cluster.test_only(render(ready, settings)):
         raise UsageError(f"Slurm refuses this: {why}")
 
 
@@ -123,7 +126,7 @@ class Allocations:
         self,
         run: RunDir,
         ssh_config: str | None,
-        cluster: jobs.Slurm,
+        cluster: commands.Slurm,
         checks: Mapping[str, Any],
         expected: Mapping[str, str | None],
     ) -> None:
@@ -137,7 +140,7 @@ class Allocations:
         """Prepared data to where every node sees it. Returns failures by node."""
         target = self.data_on_nodes(plan, data)
         if not self.shared:
-            return backends.send(nodes, str(self.ssh_config), data, target, stopped=stopped)
+            return copy.send(nodes, str(self.ssh_config), data, target, stopped=stopped)
         Path(target).mkdir(mode=0o700, parents=True, exist_ok=True)
         outcome = process.run(["rsync", "-a", "-s", f"{data}/", f"{target}/"], timeout_s=1800)
         return {} if outcome.rc == 0 else {"the run's folder": outcome.last_line}
@@ -160,9 +163,9 @@ class Allocations:
             job_id, step, script = self._submit(plan, cell, data, course)
             info = following.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
             every = [self._node(plan, name) for name in info.nodes]
-        except jobs.NotStarted as error:
+        except commands.NotStarted as error:
             return self._not_started(cell, str(error), plan)
-        except jobs.Silent as error:
+        except commands.Silent as error:
             return blame.error("slurm_unreachable", str(error))
         except InfrastructureError as error:  # sbatch refuses by now what it would have taken at the beginning
             return blame.error("not_started", str(error))
@@ -176,7 +179,7 @@ class Allocations:
             placed = [plan.node(name) for name in asked]
         watch.cell = course.on_placed(placed)
         watch.talks = [Talk(node.name, (), {}) for node in placed]
-        watch.begin(slurm.STARTUP_S)
+        watch.begin(STARTUP_S)
         log = log_path(plan, script.stem, self.shared, job_id)
         follow = following.Follow(
             slurm=self.cluster,
@@ -200,7 +203,7 @@ class Allocations:
     def leave(self, plan: Plan, job_ids: set[str] | None, patient: bool) -> bool:
         """Cancel the run's jobs, or of them `job_ids`, that wait or run; returns whether Slurm heard it."""
         try:
-            wanted = None if job_ids is None else {slurm.whole(job_id) for job_id in job_ids}
+            wanted = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
             for job_id in self.cluster.of_run(plan.run_id):  # ids are used again, names are not
                 if wanted is None or job_id in wanted:
                     with following.left_at_once(self.cluster, job_id):
@@ -225,7 +228,7 @@ class Allocations:
                 del allocation[each]
             return False
         cells = {each.id: each for each in plan.cells}
-        for number, each in enumerate(slurm.cells_of(path.read_text())):
+        for number, each in enumerate(cells_of(path.read_text())):
             if each not in allocation or allocation[each][2] == name:  # else it has another by now
                 allocation[each] = _noted(plan, cells[each], name, found, number)
         return True
@@ -235,7 +238,7 @@ class Allocations:
         name = job_name(plan, cell, course.entry["attempt"])
         if not self.adopt(plan, cell, course.entry, course.allocation):
             cells = course.pending or [cell]
-            script = slurm.render(self.job(plan, name, cells, data), self.settings(plan))
+            script = render(self.job(plan, name, cells, data), self.settings(plan))
             path = self.run.slurm(name)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
@@ -243,7 +246,7 @@ class Allocations:
             course.allocation.update({each.id: [None, None, name, *each.hosts] for each in cells})
             try:
                 job_id = self.cluster.submit(script, agents.secrets())
-            except jobs.Silent:
+            except commands.Silent:
                 raise
             except InfrastructureError:  # refused
                 for each in cells:
@@ -255,10 +258,10 @@ class Allocations:
         noted: Sequence[Any] = course.allocation.get(cell.id) or (known, None, name)
         job_id, step, name = noted[:3]
         if job_id != known:  # told before Slurm is asked for anything else
-            course.on_job(slurm.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
+            course.on_job(answers.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
         return job_id, step, self.run.slurm(name)
 
-    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> slurm.Job:
+    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
@@ -284,7 +287,7 @@ class Allocations:
 
     # --- what became of it --------------------------------------------------------------------------
 
-    def _fault(self, info: slurm.JobInfo, watch: CellRun, plan: Plan) -> dict[str, Any] | None:
+    def _fault(self, info: answers.JobInfo, watch: CellRun, plan: Plan) -> dict[str, Any] | None:
         """What Slurm did to the job, where that is why the cell did not end well."""
         said = {
             "time_limit": ("time_limit", "reached its time limit"),
@@ -381,7 +384,7 @@ def prepare(
     known: Sequence[str],
     checks: Mapping[str, Any],
     expected: Mapping[str, str | None],
-) -> slurm.Job:
+) -> Job:
     """The job of `cells`. `known` are Slurm's names of nodes."""
     names = {slurm_name(node, known): node for node in plan.nodes}
     first = plan.nodes[0]
@@ -408,8 +411,8 @@ def prepare(
             "environment": dict(expected) or None,
         }
         hosts = tuple(request["hosts"])
-        steps.append(slurm.Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
-    return slurm.Job(
+        steps.append(Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
+    return Job(
         name=name,
         steps=tuple(steps),
         python=first.python,
@@ -429,13 +432,13 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     while left:
         some = together(plan, left)
         name = job_name(plan, some[0], 1)
-        script = slurm.render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)
+        script = render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)
         shown.append(f"{name}.sbatch:\n{script}")
         left = [cell for cell in left if cell not in some]
     return shown
 
 
-def as_status(info: slurm.JobInfo) -> dict[str, Any]:
+def as_status(info: answers.JobInfo) -> dict[str, Any]:
     """A job as status.json keeps it."""
     kept = asdict(info)
     return {"id": kept["job_id"], **{key: kept[key] for key in ("state", "raw", "reason", "position", "start")}}

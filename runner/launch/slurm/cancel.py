@@ -12,7 +12,7 @@ from runner.report.runs import (
 )
 
 if TYPE_CHECKING:
-    from runner.jobs import Slurm
+    from runner.launch.slurm.commands import Slurm
     from runner.results.rundir import RunDir
 
 
@@ -26,9 +26,9 @@ def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
     """Slurm's commands where the run gave them."""
     from dataclasses import replace
 
-    from runner import jobs
     from runner.cluster import slurm as slurm_settings
     from runner.cluster.inventory import by_word
+    from runner.launch.slurm import commands as jobs
     from runner.plan.plan import Plan
 
     settings = slurm_settings.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")

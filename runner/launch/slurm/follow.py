@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from runner import backends, slurm
-from runner.backends import Talk
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
-from runner.jobs import NotStarted, Silent, Slurm, forgotten, gone, intervals
+from runner.launch import copy
+from runner.launch.slurm import answers
+from runner.launch.slurm.answers import JobInfo
+from runner.launch.slurm.commands import NotStarted, Silent, Slurm, forgotten, gone, intervals
+from runner.launch.talk import POLL_S, SILENCE_S, Talk
 from runner.results.celldir import MESSAGES
-from runner.slurm import JobInfo
 from runner.system import process
 
 FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
@@ -104,7 +105,7 @@ def wait(
     with left_at_once(commands, job_id), _threads() as pool:
         look = _Repeated(pool, ask)
         while not stopped():
-            time.sleep(backends.POLL_S)
+            time.sleep(POLL_S)
             now = time.monotonic()
             try:
                 info = look.take()
@@ -121,7 +122,7 @@ def wait(
             if (info.raw, info.reason) != before:
                 before = (info.raw, info.reason)
                 look.soon()
-            why = slurm.why_stuck(info.reason)
+            why = answers.why_stuck(info.reason)
             stuck = (stuck or now) if why else None
             if stuck and now - stuck >= settings.stuck_s:
                 given_up = why
@@ -129,7 +130,7 @@ def wait(
                 given_up = f"its reason is {info.reason or 'not given'}; allow it longer with slurm.wait_s"
             if given_up:
                 break
-        commands.cancel(job_id if given_up else slurm.whole(job_id))
+        commands.cancel(job_id if given_up else answers.whole(job_id))
     if given_up:
         waited_s = time.monotonic() - began
         raise NotStarted(f"job {job_id} waited {waited_s:.0f} s and was cancelled: {given_up}")
@@ -143,7 +144,7 @@ def left_at_once(commands: Slurm, job_id: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with suppress(InfrastructureError):
-            commands.cancel(slurm.whole(job_id), patient=False)
+            commands.cancel(answers.whole(job_id), patient=False)
         raise
 
 
@@ -178,7 +179,7 @@ class Follow:
     def fetch(self) -> dict[str, str]:
         """Copy what the nodes have by now; one that cannot be reached is merely not heard."""
         targets = {name: str(folder) for name, folder in self.folders.items()}
-        return backends.gather(self.nodes, str(self.ssh_config), str(self.source), targets, timeout_s=FETCH_S)
+        return copy.gather(self.nodes, str(self.ssh_config), str(self.source), targets, timeout_s=FETCH_S)
 
 
 class _Ear:
@@ -258,7 +259,7 @@ class _Conversation:
         look = _Repeated(pool, follow.look)
         fetch = _Repeated(pool, follow.fetch, longest_s=FETCH_LONGEST_S) if follow.source else None
         while True:
-            time.sleep(backends.POLL_S)
+            time.sleep(POLL_S)
             now = time.monotonic()
             if fetch:
                 fetch.take()
@@ -308,7 +309,7 @@ class _Conversation:
         try:
             seen = look.take()
         except Silent:
-            if now - self.heard > backends.SILENCE_S:
+            if now - self.heard > SILENCE_S:
                 raise
             return
         if seen is None:
@@ -347,7 +348,7 @@ class _Conversation:
 
     def _mute(self, alive: Sequence[Talk], now: float) -> bool:
         """Whether only agents are left that do not answer: they will not by being waited for."""
-        return bool(alive) and all(now - talk.heard > backends.SILENCE_S for talk in alive)
+        return bool(alive) and all(now - talk.heard > SILENCE_S for talk in alive)
 
     def _cancel(self, signal: str | None = None) -> None:
         self.follow.slurm.cancel(self.follow.job_id, signal, self.follow.step, patient=False)
