@@ -32,7 +32,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The contents of summary.json (docs/metrics.md names every metric, unit and formula).
 
-    `telemetry` rows are runner.telemetry's samples; utilisation is taken from those within measured steps.
+    `telemetry` rows are the node's samples; utilisation is taken from those within measured steps.
     """
     by_cell: dict[str, list[Record]] = defaultdict(list)
     for record in records:

@@ -11,8 +11,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from runner.cluster import reasons
 from runner.failures import KINDS, Problem
-from runner.launch import talk as backends
 from runner.launch.talk import Talk
 from runner.results.celldir import LAUNCHER
 
@@ -122,9 +122,9 @@ def _unheard(talk: Talk) -> dict[str, Any]:
     """Why an agent left no outcome."""
     stderr = talk.stderr[-10:]
     if not talk.answered:
-        kind = backends.reason_kind(talk.rc, talk.stderr)
+        kind = reasons.reason_kind(talk.rc, talk.stderr)
         return error(kind, f"its agent never answered{_last_words(stderr)}", talk.name, stderr)
-    if talk.rc == backends.GIVEN_UP:
+    if talk.rc == reasons.GIVEN_UP:
         return error("hung", "it does not answer any more", talk.name, stderr)
     return error("lost_connection", "lost the connection to it", talk.name, stderr)
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from runner.cluster.inventory import Node
+from runner.cluster.reasons import explain
 from runner.errors import InfrastructureError
-from runner.launch.talk import POLL_S, explain
+from runner.launch.talk import POLL_S
 from runner.system import process
 
 

@@ -26,7 +26,7 @@ VERIFY = "playbooks/verify.yml"
 
 def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path | None) -> tuple[Board, str, str]:
     """Play `call`; events and Ansible's own output go to `folder`/ansible. Returns the board, the state, an error."""
-    from runner.launch import talk
+    from runner.cluster import reasons
     from runner.provision import playbook
     from runner.system.files import disk_errors
 
@@ -47,7 +47,7 @@ def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path 
                 return  # the controller's own task
             if event.status == "unreachable":
                 lines = event.message.splitlines()
-                event = replace(event, message=talk.explain(by_name[event.host], None, lines))
+                event = replace(event, message=reasons.explain(by_name[event.host], None, lines))
             if events:
                 print(json.dumps(asdict(event), ensure_ascii=False), file=events, flush=True)
             board.events.append(event)

@@ -33,7 +33,7 @@ class Job:
     model: Mapping[str, Any] | None = None
     weights: str | None = None  # Hugging Face id or path; None: random initial weights
     deepspeed: Mapping[str, Any] | None = None  # a complete DeepSpeed configuration
-    data: str | None = None  # folder that `runner.data` prepared
+    data: str | None = None  # folder that `workloads.data` prepared
     hardware: Mapping[str, Any] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
 

@@ -16,10 +16,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from runner.cluster import reasons
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, UsageError
-from runner.launch import talk
 from runner.launch.slurm import answers
 from runner.launch.slurm.answers import JobInfo
 from runner.launch.slurm.capacity import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
@@ -93,7 +93,7 @@ class Slurm:
                 raise _lacking("this machine", argv[0]) from None
             raise Silent(str(error)) from None
         if self._login is not None and outcome.rc == 255:
-            reason = talk.explain(self._login, 255, outcome.stderr.splitlines())
+            reason = reasons.explain(self._login, 255, outcome.stderr.splitlines())
             raise Silent(f"login node {self._login.name}: {reason}")
         if self._login is not None and outcome.rc == 127:
             raise _lacking(f"login node {self._login.name}", argv[0])

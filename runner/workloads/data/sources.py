@@ -66,7 +66,7 @@ class Tokens:
 
 
 def open_source(source: str, samples: int, seed: int) -> Content:
-    """What `runner.data.prepare` calls a source; `load` gives a list of samples."""
+    """What `workloads.data.prepare` calls a source; `load` gives a list of samples."""
     if source == "builtin":
         return Content(
             f"builtin {instructions.VERSION} {samples} {seed}",

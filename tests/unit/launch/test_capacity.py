@@ -13,7 +13,7 @@ from runner.launch.slurm import capacity
 from runner.launch.slurm.answers import SEPARATOR
 from runner.launch.slurm.capacity import Partition, SlurmNode
 
-CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
+CAPTURED = Path(__file__).resolve().parents[4] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
 
 

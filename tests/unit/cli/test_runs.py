@@ -114,7 +114,7 @@ def raise_(error):
 
 CONTROLLER = """
 import json, pathlib, signal, sys, time
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 run = RunDir(pathlib.Path(sys.argv[1]))
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner.results.logs import Line, fold_lines, last_lines, parse_line, printable
 
-CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "torch"
+CAPTURED = Path(__file__).resolve().parents[4] / "shared" / "captured" / "torch"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
 
 

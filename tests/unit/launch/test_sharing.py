@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_jobs import DOWN, Commands, for_ever
-from test_run import FACTS, Reach, bench_talk, missing, planned, slurm_commands, states
+from runs import FACTS, Reach, bench_talk, missing, planned, states
+from slurm_commands import DOWN, Commands, for_ever
+from slurm_commands import cluster as slurm_cluster
 
 from conftest import NAMES
 from runner.cli import runs
@@ -34,7 +35,7 @@ class Together(allocations.Allocations):
     """
 
     def __init__(self, run: RunDir, commands: Commands, faults: dict) -> None:
-        super().__init__(run, None, slurm_commands(commands), {}, {})
+        super().__init__(run, None, slurm_cluster(commands), {}, {})
         self.faults, self.tried = faults, []
 
     def converse(self, planned, cell, watch, data, course):
@@ -468,7 +469,7 @@ def test_who_leaves_at_once_leaves_no_job_behind(cluster, tmp_path, array):
     built = replace(built, backend="slurm", one_allocation=not array, job_array=array)
     run = RunDir.create(tmp_path, built.to_dict())
     queue = Interrupted(cluster, 7)
-    carrier = allocations.Allocations(run, None, slurm_commands(queue), {}, {})
+    carrier = allocations.Allocations(run, None, slurm_cluster(queue), {}, {})
     carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(), Reach())
     with pytest.raises(KeyboardInterrupt):
         carried.execute({})
@@ -536,7 +537,7 @@ def test_a_task_that_ended_well_without_a_controller_is_taken_even_if_slurm_has_
 
     queue = Forgetful(cluster, 9)
     queue.answers["scontrol"] = iter(for_ever(["PartitionName=p"]))
-    carrier = allocations.Allocations(run, None, slurm_commands(queue), {}, {})
+    carrier = allocations.Allocations(run, None, slurm_cluster(queue), {}, {})
     carrier.cluster.poll = lambda ids: {one: jobs.forgotten(one) for one in ids}
     carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(), Reach())
     carried.execute({})
@@ -581,7 +582,7 @@ class KilledAfterSubmitting(Queue):
 def test_killed_between_sbatch_and_the_note_of_its_id(cluster, tmp_path, named, repeats):
     kind = Together if named else Placing
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), repeats, named=named, kind=kind)
-    carrier.cluster = slurm_commands(KilledAfterSubmitting(cluster, 7))
+    carrier.cluster = slurm_cluster(KilledAfterSubmitting(cluster, 7))
     with pytest.raises(SystemExit):
         carried.execute({})
     carrier, queue, carried = of_sizes(cluster, tmp_path, {}, (1,), repeats, named=named, kind=kind)
@@ -674,7 +675,7 @@ def test_a_job_that_slurm_refuses_leaves_its_other_cells_to_the_next(cluster, tm
             return outcome
 
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 4)
-    carrier.cluster = slurm_commands(Refuses(cluster, 7))
+    carrier.cluster = slurm_cluster(Refuses(cluster, 7))
     inner = carrier.converse
 
     def converse(*args):
@@ -690,7 +691,7 @@ def test_a_job_that_slurm_refuses_leaves_its_other_cells_to_the_next(cluster, tm
 
 def test_tasks_of_a_found_array_that_was_cancelled_run_again_in_one_resume(cluster, tmp_path):
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 3)
-    carrier.cluster = slurm_commands(KilledAfterSubmitting(cluster, 7))
+    carrier.cluster = slurm_cluster(KilledAfterSubmitting(cluster, 7))
     with pytest.raises(SystemExit):
         carried.execute({})
     cancelled = {(f"7_{task}", None): failed("job_cancelled") for task in range(3)}

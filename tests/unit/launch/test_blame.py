@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from runner.cluster import reasons
 from runner.failures import KINDS, Problem, node_lines
-from runner.launch import blame, talk
+from runner.launch import blame
 from runner.launch.talk import Talk
 from runner.node import stacks as node
 from runner.results import celldir
@@ -93,7 +94,7 @@ def test_a_node_whose_agent_answered_and_left_no_outcome_is_a_lost_connection():
 
 
 def test_an_agent_that_does_not_end_when_told_to_hangs():
-    said = blame.blame(talks("a", rc=talk.GIVEN_UP), {})
+    said = blame.blame(talks("a", rc=reasons.GIVEN_UP), {})
     assert (said["kind"], said["host"]) == ("hung", "a")
 
 
@@ -109,7 +110,7 @@ NO_AGENT = [
     ("/opt/env/bin/python: No module named runner", 1, "environment_missing"),
     ("something new", 255, "unreachable"),
     ("something new", 1, "unknown"),
-    ("", talk.GIVEN_UP, "hung"),
+    ("", reasons.GIVEN_UP, "hung"),
 ]
 
 
@@ -248,7 +249,7 @@ def test_stacks_are_read_as_faulthandler_writes_them():
 
 
 def test_every_kind_that_the_code_tells_is_in_the_table():
-    told = {kind for _, kind, _ in talk._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
+    told = {kind for _, kind, _ in reasons._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
     assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
 
 

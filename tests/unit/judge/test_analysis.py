@@ -21,7 +21,7 @@ from runner.judge import verdict as verdicts
 from runner.plan import config
 from runner.results import statistics
 
-TARGETS = Path(__file__).parents[2] / "configs" / "targets" / "default.yaml"
+TARGETS = Path(__file__).parents[3] / "configs" / "targets" / "default.yaml"
 
 
 def summary_of(fixture: Fixture) -> dict[str, Any]:

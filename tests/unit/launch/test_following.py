@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_jobs import DOWN, Commands, cluster, for_ever, line
+from slurm_commands import DOWN, Commands, cluster, for_ever, line
 
 from runner.cluster import slurm as slurm_settings
 from runner.launch.slurm import commands as jobs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner.cluster import limits
 
-MODELS = Path(__file__).parents[2] / "configs" / "models"
+MODELS = Path(__file__).parents[3] / "configs" / "models"
 
 
 def model(name: str) -> dict:

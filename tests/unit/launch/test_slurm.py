@@ -24,7 +24,7 @@ from runner.launch.slurm.script import STARTUP_S, Job, Step, cells_of, limit_s, 
 from runner.node import slurm_step
 from runner.system import nodeset
 
-CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
+CAPTURED = Path(__file__).resolve().parents[4] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
 quick = hypothesis_settings(max_examples=50)
 

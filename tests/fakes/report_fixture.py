@@ -2,7 +2,7 @@
 
 `healthy()` is a 1, 2, 4, 8-node sweep of the real cluster, `testbed()` eight containers on one kernel, and
 `broken()` a cluster with a dead cell, wrong results, a slow scaling and an odd driver on one node.
-`python tests/unit/report_fixture.py DIR` writes the three reports.
+`python tests/fakes/report_fixture.py DIR` writes the three reports.
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_plan
-from test_jobs import Commands, line
-from test_jobs import cluster as slurm_commands
+from runs import FACTS, NAMES, Nodes, Reach, bench_talk, carry_out, missing, planned, states
+from slurm_commands import Commands, line
+from slurm_commands import cluster as slurm_cluster
 
 from runner.cli import runs
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
 from runner.failures import Problem
-from runner.launch import blame, drift, preflight
+from runner.launch import blame, drift
 from runner.launch import run as bench
 from runner.launch.signals import Stop
 from runner.launch.slurm import allocations, answers
@@ -28,105 +28,6 @@ from runner.plan import build, plan
 from runner.report.progress import Display
 from runner.results import celldir
 from runner.results.rundir import RunDir
-
-NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
-FACTS = {"hostname": "n", "boot_id": "b", "kernel": "6.1", "packages": {"torch": "2.13.0"}, "env": {}}
-
-
-class Nodes:
-    """A stand-in for the nodes: fails what it is told to fail, and writes what ranks would have written."""
-
-    ssh_config = "/tmp/ssh_config"
-
-    def __init__(self, run: RunDir, *faults: tuple[str, str, str | None]) -> None:
-        self.run, self.faults = run, list(faults)  # (part of a cell's id, kind, host or None)
-        self.tried: list[tuple[str, tuple[str, ...], int]] = []
-        self.sent: list[str] = []
-        self.facts = FACTS
-
-    def data_on_nodes(self, planned, data):
-        return data
-
-    def send(self, planned, nodes, data, stopped):
-        self.sent += [node.name for node in nodes]
-        return {}
-
-    def converse(self, planned, cell, watch, data, course):
-        self.tried.append((cell.id, cell.hosts, cell.master_port))
-        for host in cell.hosts:
-            folder = self.run.cell(host, cell.id)
-            folder.mkdir(parents=True)
-            (folder / "facts.json").write_text(json.dumps(self.facts))
-            context = {"collective": "all_reduce", "size_bytes": 8}
-            value = {"event": "value", "rank": 0, "metric": "busbw_gb_per_s", "value": 1.0, "context": context}
-            (folder / "rank0.jsonl").write_text(json.dumps(value) + "\n")
-        for number, (part, kind, host) in enumerate(self.faults):
-            if part in cell.id and (host is None or host in cell.hosts):
-                if host is None:  # once
-                    del self.faults[number]
-                return blame.error(kind, f"planted {kind}", host)
-        watch.talks = [bench_talk(host) for host in cell.hosts]
-        watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
-        return None
-
-    def gather(self, planned, cell):
-        return {}
-
-    def clean(self, planned, nodes):
-        pass
-
-
-def bench_talk(host: str):
-    from runner.launch.talk import Talk
-
-    return Talk(host, (), {}, rc=0)
-
-
-class Reach:
-    """A stand-in for the preflight: says which nodes are no good."""
-
-    def __init__(self, **problems: Problem) -> None:
-        self.problems = problems
-
-    def ask(self, nodes: Sequence[Node]) -> preflight.Answers:
-        found = {node.name: [self.problems[node.alias]] for node in nodes if node.alias in self.problems}
-        return preflight.Answers(found, {})
-
-
-def planned(cluster: Inventory, tmp_path: Path, counts=(2,), spares: int = 0, **changes) -> plan.Plan:
-    asked = test_plan.request(
-        cluster,
-        node_counts=counts,
-        run_dir=str(tmp_path / "20260102-030405-abcd"),
-        tests={"torch": plan_settings()},
-        spares=spares > 0,
-        **changes,
-    )
-    return build.build(asked, cluster.nodes[: max(counts) + spares])
-
-
-def plan_settings() -> dict:
-    from runner.plan import config
-
-    return config.load_test("torch", {}).model_dump()
-
-
-def carry_out(
-    built: plan.Plan, *faults, retries: int = 0, replace_bad: bool = False, reach: Reach | None = None, bad=None
-) -> tuple[Nodes, dict, plan.Plan]:
-    run = RunDir(Path(built.run_dir))
-    if not run.plan.exists():
-        RunDir.create(run.path.parent, built.to_dict())
-    nodes = Nodes(run, *faults)
-    policy = bench.Policy(retries, replace_bad)
-    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy, reach or Reach())
-    carried.stop.wait = lambda seconds: None  # nobody waits in a test
-    carried.execute(bad or {})
-    return nodes, run.read_status(), plan.Plan.from_dict(run.read_plan())
-
-
-def states(status: dict) -> dict[str, str]:
-    return {cell: entry["state"] for cell, entry in status["cells"].items()}
 
 
 def test_the_plan_comes_back_from_its_file(cluster, tmp_path):
@@ -312,12 +213,6 @@ def versions(run: RunDir) -> set[str]:
     return {observed["packages"]["torch"] for hosts in seen.values() for observed in hosts.values()}
 
 
-def missing(run: RunDir, cell: str, kind: str = "hung") -> None:
-    status = run.read_status()
-    status["cells"][cell].update(state="incomplete", error=blame.error(kind, "planted"))
-    run.write_status(status)
-
-
 def test_a_cell_that_does_not_stand_is_not_taken_for_measured_after_a_stop(cluster, tmp_path):
     built = planned(cluster, tmp_path, counts=(1, 2))
     run = RunDir.create(tmp_path, built.to_dict())
@@ -498,7 +393,7 @@ def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allo
     commands = Commands(
         sbatch=["7\n"], sinfo=[nodes], scontrol=["PartitionName=p"], squeue=[line("7", "RUNNING", nodes=placed)]
     )
-    return allocations.Allocations(run, None, slurm_commands(commands), {}, {}), commands
+    return allocations.Allocations(run, None, slurm_cluster(commands), {}, {}), commands
 
 
 @pytest.mark.parametrize(
@@ -513,7 +408,7 @@ def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allo
 def test_a_node_that_slurm_does_not_use_has_a_kind(cluster, state, reason, kind):
     listed = [("node001", "idle", "none"), ("node002", state, reason or "none")]
     sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
-    commands = slurm_commands(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
+    commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     found = allocations.problems(commands, cluster.nodes[:3])
     assert {name: one.kind for name, one in found.items()} == {NAMES[1]: kind, NAMES[2]: "not_in_slurm"}
     assert reason in found[NAMES[1]].message
@@ -555,7 +450,7 @@ def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(clust
     run = RunDir.create(tmp_path, built.to_dict())
     listed = [("node001", "idle", "none"), ("node002", "drained", "Prolog error")]
     sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
-    commands = slurm_commands(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
+    commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     carrier = allocations.Allocations(run, None, commands, {}, {})
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
     watch.talks = [bench_talk(host) for host in built.cells[0].hosts]

@@ -227,6 +227,6 @@ def test_impossible_options_are_refused_before_anything_starts(arguments):
 
 
 def test_importing_the_module_is_light():
-    code = "import sys, json, runner.testbed; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, runner.cli.testbed; print(json.dumps(sorted(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "ansible", "yaml", "rich", "pydantic"} & set(json.loads(out))

@@ -11,6 +11,7 @@ import click
 import pytest
 
 from conftest import NAMES, ROOT
+from runner.cli.bench import bench
 from runner.cli.main import cli
 
 RUNNER = Path(sys.executable).with_name("runner")
@@ -22,7 +23,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_the_options_of_bench_are_frozen():
     """Everything else is a setting in configs/ and --set."""
-    options = sorted(o for p in cli.commands["bench"].params for o in p.opts)
+    options = sorted(o for p in bench.params for o in p.opts)
     # fmt: off
     assert options == sorted([
         "-i", "--inventory", "--results", "--nodes", "--sweep", "--hosts", "--skip-bad-nodes", "--model", "--weights",
