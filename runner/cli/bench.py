@@ -19,15 +19,13 @@ from click.core import ParameterSource
 
 from runner import errors
 from runner.cli.options import inventory_option, read_inventory, results_option, run_names
+from runner.cluster.backends import BACKENDS
 from runner.cluster.ssh import rendered
 from runner.system import places
 from runner.system.places import cache_dir, state_dir
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
-
-
-BACKENDS = ("local", "ssh", "slurm")
 
 
 def _names(kind: str) -> Callable[..., list[str]]:
@@ -199,7 +197,7 @@ def _bench(
         )
         return building.build(request, nodes)
 
-    remote = chosen[0].backend != "local"
+    remote = BACKENDS[chosen[0].backend].remote
     if dry_run:
         planned = build(chosen, (), "SSH_CONFIG" if remote else None)
         click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else _describe(planned, planned.cells))
@@ -256,7 +254,7 @@ def _describe(planned: Any, cells: Sequence[Any]) -> str:
     from runner.system.nodeset import fold
 
     text = describe.describe(replace(planned, cells=tuple(cells)), fold)
-    scripts = allocations.preview(planned, cells) if planned.backend == "slurm" else []
+    scripts = allocations.preview(planned, cells) if BACKENDS[planned.backend].scheduled else []
     return "\n\n".join([text, *scripts])
 
 
@@ -285,7 +283,7 @@ def _resume(
         planned = resume.load(run)
         inventory = read_inventory(source if source is not None else planned.inventory)
         aliases = {node.name: node.alias for node in planned.nodes}
-        remote = planned.backend != "local"
+        remote = BACKENDS[planned.backend].remote
         ssh_config = stack.enter_context(rendered(inventory)) if remote else None
         planned = resume.renew(planned, inventory, run, ssh_config)
         status = run.read_status()
@@ -335,11 +333,11 @@ def _over(
 ) -> tuple[tuple[Node, ...], dict[str, Any] | None]:
     """The nodes as `backend` reaches them, and Slurm's settings where it is Slurm, for which `slurm_only` was given."""
     wanted = backend or nodes[0].backend
-    if wanted != nodes[0].backend and not (wanted == "slurm" and nodes[0].backend == "ssh"):
+    if wanted not in (nodes[0].backend, *BACKENDS[nodes[0].backend].also):
         raise errors.UsageError(
             f"--backend {wanted}: the inventory {inventory.source} describes nodes for backend {nodes[0].backend}"
         )
-    if wanted != "slurm":
+    if not BACKENDS[wanted].scheduled:
         if what := [*slurm_only, *(["--set slurm.…"] if "slurm" in overrides else [])]:
             raise errors.UsageError(f"{what[0]} goes with --backend slurm, this run's backend is {wanted}")
         return nodes, None
@@ -348,7 +346,7 @@ def _over(
     settings = slurm_settings.settings(
         {**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}"
     )
-    return tuple(replace(node, backend="slurm") for node in nodes), asdict(settings)
+    return tuple(replace(node, backend=wanted) for node in nodes), asdict(settings)
 
 
 def _require_launcher(planned: Any) -> None:
@@ -392,7 +390,7 @@ def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:
             raise errors.UsageError(
                 f"{variable} differs between {first.alias} and {odd[0]}: choose alike nodes with --hosts"
             )
-    if first.backend == "local":
+    if not BACKENDS[first.backend].remote:
         return _observed(first, first.device)
     if first.gpus is None or first.device == "auto":
         raise errors.UsageError(f"{first.name}: set runner_gpus_per_node and runner_device in the inventory")

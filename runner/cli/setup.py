@@ -21,6 +21,7 @@ import click
 
 from runner import errors
 from runner.cli.options import inventory_option, read_inventory, results_option
+from runner.cluster.backends import BACKENDS
 from runner.cluster.ssh import rendered
 from runner.provision.board import Board, diffs, exit_code, failures, summary, table, warnings
 from runner.provision.play import SITE, VERIFY, carry_out
@@ -145,10 +146,10 @@ def check(
     """
     inventory = read_inventory(source)
     own = inventory.nodes[0].backend
-    known = ("ssh", "slurm") if own != "local" else ("local",)
+    known = [name for name, row in BACKENDS.items() if row.remote == BACKENDS[own].remote]
     if backend is not None and backend not in known:
         raise errors.unknown("backend", backend, known, f"inventory {inventory.source}")
-    if (backend or own) == "slurm":
+    if BACKENDS[backend or own].scheduled:
         if tags is not None:
             raise errors.UsageError("--tags chooses roles, and Slurm is asked for none: leave it out")
         ctx.exit(_ask_slurm(inventory, hosts, settings, dry_run, as_json))
@@ -180,7 +181,7 @@ def _play(
     nodes = select(inventory, hosts)
     names = tuple(node.name for node in nodes)
     display = Display(quiet=as_json)
-    remote = nodes[0].backend != "local"
+    remote = BACKENDS[nodes[0].backend].remote
     with nullcontext("SSH_CONFIG") if dry_run else rendered(inventory) as ssh_config:
         call = playbook.Call(
             playbook=playbook_file,

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__
+from runner.cluster.backends import BACKENDS, LOCAL, SSH
 from runner.errors import UsageError, unknown
 from runner.system import process
 from runner.system.files import write_json_atomic
@@ -212,7 +213,7 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
                 raise UsageError(f"inventory {source}: {node.name} and {taken[word]} are both called {word!r}")
             taken[word] = node.name
     backends = {node.backend for node in nodes}
-    if "local" in backends and len(nodes) > 1:
+    if not all(BACKENDS[backend].remote for backend in backends) and len(nodes) > 1:
         raise UsageError(f"inventory {source}: ansible_connection local goes with one host alone")
     if len(backends) > 1:
         raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
@@ -295,7 +296,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         nic_gbit_per_s=values.runner_nic_gbit_per_s,
         scratch=values.runner_scratch,
         min_free_disk_gib=values.runner_min_free_disk_gib,
-        backend=values.runner_backend or ("local" if values.ansible_connection == "local" else "ssh"),
+        backend=values.runner_backend or (LOCAL if values.ansible_connection == "local" else SSH),
         env={key: str(value) for key, value in values.runner_env.items()},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 
 GIVEN_UP = -1  # the status of a talk that did not end when it was told to
@@ -55,7 +56,11 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
     text = "\n".join(stderr)
     for needle, _, meaning in _REASONS:
         if needle in text:
-            return f"{meaning} ({node.address}:{node.port}, user {node.user})" if node.backend == "ssh" else meaning
+            return (
+                f"{meaning} ({node.address}:{node.port}, user {node.user})"
+                if BACKENDS[node.backend].by_ssh
+                else meaning
+            )
     if rc in _NOT_FOUND:
         return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
     if rc == GIVEN_UP:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.launch import copy
-from runner.launch.talk import AGENT, BACKENDS, SILENCE_S, Talk, ask, converse, local
+from runner.launch.talk import AGENT, COMMANDS, SILENCE_S, Talk, ask, converse, local
 from runner.launch.watch import CellRun, Course
 from runner.plan.plan import Cell, Plan, environment, job
 from runner.results.celldir import LAUNCHER
@@ -61,15 +62,19 @@ class Agents:
     def __init__(self, run: RunDir, ssh_config: str | None) -> None:
         self.run, self.ssh_config = run, ssh_config
 
+    @staticmethod
+    def _remote(plan: Plan) -> bool:
+        return BACKENDS[plan.backend].remote
+
     def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
         """Prepared data to each node once; rsync finds what is there already. Returns failures by node."""
-        if plan.backend == "local":
+        if not self._remote(plan):
             return {}
         return copy.send(nodes, str(self.ssh_config), data, self.data_on_nodes(plan, data), stopped=stopped)
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:
         """Where ranks find the data that lies in `data` here."""
-        return data if plan.backend == "local" else f"{plan.nodes[0].scratch}/data/{Path(data).name}"
+        return f"{plan.nodes[0].scratch}/data/{Path(data).name}" if self._remote(plan) else data
 
     def converse(self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, course: Course) -> None:
         """Run the cell to its end, told and heard by `watch`; nothing of it is left running."""
@@ -82,7 +87,7 @@ class Agents:
 
     def _talks(self, plan: Plan, cell: Cell, data: str | None) -> list[Talk]:
         common = {**cell_request(plan, cell), "heartbeat_timeout_s": SILENCE_S}
-        reach = BACKENDS[plan.backend]
+        reach = COMMANDS[plan.backend]
         talks = []
         for index, host in enumerate(cell.hosts):
             node = plan.node(host)
@@ -119,20 +124,20 @@ class Agents:
     def _sweep(self, plan: Plan, lost: Sequence[Talk]) -> None:
         """End what an agent that was itself killed left on its node; a node that is gone gives no answer."""
         for talk in lost:
-            if plan.backend == "local" or talk.name == LAUNCHER:
+            if not self._remote(plan) or talk.name == LAUNCHER:
                 process.stop_marked(talk.request["marker"], GRACE_S)
         nodes = [plan.node(talk.name) for talk in lost if talk.name != LAUNCHER]
-        if nodes and plan.backend != "local":
+        if nodes and self._remote(plan):
             request = {"kind": "sweep", "marker": lost[0].request["marker"], "grace_s": GRACE_S}
             ask(nodes, plan.backend, self.ssh_config, request, timeout_s=15)
 
     def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
         """Bring the artefacts of a cell into the run directory; returns failures by node."""
-        if plan.backend == "local":
+        if not self._remote(plan):
             return {}
         return gather(self.run, plan, cell, self.ssh_config)
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
         """Remove what was gathered from `nodes`."""
-        if plan.backend != "local":
+        if self._remote(plan):
             clean(plan, nodes, self.ssh_config)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from runner.cluster import facts
+from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
 from runner.launch import blame
@@ -44,7 +45,7 @@ def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None)
     today = {node.name: node for node in inventory.nodes}
     states = run.read_status()["cells"]
     needed = {host for cell in plan.cells if states[cell.id]["state"] != "complete" for host in cell.hosts}
-    gone = [name for name in sorted(needed) if name not in today and plan.backend != "slurm"]
+    gone = [name for name in sorted(needed) if name not in today and not BACKENDS[plan.backend].scheduled]
     if gone:
         raise UsageError(
             f"run {plan.run_id} needs {', '.join(gone)}, which the inventory {inventory.source} does not have: "

@@ -9,6 +9,7 @@ from typing import Any
 
 from runner import __version__
 from runner.cluster import facts
+from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
@@ -17,6 +18,7 @@ from runner.launch.agents import Agents
 from runner.launch.slurm import allocations, commands
 from runner.launch.slurm.allocations import Allocations
 from runner.node import check
+from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
@@ -71,7 +73,7 @@ def ask_agents(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str
     deadline = time.monotonic() + OWN_S
     while True:
         asked = time.time()
-        if backend == "local":  # this process is on the node already
+        if not BACKENDS[backend].remote:  # this process is on the node already
             answers = {nodes[0].name: check.check(request)}
             failures: dict[str, Problem] = {}
         else:
@@ -100,8 +102,8 @@ def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> dict[
         "version": __version__,
         "scratch": first.scratch,
         "min_free_disk_gib": first.min_free_disk_gib,
-        "packages": sorted({"torch", engine} - {"torchrun"} | (SFT_PACKAGES if "sft" in tests else set())),
-        "programs": ["rsync"] if first.backend == "ssh" else [],
+        "packages": sorted({"torch", *ENGINES[engine].packages} | (SFT_PACKAGES if "sft" in tests else set())),
+        "programs": ["rsync"] if BACKENDS[first.backend].by_ssh else [],
         "gpus": first.gpus if device == "cuda" else 0,
     }
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, Interrupted
 from runner.failures import KINDS
@@ -64,6 +65,7 @@ class Run:
     ) -> None:
         self.plan, self.run, self.transport, self.display = plan, run, transport, display
         self.source, self.policy, self.reach = data, policy, reach
+        self.scheduled = BACKENDS[plan.backend].scheduled
         self.data = transport.data_on_nodes(plan, data) if data else None
         self.stop = Stop(display)
         self.status = run.read_status()
@@ -71,7 +73,7 @@ class Run:
         self.tried: set[str] = set()
         self.retried: Counter[str] = Counter()
         # Under Slurm only a new cell shows whether nodes have changed since these were measured.
-        self.compares = policy.accept_drift and plan.backend == "slurm"
+        self.compares = policy.accept_drift and self.scheduled
         self.before: dict[str, drift.Environments] = {}
         if self.compares:
             self.before |= drift.measured(run, plan, self.status)
@@ -143,7 +145,7 @@ class Run:
         """Note what a controller leaves that has no time: Slurm's jobs may go on, ranks over ssh end with it."""
         self.status["state"] = "incomplete"
         for cell in self.status["cells"].values():
-            if cell["state"] in LIVE_STATES and self.plan.backend == "slurm":
+            if cell["state"] in LIVE_STATES and self.scheduled:
                 cell["state"] = "incomplete"
             elif cell["state"] in ("planned", *LIVE_STATES):
                 cell["state"] = "cancelled"
@@ -403,7 +405,7 @@ class Run:
 
     def _left_to_slurm(self) -> set[str]:
         """Cells whose jobs an earlier controller left behind: they go on without one, and are followed first."""
-        if self.plan.backend != "slurm":
+        if not self.scheduled:
             return set()
         left = {
             cell
@@ -460,7 +462,7 @@ class Run:
         port = PORTS[(cell.master_port - PORTS[0] + 1) % len(PORTS)]
         moved = replace(cell, master_port=port, attempt=entry["attempt"] + 1)
         hosts = [self.plan.node(host) for host in cell.hosts]
-        if self.plan.backend == "slurm" and not self.plan.named:  # Slurm may choose others
+        if self.scheduled and not self.plan.named:  # Slurm may choose others
             moved = replace(moved, hosts=())
         elif hosts:
             moved = place(moved, hosts, self.plan, self.transport.ssh_config)
@@ -469,7 +471,7 @@ class Run:
     def _replace(self, index: int, error: Mapping[str, Any]) -> bool:
         """Whether the cell can run again without the node that failed it."""
         bad = error["host"]
-        if KINDS[error["kind"]].fault != "node" or self.plan.backend == "local":
+        if KINDS[error["kind"]].fault != "node" or not BACKENDS[self.plan.backend].remote:
             return False
         if bad not in self.plan.cells[index].hosts:  # nobody, or DeepSpeed's launcher on the controller
             return False
@@ -540,7 +542,7 @@ class Run:
     def _run_cell(self, index: int, cell: Cell) -> bool:
         """Run a cell once; returns whether any agent was heard."""
         total, through = len(self.plan.cells), self._through()
-        remote = self.plan.backend == "ssh"
+        remote = BACKENDS[self.plan.backend].by_ssh
         streams: dict[tuple[str, str], Any] = {}
 
         def alias(host: str) -> str:
@@ -641,7 +643,9 @@ def execute(
     """
     process.allow_open_files()
     # Slurm keeps its jobs apart by itself.
-    held = {} if plan.backend == "slurm" else {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
+    held = (
+        {} if BACKENDS[plan.backend].scheduled else {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
+    )
     with ExitStack() as stack:
         stack.enter_context(hold_nodes(state, held, plan.run_id))
         if not run.plan.exists():

@@ -40,7 +40,7 @@ def ssh(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[st
     return ["ssh", "-F", str(ssh_config), node.name, shlex.join(["exec", node.python, *arguments])]
 
 
-BACKENDS: dict[str, Callable[[Node, Sequence[str], str | None], list[str]]] = {"local": local, "ssh": ssh}
+COMMANDS: dict[str, Callable[[Node, Sequence[str], str | None], list[str]]] = {"local": local, "ssh": ssh}
 
 
 @dataclass
@@ -191,7 +191,7 @@ def ask(
     nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Mapping[str, Any], timeout_s: float = 30.0
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Problem]]:
     """Put one short request to the agents of all `nodes`: (answers by name, why there is none by name)."""
-    reach = BACKENDS[backend]
+    reach = COMMANDS[backend]
     talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request) for node in nodes}
     answers: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + timeout_s

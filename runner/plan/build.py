@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
+from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
 from runner.plan.batch import batch_of, with_batch
@@ -28,9 +29,9 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     most = max(request.node_counts)
     if most > len(nodes):
         raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
-    if request.backend == "slurm" and ENGINES[request.engine].headed:
+    if BACKENDS[request.backend].scheduled and ENGINES[request.engine].headed:
         raise UsageError(
-            f"engine {request.engine} reaches nodes over ssh, backend slurm does not: use --engine torchrun: it runs "
+            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: use --engine torchrun: it runs "
             "every test, DeepSpeed's too"
         )
     if reason := obstacle(request.engine, nodes[:most]):
@@ -109,11 +110,11 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
     """`cell` on `nodes`, with all that depends on them. Under Slurm the agents ask the engine, once they are placed."""
     hosts = tuple(node.name for node in nodes)
     first = nodes[0]
-    if where.backend == "slurm":
+    if BACKENDS[where.backend].scheduled:
         shared = (where.slurm or {}).get("shared", True)
         cell_dir = PurePath(where.run_dir, "nodes") if shared else PurePath(first.scratch, where.run_id, cell.id)
         return replace(cell, hosts=hosts, cell_dir=str(cell_dir))
-    local = where.backend == "local"
+    local = not BACKENDS[where.backend].remote
     base = PurePath(where.run_dir, "nodes", first.name) if local else PurePath(first.scratch, where.run_id)
     ranks = Ranks(
         nodes=tuple(nodes),
