@@ -31,8 +31,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
     if BACKENDS[request.backend].scheduled and ENGINES[request.engine].headed:
         raise UsageError(
-            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: use --engine torchrun: "
-            "it runs every test, DeepSpeed's too"
+            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: "
+            "use --engine torchrun: it runs every test, DeepSpeed's too"
         )
     if reason := obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
