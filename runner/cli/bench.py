@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,7 +346,7 @@ def _over(
     settings = slurm_settings.settings(
         {**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}"
     )
-    return tuple(replace(node, backend=wanted) for node in nodes), asdict(settings)
+    return tuple(replace(node, backend=wanted) for node in nodes), settings.model_dump()
 
 
 def _require_launcher(planned: Any) -> None:

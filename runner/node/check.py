@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import __version__
-from runner.cluster import facts
-from runner.cluster import slurm as slurm_settings
+from runner.cluster import facts, slurm_names
 
 
 def check(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def clean(scratch: Path, run_id: str) -> bool:
     folder = scratch / run_id
     if not run_id or folder.parent != scratch:
         return False
-    for log in Path(slurm_settings.LOGS).glob(f"{slurm_settings.NAME}-{glob.escape(run_id)}-*.log*"):
+    for log in Path(slurm_names.LOGS).glob(f"{slurm_names.NAME}-{glob.escape(run_id)}-*.log*"):
         with contextlib.suppress(OSError):
             log.unlink()
     if not folder.is_dir():

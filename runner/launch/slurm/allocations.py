@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.cluster import slurm as slurm_settings
+from runner.cluster import slurm_names
 from runner.cluster.inventory import Node, by_word
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
@@ -265,7 +266,7 @@ class Allocations:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
-        return replace(self.cluster.settings, exclude=tuple((plan.slurm or {}).get("exclude", ())))
+        return self.cluster.settings.model_copy(update={"exclude": tuple((plan.slurm or {}).get("exclude", ()))})
 
     def exclude(self, plan: Plan, host: str) -> Plan:
         """The plan with `host` among the nodes that Slurm may not choose."""
@@ -356,7 +357,7 @@ class Allocations:
 def job_name(plan: Plan, cell: Cell, attempt: int) -> str:
     """The name of the job that is submitted for `cell`, which no other has."""
     kind = "array-" if plan.job_array else "all-" if plan.one_allocation else ""
-    return f"{slurm_settings.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
+    return f"{slurm_names.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
 
 def _noted(plan: Plan, cell: Cell, name: str, job_id: str, number: int) -> list[Any]:
@@ -371,7 +372,7 @@ def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
     That of an array's task has its number at the end.
     """
     number = job_id.partition("_")[2]
-    folder = f"{plan.run_dir}/slurm" if shared else slurm_settings.LOGS
+    folder = f"{plan.run_dir}/slurm" if shared else slurm_names.LOGS
     return f"{folder}/{name}.log" + (f".{number}" if number else "")
 
 

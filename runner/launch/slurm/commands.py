@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from runner.cluster import reasons
+from runner.cluster import reasons, slurm_names
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, UsageError
@@ -143,7 +143,7 @@ class Slurm:
     def of_run(self, run_id: str) -> list[str]:
         """The ids of the run's jobs and arrays that wait or run, by their names, which no other run has."""
         rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%F %j"]).splitlines())
-        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm_settings.NAME}-{run_id}-")}
+        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm_names.NAME}-{run_id}-")}
         return sorted(found, key=int)
 
     def test_only(self, script: str) -> str | None:

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -61,7 +60,7 @@ def test_settings_are_taken_as_yaml_gives_them():
         wait_s=3600,
     )
     assert slurm_settings.settings({}, "here") == Settings()
-    assert slurm_settings.settings(asdict(H200), "a saved plan") == H200
+    assert slurm_settings.settings(H200.model_dump(), "a saved plan") == H200
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -159,5 +158,5 @@ def test_the_commented_settings_of_the_example_hold_too():
     """Somebody removes the # in front of them."""
     text = re.sub(r"^( +)# (?=[a-z_]+: .*)", r"\1", (EXAMPLE / "hosts.yml").read_text(), flags=re.MULTILINE)
     variables = yaml.safe_load(text)["all"]["children"]["gpu_nodes"]["vars"]["runner_slurm"]
-    assert {field.name for field in dataclasses.fields(slurm_settings.Settings)} - set(variables) == {"stuck_s"}
+    assert set(slurm_settings.Settings.model_fields) - set(variables) == {"stuck_s"}
     assert slurm_settings.settings(variables, "example").wait_s == 12 * 3600
