@@ -148,6 +148,7 @@ def _bench(
     loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
     architecture = config.load_model(model).model_dump()
     deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
+    deepspeed_files = config.deepspeed_files(overrides.get("deepspeed", {}))
     counts = _counts(num_nodes, sweep)
     slurm_only = [flag for flag, on in (("--one-allocation", one_allocation), ("--job-array", job_array)) if on]
     if len(slurm_only) > 1:
@@ -194,6 +195,7 @@ def _bench(
             named=slurm is None or hosts is not None,
             one_allocation=one_allocation,
             job_array=job_array,
+            deepspeed_files=deepspeed_files,
         )
         return building.build(request, nodes)
 

@@ -155,15 +155,24 @@ def mfu(tokens_per_s: float, flop_per_token: float, world_size: int, peak_tflop_
     return tokens_per_s * flop_per_token / (world_size * peak_tflop_per_s * 1e12)
 
 
-def model_state_gib(num_parameters: int, world_size: int, zero_stage: int = 3) -> float:
+def model_state_gib(
+    num_parameters: int,
+    world_size: int,
+    zero_stage: int = 3,
+    *,
+    weight: int = 2,
+    gradient: int = 4,
+    optimizer: int = 12,
+) -> float:
     """Memory of weights, gradients and optimizer on one GPU, GiB.
 
     18 B a parameter with Adam in mixed precision: 2 (bf16 weight) + 4 (fp32 gradient) + 12 (fp32 weight and two
-    moments). ZeRO-1 divides the optimizer's 12 by the world, ZeRO-2 the gradients' 4 too, ZeRO-3 all.
-    Source: Rajbhandari et al. 2020, "ZeRO", §3, with fp32 gradient accumulation as DeepSpeed does in bf16.
+    moments); 0 for what is in host memory. ZeRO-1 divides the optimizer's 12 by the world, ZeRO-2 the gradients' 4 too,
+    ZeRO-3 all. Source: Rajbhandari et al. 2020, "ZeRO", §3, with gradients accumulated in fp32.
     """
-    shared = {0: 0, 1: 12, 2: 16, 3: 18}[zero_stage]
-    return num_parameters * (18 - shared + shared / world_size) / GIB
+    shares = ((optimizer, 1), (gradient, 2), (weight, 3))
+    held = sum(size / world_size if zero_stage >= stage else size for size, stage in shares)
+    return num_parameters * held / GIB
 
 
 @dataclass(frozen=True)
@@ -192,22 +201,41 @@ def memory_estimate(
     micro_batch: int,
     gpu_memory_gib: float | None,
     zero_stage: int = 3,
+    *,
+    recompute: bool = True,
+    inputs_offloaded: bool = False,
+    fused_loss: bool = False,
+    gradient: int = 4,
+    optimizer_offloaded: bool = False,
+    weights_offloaded: bool = False,
 ) -> MemoryEstimate:
-    """Memory of SFT with full activation checkpointing on one GPU; an estimate, good to about 15 %.
+    """Memory of SFT on one GPU; an estimate, good to about 15 %.
 
-    activations: one bf16 input a layer is kept (2·T·H·L), plus one layer's inside while it is recomputed
-    (about 34·T·H without attention scores; Korthikanti et al. 2022, §4); logits: T·V in bf16 and fp32 (6 B);
+    states: `model_state_gib`, with `gradient` bytes a parameter; an offloaded optimizer takes its gradients along.
+    activations: with activation checkpointing (`recompute`) one bf16 input a layer is kept (2·T·H·L; in host memory
+    with `inputs_offloaded`), plus one layer's inside while it is recomputed (about 34·T·H without attention scores;
+    Korthikanti et al. 2022, §4); without it every layer's inside: 24·T·H·L, since 26 was measured with fused kernels.
+    logits: T·V in bf16 and fp32 (6 B), none where the loss is fused with the projection (Liger).
     working: two gathered layers and the gathered input table in bf16, and 2 GiB for NCCL, CUDA and fragmentation.
     """
     tokens = micro_batch * seq_len
     hidden, layers = model["hidden_size"], model["num_layers"]
     count = parameters(model)
     layer = (count.total - count.embedding - count.head) / layers
-    gathered = 2 * (2 * layer + max(count.embedding, count.head)) if zero_stage == 3 and world_size > 1 else 0
+    gathers = zero_stage == 3 and (world_size > 1 or weights_offloaded)
+    gathered = 2 * (2 * layer + max(count.embedding, count.head)) if gathers else 0
+    inside = (0 if inputs_offloaded else 2 * layers) + 34 if recompute else 24 * layers
     return MemoryEstimate(
-        states=model_state_gib(count.total, world_size, zero_stage),
-        activations=tokens * hidden * (2 * layers + 34) / GIB,
-        logits=6 * tokens * model["vocab_size"] / GIB,
+        states=model_state_gib(
+            count.total,
+            world_size,
+            zero_stage,
+            weight=0 if weights_offloaded else 2,
+            gradient=0 if optimizer_offloaded else gradient,
+            optimizer=0 if optimizer_offloaded else 12,
+        ),
+        activations=tokens * hidden * inside / GIB,
+        logits=0 if fused_loss else 6 * tokens * model["vocab_size"] / GIB,
         working=gathered / GIB + 2,
         available=gpu_memory_gib or None,
     )

@@ -12,6 +12,7 @@ from typing import Any
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
+from runner.plan import memory
 from runner.plan.batch import batch_of, with_batch
 from runner.plan.engines.ranks import Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
@@ -24,7 +25,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     """The plan of `request` on `nodes` (chosen and in inventory order).
 
-    Raises UsageError when there are too few nodes or a batch does not divide.
+    Raises UsageError when there are too few nodes, a batch does not divide, or a model does not fit into its GPUs.
     """
     most = max(request.node_counts)
     if most > len(nodes):
@@ -81,6 +82,7 @@ def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[
                 f"sft.seq_len {params['seq_len']}: model {model} takes at most {request.model['max_seq_len']} tokens"
             )
         batch = batch_of(request, params, num_nodes, world_size)
+        memory.refuse(request, params, num_nodes, batch)
         deepspeed = with_batch(request.deepspeed, batch)
     elif params.get("max_bytes") is None:
         params = {**params, "max_bytes": (8 << 30) if request.device == "cuda" else (1 << 20)}

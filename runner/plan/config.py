@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -139,6 +140,15 @@ def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
                 raise UsageError(f"--set deepspeed.{key}: {parent} is not a section")
         target[last] = value
     return config
+
+
+def deepspeed_files(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every DeepSpeed configuration with `overrides`, by name; one that cannot be read is left out."""
+    found = {}
+    for name in names("deepspeed", ".json"):
+        with contextlib.suppress(UsageError):
+            found[name] = load_deepspeed(name, overrides)
+    return found
 
 
 def load_targets() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from runner import failures
+from runner.plan import memory
 from runner.plan.plan import Plan, environment
 
 
@@ -32,6 +33,10 @@ def describe(plan: Plan, fold: Any) -> str:
                 f" of {cell.params['seq_len']} tokens"
             )
             lines.append(f"  data   {cell.params['dataset']}, prepared once and sent to each node once")
+        if (needs := memory.of_cell(plan, cell)) and needs.available:
+            lines.append(
+                f"  memory about {needs.needed:.0f} of {needs.available:g} GiB per GPU: {memory.causes(needs)}"
+            )
         chosen = set(cell.hosts or aliases)
         on_node = {n.name: environment(cell, n) for n in plan.nodes if n.name in chosen}
         for key in dict.fromkeys(key for env in on_node.values() for key in env):

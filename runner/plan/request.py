@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -37,3 +37,4 @@ class Request:
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
     job_array: bool = False
+    deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # those that it could use instead

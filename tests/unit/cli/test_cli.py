@@ -58,6 +58,15 @@ def test_help_imports_neither_torch_nor_ansible():
         (["bench", "--hosts", "node[001-002]", "--nodes", "3", "--dry-run"], 2, "names 2"),
         (["bench", "--backend", "local", "--dry-run"], 2, "for backend ssh"),
         (["bench", "--model", "llama-2-13b", "--dry-run"], 2, "--set sft.gradient_accumulation=8"),
+        (
+            [
+                *("bench", "--nodes", "1", "--model", "llama-2-70b", "--dry-run"),
+                *("--set", "deepspeed.zero_optimization.offload_optimizer.device=none"),
+                *("--set", "deepspeed.zero_optimization.offload_param.device=none"),
+            ],
+            2,
+            "141 GiB; what fits: --nodes 2",
+        ),
         (["bench", "-i", "inventory/lcal"], 2, "did you mean 'inventory/local'"),
         (["bench", "-i", "/nope"], 2, "no inventory /nope"),
         (["bench", "-i", "", "--dry-run"], 2, "-i is empty"),
