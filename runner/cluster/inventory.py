@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__
+from runner.cluster import slurm as slurm_settings
 from runner.cluster.backends import BACKENDS, LOCAL, SSH
 from runner.errors import UsageError, unknown
 from runner.system import process
@@ -235,8 +236,6 @@ def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any
     if any(other != first for other in others):
         raise UsageError(f"inventory {source}: runner_slurm differs between hosts: set it once, for {GROUP}")
     if first:
-        from runner.cluster import slurm as slurm_settings
-
         slurm_settings.settings(first, f"inventory {source}: runner_slurm")
     return dict(first)
 
