@@ -282,8 +282,9 @@ class _Conversation:
         """
         if agent.talk.alive:
             agent.talk.rc = GIVEN_UP
-            agent.kill_at = now + AGENT_END_S
+        if agent.kill_at == math.inf:
             process.terminate(agent.child)
+            agent.kill_at = now + AGENT_END_S
 
     def _look(self, agent: _Agent) -> None:
         """Note whether the command has ended; end the talk once its output has, too."""
@@ -299,7 +300,10 @@ class _Conversation:
         # Who inherited its pipes may keep them open for ever.
         if agent.outputs and now - agent.exited_at < OUTPUT_END_S:
             return
-        for pipe, lines in list(agent.outputs.items()):
+        for pipe, lines in agent.outputs.items():
+            os.set_blocking(pipe.fileno(), False)
+            with contextlib.suppress(BlockingIOError):  # nothing came since the last look
+                self._hear(agent, pipe, lines.add(os.read(pipe.fileno(), READ_BYTES)))
             self._hear(agent, pipe, lines.rest())
         if agent.talk.alive:
             agent.talk.rc = status if status >= 0 else 128 - status

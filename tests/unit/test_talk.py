@@ -180,7 +180,7 @@ def test_an_agent_has_time_to_end_its_ranks(tmp_path):
     """Also when it writes more than a pipe holds meanwhile."""
     script = """
 def end(*_):
-    say('say', text='x' * 1_000_000)
+    os.write(1, b'x' * 1_000_000)  # not by a buffer that the signal may have interrupted
     open(request['file'], 'w').write('ended')
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
@@ -295,6 +295,13 @@ def test_a_process_that_inherited_the_output_does_not_keep_a_talk_alive(tmp_path
     assert messages_of(talk) == [1]
     assert talk.rc == 0 and time.monotonic() - started < 20
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_what_a_command_wrote_before_it_ended_is_read_however_late(monkeypatch):
+    monkeypatch.setattr(backends, "OUTPUT_END_S", 0.0)
+    talks = [agent('os.write(1, b\'{"message": "say", "text": 1}\\n\' * 1000); os._exit(0)', str(n)) for n in range(10)]
+    assert messages_of(*talks) == [1] * 10_000
+    assert {talk.rc for talk in talks} == {0}
 
 
 def test_a_missing_program_is_named_and_the_other_commands_are_ended():
