@@ -74,6 +74,17 @@ def spawn(
         raise InfrastructureError(f"cannot start {argv[0]!r}: {error.strerror}") from error
 
 
+def exit_fd(child: subprocess.Popen[bytes]) -> int | None:
+    """A descriptor that a selector finds readable once `child` has ended; the caller closes it.
+
+    None where the system gives none: Linux has them since 5.3.
+    """
+    try:
+        return os.pidfd_open(child.pid)
+    except (AttributeError, OSError):
+        return None
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -147,6 +158,18 @@ def stop_group(child: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:
         except subprocess.TimeoutExpired:
             continue
     child.wait()
+
+
+def terminate(child: subprocess.Popen[bytes]) -> None:
+    """Send TERM to `child` alone, which ends what it started itself; one that has ended is no error."""
+    child.terminate()
+
+
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """Send KILL to the session that `child` leads, unless it has ended; the caller waits for `child`."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def marked(marker: str) -> list[int]:
