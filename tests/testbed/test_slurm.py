@@ -17,7 +17,7 @@ from runner.cluster import slurm as slurm_settings
 from runner.errors import UsageError
 from runner.launch.slurm import answers, commands
 from runner.launch.slurm import follow as following
-from runner.launch.slurm.script import Job, Step, render
+from runner.launch.slurm.script import BatchJob, Step, render
 from runner.launch.talk import Talk
 from runner.provision.testbed import containers as provision_testbed
 from runner.provision.testbed import layout
@@ -145,7 +145,7 @@ class Run:
             Step(cell, count, self.request(cell, count, rank_s), self.hosts, timeout_s=60)
             for cell, count, rank_s in self.cells
         )
-        job = Job(self.name, steps, sys.executable, str(self.log), 1, "cpu", secrets=("HF_TOKEN",))
+        job = BatchJob(self.name, steps, sys.executable, str(self.log), 1, "cpu", secrets=("HF_TOKEN",))
         return render(job, slurm_settings.settings({"partition": "gpu", **self.settings}, "test"))
 
     def submit(self) -> answers.JobInfo:

@@ -20,7 +20,7 @@ from runner.launch.slurm import answers, commands
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.capacity import node_kind, refused
 from runner.launch.slurm.ledger import JobShare, Ledger
-from runner.launch.slurm.script import STARTUP_S, Job, Step, cells_of, render
+from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, render
 from runner.launch.talk import Talk
 from runner.launch.watch import CellRun, Course
 from runner.plan.plan import Cell, Plan, environment, job
@@ -274,7 +274,7 @@ class Allocations:
             course.on_job(answers.JobInfo(share.job_id, share.name, "waiting", "PENDING", "", (), None))
         return share.job_id, share.step, self.run.slurm(share.name)
 
-    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> Job:
+    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> BatchJob:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
@@ -397,7 +397,7 @@ def prepare(
     known: Sequence[str],
     checks: Mapping[str, Any],
     expected: Mapping[str, str | None],
-) -> Job:
+) -> BatchJob:
     """The job of `cells`. `known` are Slurm's names of nodes."""
     names = {slurm_name(node, known): node for node in plan.nodes}
     first = plan.nodes[0]
@@ -425,7 +425,7 @@ def prepare(
         }
         hosts = tuple(request["hosts"])
         steps.append(Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
-    return Job(
+    return BatchJob(
         name=name,
         steps=tuple(steps),
         python=first.python,

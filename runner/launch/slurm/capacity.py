@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from runner.cluster.slurm import Settings, clock, seconds_of
 from runner.errors import unknown
 from runner.launch.slurm.answers import SEPARATOR, pairs, said
-from runner.launch.slurm.script import Job, limit_s, wanted_gres
+from runner.launch.slurm.script import BatchJob, limit_s, wanted_gres
 from runner.system.nodeset import expand, fold
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
@@ -118,7 +118,7 @@ def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settin
 
 
 def refused(
-    job: Job, settings: Settings, partitions: Sequence[Partition], nodes: Sequence[SlurmNode]
+    job: BatchJob, settings: Settings, partitions: Sequence[Partition], nodes: Sequence[SlurmNode]
 ) -> tuple[list[str], list[str]]:
     """Every reason why Slurm could not run the largest cell of `job`, and every one that would be left if all nodes
     came back.

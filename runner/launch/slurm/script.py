@@ -50,7 +50,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """One sbatch file: one cell, or several: one after the other in one allocation, or each a task of an `array`.
 
     `name` is unique, so that a job can be found again by it. `python` is the agent's interpreter on the nodes,
@@ -68,7 +68,7 @@ class Job:
     array: bool = False
 
 
-def limit_s(job: Job, settings: Settings) -> int:
+def limit_s(job: BatchJob, settings: Settings) -> int:
     """The time limit that `job` is submitted with: the one set, or what its cells may take; whole minutes."""
     limits = [step.timeout_s + STARTUP_S for step in job.steps]
     limit = settings.time_limit_s or (max(limits) if job.array else sum(limits))
@@ -85,7 +85,7 @@ def cells_of(script: str) -> list[str]:
     return re.findall(r"^srun --job-name=(\S+) ", script, re.MULTILINE)
 
 
-def render(job: Job, settings: Settings) -> str:
+def render(job: BatchJob, settings: Settings) -> str:
     """The job as one sbatch file. Nothing in it is expanded by the batch shell but exit statuses.
 
     Raises UsageError for a value that would break a line or hide an option, and for a placeholder.
@@ -143,13 +143,13 @@ def _told(step: Step) -> str:
     return f"cell {step.cell}: {step.num_nodes} node{'s'[: step.num_nodes > 1]} {where}, at most {step.timeout_s:g} s"
 
 
-def _choice(job: Job) -> list[str]:
+def _choice(job: BatchJob) -> list[str]:
     """The lines of all cells, of which a task of the array runs one."""
     cases = [[f"{number})", *_srun(job, step)[1:], ";;"] for number, step in enumerate(job.steps)]
     return ["", 'case "$SLURM_ARRAY_TASK_ID" in', *(line for case in cases for line in case), "esac"]
 
 
-def _srun(job: Job, step: Step) -> list[str]:
+def _srun(job: BatchJob, step: Step) -> list[str]:
     """The lines of one cell. srun copies its stdin, the request, to every task."""
     together = len(job.steps) > 1 and not job.array
     request = json.dumps(step.request, indent=1, sort_keys=True)

@@ -45,7 +45,7 @@ def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
     names = [slurm_name(node, tuple(known)) for node in nodes]
     longest_s = max(config.load_test(test, {}).timeout_s for test in registry.TESTS)
     step = script.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
-    job = script.Job("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
+    job = script.BatchJob("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
     refused, wrong = capacity.refused(job, settings, partitions, seen)
     if not refused and (why := commands.test_only(script.render(job, settings))):
         refused = wrong = [f"sbatch says: {why}"]

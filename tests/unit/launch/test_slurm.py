@@ -19,7 +19,7 @@ from runner.cluster import slurm as slurm_settings
 from runner.cluster.slurm import Settings
 from runner.errors import InfrastructureError, UsageError
 from runner.launch.slurm import answers
-from runner.launch.slurm.script import STARTUP_S, Job, Step, cells_of, limit_s, render
+from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, limit_s, render
 from runner.node import slurm_step
 from runner.system import nodeset
 
@@ -140,7 +140,7 @@ REQUEST = {
 def cell(*steps, **changes):
     steps = steps or (Step("torch-2n-r0", 2, REQUEST, timeout_s=1800),)
     named = "sweep" if len(steps) > 1 else steps[0].cell
-    return Job(**{
+    return BatchJob(**{
         "name": f"shakedown-20260101-120000-ab12-{named}",
         "steps": steps,
         "python": "/opt/shakedown/bin/python",
