@@ -48,7 +48,7 @@ class Reach:
     engine: str
     tests: Sequence[str]
     ssh_config: str | None
-    cluster: commands.Slurm | None = None
+    cluster: commands.SlurmClient | None = None
     own: str = ""
 
     def ask(self, nodes: Sequence[Node]) -> Answers:

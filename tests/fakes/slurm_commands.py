@@ -43,6 +43,6 @@ def for_ever(given):
     return itertools.chain(given, itertools.repeat(given[-1]))
 
 
-def cluster(commands: Commands, *, patience_s: float = 60.0, **settings) -> jobs.Slurm:
+def cluster(commands: Commands, *, patience_s: float = 60.0, **settings) -> jobs.SlurmClient:
     made = slurm_settings.Settings.model_construct(**settings)  # unchecked: a test need not wait for a whole second
-    return jobs.Slurm(made, patience_s=patience_s, run=commands)
+    return jobs.SlurmClient(made, patience_s=patience_s, run=commands)

@@ -43,7 +43,7 @@ with open("rank0.jsonl", "w", buffering=1) as events:
 
 @dataclass
 class Cluster:
-    slurm: commands.Slurm
+    slurm: commands.SlurmClient
     nodes: tuple[inventory.Node, ...]
     ssh_config: str
     share: Path
@@ -73,7 +73,7 @@ def cluster(slurm3, tmp_path_factory):
     config.write_text(ssh.ssh_config(read, str(pins)))
     settings = slurm_settings.settings({"partition": "gpu", "login": "node001"}, "test")
     at = {node["alias"]: node["container"] for node in slurm3.nodes}
-    return Cluster(commands.Slurm(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
+    return Cluster(commands.SlurmClient(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
 
 
 @dataclass
@@ -300,7 +300,7 @@ def test_in_one_allocation_cells_follow_each_other_and_one_that_is_stopped_does_
 def test_a_job_whose_node_is_drained_is_given_up_with_the_reason(cluster, run):
     cluster.inside("node003", "scontrol", "update", "node=node003", "state=drain", "reason=fan broken")
     try:
-        impatient = commands.Slurm(
+        impatient = commands.SlurmClient(
             slurm_settings.settings({"stuck_s": 1}, "test"), cluster.nodes[0], cluster.ssh_config
         )
         one = run(0.0, hosts=("node002", "node003"))

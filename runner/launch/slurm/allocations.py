@@ -53,17 +53,17 @@ def _words(node: Node) -> tuple[str, ...]:
     return node.name, node.name.partition(".")[0], node.alias
 
 
-def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config: str | None) -> commands.Slurm:
+def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config: str | None) -> commands.SlurmClient:
     """Slurm's commands, here or on the login node that the settings name."""
     login = None
     if settings.login is not None:
         login = by_word(nodes).get(settings.login)
         if login is None:
             raise unknown("host", settings.login, [node.name for node in nodes], "slurm.login")
-    return commands.Slurm(settings, login, ssh_config)
+    return commands.SlurmClient(settings, login, ssh_config)
 
 
-def problems(cluster: commands.Slurm, nodes: Sequence[Node]) -> dict[str, Problem]:
+def problems(cluster: commands.SlurmClient, nodes: Sequence[Node]) -> dict[str, Problem]:
     """Why Slurm would not use each of `nodes`; good ones are left out."""
     known = {node.name: node for node in cluster.look()[1]}
     found = {}
@@ -110,7 +110,7 @@ class Allocations:
         self,
         run: RunDir,
         ssh_config: str | None,
-        cluster: commands.Slurm,
+        cluster: commands.SlurmClient,
         checks: Mapping[str, Any],
         expected: Mapping[str, str | None],
     ) -> None:

@@ -12,7 +12,7 @@ from runner.report.runs import (
 )
 
 if TYPE_CHECKING:
-    from runner.launch.slurm.commands import Slurm
+    from runner.launch.slurm.commands import SlurmClient
     from runner.results.rundir import RunDir
 
 
@@ -22,7 +22,7 @@ POLL_S = 2.0
 ANSWER_S = 120.0  # what Slurm may take to end a cancelled job
 
 
-def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
+def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> SlurmClient:
     """Slurm's commands where the run gave them."""
     from dataclasses import replace
 
@@ -33,7 +33,7 @@ def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
 
     settings = slurm_settings.settings(plan.get("slurm") or {}, f"run {run.run_id}: {run.plan}")
     if settings.login is None:
-        return jobs.Slurm(settings)
+        return jobs.SlurmClient(settings)
     planned = Plan.from_dict(plan)
     nodes = [*planned.nodes, *planned.spares]
     config = run.path / "ssh_config"
@@ -41,10 +41,12 @@ def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> Slurm:
         raise errors.UsageError(f"run {run.run_id} kept no way to {settings.login}: use `scancel` there")
     # The login host need not be one of the run's nodes; the ssh_config knows the whole inventory.
     other = replace(nodes[0], name=settings.login, alias=settings.login, address=settings.login)
-    return jobs.Slurm(settings, by_word(nodes).get(settings.login, other), str(config))
+    return jobs.SlurmClient(settings, by_word(nodes).get(settings.login, other), str(config))
 
 
-def cancel_jobs(commands: Slurm, run_id: str, wait: bool, sleep: Callable[[float], None] = time.sleep) -> list[str]:
+def cancel_jobs(
+    commands: SlurmClient, run_id: str, wait: bool, sleep: Callable[[float], None] = time.sleep
+) -> list[str]:
     """Cancel the jobs that Slurm still has of a run; returns their ids.
 
     With `wait` it returns when they have ended; raises InfrastructureError when Slurm does not get that done.

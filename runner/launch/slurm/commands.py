@@ -51,7 +51,7 @@ class Silent(InfrastructureError):
     kind = "slurm_unreachable"
 
 
-class Slurm:
+class SlurmClient:
     """Slurm's commands, on this machine or over ssh on a login node.
 
     A slurmctld that does not answer is asked again for `patience_s` before a call raises Silent.

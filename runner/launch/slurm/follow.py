@@ -21,7 +21,7 @@ from runner.errors import InfrastructureError
 from runner.launch import copy
 from runner.launch.slurm import answers
 from runner.launch.slurm.answers import JobInfo
-from runner.launch.slurm.commands import NotStarted, Silent, Slurm, forgotten, gone, intervals
+from runner.launch.slurm.commands import NotStarted, Silent, SlurmClient, forgotten, gone, intervals
 from runner.launch.talk import POLL_S, SILENCE_S, Talk
 from runner.results.celldir import MESSAGES
 from runner.system import process
@@ -85,7 +85,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def wait(
-    commands: Slurm, job_id: str, on_wait: Callable[[JobInfo], None], stopped: Callable[[], bool] = lambda: False
+    commands: SlurmClient, job_id: str, on_wait: Callable[[JobInfo], None], stopped: Callable[[], bool] = lambda: False
 ) -> JobInfo:
     """Wait until the job runs, or has ended, or Slurm has forgotten it; `on_wait` hears each answer meanwhile.
 
@@ -138,7 +138,7 @@ def wait(
 
 
 @contextmanager
-def left_at_once(commands: Slurm, job_id: str) -> Iterator[None]:
+def left_at_once(commands: SlurmClient, job_id: str) -> Iterator[None]:
     """Whoever leaves without waiting for an orderly end leaves no job behind, if Slurm answers."""
     try:
         yield
@@ -160,7 +160,7 @@ class Follow:
     of several. `log` is the job's output, if it can be read here.
     """
 
-    slurm: Slurm
+    slurm: SlurmClient
     job_id: str
     folders: Mapping[str, Path]
     step: int | None = None

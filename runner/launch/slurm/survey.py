@@ -11,7 +11,7 @@ from runner.cluster.slurm import Settings
 from runner.launch.slurm import capacity, script
 from runner.launch.slurm.allocations import slurm_name
 from runner.launch.slurm.capacity import Partition, SlurmNode
-from runner.launch.slurm.commands import Slurm
+from runner.launch.slurm.commands import SlurmClient
 from runner.plan import config
 from runner.system.nodeset import fold
 from runner.workloads import registry
@@ -34,7 +34,7 @@ class Survey:
     refusals: list[str]
 
 
-def ask(commands: Slurm, nodes: Sequence[Node], named: bool) -> Survey:
+def ask(commands: SlurmClient, nodes: Sequence[Node], named: bool) -> Survey:
     """Ask Slurm for what it has for a cell on all of `nodes`; `named`: on these and no others.
 
     Raises InfrastructureError where Slurm does not answer.

@@ -484,7 +484,7 @@ class Cluster:
         self.slept += seconds
 
     def cancel(self, wait=True):
-        return cancel_jobs(commands.Slurm(slurm_settings.Settings(), run=self.run), RUN, wait, self.sleep)
+        return cancel_jobs(commands.SlurmClient(slurm_settings.Settings(), run=self.run), RUN, wait, self.sleep)
 
 
 def test_jobs_left_behind_are_cancelled_by_id_and_those_of_others_are_not():

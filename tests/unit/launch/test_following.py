@@ -144,7 +144,9 @@ def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_pa
             return Outcome(tuple(argv), 0, 0.0, "", "")
 
     talks = [Talk("a", (), {})]
-    follow = following.Follow(jobs.Slurm(slurm_settings.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1)
+    follow = following.Follow(
+        jobs.SlurmClient(slurm_settings.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1
+    )
     info = following.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
     assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
     assert info.state == "cancelled" and talks[0].rc == -1

@@ -101,7 +101,7 @@ def test_the_script_goes_in_by_stdin_and_secrets_by_the_environment():
 
 def test_no_command_line_shows_a_secret_on_the_way_to_a_login_node(cluster_inventory):
     commands = Commands(sbatch=["12\n"])
-    far = jobs.Slurm(slurm_settings.Settings(), cluster_inventory.nodes[0], "/run/ssh_config", run=commands)
+    far = jobs.SlurmClient(slurm_settings.Settings(), cluster_inventory.nodes[0], "/run/ssh_config", run=commands)
     assert far.submit(SCRIPT, {"HF_TOKEN": "s3cr'et $(x)", "WANDB_API_KEY": "k"}) == "12"
     argv, options = commands.calls[0]
     assert argv[:4] == ["ssh", "-F", "/run/ssh_config", cluster_inventory.nodes[0].name]

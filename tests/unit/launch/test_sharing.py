@@ -567,7 +567,7 @@ class Lost(Queue):
 def test_no_cell_is_in_two_jobs_where_the_answer_to_sbatch_was_lost(cluster, tmp_path, array):
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 3, array=array)
     queue = Lost(cluster, 7)
-    carrier.cluster = jobs.Slurm(slurm_settings.Settings(), patience_s=0, run=queue)
+    carrier.cluster = jobs.SlurmClient(slurm_settings.Settings(), patience_s=0, run=queue)
     silent_is_said(carrier)
     carried.execute({})
     held = [cell for argv, options in queue.calls if argv[0] == "sbatch" for cell in cells_of(options["input"])]
@@ -630,7 +630,7 @@ def silent_is_said(carrier: Together) -> None:
 def test_a_task_whose_job_is_found_by_its_name_has_no_retry_more_and_cancels_no_others(cluster, tmp_path):
     carrier, _, carried = of_sizes(cluster, tmp_path, {("7_1", None): failed("time_limit")}, (1,), 4)
     queue = Lost(cluster, 7)
-    carrier.cluster = jobs.Slurm(slurm_settings.Settings(), patience_s=0, run=queue)
+    carrier.cluster = jobs.SlurmClient(slurm_settings.Settings(), patience_s=0, run=queue)
     carrier.cluster.find = lambda name: next(
         (answers.whole(job) for job, its in queue.jobs.items() if its == name), None
     )

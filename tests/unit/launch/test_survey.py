@@ -53,7 +53,7 @@ class Commands:
 
 
 def ask(commands, nodes, named=False, **settings):
-    return survey.ask(jobs.Slurm(slurm_settings.Settings(**settings), run=commands), nodes, named)
+    return survey.ask(jobs.SlurmClient(slurm_settings.Settings(**settings), run=commands), nodes, named)
 
 
 def test_a_cluster_that_can_run_a_benchmark_on_all_nodes(cluster):
@@ -103,7 +103,7 @@ def test_where_slurm_does_not_answer_it_is_said(cluster):
         return Outcome(tuple(argv), 1, 0.0, "", "Unable to contact slurm controller (connect failure)\n")
 
     with pytest.raises(InfrastructureError, match="Unable to contact"):
-        survey.ask(jobs.Slurm(slurm_settings.Settings(), patience_s=0.0, run=silent), cluster.nodes, named=False)
+        survey.ask(jobs.SlurmClient(slurm_settings.Settings(), patience_s=0.0, run=silent), cluster.nodes, named=False)
 
 
 @pytest.mark.parametrize("width", [50, 80])
