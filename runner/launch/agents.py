@@ -13,7 +13,7 @@ from runner.launch import copy
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, SILENCE_S, Talk, ask, converse, local
 from runner.launch.watch import CellRun, Course
-from runner.plan.plan import Cell, Plan, environment, job
+from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
 from runner.system import process
@@ -120,7 +120,7 @@ class Agents:
                 "cell_dir": cell.cell_dir,
                 "job": job(plan, cell, node, data),
                 "argv": cell.launch.argv[index],
-                "env": environment(cell, node),
+                "env": rank_environment(cell, node),
                 "secrets": secrets(),
                 "rendezvous_port": cell.master_port if index == 0 else None,
             }

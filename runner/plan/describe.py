@@ -7,7 +7,7 @@ from typing import Any
 
 from runner import failures
 from runner.plan import memory
-from runner.plan.plan import Plan, environment
+from runner.plan.plan import Plan, rank_environment
 
 
 def describe(plan: Plan, fold: Any) -> str:
@@ -38,7 +38,7 @@ def describe(plan: Plan, fold: Any) -> str:
                 f"  memory about {needs.needed:.0f} of {needs.available:g} GiB per GPU: {memory.causes(needs)}"
             )
         chosen = set(cell.hosts or aliases)
-        on_node = {n.name: environment(cell, n) for n in plan.nodes if n.name in chosen}
+        on_node = {n.name: rank_environment(cell, n) for n in plan.nodes if n.name in chosen}
         for key in dict.fromkeys(key for env in on_node.values() for key in env):
             by_value: dict[str | None, list[str]] = {}
             for name, env in on_node.items():

@@ -151,7 +151,7 @@ def fingerprint(plan: Plan, cell: Cell) -> str:
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def environment(cell: Cell, node: Node) -> dict[str, str]:
+def rank_environment(cell: Cell, node: Node) -> dict[str, str]:
     """What the ranks of a cell get on this node: NICs and the like may be named differently on each."""
     return {**cell.env, **node.env}
 
@@ -173,5 +173,5 @@ def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
         "deepspeed": dict(cell.deepspeed) if cell.deepspeed else None,
         "data": data,
         "hardware": dict(plan.hardware),
-        "env": environment(cell, node),
+        "env": rank_environment(cell, node),
     }

@@ -90,7 +90,7 @@ def tasks(call: Call) -> list[str]:
     """The names of the tasks that `call` would run on each host, in order; connects to no node."""
     program = Path(sys.executable).with_name("ansible-playbook")
     argv = [str(program) if program.exists() else "ansible-playbook", *call.command()[1:], "--list-tasks"]
-    outcome = process.run(argv, timeout_s=120, cwd=str(ROOT), env=_environment())
+    outcome = process.run(argv, timeout_s=120, cwd=str(ROOT), env=_ansible_environment())
     if outcome.rc != 0:
         raise InfrastructureError(f"{call.playbook}: {reason(outcome.stderr or outcome.stdout)}")
     return [line.split("\tTAGS:")[0].strip() for line in outcome.stdout.splitlines() if line.startswith("      ")]
@@ -151,7 +151,7 @@ def play(
                 project_dir=str(ROOT),
                 playbook=str(ROOT / call.playbook),
                 cmdline=shlex.join(call.arguments()),
-                envvars=_environment({}),
+                envvars=_ansible_environment({}),
                 suppress_env_files=True,
                 settings={"pexpect_timeout": 0.5},
                 event_handler=handle,
@@ -174,7 +174,7 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
+def _ansible_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ansible's settings are the product's own, wherever the command is typed; no colours, since it is parsed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     own = {

@@ -23,7 +23,7 @@ from runner.launch.slurm.ledger import JobShare, Ledger
 from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, render
 from runner.launch.talk import Talk
 from runner.launch.watch import CellRun, Course
-from runner.plan.plan import Cell, Plan, environment, job
+from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic
@@ -403,7 +403,7 @@ def prepare(
     first = plan.nodes[0]
     steps = []
     for cell in cells:
-        common = environment(cell, first)
+        common = rank_environment(cell, first)
         request = {
             **agents.cell_request(plan, cell),
             "slurm": True,

@@ -104,7 +104,7 @@ def queue_argv(partition: str | None) -> list[str]:
     return ["squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%F", *only]
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
+def client_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` for Slurm's commands, without the variables that win over a job's lines, change formats, or
     come from a job in which Shakedown itself was started."""
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")

@@ -77,7 +77,7 @@ class SlurmClient:
         secrets = secrets or {}
         try:
             if self._login is None:
-                env = {**answers.environment(os.environ), **secrets}
+                env = {**answers.client_environment(os.environ), **secrets}
                 outcome = self._execute(argv, timeout_s=COMMAND_S, input=input, env=env, cwd="/")
             else:
                 # The far shell reads secrets from its stdin, so that no command line ever shows one.

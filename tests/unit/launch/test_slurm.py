@@ -571,7 +571,7 @@ def test_no_id_is_said(stdout):
 def test_slurms_commands_get_no_variable_that_changes_them():
     environ = {"PATH": "/bin", "SLURM_CONF": "/etc/s", "SBATCH_PARTITION": "x", "SQUEUE_FORMAT": "y", "SLURM_JOB_ID": "1",
                "SLURM_TIME_FORMAT": "relative", "HF_TOKEN": "t"}  # fmt: skip
-    assert answers.environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s", "HF_TOKEN": "t"}
+    assert answers.client_environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s", "HF_TOKEN": "t"}
 
 
 @pytest.mark.parametrize(
