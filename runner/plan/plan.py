@@ -157,7 +157,7 @@ def rank_environment(cell: Cell, node: Node) -> dict[str, str]:
 
 
 def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
-    """`job.json` of a cell on a node: what its ranks read (runner.workloads.Job)."""
+    """`job.json` of a cell on a node: what its ranks read (runner.workloads.job.RankJob)."""
     return {
         "run_id": plan.run_id,
         "cell": cell.id,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from runner.errors import RunnerError
 from runner.system import process
-from runner.workloads.job import Events, Job, rank_from_env
+from runner.workloads.job import Events, RankJob, rank_from_env
 
 
 def main(cell_dir: Path) -> None:
-    job = Job.load(cell_dir)
+    job = RankJob.load(cell_dir)
     os.environ.update(job.env)  # before torch: NCCL and gloo read it when they are loaded
     rank = rank_from_env()
     if "SHAKEDOWN_CELL" in os.environ:  # under the product; by hand, output stays on the terminal

@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What one cell asks of its ranks.
 
     `params` are the test's settings (configs/tests/<test>.yaml after `--set`); `model` is the
@@ -42,7 +42,7 @@ class Job:
         return "nccl" if self.device == "cuda" else "gloo"
 
     @classmethod
-    def load(cls, cell_dir: Path) -> Job:
+    def load(cls, cell_dir: Path) -> RankJob:
         return cls(**json.loads((cell_dir / "job.json").read_text()))
 
 

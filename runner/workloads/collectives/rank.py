@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from runner.cluster.limits import busbw_factor
-from runner.workloads.job import Events, Job
+from runner.workloads.job import Events, RankJob
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class Operation:
         return int((self.output != self.expected).sum())
 
 
-def run(job: Job, events: Events) -> None:
+def run(job: RankJob, events: Events) -> None:
     """Measure every collective of `job.params` at every size; rank 0 emits the values."""
     import torch
     import torch.distributed as dist

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runner.errors import UsageError
 from runner.workloads.data import IGNORED
-from runner.workloads.job import Job
+from runner.workloads.job import RankJob
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,7 @@ class PackedData:
             raise UsageError(f"no prepared data in {folder} ({error}); make it with `runner data prepare`") from None
         self.count, self.seq_len = self._ids.shape
 
-    def check(self, job: Job) -> None:
+    def check(self, job: RankJob) -> None:
         """Raise UsageError where these sequences cannot feed the job's model."""
         model = job.model or {}
         asked = job.params.get("seq_len") or self.seq_len

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UsageError
-from runner.workloads.job import Events, Job
+from runner.workloads.job import Events, RankJob
 from runner.workloads.sft.data import PackedData
 from runner.workloads.sft.model import build_model, inputs
 from runner.workloads.sft.resolve import Settings, resolve
@@ -31,7 +31,7 @@ GIB = 1 << 30
 PATIENCE = timedelta(minutes=10)
 
 
-def run(job: Job, events: Events) -> None:
+def run(job: RankJob, events: Events) -> None:
     """Train `warmup_steps` and then `steps` optimizer steps; every rank emits each step's values."""
     settings = resolve(job)
     data = PackedData(Path(job.data or ""))
@@ -70,7 +70,7 @@ def run(job: Job, events: Events) -> None:
     dist.destroy_process_group()
 
 
-def _engine(job: Job, settings: Settings) -> tuple[Any, dict[str, int]]:
+def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
     """(DeepSpeed's engine around the model and its optimizer, parameter counts)."""
     import deepspeed
     import torch
@@ -108,7 +108,7 @@ def _engine(job: Job, settings: Settings) -> tuple[Any, dict[str, int]]:
 
 
 def _train(
-    job: Job, settings: Settings, data: PackedData, engine: Any, counts: Mapping[str, int], events: Events
+    job: RankJob, settings: Settings, data: PackedData, engine: Any, counts: Mapping[str, int], events: Events
 ) -> None:
     import torch
     import torch.distributed as dist

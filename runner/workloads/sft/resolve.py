@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UsageError
-from runner.workloads.job import Job
+from runner.workloads.job import RankJob
 
 if TYPE_CHECKING:
     pass
@@ -28,7 +28,7 @@ class Settings:
     deepspeed: Mapping[str, Any]
 
 
-def resolve(job: Job) -> Settings:
+def resolve(job: RankJob) -> Settings:
     """Settings of `job`; raises UsageError for what its device or its DeepSpeed configuration cannot do."""
     params, config = job.params, job.deepspeed
     if job.model is None or config is None or job.data is None:

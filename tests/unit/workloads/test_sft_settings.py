@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner.errors import UsageError
 from runner.plan import config
-from runner.workloads.job import Job
+from runner.workloads.job import RankJob
 from runner.workloads.sft import data, resolve
 
 MODELS = ["tiny", "llama-3.2-1b", "llama-2-7b", "llama-2-13b", "llama-2-70b"]
@@ -25,8 +25,8 @@ DEEPSPEED = {
 PARAMS = {"steps": 8, "warmup_steps": 2, "lr": None, "attention": "auto", "liger": "auto", "seq_len": None}
 
 
-def job(device: str = "cpu", deepspeed: dict | None = None, **params) -> Job:
-    return Job(
+def job(device: str = "cpu", deepspeed: dict | None = None, **params) -> RankJob:
+    return RankJob(
         run_id="run", cell="cell", test="sft", num_nodes=1, gpus_per_node=2, world_size=2, device=device, seed=0,
         params={**PARAMS, **params}, model={"name": "m", "vocab_size": 66, "max_seq_len": 64},
         deepspeed={**DEEPSPEED, **(deepspeed or {})}, data="/data",
