@@ -141,6 +141,7 @@ def test_where_nothing_helps_that_is_said(cluster):
         {"settings": [*NO_OFFLOAD, "deepspeed.optimizer.type=SGD"]},
         {"settings": [*NO_OFFLOAD, "deepspeed.bf16.bf16_master_weights_and_grads=true"]},
         {"settings": [*NO_OFFLOAD, "deepspeed.zero_optimization=3"]},
+        {"settings": [*NO_OFFLOAD, "deepspeed.zero_optimization.cpu_offload=true"]},
         {"settings": [*NO_OFFLOAD, "deepspeed.zero_optimization.stage=auto"]},
     ],
 )
