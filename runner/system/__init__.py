@@ -1,0 +1,1 @@
+"""What everything else stands on: processes, files, locks, places, node sets. It knows nothing of benchmarks."""
