@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _ELSEWHERE = {
     "check": ("runner.provision", "Read back what nodes are now and show where they drifted."),
     "data": ("runner.data", "Prepare training data: tokenise, pack, cache."),
+    "inventory": ("runner.cli_inventory", "Show the nodes as the product sees them; write an inventory to start from."),
     "runs": ("runner.runs", "Look at runs and stop them: list, show, tail, stop."),
     "setup": ("runner.provision", "Bring nodes to the wanted state: site.yml, with progress and a table."),
     "testbed": ("runner.testbed", "Start and stop a cluster of containers on this machine."),
@@ -527,49 +528,6 @@ def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -
 
     run = RunDir.find(results, name)
     ctx.exit(_conclude(run, benchmark.judge(run), as_json))
-
-
-@cli.command("inventory")
-@inventory_option
-@click.option("--hosts", metavar="SET", help="Only these nodes.")
-@click.option(
-    "--ssh-config",
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Write ssh_config and known_hosts there.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
-def show_inventory(source: str | None, hosts: str | None, folder: Path | None, as_json: bool) -> None:
-    """The nodes as the product sees them; or the ssh_config that reaches them."""
-    from dataclasses import asdict
-
-    from tabulate import tabulate
-
-    from runner.inventory import known_hosts, select, ssh_config
-    from runner.rundir import disk_errors, write_text_atomic
-
-    inventory = read_inventory(source)
-    nodes = select(inventory, hosts)
-    if folder is not None:
-        with disk_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            pinned = (folder / "known_hosts").absolute()
-            write_text_atomic(pinned, known_hosts(inventory))
-            write_text_atomic(folder / "ssh_config", ssh_config(inventory, str(pinned)))
-        click.echo(f"ssh -F {shlex.quote(str(folder / 'ssh_config'))} {nodes[0].alias}")
-    elif as_json:
-        click.echo(json.dumps([asdict(node) for node in nodes], indent=1))
-    else:
-        rows = [
-            {
-                "alias": n.alias, "name": n.name, "address": f"{n.address}:{n.port}", "user": n.user,
-                "gpus": n.gpus or "auto", "hardware": n.hardware, "nics": f"{n.nics} × {n.nic_gbit_per_s or '?'} Gb/s",
-                "host key": "pinned" if n.host_key else "known_hosts",
-            }
-            for n in nodes
-        ]  # fmt: skip
-        click.echo(tabulate(rows, headers="keys"))
 
 
 @cli.command()
