@@ -118,8 +118,9 @@ def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Map
 
 def _names(kind: str) -> Callable[..., list[str]]:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        folder = Path(__file__).resolve().parent.parent / "configs" / kind
-        return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
+        from runner.system.places import CONFIGS
+
+        return [p.stem for p in sorted((CONFIGS / kind).glob("*.yaml")) if p.stem.startswith(incomplete)]
 
     return complete
 

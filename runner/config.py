@@ -19,8 +19,7 @@ from pydantic import (
 )
 
 from runner.errors import UsageError, unknown
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from runner.system.places import CONFIGS
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

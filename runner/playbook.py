@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 from runner import process
 from runner.errors import InfrastructureError
-
-ROOT = Path(__file__).resolve().parent.parent
+from runner.system.places import ANSIBLE_CFG, ROOT
 
 Status = Literal["ok", "changed", "failed", "unreachable", "skipped"]
 
@@ -179,7 +178,7 @@ def _environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ansible's settings are the product's own, wherever the command is typed; no colours, since it is parsed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     own = {
-        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_CONFIG": str(ANSIBLE_CFG),
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_FORCE_COLOR": "0",
         "PATH": path,

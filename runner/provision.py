@@ -22,7 +22,7 @@ import click
 
 from runner import errors
 from runner.options import cache_dir, inventory_option, read_inventory, results_option, state_dir, transport
-from runner.playbook import ROOT
+from runner.system.places import ROLES
 
 if TYPE_CHECKING:
     from runner.display import Display
@@ -491,7 +491,7 @@ def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str],
 
 
 def roles() -> list[str]:
-    return sorted(path.parents[1].name for path in ROOT.glob("roles/*/tasks/main.yml"))
+    return sorted(path.parents[1].name for path in ROLES.glob("*/tasks/main.yml"))
 
 
 PHASES = ("validate", "install", "configure", "verify")
@@ -530,5 +530,5 @@ def _variables(settings: Iterable[str]) -> dict[str, Any]:
 def _options(role: str) -> dict[str, Any]:
     import yaml
 
-    text = (ROOT / "roles" / role / "meta" / "argument_specs.yml").read_text()
+    text = (ROLES / role / "meta" / "argument_specs.yml").read_text()
     return yaml.safe_load(text)["argument_specs"]["main"]["options"]

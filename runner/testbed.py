@@ -35,14 +35,13 @@ import click
 
 from runner import process
 from runner.errors import EXIT_INFRASTRUCTURE, InfrastructureError, UsageError
+from runner.system.places import IMPORT_ROOT, TESTBED
 
 SSH_PORT = 44222  # as testbed/sshd.conf
 MAX_NODES = 16
 DEFAULT_NAME = "testbed"
 LABEL = "shakedown.testbed"
-ROOT = Path(__file__).resolve().parent.parent
-DEFINITION = ROOT / "testbed"
-INSTALL = "testbed/install-system-packages.sh"
+INSTALL = TESTBED / "install-system-packages.sh"
 SUBNETS = tuple(f"10.89.{third}.0/24" for third in range(256))  # podman's own range for bridges
 KEYS_IN_NODE = "/etc/ssh/testbed"  # as testbed/sshd.conf
 
@@ -160,7 +159,7 @@ def base_steps(base: Base, folder: str) -> list[Step]:
     ]
 
 
-def build_step(base: Base, tag: str, definition: str = str(DEFINITION)) -> Step:
+def build_step(base: Base, tag: str, definition: str = str(TESTBED)) -> Step:
     # chroot isolation and the host's network ask the least of the kernel, and reach the mirror as the host does.
     argv = ("podman", "build", "--network", "host", "--isolation", "chroot", "--build-arg", f"BASE={base.image}")
     return Step("installing systemd, sshd and Python's libraries", 15, (*argv, "--tag", tag, definition))
@@ -268,7 +267,7 @@ def this_machine(info: Mapping[str, Any]) -> Machine:
     return Machine(
         python=sys.executable,
         # A venv's python is a link into base_prefix, which may be a link itself.
-        mounts=outermost([sys.prefix, prefix, os.path.realpath(prefix), str(ROOT)]),
+        mounts=outermost([sys.prefix, prefix, os.path.realpath(prefix), str(IMPORT_ROOT)]),
         runtime=runtime,
         max_open_files=_hard_limit(resource.RLIMIT_NOFILE),
         max_processes=_hard_limit(resource.RLIMIT_NPROC),
@@ -294,9 +293,7 @@ def _this_base(image: str | None) -> Base:
 
 
 def _definition() -> dict[str, str]:
-    if not DEFINITION.is_dir():
-        raise InfrastructureError(f"the testbed's image definition is not at {DEFINITION}: run from a checkout")
-    return {path.name: path.read_text() for path in DEFINITION.iterdir() if path.suffix != ".sh"}
+    return {path.name: path.read_text() for path in TESTBED.iterdir() if path.suffix != ".sh"}
 
 
 def _require(*programs: str) -> None:
