@@ -20,7 +20,7 @@ pytestmark = pytest.mark.local
 
 # What pip builds from: a clean clone, whatever lies in this checkout.
 SOURCES = (
-    "runner", "configs", "inventory", "playbooks", "plugins", "roles", "testbed",
+    "runner", "configs", "inventory/local", "inventory/slurm-example", "playbooks", "plugins", "roles", "testbed",
     "ansible.cfg", "site.yml", "pyproject.toml", "setup.py", "README.md",
 )  # fmt: skip
 
@@ -31,8 +31,9 @@ def call(*argv: str | Path, cwd: Path, code: int | None = 0, **env: str) -> subp
     return done
 
 
-# Nothing that leads back to the checkout.
-ENV = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "ANSIBLE_CONFIG", "VIRTUAL_ENV")}
+# Nothing that leads back to the checkout, or to what other runs on this machine share.
+OTHERS = ("PYTHON", "ANSIBLE_", "RUNNER_", "XDG_", "VIRTUAL_ENV")
+ENV = {key: value for key, value in os.environ.items() if not key.startswith(OTHERS)}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
     sources, built = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "testbed.*"))
+            shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, sources)
     # What was deleted since an earlier build, and what an earlier build left.
