@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.data import Flat, assemble, pack
+from runner.workloads.data.pack import Flat, assemble, pack
 
 DISTRIBUTIONS = {"alpaca": (45, 60, 0.9), "chat": (30, 400, 1.0)}
 

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner import process
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
+from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")
 SMALL = ("--test", "torch", "--set", "torch.max_bytes=64", "--set", "torch.collectives=[all_reduce, barrier]")

@@ -68,12 +68,13 @@ def listing(num_nodes: int) -> dict[str, Any]:
 
 def request(num_nodes: int) -> Any:
     """A sweep over the powers of two up to `num_nodes`; the global batch is one that divides at each."""
-    from runner import config, plan
+    from runner.plan import config
+    from runner.plan.request import Request
 
     model = config.load_model("llama-2-7b").model_dump()
     deepspeed = config.load_deepspeed(model["deepspeed"], {})
     batch = num_nodes * GPUS_PER_NODE * deepspeed["gradient_accumulation_steps"]
-    return plan.Request(
+    return Request(
         run_id=RUN_ID,
         created="2026-11-21T12:00:00Z",
         command="runner bench --sweep 1,2,4,8",
@@ -100,7 +101,7 @@ def request(num_nodes: int) -> Any:
 
 def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
     """Where the artefacts of each (cell, host) go."""
-    from runner.rundir import RunDir
+    from runner.results.rundir import RunDir
 
     run = RunDir(Path(planned.run_dir))
     return {(cell.id, host): run.cell(host, cell.id) for cell in planned.cells for host in cell.hosts}
@@ -108,7 +109,7 @@ def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
 
 def jobs(planned: Any) -> dict[tuple[str, str], str]:
     """`job.json` of each (cell, host), as sent to its agent."""
-    from runner import plan
+    from runner.plan import plan
 
     return {
         (cell.id, host): json.dumps(plan.job(planned, cell, planned.node(host), "/var/tmp/shakedown/data/builtin"))
@@ -119,9 +120,11 @@ def jobs(planned: Any) -> dict[tuple[str, str], str]:
 
 def sbatch_files(planned: Any) -> dict[str, str]:
     """The Slurm script of each cell of a plan for backend slurm, on named hosts: the longest kind of request."""
-    from runner import allocations, slurm
+    from runner.cluster import slurm as slurm_settings
+    from runner.launch.slurm import allocations
+    from runner.launch.slurm import script as slurm
 
-    settings = slurm.Settings(partition="batch", account="perf")
+    settings = slurm_settings.Settings(partition="batch", account="perf")
     known = tuple(node.alias for node in planned.nodes)
 
     def script(cell: Any) -> str:
@@ -134,7 +137,7 @@ def sbatch_files(planned: Any) -> dict[str, str]:
 
 def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, dict[str, Any]]]:
     """Talks and outcomes of the largest cell after one rank died and every other rank lost its peers."""
-    from runner.backends import Talk
+    from runner.launch.talk import Talk
 
     hosts = max(planned.cells, key=lambda cell: cell.num_nodes).hosts
     lost = [f"frame {n} of a traceback, as long as such lines usually are: /opt/env/lib/python" for n in range(19)]
@@ -155,21 +158,24 @@ class Steps:
         self.seconds: dict[str, float] = {}
         given = listing(num_nodes)
         self._timed("imports: runner, pydantic, ClusterShell", self._imports)
-        from runner import blame, inventory, plan
+        from runner.cluster import inventory, ssh
+        from runner.launch import blame
+        from runner.plan import build, describe
+        from runner.system import nodeset
 
         asked = self._timed("configuration files", lambda: request(num_nodes))
         self.inventory = self._timed("inventory.parse", lambda: inventory.parse("inventory/large", given))
-        self._timed("ssh_config", lambda: inventory.ssh_config(self.inventory, "/run/known_hosts"))
-        self._timed("known_hosts", lambda: inventory.known_hosts(self.inventory))
+        self._timed("ssh_config", lambda: ssh.ssh_config(self.inventory, "/run/known_hosts"))
+        self._timed("known_hosts", lambda: ssh.known_hosts(self.inventory))
         folded = self._timed("fold: names and aliases", self._fold)
         nodes = self._timed("select: the folded set", lambda: inventory.select(self.inventory, folded))
-        self.plan = self._timed("plan.build", lambda: plan.build(asked, nodes))
+        self.plan = self._timed("plan.build", lambda: build.build(asked, nodes))
         self.json = self._timed("plan.json: to_dict and dumps", lambda: json.dumps(self.plan.to_dict()))
-        self.text = self._timed("describe", lambda: plan.describe(self.plan, inventory.fold))
+        self.text = self._timed("describe", lambda: describe.describe(self.plan, nodeset.fold))
         self.jobs = self._timed("job.json of each cell and node", lambda: jobs(self.plan))
         self.targets = self._timed("gather targets of each cell and node", lambda: gather_targets(self.plan))
         by_slurm = replace(asked, backend="slurm", slurm={"shared": True})
-        slurm_plan = self._timed("plan.build for Slurm", lambda: plan.build(by_slurm, nodes))
+        slurm_plan = self._timed("plan.build for Slurm", lambda: build.build(by_slurm, nodes))
         self.scripts = self._timed("sbatch files of all cells", lambda: sbatch_files(slurm_plan))
         talks, outcomes = failed_everywhere(self.plan)
         self.blamed = self._timed("blame: all nodes of one cell", lambda: blame.blame(talks, outcomes))
@@ -183,10 +189,10 @@ class Steps:
     def _imports(self) -> None:
         from ClusterShell.NodeSet import NodeSet  # noqa: F401
 
-        from runner import blame, inventory, plan, rundir, slurm  # noqa: F401
+        from runner.system import nodeset  # noqa: F401
 
     def _fold(self) -> str:
-        from runner.inventory import fold
+        from runner.system.nodeset import fold
 
         fold([node.alias for node in self.inventory.nodes])
         return fold([node.name for node in self.inventory.nodes])
@@ -298,16 +304,19 @@ class Fleet:
     """One controller with `num_agents` agents, measured while all of them stream."""
 
     def __init__(self, num_agents: int, step_s: float, window_s: float, leave: bool, folder: Path) -> None:
-        from runner import backends, cells, inventory, plan
-        from runner.display import Display
+        from runner.cluster import inventory
+        from runner.launch import signals, watch
+        from runner.launch import talk as backends
+        from runner.plan import build
+        from runner.report.progress import Display
 
         self.num_agents, self.window_s, self.leave, self.folder = num_agents, window_s, leave, folder
         source = inventory.parse("inventory/fleet", listing(num_agents))
         # The cell is only asked for its limit and its launcher; the agents get requests of their own.
-        cell = plan.build(_only(request(1), num_agents), source.nodes).cells[0]
+        cell = build.build(_only(request(1), num_agents), source.nodes).cells[0]
         self.files = Files(folder)
-        self.stop = cells.Stop(Display(quiet=True))
-        self.cell = cells.CellRun(
+        self.stop = signals.Stop(Display(quiet=True))
+        self.cell = watch.CellRun(
             cell, self.stop, lambda done, phase: None, self._line, deadline=time.monotonic() + 900
         )
         argv = [sys.executable, *backends.AGENT]
@@ -319,7 +328,7 @@ class Fleet:
         self.ended: Moment | None = None
 
     def _request(self, host: str, step_s: float) -> dict[str, Any]:
-        from runner import backends
+        from runner.launch import talk as backends
 
         return {
             "kind": "cell",
@@ -364,7 +373,7 @@ class Fleet:
 
     def run(self) -> dict[str, Any]:
         """Start all, stream for the window, stop all; what each phase took."""
-        from runner import backends
+        from runner.launch import talk as backends
 
         before_mib, started, cpu_s = _peak_mib(), time.monotonic(), time.process_time()
         with contextlib.suppress(KeyboardInterrupt):

@@ -14,10 +14,11 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "fakes"))
 
 import role_modules  # noqa: F401  # puts plugins/module_utils where Ansible puts it
-from runner import inventory
-from runner.rundir import RunDir
+from runner.cluster import inventory
+from runner.results.rundir import RunDir
 
 # Ignored by who is started in the background of a script, it would be so by every program that is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -97,7 +98,7 @@ def beating(monkeypatch):
 def held():
     """A process of this machine that carries out a run, as far as anybody can see."""
     script = (
-        "import sys, time, pathlib; from runner.rundir import RunDir\n"
+        "import sys, time, pathlib; from runner.results.rundir import RunDir\n"
         "with RunDir(pathlib.Path(sys.argv[1])).alive(): print('held', flush=True); time.sleep(60)"
     )
 

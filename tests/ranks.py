@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runner import process
+from runner.system import process
 
 SEQ_LEN = 128
 VOCAB_SIZE = 512

@@ -24,7 +24,7 @@ def find_root(package: Path) -> Path:
     return packed if packed.is_dir() else package.parent
 
 
-# On a node, whose environment holds the package alone, nothing is there: whoever opens a file gets to know.
+# On a node, whose environment holds the package alone, none of these exists: opening a file fails.
 ROOT = find_root(PACKAGE)
 ANSIBLE_CFG = ROOT / "ansible.cfg"
 CONFIGS = ROOT / "configs"
@@ -55,10 +55,10 @@ def inventories(root: Path = ROOT) -> list[str]:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: read inventories, prepared data."""
+    """The folder for what can be made again: read inventories, prepared data, how long tasks took."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shakedown"
 
 
 def state_dir() -> Path:
-    """The folder for what runs of this user share, such as the locks of nodes."""
+    """The folder for what must outlive a command: locks, and which testbeds were started."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "shakedown"

@@ -9,9 +9,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from runner import process
 from runner.errors import RunnerError
-from runner.workloads import Events, Job, rank_from_env
+from runner.system import process
+from runner.workloads.job import Events, Job, rank_from_env
 
 
 def main(cell_dir: Path) -> None:
@@ -26,11 +26,11 @@ def main(cell_dir: Path) -> None:
     if observed != job.world_size:
         sys.exit(f"rank {rank}: world size is {observed}, the plan says {job.world_size}")
     if job.test == "torch":
-        from runner.workloads import collectives
+        from runner.workloads.collectives import rank as collectives
 
         collectives.run(job, events)
     elif job.test == "sft":
-        from runner.workloads import sft
+        from runner.workloads.sft import rank as sft
 
         sft.run(job, events)
     else:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from runner import process, testbed
-from runner.rundir import RunDir
+from runner.provision.testbed import containers as provision_testbed
+from runner.provision.testbed import layout
+from runner.results.rundir import RunDir
+from runner.system import process
 from testbed.benches import Bench, inside, podman, until
 from testbed.conftest import Testbed, containers, slurm3  # noqa: F401  # fixtures
 
@@ -37,14 +39,14 @@ def bed(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Nodes that are broken on purpose, so that no other test has them."""
     name, folder = "pytest-faults", tmp_path_factory.mktemp("faults")
     try:
-        state = testbed.up(testbed.Options(nodes=NODES, name=name, inventory=folder))
+        state = provision_testbed.up(layout.Options(nodes=NODES, name=name, inventory=folder))
         hosts = folder / "hosts.yml"
         device = "runner_device: cpu\n"
         text = hosts.read_text().replace(device, f"{device}        runner_min_free_disk_gib: {MIN_FREE_DISK_GIB}\n")
         hosts.write_text(text)
         yield Testbed(name, folder, state["nodes"])
     finally:
-        testbed.down(name)
+        provision_testbed.down(name)
 
 
 def error_of(run: RunDir, cell: str | None = None) -> dict:

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT
 from faults.conftest import SHORT, SLURM, SOME_SECONDS, assert_nothing_half_written, assert_nothing_left, slurm
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from testbed.benches import RUNNER, Bench
 
 pytestmark = pytest.mark.local

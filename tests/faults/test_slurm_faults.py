@@ -26,7 +26,7 @@ from faults.conftest import (
     wait_for_job,
 )
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_OK
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from testbed.benches import (
     RUNNER,
     Bench,

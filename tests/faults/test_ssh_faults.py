@@ -28,9 +28,9 @@ from faults.conftest import (
     error_of,
     torch,
 )
-from runner import process
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED
-from runner.plan import PORTS
+from runner.plan.plan import PORTS
+from runner.system import process
 from testbed.benches import (
     RUNNER,
     Bench,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ranks
-from runner.limits import busbw_factor
-from runner.workloads import collectives
+from runner.cluster.limits import busbw_factor
+from runner.workloads.collectives import rank as collectives
 
 pytestmark = pytest.mark.local
 

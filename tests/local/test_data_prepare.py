@@ -21,11 +21,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from runner import instructions
-from runner.data import prepare
+from runner.workloads.data import instructions
+from runner.workloads.data.prepare import prepare
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-RUNNER = [sys.executable, "-c", "from runner.cli import main; main()", "data", "prepare"]
+RUNNER = [sys.executable, "-c", "from runner.cli.main import main; main()", "data", "prepare"]
 
 
 def start(*arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from runner import process
+from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")
 pytestmark = pytest.mark.local

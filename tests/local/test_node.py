@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from runner import __version__, facts, node, process
+from runner import __version__
+from runner.cluster import facts
+from runner.node import slurm_step
+from runner.node.check import check
+from runner.node.leash import JobLeash
+from runner.system import process
 
 pytestmark = pytest.mark.local
 
@@ -190,12 +195,12 @@ def test_an_engine_that_is_not_there_is_one_line(tmp_path):
 
 def test_a_check_tells_every_problem_with_its_kind_and_the_nodes_time(tmp_path):
     request = {"scratch": str(tmp_path), "min_free_disk_gib": 1e6, "packages": ["torch", "no-such-package"]}
-    answer = node.check({**request, "programs": ["no-such-program"], "version": "0.0.1", "gpus": 0})
+    answer = check({**request, "programs": ["no-such-program"], "version": "0.0.1", "gpus": 0})
     assert answer["kinds"] == ["disk_full", "environment_missing", "environment_missing", "version_mismatch"]
     assert [problem.split()[-1] for problem in answer["problems"]][1:3] == ["no-such-package", "no-such-program"]
     assert abs(answer["time_s"] - time.time()) < 60
     good = {**request, "min_free_disk_gib": 0, "packages": ["torch"]}
-    assert node.check({**good, "programs": [], "version": __version__, "gpus": 0})["problems"] == []
+    assert check({**good, "programs": [], "version": __version__, "gpus": 0})["problems"] == []
 
 
 # --- ranks that stand still -----------------------------------------------------------------------
@@ -251,7 +256,7 @@ def test_a_rank_that_is_not_prepared_for_the_question_lives_on(tmp_path):
 
 
 def test_under_slurm_ranks_are_asked_where_they_stand_just_before_their_time_is_up():
-    early, late = node.JobLeash(60.0), node.JobLeash(1.0)
+    early, late = JobLeash(60.0), JobLeash(1.0)
     for leash in (early, late):
         leash.tick()
     assert (early.stacks, late.stacks, late.reason) == (False, True, None)
@@ -434,18 +439,18 @@ def test_a_task_without_slurms_variables_says_so_and_ends(tmp_path):
 
 def test_named_hosts_give_the_order_of_ranks_whatever_slurm_sorts(tmp_path):
     request = slurm_request(tmp_path, hosts=["a2", "a1"])
-    first, second = (node.placed(request, {**SLURM, "SLURMD_NODENAME": name}) for name in ("a2", "a1"))
+    first, second = (slurm_step.placed(request, {**SLURM, "SLURMD_NODENAME": name}) for name in ("a2", "a1"))
     assert "--node-rank=0" in first["argv"] and "--node-rank=1" in second["argv"]
     assert "--master-addr=10.0.0.2" in first["argv"] and "--master-addr=10.0.0.2" in second["argv"]
     assert (first["rendezvous_port"], second["rendezvous_port"]) == (23456, None)
     assert first["hosts"] == ["gpu-0009", "gpu-0001"]
     with pytest.raises(ValueError, match="a2, which is none of a1, a3"):
-        node.placed({**request, "hosts": ["a1", "a3"]}, {**SLURM, "SLURMD_NODENAME": "a2"})
+        slurm_step.placed({**request, "hosts": ["a1", "a3"]}, {**SLURM, "SLURMD_NODENAME": "a2"})
 
 
 def test_a_node_that_the_inventory_does_not_know_goes_by_slurms_name_and_its_own_folder(tmp_path):
     request = slurm_request(tmp_path, names={}, addresses={}, shared_root=None, cell_dir="/scratch/run-a/c")
-    own = node.placed(request, {**SLURM, "SLURMD_NODENAME": "a2"})
+    own = slurm_step.placed(request, {**SLURM, "SLURMD_NODENAME": "a2"})
     assert (own["host"], own["cell_dir"]) == ("a2", "/scratch/run-a/c")
     assert "--master-addr=a1" in own["argv"] and own["env"]["NIC"] == "eth0"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import NAMES, ROOT
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from testbed.conftest import containers  # noqa: F401  # fixture
 
 BLOCK = re.compile(r"^```sh( cluster)?\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import ranks
-from runner import limits
-from runner.workloads import sft
+from runner.cluster import limits
+from runner.workloads.sft.data import PackedData
+from runner.workloads.sft.model import build_model, inputs
 
 pytestmark = pytest.mark.local
 
@@ -130,7 +131,7 @@ def test_the_split_into_ranks_and_micro_batches_does_not_change_the_training(tmp
 def test_weights_of_a_checkpoint_are_loaded_under_zero_3(tmp_path, data):
     import torch
 
-    model = sft.build_model(MODEL, attention="sdpa", dtype=torch.float32)
+    model = build_model(MODEL, attention="sdpa", dtype=torch.float32)
     with torch.no_grad():  # this one always says token 7: its loss is not that of chance
         model.lm_head.weight.zero_()
     model.save_pretrained(tmp_path / "weights")
@@ -156,9 +157,9 @@ def test_a_training_that_diverges_ends_every_rank_with_one_line(tmp_path, data):
 def test_attention_does_not_cross_the_samples_of_a_sequence(data, attention):
     import torch
 
-    model = sft.build_model(MODEL, attention=attention, dtype=torch.float32).eval()
-    batch = sft.PackedData(data).read(0, 3, seed=0)
-    arguments = sft.inputs(batch, flash=False, device=torch.device("cpu"))
+    model = build_model(MODEL, attention=attention, dtype=torch.float32).eval()
+    batch = PackedData(data).read(0, 3, seed=0)
+    arguments = inputs(batch, flash=False, device=torch.device("cpu"))
     with torch.no_grad():
         packed = model(**arguments).logits.reshape(-1, ranks.VOCAB_SIZE)
         ids = arguments["input_ids"].reshape(-1)
@@ -173,8 +174,8 @@ def test_attention_does_not_cross_the_samples_of_a_sequence(data, attention):
 def test_flash_attention_gets_one_row_and_its_boundaries(data):
     import torch
 
-    batch = sft.PackedData(data).read(0, 3, seed=0)
-    arguments = sft.inputs(batch, flash=True, device=torch.device("cpu"))
+    batch = PackedData(data).read(0, 3, seed=0)
+    arguments = inputs(batch, flash=True, device=torch.device("cpu"))
     size = 3 * ranks.SEQ_LEN
     assert {arguments[name].shape for name in ("input_ids", "labels", "position_ids")} == {(1, size)}
     bounds = arguments["cu_seq_lens_q"]
@@ -189,9 +190,9 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
     from runner.errors import UsageError
 
-    sft.build_model(MODEL, attention="sdpa", dtype=torch.float32).save_pretrained(tmp_path)
+    build_model(MODEL, attention="sdpa", dtype=torch.float32).save_pretrained(tmp_path)
     other = {**MODEL, "num_layers": 3}
     with pytest.raises(UsageError, match="num_hidden_layers 2, model test says 3"):
-        sft.build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path))
+        build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path))
     with pytest.raises(UsageError, match="cannot read weights"):
-        sft.build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path / "none"))
+        build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path / "none"))

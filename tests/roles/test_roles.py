@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from role_modules import ROLES, ROOT
-from runner import process
+from runner.system import process
 
 PHASES = ("validate", "install", "configure", "verify")
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from role_modules import ROOT
-from runner import process
+from runner.system import process
 
 SCENARIOS = sorted(path.parent.name for path in (ROOT / "molecule").glob("*/molecule.yml"))
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runner import process
-from runner.rundir import RunDir
-from runner.testbed import SSH_PORT
+from runner.provision.testbed.layout import SSH_PORT
+from runner.results.rundir import RunDir
+from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")
 

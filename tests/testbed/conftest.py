@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import process, testbed
+from runner.provision.testbed import containers as provision_testbed
+from runner.provision.testbed import layout
+from runner.system import process
 from testbed.benches import RUNNER
 
 
@@ -40,7 +42,7 @@ def containers() -> None:
     if os.geteuid() != 0:
         reason = "a testbed needs root"
     elif not shutil.which("podman"):
-        reason = f"podman is not installed: run {testbed.INSTALL}"
+        reason = f"podman is not installed: run {layout.INSTALL}"
     if reason and os.environ.get("CI") == "true":
         pytest.fail(f"{reason}; CI runs every test")
     if reason:
@@ -52,10 +54,10 @@ def testbed8(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Eight nodes, started once for all tests."""
     name, folder = "pytest", tmp_path_factory.mktemp("testbed8")
     try:
-        state = testbed.up(testbed.Options(nodes=8, name=name, inventory=folder))
+        state = provision_testbed.up(layout.Options(nodes=8, name=name, inventory=folder))
         yield Testbed(name, folder, state["nodes"])
     finally:
-        testbed.down(name)
+        provision_testbed.down(name)
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +69,8 @@ def slurm3(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     name, folder = "pytest-slurm3", tmp_path_factory.getbasetemp() / "slurm3"
     (folder / "share").mkdir(parents=True, exist_ok=True)
     try:
-        wanted = testbed.Options(nodes=3, name=name, inventory=folder / "inventory", share=folder / "share")
-        state = testbed.up(wanted)
+        wanted = layout.Options(nodes=3, name=name, inventory=folder / "inventory", share=folder / "share")
+        state = provision_testbed.up(wanted)
         inventory = Path(state["folder"])
         if not (folder / "provisioned").exists():
             process.run(
@@ -77,4 +79,4 @@ def slurm3(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             (folder / "provisioned").touch()
         yield Testbed(name, inventory, state["nodes"], Path(state["wanted"]["share"]))
     finally:
-        testbed.down(name)
+        provision_testbed.down(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
 from testbed.benches import Bench, inside
 from testbed.conftest import Testbed
 

@@ -12,8 +12,8 @@ from functools import partial
 import psutil
 import pytest
 
-from runner import process
-from runner.rundir import RunDir
+from runner.results.rundir import RunDir
+from runner.system import process
 from testbed.benches import RUNNER, Bench, inside, podman, signal_rank, until
 
 NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]

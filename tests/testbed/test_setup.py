@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import process, testbed
+from runner.provision.testbed import containers as provision_testbed
+from runner.provision.testbed import layout
+from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")
 pytestmark = pytest.mark.testbed
@@ -27,10 +29,10 @@ def nodes(containers, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("setup")
     try:
-        state = testbed.up(testbed.Options(nodes=3, name="pytest-setup", inventory=folder))
+        state = provision_testbed.up(layout.Options(nodes=3, name="pytest-setup", inventory=folder))
         yield Testbed("pytest-setup", folder, state["nodes"])
     finally:
-        testbed.down("pytest-setup")
+        provision_testbed.down("pytest-setup")
 
 
 @pytest.fixture(scope="module")

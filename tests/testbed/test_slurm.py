@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
-from runner import __version__, following, inventory, jobs, process, slurm, testbed
-from runner.backends import Talk
+from runner import __version__
+from runner.cluster import inventory, ssh
+from runner.cluster import slurm as slurm_settings
 from runner.errors import UsageError
+from runner.launch.slurm import answers, commands
+from runner.launch.slurm import follow as following
+from runner.launch.slurm.script import Job, Step, render
+from runner.launch.talk import Talk
+from runner.provision.testbed import containers as provision_testbed
+from runner.provision.testbed import layout
+from runner.system import process
 
 CELL = "torch-2n-r1"
 pytestmark = pytest.mark.testbed
@@ -35,7 +43,7 @@ with open("rank0.jsonl", "w", buffering=1) as events:
 
 @dataclass
 class Cluster:
-    slurm: jobs.Slurm
+    slurm: commands.Slurm
     nodes: tuple[inventory.Node, ...]
     ssh_config: str
     share: Path
@@ -61,11 +69,11 @@ def cluster(slurm3, tmp_path_factory):
     (stand_in / "run.py").write_text(TORCHRUN)
     read = inventory.read(str(slurm3.inventory), folder / "cache")
     pins, config = folder / "known_hosts", folder / "ssh_config"
-    pins.write_text(inventory.known_hosts(read))
-    config.write_text(inventory.ssh_config(read, str(pins)))
-    settings = slurm.settings({"partition": "gpu", "login": "node001"}, "test")
+    pins.write_text(ssh.known_hosts(read))
+    config.write_text(ssh.ssh_config(read, str(pins)))
+    settings = slurm_settings.settings({"partition": "gpu", "login": "node001"}, "test")
     at = {node["alias"]: node["container"] for node in slurm3.nodes}
-    return Cluster(jobs.Slurm(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
+    return Cluster(commands.Slurm(settings, read.nodes[0], str(config)), read.nodes, str(config), share, at)
 
 
 @dataclass
@@ -82,7 +90,7 @@ class Run:
     job_id: str = ""
     talks: list[Talk] = field(default_factory=list)
     heard: list[tuple[str, dict]] = field(default_factory=list)
-    waited: list[slurm.JobInfo] = field(default_factory=list)
+    waited: list[answers.JobInfo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.run_id = self.folder.name
@@ -134,17 +142,17 @@ class Run:
 
     def script(self) -> str:
         steps = tuple(
-            slurm.Step(cell, count, self.request(cell, count, rank_s), self.hosts, timeout_s=60)
+            Step(cell, count, self.request(cell, count, rank_s), self.hosts, timeout_s=60)
             for cell, count, rank_s in self.cells
         )
-        job = slurm.Job(self.name, steps, sys.executable, str(self.log), 1, "cpu", secrets=("HF_TOKEN",))
-        return slurm.render(job, slurm.settings({"partition": "gpu", **self.settings}, "test"))
+        job = Job(self.name, steps, sys.executable, str(self.log), 1, "cpu", secrets=("HF_TOKEN",))
+        return render(job, slurm_settings.settings({"partition": "gpu", **self.settings}, "test"))
 
-    def submit(self) -> slurm.JobInfo:
+    def submit(self) -> answers.JobInfo:
         self.job_id = self.cluster.slurm.submit(self.script(), {"HF_TOKEN": "a 's3cret' $(x)"})
         return following.wait(self.cluster.slurm, self.job_id, self.waited.append)
 
-    def follow(self, info: slurm.JobInfo, step: int | None = None, word=lambda talk: None) -> slurm.JobInfo:
+    def follow(self, info: answers.JobInfo, step: int | None = None, word=lambda talk: None) -> answers.JobInfo:
         cell, count, _ = self.cells[step or 0]
         words = inventory.by_word(self.cluster.nodes)
         nodes = [words[name] for name in info.nodes[:count]]
@@ -199,7 +207,7 @@ def limited(run):
 def test_what_cannot_be_shared_is_refused(tmp_path):
     for folder in (tmp_path / "nosuch", tmp_path / "a:b"):
         with pytest.raises(UsageError, match=r"--share .*: give a folder that exists and has no colon"):
-            testbed.up(testbed.Options(nodes=1, name="pytest-share", share=folder, inventory=tmp_path))
+            provision_testbed.up(layout.Options(nodes=1, name="pytest-share", share=folder, inventory=tmp_path))
 
 
 def test_the_cluster_is_seen_before_anything_is_submitted(cluster):
@@ -292,10 +300,12 @@ def test_in_one_allocation_cells_follow_each_other_and_one_that_is_stopped_does_
 def test_a_job_whose_node_is_drained_is_given_up_with_the_reason(cluster, run):
     cluster.inside("node003", "scontrol", "update", "node=node003", "state=drain", "reason=fan broken")
     try:
-        impatient = jobs.Slurm(slurm.settings({"stuck_s": 1}, "test"), cluster.nodes[0], cluster.ssh_config)
+        impatient = commands.Slurm(
+            slurm_settings.settings({"stuck_s": 1}, "test"), cluster.nodes[0], cluster.ssh_config
+        )
         one = run(0.0, hosts=("node002", "node003"))
         one.job_id = impatient.submit(one.script())
-        with pytest.raises(jobs.NotStarted, match=f"job {one.job_id} waited .* node"):
+        with pytest.raises(commands.NotStarted, match=f"job {one.job_id} waited .* node"):
             following.wait(impatient, one.job_id, one.waited.append)
         assert impatient.poll([one.job_id])[one.job_id].state == "cancelled"
         assert one.waited[0].state == "waiting"

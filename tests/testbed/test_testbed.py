@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from runner import inventory as inventories
-from runner import testbed
+import runner
+from runner.cluster.inventory import read
+from runner.cluster.ssh import known_hosts, ssh_config
+from runner.provision.testbed import containers as provision_testbed
+from runner.provision.testbed import layout
 
 from .conftest import Testbed
 
 pytestmark = pytest.mark.testbed
-RUNNER = [sys.executable, "-c", "from runner.cli import main; main()"]
+RUNNER = [sys.executable, "-c", "from runner.cli.main import main; main()"]
 
 
 def podman(*arguments: str) -> str:
@@ -36,19 +39,19 @@ def left_of(name: str) -> list[str]:
 def two(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
     name, folder = "pytest-two", tmp_path_factory.mktemp("two") / "an inventory"
     try:
-        state = testbed.up(testbed.Options(nodes=2, name=name, inventory=folder))
+        state = provision_testbed.up(layout.Options(nodes=2, name=name, inventory=folder))
         yield Testbed(name, folder, state["nodes"])
     finally:
-        testbed.down(name)
+        provision_testbed.down(name)
 
 
 @pytest.fixture(scope="module")
 def ssh(two: Testbed, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """`ssh -F` with the configuration that the product renders from the inventory."""
     folder = tmp_path_factory.mktemp("ssh")
-    inventory = inventories.read(str(two.inventory), folder / "cache")
-    (folder / "known_hosts").write_text(inventories.known_hosts(inventory))
-    (folder / "config").write_text(inventories.ssh_config(inventory, str(folder / "known_hosts")))
+    inventory = read(str(two.inventory), folder / "cache")
+    (folder / "known_hosts").write_text(known_hosts(inventory))
+    (folder / "config").write_text(ssh_config(inventory, str(folder / "known_hosts")))
     return ["ssh", "-F", str(folder / "config")]
 
 
@@ -72,7 +75,7 @@ def test_a_node_is_an_ordinary_machine_with_systemd_on_port_44222(ssh):
 
 
 def test_another_host_key_than_the_pinned_one_is_refused(two, ssh, tmp_path):
-    inventory = inventories.read(str(two.inventory), tmp_path / "cache")
+    inventory = read(str(two.inventory), tmp_path / "cache")
     first, second = inventory.nodes
     (tmp_path / "known_hosts").write_text(f"{first.name} {second.host_key}\n")
     done = subprocess.run(
@@ -103,7 +106,7 @@ def test_the_controllers_python_runs_in_the_node_and_cannot_be_changed_there(two
     from importlib.metadata import version
 
     seen = said([*ssh, "node002", f"{sys.executable} -c '{code}'"]).split()
-    assert seen == [version("torch"), str(Path(testbed.__file__).with_name("__init__.py")), sys.prefix]
+    assert seen == [version("torch"), str(runner.__file__), sys.prefix]
     write = subprocess.run([*ssh, "node002", f"touch {sys.prefix}/x"], capture_output=True, text=True, timeout=60)
     assert "Read-only file system" in write.stderr
 
@@ -120,13 +123,13 @@ def test_plain_ansible_reaches_the_nodes_from_a_folder_with_a_space(two):
 
 
 def test_a_second_up_changes_nothing(two):
-    state = testbed.up(testbed.Options(nodes=2, name=two.name, inventory=two.inventory))
+    state = provision_testbed.up(layout.Options(nodes=2, name=two.name, inventory=two.inventory))
     assert state["already"] is True
     assert state["nodes"] == two.nodes
 
 
 def test_status_tells_a_hung_node_from_a_good_one(two):
-    assert [(n["name"], n["state"], n["sshd"]) for n in testbed.status(two.name)] == [
+    assert [(n["name"], n["state"], n["sshd"]) for n in provision_testbed.status(two.name)] == [
         ("fukushimadc-02-hgx-0001", "running", True),
         ("fukushimadc-02-hgx-0002", "running", True),
     ]
@@ -143,21 +146,21 @@ def test_another_number_of_nodes_makes_it_anew_and_a_half_dead_one_can_be_taken_
     name = "pytest-anew"
     folder = tmp_path / "inventory"
     try:
-        first = testbed.up(testbed.Options(nodes=3, name=name, inventory=folder))
-        second = testbed.up(testbed.Options(nodes=2, name=name, inventory=folder, memory="512m", cpus=0.5))
+        first = provision_testbed.up(layout.Options(nodes=3, name=name, inventory=folder))
+        second = provision_testbed.up(layout.Options(nodes=2, name=name, inventory=folder, memory="512m", cpus=0.5))
         assert not {n["container"] for n in first["nodes"]} & {n["container"] for n in second["nodes"]}
-        assert [n["sshd"] for n in testbed.status(name)] == [True, True]
+        assert [n["sshd"] for n in provision_testbed.status(name)] == [True, True]
         one, other = (node["container"] for node in second["nodes"])
         assert json.loads(podman("inspect", one))[0]["HostConfig"]["Memory"] == 512 * 2**20
         podman("rm", "--force", "--time", "0", one)
         podman("pause", other)
-        assert [n["state"] for n in testbed.status(name)] == ["missing", "paused"]
+        assert [n["state"] for n in provision_testbed.status(name)] == ["missing", "paused"]
     finally:
-        assert testbed.down(name) is True
+        assert provision_testbed.down(name) is True
     assert left_of(name) == []
     assert not folder.exists()
-    assert not (testbed.state_home() / f"{name}.json").exists()
-    assert testbed.down(name) is False
+    assert not (provision_testbed.state_home() / f"{name}.json").exists()
+    assert provision_testbed.down(name) is False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -167,7 +170,7 @@ def test_an_interrupted_up_leaves_nothing(containers, tmp_path, number):
     child.send_signal(number)
     assert child.wait(60) == 130
     assert left_of(name) == []
-    assert not (testbed.state_home() / f"{name}.json").exists()
+    assert not (provision_testbed.state_home() / f"{name}.json").exists()
     assert not (tmp_path / "inventory").exists()
 
 
@@ -177,13 +180,13 @@ def test_what_a_killed_up_left_is_taken_down(containers, tmp_path):
     child.kill()
     child.wait(60)
     assert left_of(name) != []
-    assert testbed.down(name) is True
+    assert provision_testbed.down(name) is True
     assert left_of(name) == []
 
 
 def begun(name: str, folder: Path) -> subprocess.Popen:
     """`runner testbed up` of eight nodes that has started the first of them and is not yet through."""
-    record = testbed.state_home() / f"{name}.json"
+    record = provision_testbed.state_home() / f"{name}.json"
     argv = [*RUNNER, "testbed", "up", "--nodes", "8", "--name", name, "--inventory", str(folder)]
     child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300  # the image may have to be built first

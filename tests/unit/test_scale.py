@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import slurm
+from runner.cluster import slurm as slurm_settings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "scale.py"
 NUM_NODES = 512
@@ -91,7 +91,7 @@ def test_every_cell_has_its_own_sbatch_file(steps):
         lines = steps.scripts[cell.id].splitlines()
         assert f"#SBATCH --job-name=shakedown-{steps.plan.run_id}-{cell.id}-1" in lines
         assert f"#SBATCH --nodes={cell.num_nodes}" in lines
-        assert slurm.placeholder(steps.scripts[cell.id]) is None
+        assert slurm_settings.placeholder(steps.scripts[cell.id]) is None
 
 
 @pytest.mark.local

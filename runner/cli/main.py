@@ -1,0 +1,124 @@
+"""The command `runner`: parses, calls, and turns results into exit codes.
+
+Everything heavier than click is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from runner import __version__, errors
+
+# Every command's module, imported when the command is used: name -> (module, attribute, short help).
+_COMMANDS = {
+    "bench": ("bench", "bench", "Benchmark nodes: collectives and DeepSpeed fine-tuning, with a report."),
+    "check": ("setup", "check", "Read back what nodes are now and show where they drifted."),
+    "data": ("data", "data", "Prepare training data: tokenise, pack, cache."),
+    "inventory": (
+        "inventory",
+        "inventory",
+        "Show the nodes as the product sees them; init: write an inventory.",
+    ),
+    "report": ("report", "report", "Judge a run again and rewrite its report; default: the newest run."),
+    "runs": ("runs", "runs", "Look at runs and stop them: list, show, tail, stop."),
+    "setup": ("setup", "setup", "Bring nodes to the wanted state: site.yml, with progress and a table."),
+    "testbed": ("testbed", "testbed", "Start and stop a cluster of containers on this machine."),
+}
+
+
+class _Commands(click.Group):
+    """A group that knows its lazy members' names and help without importing them, and suggests the nearest name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_COMMANDS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _COMMANDS:
+            module, attribute, _ = _COMMANDS[cmd_name]
+            return getattr(import_module(f"runner.cli.{module}"), attribute)
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in _COMMANDS:
+                rows.append((name, _COMMANDS[name][2]))
+            elif command := super().get_command(ctx, name):
+                rows.append((name, command.get_short_help_str(80)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            raise errors.unknown("command", args[0], self.list_commands(ctx)) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="shakedown")
+def cli() -> None:
+    """Shakedown: bring up, benchmark and accept a multi-node GPU cluster."""
+
+
+def main() -> None:
+    """Entry point: one line per user error, a traceback for a bug."""
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt  # so that whatever is open is cleaned up
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    try:
+        sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
+    except errors.RunnerError as error:
+        _leave(error.exit_code, str(error), error.kind, error.nodes)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        _leave(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
+    except BrokenPipeError:  # `runner ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(errors.EXIT_OK)
+    except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
+        place = f"{error.filename}: " if error.filename else ""
+        text = f"{place}{(error.strerror or str(error)).lower()}"
+        _leave(errors.EXIT_INFRASTRUCTURE, text, errors.disk_kind(error))
+    except (KeyboardInterrupt, click.Abort):
+        _leave(errors.EXIT_INTERRUPTED, "interrupted")
+
+
+def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()) -> NoReturn:
+    """End with an error: a line for people, and for whoever asked for JSON one object, too."""
+    click.echo(f"runner: {message}", err=True)
+    if "--json" in sys.argv:  # a mistake may lie in the options themselves
+        told = {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
+        with suppress(OSError):  # nobody reads it
+            click.echo(json.dumps({"error": told}, indent=1))
+    sys.exit(code)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script: eval "$(runner completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "runner", "_RUNNER_COMPLETE").source())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""`runner runs`: look at runs, follow what they say, stop them. Nothing here is needed for a run itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runner import errors
+from runner.cli.options import results_option, run_names
+from runner.launch.slurm.cancel import cancel_jobs, slurm_of
+from runner.report.runs import (
+    aliases_of,
+    changes,
+    describe,
+    done_text,
+    overview,
+    overview_table,
+    verdict_text,
+)
+from runner.results import logs
+from runner.results.logs import Line, last_lines, parse_line, wanted
+
+if TYPE_CHECKING:
+    from runner.results.rundir import RunDir
+
+REFRESH_S = 1.0  # status.json changes at most once a second
+
+
+run_argument = click.argument("name", metavar="[RUN]", required=False, shell_complete=run_names)
+
+
+@click.group()
+def runs() -> None:
+    """Look at runs and stop them. RUN is an id, its unique beginning or a path; default: the newest."""
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@runs.command("list")
+@results_option
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
+def list_runs(results: Path, limit: int | None, as_json: bool) -> None:
+    """Every run with its state and verdict, newest last. Times are UTC."""
+    from runner.results.rundir import RunDir
+
+    moment = datetime.now(UTC)
+    rows = [overview(run, moment) for run in RunDir.all(results)[-limit if limit else None :]]
+    click.echo(json.dumps(rows, indent=1) if as_json else overview_table(rows, _columns()))
+
+
+@runs.command()
+@results_option
+@run_argument
+@click.option("--watch", is_flag=True, help="Show it until the run has ended.")
+@click.option("--json", "as_json", is_flag=True, help="status.json as it is to be read.")
+def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
+    """The state of a run, its cells and nodes."""
+    from runner.results.rundir import RunDir
+
+    if watch and as_json:
+        raise errors.UsageError("--watch and --json exclude each other: give one of them")
+    run = RunDir.find(results, name)
+    if as_json:
+        click.echo(json.dumps(run.read_status(), indent=1))
+        return
+    if watch:
+        with _looking(run):
+            _watch(run)
+    click.echo(_described(run))
+
+
+@runs.command()
+@results_option
+@run_argument
+@click.option("-n", "--lines", "count", type=click.IntRange(min=0), default=20, show_default=True, help="The last N.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("--cell", metavar="CELL", help="Only what belongs to this cell.")
+@click.option("--host", "hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006].")
+def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | None, hosts: str | None) -> None:
+    """What nodes said last, equal lines folded. Times are UTC."""
+    from runner.results.rundir import RunDir
+
+    run = RunDir.find(results, name)
+    plan = run.read_plan()
+    cells = [c["id"] for c in plan["cells"]]
+    if cell is not None and cell not in cells:
+        raise errors.unknown("cell", cell, cells)
+    chosen = None if hosts is None else _chosen(plan, hosts)
+
+    needle = (cell or "").encode()
+
+    def parse(raw: bytes) -> Line | None:
+        if needle not in raw:  # spares most of the work on a long log
+            return None
+        line = parse_line(raw, cells)
+        return line if wanted(line, cell, chosen) else None
+
+    if not follow and not run.log.exists():
+        raise errors.UsageError(f"run {run.run_id} has no log: {run.log} is not there")
+    position = 0
+    if run.log.exists():
+        with open(run.log, "rb") as file:
+            lines, position = last_lines(file, count, parse)
+        for line in lines:
+            click.echo(line)
+    if follow:
+        with _looking(run):
+            for line in logs.follow(run, position, parse):
+                click.echo(line)
+
+
+@runs.command()
+@results_option
+@run_argument
+@click.option("--no-wait", is_flag=True, help="Only ask; do not wait until the run has ended.")
+def stop(name: str | None, results: Path, no_wait: bool) -> None:
+    """Stop a run in good order.
+
+    Its ranks end, and what was measured is gathered and judged. A run without a controller has its
+    Slurm jobs cancelled. Asked a second time, the controller leaves at once.
+    """
+    from runner.results.rundir import PULSES_S, RunDir
+    from runner.system import process
+
+    run = RunDir.find(results, name)
+    if elsewhere := run.elsewhere():
+        click.echo(f"seeing for {PULSES_S:g} s whether {elsewhere} still carries it out", err=True)
+        if run.beats() or run.controller() is not None:  # it may be stopped itself, and hold its run
+            raise errors.UsageError(f"run {run.run_id} is carried out on {elsewhere}: stop it there")
+    pid = run.controller()
+    if pid is None:
+        _stop_jobs(run, wait=not no_wait)
+        return
+    process.signal_all([pid], signal.SIGTERM)
+    click.echo(f"asked run {run.run_id} to stop" + ("" if no_wait else "; waiting until it has ended"), err=not no_wait)
+    if no_wait:
+        return
+    try:
+        while run.controller() == pid:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        raise errors.Interrupted(f"waiting no longer; run {run.run_id} is still stopping") from None
+    status = run.read_status()
+    click.echo(f"run {run.run_id}: {status['state']}, {done_text(status)}")
+
+
+# --- a run as it stands ---------------------------------------------------------------------------
+
+
+def _columns() -> int:
+    """The terminal's width; without one nothing needs to give way."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
+    """The names under which the log has the nodes that `hosts` names."""
+    from ClusterShell.NodeSet import NodeSet, NodeSetParseError
+
+    from runner.results.celldir import LAUNCHER
+
+    known = {word: alias for name, alias in aliases_of(plan).items() for word in (name, alias)} | {LAUNCHER: LAUNCHER}
+    try:
+        words = list(NodeSet(hosts, resolver=None))
+    except NodeSetParseError as error:
+        raise errors.UsageError(f"--host {hosts}: {error}; write sets as node[001-003,005] or a,b,c") from None
+    for word in words:
+        if word not in known:
+            raise errors.unknown("node", word, known, f"--host {hosts}")
+    return {known[word] for word in words}
+
+
+def _left_jobs(status: Mapping[str, Any]) -> list[str]:
+    """The Slurm jobs, tasks of arrays as well, whose end no controller has seen."""
+
+    def unseen(cell: Mapping[str, Any]) -> bool:
+        return not cell["ended"] or (cell["error"] or {}).get("kind") == "slurm_unreachable"
+
+    if status["state"] != "incomplete":
+        return []
+    cells = status["cells"]
+    told = {cell["job"]["id"] for cell in cells.values() if cell.get("job") and cell["started"] and unseen(cell)}
+    shared = status.get("allocation", {}).items()
+    waiting = {job_id for cell, (job_id, *_) in shared if job_id and unseen(cells[cell])}
+    return sorted(told | waiting, key=lambda job_id: [int(number) for number in job_id.split("_")])
+
+
+def _described(run: RunDir) -> str:
+    status = run.read_status()
+    text = describe(run.read_plan(), status, datetime.now(UTC), _columns())
+    if elsewhere := run.elsewhere():
+        text += f"\n\nits controller is on {elsewhere}: whether it lives is known there"
+    elif jobs := _left_jobs(status):
+        text += (
+            f"\n\nno controller saw {', '.join(f'job {job_id}' for job_id in jobs)} end; if it still runs,\n"
+            f"  `runner bench --resume {run.run_id}` follows it\n"
+            f"  `runner runs stop {run.run_id}` cancels it"
+        )
+    elif verdict := verdict_text(run):
+        text += f"\n\nverdict: {verdict.replace('_', ' ')}"
+    return f"{text}\n\nfiles: {run.path}"
+
+
+@contextmanager
+def _looking(run: RunDir) -> Iterator[None]:
+    """Ctrl-C ends the look at a run and not the run: one line says so, with the code of an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise errors.Interrupted(f"no longer watching; run {run.run_id} goes on") from None
+
+
+def _statuses(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The run's status again and again, the last one final."""
+    from runner.results.status import FINAL_STATES
+
+    while True:
+        status = run.read_status()
+        yield status
+        if status["state"] in FINAL_STATES:
+            return
+        time.sleep(REFRESH_S)
+
+
+def _watch(run: RunDir) -> None:
+    """Until the run has ended: its state in place on a terminal, else a line for each change."""
+    from rich.console import Console
+
+    from runner.system.clock import now
+
+    plan, console = run.read_plan(), Console()
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        for change in changes(plan, _statuses(run)):
+            click.echo(f"{now()} {change}")
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for status in _statuses(run):
+            view = (plan, status, datetime.now(UTC), console.width)
+            text = describe(*view)
+            if text.count("\n") >= console.height:  # rich would cut off the end, where it runs
+                text = describe(*view, brief=True)
+            live.update(Text(text), refresh=True)
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+
+def _stop_jobs(run: RunDir, wait: bool) -> None:
+    """Cancel the Slurm jobs that a controller left behind."""
+    status, plan = run.read_status(), run.read_plan()
+    over = f"run {run.run_id} is not running: its state is {status['state']}"
+    if not plan.get("slurm") or status["state"] == "complete":
+        raise errors.UsageError(over)
+    cancelled = cancel_jobs(slurm_of(run, plan), run.run_id, wait)
+    if not cancelled:
+        raise errors.UsageError(f"{over}; none of its jobs waits or runs")
+    click.echo(f"run {run.run_id} had no controller; cancelled {', '.join(f'job {job_id}' for job_id in cancelled)}")

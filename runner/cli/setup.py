@@ -1,0 +1,248 @@
+"""`runner setup` and `runner check`: the playbooks, with progress, folded failures and a table of nodes and roles.
+
+`Board` gathers what the events say; `failures`, `warnings`, `table` and `summary` are pure functions of it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runner import errors
+from runner.cli.options import inventory_option, read_inventory, results_option
+from runner.cluster.backends import BACKENDS
+from runner.cluster.ssh import rendered
+from runner.provision.board import Board, diffs, exit_code, failures, summary, table, warnings
+from runner.provision.play import SITE, VERIFY, carry_out
+from runner.provision.roles import PHASES, check_tags, variables_of
+from runner.system.places import state_dir
+
+if TYPE_CHECKING:
+    from runner.cluster.inventory import Inventory
+
+
+def conclude(board: Board, state: str, said: str, elapsed_s: float, as_json: bool, check: bool) -> int:
+    """Print what came out; the exit code says the same."""
+    if as_json:
+        click.echo(json.dumps(summary(board, state, elapsed_s, said), indent=1))
+        return exit_code(board, state)
+    if check:
+        for nodes, setting, before, after in diffs(board):
+            click.echo(f"{nodes}: {_change(setting, before, after)}")
+    for nodes, role, text in warnings(board):
+        click.echo(f"{nodes}: {role + ': ' if role else ''}warning: {text}")
+    for failure in failures(board):
+        click.echo(f"{failure.nodes}: {failure.line()}")
+    if board.roles():
+        click.echo(f"\n{table(board)}\n")
+    code = exit_code(board, state)
+    good = len(board.nodes) - len(board.bad())
+    change = {event.host for event in board.events if event.status == "changed"} if check else set()
+    if state == "cancelled":
+        click.echo(f"interrupted after {elapsed_s:.0f} s: run it again, it goes on with what is left")
+        return code
+    if not board.bad() and state == "failed":
+        raise errors.InfrastructureError(f"ansible-playbook failed: {said or 'no reason given'}")
+    words = "done, with failures" if board.bad() else "done"
+    would = f" ({len(change)} would change)" if change else ""
+    click.echo(
+        f"{words}: {good - len(change - board.bad())} of {len(board.nodes)} nodes as wanted{would}, {elapsed_s:.0f} s"
+    )
+    return code
+
+
+def _change(setting: str, before: str, after: str) -> str:
+    if "\n" in before or "\n" in after or len(before) + len(after) > 160:
+        return f"{setting} would change"
+    return f"{setting}: {before or '(none)'} -> {after or '(none)'}"
+
+
+# --- the commands ----------------------------------------------------------------------------------
+
+
+def _common(command: Any) -> Any:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else."),
+        click.option("--tags", metavar="TAG,…", help="Only these roles or phases, e.g. roce_qos or verify."),
+        click.option("--hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006]."),
+        inventory_option,
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_common
+@results_option
+@click.option("--check", is_flag=True, help="Change nothing; show what would change, setting by setting.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a role's variable for this run.")
+@click.option("--dry-run", is_flag=True, help="Print the command and its tasks; connect to no node.")
+@click.pass_context
+def setup(
+    ctx: click.Context,
+    source: str | None,
+    hosts: str | None,
+    tags: str | None,
+    results: Path,
+    check: bool,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Bring nodes to the wanted state: site.yml, with progress and a table of what was done.
+
+    A second run changes nothing. A node that cannot be brought there is named with the reason; the others go on.
+    """
+    from runner.system.locks import hold_nodes
+
+    run_id = datetime.now(UTC).strftime("setup-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    ctx.exit(
+        _play(
+            SITE,
+            read_inventory(source),
+            hosts,
+            tags,
+            as_json,
+            check=check,
+            variables=variables_of(settings),
+            dry_run=dry_run,
+            folder=results / run_id,
+            hold=lambda endpoints: nullcontext() if check else hold_nodes(state_dir(), endpoints, run_id),
+        )
+    )
+
+
+@click.command()
+@_common
+@click.option("--backend", help="ssh or slurm: whom to ask; default: what the inventory says.")
+@click.option("--set", "settings", multiple=True, metavar="slurm.KEY=VALUE", help="How Slurm is asked, as for bench.")
+@click.option("--dry-run", is_flag=True, help="Print the command and its tasks; connect to no node.")
+@click.pass_context
+def check(
+    ctx: click.Context,
+    source: str | None,
+    hosts: str | None,
+    tags: str | None,
+    backend: str | None,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Read back what nodes are now and show where they drifted; changes nothing, takes seconds.
+
+    Where nodes are reached through Slurm only, it shows what Slurm has for them, and why it could not start a
+    benchmark on all of them.
+    """
+    inventory = read_inventory(source)
+    own = inventory.nodes[0].backend
+    known = [name for name, row in BACKENDS.items() if row.remote == BACKENDS[own].remote]
+    if backend is not None and backend not in known:
+        raise errors.unknown("backend", backend, known, f"inventory {inventory.source}")
+    if BACKENDS[backend or own].scheduled:
+        if tags is not None:
+            raise errors.UsageError("--tags chooses roles, and Slurm is asked for none: leave it out")
+        ctx.exit(_ask_slurm(inventory, hosts, settings, dry_run, as_json))
+    if settings:
+        raise errors.UsageError(f"--set slurm.… goes with --backend slurm, this backend is {backend or own}")
+    ctx.exit(_play(VERIFY, inventory, hosts, tags, as_json, dry_run=dry_run))
+
+
+def _play(
+    playbook_file: str,
+    inventory: Inventory,
+    hosts: str | None,
+    tags: str | None,
+    as_json: bool,
+    *,
+    check: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    folder: Path | None = None,
+    hold: Any = lambda endpoints: nullcontext(),
+) -> int:
+    from runner.cluster.inventory import select
+    from runner.provision import playbook
+    from runner.report.progress import Display
+    from runner.system.files import write_json_atomic
+    from runner.system.nodeset import fold
+
+    check_tags(tags, PHASES if playbook_file == SITE else ("verify",))
+    nodes = select(inventory, hosts)
+    names = tuple(node.name for node in nodes)
+    display = Display(quiet=as_json)
+    remote = BACKENDS[nodes[0].backend].remote
+    with nullcontext("SSH_CONFIG") if dry_run else rendered(inventory) as ssh_config:
+        call = playbook.Call(
+            playbook=playbook_file,
+            inventory=str(Path(inventory.source).absolute()),
+            hosts=names,
+            ssh_config=ssh_config if remote else None,
+            tags=tags,
+            check=check,
+            variables=variables,
+        )
+        if dry_run:
+            listed = playbook.tasks(call)
+            plan = {"command": call.command(), "nodes": [node.alias for node in nodes], "tasks": listed}
+            click.echo(json.dumps(plan, indent=1) if as_json else _described(plan))
+            return errors.EXIT_OK
+        started = time.monotonic()
+        with hold({node.endpoint: node.name for node in nodes}):
+            display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
+            board, state, said = carry_out(call, nodes, display, folder)
+    elapsed_s = time.monotonic() - started
+    if folder is not None:
+        write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, said))
+        display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
+    return conclude(board, state, said, elapsed_s, as_json, check)
+
+
+def _described(plan: Mapping[str, Any]) -> str:
+    from runner.system.nodeset import fold
+
+    lines = [shlex.join(plan["command"]), f"# {len(plan['tasks'])} tasks on {fold(plan['nodes'])}"]
+    return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])
+
+
+# --- Slurm instead of the nodes -------------------------------------------------------------------
+
+_SURVEYED = {"usable": errors.EXIT_OK, "down": errors.EXIT_INFRASTRUCTURE, "refused": errors.EXIT_USAGE}
+
+
+def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str], dry_run: bool, as_json: bool) -> int:
+    from runner.cluster import slurm as slurm_settings
+    from runner.cluster.inventory import select
+    from runner.launch.slurm import allocations, capacity, survey
+    from runner.plan import config
+
+    overrides = config.parse_settings(settings)
+    if other := overrides.keys() - {"slurm"}:
+        raise errors.unknown("setting", f"{min(other)}.…", ["slurm.…"], "--set")
+    wanted = slurm_settings.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
+    nodes = select(inventory, hosts)
+    if dry_run:
+        asked = [list(capacity.PARTITIONS), list(capacity.NODES), ["sbatch", "--test-only"]]
+        where = wanted.login or "this machine"
+        plan = {"host": where, "commands": asked}
+        text = "\n".join([f"# on {where}", *(shlex.join(argv) for argv in asked)])
+        click.echo(json.dumps(plan, indent=1) if as_json else text)
+        return errors.EXIT_OK
+    with rendered(inventory) as ssh_config:
+        commands = allocations.cluster(wanted, inventory.hosts, ssh_config)
+        found = survey.ask(commands, nodes, named=hosts is not None)
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "backend": "slurm", **asdict(found)}, indent=1))
+    else:
+        click.echo(survey.describe(found, wanted, shutil.get_terminal_size((120, 24)).columns))
+    return _SURVEYED[found.state]

@@ -1,0 +1,336 @@
+"""The inventory: Ansible's, read through `ansible-inventory`, so that both see the same nodes.
+
+What is kept of it are the fields of `Node`; no other variable (a vaulted one, say) is stored anywhere.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from runner import __version__
+from runner.cluster.backends import BACKENDS, LOCAL, SSH
+from runner.errors import UsageError, unknown
+from runner.system import places, process
+from runner.system.files import write_json_atomic
+from runner.system.schema import check
+
+GROUP = "gpu_nodes"
+
+# Names, addresses and paths end up in ssh_config, hostfiles and, over DeepSpeed's pdsh, in remote
+# shells: what could need quoting there is refused here, once.
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_ADDRESS = re.compile(r"[A-Za-z0-9.:_-]+")
+_PATH = re.compile(r"[A-Za-z0-9._/+@~-]+")
+_KEY_FILE = re.compile(r"[^\"\x00-\x1f{}]+")
+_SCRATCH = re.compile(r"(?!.*/\.\.?(/|$))/[A-Za-z0-9._/+@-]*[A-Za-z0-9._+@-]")
+_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNORECASE)
+_HOST_KEY = re.compile(r"(?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+(?: .*)?")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One host. `alias` is its position (node008 may be ...-0009); `gpus` is None until observed."""
+
+    name: str
+    alias: str
+    address: str
+    port: int
+    user: str
+    key_file: str | None
+    host_key: str | None
+    python: str
+    gpus: int | None
+    device: Literal["auto", "cuda", "cpu"]
+    hardware: str
+    nics: int
+    nic_gbit_per_s: float | None
+    scratch: str
+    min_free_disk_gib: float
+    backend: str
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def endpoint(self) -> str:
+        """Where its sshd is: two clusters may give their nodes the same names."""
+        return f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The nodes in inventory order, and where they were read from; `slurm` has the keys of slurm.Settings.
+
+    `login` is the host that `runner_slurm` names for Slurm's commands, where it is none of the nodes.
+    """
+
+    source: str
+    nodes: tuple[Node, ...]
+    known_hosts: tuple[str, ...] = ()
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+    login: Node | None = None
+
+    @property
+    def hosts(self) -> tuple[Node, ...]:
+        """Every host that is reached over ssh."""
+        return (*self.nodes, self.login) if self.login else self.nodes
+
+
+class _Variables(BaseModel):
+    """The variables of one host that the product reads; others belong to Ansible and its roles."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    ansible_host: str | None = None
+    ansible_port: Annotated[int, Field(ge=1, le=65535)] = 22
+    ansible_user: str = "root"
+    ansible_ssh_private_key_file: str | None = None
+    ansible_connection: str = "ssh"
+    runner_backend: Literal["ssh", "slurm"] | None = None
+    runner_slurm: dict[str, Any] = Field(default_factory=dict)
+    runner_alias: str | None = None
+    runner_host_key: str | None = None
+    runner_python: str | None = None
+    runner_gpus_per_node: PositiveInt | Literal["auto"] = "auto"
+    runner_device: Literal["auto", "cuda", "cpu"] = "auto"
+    runner_hardware: str = "cpu"
+    runner_nics_per_node: Annotated[int, Field(ge=0)] = 1
+    runner_nic_gbit_per_s: PositiveFloat | None = None
+    runner_scratch: str = "/var/tmp/shakedown"
+    runner_min_free_disk_gib: float = 1.0
+    runner_env: dict[str, str | int | float] = Field(default_factory=dict)
+
+
+def default_source(own: Path = places.ANSIBLE_CFG) -> str:
+    """The inventory of ansible.cfg: what `ansible-playbook site.yml` takes without -i.
+
+    What `own`, the product's ansible.cfg, names is part of a checkout and not of a wheel. Raises UsageError for none.
+    """
+    for candidate in (os.environ.get("ANSIBLE_CONFIG"), "ansible.cfg", str(own)):
+        if candidate and Path(candidate).is_file():
+            parser = configparser.ConfigParser(interpolation=None)
+            parser.read(candidate)
+            source = parser.get("defaults", "inventory", fallback=None)
+            path = Path(candidate).resolve().parent / (source or "")
+            if source and (path.exists() or candidate != str(own)):
+                return str(path)
+    raise UsageError("no inventory: give one with -i, such as -i local, or write one with `runner inventory init DIR`")
+
+
+def read(source: str, cache: Path) -> Inventory:
+    """The inventory at `source`: a file, a folder, or a plain word for one that `places.inventory` knows.
+
+    `ansible-inventory` takes most of a second, so what it gave is kept in `cache`, keyed by the bytes
+    of the source's files; executable (dynamic) inventories are read anew each time.
+    """
+    path = places.inventory(source)
+    if path is None:
+        near = {str(hosts.parent) for hosts in Path(source).parent.glob("*/hosts.y*ml")}
+        if "/" not in source:
+            near |= {*places.inventories()}
+        if not near:
+            raise UsageError(f"no inventory {source}: write one with `runner inventory init {source}`, or name another")
+        raise unknown("inventory", source, near)
+    source = str(path)
+    files = _read_by_ansible(path)
+    static = not any(os.access(p, os.X_OK) and p.suffix not in (".yml", ".yaml") for p in files)
+    key = hashlib.sha256()
+    for part in [__version__, sys.executable, str(path.resolve())]:
+        key.update(f"{part}\0".encode())
+    for file in files:
+        content = file.read_bytes()
+        key.update(f"{file}\0{len(content)}\0".encode() + content)
+    kept = cache / f"{key.hexdigest()}.json"
+    if static and kept.is_file():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is read anew
+            data = json.loads(kept.read_text())
+            login = Node(**data["login"]) if data["login"] else None
+            nodes = tuple(Node(**node) for node in data["nodes"])
+            return Inventory(source, nodes, tuple(data["known_hosts"]), data["slurm"], login)
+    inventory = parse(source, _list(source), _known_hosts(path))
+    if static:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json_atomic(kept, {key: value for key, value in asdict(inventory).items() if key != "source"})
+    return inventory
+
+
+def _read_by_ansible(path: Path) -> list[Path]:
+    """Every file that the inventory's content may come from: for a file, also the folders beside it."""
+    roots = [path] if path.is_dir() else [path.parent / "group_vars", path.parent / "host_vars"]
+    inside = {p for root in roots for p in root.rglob("*") if p.is_file() and not _hidden(p, root)}
+    beside = {p for p in (path, _known_hosts_file(path)) if p.is_file()}
+    return sorted(inside | beside)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    """Below a dot folder, such as one with keys, which Ansible passes over too."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _known_hosts_file(path: Path) -> Path:
+    return (path if path.is_dir() else path.parent) / "known_hosts"
+
+
+def _list(source: str) -> dict[str, Any]:
+    program = Path(sys.executable).with_name("ansible-inventory")
+    env = {**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true", "ANSIBLE_LOCALHOST_WARNING": "false"}
+    outcome = process.run(
+        [str(program) if program.exists() else "ansible-inventory", "-i", source, "--list"], timeout_s=60, env=env
+    )
+    if outcome.rc != 0:
+        reason = next((line for line in outcome.stderr.splitlines() if "ERROR" in line), outcome.last_line)
+        raise UsageError(f"inventory {source}: {reason.replace('[ERROR]:', '').strip()}")
+    return json.loads(outcome.stdout)
+
+
+def _known_hosts(path: Path) -> tuple[str, ...]:
+    """Pinned keys beside the inventory, for clusters that keep them in a known_hosts file."""
+    file = _known_hosts_file(path)
+    if not file.is_file():
+        return ()
+    return tuple(line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#"))
+
+
+def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = ()) -> Inventory:
+    """The nodes of `ansible-inventory --list`'s output: group `gpu_nodes`, or every host without it."""
+    hostvars = listing.get("_meta", {}).get("hostvars", {})
+    names = _members(listing, GROUP) if GROUP in listing else list(hostvars) or _members(listing, "all")
+    if not names:
+        raise UsageError(f"inventory {source} has no hosts: list them in the group {GROUP}")
+    nodes, known = [], set(names)
+    for position, name in enumerate(names, start=1):
+        # A host that is itself called node001 keeps that word; then positions give no second name.
+        alias = f"node{position:03d}"
+        nodes.append(_node(source, name, name if alias in known else alias, hostvars.get(name, {})))
+    taken: dict[str, str] = {}
+    for node in nodes:
+        for word in {node.name, node.alias}:
+            if word in taken:
+                raise UsageError(f"inventory {source}: {node.name} and {taken[word]} are both called {word!r}")
+            taken[word] = node.name
+    backends = {node.backend for node in nodes}
+    if not all(BACKENDS[backend].remote for backend in backends) and len(nodes) > 1:
+        raise UsageError(f"inventory {source}: ansible_connection local goes with one host alone")
+    if len(backends) > 1:
+        raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
+    slurm = _slurm(source, [hostvars.get(n, {}) for n in names])
+    head = slurm.get("login")
+    login = None if head is None or head in by_word(nodes) else _login(source, head, hostvars)
+    return Inventory(source, tuple(nodes), tuple(known_hosts), slurm, login)
+
+
+def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]]) -> Node:
+    if name not in hostvars:
+        raise unknown("host", name, hostvars, f"inventory {source}: runner_slurm: login")
+    return _node(source, name, name, hostvars[name])
+
+
+def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How jobs are submitted is the cluster's, not a host's."""
+    first, *others = [host.get("runner_slurm", {}) for host in variables]
+    if any(other != first for other in others):
+        raise UsageError(f"inventory {source}: runner_slurm differs between hosts: set it once, for {GROUP}")
+    if first:
+        from runner.cluster import slurm as slurm_settings
+
+        slurm_settings.settings(first, f"inventory {source}: runner_slurm")
+    return dict(first)
+
+
+def _members(listing: Mapping[str, Any], group: str) -> list[str]:
+    entry = listing.get(group, {})
+    members = list(entry.get("hosts", []))
+    for child in entry.get("children", []):
+        members += [name for name in _members(listing, child) if name not in members]
+    return members
+
+
+def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> Node:
+    where = f"inventory {source}: {name}"
+    for key in variables:
+        if key.startswith("runner_") and key not in _Variables.model_fields:
+            raise unknown("variable", key, [f for f in _Variables.model_fields if f.startswith("runner_")], where)
+    values = check(_Variables, dict(variables), where)
+    address = values.ansible_host or name
+    for what, word, pattern in (
+        ("host name", name, _NAME),
+        ("runner_alias", values.runner_alias or alias, _NAME),
+        ("ansible_host", address, _ADDRESS),
+        ("ansible_user", values.ansible_user, _NAME),
+        ("runner_scratch", values.runner_scratch, _SCRATCH),
+        ("ansible_ssh_private_key_file", values.ansible_ssh_private_key_file or "-", _KEY_FILE),
+        (
+            "runner_python",
+            values.runner_python or sys.executable,
+            _PATH if values.ansible_connection != "local" else re.compile(".+"),
+        ),
+        ("runner_host_key", values.runner_host_key or "ssh-x x", _HOST_KEY),
+    ):
+        if not pattern.fullmatch(word):
+            raise UsageError(f"{where}: {what} {word!r} has characters that are not allowed there ({pattern.pattern})")
+    for key in values.runner_env:
+        if not _ENV.fullmatch(key):
+            raise UsageError(f"{where}: runner_env has {key!r}, which is no name of an environment variable")
+        if _SECRET.search(key):
+            raise UsageError(
+                f"{where}: runner_env has {key}, and plans are saved: leave secrets out of the inventory and set "
+                "HF_TOKEN or WANDB_API_KEY in the environment that runner is started from"
+            )
+    return Node(
+        name=name,
+        alias=values.runner_alias or alias,
+        address=address,
+        port=values.ansible_port,
+        user=values.ansible_user,
+        key_file=values.ansible_ssh_private_key_file,
+        host_key=values.runner_host_key,
+        python=values.runner_python or sys.executable,
+        gpus=None if values.runner_gpus_per_node == "auto" else values.runner_gpus_per_node,
+        device=values.runner_device,
+        hardware=values.runner_hardware,
+        nics=values.runner_nics_per_node,
+        nic_gbit_per_s=values.runner_nic_gbit_per_s,
+        scratch=values.runner_scratch,
+        min_free_disk_gib=values.runner_min_free_disk_gib,
+        backend=values.runner_backend or (LOCAL if values.ansible_connection == "local" else SSH),
+        env={key: str(value) for key, value in values.runner_env.items()},
+    )
+
+
+def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
+    """The nodes that `hosts` names (names, aliases, addresses, folded sets), in inventory order."""
+    if hosts is None:
+        return inventory.nodes
+    from ClusterShell.NodeSet import NodeSet, NodeSetParseError
+
+    nodes = by_word(inventory.nodes)
+    try:
+        wanted = NodeSet(hosts, resolver=None)
+    except NodeSetParseError as error:
+        raise UsageError(f"--hosts {hosts}: {error}; write sets as node[001-003,005] or a,b,c") from None
+    if not wanted:
+        raise UsageError("--hosts names no node; write sets as node[001-003,005] or a,b,c")
+    chosen = set()
+    for word in wanted:
+        if word not in nodes:
+            raise unknown(
+                "node", word, [n for node in inventory.nodes for n in (node.name, node.alias)], f"--hosts {hosts}"
+            )
+        chosen.add(nodes[word].name)
+    return tuple(node for node in inventory.nodes if node.name in chosen)
+
+
+def by_word(nodes: Sequence[Node]) -> dict[str, Node]:
+    """Nodes by all that they are called: address, alias, name. Slurm knows them by one of these."""
+    return {word: node for node in nodes for word in (node.address, node.alias, node.name)}

@@ -1,0 +1,70 @@
+"""What OpenSSH and shells print when a node cannot be used, and what that means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runner.cluster.backends import BACKENDS
+from runner.cluster.inventory import Node
+
+GIVEN_UP = -1  # the status of a talk that did not end when it was told to
+
+
+# What OpenSSH and shells print, the kind of failure that it is, and what it means to the user.
+_REASONS = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "host_key_changed",
+        "its host key differs from the pinned one: find out why before you trust it",
+    ),
+    (
+        "Host key verification failed",
+        "host_key_changed",
+        "its host key is not the pinned one: compare it, then correct the inventory",
+    ),
+    ("Permission denied", "refused_key", "it refuses the key for this user"),
+    ("Connection refused", "unreachable", "nothing listens on its SSH port"),
+    ("Connection timed out", "unreachable", "no answer on its SSH port"),
+    ("Operation timed out", "unreachable", "no answer on its SSH port"),
+    ("No route to host", "unreachable", "no route to it"),
+    ("Could not resolve hostname", "unreachable", "its name does not resolve"),
+    ("Connection closed", "lost_connection", "it closed the connection"),
+    ("No module named", "environment_missing", "its environment lacks this package"),
+    ("ModuleNotFoundError", "environment_missing", "its environment lacks a package"),
+)
+
+
+_NOT_FOUND = (126, 127)  # what a shell answers for a program that it cannot start
+
+
+_SSH_FAILED = 255
+
+
+def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
+    """The kind of failure (`kinds.KINDS`) of a command that should have reached a node's agent."""
+    text = "\n".join(stderr)
+    for needle, kind, _ in _REASONS:
+        if needle in text:
+            return kind
+    if rc in _NOT_FOUND:
+        return "environment_missing"
+    return {GIVEN_UP: "hung", _SSH_FAILED: "unreachable"}.get(rc or 0, "unknown")
+
+
+def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
+    """Why a node gave no answer, in one line."""
+    text = "\n".join(stderr)
+    for needle, _, meaning in _REASONS:
+        if needle in text:
+            return (
+                f"{meaning} ({node.address}:{node.port}, user {node.user})"
+                if BACKENDS[node.backend].by_ssh
+                else meaning
+            )
+    if rc in _NOT_FOUND:
+        return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
+    if rc == GIVEN_UP:
+        return "is up but does not answer in time"
+    said = [line.strip() for line in stderr if line.strip()]
+    first = next((line for line in said if line.startswith("rsync: ")), None)  # what follows it is a summary
+    return first or (said[-1] if said else f"ended with status {rc} and no word")

@@ -1,0 +1,109 @@
+"""From records to summary.json: rates, scaling, verdicts and findings. Pure.
+
+A summary says for each number what it depends on, and for each verdict why. Three rules hold everywhere:
+what was not measured is absent, never zero; a speed that would be meaningless is `not_judged` with its
+reason; noise that could turn a verdict over makes it `inconclusive`, with the repeats that would settle it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from runner.judge import findings, metrics
+from runner.judge.findings import Facts
+from runner.judge.scaling import judge_scaling
+from runner.judge.targets import judge_targets
+from runner.judge.verdict import not_judged_reason
+from runner.results.records import Record
+
+Telemetry = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # cell id -> host -> samples
+
+SCHEMA = 1
+
+
+def summarise(
+    plan: Mapping[str, Any],
+    status: Mapping[str, Any],
+    records: Iterable[Record],
+    facts: Facts,
+    telemetry: Telemetry | None = None,
+) -> dict[str, Any]:
+    """The contents of summary.json (docs/metrics.md names every metric, unit and formula).
+
+    `telemetry` rows are the node's samples; utilisation is taken from those within measured steps.
+    """
+    by_cell: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_cell[record.cell].append(record)
+    cells = [
+        metrics.summarise_cell(plan, cell, status, by_cell.get(cell["id"], []), (telemetry or {}).get(cell["id"], {}))
+        for cell in plan["cells"]
+    ]
+    models = plan.get("models", {})
+    unfair = {
+        cell["id"]: not_judged_reason(cell, facts.get(cell["id"], {}), models.get(cell.get("model")))
+        for cell in plan["cells"]
+    }
+    scaling = judge_scaling(plan, cells, by_cell, unfair)
+    targets = judge_targets(plan, cells, scaling, by_cell, unfair)
+    faults = findings.find(cells, status, by_cell, facts)
+    verdict, reason = _overall(targets, faults, unfair, cells)
+    return {
+        "schema": SCHEMA,
+        "run_id": plan["run_id"],
+        "state": _state(status, cells),
+        "verdict": verdict,
+        "reason": reason,
+        "cells": cells,
+        "scaling": scaling,
+        "targets": targets,
+        "findings": faults,
+        "replaced": list(status.get("replaced", ())),
+        "attempts": {
+            cell: entry["attempt"] for cell, entry in status.get("cells", {}).items() if entry.get("attempt", 1) > 1
+        },
+    }
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------
+
+
+def _overall(
+    targets: Sequence[Mapping[str, Any]],
+    faults: Sequence[Mapping[str, Any]],
+    unfair: Mapping[str, str | None],
+    cells: Sequence[Mapping[str, Any]],
+) -> tuple[str, str]:
+    by_verdict: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for target in targets:
+        by_verdict[target["verdict"]].append(target)
+    if faults:
+        first = faults[0]
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        who = f"{first['host']}: " if first["host"] else ""
+        return "fail", f"{who}{first['evidence']}{more}"
+    for verdict in ("fail", "inconclusive"):
+        if by_verdict[verdict]:
+            first = by_verdict[verdict][0]
+            more = f" (and {len(by_verdict[verdict]) - 1} more)" if len(by_verdict[verdict]) > 1 else ""
+            return verdict, f"{first['name']}: {first['reason']}{more}"
+    if by_verdict["pass"]:
+        open_ = len(by_verdict["not_judged"])
+        met = len(by_verdict["pass"])
+        return "pass", f"{met} targets met, {open_} not judged" if open_ else f"all {met} targets met"
+    # The reason that covers most nodes says most.
+    for cell in sorted(cells, key=lambda cell: -cell["num_nodes"]):
+        if unfair[cell["id"]]:
+            return "not_judged", str(unfair[cell["id"]])
+    return "not_judged", "no target was measured in this run"
+
+
+def _state(status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    states = {cell["state"] for cell in cells}
+    if status.get("state") == "cancelled":
+        return "cancelled"
+    if "failed" in states or status.get("state") == "failed":
+        return "failed"
+    return "complete" if states <= {"complete"} else "incomplete"

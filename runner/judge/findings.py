@@ -1,0 +1,175 @@
+"""Findings: faults attributed to a node, a setting or nobody, each with its evidence. Pure.
+
+A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}. `fault` separates whose it is:
+`node`, `configuration`, `user`, `tool`, or `not identifiable`, which is said rather than guessed; `host` is None
+where no single node can be named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from runner.cluster import facts as facts_of
+from runner.failures import KINDS, NOBODY, NODE
+from runner.results.records import Record
+
+Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json
+
+
+def find(
+    cells: Sequence[Mapping[str, Any]],
+    status: Mapping[str, Any],
+    by_cell: Mapping[str, Sequence[Record]],
+    facts: Facts,
+) -> list[dict[str, Any]]:
+    """Every finding of a run, the gravest first. `cells` are those of summary.json."""
+    return [
+        *_failures(cells, status),
+        *_wrong_values(by_cell),
+        *_silent(cells),
+        *_environment_findings(environment(facts)),
+    ]
+
+
+def _finding(
+    kind: str, where: str, evidence: str, confidence: str, fault: str, host: str | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "host": host,
+        "kind": kind,
+        "where": where,
+        "evidence": evidence,
+        "confidence": confidence,
+        "fault": fault,
+        **more,
+    }
+
+
+def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    for cell in cells:
+        error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
+        if cell["state"] != "failed" and not (cell["state"] == "incomplete" and error):
+            continue
+        kind = str(error.get("kind"))
+        kind = kind if kind in KINDS else "unknown"
+        known, host = KINDS[kind], error.get("host")
+        fault = NOBODY if known.fault == NODE and not host else known.fault  # a node that is not known is not blamed
+        message = str(error.get("message") or "failed without saying why")
+        yield _finding(
+            kind,
+            where=cell["id"],
+            evidence=f"{message}; {known.advice}" if known.advice else message,
+            confidence="high" if fault != NOBODY else NOBODY,
+            fault=fault,
+            host=host,
+            stderr=[str(line) for line in error.get("stderr") or []],
+        )
+
+
+def _wrong_values(by_cell: Mapping[str, Sequence[Record]]) -> Iterable[dict[str, Any]]:
+    for cell, records in by_cell.items():
+        wrong: dict[str, dict[int, float]] = defaultdict(dict)
+        for record in records:
+            if record.metric == "wrong_values" and record.value > 0:
+                context = record.context
+                wrong[str(context.get("collective", "collective"))][int(context.get("size_bytes", 0))] = record.value
+        for collective, sizes in wrong.items():
+            yield _finding(
+                "wrong_values",
+                where=f"{cell}: {collective}, {', '.join(f'{size:,} B' for size in sorted(sizes))}",
+                evidence=f"{sum(sizes.values()):,.0f} elements of the result of {collective} are wrong",
+                confidence="not identifiable",  # every rank took part: the values do not say who erred
+                fault="not identifiable",
+            )
+
+
+def _silent(cells: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    for cell in cells:
+        if cell["state"] == "complete" and not cell["metrics"]:
+            yield _finding(
+                "no_records",
+                where=cell["id"],
+                evidence=f"{cell['id']} ended well but left no complete measurement",
+                confidence="high",
+                fault="tool",
+            )
+
+
+# A difference in these changes what is measured or breaks it; any other difference is only marked.
+JUDGED_PROPERTIES = frozenset(
+    {"driver", "cuda", "nccl"}
+    | {f"packages.{name}" for name in ("torch", "deepspeed", "transformers", "accelerate", "shakedown")}
+)
+
+
+def environment(facts: Facts) -> list[dict[str, Any]]:
+    """One row per observed property: {"property", "values": {host: text or None}, "differs", "majority",
+    "minority": [hosts]}. The majority is what more than half of the hosts have; without one, `majority` is
+    None and nobody is the odd one out. What must be unique (hostname, boot id, addresses, UUIDs) is left out.
+    """
+    hosts: dict[str, dict[str, str]] = {}
+    for per_host in facts.values():
+        for host, observed in per_host.items():
+            hosts.setdefault(host, facts_of.environment(observed))
+    names = sorted(hosts)
+    rows = []
+    for prop in dict.fromkeys(key for name in names for key in hosts[name]):
+        values = {name: hosts[name].get(prop) for name in names}
+        common, count = Counter(values.values()).most_common(1)[0]
+        differs = count < len(names)
+        has_majority = 2 * count > len(names)
+        rows.append(
+            {
+                "property": prop,
+                "values": values,
+                "differs": differs,
+                "majority": common if has_majority else None,
+                "minority": [n for n in names if values[n] != common] if differs and has_majority else [],
+            }
+        )
+    return rows
+
+
+def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One finding per odd node with all that it differs in, and one per property that has no majority."""
+    odd: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    findings = []
+    hosts: set[str] = set()
+    for row in rows:
+        hosts |= set(row["values"])
+        name = row["property"]
+        if not row["differs"] or not (name in JUDGED_PROPERTIES or name.startswith("env.NCCL_")):
+            continue
+        if row["minority"]:
+            rest = len(row["values"]) - len(row["minority"])
+            for host in row["minority"]:
+                mine, theirs = row["values"][host] or "absent", row["majority"] or "absent"
+                odd[host].append((name, f"{name} is {mine} here, {theirs} on {rest} other nodes"))
+            continue
+        groups: dict[str, list[str]] = defaultdict(list)
+        for host, value in row["values"].items():
+            groups[value or "absent"].append(host)
+        text = "; ".join(f"{value} on {', '.join(group)}" for value, group in groups.items())
+        findings.append(
+            _finding(
+                "environment",
+                name,
+                f"{name} differs and no value has a majority: {text}",
+                confidence="not identifiable",
+                fault="configuration",
+            )
+        )
+    for host, differences in sorted(odd.items()):
+        findings.append(
+            _finding(
+                "environment",
+                where=", ".join(name for name, _ in differences),
+                evidence="; ".join(text for _, text in differences),
+                confidence="high" if 4 * len(odd) <= len(hosts) else "medium",
+                fault="configuration",
+                host=host,
+            )
+        )
+    return findings

@@ -1,0 +1,96 @@
+"""From the records of one cell to its metrics. Pure; docs/metrics.md names every metric, unit and formula.
+
+What was not measured is absent, never zero: a step without all its ranks is no step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runner.results.records import Record
+from runner.workloads.collectives import metrics as collective_metrics
+from runner.workloads.sft import metrics as sft_metrics
+
+GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
+# The unit that a metric's name carries, by the part of the name that says so.
+UNITS = (
+    ("tokens_per_s", "tokens/s"),
+    ("gb_per_s", "GB/s"),
+    ("gbit_per_s", "Gbit/s"),
+    ("_pct", "%"),
+    ("_gib", "GiB"),
+    ("_us", "µs"),
+    ("_s", "s"),
+)
+
+
+def unit(metric: str) -> str:
+    """The unit in a metric's name, as people write it; empty for a count or a ratio."""
+    return next((text for part, text in UNITS if part in metric), "")
+
+
+def summarise_cell(
+    plan: Mapping[str, Any],
+    cell: Mapping[str, Any],
+    status: Mapping[str, Any],
+    records: Sequence[Record],
+    telemetry: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    state = status.get("cells", {}).get(cell["id"], {}).get("state", "incomplete")
+    result: dict[str, Any] = {
+        "id": cell["id"],
+        "test": cell["test"],
+        "model": cell.get("model"),
+        "num_nodes": cell["num_nodes"],
+        "world_size": cell["world_size"],
+        "repeat": cell["repeat"],
+        "hosts": list(cell["hosts"]),
+        "device": cell["device"],
+        "state": state,
+        "metrics": {},
+        "limits": {},
+    }
+    if cell["test"] == "sft":
+        result["metrics"] = sft_metrics.summarise(plan, cell, records)
+    elif cell["test"] == "torch":
+        result["limits"] = collective_metrics.cell_limits(plan, cell)
+        result["metrics"] = collective_metrics.summarise(records, cell["world_size"], result["limits"])
+    _add_utilisation(result, records, telemetry)
+    return result
+
+
+def _add_utilisation(
+    cell: dict[str, Any], records: Sequence[Record], telemetry: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Mean utilisation of the cell's GPUs while its measured steps ran, and the least used GPU by name.
+
+    The window is each host's own, from `started_s` (its clock) of its measured steps: loading and warming up
+    say nothing about training. Without a window nothing is said.
+    """
+    windows: dict[str, tuple[float, float]] = {}
+    for record in records:
+        context = record.context
+        if record.metric == "step_time_s" and context.get("measured") and "started_s" in context and record.host:
+            begin, end = windows.get(record.host, (math.inf, 0.0))
+            start = float(context["started_s"])
+            windows[record.host] = min(begin, start), max(end, start + record.value)
+    samples: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for host, rows in telemetry.items():
+        begin, end = windows.get(host, (math.inf, 0.0))
+        for row in rows:
+            if begin <= (row.get("time_s") or 0.0) <= end:
+                for name, value in row.items():
+                    if found := GPU_UTILISATION.fullmatch(name):
+                        samples[host, int(found[1])].append(float(value))
+    if not samples:
+        return
+    means = {key: statistics.fmean(values) for key, values in samples.items()}
+    (host, gpu), lowest = min(means.items(), key=lambda item: item[1])
+    cell["metrics"]["gpu_util_pct_mean"] = statistics.fmean(means.values())
+    cell["metrics"]["gpu_util_pct_min"] = lowest
+    cell["slowest_gpu"] = {"host": host, "gpu": gpu, "gpu_util_pct": lowest}

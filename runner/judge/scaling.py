@@ -1,0 +1,92 @@
+"""Scaling: the rate per GPU at each node count against the smallest one. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runner.judge.verdict import Judgement, bootstrap, judge
+from runner.results.records import Record
+from runner.workloads.sft import metrics as sft_metrics
+
+
+def judge_scaling(
+    plan: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    by_cell: Mapping[str, Sequence[Record]],
+    unfair: Mapping[str, str | None],
+) -> list[dict[str, Any]]:
+    """Efficiency of tokens/s per GPU at each node count against the smallest one, per model.
+
+    Weak scaling: per-GPU rate ÷ base's per-GPU rate. Strong scaling: speedup ÷ ideal speedup, which is the same
+    quotient; only weak scaling has targets.
+    """
+    mode = plan.get("scaling", "weak")
+    targets = {
+        t["num_nodes"]: t
+        for t in plan.get("targets", [])
+        if t["metric"] == "scaling_efficiency_pct" and t.get("scaling", "weak") == mode
+    }
+    rows = []
+    for model in dict.fromkeys(cell["model"] for cell in cells if cell["test"] == "sft"):
+        sizes: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+        for cell in cells:
+            if (cell["test"], cell["model"], cell["state"]) == ("sft", model, "complete"):
+                sizes[cell["num_nodes"]].append(cell)
+        samples = {size: _per_gpu_samples(sizes[size], by_cell) for size in sorted(sizes)}
+        samples = {size: repeats for size, repeats in samples.items() if repeats}
+        if not samples:
+            continue
+        base = min(samples)
+        for size, repeats in samples.items():
+            seed = f"{plan.get('seed', 0)}/{model}/{size}"
+            rate, rate_low, rate_high = bootstrap(repeats, None, seed)
+            is_base = size == base
+            value, low, high = (1.0, 1.0, 1.0) if is_base else bootstrap(repeats, samples[base], seed)
+            target = None if is_base else targets.get(size)
+            count = min(len(repeats), len(samples[base]))
+            why = next(
+                (unfair[c["id"]] for c in [*sizes[size], *sizes[base]] if unfair[c["id"]]),
+                None,
+            )
+            if is_base:
+                judged = Judgement("not_judged", why or "the base that larger node counts are compared with")
+            elif why:
+                judged = Judgement("not_judged", why)
+            elif target is None:
+                judged = Judgement("not_judged", f"no target for {mode} scaling on {size} nodes")
+            else:
+                judged = judge(100 * value, (100 * low, 100 * high), count, target["value"], "min", "%")
+            rows.append(
+                {
+                    "test": "sft",
+                    "model": model,
+                    "num_nodes": size,
+                    "world_size": sizes[size][0]["world_size"],
+                    "base_nodes": base,
+                    "mode": mode,
+                    "efficiency": value,
+                    "ci": [low, high],
+                    "target": target["value"] / 100 if target else None,
+                    "verdict": judged.verdict,
+                    "reason": judged.reason,
+                    "repeats": len(repeats),
+                    "repeats_needed": judged.repeats_needed,
+                    "tokens_per_s_per_gpu": rate,
+                    "tokens_per_s_per_gpu_ci": [rate_low, rate_high],
+                }
+            )
+    return rows
+
+
+def _per_gpu_samples(
+    cells: Sequence[Mapping[str, Any]], by_cell: Mapping[str, Sequence[Record]]
+) -> list[list[tuple[float, float]]]:
+    repeats = []
+    for cell in cells:
+        world = cell["world_size"]
+        measured = [s for s in sft_metrics.steps(by_cell.get(cell["id"], []), world) if s.measured]
+        if sum(step.loss_tokens for step in measured):
+            repeats.append([(step.loss_tokens / world, step.time_s) for step in measured])
+    return repeats

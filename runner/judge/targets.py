@@ -1,0 +1,116 @@
+"""Targets: what was measured against what must be reached. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from runner.judge import metrics
+from runner.judge.verdict import Judgement, bootstrap, judge
+from runner.results.records import Record
+from runner.workloads.collectives import metrics as collective_metrics
+
+
+def judge_targets(
+    plan: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    scaling: Sequence[Mapping[str, Any]],
+    by_cell: Mapping[str, Sequence[Record]],
+    unfair: Mapping[str, str | None],
+) -> list[dict[str, Any]]:
+    rows = []
+    for target in plan.get("targets", []):
+        if target["metric"] == "scaling_efficiency_pct":
+            rows += _scaling_target(target, scaling, plan.get("scaling", "weak"))
+            continue
+        groups: dict[tuple[str | None, int], list[tuple[Mapping[str, Any], float]]] = defaultdict(list)
+        for cell in cells:
+            fits = cell["test"] == target["test"] and target.get("num_nodes") in (None, cell["num_nodes"])
+            value = _observed(target, cell, by_cell) if fits and cell["state"] == "complete" else None
+            if value is not None:
+                groups[cell["model"], cell["num_nodes"]].append((cell, value))
+        if not groups:
+            rows.append(_target_row(target, Judgement("not_judged", _not_measured(target))))
+        for (model, num_nodes), found in groups.items():
+            values = [value for _, value in found]
+            seed = f"{plan.get('seed', 0)}/{target['name']}/{model}/{num_nodes}"
+            value, low, high = bootstrap([[(v, 1.0)] for v in values], None, seed)
+            why = next((unfair[cell["id"]] for cell, _ in found if unfair[cell["id"]]), None)
+            if why:
+                judged = Judgement("not_judged", why)
+            else:
+                wanted, name = target["value"], target["metric"]
+                judged = judge(value, (low, high), len(values), wanted, target["direction"], metrics.unit(name))
+            slowest = [cell["slowest_gpu"] for cell, _ in found if "slowest_gpu" in cell]
+            if slowest and target["metric"] == "gpu_util_pct_mean":
+                gpu = min(slowest, key=lambda gpu: gpu["gpu_util_pct"])
+                note = f"; slowest: {gpu['host']} GPU {gpu['gpu']}, {gpu['gpu_util_pct']:.1f} %"
+                judged = replace(judged, reason=judged.reason + note)
+            measured = {"measured": value, "ci": [low, high], "repeats": len(values)}
+            rows.append(_target_row(target, judged, model=model, num_nodes=num_nodes, **measured))
+    return rows
+
+
+def _target_row(target: Mapping[str, Any], judged: Judgement, **measured: Any) -> dict[str, Any]:
+    return {
+        **target,
+        "model": None,
+        "measured": None,
+        "ci": None,
+        "repeats": 0,
+        **measured,
+        "verdict": judged.verdict,
+        "reason": judged.reason,
+        "repeats_needed": judged.repeats_needed,
+    }
+
+
+def _scaling_target(target: Mapping[str, Any], scaling: Sequence[Mapping[str, Any]], mode: str) -> list[dict[str, Any]]:
+    if target.get("scaling", "weak") != mode:
+        reason = f"this run measured {mode} scaling; the target is for {target.get('scaling', 'weak')} scaling"
+        return [_target_row(target, Judgement("not_judged", reason))]
+    rows = [
+        _target_row(
+            target,
+            Judgement(row["verdict"], row["reason"], row["repeats_needed"]),
+            model=row["model"],
+            measured=100 * row["efficiency"],
+            ci=[100 * edge for edge in row["ci"]],
+            repeats=row["repeats"],
+        )
+        for row in scaling
+        if row["num_nodes"] == target["num_nodes"] and row["num_nodes"] != row["base_nodes"]
+    ]
+    return rows or [_target_row(target, Judgement("not_judged", _not_measured(target)))]
+
+
+def _not_measured(target: Mapping[str, Any]) -> str:
+    where = f" on {target['num_nodes']} nodes" if target.get("num_nodes") else ""
+    size = f" at {target['min_bytes'] / 2**30:g} GiB or more" if (target.get("min_bytes") or 0) >= 2**30 else ""
+    if target["metric"] == "scaling_efficiency_pct":
+        return f"not measured in this run: needs complete {target['test']} cells{where} and on fewer"
+    return f"not measured in this run: no {target['metric']}{size}{where}"
+
+
+def _observed(
+    target: Mapping[str, Any], cell: Mapping[str, Any], by_cell: Mapping[str, Sequence[Record]]
+) -> float | None:
+    """What the cell says about the target's metric; of several sizes the best one."""
+    collective = target.get("collective")
+    if not collective:
+        return cell["metrics"].get(target["metric"])
+    # Every GPU of a node sends to the other node and receives from it at busbw: both directions, in bits.
+    name, factor = target["metric"], 1.0
+    if name == "bidirectional_gbit_per_s":
+        name, factor = "busbw_gb_per_s", 2 * 8.0 * cell["world_size"] / cell["num_nodes"]
+    low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
+    found = [
+        value * factor
+        for size, value in collective_metrics.by_size(by_cell.get(cell["id"], []), collective, name).items()
+        if low <= size <= high
+    ]
+    best = max if target["direction"] == "min" else min
+    return best(found, default=None)

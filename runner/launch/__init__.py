@@ -1,0 +1,1 @@
+"""A plan carried out: nodes checked and reached, cells started, watched, retried and gathered."""

@@ -1,0 +1,143 @@
+"""Cells over local and ssh agents: sending data, conversing, sweeping, gathering, cleaning up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.cluster.backends import BACKENDS
+from runner.cluster.inventory import Node
+from runner.launch import copy
+from runner.launch.talk import AGENT, COMMANDS, SILENCE_S, Talk, ask, converse, local
+from runner.launch.watch import CellRun, Course
+from runner.plan.plan import Cell, Plan, environment, job
+from runner.results.celldir import LAUNCHER
+from runner.results.rundir import RunDir
+from runner.system import process
+from runner.system.files import write_text_atomic
+
+GRACE_S = 3.0
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+
+
+def cell_request(plan: Plan, cell: Cell) -> dict[str, Any]:
+    """What every node's agent is asked for a cell, whatever reaches it."""
+    return {
+        "kind": "cell",
+        "run_id": plan.run_id,
+        "cell": cell.id,
+        "attempt": cell.attempt,
+        "marker": f"{plan.run_id}/{cell.id}",
+        "telemetry_interval_s": 1.0,
+        "grace_s": GRACE_S,
+    }
+
+
+def secrets() -> dict[str, str]:
+    """The user's tokens, which travel beside a plan and are never part of it."""
+    return {key: os.environ[key] for key in SECRETS if key in os.environ}
+
+
+def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[str, str]:
+    """Fetch a cell's folder from each of its nodes over ssh; returns failures by node."""
+    targets = {}
+    for host in cell.hosts:
+        folder = run.cell(host, cell.id)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        targets[host] = str(folder)
+    return copy.gather([plan.node(host) for host in cell.hosts], str(ssh_config), cell.cell_dir, targets)
+
+
+def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
+    """Remove over ssh what the run left on `nodes`."""
+    request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
+    ask(nodes, "ssh", ssh_config, request, timeout_s=15)
+
+
+class Agents:
+    """One agent per node and cell, each on a leash held here."""
+
+    def __init__(self, run: RunDir, ssh_config: str | None) -> None:
+        self.run, self.ssh_config = run, ssh_config
+
+    @staticmethod
+    def _remote(plan: Plan) -> bool:
+        return BACKENDS[plan.backend].remote
+
+    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
+        """Prepared data to each node once; rsync finds what is there already. Returns failures by node."""
+        if not self._remote(plan):
+            return {}
+        return copy.send(nodes, str(self.ssh_config), data, self.data_on_nodes(plan, data), stopped=stopped)
+
+    def data_on_nodes(self, plan: Plan, data: str) -> str:
+        """Where ranks find the data that lies in `data` here."""
+        return f"{plan.nodes[0].scratch}/data/{Path(data).name}" if self._remote(plan) else data
+
+    def converse(self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, course: Course) -> None:
+        """Run the cell to its end, told and heard by `watch`; nothing of it is left running."""
+        watch.talks = self._talks(plan, cell, data)
+        watch.begin()
+        try:
+            converse(watch.talks, watch.hear, watch.word, patience_s=4 * GRACE_S + 5)
+        finally:
+            self._sweep(plan, [talk for talk in watch.talks if talk.name not in watch.outcomes])
+
+    def _talks(self, plan: Plan, cell: Cell, data: str | None) -> list[Talk]:
+        common = {**cell_request(plan, cell), "heartbeat_timeout_s": SILENCE_S}
+        reach = COMMANDS[plan.backend]
+        talks = []
+        for index, host in enumerate(cell.hosts):
+            node = plan.node(host)
+            request = {
+                **common,
+                "host": host,
+                "scratch": node.scratch,
+                "cell_dir": cell.cell_dir,
+                "job": job(plan, cell, node, data),
+                "argv": cell.launch.argv[index],
+                "env": environment(cell, node),
+                "secrets": secrets(),
+                "rendezvous_port": cell.master_port if index == 0 else None,
+            }
+            talks.append(Talk(host, reach(node, AGENT, self.ssh_config), request))
+        if cell.launch.head:
+            folder = self.run.launcher(cell.id)
+            folder.mkdir(mode=0o700, parents=True)
+            for name, content in cell.launch.files.items():
+                write_text_atomic(folder / name, content)
+            request = {
+                **common,
+                "host": LAUNCHER,
+                "scratch": None,
+                "cell_dir": str(folder),
+                "argv": cell.launch.head,
+                "env": dict(cell.launch.head_env),
+                "isolated": True,
+                "hold": True,
+            }
+            talks.append(Talk(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request))
+        return talks
+
+    def _sweep(self, plan: Plan, lost: Sequence[Talk]) -> None:
+        """End what an agent that was itself killed left on its node; a node that is gone gives no answer."""
+        for talk in lost:
+            if not self._remote(plan) or talk.name == LAUNCHER:
+                process.stop_marked(talk.request["marker"], GRACE_S)
+        nodes = [plan.node(talk.name) for talk in lost if talk.name != LAUNCHER]
+        if nodes and self._remote(plan):
+            request = {"kind": "sweep", "marker": lost[0].request["marker"], "grace_s": GRACE_S}
+            ask(nodes, plan.backend, self.ssh_config, request, timeout_s=15)
+
+    def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
+        """Bring the artefacts of a cell into the run directory; returns failures by node."""
+        if not self._remote(plan):
+            return {}
+        return gather(self.run, plan, cell, self.ssh_config)
+
+    def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
+        """Remove what was gathered from `nodes`."""
+        if self._remote(plan):
+            clean(plan, nodes, self.ssh_config)

@@ -1,0 +1,223 @@
+"""Why a cell failed and whose fault it was, from what every node's agent said. Pure.
+
+An error is {"kind", "message", "host", "stderr"}: `kind` is one of `KINDS`, `host` is None where no single
+node can be named. A culprit that cannot be told is not blamed.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runner.cluster import reasons
+from runner.failures import KINDS, Problem
+from runner.launch.talk import Talk
+from runner.results.celldir import LAUNCHER
+
+# Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.
+CLOCK_OFF_S = 60.0
+
+
+def error(kind: str, message: str, host: str | None = None, stderr: Sequence[str] = ()) -> dict[str, Any]:
+    """What status.json says of a cell that did not end well."""
+    return {"kind": kind, "message": message, "host": host, "stderr": list(stderr)}
+
+
+def may_retry(found: Mapping[str, Any]) -> bool:
+    """Whether another try may end better: infrastructure failed, and neither a user nor a configuration."""
+    return found.get("kind") in KINDS and KINDS[found["kind"]].retry
+
+
+def unusable(host: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The error of a node that has `problems`: of the first one's kind, as its agent would say."""
+    return error(problems[0].kind, "; ".join(problem.message for problem in problems), host)
+
+
+def clock_problem(offset_s: float) -> Problem | None:
+    """What is wrong with a node whose clock is `offset_s` ahead of the controller's; None if nothing is."""
+    if abs(offset_s) <= CLOCK_OFF_S:
+        return None
+    side = "ahead of" if offset_s > 0 else "behind"
+    return Problem("clock", f"its clock is {abs(offset_s):,.0f} s {side} the controller's")
+
+
+def ended_well(outcome: Mapping[str, Any]) -> bool:
+    return outcome.get("rc") == 0 and not outcome.get("error")
+
+
+# What ended an agent under Slurm, which no controller watches, and the kind of failure that it is.
+LATE = {"time limit": "time_limit", "timed out": "timed_out"}
+# Why an agent's ranks did not end by themselves: that is no fault of theirs.
+_TOLD = ("stop", "done", *LATE)
+# What a rank prints when it is another's death that it noticed.
+_VICTIM = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Socket Timeout",
+    "NCCL communicator was aborted",
+    "Connection refused",
+    "DistNetworkError",
+    "DistStoreError",
+)
+# What a dying rank says, and the kind of failure that it proves. Any other exception is a crash.
+_WORDS = (
+    ("CUDA out of memory", "cuda_out_of_memory"),
+    ("uncorrectable ECC", "gpu_failed"),
+    ("GPU has fallen off the bus", "gpu_failed"),
+    ("No space left on device", "disk_full"),
+    ("EADDRINUSE", "port_taken"),
+    ("Address already in use", "port_taken"),
+    ("ModuleNotFoundError", "environment_missing"),
+    ("No module named", "environment_missing"),
+)
+
+
+def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The error of a cell some of whose ranks or agents failed: the host that failed first-hand.
+
+    A host whose ranks only report a lost peer is a victim. One host that is none is the culprit; several
+    are not told apart, but what failed alike on all of them is still called by its kind.
+    """
+    suspects: list[dict[str, Any]] = []
+    victims: list[dict[str, Any]] = []
+    for talk in talks:
+        outcome = outcomes.get(talk.name)
+        if outcome is None:
+            suspects.append(_unheard(talk))
+        elif outcome.get("error"):
+            suspects.append(error(outcome.get("kind") or "unknown", str(outcome["error"]), talk.name))
+        elif not ended_well(outcome) and outcome.get("stopped") not in _TOLD and talk.name != LAUNCHER:
+            dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
+            direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
+            name, rank = _first_to_die(direct or dead, outcome)
+            if (outcome.get("rc") or 0) < 0:  # the engine itself was killed; what its ranks say came after
+                name, rank = None, {"stderr": []}
+            status = _status(outcome, _seen_by_launcher(outcomes))
+            kind = _kind(status, rank["stderr"], outcome.get("oom_kills", 0))
+            message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank['stderr'])}"
+            (victims if dead and not direct else suspects).append(error(kind, message, talk.name, rank["stderr"]))
+    if len(suspects) == 1:
+        return suspects[0]
+    if suspects:
+        kinds = {suspect["kind"] for suspect in suspects}
+        kind, what = kinds.pop() if len(kinds) == 1 else "unknown", "failed at once on"
+    elif late := [o["stopped"] for o in outcomes.values() if o.get("stopped") in LATE]:
+        return standstill(LATE[late[0]], late[0], outcomes)
+    elif victims:
+        kind, what = "lost_peers", "only lost peers are reported, by"
+    else:
+        launcher = outcomes.get(LAUNCHER, {})
+        tail = list(launcher.get("engine_stderr", []))
+        return error("launcher_failed", f"the launcher {_end(_status(launcher))}{_last_words(tail)}", stderr=tail)
+    first = (suspects or victims)[0]
+    names = ", ".join(one["host"] for one in suspects or victims)
+    return error(kind, f"{what} {names}; first: {first['message']}", stderr=first["stderr"])
+
+
+def _unheard(talk: Talk) -> dict[str, Any]:
+    """Why an agent left no outcome."""
+    stderr = talk.stderr[-10:]
+    if not talk.answered:
+        kind = reasons.reason_kind(talk.rc, talk.stderr)
+        return error(kind, f"its agent never answered{_last_words(stderr)}", talk.name, stderr)
+    if talk.rc == reasons.GIVEN_UP:
+        return error("hung", "it does not answer any more", talk.name, stderr)
+    return error("lost_connection", "lost the connection to it", talk.name, stderr)
+
+
+# torchrun's table: the rank whose failure it saw first; the others it ended itself.
+_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+# Under DeepSpeed's launcher a node's agent does not see how a rank ends; pdsh does: its launcher there ends as the
+# rank did, with 256 - N after signal N. 255 is ssh's own failure.
+_EXITED = re.compile(r"^pdsh@\S+: \S+: ssh exited with exit code (2[2-4]\d|25[0-4])$", re.MULTILINE)
+
+
+def _first_to_die(
+    dead: Mapping[str, Mapping[str, Any]], outcome: Mapping[str, Any]
+) -> tuple[str | None, Mapping[str, Any]]:
+    """The rank that torchrun saw fail first, else one that said something; the engine where no rank started."""
+    if not dead:
+        return None, {"stderr": outcome["engine_stderr"]}
+    cause = _ROOT_CAUSE.search("\n".join(outcome["engine_stderr"]))
+    name = f"rank{cause[1]}" if cause else ""
+    if name not in dead:
+        name = next((n for n, rank in dead.items() if _last_words(rank["stderr"])), next(iter(dead)))
+    return name, dead[name]
+
+
+def _seen_by_launcher(outcomes: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """The status of the one rank that a signal ended, where it ran under DeepSpeed's launcher."""
+    found = _EXITED.findall("\n".join(outcomes.get(LAUNCHER, {}).get("engine_stderr", [])))
+    return int(found[0]) - 256 if len(found) == 1 else None
+
+
+def _status(outcome: Mapping[str, Any], seen: int | None = None) -> int | None:
+    """How the first rank to die ended: torchrun reports its own status as 1 and the rank's in its table."""
+    cause = _ROOT_CAUSE.search("\n".join(outcome.get("engine_stderr", [])))
+    if cause:
+        return int(cause[2])
+    return outcome.get("rc") if outcome.get("rc") is not None else seen
+
+
+def _kind(status: int | None, stderr: Sequence[str], oom_kills: int) -> str:
+    if oom_kills and status in (-signal.SIGKILL, None):  # None: nobody saw how it ended
+        return "out_of_memory"
+    if status == -signal.SIGKILL:
+        return "rank_killed"
+    said = "\n".join(stderr)
+    otherwise = "unknown" if status in (0, None) else "rank_crashed"
+    return next((kind for words, kind in _WORDS if words in said), otherwise)
+
+
+def _end(status: int | None, kind: str = "") -> str:
+    if kind == "out_of_memory":
+        return "was killed by the kernel, which was out of memory"
+    if status is not None and status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return "ended too soon" if status in (0, None) else f"died with status {status}"
+
+
+def _last_words(stderr: Sequence[str]) -> str:
+    """The last line that is no mere warning of torch's C++ side, such as `[W1121 04:58:56 socket.cpp:207]`."""
+    said = (line.strip() for line in reversed(stderr))
+    return next((f": {line}" for line in said if line and not re.match(r"(\[rank\d+\]:)?\[W\d", line)), "")
+
+
+# --- ranks that stand still -----------------------------------------------------------------------
+
+# Where a rank stands that waits for others: in a collective, or for a device on which one may be running.
+# The workloads' own lines count as well: they do nothing else that takes long without a frame of its own.
+_WAITING = ("torch/distributed/", "torch/cuda/", "torch/autograd/", "deepspeed/comm/", "runner/workloads/")
+_STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits in the kernel", "Z": "is dead"}
+
+
+def standstill(kind: str, reason: str, outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The error of a cell that was stopped for `reason` while its ranks were alive, from where they stood.
+
+    Ranks that wait for others are victims. A rank that cannot run, or that stands elsewhere while others
+    wait, is a suspect; if all suspects are of one host, a rank hung there. Else the error is of `kind`.
+    """
+    stuck: list[tuple[str, str, list[str]]] = []
+    busy: list[tuple[str, str, list[str]]] = []
+    waiting: list[str] = []
+    for host, outcome in outcomes.items():
+        for name, rank in (outcome.get("stacks") or {}).items():
+            frames = list(rank["frames"])
+            if rank["state"] in _STATES:
+                stuck.append((host, f"{name} {_STATES[rank['state']]}", frames))
+            elif not frames:
+                stuck.append((host, f"{name} is alive but does not say where it stands", frames))
+            elif frames[0].startswith(_WAITING):
+                waiting.append(f"{name} in {frames[0]}")
+            else:
+                busy.append((host, f"{name} stands in {frames[0]}", frames))
+    suspects = stuck + (busy if waiting else [])
+    if len({host for host, _, _ in suspects}) != 1:
+        return error(kind, reason)
+    host, first, frames = suspects[0]
+    others = f", while {len(waiting)} wait for others (first: {waiting[0]})" if waiting else ""
+    return error("rank_hung", f"{reason}: {first}{others}", host, frames)

@@ -1,0 +1,69 @@
+"""Files to and from nodes: rsync over ssh, many nodes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+from runner.cluster.inventory import Node
+from runner.cluster.reasons import explain
+from runner.errors import InfrastructureError
+from runner.launch.talk import POLL_S
+from runner.system import process
+
+
+def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
+    # -s: paths reach the far side as they are, not through its shell.
+    return process.run(
+        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", source, target],
+        timeout_s=timeout_s,
+    )
+
+
+def send(
+    nodes: Sequence[Node],
+    ssh_config: str,
+    source: str,
+    target: str,
+    timeout_s: float = 1800.0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
+    """Copy the folder `source` to `target` on every node, until `stopped`; returns failures by node."""
+    return _each(nodes, lambda node: _rsync(ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s), stopped)
+
+
+def gather(
+    nodes: Sequence[Node], ssh_config: str, source: str, targets: Mapping[str, str], timeout_s: float = 600.0
+) -> dict[str, str]:
+    """Copy the folder `source` of every node into `targets[node.name]`; returns failures by node."""
+    return _each(nodes, lambda node: _rsync(ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s))
+
+
+def _each(
+    nodes: Sequence[Node], action: Callable[[Node], process.Outcome], stopped: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
+    """Do `action` for every node, sixteen at a time; returns failures by node.
+
+    Ended early, by `stopped` or an exception, it ends the commands that run: none is waited for.
+    """
+
+    def attempt(node: Node) -> str | None:
+        try:
+            outcome = action(node)
+        except InfrastructureError as error:
+            return str(error)
+        return None if outcome.rc == 0 else explain(node, outcome.rc, outcome.stderr.splitlines())
+
+    pool = ThreadPoolExecutor(16)
+    futures = {node.name: pool.submit(attempt, node) for node in nodes}
+    try:
+        while wait(futures.values(), POLL_S).not_done and not stopped():
+            pass
+    finally:
+        # Not begun: dropped. Begun: its process is ended, which ends its thread.
+        pool.shutdown(wait=False, cancel_futures=True)
+        if any(future.running() for future in futures.values()):
+            process.stop_running()
+        pool.shutdown()
+    reasons = {name: "stopped" if future.cancelled() else future.result() for name, future in futures.items()}
+    return {name: reason for name, reason in reasons.items() if reason}

@@ -1,0 +1,41 @@
+"""What the user's signals ask of a run."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from runner.launch import talk
+from runner.report.progress import Display
+
+
+class Stop:
+    """What the user's signals ask for. The first asks for an orderly end, the second leaves at once."""
+
+    def __init__(self, display: Display) -> None:
+        self.asked = False
+        self._display = display
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._heard) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not past the user's wish to stop."""
+        deadline = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < deadline:
+            time.sleep(talk.POLL_S)
+
+    def _heard(self, number: int, _frame: object) -> None:
+        again, self.asked = self.asked, True
+        if again:
+            raise KeyboardInterrupt
+        self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")

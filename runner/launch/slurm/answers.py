@@ -1,0 +1,209 @@
+"""Slurm's answers read: states, reasons and jobs in our words. Text in, values out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from runner.errors import InfrastructureError
+from runner.system.nodeset import expand
+
+
+def whole(job_id: str) -> str:
+    """The id of all of a job: of the array that it is a task of."""
+    return job_id.partition("_")[0]
+
+
+_WORDS = {
+    "waiting": "PENDING PD CONFIGURING CF REQUEUED RQ REQUEUE_HOLD RH REQUEUE_FED RF RESV_DEL_HOLD RD SPECIAL_EXIT SE",
+    "running": "RUNNING R RESIZING RS SIGNALING SI STOPPED ST SUSPENDED S",
+    "ending": "COMPLETING CG STAGE_OUT SO",
+    "complete": "COMPLETED CD",
+    "failed": "FAILED F",
+    "cancelled": "CANCELLED CA REVOKED RV",
+    "time_limit": "TIMEOUT TO DEADLINE DL",
+    "node_failed": "NODE_FAIL NF BOOT_FAIL BF LAUNCH_FAILED RECONFIG_FAIL",
+    "out_of_memory": "OUT_OF_MEMORY OOM",
+    "preempted": "PREEMPTED PR",
+}
+
+
+STATES: Mapping[str, str] = {word: ours for ours, words in _WORDS.items() for word in words.split()}
+
+
+def state(word: str) -> str:
+    """Our word for one of Slurm's ("CANCELLED by 1000", "CANCELLED+", "cg"); "unknown" for what is new."""
+    found = re.match(r"\s*(\w+)", word)
+    return STATES.get(found[1].upper(), "unknown") if found else "unknown"
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job as Slurm tells it. `start` is ISO time, expected while it waits; `position` counts from 1."""
+
+    job_id: str
+    name: str
+    state: str
+    raw: str
+    reason: str
+    nodes: tuple[str, ...]
+    start: str | None
+    exit_code: int | None = None
+    signal: int | None = None
+    position: int | None = None
+
+
+_ID = re.compile(r"\d+(_\d+)?", re.ASCII)
+
+
+SEPARATOR = "|#"  # reasons hold blanks, commas, brackets, and whatever an administrator typed
+
+
+# Ids are 123, or 123_4 in an array: such a task has a number of its own as well, but only once it runs.
+_FORMAT = SEPARATOR.join(("%i", "%T", "%S", "%N", "%j", "%r"))
+
+
+SQUEUE = ("squeue", "--noheader", "--array", "--states=all", f"--format={_FORMAT}")
+
+
+_COLUMNS = ("JobID", "JobName", "State", "Reason", "NodeList", "Start", "ExitCode")
+
+
+SACCT = ("sacct", "--parsable2", f"--delimiter={SEPARATOR}", "--allocations", f"--format={','.join(_COLUMNS)}")
+
+
+def squeue_argv(ids: Iterable[str]) -> list[str]:
+    return [*SQUEUE, f"--jobs={','.join(ids)}"]
+
+
+def sacct_argv(ids: Iterable[str]) -> list[str]:
+    return [*SACCT, f"--jobs={','.join(ids)}"]
+
+
+def scontrol_argv(job_id: str) -> list[str]:
+    return ["scontrol", "--oneliner", "show", "job", job_id]
+
+
+def queue_argv(partition: str | None) -> list[str]:
+    """What `position` reads: the waiting jobs of a partition (None: of all), the next to start first; an array once."""
+    only = [f"--partition={partition}"] if partition else []
+    return ["squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%F", *only]
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` for Slurm's commands, without the variables that win over a job's lines, change formats, or
+    come from a job in which Shakedown itself was started."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    ours = re.compile(r"(SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM|SALLOC|SRUN)_")
+    return {key: value for key, value in environ.items() if key in kept or not ours.match(key)}
+
+
+def submitted_id(stdout: str) -> str:
+    """The job id that `sbatch --parsable` answered: "123", or "123;cluster"."""
+    match = re.search(r"^(\d+)(;\S+)?\s*\Z", stdout, re.MULTILINE)
+    if not match:
+        raise InfrastructureError(f"sbatch answered {stdout.strip()!r}, no job id; see whether it was submitted")
+    return match[1]
+
+
+def position(text: str, job_id: str) -> int | None:
+    """The place of a job, or of its array, in the answer to `queue_argv`, from 1; None: it does not wait."""
+    waiting, job_id = list(dict.fromkeys(text.split())), whole(job_id)
+    return waiting.index(job_id) + 1 if job_id in waiting else None
+
+
+def parse_squeue(text: str) -> dict[str, JobInfo]:
+    """Jobs by id, from the answer to `squeue_argv`; lines that are not whole are left out."""
+    rows = (line.split(SEPARATOR, 5) for line in text.splitlines())
+    return {
+        row[0]: _job(row[0], name=row[4], raw=row[1], reason=row[5], nodes=row[3], start=row[2])
+        for row in rows
+        if len(row) == 6 and _ID.fullmatch(row[0])
+    }
+
+
+def parse_sacct(text: str, separator: str = SEPARATOR) -> dict[str, JobInfo]:
+    """Jobs by id, from the answer to `sacct_argv` with its header. Steps and broken lines are left out; of
+    several lines of one job, which a requeue makes, the last one counts."""
+    header, *lines = [line.split(separator) for line in text.splitlines()] or [[]]
+    jobs = {}
+    for words in lines:
+        row = dict(zip(header, words, strict=False))
+        job_id = row.get("JobID", "")
+        if len(words) == len(header) and _ID.fullmatch(job_id):
+            jobs[job_id] = _job(job_id, *(row.get(column, "") for column in _COLUMNS[1:]))
+    return jobs
+
+
+def parse_scontrol_job(text: str) -> JobInfo | None:
+    """The job of `scontrol show job`, on one line or many; None: no job."""
+    row = pairs(text)
+    columns = ("JobName", "JobState", "Reason", "NodeList", "StartTime", "ExitCode")
+    return _job(row["JobId"], *(row.get(column, "") for column in columns)) if "JobId" in row else None
+
+
+def pairs(text: str) -> dict[str, str]:
+    """scontrol's `Key=value Key=value`, where values may hold blanks; the first of each key."""
+    found = re.findall(r"(?<!\S)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*\Z)", text, re.DOTALL)
+    return dict(reversed(found))
+
+
+def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, exit_code: str = "") -> JobInfo:
+    word = state(raw)
+    codes = re.fullmatch(r"(\d+):(\d+)", exit_code)
+    over = codes and word not in ("waiting", "running", "ending", "unknown")  # until then Slurm says 0:0
+    try:
+        hosts = expand(nodes) if said(nodes) else ()
+    except ValueError:  # cut off, or a word for none that is new
+        hosts = ()
+    return JobInfo(
+        job_id=job_id,
+        name=name,
+        state=word,
+        raw=raw.strip(),
+        reason=said(reason),
+        nodes=hosts,
+        start=start if start[:4].isdigit() else None,
+        exit_code=int(codes[1]) if codes and over else None,
+        signal=int(codes[2]) if codes and over else None,
+    )
+
+
+def said(text: str) -> str:
+    """Slurm has several words for nothing."""
+    return "" if text.strip().lower() in ("(null)", "none", "n/a", "none assigned") else text.strip()
+
+
+_STUCK = {
+    r"ReqNodeNotAvail.*Unavailable\w*:[ (]*\w|Nodes required for job are DOWN|NodeDown": (
+        "nodes it needs are down, drained or kept for others; see `sinfo -R`, or name other nodes"
+    ),
+    r"PartitionDown|PartitionInactive": "the partition starts no jobs; mend slurm.partition",
+    r"PartitionNodeLimit": "the partition does not allow that many nodes; ask for another number",
+    r"(Partition|QOS|Association)TimeLimit": "its time limit is above the allowed one; lower slurm.time_limit_s",
+    r"BadConstraints|PartitionConfig": "no node may give what it asks for; mend slurm.constraint or slurm.gres",
+    r"InvalidAccount|AccountNotAllowed": "the account cannot be used here; mend slurm.account",
+    r"InvalidQOS|QOSNotAllowed": "the QoS cannot be used here; mend slurm.qos",
+    r"(Assoc|QOS)\w*(PerJob|PerNode|Wall|Min(Cpu|GRES|Memory|Node))": (
+        "one job may not have that much or that little; ask for another size or time, or another account or QoS"
+    ),
+    r"(Assoc|QOS)\w*Minutes": "the time granted to the account or QoS is spent; ask for another",
+    r"JobHeldUser": "it is held; `scontrol release` it",
+    r"JobHeldAdmin": "an administrator holds it; ask them",
+    r"JobHoldMaxRequeue|.*requeued ?held|.*requeued in held state": (
+        "it could not be started on its nodes; see slurmd's log there, then `scontrol release` it"
+    ),
+    r"DependencyNeverSatisfied": "what it depends on has failed; cancel it",
+    r"Reserv\w*(Deleted|Invalid)|Invalid ?Reservation": "its reservation is gone; mend slurm.extra",
+}
+
+
+def why_stuck(reason: str) -> str | None:
+    """Why waiting will not end what a job waits for, and what to do; None for what ends by itself.
+
+    Limits that other jobs fill (AssocGrp…, …PerUser) end with those jobs; what one job may have does not change.
+    """
+    plain = reason.strip().lstrip("(").replace("_", " ")
+    words = next((words for pattern, words in _STUCK.items() if re.match(pattern, plain, re.IGNORECASE)), None)
+    return f"{plain.rstrip(')')}: {words}" if words else None

@@ -1,0 +1,251 @@
+"""Jobs: Slurm's commands, run here or on a login node, with patience for a slurmctld that does not answer.
+
+What is said to Slurm and how its answers read is in `slurm`; how a job is followed is in `following`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from runner.cluster import reasons
+from runner.cluster import slurm as slurm_settings
+from runner.cluster.inventory import Node
+from runner.errors import InfrastructureError, UsageError
+from runner.launch.slurm import answers
+from runner.launch.slurm.answers import JobInfo
+from runner.launch.slurm.capacity import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
+from runner.system import process
+
+ENDED = ("complete", "failed", "cancelled", "time_limit", "node_failed", "out_of_memory", "preempted")
+COMMAND_S = 60.0  # Slurm's own commands give up sooner
+PATIENCE_S = 60.0  # a slurmctld that is restarted answers again after some seconds
+T = TypeVar("T")
+
+_SILENT = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Connection timed out",
+           "backup controller", "Zero Bytes were transmitted", "gave no result within", "Connection closed",
+           "No route to host")  # fmt: skip
+# What a profile of the login node may set: it would win over a job's lines, or change formats.
+_CLEAN = (
+    "unset $(env | sed -nE 's/^((SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM_TIME)_[A-Z0-9_]*)=.*/\\1/p') LINES"
+)
+_OVER = ("Invalid job id", "already comp")
+_ALREADY_DONE = 2021 & 0xFF  # ESLURM_ALREADY_DONE: that a task of an array is over scancel tells by its status alone
+_GONE = re.compile(r"Invalid job (array )?id|^Job \S+ not found$", re.MULTILINE)
+
+
+class NotStarted(InfrastructureError):
+    """A job was given up before it ran."""
+
+
+class Silent(InfrastructureError):
+    """Slurm's controller does not answer."""
+
+    kind = "slurm_unreachable"
+
+
+class Slurm:
+    """Slurm's commands, on this machine or over ssh on a login node.
+
+    A slurmctld that does not answer is asked again for `patience_s` before a call raises Silent.
+    """
+
+    def __init__(
+        self,
+        settings: slurm_settings.Settings,
+        login: Node | None = None,
+        ssh_config: str | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+        run: Callable[..., process.Outcome] = process.run,
+    ) -> None:
+        self.settings = settings
+        self.patience_s = patience_s
+        self._login, self._ssh_config, self._execute = login, ssh_config, run
+        self._known: dict[str, JobInfo] = {}
+        self._silent_since: float | None = None
+
+    def _run(self, argv: Sequence[str], input: str = "", secrets: Mapping[str, str] | None = None) -> process.Outcome:
+        """Raises Silent where no slurmctld, or no login node, answered."""
+        secrets = secrets or {}
+        try:
+            if self._login is None:
+                env = {**answers.environment(os.environ), **secrets}
+                outcome = self._execute(argv, timeout_s=COMMAND_S, input=input, env=env, cwd="/")
+            else:
+                # The far shell reads secrets from its stdin, so that no command line ever shows one.
+                reads = [f"IFS= read -r {name}; export {name}" for name in secrets]
+                script = "; ".join([_CLEAN, "cd /", *reads, f"exec {shlex.join(argv)}"])
+                command = ["ssh", "-F", str(self._ssh_config), self._login.name]
+                command.append(shlex.join(["exec", "sh", "-c", script]))
+                values = "".join(f"{value}\n" for value in secrets.values())
+                outcome = self._execute(command, timeout_s=COMMAND_S, input=values + input)
+        except InfrastructureError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise _lacking("this machine", argv[0]) from None
+            raise Silent(str(error)) from None
+        if self._login is not None and outcome.rc == 255:
+            reason = reasons.explain(self._login, 255, outcome.stderr.splitlines())
+            raise Silent(f"login node {self._login.name}: {reason}")
+        if self._login is not None and outcome.rc == 127:
+            raise _lacking(f"login node {self._login.name}", argv[0])
+        if outcome.rc != 0 and any(word in outcome.stderr for word in _SILENT):
+            raise Silent(f"{argv[0]}: {_reason(outcome)}")
+        return outcome
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        deadline, pauses = time.monotonic() + self.patience_s, intervals()
+        while True:
+            try:
+                return ask()
+            except Silent:
+                pause = next(pauses)
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+
+    def submit(self, script: str, secrets: Mapping[str, str] | None = None) -> str:
+        """Submit the sbatch file and return the job's id.
+
+        Raises InfrastructureError with sbatch's own reason.
+        """
+        for key, value in (secrets or {}).items():
+            if "\n" in value or not key.isidentifier():
+                raise UsageError(f"{key} has a line break in it, which cannot be handed to a job: set it without")
+        name = next(line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --job-name="))
+        tries = itertools.count()
+
+        def attempt() -> str:
+            # An answer that was lost on its way back is no reason for a second job.
+            if next(tries) and (found := self.find(name)):
+                return found
+            outcome = self._run(["sbatch", "--parsable"], script, secrets)
+            if outcome.rc != 0:
+                raise InfrastructureError(f"sbatch refuses {name}: {_reason(outcome)}")
+            return answers.submitted_id(outcome.stdout)
+
+        try:
+            return self._patiently(attempt)
+        except KeyboardInterrupt:  # whoever leaves at once must not leave a job whose id nobody knows
+            with suppress(InfrastructureError):
+                if found := self.find(name):
+                    self.cancel(found, patient=False)
+            raise
+
+    def of_run(self, run_id: str) -> list[str]:
+        """The ids of the run's jobs and arrays that wait or run, by their names, which no other run has."""
+        rows = (line.split(maxsplit=1) for line in self._jobs(["squeue", "--noheader", "--format=%F %j"]).splitlines())
+        found = {row[0] for row in rows if len(row) == 2 and row[1].startswith(f"{slurm_settings.NAME}-{run_id}-")}
+        return sorted(found, key=int)
+
+    def test_only(self, script: str) -> str | None:
+        """Why Slurm would refuse the sbatch file, or None."""
+        outcome = self._run(["sbatch", "--test-only"], script)
+        return None if outcome.rc == 0 else _reason(outcome)
+
+    def poll(self, job_ids: Sequence[str]) -> dict[str, JobInfo]:
+        """What became of the jobs, by id; "unknown" for one that Slurm has forgotten.
+
+        While slurmctld does not answer, what was last known is given, for `patience_s`. Raises Silent after that,
+        and where nothing was known.
+        """
+        try:
+            found = self._ask(job_ids)
+        except Silent as error:
+            self._silent_since = self._silent_since or time.monotonic()
+            silent_s = time.monotonic() - self._silent_since
+            if silent_s > self.patience_s or not all(job_id in self._known for job_id in job_ids):
+                raise Silent(f"Slurm has not answered for {silent_s:.0f} s: {error}") from None
+        else:
+            self._silent_since = None
+            self._known |= {job_id: found.get(job_id, forgotten(job_id)) for job_id in job_ids}
+        return {job_id: self._known[job_id] for job_id in job_ids}
+
+    def _ask(self, job_ids: Sequence[str]) -> dict[str, JobInfo]:
+        found = answers.parse_squeue(self._jobs(answers.squeue_argv(job_ids)))
+        if missing := [job_id for job_id in job_ids if job_id not in found]:
+            with suppress(InfrastructureError):  # no sacct, or its daemon is down
+                found |= answers.parse_sacct(self._run(answers.sacct_argv(missing)).stdout)
+        for job_id in job_ids:
+            if job_id not in found and (info := answers.parse_scontrol_job(self._jobs(answers.scontrol_argv(job_id)))):
+                found[job_id] = replace(info, job_id=job_id)  # it has another one for a task of an array
+        return {job_id: info for job_id, info in found.items() if job_id in job_ids}
+
+    def _jobs(self, argv: Sequence[str]) -> str:
+        """What a query prints; nothing where Slurm has forgotten the job."""
+        outcome = self._run(argv)
+        if outcome.rc == 0:
+            return outcome.stdout
+        if _GONE.search(outcome.stdout) or _GONE.search(outcome.stderr):
+            return ""
+        raise Silent(f"{argv[0]}: {_reason(outcome)}")  # whatever it is, a query that worked may work again
+
+    def find(self, name: str) -> str | None:
+        """The id of the newest job, or array, of that name, or None: for a controller that died before it noted it."""
+        queued = self._jobs(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%F"]).split()
+        if not queued:
+            with suppress(InfrastructureError):
+                argv = ["sacct", "--allocations", "--noheader", "--parsable2", f"--name={name}", "--format=JobID"]
+                rows = self._run([*argv, "--starttime=now-7days"]).stdout.split()
+                queued = [answers.whole(row) for row in rows]
+        return max((job_id for job_id in queued if job_id.isdigit()), key=int, default=None)
+
+    def cancel(self, job_id: str, signal: str | None = None, step: int | None = None, *, patient: bool = True) -> None:
+        """End a job or one of its steps; with `signal` ("USR2") only its tasks are told. One that is over is no error.
+
+        Raises Silent at once where Slurm does not answer, unless `patient`.
+        """
+        target = job_id if step is None else f"{job_id}.{step}"
+        argv = ["scancel", *([f"--signal={signal}"] if signal else []), target]
+        outcome = self._patiently(partial(self._run, argv)) if patient else self._run(argv)
+        if outcome.rc not in (0, _ALREADY_DONE) and not any(word in outcome.stderr for word in _OVER):
+            raise InfrastructureError(f"cannot cancel job {target}: {_reason(outcome)}")
+
+    def position(self, job_id: str) -> int | None:
+        """The job's place among those that wait in its partition, from 1."""
+        return answers.position(self._jobs(answers.queue_argv(self.settings.partition)), job_id)
+
+    def steps(self, job_id: str) -> set[int]:
+        """The numbers of the job's steps that run now."""
+        argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={job_id}"]
+        numbers = (line.strip().partition(".")[2] for line in self._jobs(argv).splitlines())
+        return {int(number) for number in numbers if number.isdigit()}
+
+    def look(self) -> tuple[list[Partition], list[SlurmNode]]:
+        """The cluster's partitions and nodes, for `cluster.refusals`."""
+        partitions, nodes = (self._patiently(partial(self._jobs, argv)) for argv in (PARTITIONS, NODES))
+        return list(parse_partitions(partitions).values()), list(parse_nodes(nodes).values())
+
+
+def _reason(outcome: process.Outcome) -> str:
+    """Slurm's own words, without `sbatch: error:`."""
+    said = [line.partition("error: ")[2] or line for line in outcome.stderr.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(line.strip() for line in said)) or f"status {outcome.rc} and no word"
+
+
+def _lacking(where: str, program: str) -> InfrastructureError:
+    return InfrastructureError(f"{where} has no {program}: name a host that has Slurm's commands with slurm.login")
+
+
+def forgotten(job_id: str) -> JobInfo:
+    return JobInfo(job_id, "", "unknown", "", "", (), None)
+
+
+def gone(info: JobInfo) -> bool:
+    """Whether a job has ended or is forgotten. A state that only a newer Slurm knows is neither."""
+    return info.state in ENDED or not info.raw
+
+
+def intervals(first_s: float = 1.0, longest_s: float = 15.0) -> Iterator[float]:
+    """Seconds to wait between questions, ever longer; begun anew when something changes."""
+    while True:
+        yield first_s
+        first_s = min(longest_s, first_s * 1.5)

@@ -1,0 +1,202 @@
+"""Slurm in words: jobs rendered, its answers about them read. Text in, values out.
+
+Written for Slurm 20.11 and later. Answers are asked for as text with a separator of our own: the JSON of
+those versions is missing, or differs from one to the next. The agent on the nodes imports this module, so
+it stays small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.cluster.slurm import WORD, Settings, clock, placeholder
+from runner.errors import UsageError
+from runner.system.nodeset import fold
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+_UNBREAKABLE = re.compile(r"[^\x00-\x1f\x7f\"'\\`$#]*")  # stays one value between double quotes
+
+
+# --- one job --------------------------------------------------------------------------------------
+
+STARTUP_S = 120  # allowed to every cell beside its own limit: imports from a cold file system, gathering
+# So long before its time limit, or up to a minute earlier, every process of a job's tasks gets SIGUSR1 and SIGCONT,
+# sessions of their own included: one that does not catch or ignore it dies of it. After the limit: SIGTERM, KillWait.
+NOTICE_S = 60
+
+
+@dataclass(frozen=True)
+class Step:
+    """One cell in a job. `hosts` are Slurm names in rank order; none: Slurm places.
+
+    srun starts tasks in Slurm's own order of nodes whatever the order of `hosts`, so an agent whose request
+    says in which order ranks are must follow that, and `placement` where it says nothing.
+    """
+
+    cell: str
+    num_nodes: int
+    request: Mapping[str, Any]
+    hosts: tuple[str, ...] = ()
+    timeout_s: float = 3600
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch file: one cell, or several: one after the other in one allocation, or each a task of an `array`.
+
+    `name` is unique, so that a job can be found again by it. `python` is the agent's interpreter on the nodes,
+    `log` the path of the job's output in a folder that exists on the batch host; `secrets` are names of
+    environment variables to hand on, never values.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    python: str
+    log: str
+    gpus_per_node: int
+    device: str
+    secrets: tuple[str, ...] = ()
+    array: bool = False
+
+
+def limit_s(job: Job, settings: Settings) -> int:
+    """The time limit that `job` is submitted with: the one set, or what its cells may take; whole minutes."""
+    limits = [step.timeout_s + STARTUP_S for step in job.steps]
+    limit = settings.time_limit_s or (max(limits) if job.array else sum(limits))
+    return math.ceil(limit / 60) * 60
+
+
+def wanted_gres(gpus_per_node: int, device: str, settings: Settings) -> str | None:
+    """What each node must have, such as `gpu:h200:8`; None: nothing."""
+    return settings.gres or (f"gpu:{gpus_per_node}" if device == "cuda" else None)
+
+
+def cells_of(script: str) -> list[str]:
+    """The cells of an sbatch file that `render` made, in the order of their steps."""
+    return re.findall(r"^srun --job-name=(\S+) ", script, re.MULTILINE)
+
+
+def render(job: Job, settings: Settings) -> str:
+    """The job as one sbatch file. Nothing in it is expanded by the batch shell but exit statuses.
+
+    Raises UsageError for a value that would break a line or hide an option, and for a placeholder.
+    """
+    hosts = tuple(dict.fromkeys(host for step in job.steps for host in step.hosts))
+    options = {
+        "job-name": job.name,
+        # One at a time: side by side they would measure each other's traffic.
+        "array": f"0-{len(job.steps) - 1}%1" if job.array else None,
+        "output": job.log.replace("%", "%%") + (".%a" if job.array else ""),  # sbatch has patterns such as %j
+        "open-mode": "append",
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "nodes": max(len(hosts), *(step.num_nodes for step in job.steps)),
+        "ntasks-per-node": 1,
+        "exclusive": "",
+        "mem": 0,
+        "gres": wanted_gres(job.gpus_per_node, job.device, settings),
+        "constraint": settings.constraint,
+        "nodelist": ",".join(hosts) or None,
+        "exclude": ",".join(settings.exclude) or None,
+        "time": clock(limit_s(job, settings)),
+        "signal": f"USR1@{NOTICE_S}",
+        "no-requeue": "",
+        "export": ",".join(job.secrets) or "NIL",
+    }
+    needs = f"# It hands on {', '.join(job.secrets)} from the environment of sbatch." if job.secrets else None
+    lines = [
+        "#!/bin/bash",
+        f"# {job.name}: Shakedown's agent on every node of each cell, one cell after the other"
+        + (", each a task of an array." if job.array else "."),
+        *(f"#   {_told(step)}" for step in job.steps),
+        "# By hand: `sbatch THIS_FILE`, with no SBATCH_* variable set, since those win over the lines below.",
+        *([needs] if needs else []),
+        *(_directive(name, value) for name, value in _unbroken(options)),
+        *(f"#SBATCH {option}" for option in settings.extra),
+        "",
+        "# Rank, node list and master address come from Slurm inside each task, not from this shell. A cell that",
+        "# fails does not stop the next one; the job ends with the first status that is not 0.",
+        "status=0",
+        *(_choice(job) if job.array else (line for step in job.steps for line in _srun(job, step))),
+        "",
+        'exit "$status"',
+        "",
+    ]
+    text = "\n".join(lines)
+    if found := placeholder(text):
+        raise UsageError(f"job {job.name}: {found!r} is a placeholder; replace it, nothing was submitted")
+    return text
+
+
+def _told(step: Step) -> str:
+    where = f"on {fold(step.hosts)}" if step.hosts else "placed by Slurm"
+    return f"cell {step.cell}: {step.num_nodes} node{'s'[: step.num_nodes > 1]} {where}, at most {step.timeout_s:g} s"
+
+
+def _choice(job: Job) -> list[str]:
+    """The lines of all cells, of which a task of the array runs one."""
+    cases = [[f"{number})", *_srun(job, step)[1:], ";;"] for number, step in enumerate(job.steps)]
+    return ["", 'case "$SLURM_ARRAY_TASK_ID" in', *(line for case in cases for line in case), "esac"]
+
+
+def _srun(job: Job, step: Step) -> list[str]:
+    """The lines of one cell. srun copies its stdin, the request, to every task."""
+    together = len(job.steps) > 1 and not job.array
+    request = json.dumps(step.request, indent=1, sort_keys=True)
+    delimiter = next(word for n in itertools.count() if (word := f"REQUEST{n or ''}") not in request)
+    options = {
+        "job-name": step.cell,
+        "nodes": step.num_nodes,
+        "ntasks": step.num_nodes,
+        "ntasks-per-node": 1,
+        "nodelist": ",".join(step.hosts) or None,
+        # The first nodes of the allocation, which the controller counts on.
+        "relative": 0 if together and not step.hosts else None,
+        # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
+        "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if together else None,
+    }
+    words = [shlex.quote(f"--{name}={value}") for name, value in _unbroken(options)]
+    ((_, python),) = _unbroken({"python": job.python})
+    return [
+        "",
+        f"# {_told(step)}",
+        f"srun {' '.join(words)} \\",
+        # export: all that the job's own --export let in; without it, that one would hold here as well.
+        "  --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \\",
+        f"  {shlex.quote(python)} -P -u -m runner.node <<'{delimiter}'",
+        request,
+        delimiter,
+        'result=$?; [ "$status" -ne 0 ] || status=$result',
+    ]
+
+
+def _unbroken(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The options that are set, as texts; raises UsageError for one that would not stay one value."""
+    texts = [(name, str(value)) for name, value in options.items() if value is not None]
+    for name, text in texts:
+        if not _UNBREAKABLE.fullmatch(text):
+            raise UsageError(f"{name} {text!r} has characters that an sbatch file cannot hold; rename it without them")
+    return texts
+
+
+def _directive(name: str, value: str) -> str:
+    """sbatch splits these lines at blanks, as a shell would, but expands nothing."""
+    if not value:
+        return f"#SBATCH --{name}"
+    return f"#SBATCH --{name}={value}" if WORD.fullmatch(value) else f'#SBATCH --{name}="{value}"'
+
+
+# --- inside a step --------------------------------------------------------------------------------
+
+
+# --- what became of jobs --------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""Everything that would stop a cell on this node, found before anything starts; and the removal of what a run left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runner import __version__
+from runner.cluster import facts
+from runner.cluster import slurm as slurm_settings
+
+
+def check(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that would stop a cell on this node, found before anything starts.
+
+    Request: scratch, min_free_disk_gib, packages (names that must be installed), programs.
+    Answer: problems (one line each), kinds (of the same problems), time_s (this node's clock), facts.
+    """
+    problems: list[tuple[str, str]] = []
+    scratch = Path(request["scratch"])
+    try:
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = scratch / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        kind = "disk_full" if error.errno == errno.ENOSPC else "unknown"
+        problems.append((kind, f"cannot write to {scratch}: {error.strerror}"))
+    else:
+        free_gib = shutil.disk_usage(scratch).free / 2**30
+        if free_gib < request["min_free_disk_gib"]:
+            text = f"{free_gib:.1f} GiB free in {scratch}, {request['min_free_disk_gib']:g} GiB wanted"
+            problems.append(("disk_full", text))
+        holder = _lock_holder(scratch)
+        if holder:
+            problems.append(("in_use", f"in use by run {holder}"))
+    missing = [name for name in request["packages"] if facts.version_of(name) is None]
+    if missing:
+        problems.append(("environment_missing", f"environment {sys.prefix} lacks {', '.join(missing)}"))
+    missing = [name for name in request["programs"] if shutil.which(name) is None]
+    if missing:
+        problems.append(("environment_missing", f"lacks {', '.join(missing)}"))
+    if request["version"] != __version__:
+        text = f"has shakedown {__version__}, this controller is {request['version']}"
+        problems.append(("version_mismatch", text))
+    observed = facts.collect({})
+    if request["gpus"]:  # None where the inventory leaves the number open
+        answering = len(observed["gpus"])
+        if answering < request["gpus"]:
+            text = f"{answering} GPUs answer, the inventory says {request['gpus']}"
+            problems.append(("gpu_failed", text))
+    return {
+        "problems": [text for _, text in problems],
+        "kinds": [kind for kind, _ in problems],
+        "time_s": time.time(),
+        "facts": observed,
+    }
+
+
+def _lock_holder(scratch: Path) -> str | None:
+    """The run that holds this node's lock, or None."""
+    try:
+        with open(scratch / "lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "unknown"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def clean(scratch: Path, run_id: str) -> bool:
+    """Remove what a run and its Slurm jobs left on this node; its artefacts have been gathered."""
+    folder = scratch / run_id
+    if not run_id or folder.parent != scratch:
+        return False
+    for log in Path(slurm_settings.LOGS).glob(f"{slurm_settings.NAME}-{glob.escape(run_id)}-*.log*"):
+        with contextlib.suppress(OSError):
+            log.unlink()
+    if not folder.is_dir():
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True

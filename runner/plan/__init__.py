@@ -1,0 +1,1 @@
+"""Everything decided before anything runs. Pure data, made by pure functions."""

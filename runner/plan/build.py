@@ -1,0 +1,129 @@
+"""From a request to a plan: its cells, on which nodes each runs, and how. Pure."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+from runner.cluster.backends import BACKENDS
+from runner.cluster.inventory import Node
+from runner.errors import UsageError
+from runner.plan.batch import batch_of, with_batch
+from runner.plan.engines.ranks import Launch, Ranks
+from runner.plan.engines.registry import ENGINES, obstacle
+from runner.plan.plan import CELL_ENV, PORTS, Cell, Plan
+from runner.plan.request import Request
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
+    """The plan of `request` on `nodes` (chosen and in inventory order).
+
+    Raises UsageError when there are too few nodes or a batch does not divide.
+    """
+    most = max(request.node_counts)
+    if most > len(nodes):
+        raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
+    if BACKENDS[request.backend].scheduled and ENGINES[request.engine].headed:
+        raise UsageError(
+            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: "
+            "use --engine torchrun: it runs every test, DeepSpeed's too"
+        )
+    if reason := obstacle(request.engine, nodes[:most]):
+        raise UsageError(reason)
+    cells = []
+    for test, params in request.tests.items():
+        for num_nodes in request.node_counts:
+            for repeat in range(1, request.repeats + 1):
+                cells.append(_cell(request, nodes[:num_nodes], test, params, repeat))
+    return Plan(
+        run_id=request.run_id,
+        created=request.created,
+        command=request.command,
+        run_dir=request.run_dir,
+        inventory=request.inventory,
+        backend=request.backend,
+        engine=request.engine,
+        scaling=request.scaling,
+        seed=request.seed,
+        weights=request.weights,
+        nodes=nodes[:most] if request.named else nodes,
+        hardware=request.hardware,
+        models={request.model["name"]: request.model} if "sft" in request.tests else {},
+        targets=request.targets,
+        cells=tuple(cells),
+        passed_over=request.passed_over,
+        spares=nodes[most:] if request.spares and request.named else (),
+        slurm=request.slurm,
+        named=request.named,
+        one_allocation=request.one_allocation,
+        job_array=request.job_array,
+    )
+
+
+def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[str, Any], repeat: int) -> Cell:
+    num_nodes = len(nodes)
+    world_size = num_nodes * request.gpus_per_node
+    model = request.model["name"] if test == "sft" else None
+    parts = [test, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
+    cell_id = "-".join(parts)
+    port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
+    batch, deepspeed = None, None
+    if test == "sft":
+        params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
+        if params["seq_len"] > request.model["max_seq_len"]:
+            raise UsageError(
+                f"sft.seq_len {params['seq_len']}: model {model} takes at most {request.model['max_seq_len']} tokens"
+            )
+        batch = batch_of(request, params, num_nodes, world_size)
+        deepspeed = with_batch(request.deepspeed, batch)
+    elif params.get("max_bytes") is None:
+        params = {**params, "max_bytes": (8 << 30) if request.device == "cuda" else (1 << 20)}
+    cell = Cell(
+        id=cell_id,
+        test=test,
+        model=model,
+        num_nodes=num_nodes,
+        repeat=repeat,
+        hosts=(),
+        gpus_per_node=request.gpus_per_node,
+        world_size=world_size,
+        device=request.device,
+        params=params,
+        batch=batch,
+        deepspeed=deepspeed,
+        env=CELL_ENV,
+        cell_dir="",
+        master_port=port,
+        launch=Launch(argv=()),
+    )
+    placed = place(cell, nodes, request, request.ssh_config)
+    return placed if request.named else replace(placed, hosts=())
+
+
+def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: str | None) -> Cell:
+    """`cell` on `nodes`, with all that depends on them. Under Slurm the agents ask the engine, once they are placed."""
+    hosts = tuple(node.name for node in nodes)
+    first = nodes[0]
+    if BACKENDS[where.backend].scheduled:
+        shared = (where.slurm or {}).get("shared", True)
+        cell_dir = PurePath(where.run_dir, "nodes") if shared else PurePath(first.scratch, where.run_id, cell.id)
+        return replace(cell, hosts=hosts, cell_dir=str(cell_dir))
+    local = not BACKENDS[where.backend].remote
+    base = PurePath(where.run_dir, "nodes", first.name) if local else PurePath(first.scratch, where.run_id)
+    ranks = Ranks(
+        nodes=tuple(nodes),
+        gpus_per_node=cell.gpus_per_node,
+        master_address="127.0.0.1" if local else first.address,
+        master_port=cell.master_port,
+        cell_dir=str(base / cell.id),
+        launcher_dir=str(PurePath(where.run_dir, "launcher", cell.id)),
+        ssh_config=ssh_config,
+        marker=f"{where.run_id}/{cell.id}",
+    )
+    return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[where.engine].launch(ranks))

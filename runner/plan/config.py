@@ -1,0 +1,168 @@
+"""Configuration files under configs/: read, checked, and refused with the file, the field and the nearest name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    model_validator,
+)
+
+from runner.errors import UsageError, unknown
+from runner.system.places import CONFIGS
+from runner.system.schema import ConfigFile, PositiveInt, Size, check, read_yaml
+from runner.workloads.collectives.settings import Collective
+from runner.workloads.registry import TESTS
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
+
+
+class ModelConfig(ConfigFile):
+    """The architecture of a Llama-style decoder, and how it is fine-tuned by default."""
+
+    name: str
+    hf_id: str | None = None
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    vocab_size: PositiveInt
+    max_seq_len: PositiveInt
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    tie_embeddings: bool = False
+    seq_len: PositiveInt
+    deepspeed: str = Field(description="file name in configs/deepspeed/, without .json")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_kv_heads")
+        if self.seq_len > self.max_seq_len:
+            raise ValueError("seq_len must not exceed max_seq_len")
+        return self
+
+
+class Hardware(ConfigFile):
+    """Ceilings of one node; None where there is nothing to judge against."""
+
+    gpu: str
+    gpu_memory_gib: float
+    bf16_peak_tflop_per_s: float | None
+    fp8_peak_tflop_per_s: float | None
+    hbm_gb_per_s: float | None
+    nvlink_busbw_gb_per_s: float | None
+
+
+class Target(ConfigFile):
+    """A value that a metric must reach; num_nodes None: at every node count that was measured."""
+
+    name: str
+    test: Literal["torch", "sft"]
+    metric: str
+    num_nodes: PositiveInt | None
+    direction: Literal["min", "max"]
+    value: float
+    source: str
+    scaling: Literal["weak", "strong"] | None = None
+    collective: Collective | None = None
+    min_bytes: Size | None = None
+    max_bytes: Size | None = None
+
+
+class Targets(ConfigFile):
+    targets: tuple[Target, ...]
+
+
+# What DeepSpeed reads beside what the shipped files hold.
+DEEPSPEED_SECTIONS = (
+    "aio", "amp", "comms_logger", "communication_data_type", "compression_training", "csv_monitor", "data_efficiency",
+    "data_types", "disable_allgather", "dump_state", "flops_profiler", "fp16", "memory_breakdown",
+    "prescale_gradients", "gradient_predivide_factor", "scheduler", "sparse_gradients", "tensorboard",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+
+
+def names(kind: str, suffix: str = ".yaml") -> list[str]:
+    return sorted(path.name.removesuffix(suffix) for path in (CONFIGS / kind).glob(f"*{suffix}"))
+
+
+def load_model(name: str) -> ModelConfig:
+    if name not in names("models"):
+        raise unknown("model", name, names("models"))
+    path = CONFIGS / "models" / f"{name}.yaml"
+    return check(ModelConfig, read_yaml(path), str(path))
+
+
+def load_hardware(name: str) -> Hardware:
+    if name not in names("hardware"):
+        raise unknown("hardware", name, names("hardware"))
+    path = CONFIGS / "hardware" / f"{name}.yaml"
+    return check(Hardware, read_yaml(path), str(path))
+
+
+def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
+    """The settings of a test after `--set`; returns an instance of TESTS[name]."""
+    if name not in TESTS:
+        raise unknown("test", name, TESTS)
+    path = CONFIGS / "tests" / f"{name}.yaml"
+    values = check(TESTS[name], read_yaml(path), str(path)).model_dump()
+    return check(TESTS[name], {**values, **overrides}, f"--set {name}" if overrides else str(path))
+
+
+def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration with dotted `overrides` (zero_optimization.stage) applied."""
+    if name not in names("deepspeed", ".json"):
+        raise unknown("DeepSpeed configuration", name, names("deepspeed", ".json"))
+    path = CONFIGS / "deepspeed" / f"{name}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    for key, value in overrides.items():
+        # DeepSpeed takes an unknown section without a word, and without effect.
+        if key.partition(".")[0] not in {*config, *DEEPSPEED_SECTIONS}:
+            raise unknown("DeepSpeed setting", key, {*config, *DEEPSPEED_SECTIONS}, "--set deepspeed")
+        *parents, last = key.split(".")
+        target = config
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UsageError(f"--set deepspeed.{key}: {parent} is not a section")
+        target[last] = value
+    return config
+
+
+def load_targets() -> list[dict[str, Any]]:
+    path = CONFIGS / "targets" / "default.yaml"
+    targets = check(Targets, read_yaml(path), str(path)).targets
+    return [target.model_dump(exclude_unset=True) for target in targets]
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`--set sft.steps=20` as {"sft": {"steps": 20}}; values are read as YAML."""
+    import yaml
+
+    parsed: dict[str, dict[str, Any]] = {}
+    sections = [*TESTS, "deepspeed", "slurm"]
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise UsageError(f"--set {setting}: write it as TEST.KEY=VALUE, for example --set sft.steps=20")
+        if section not in sections:
+            raise unknown("section", section, sections, f"--set {setting}")
+        try:
+            value = float(text) if _EXPONENT.fullmatch(text) else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: {text!r} is not a valid value") from None
+        parsed.setdefault(section, {})[name] = value if not isinstance(value, bool) or name != "liger" else text
+    return parsed

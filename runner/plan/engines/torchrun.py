@@ -1,0 +1,30 @@
+"""Engine `torchrun`: one launcher a node."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from runner.plan.engines.ranks import Launch, Ranks
+
+
+def launch(ranks: Ranks) -> Launch:
+    """One torchrun per node, static rendezvous on the first."""
+    return Launch(
+        argv=tuple(
+            (
+                node.python,
+                "-m",
+                "torch.distributed.run",
+                f"--nnodes={len(ranks.nodes)}",
+                f"--nproc-per-node={ranks.gpus_per_node}",
+                f"--node-rank={index}",
+                f"--master-addr={ranks.master_address}",
+                f"--master-port={ranks.master_port}",
+                f"--log-dir={PurePath(ranks.cell_dir, 'torchrun')}",  # else it litters /tmp
+                "-m",
+                "runner.workloads",
+                ranks.cell_dir,
+            )
+            for index, node in enumerate(ranks.nodes)
+        ),
+    )

@@ -1,0 +1,177 @@
+"""The plan: everything decided before anything runs. Pure data, made by pure functions.
+
+`--nodes 8` becomes `num_nodes` of a cell here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from runner import __version__
+from runner.cluster.inventory import Node
+from runner.errors import UsageError
+from runner.plan.engines import ranks
+
+SCHEMA = 1
+# Rendezvous ports lie below the kernel's ephemeral range and differ between runs, cells and attempts.
+PORTS = range(20000, 30000)
+# What every rank gets beside its node's own environment.
+CELL_ENV = {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """global_batch = micro_batch × gradient_accumulation × world size, in sequences."""
+
+    global_batch: int
+    micro_batch: int
+    gradient_accumulation: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (test, model, num_nodes, repeat). `hosts[0]` is the rendezvous.
+
+    Where Slurm places a cell, `hosts` is empty until it has.
+    """
+
+    id: str
+    test: str
+    model: str | None
+    num_nodes: int
+    repeat: int
+    hosts: tuple[str, ...]
+    gpus_per_node: int
+    world_size: int
+    device: str
+    params: Mapping[str, Any]
+    batch: Batch | None
+    deepspeed: Mapping[str, Any] | None
+    env: Mapping[str, str]
+    cell_dir: str
+    master_port: int
+    launch: ranks.Launch
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run. What its execution decides, such as another node for a bad one, is written back into it."""
+
+    run_id: str
+    created: str
+    command: str
+    run_dir: str
+    inventory: str
+    backend: str
+    engine: str
+    scaling: str
+    seed: int
+    weights: str | None
+    nodes: tuple[Node, ...]
+    hardware: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
+    targets: Sequence[Mapping[str, Any]]
+    cells: tuple[Cell, ...]
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
+    spares: tuple[Node, ...] = ()
+    slurm: Mapping[str, Any] | None = None
+    named: bool = True  # False: Slurm chooses the nodes
+    one_allocation: bool = False
+    job_array: bool = False
+    schema: int = SCHEMA
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` gave, after a way through JSON.
+
+        Raises UsageError where it was written by a version that plans otherwise.
+        """
+
+        def made(kind: Any, values: Mapping[str, Any], **given: Any) -> Any:
+            known = {field.name for field in fields(kind)}
+            return kind(**{key: value for key, value in values.items() if key in known} | given)
+
+        try:
+            cells = [
+                made(
+                    Cell,
+                    cell,
+                    hosts=tuple(cell["hosts"]),
+                    batch=made(Batch, cell["batch"]) if cell["batch"] else None,
+                    launch=made(ranks.Launch, cell["launch"], argv=tuple(cell["launch"]["argv"])),
+                )
+                for cell in data["cells"]
+            ]
+            return made(
+                cls,
+                data,
+                cells=tuple(cells),
+                nodes=tuple(made(Node, node) for node in data["nodes"]),
+                spares=tuple(made(Node, node) for node in data.get("spares", ())),
+            )
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"run {data.get('run_id')} was planned by shakedown {data.get('version')}, whose plans this version "
+                f"({__version__}) cannot take up ({error}): start a new run"
+            ) from None
+
+    @cached_property
+    def _by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in (*self.nodes, *self.spares)}
+
+    def node(self, name: str) -> Node:
+        """The node or spare of that name."""
+        return self._by_name[name]
+
+
+def fingerprint(plan: Plan, cell: Cell) -> str:
+    """A hash of all that defines what this cell measures; where it runs and when are not part of it."""
+    measured = {
+        "test": cell.test,
+        "model": plan.models.get(cell.model) if cell.model else None,
+        "weights": plan.weights,
+        "engine": plan.engine,
+        "scaling": plan.scaling,
+        "seed": plan.seed,
+        **{
+            name: getattr(cell, name)
+            for name in ("num_nodes", "gpus_per_node", "repeat", "device", "params", "deepspeed", "env")
+        },
+    }
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def environment(cell: Cell, node: Node) -> dict[str, str]:
+    """What the ranks of a cell get on this node: NICs and the like may be named differently on each."""
+    return {**cell.env, **node.env}
+
+
+def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
+    """`job.json` of a cell on a node: what its ranks read (runner.workloads.Job)."""
+    return {
+        "run_id": plan.run_id,
+        "cell": cell.id,
+        "test": cell.test,
+        "num_nodes": cell.num_nodes,
+        "gpus_per_node": cell.gpus_per_node,
+        "world_size": cell.world_size,
+        "device": cell.device,
+        "seed": plan.seed,
+        "params": dict(cell.params),
+        "model": dict(plan.models[cell.model]) if cell.model else None,
+        "weights": plan.weights if cell.test == "sft" else None,
+        "deepspeed": dict(cell.deepspeed) if cell.deepspeed else None,
+        "data": data,
+        "hardware": dict(plan.hardware),
+        "env": environment(cell, node),
+    }

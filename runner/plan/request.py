@@ -1,0 +1,39 @@
+"""What the user asked for, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, every name and value already checked against the files."""
+
+    run_id: str
+    created: str
+    command: str
+    inventory: str
+    run_dir: str
+    tests: Mapping[str, Mapping[str, Any]]  # name -> settings
+    model: Mapping[str, Any]
+    deepspeed: Mapping[str, Any]
+    hardware: Mapping[str, Any]
+    targets: Sequence[Mapping[str, Any]]
+    node_counts: tuple[int, ...]
+    engine: str
+    backend: str
+    scaling: str
+    repeats: int
+    gpus_per_node: int
+    device: str
+    ssh_config: str | None
+    weights: str | None = None
+    seed: int = 0
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
+    spares: bool = False  # whether nodes beyond those needed may take the place of bad ones
+    slurm: Mapping[str, Any] | None = None
+    named: bool = True  # False: Slurm chooses the nodes
+    one_allocation: bool = False
+    job_array: bool = False

@@ -1,0 +1,1 @@
+"""Nodes brought to one state: the playbooks played, and what they say."""

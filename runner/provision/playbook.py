@@ -1,0 +1,262 @@
+"""The only module that imports ansible_runner: plays a playbook and tells what happened, host by host."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from runner.errors import InfrastructureError
+from runner.system import process
+from runner.system.places import ANSIBLE_CFG, ROOT
+
+Status = Literal["ok", "changed", "failed", "unreachable", "skipped"]
+
+# ansible-runner's names of events, and what each says of a host. What is not here says nothing of one.
+_STATUS: Mapping[str, Status] = {
+    "runner_on_ok": "ok",
+    "runner_on_failed": "failed",
+    "runner_on_unreachable": "unreachable",
+    "runner_on_skipped": "skipped",
+}
+_GRACE_S = 10.0
+_PRIVATE = "shakedown-play-"  # and the process id of the controller that made it
+# A role's task file is its phase.
+_PHASE = re.compile(r"/roles/(?P<role>[a-z_]+)/tasks/(?P<phase>[a-z_]+)\.yml")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one task did on one host. `role` and `phase` are "" for a playbook's own tasks.
+
+    `problems` are a module's (`what`, `expected`, `found`, `remedy`); `diff` as the module gave it.
+    """
+
+    time: str
+    host: str
+    play: str
+    role: str
+    phase: str
+    task: str
+    status: Status
+    duration_s: float
+    message: str = ""
+    problems: tuple[Mapping[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    diff: Any = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A playbook and how it is played: everything that decides what is done to which nodes."""
+
+    playbook: str
+    inventory: str
+    hosts: tuple[str, ...]
+    ssh_config: str | None = None
+    tags: str | None = None
+    check: bool = False
+    variables: Mapping[str, Any] | None = None
+
+    def arguments(self) -> list[str]:
+        """The arguments of `ansible-playbook`, without the playbook."""
+        words = ["--inventory", self.inventory, "--limit", ",".join(self.hosts)]
+        if self.ssh_config:
+            words += ["--ssh-common-args", f"-F {shlex.quote(self.ssh_config)}"]
+        if self.tags:
+            words += ["--tags", self.tags]
+        if self.check:
+            words += ["--check", "--diff"]
+        if self.variables:
+            words += ["--extra-vars", json.dumps(self.variables)]
+        return words
+
+    def command(self) -> list[str]:
+        return ["ansible-playbook", *self.arguments(), self.playbook]
+
+
+def tasks(call: Call) -> list[str]:
+    """The names of the tasks that `call` would run on each host, in order; connects to no node."""
+    program = Path(sys.executable).with_name("ansible-playbook")
+    argv = [str(program) if program.exists() else "ansible-playbook", *call.command()[1:], "--list-tasks"]
+    outcome = process.run(argv, timeout_s=120, cwd=str(ROOT), env=_environment())
+    if outcome.rc != 0:
+        raise InfrastructureError(f"{call.playbook}: {reason(outcome.stderr or outcome.stdout)}")
+    return [line.split("\tTAGS:")[0].strip() for line in outcome.stdout.splitlines() if line.startswith("      ")]
+
+
+def play(
+    call: Call, on_event: Callable[[Event], None], on_task: Callable[[str, str], None], log: Path | None = None
+) -> tuple[Literal["complete", "failed", "cancelled"], str]:
+    """Play `call`; returns its end and, where Ansible itself failed, its own words.
+
+    `on_task(name, role)` when a task starts, `on_event` for each host's answer. Ansible's output goes to `log`.
+    INT, TERM and HUP cancel it: Ansible and its ssh connections are ended; what a node does ends with its task.
+    """
+    import ansible_runner
+
+    cancelled_at: float | None = None
+    said: list[str] = []
+    # In memory, since ansible-runner writes the environment there, and it may hold secrets.
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    _sweep(memory)
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{_PRIVATE}{os.getpid()}-", dir=memory) as private,
+        open(log or os.devnull, "w") as output,
+    ):
+
+        def on_status(status: Mapping[str, Any], runner_config: Any) -> None:
+            if status["status"] == "starting" and (setpriv := shutil.which("setpriv")):
+                # A controller that is killed takes Ansible along.
+                runner_config.command = [setpriv, "--pdeathsig", "TERM", *runner_config.command]
+            elif status["status"] == "running":
+                Path(runner_config.artifact_dir, "command").unlink(missing_ok=True)
+
+        def handle(raw: Mapping[str, Any]) -> bool:
+            if text := raw.get("stdout"):
+                print(text, file=output, flush=True)
+            data = raw.get("event_data") or {}
+            if raw["event"] in ("playbook_on_task_start", "playbook_on_handler_task_start"):
+                on_task(data.get("task") or data.get("name") or "", data.get("role", ""))
+            elif raw["event"] in ("verbose", "error", "warning", "deprecated") and text:
+                said.append(text)
+            elif event := parse(raw):
+                on_event(event)
+            return False  # it is kept by whoever listens, without its invocation
+
+        def cancel(number: int, frame: object) -> None:
+            nonlocal cancelled_at
+            if cancelled_at is None:
+                cancelled_at = time.monotonic()
+                # Its workers lead sessions of their own: killed, it would leave them behind.
+                process.ask_children_to_end()
+
+        def overdue() -> bool:
+            return cancelled_at is not None and time.monotonic() - cancelled_at > _GRACE_S
+
+        with _signals(cancel):
+            done = ansible_runner.run(
+                private_data_dir=private,
+                project_dir=str(ROOT),
+                playbook=str(ROOT / call.playbook),
+                cmdline=shlex.join(call.arguments()),
+                envvars=_environment({}),
+                suppress_env_files=True,
+                settings={"pexpect_timeout": 0.5},
+                event_handler=handle,
+                status_handler=on_status,
+                cancel_callback=overdue,
+                quiet=True,
+            )
+    if cancelled_at is not None:
+        return "cancelled", ""
+    if done.rc == 0:
+        return "complete", ""
+    return "failed", reason("\n".join(said)) if said else ""
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what controllers that were killed left there."""
+    for path in folder.glob(f"{_PRIVATE}*-*"):
+        pid = path.name.removeprefix(_PRIVATE).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and path.stat().st_uid == os.geteuid():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Ansible's settings are the product's own, wherever the command is typed; no colours, since it is parsed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    own = {
+        "ANSIBLE_CONFIG": str(ANSIBLE_CFG),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_FORCE_COLOR": "0",
+        "PATH": path,
+    }
+    return {**(os.environ if base is None else base), **own}
+
+
+@contextmanager
+def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def parse(raw: Mapping[str, Any]) -> Event | None:
+    """An event of ansible-runner as an Event; None for one that says nothing of a host.
+
+    Of the result only what people need is kept: its invocation may hold what nobody should read.
+    """
+    status = _STATUS.get(raw.get("event", ""))
+    data = raw.get("event_data") or {}
+    if status is None or not data.get("host"):
+        return None
+    result = data.get("res") or {}
+    if status == "ok" and result.get("changed"):
+        status = "changed"
+    elif status == "failed" and data.get("ignore_errors"):
+        status = "ok"
+    place = _PHASE.search(data.get("task_path") or "")
+    return Event(
+        time=raw.get("created", ""),
+        host=data["host"],
+        play=data.get("play", ""),
+        role=data.get("role", ""),
+        phase=place["phase"] if place else "",
+        task=data.get("task", ""),
+        status=status,
+        duration_s=round(float(data.get("duration") or 0.0), 3),
+        message={"failed": message, "unreachable": lambda r: str(r.get("msg"))}.get(status, lambda r: "")(result),
+        problems=tuple(p for p in result.get("problems") or () if isinstance(p, Mapping)),
+        warnings=tuple(str(w) for w in result.get("warnings") or ()),
+        diff=result.get("diff") or None,
+    )
+
+
+def message(result: Mapping[str, Any]) -> str:
+    """Why a task failed, in one line. A command's own last words say more than "non-zero return code"."""
+    text = str(result.get("msg") or "")
+    if not text or text.startswith("non-zero return code"):
+        lines = str(result.get("stderr") or result.get("stdout") or "").strip().splitlines()
+        text = lines[-1] if lines else text or "failed without a word"
+    if "MODULE FAILURE" in text or "Traceback" in text:
+        trace = str(result.get("module_stderr") or result.get("exception") or "").strip().splitlines()
+        text = f"the module crashed: {trace[-1]}" if trace else text
+    if "deserialization failed" in text:  # its interpreter did not start it
+        said = str(result.get("module_stderr") or "").strip().splitlines()
+        text = f"the module gave no answer: {said[0]}" if said else text
+    return reason(text)
+
+
+# Ansible's chain of causes, of which only the last is news: "Task failed: Finalization of task args for 'x' failed:
+# Error while resolving value for 'settings': The lookup plugin 'y' failed: what is wrong".
+_CHAIN = re.compile(
+    r"^(?:Task failed(?: on host \S+)?|Action failed|Module failed|Finalization of task args for '[^']*' failed|"
+    r"Error while resolving value for '[^']*'|The lookup plugin '[^']*' failed|"
+    r"The filter plugin '[^']*' failed|Failed to connect to the host via ssh)[:.]\s*"
+)
+
+
+def reason(text: str) -> str:
+    """The last cause in Ansible's words, as one line."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if "ERROR" in line]
+    line = (errors or lines or [""])[0].replace("[ERROR]:", "").strip()
+    while match := _CHAIN.match(line):
+        line = line[match.end() :]
+    return line or "no reason given"

@@ -1,0 +1,238 @@
+"""A testbed, as it is decided: nodes, image, containers, inventory. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InfrastructureError, UsageError
+from runner.system.places import TESTBED
+
+SSH_PORT = 44222  # as testbed/sshd.conf
+
+
+MAX_NODES = 16
+
+
+DEFAULT_NAME = "testbed"
+
+
+LABEL = "shakedown.testbed"
+
+
+INSTALL = TESTBED / "install-system-packages.sh"
+
+
+SUBNETS = tuple(f"10.89.{third}.0/24" for third in range(256))  # podman's own range for bridges
+
+
+KEYS_IN_NODE = "/etc/ssh/testbed"  # as testbed/sshd.conf
+
+
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks for. `memory` as podman takes it ("4g"), `cpus` in cores, both per node.
+
+    `share` is a folder that every node sees at its own path and may write to, as a home on NFS would be.
+    """
+
+    nodes: int = 8
+    name: str = DEFAULT_NAME
+    inventory: Path | None = None
+    memory: str | None = None
+    cpus: float | None = None
+    image: str | None = None
+    share: Path | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of this machine the nodes share: its Python, folders, and limits that cannot be raised."""
+
+    python: str
+    mounts: tuple[str, ...]
+    runtime: str | None
+    max_open_files: int
+    max_processes: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the image is built on: `image`, made with debootstrap where `suite` and `mirror` are given."""
+
+    image: str
+    suite: str | None = None
+    mirror: str | None = None
+    components: str = "main"
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    alias: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, what it does in words, and about how many seconds it takes."""
+
+    what: str
+    expected_s: float
+    argv: tuple[str, ...]
+
+
+def lay_out(count: int, subnet: str) -> list[Node]:
+    """`count` nodes in `subnet`, named as the first real cluster's: after ...-0007 comes ...-0009."""
+    if not 1 <= count <= MAX_NODES:
+        raise UsageError(f"--nodes {count}: a testbed has 1 to {MAX_NODES} nodes")
+    network = IPv4Network(subnet)
+    return [
+        Node(
+            name=f"fukushimadc-02-hgx-{position + (position >= 8):04d}",
+            alias=f"node{position:03d}",
+            address=str(network[10 + position]),  # the gateway has the first
+        )
+        for position in range(1, count + 1)
+    ]
+
+
+def bootstrapped_base(os_release: Mapping[str, str], indexes: str) -> Base:
+    """This machine's own distribution, whose libraries its Python fits, from the mirror that it uses itself.
+
+    `indexes` are lines `site suite component` of `apt-get indextargets`.
+    """
+    suite = os_release.get("VERSION_CODENAME", "")
+    mirror = next((f[0] for f in map(str.split, indexes.splitlines()) if f[1:] == [suite, "main"]), None)
+    if not suite or mirror is None:
+        found = os_release.get("PRETTYNAME", "an unknown system")
+        raise InfrastructureError(
+            f"no Debian or Ubuntu package mirror found for {found}: give an image with --image, e.g. debian:12"
+        )
+    # Ubuntu keeps pdsh in universe.
+    components = "main,universe" if os_release.get("ID") == "ubuntu" else "main"
+    return Base(f"localhost/shakedown-base:{suite}", suite, mirror.rstrip("/"), components)
+
+
+def image_tag(base: Base, definition: Mapping[str, str]) -> str:
+    """The image's name, by hash of all that it is made from (`definition`: file name -> content)."""
+    made_from = json.dumps([base.image, base.suite, base.mirror, sorted(definition.items())])
+    return f"localhost/shakedown-testbed:{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
+
+
+def base_steps(base: Base, folder: str) -> list[Step]:
+    """The commands that make `base` in the empty `folder`; none where a registry has it."""
+    if base.suite is None or base.mirror is None:
+        return []
+    root, tar = f"{folder}/root", f"{folder}/base.tar"
+    bootstrap = ("debootstrap", "--variant=minbase", f"--components={base.components}")
+    return [
+        Step(f"debootstrap of {base.suite}", 35, (*bootstrap, base.suite, root, base.mirror)),
+        Step("packing the base system", 1, ("tar", "-C", root, "-cf", tar, ".")),
+        Step("importing the base system", 4, ("podman", "import", "--quiet", tar, base.image)),
+    ]
+
+
+def build_step(base: Base, tag: str, definition: str = str(TESTBED)) -> Step:
+    # chroot isolation and the host's network ask the least of the kernel, and reach the mirror as the host does.
+    argv = ("podman", "build", "--network", "host", "--isolation", "chroot", "--build-arg", f"BASE={base.image}")
+    return Step("installing systemd, sshd and Python's libraries", 15, (*argv, "--tag", tag, definition))
+
+
+def network_name(testbed: str) -> str:
+    return f"shakedown-{testbed}"
+
+
+def network_argv(testbed: str, label: str, subnet: str) -> list[str]:
+    """Internal: nothing of a test leaves the machine. Names are in /etc/hosts, so no DNS either.
+
+    An internal network without DNS has a gateway, the controller's own address in it, only if one is given.
+    """
+    argv = ["podman", "network", "create", "--internal", "--disable-dns", "--subnet", subnet]
+    argv += ["--gateway", str(IPv4Network(subnet)[1]), "--label", f"{LABEL}={label}"]
+    return [*argv, network_name(testbed)]
+
+
+def container_argv(
+    node: Node, nodes: Sequence[Node], options: Options, machine: Machine, image: str, label: str, keys: str
+) -> list[str]:
+    """The command that starts `node`; `keys` is the folder with the node's own folder of SSH keys."""
+    argv = ["podman", *(["--runtime", machine.runtime] if machine.runtime else []), "run", "--detach"]
+    argv += ["--name", f"shakedown-{options.name}-{node.alias}", "--hostname", node.name]
+    argv += ["--label", f"{LABEL}={label}", "--systemd=always"]
+    # NET_ADMIN: routes, MTU and slow links (tc) can be set in the node, as on a real one.
+    argv += ["--network", network_name(options.name), "--ip", node.address, "--cap-add", "NET_ADMIN"]
+    argv += ["--dns", "127.0.0.1"]  # nobody answers there: an unknown name fails at once instead of after 10 s
+    for other in nodes:
+        argv += ["--add-host", f"{other.name}:{other.address}", "--add-host", f"{other.alias}:{other.address}"]
+    argv += ["--shm-size", "1g"]  # PyTorch's data loaders and gloo want more than the 64 MB of a container
+    for limit, value in (("nofile", machine.max_open_files), ("nproc", machine.max_processes)):
+        argv += ["--ulimit", f"{limit}={value}:{value}"]
+    if options.memory:
+        argv += ["--memory", options.memory]
+    if options.cpus:
+        argv += ["--cpus", f"{options.cpus:g}"]
+    for path in machine.mounts:
+        argv += ["--volume", f"{path}:{path}:ro"]
+    if options.share:
+        argv += ["--volume", f"{options.share}:{options.share}"]
+    return [*argv, "--volume", f"{keys}/{node.alias}:{KEYS_IN_NODE}:ro", image]
+
+
+def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path, python: str) -> dict[str, Any]:
+    """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is where it will lie."""
+    # For plain `ansible`; quoted twice, since ssh splits the option's value as well.
+    known_hosts = shlex.quote(f'UserKnownHostsFile="{folder / ".ssh" / "known_hosts"}"')
+    hosts = {
+        node.name: {
+            "ansible_host": node.address,
+            "runner_alias": node.alias,
+            "runner_host_key": host_keys[node.name],
+        }
+        for node in nodes
+    }
+    variables = {
+        "ansible_port": SSH_PORT,
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": str(folder / ".ssh" / "id_ed25519"),
+        "ansible_ssh_common_args": f"-o StrictHostKeyChecking=yes -o {known_hosts}",
+        "ansible_python_interpreter": "/usr/bin/python3",
+        "runner_python": python,
+        "runner_gpus_per_node": 1,
+        "runner_device": "cpu",
+        "runner_hardware": "cpu",
+        "runner_nics_per_node": 1,
+        "runner_scratch": "/var/tmp/shakedown",
+        "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
+        # For `runner setup`: the controller's environment is mounted, Slurm waits in apt's cache.
+        "conda_env_enabled": False,
+        "slurm_cluster_enabled": True,
+        "slurm_cluster_proctrack": "linuxproc",
+    }
+    return {"all": {"children": {"gpu_nodes": {"hosts": hosts, "vars": variables}}}}
+
+
+def generated(testbed: str) -> str:
+    """The first line of a generated inventory: what does not start with it belongs to somebody else."""
+    return f"# Written by `runner testbed up --name {testbed}`, removed by `runner testbed down --name {testbed}`.\n"
+
+
+def known_hosts(nodes: Sequence[Node], host_keys: Mapping[str, str]) -> str:
+    """The nodes' pinned keys, for the address that Ansible connects to."""
+    return "".join(f"[{node.address}]:{SSH_PORT} {host_keys[node.name]}\n" for node in nodes)
+
+
+def outermost(paths: Sequence[str]) -> tuple[str, ...]:
+    """`paths` without those that lie below another, and without /usr, which is the image's own."""
+    wanted = sorted({path.rstrip("/") for path in paths} - {"/usr", ""})
+    return tuple(p for p in wanted if not any(p != other and p.startswith(f"{other}/") for other in wanted))

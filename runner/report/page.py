@@ -1,0 +1,265 @@
+"""report.html, report.md and the terminal's summary: what a run says, for people.
+
+The page is one file without scripts or network: charts are inline SVG, and everything that came from a
+node (host names, log lines, versions) is escaped. It shows the numbers of summary.json and computes
+none but medians over repeats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner import failures
+from runner.judge import analysis, findings
+from runner.report import collectives, figures, sft
+from runner.report.figures import complete_cells, nodes_text, number
+from runner.report.tables import median
+from runner.report.words import GLOSSARY, SIGNS, TITLES, VERDICTS, headline, target_text
+from runner.results.records import Record
+from runner.results.rundir import RunDir
+from runner.system.files import write_text_atomic
+
+
+def write(
+    run_dir: Path,
+    plan: Mapping[str, Any],
+    status: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    records: Iterable[Record],
+    facts: findings.Facts,
+    telemetry: analysis.Telemetry | None = None,
+) -> None:
+    """Write report.md and report.html of a run, each as a whole or not at all."""
+    page = _page(plan, status, summary, list(records), facts)
+    run = RunDir(run_dir)
+    write_text_atomic(run.report_md, _render("report.md.j2", page, _markdown_text))
+    write_text_atomic(run.report_html, _render("report.html.j2", page, None))
+
+
+def _render(template: str, page: Mapping[str, Any], finalize: Callable[[Any], Any] | None) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=finalize is None,
+        finalize=finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(page)
+
+
+def _markdown_text(value: Any) -> Any:
+    """Text of a run as plain text of Markdown: no tag, cell border, link or emphasis comes from outside."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    label: str
+    value: str
+    note: str = ""
+    verdict: str = ""
+
+
+@dataclass
+class Naming:
+    """Aliases of nodes, since names are long, and their folded lists."""
+
+    alias: Mapping[str, str] = field(default_factory=dict)
+
+    def short(self, host: str | None) -> str:
+        return self.alias.get(host or "", host or "")
+
+    def long(self, host: str | None) -> str:
+        return f"{self.alias[host]} ({host})" if host and host in self.alias else host or ""
+
+    def fold(self, hosts: Iterable[str]) -> str:
+        from runner.system.nodeset import fold
+
+        names = sorted(self.short(host) for host in hosts)
+        plain = all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+        return fold(names) if names and plain else ", ".join(names)
+
+
+def _page(
+    plan: Mapping[str, Any],
+    status: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    records: Sequence[Record],
+    facts: findings.Facts,
+) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    naming = Naming({node["name"]: node["alias"] for node in plan["nodes"]})
+    by_cell: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_cell[record.cell].append(record)
+    not_judged = [row["reason"] for row in summary["scaling"] if row["verdict"] == "not_judged"]
+    return {
+        "plan": plan,
+        "summary": summary,
+        "verdict": VERDICTS[summary["verdict"]],
+        "sign": SIGNS[summary["verdict"]],
+        "signs": SIGNS,
+        "verdicts": VERDICTS,
+        "headline": headline(summary),
+        "reason": _with_aliases(summary["reason"], naming),
+        "tiles": _tiles(summary),
+        "about": _about(plan, summary, naming),
+        "targets": [
+            {**t, "text": _with_aliases(t["reason"], naming)} for t in summary["targets"] if t["measured"] is not None
+        ],
+        "unmeasured": [t for t in summary["targets"] if t["measured"] is None],
+        "target_text": target_text,
+        "scaling": summary["scaling"],
+        "scaling_reason": not_judged[-1] if not_judged and len(not_judged) == len(summary["scaling"]) else "",
+        "scaling_figures": figures.scaling(summary),
+        "busbw_figures": collectives.busbw(summary, by_cell),
+        "no_ceiling": collectives.no_ceiling(plan),
+        "training_figures": sft.training(plan, summary, by_cell, naming.short),
+        "sft_rows": sft.rows(summary["cells"]),
+        "torch_rows": collectives.rows(summary["cells"]),
+        "environment": _environment(facts, naming),
+        "findings": [
+            {**f, "title": TITLES.get(f["kind"], f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]
+        ],
+        "unfinished": _unfinished(summary["cells"], status, naming),
+        "glossary": GLOSSARY,
+        "number": number,
+        "svg": Markup,
+    }
+
+
+def _with_aliases(text: str, naming: Naming) -> str:
+    """Long node names in a sentence as aliases, longest first so that no name is cut inside another."""
+    for name in sorted(naming.alias, key=len, reverse=True):
+        text = text.replace(name, naming.alias[name])
+    return text
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
+    tiles = []
+    trained, measured = complete_cells(summary["cells"], "sft"), complete_cells(summary["cells"], "torch")
+    if trained:
+        (model, nodes), cells = max(trained.items(), key=lambda item: item[0][1])
+        where = f"{model}, {nodes_text(nodes)}"
+        if (rate := median(cells, "tokens_per_s")) is not None:
+            tiles.append(Tile("tokens/s in the loss", number(rate), where))
+            tiles.append(
+                Tile(
+                    "tokens/s per GPU" if cells[0]["device"] != "cpu" else "tokens/s per rank",
+                    number(median(cells, "tokens_per_s_per_gpu")),
+                    where,
+                )
+            )
+        for row in summary["scaling"]:
+            if (row["model"], row["num_nodes"]) == (model, nodes) and nodes != row["base_nodes"]:
+                tiles.append(
+                    Tile(
+                        "scaling efficiency",
+                        f"{100 * row['efficiency']:.1f} %",
+                        f"{nodes_text(nodes)} against {row['base_nodes']}",
+                        row["verdict"],
+                    )
+                )
+        if (mfu := median(cells, "mfu")) is not None:
+            tiles.append(Tile("MFU", f"{100 * mfu:.1f} %", where))
+        if (util := median(cells, "gpu_util_pct_mean")) is not None:
+            tiles.append(Tile("GPU utilisation", f"{util:.1f} %", where))
+    if measured:
+        (_, nodes), cells = max(measured.items(), key=lambda item: item[0][1])
+        if (busbw := median(cells, "all_reduce_busbw_gb_per_s_max")) is not None:
+            share = median(cells, "all_reduce_busbw_pct_of_limit")
+            note = f"{nodes_text(nodes)}" + (f", {share:.0f} % of the ceiling" if share is not None else "")
+            tiles.append(Tile("all-reduce busbw", f"{number(busbw)} GB/s", note))
+        across = [(n, group) for (_, n), group in measured.items() if n > 1] or [(nodes, cells)]
+        if (latency := median(across[0][1], "ping_pong_latency_us_p50")) is not None:
+            tiles.append(Tile("one-way latency", f"{number(latency)} µs", f"8 B, {nodes_text(across[0][0])}"))
+    return tiles
+
+
+def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) -> list[tuple[str, str]]:
+    """What, when, where, and the command that does it again."""
+    hardware = plan.get("hardware", {})
+    used = {host for cell in plan["cells"] for host in cell["hosts"]}  # of those that Slurm had to choose from
+    hosts = [node["name"] for node in plan["nodes"] if node["name"] in used or not used]
+    first: Mapping[str, Any] = plan["cells"][0] if plan["cells"] else {"gpus_per_node": 0, "device": "?"}
+    number = first["gpus_per_node"]
+    ranks = f"{number} {'CPU rank' if first['device'] == 'cpu' else 'GPU'}{'s'[: number > 1]} each"
+    models = ", ".join(plan.get("models", {}))
+    rows = [
+        ("Run", f"{plan['run_id']}, {summary['state']}"),
+        ("Started", str(plan["created"]).replace("T", " ").replace("Z", " UTC")),
+        ("Nodes", f"{len(hosts)}: {naming.fold(hosts)}, {ranks}"),
+        ("Hardware", f"{hardware.get('gpu') or '?'} ({hardware.get('name', '?')})"),
+        ("Model", models or "none"),
+        ("Inventory", plan["inventory"]),
+        (
+            "Started by",
+            f"{plan['engine']} over {plan['backend']}, {plan['scaling']} scaling, shakedown {plan['version']}",
+        ),
+    ]
+    if plan.get("passed_over"):
+        rows.append(("Passed over", "; ".join(failures.node_lines(plan["passed_over"]))))
+    for swap in summary.get("replaced", ()):
+        by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
+        rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))
+    if attempts := summary.get("attempts"):
+        rows.append(("Run again", ", ".join(f"{cell} ({number} attempts)" for cell, number in attempts.items())))
+    return rows
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def _environment(facts: findings.Facts, naming: Naming) -> dict[str, Any]:
+    """Properties that differ, each with its values and who has them; and those that are the same, folded."""
+    differing, same = [], []
+    hosts: set[str] = set()
+    for row in findings.environment(facts):
+        hosts |= set(row["values"])
+        name = row["property"].removeprefix("packages.").removeprefix("env.")
+        if not row["differs"]:
+            same.append((name, next(iter(row["values"].values())) or "absent"))
+            continue
+        groups: dict[str, list[str]] = defaultdict(list)
+        for host, value in row["values"].items():
+            groups[value or "absent"].append(host)
+        values = [
+            {"value": value, "who": naming.fold(group), "odd": set(group) <= set(row["minority"])}
+            for value, group in sorted(groups.items(), key=lambda item: -len(item[1]))
+        ]
+        differing.append({"name": name, "values": values, "majority": row["majority"] is not None})
+    return {"hosts": naming.fold(hosts), "count": len(hosts), "differing": differing, "same": same}
+
+
+def _unfinished(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any], naming: Naming) -> list[dict[str, Any]]:
+    found = []
+    for cell in cells:
+        if cell["state"] == "complete":
+            continue
+        error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
+        found.append(
+            {
+                "id": cell["id"],
+                "state": cell["state"],
+                "message": error.get("message") or "",
+                "who": naming.long(error.get("host")),
+                "stderr": list(error.get("stderr") or [])[-12:],
+            }
+        )
+    return found
+
+
+# --- the terminal -----------------------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""Runs in a terminal: the list, one run with its cells and nodes, and what changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from runner import errors
+from runner.report.progress import remaining_s
+from runner.results.logs import printable
+
+if TYPE_CHECKING:
+    from runner.results.rundir import RunDir
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _took(entry: Mapping[str, Any], now: datetime) -> float | None:
+    """Seconds from `started` to `ended`, or to now."""
+    started = _moment(entry["started"])
+    return ((_moment(entry["ended"]) or now) - started).total_seconds() if started else None
+
+
+def span_text(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def done_text(status: Mapping[str, Any]) -> str:
+    states = [cell["state"] for cell in status["cells"].values()]
+    return f"{states.count('complete')} of {len(states)} cells complete"
+
+
+def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
+    """When the run started and, if it has, ended: with its last cell."""
+    from runner.results.status import FINAL_STATES
+
+    ends = [cell["ended"] for cell in status["cells"].values() if cell["ended"]]
+    starts = [cell["started"] for cell in status["cells"].values() if cell["started"]]
+    final = status["state"] in FINAL_STATES
+    # Killed, it left no end: the last that is known of it.
+    return {
+        "started": plan.get("created"),
+        "ended": max([*ends, *starts], default=plan.get("created")) if final else None,
+    }
+
+
+def verdict_text(run: RunDir) -> str | None:
+    try:
+        return json.loads(run.summary.read_text())["verdict"]
+    except (OSError, ValueError, KeyError, TypeError):  # not judged yet, or not by a version that says it
+        return None
+
+
+def overview(run: RunDir, now: datetime) -> dict[str, Any]:
+    """One row of `list`. Times are ISO, `duration_s` goes up to `now` while it runs; None: not known."""
+    try:
+        plan, status = run.read_plan(), run.read_status()
+    except errors.UsageError:
+        return {"run": run.run_id, "state": "unreadable"}
+    times = _times(plan, status)
+    states = [cell["state"] for cell in status["cells"].values()]
+    return {
+        "run": run.run_id,
+        "state": status["state"],
+        "verdict": verdict_text(run) if times["ended"] else None,
+        "cells": f"{states.count('complete')}/{len(states)}",
+        **times,
+        "duration_s": _took(times, now),
+        "nodes": len(plan["nodes"]),
+        "engine": plan.get("engine"),
+        "inventory": plan.get("inventory"),
+    }
+
+
+def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
+    """The rows of `list` in at most `width` columns if that can be: what matters least gives way."""
+    from tabulate import tabulate
+
+    table = [
+        {
+            "run": row["run"],
+            "state": row["state"],
+            "verdict": (row.get("verdict") or "").replace("_", " "),
+            "cells": row.get("cells", ""),
+            "took": span_text(row.get("duration_s")),
+            "started": (row.get("started") or "")[:16].replace("T", " "),
+            "nodes": row.get("nodes", ""),
+            "engine": row.get("engine", ""),
+            "inventory": row.get("inventory", ""),
+        }
+        for row in rows
+    ]
+    while True:
+        text = tabulate(table, headers="keys", disable_numparse=True)
+        if not table or len(table[0]) <= 3 or len(text.split("\n", 1)[0]) <= width:
+            return printable(text)
+        for row in table:
+            row.popitem()
+
+
+def nodes_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
+    """`node[001-003] running, node004 silent for 12 s`; without `now` how long is left out."""
+    from runner.system.nodeset import fold
+
+    states: dict[str, list[str]] = {}
+    for host, node in nodes.items():
+        states.setdefault(node["state"], []).append(host)
+    order = ("starting", "running", "ended", "failed", "silent")
+    parts = []
+    for state in sorted(states, key=lambda s: order.index(s) if s in order else len(order)):
+        text = f"{fold([aliases.get(host, host) for host in states[state]])} {state}"
+        heard = [moment for host in states[state] if (moment := _moment(nodes[host].get("heard")))]
+        if state == "silent" and now and heard:
+            text += f" for {span_text((now - min(heard)).total_seconds())}"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def _error_text(error: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
+    host = error.get("host")
+    where = f" on {aliases.get(host, host)}" if host else ""
+    if kind := error.get("kind"):  # runs of earlier versions have none
+        return f"{kind.replace('_', ' ')}{where}: {error['message']}"
+    return f"{error['message']}{where}"
+
+
+def _job_text(job: Mapping[str, Any], waits: bool) -> str:
+    text = f"job {job['id']} {str(job.get('state') or 'unknown').lower()}"
+    reason = job.get("reason")
+    text += f": {reason}" if reason and reason != "None" else ""
+    text += f", position {job['position']} in the queue" if job.get("position") else ""
+    return text + (f", expected to start {job['start']}" if waits and job.get("start") else "")
+
+
+def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime | None) -> list[str]:
+    """What a cell's entry in status.json says beyond its state; without `now` only what does not change by itself."""
+    lines = []
+    for number, attempt in enumerate(cell.get("attempts") or (), start=1):
+        why = f": {_error_text(attempt['error'], aliases)}" if attempt.get("error") else ""
+        lines.append(f"attempt {number} {attempt['state']}{why}")
+    if cell["state"] in ("waiting", "running"):
+        if job := cell.get("job"):
+            lines.append(_job_text(job, waits=cell["state"] == "waiting"))
+        if now and (progress := cell.get("progress")):
+            fraction = progress["fraction"]
+            left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
+            lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {span_text(left)} left" if left else ""))
+        if nodes := cell.get("nodes"):
+            lines.append(nodes_text(nodes, aliases, now))
+    elif cell.get("error"):
+        lines.append(_error_text(cell["error"], aliases))
+    return lines
+
+
+def _state_text(cell: Mapping[str, Any]) -> str:
+    attempt = cell.get("attempt") or 1
+    return cell["state"] + (f", attempt {attempt}" if attempt > 1 else "")
+
+
+def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, width: int, brief: bool = False) -> str:
+    """The state of a run for people, in lines of at most `width` columns where words allow it.
+
+    `brief` leaves out the cells of which there is nothing to say: those complete and those planned.
+    """
+    import textwrap
+
+    from tabulate import tabulate
+
+    aliases = aliases_of(plan)
+    cells = {
+        name: cell
+        for name, cell in status["cells"].items()
+        if not brief or cell["state"] not in ("complete", "planned")
+    }
+    rows = [
+        {
+            "cell": name,
+            "state": _state_text(cell),
+            "started": (cell["started"] or "")[11:19],
+            "took": span_text(_took(cell, now)) if cell["ended"] or cell["state"] in ("waiting", "running") else "",
+        }
+        for name, cell in cells.items()
+    ]
+    if width < 80:
+        for row in rows:
+            del row["started"]
+    lines = [f"run {status.get('run_id') or plan['run_id']}: {status['state']}, {done_text(status)}", ""]
+    table = tabulate(rows, headers="keys", disable_numparse=True).split("\n")
+    lines += table[:2]
+    for line, cell in zip(table[2:], cells.values(), strict=True):
+        lines.append(line.rstrip())
+        for detail in details(cell, aliases, now):
+            lines += textwrap.wrap(
+                printable(detail), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+            )
+    for swap in status.get("replaced") or ():
+        by = aliases.get(swap["by"], swap["by"]) or "nothing"
+        text = f"{by} took the place of {aliases.get(swap['host'], swap['host'])}"
+        why = str(swap["reason"]).replace("_", " ")
+        lines += ["", *textwrap.wrap(f"{text} in {swap['cell']}: {why}", width, subsequent_indent="  ")]
+    return printable("\n".join(lines))
+
+
+def aliases_of(plan: Mapping[str, Any]) -> dict[str, str]:
+    return {node["name"]: node.get("alias", node["name"]) for node in [*plan["nodes"], *plan.get("spares", ())]}
+
+
+def changes(plan: Mapping[str, Any], statuses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """One line for each change of a cell; what moves by itself, as progress and times, is left out."""
+    aliases, told = aliases_of(plan), dict[str, str]()
+    for status in statuses:
+        for name, cell in status["cells"].items():
+            text = "; ".join([_state_text(cell), *details(cell, aliases, None)])
+            if text != told.get(name, "planned"):
+                yield printable(f"{name}: {text}")
+            told[name] = text

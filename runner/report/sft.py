@@ -1,0 +1,104 @@
+"""Test `sft` in the report: its table and its charts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from runner.report import chart
+from runner.report.figures import Figure, complete_cells, node_colours, nodes_text, number
+from runner.report.tables import cell_number, plus_minus, state, without_empty
+from runner.results.records import Record
+from runner.workloads.sft import metrics as sft_metrics
+
+
+def rows(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row per sft cell, columns with units; columns in which no cell has anything to say are left out."""
+    rows = []
+    for cell in cells:
+        if cell["test"] != "sft":
+            continue
+        m = cell["metrics"]
+        step = plus_minus(m["step_time_s_p50"], m["step_time_s_mad"]) if "step_time_s_p50" in m else ""
+        loss = f"{m['loss_first']:.3f} → {m['loss_last']:.3f}" if "loss_first" in m else ""
+        rows.append(
+            {
+                "cell": cell["id"],
+                "state": state(cell),
+                "tokens/s": cell_number(m, "tokens_per_s"),
+                "per GPU" if cell["device"] != "cpu" else "per rank": cell_number(m, "tokens_per_s_per_gpu"),
+                "processed/s": cell_number(m, "processed_tokens_per_s"),
+                "step p50 ± MAD, s": step,
+                "p95, s": cell_number(m, "step_time_s_p95"),
+                "memory, GiB": cell_number(m, "peak_memory_gib"),
+                "loss": loss,
+                "MFU, %": f"{100 * m['mfu']:.1f}" if "mfu" in m else "",
+                "GPU util, %": f"{m['gpu_util_pct_mean']:.1f}" if "gpu_util_pct_mean" in m else "",
+                "first step, s": cell_number(m, "time_to_first_step_s"),
+            }
+        )
+    return without_empty(rows)
+
+
+def training(
+    plan: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    by_cell: Mapping[str, Sequence[Record]],
+    short: Callable[[str], str],
+) -> list[Figure]:
+    """Step times and memory per node on the largest node count, and the loss of every node count."""
+    groups = complete_cells(summary["cells"], "sft")
+    if not groups:
+        return []
+    (model, nodes), cells = max(groups.items(), key=lambda item: item[0][1])
+    times: dict[str, list[chart.Point]] = {host: [] for host in cells[0]["hosts"]}
+    memory: dict[str, list[chart.Point]] = {host: [] for host in cells[0]["hosts"]}
+    for cell in cells:
+        for step in sft_metrics.steps(by_cell[cell["id"]], cell["world_size"]):
+            for host, seconds in step.host_time_s.items() if step.measured else ():
+                title = f"{short(host)}, repeat {cell['repeat']}, step {step.index}: {number(seconds, 4)} s"
+                times.setdefault(host, []).append(chart.Point(seconds, 0, title))
+        for record in by_cell[cell["id"]]:
+            if record.metric == "peak_memory_gib":
+                title = f"{short(str(record.host))}, rank {record.rank}: {number(record.value)} GiB"
+                memory.setdefault(str(record.host), []).append(chart.Point(record.value, 0, title))
+    where = f"{model}, {nodes_text(nodes)}"
+    figures = []
+    if any(times.values()):
+        axis = chart.linear("seconds", [p.x for points in times.values() for p in points])
+        svg = chart.strips([(short(h), points) for h, points in times.items()], axis, f"step times, {where}")
+        about = (
+            f"{where}: every measured step of every repeat, each node's slowest rank. "
+            "Ranks wait for each other, so one slow node moves all."
+        )
+        figures.append(Figure("Step time per node, s", svg, about))
+    curves = []
+    colours = node_colours(summary)
+    for (name, n), group in groups.items():
+        points = [
+            chart.Point(step.index, step.loss, f"{name}, {nodes_text(n)}, step {step.index}: {step.loss:.3f}")
+            for step in sft_metrics.steps(by_cell[group[0]["id"]], group[0]["world_size"])
+            if step.loss is not None
+        ]
+        if points:
+            curves.append(chart.Series(f"{n}n", points, colours[n]))
+    if curves:
+        last = max(p.x for curve in curves for p in curve.points)
+        x = chart.linear("optimizer step", [0, last], pad=0.02)
+        y = chart.linear("", [p.y for curve in curves for p in curve.points])
+        svg = chart.lines(curves, x, y, "loss against optimizer step")
+        legend = [(curve.colour, nodes_text(int(curve.name[:-1]))) for curve in curves]
+        figures.append(
+            Figure("Loss", svg, "Mean over the loss tokens of all ranks; first repeat, warm-up included.", legend)
+        )
+    if any(memory.values()):
+        limit = plan.get("hardware", {}).get("gpu_memory_gib") if cells[0]["device"] != "cpu" else None
+        values = [p.x for points in memory.values() for p in points]
+        axis = chart.linear("GiB", [*values, *([limit] if limit else [])], from_zero=True)
+        rule = chart.Rule(limit, f"GPU memory: {limit} GiB") if limit else None
+        svg = chart.strips([(short(h), points) for h, points in memory.items()], axis, f"peak memory, {where}", rule)
+        about = f"{where}: each rank's peak." + (
+            f" Dashed: the GPU's {limit} GiB." if limit else " Resident memory of CPU ranks."
+        )
+        figures.append(Figure("Peak memory per node, GiB", svg, about))
+    return figures

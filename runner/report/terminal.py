@@ -1,0 +1,75 @@
+"""A run's summary in a terminal: tables of at most 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runner.report import collectives, sft
+from runner.report.figures import nodes_text
+from runner.report.words import SIGNS, TITLES, VERDICTS, headline
+
+
+def terminal(summary: Mapping[str, Any]) -> str:
+    """The summary as tables of at most 100 columns, free of control characters."""
+    from tabulate import tabulate
+
+    def table(rows: list[dict[str, str]]) -> str:
+        return tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, colalign=("left",))
+
+    first = {"cell": "cell", "state": "state"}
+    sft_columns = {
+        "tokens/s": "tokens/s",
+        "per GPU": "per GPU",
+        "per rank": "per rank",
+        "step p50 ± MAD, s": "step, s",
+        "memory, GiB": "GiB",
+    }
+    sft_columns |= {"loss": "loss", "MFU, %": "MFU, %"}
+    torch_columns = {"all-reduce, GB/s (of ceiling)": "all-reduce, GB/s", "send/recv, GB/s": "send/recv, GB/s"}
+    torch_columns |= {"ping-pong p50 / p99, µs": "ping-pong, µs", "wrong values": "wrong"}
+    parts = []
+    for rows, columns in (
+        (sft.rows(summary["cells"]), sft_columns),
+        (collectives.rows(summary["cells"]), torch_columns),
+    ):
+        if rows:
+            wanted = first | columns
+            parts.append(
+                table([{wanted[key]: _cut(value) for key, value in row.items() if key in wanted} for row in rows])
+            )
+    curve = [row for row in summary["scaling"] if row["num_nodes"] != row["base_nodes"]]
+    if curve:
+        parts.append(
+            table(
+                [
+                    {
+                        "scaling": f"{_cut(row['model'])}, {nodes_text(row['num_nodes'])} against {row['base_nodes']}",
+                        "efficiency, %": f"{100 * row['efficiency']:.1f}",
+                        "95 % CI": f"{100 * row['ci'][0]:.1f} – {100 * row['ci'][1]:.1f}",
+                        "target, %": f"{100 * row['target']:g}" if row["target"] else "",
+                        "verdict": VERDICTS[row["verdict"]],
+                    }
+                    for row in curve
+                ]
+            )
+        )
+    for finding in summary["findings"]:
+        who = f"{finding['host']}: " if finding["host"] else ""
+        parts.append(_wrapped(f"✕ {TITLES.get(finding['kind'], finding['kind'])}: {who}{finding['evidence']}"))
+    # The findings above say it already, or nothing was judged yet.
+    why = "" if summary["findings"] or summary["state"] == "cancelled" else f": {summary['reason']}"
+    parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))
+    text = "\n\n".join(parts)
+    return "".join(char for char in text if char == "\n" or char.isprintable())
+
+
+def _cut(text: str, width: int = 28) -> str:
+    """The end of a long text: a cell's node count and repeat stand there."""
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, 100, subsequent_indent="  ")

@@ -1,0 +1,267 @@
+"""benchmark.log for people: lines read, those of several nodes and ranks folded, followed while they come."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from runner.results.rundir import RunDir
+
+WINDOW_S = 2.0  # equal lines of several nodes within this time are one
+PAUSE_S = 0.5  # between two looks at a log that grows
+
+# What differs between the same line of two ranks. Clock times and memory addresses tell nothing; a decimal
+# number is a measurement and stays as it is, so that two lines with different ones are two lines.
+_TOKENS = re.compile(
+    r"(?P<passing>\d{1,2}:\d\d:\d\d(?:[.,]\d+)?|\b0x[0-9a-f]+)"
+    r"|(?P<address>\d+(?:\.\d+){3})|(?P<kept>\d+\.\d+)|(?P<number>\d+)"
+)
+_LINE = re.compile(r"(?P<cell>\S+) (?P<host>\S+) (?P<file>\S+): (?P<text>.*)", re.DOTALL)
+_SPEAKER = re.compile(r"(?:\S+: )+")
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_SET_WIDTH = 24
+_BLOCK = 1 << 20
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal."""
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text).expandtabs()
+    return "".join(char for char in text if char == "\n" or char.isprintable())
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of benchmark.log. `moment` in seconds, 0 where the line has none; `cell` None: the controller's own."""
+
+    moment: float
+    text: str
+    cell: str | None = None
+    host: str = ""
+    file: str = ""
+
+
+def parse_line(raw: bytes, cells: Collection[str]) -> Line:
+    """A line of the log: `ISO cell alias file: text` of a rank, or `ISO text` of the controller."""
+    text = printable(raw.decode(errors="replace"))
+    stamp, _, rest = text.partition(" ")
+    try:
+        moment = datetime.fromisoformat(stamp).timestamp()
+    except ValueError:
+        return Line(0.0, text)
+    match = _LINE.fullmatch(rest)
+    if match and match["cell"] in cells:
+        return Line(moment, match["text"], match["cell"], match["host"], match["file"])
+    return Line(moment, rest)
+
+
+def wanted(line: Line, cell: str | None, hosts: Collection[str] | None) -> bool:
+    if line.cell is None:
+        return hosts is None and (cell is None or line.text.startswith(f"{cell}: "))
+    return (cell is None or line.cell == cell) and (hosts is None or line.host in hosts)
+
+
+@dataclass
+class _Group:
+    """Lines of several sources that are one for a person."""
+
+    line: Line
+    moment: float
+    key: tuple[str | None, str, str]
+    hosts: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from runner.system.nodeset import fold
+
+        clock = datetime.fromtimestamp(self.moment, UTC).strftime("%H:%M:%S ") if self.moment else ""
+        if self.line.cell is None:
+            return clock + self.line.text
+        return f"{clock}{self.line.cell} {fold(self.hosts)} {_merged(self.files)}: {_merged(self.texts)}"
+
+
+@dataclass
+class _Same:
+    """The open groups of equal lines. What a source says again belongs to the next group."""
+
+    groups: deque[_Group] = field(default_factory=deque)
+    gone: int = 0
+    said: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+
+class Folding:
+    """Folds equal lines of several nodes and ranks while they come; a group is out WINDOW_S after its first line.
+
+    Equal are lines that differ in whole numbers, IP addresses, memory addresses and clock times only.
+    The first two are told as sets, of the others the first.
+    """
+
+    def __init__(self) -> None:
+        self._open: deque[_Group] = deque()
+        self._same: dict[tuple[str | None, str, str], _Same] = {}
+        self._latest = 0.0
+
+    def add(self, line: Line) -> list[_Group]:
+        """Take in one line; returns the groups whose time was over before it, in the order of their first lines."""
+        self._latest = max(self._latest, line.moment)
+        over = []
+        while self._open and self._open[0].moment + WINDOW_S < self._latest:
+            over.append(self._first())
+        self._take(line)
+        return over
+
+    def rest(self) -> list[_Group]:
+        """All that is left."""
+        return [self._first() for _ in range(len(self._open))]
+
+    def _take(self, line: Line) -> None:
+        if line.cell is None:
+            self._open.append(_Group(line, line.moment or self._latest, (None, "", "")))
+            return
+        key = (line.cell, _skeleton(line.file), _skeleton(line.text))
+        # A launcher passes on what nodes say, each line with the node's name before it.
+        speaker = _SPEAKER.match(line.text) if line.host == "launcher" else None
+        source = (line.host, line.file, speaker[0] if speaker else "")
+        same = self._same.setdefault(key, _Same())
+        turn = max(same.said[source], same.gone)
+        same.said[source] = turn + 1
+        if turn - same.gone == len(same.groups):
+            group = _Group(line, line.moment, key)
+            same.groups.append(group)
+            self._open.append(group)
+        group = same.groups[turn - same.gone]
+        group.hosts.append(line.host)
+        group.files.append(line.file)
+        group.texts.append(line.text)
+
+    def _first(self) -> _Group:
+        group = self._open.popleft()
+        if same := self._same.get(group.key):
+            same.groups.popleft()
+            same.gone += 1
+            if not same.groups:
+                del self._same[group.key]
+        return group
+
+
+def _skeleton(text: str) -> str:
+    return _TOKENS.sub(lambda match: match[0] if match.lastgroup == "kept" else f"\0{match.lastgroup}", text)
+
+
+def _merged(texts: Sequence[str]) -> str:
+    """Texts of one skeleton as one text: `rank[0-2].stderr`."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    columns = iter(list(zip(*([m[0] for m in _TOKENS.finditer(text)] for text in texts), strict=True)))
+
+    def column(match: re.Match[str]) -> str:
+        return _set(next(columns), match.lastgroup or "")
+
+    return _TOKENS.sub(column, texts[0])
+
+
+def _set(values: Sequence[str], kind: str) -> str:
+    from runner.system.nodeset import fold
+
+    distinct = set(values)
+    if len(distinct) == 1 or kind == "passing":
+        return values[0]
+    text = fold(sorted(distinct))
+    if len(text) > _SET_WIDTH and kind == "number":
+        return f"[{min(distinct, key=int)}…{max(distinct, key=int)}]"
+    return text
+
+
+def fold_lines(lines: Iterable[Line]) -> Iterator[_Group]:
+    folding = Folding()
+    for line in lines:
+        yield from folding.add(line)
+    yield from folding.rest()
+
+
+def last_lines(file: BinaryIO, count: int, parse: Callable[[bytes], Line | None]) -> tuple[list[str], int]:
+    """The last `count` folded lines, read from the end, and the place to read on from.
+
+    A line that is not whole yet is left for later reading. `parse` returns None for a line that is not wanted.
+    """
+    end = file.seek(0, os.SEEK_END)
+    newest_first: list[Line] = []
+    groups: list[_Group] = []
+    end, raws = _backwards(file, end)
+    enough = 4 * count
+    for raw in raws if count else ():
+        line = parse(raw)
+        if line is None:
+            continue
+        newest_first.append(line)
+        if len(newest_first) >= enough and line.moment:
+            # Lines before this one may belong to the first groups: those do not count.
+            groups = [g for g in fold_lines(reversed(newest_first)) if g.moment > line.moment + WINDOW_S]
+            if len(groups) >= count:
+                break
+            enough *= 2
+    else:
+        groups = list(fold_lines(reversed(newest_first)))
+    return [str(group) for group in groups[len(groups) - min(count, len(groups)) :]], end
+
+
+def _backwards(file: BinaryIO, end: int) -> tuple[int, Iterator[bytes]]:
+    """Where the last whole line ends, and the whole lines, the last one first."""
+    while end > 0:  # usually one step: the writer writes whole lines
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+
+    def lines() -> Iterator[bytes]:
+        position, rest = end, b""
+        while position > 0:
+            start = max(0, position - _BLOCK)
+            file.seek(start)
+            first, *whole = (file.read(position - start) + rest).split(b"\n")
+            yield from reversed(whole[:-1] if position == end else whole)
+            position, rest = start, first
+        if end:
+            yield rest
+
+    return end, lines()
+
+
+def follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) -> Iterator[str]:
+    """What the log says from `position` on, until the run has ended."""
+    from runner.results.status import FINAL_STATES
+
+    folding, rest, heard = Folding(), b"", time.monotonic()
+    while True:
+        ended = run.read_status()["state"] in FINAL_STATES  # before reading: what was said until then is read
+        block = b""
+        if run.log.exists():
+            with open(run.log, "rb") as file:
+                file.seek(position)
+                block = file.read(_BLOCK)
+        position += len(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for raw in lines:
+            if line := parse(raw):
+                yield from map(str, folding.add(line))
+        if block:
+            heard = time.monotonic()
+        over = ended and not block
+        if over or time.monotonic() - heard > WINDOW_S:
+            yield from map(str, folding.rest())
+        if over:
+            return
+        if len(block) < _BLOCK:
+            time.sleep(PAUSE_S)

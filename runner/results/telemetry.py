@@ -1,0 +1,44 @@
+"""The sampler's streams, read and compacted into one Parquet file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read(stream: Path) -> list[dict[str, Any]]:
+    """The samples of one stream; a torn last line is left out. No file: no samples."""
+    if not stream.exists():
+        return []
+    samples = []
+    for line in stream.read_text(errors="replace").splitlines():
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(sample, dict):
+            samples.append(sample)
+    return samples
+
+
+def compact(streams: dict[tuple[str, str], Path], target: Path) -> bool:
+    """Write the streams of (cell, host) into one long Parquet table: cell, host, time_s, name, value.
+
+    Returns False, writing nothing, where no stream holds a sample.
+    """
+    import polars
+
+    columns: dict[str, list[Any]] = {"cell": [], "host": [], "time_s": [], "name": [], "value": []}
+    for (cell, host), stream in sorted(streams.items()):
+        for sample in read(stream):
+            time_s = sample.pop("time_s", None)
+            for name, value in sample.items():
+                for column, item in zip(columns, (cell, host, time_s, name, float(value)), strict=True):
+                    columns[column].append(item)
+    if not columns["cell"]:
+        return False
+    partial = target.with_suffix(".partial")
+    polars.DataFrame(columns).write_parquet(partial)
+    partial.replace(target)
+    return True

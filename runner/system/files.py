@@ -1,0 +1,39 @@
+"""How files are written: as a whole or not at all, with a full disk told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InfrastructureError, disk_kind
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `path` as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk of the controller into one line."""
+    try:
+        yield
+    except OSError as error:
+        if kind := disk_kind(error):
+            raise InfrastructureError(f"the disk of {path} is full: free some space and run again", kind) from error
+        raise InfrastructureError(f"cannot write to {error.filename or path}: {error.strerror}") from error

@@ -1,0 +1,35 @@
+"""Locks that keep a user's own runs and set-ups apart."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from runner.errors import InfrastructureError
+
+
+@contextlib.contextmanager
+def hold_nodes(state: Path, endpoints: Mapping[str, str], run_id: str) -> Iterator[None]:
+    """Keep this user's other runs and set-ups away from nodes, given as endpoint -> name; raises naming who holds one.
+
+    The kernel drops the locks when the holder dies, so none is ever stale.
+    """
+    locks = state / "nodes"
+    locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for endpoint, host in sorted(endpoints.items()):
+            file = stack.enter_context(open(locks / endpoint, "a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InfrastructureError(
+                    f"{host} is in use by run {holder}: wait for it or stop it (`runner runs stop {holder}`)", "in_use"
+                ) from None
+            file.truncate(0)
+            file.write(run_id)
+            file.flush()
+        yield

@@ -1,0 +1,85 @@
+"""Files that enter are checked once: by pydantic, refused with the file, the field and the nearest valid name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+
+from runner.errors import UsageError, unknown
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of `8`, `64K`, `1MiB`, `8G` (powers of 1024, as nccl-tests reads them)."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return value
+
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `yes` is no number
+
+
+Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
+
+
+class ConfigFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+AnyFile = TypeVar("AnyFile", bound=BaseModel)
+
+
+def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
+    """`values` as `schema`; the first thing wrong becomes one line with file, field and nearest name."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        # A misspelt key also leaves the right one missing: the misspelling is the news.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            place = ".".join([where, *(str(part) for part in first["loc"][:-1])])
+            raise unknown("key", str(first["loc"][-1]), _fields_at(schema, first["loc"]), place) from None
+        if first["type"] == "missing":
+            raise UsageError(f"{where}: {field} is missing") from None
+        if first["type"] == "literal_error":
+            expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
+            raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {field} = {first['input']!r}: {said}" if field else f"{where}: {said}") from None
+
+
+def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
+    """The field names of the model that holds the last part of `location`."""
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = schema.model_fields[part].annotation
+            nested = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+            schema = next(kind for kind in nested if issubclass(kind, BaseModel))
+    return schema.model_fields
+
+
+def read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None

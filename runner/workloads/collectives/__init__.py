@@ -1,0 +1,1 @@
+"""Test `torch`: collectives over torch.distributed."""

@@ -1,0 +1,61 @@
+"""From the records of one `torch` cell to its metrics and ceilings. Pure; docs/metrics.md has the formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from runner.cluster import limits
+from runner.results.records import Record
+
+LATENCY_BYTES = 8
+
+
+def summarise(
+    records: Sequence[Record], world_size: int, ceilings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    wrong = [record.value for record in records if record.metric == "wrong_values"]
+    for collective in sorted({str(r.context["collective"]) for r in records if "collective" in r.context}):
+        busbw = by_size(records, collective, "busbw_gb_per_s")
+        if busbw and max(busbw.values()) > 0:
+            metrics[f"{collective}_busbw_gb_per_s_max"] = max(busbw.values())
+            if collective in ceilings:
+                share = max(busbw.values()) / ceilings[collective]["busbw_gb_per_s"]
+                metrics[f"{collective}_busbw_pct_of_limit"] = 100 * share
+        for name in ("latency_us_p50", "latency_us_p99"):
+            latency = by_size(records, collective, name)
+            # Where every rank has a share, the smallest operation has one element a rank: more than 8 bytes.
+            smallest = min(latency, default=math.inf)
+            if smallest <= LATENCY_BYTES * world_size:
+                metrics[f"{collective}_{name}"] = latency[int(smallest)]
+    if wrong:
+        metrics["wrong_values"] = sum(wrong)
+    return metrics
+
+
+def by_size(records: Iterable[Record], collective: str, metric: str) -> dict[int, float]:
+    """size in bytes -> value, of one collective's metric."""
+    return {
+        int(record.context["size_bytes"]): record.value
+        for record in records
+        if record.metric == metric and record.context.get("collective") == collective
+    }
+
+
+def cell_limits(plan: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """collective -> {"busbw_gb_per_s", "binds"} on the cell's nodes; empty where their rates are unknown."""
+    if cell["device"] == "cpu":
+        return {}
+    nodes = [node for node in plan["nodes"] if node["name"] in set(cell["hosts"])]
+    rates = [limits.nic_gb_per_s(node.get("nics") or 0, node.get("nic_gbit_per_s") or 0) for node in nodes]
+    nvlink = plan.get("hardware", {}).get("nvlink_busbw_gb_per_s")
+    found = {}
+    for collective in limits.COLLECTIVES:
+        limit = limits.busbw_ceiling(
+            collective, cell["num_nodes"], cell["gpus_per_node"], min(rates, default=None), nvlink
+        )
+        if limit:
+            found[collective] = {"busbw_gb_per_s": limit.gb_per_s, "binds": limit.binds}
+    return found

@@ -1,0 +1,378 @@
+"""Test `torch`: collectives over torch.distributed, the same code on NCCL and gloo.
+
+Each collective is measured at sizes from `min_bytes` to `max_bytes`. The time of one operation is the
+slowest rank's, iteration by iteration; its median gives the bandwidths. Sizes and bandwidths follow
+nccl-tests (PERFORMANCE.md): algbw = size ÷ time, size being the larger of the two buffers, and busbw
+scales it by what the wires carry. Results are compared with exact integers, each rank's data its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from runner.cluster.limits import busbw_factor
+from runner.workloads.job import Events, Job
+
+if TYPE_CHECKING:
+    import torch
+
+# Longer than any operation takes, shorter than a person waits for a job that hangs.
+PATIENCE = timedelta(minutes=10)
+# Integers up to this are exact in the type, so sums do not depend on the order of the ranks.
+_EXACT = {"float32": 1 << 24, "bfloat16": 1 << 8, "float16": 1 << 11}
+# Odd moduli: a block that lands a power of two elements away from its place shows as wrong.
+_MODULI = (251, 127, 61, 31, 13, 7, 5, 3)
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place, and where its tensors live."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    far_rank: int  # first rank of the second node, or rank 1 where there is one node
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One collective at one size.
+
+    `reset` puts the buffers in their first state (the output poisoned), `run` is what is timed, and
+    afterwards `output` must equal `expected`. `round_trips` tells that `run` goes there and back.
+    """
+
+    collective: str
+    size_bytes: int
+    reset: Callable[[], object]
+    run: Callable[[], object]
+    output: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
+    round_trips: bool = False
+
+    def wrong_values(self) -> int:
+        """How many elements of this rank's output are not what they must be. NaN is wrong."""
+        if self.output is None or self.expected is None:
+            return 0
+        return int((self.output != self.expected).sum())
+
+
+def run(job: Job, events: Events) -> None:
+    """Measure every collective of `job.params` at every size; rank 0 emits the values."""
+    import torch
+    import torch.distributed as dist
+
+    if job.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    params = job.params
+    world = World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        dtype=getattr(torch, params["dtype"]),
+        far_rank=job.gpus_per_node if job.num_nodes > 1 else 1,
+    )
+    names = [name for name in params["collectives"] if world.size > 1 or name not in ("send_recv", "ping_pong")]
+    todo = schedule(names, message_sizes(params["min_bytes"], params["max_bytes"], params["factor"]), world)
+    for done, (name, share) in enumerate(todo):
+        events.progress(done, len(todo), name)
+        operation = _BUILDERS[name](world, share)
+        times_us, wrong = measure(operation, params["warmup"], params["iters"], world)
+        if world.rank == 0:
+            emit(events, operation, times_us, wrong, world.size, params["dtype"])
+        del operation  # its buffers go before those of the next are made
+    events.progress(len(todo), len(todo), "done")
+    # Only after success: with an operation outstanding on some rank it would wait for it.
+    dist.destroy_process_group()
+
+
+def message_sizes(min_bytes: int, max_bytes: int, factor: int) -> list[int]:
+    """min_bytes, ×factor, … and max_bytes itself."""
+    sizes = []
+    size = min_bytes
+    while size < max_bytes:
+        sizes.append(size)
+        size *= factor
+    return [*sizes, max_bytes]
+
+
+def schedule(collectives: Sequence[str], sizes: Sequence[int], world: World) -> list[tuple[str, int]]:
+    """(collective, elements of one rank's share) in the order of measuring.
+
+    A size is rounded down to whole elements, the same number for each rank where ranks have shares,
+    but never to none: with 8 ranks of float32, 8 bytes become 32. Operation.size_bytes is the truth.
+    """
+    todo = []
+    for name in collectives:
+        if name == "barrier":
+            todo.append((name, 0))
+            continue
+        ranks = world.size if name in ("all_gather", "reduce_scatter", "all_to_all") else 1
+        shares = [max(1, size // (ranks * world.dtype.itemsize)) for size in sizes]
+        todo += [(name, share) for share in dict.fromkeys(shares)]
+    return todo
+
+
+def pattern(world: World, rank: int, start: int, count: int) -> torch.Tensor:
+    """Elements [start, start + count) of what `rank` contributes: integers that differ by rank and place.
+
+    Small enough that their sum over all ranks is exact in `world.dtype`.
+    """
+    import torch
+
+    exact = _EXACT[str(world.dtype).removeprefix("torch.")]
+    modulus = next((m for m in _MODULI if (m - 1) * world.size <= exact), 2)
+    # 17 is no multiple of any modulus: neighbouring ranks always differ.
+    period = torch.arange(modulus, device=world.device).add_(start + 17 * rank).remainder_(modulus)
+    return period.to(world.dtype).repeat(-(-count // modulus))[:count]
+
+
+def _all_reduce(world: World, share: int) -> Operation:
+    import torch.distributed as dist
+
+    source = pattern(world, world.rank, 0, share)
+    expected = sum((pattern(world, rank, 0, share) for rank in range(1, world.size)), pattern(world, 0, 0, share))
+    buffer = source.clone()
+    return Operation(
+        "all_reduce",
+        buffer.nbytes,
+        reset=lambda: buffer.copy_(source),
+        run=lambda: dist.all_reduce(buffer),
+        output=buffer,
+        expected=expected,
+    )
+
+
+def _all_gather(world: World, share: int) -> Operation:
+    import torch
+    import torch.distributed as dist
+
+    # torch 2.13 gave it a new name and warns at the old one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    source = pattern(world, world.rank, 0, share)
+    output = torch.empty(share * world.size, dtype=world.dtype, device=world.device)
+    return Operation(
+        "all_gather",
+        output.nbytes,
+        reset=lambda: output.fill_(-1),
+        run=lambda: all_gather(output, source),
+        output=output,
+        expected=torch.cat([pattern(world, rank, 0, share) for rank in range(world.size)]),
+    )
+
+
+def _reduce_scatter(world: World, share: int) -> Operation:
+    import torch
+    import torch.distributed as dist
+
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    source = pattern(world, world.rank, 0, share * world.size)
+    output = torch.empty(share, dtype=world.dtype, device=world.device)
+    mine = world.rank * share
+    expected = sum((pattern(world, rank, mine, share) for rank in range(1, world.size)), pattern(world, 0, mine, share))
+    return Operation(
+        "reduce_scatter",
+        source.nbytes,
+        reset=lambda: output.fill_(-1),
+        run=lambda: reduce_scatter(output, source),
+        output=output,
+        expected=expected,
+    )
+
+
+def _all_to_all(world: World, share: int) -> Operation:
+    import torch
+    import torch.distributed as dist
+
+    source = pattern(world, world.rank, 0, share * world.size)
+    output = torch.empty_like(source)
+    mine = world.rank * share
+    return Operation(
+        "all_to_all",
+        source.nbytes,
+        reset=lambda: output.fill_(-1),
+        run=lambda: dist.all_to_all_single(output, source),
+        output=output,
+        expected=torch.cat([pattern(world, rank, mine, share) for rank in range(world.size)]),
+    )
+
+
+def _broadcast(world: World, share: int) -> Operation:
+    import torch.distributed as dist
+
+    expected = pattern(world, 0, 0, share)
+    buffer = expected.clone()
+    return Operation(
+        "broadcast",
+        buffer.nbytes,
+        reset=lambda: None if world.rank == 0 else buffer.fill_(-1),
+        run=lambda: dist.broadcast(buffer, src=0),
+        output=buffer,
+        expected=expected,
+    )
+
+
+def _send_recv(world: World, share: int) -> Operation:
+    """Every GPU sends to the same GPU of the next node and receives from that of the one before.
+
+    Between nodes that loads all NICs in both directions at once; a ring over neighbouring ranks, as in
+    nccl-tests, crosses each node's boundary with one flow, which one NIC carries. Inside one node it is
+    that ring.
+    """
+    import torch
+    import torch.distributed as dist
+
+    after, before = (world.rank + world.far_rank) % world.size, (world.rank - world.far_rank) % world.size
+    source = pattern(world, world.rank, 0, share)
+    output = torch.empty_like(source)
+
+    def exchange() -> None:
+        pair = [dist.P2POp(dist.isend, source, after), dist.P2POp(dist.irecv, output, before)]
+        for request in dist.batch_isend_irecv(pair):
+            request.wait()
+
+    return Operation(
+        "send_recv",
+        source.nbytes,
+        reset=lambda: output.fill_(-1),
+        run=exchange,
+        output=output,
+        expected=pattern(world, before, 0, share),
+    )
+
+
+def _ping_pong(world: World, share: int) -> Operation:
+    """Rank 0 sends to one rank on another node, which sends its own data back; other ranks look on."""
+    import torch
+    import torch.distributed as dist
+
+    ends = (0, world.far_rank)
+    mine = pattern(world, world.rank, 0, share)
+    theirs = torch.empty_like(mine)
+
+    def there_and_back() -> None:
+        if world.rank == ends[0]:
+            dist.send(mine, ends[1])
+            dist.recv(theirs, ends[1])
+        elif world.rank == ends[1]:
+            dist.recv(theirs, ends[0])
+            dist.send(mine, ends[0])
+
+    plays = world.rank in ends
+    return Operation(
+        "ping_pong",
+        mine.nbytes,
+        reset=lambda: theirs.fill_(-1),
+        run=there_and_back,
+        output=theirs if plays else None,
+        expected=pattern(world, ends[1] if world.rank == ends[0] else ends[0], 0, share) if plays else None,
+        round_trips=True,
+    )
+
+
+def _barrier(world: World, share: int) -> Operation:
+    import torch.distributed as dist
+
+    return Operation("barrier", 0, reset=lambda: None, run=dist.barrier)
+
+
+_BUILDERS: dict[str, Callable[[World, int], Operation]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "broadcast": _broadcast,
+    "send_recv": _send_recv,
+    "ping_pong": _ping_pong,
+    "barrier": _barrier,
+}
+
+
+def measure(operation: Operation, warmup: int, iters: int, world: World) -> tuple[list[float], int]:
+    """(µs of each iteration, slowest rank's; wrong elements over all ranks). Every rank gets the same.
+
+    The result is checked before and after timing, so that neither a first nor a settled fault hides.
+    """
+    import torch
+    import torch.distributed as dist
+
+    operation.reset()
+    operation.run()
+    wrong = operation.wrong_values()
+    for _ in range(warmup):
+        operation.reset()
+        operation.run()
+    dist.barrier()
+    on_gpu = world.device.type == "cuda" and operation.collective != "barrier"  # a barrier ends on the host
+    times_us = (_times_on_gpu if on_gpu else _times_on_host)(operation, iters)
+    wrong += operation.wrong_values()
+    # Exchanged only now: nothing but the operation itself runs between two iterations.
+    slowest = torch.tensor(times_us, dtype=torch.float64, device=world.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    wrong_everywhere = torch.tensor(wrong, dtype=torch.int64, device=world.device)
+    dist.all_reduce(wrong_everywhere)
+    legs = 2 if operation.round_trips else 1
+    return [us / legs for us in slowest.tolist()], int(wrong_everywhere)
+
+
+def _times_on_host(operation: Operation, iters: int) -> list[float]:
+    times = []
+    for _ in range(iters):
+        operation.reset()
+        started = time.perf_counter()
+        operation.run()
+        times.append((time.perf_counter() - started) * 1e6)
+    return times
+
+
+def _times_on_gpu(operation: Operation, iters: int) -> list[float]:
+    """By events on the stream: the host runs ahead, so that launching does not add to the time."""
+    import torch
+
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(iters)]
+    for before, after in pairs:
+        operation.reset()
+        before.record()
+        operation.run()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) * 1e3 for before, after in pairs]
+
+
+def emit(
+    events: Events, operation: Operation, times_us: Sequence[float], wrong: int, world_size: int, dtype: str
+) -> None:
+    context = {
+        "collective": operation.collective,
+        "size_bytes": operation.size_bytes,
+        "iters": len(times_us),
+        "dtype": dtype,
+    }
+    ordered = sorted(times_us)
+    events.value("latency_us_p50", _quantile(ordered, 0.5), **context)
+    events.value("latency_us_p99", _quantile(ordered, 0.99), **context)
+    if operation.collective == "barrier":
+        return
+    algbw = operation.size_bytes / (_quantile(ordered, 0.5) * 1e3)  # B per ns is GB/s
+    events.value("algbw_gb_per_s", algbw, **context)
+    events.value("busbw_gb_per_s", algbw * busbw_factor(operation.collective, world_size), **context)
+    events.value("wrong_values", wrong, **context)
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Linear between order statistics, as numpy's default."""
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

@@ -1,0 +1,342 @@
+"""Where training data comes from: rows as prompts and responses, and the tokenizer that reads them.
+
+Rows hold Alpaca's `instruction`, `input` and `output`, or chat `messages`; they come from the built-in
+set, from JSON, JSON-lines or Parquet files, or from the Hugging Face hub. Every fault of a file is one
+line that names the file, the row and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InfrastructureError, RunnerError, UsageError
+from runner.workloads.data import instructions
+
+BUILTIN_VOCAB_SIZE = 2048
+SUFFIXES = (".json", ".jsonl", ".parquet")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
+# Alpaca at a fixed commit, so that results of different months train on the same rows.
+_ALIASES = {"alpaca": "tatsu-lab/alpaca@dce01c9b08f87459cf36a430d809084718273017"}
+
+# The prompts that Stanford Alpaca was trained with.
+_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+_PREAMBLE_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+_ASK = "### Instruction:\n{}\n\n"
+_INPUT = "### Input:\n{}\n\n"
+_ANSWER = "### Response:"
+TEMPLATE = (_PREAMBLE, _PREAMBLE_INPUT, _ASK, _INPUT, _ANSWER)
+
+# One sample: (text, whether it is a response, hence in the loss) in the order in which it is read.
+Sample = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """Something with a digest that is loaded only when the cache lacks what is made from it."""
+
+    digest: str
+    load: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer and the ids of its special tokens; `bos` is None where models go without it."""
+
+    tokenizer: Any  # tokenizers.Tokenizer
+    eos: int
+    pad: int
+    bos: int | None = None
+
+
+# ---- sources ----
+
+
+def open_source(source: str, samples: int, seed: int) -> Content:
+    """What `workloads.data.prepare` calls a source; `load` gives a list of samples."""
+    if source == "builtin":
+        return Content(
+            f"builtin {instructions.VERSION} {samples} {seed}",
+            lambda: [_builtin_sample(row) for row in instructions.generate(samples, seed)],
+        )
+    source = _ALIASES.get(source, source)
+    path = Path(source)
+    if os.path.exists(source):  # unlike Path.exists, False for what cannot be a name of a file
+        files = _files(path)
+        return Content(_digest(files), lambda: [s for file in files for s in _samples_of_file(file)])
+    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
+        raise UsageError(
+            f"data source {source!r}: no such file or folder, nor a hub id; give one, 'alpaca' or 'builtin'"
+        )
+    repo, commit = _pinned("data set", source)
+    return Content(f"hub {repo} {commit}", lambda: _samples_of_hub(repo, commit))
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"{path}: data files end in {', '.join(SUFFIXES)}; rename or convert it")
+        return [path]
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    if not files:
+        raise UsageError(f"{path}: the folder has no {', '.join(SUFFIXES)} file")
+    return files
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """SHA-256 of names' endings and contents: the name itself changes nothing that is made of it."""
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                total.update(file.suffix.encode() + hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
+    return total.hexdigest()
+
+
+def _samples_of_file(file: Path) -> list[Sample]:
+    read = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[file.suffix]
+    samples = [_sample(row, f"{file}: {where}") for where, row in read(file)]
+    if not samples:
+        raise UsageError(f"{file}: no rows; give at least one")
+    return samples
+
+
+def _text(file: Path) -> str:
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{file}: line {line} is not UTF-8 (byte {error.start}); convert the file") from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    text = _text(file)
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; name it .jsonl if it has one object a line" if error.msg == "Extra data" else ""
+        raise UsageError(f"{file}: line {error.lineno} is not JSON: {error.msg}{hint}") from error
+    except RecursionError as error:
+        raise UsageError(f"{file}: nested too deep to be rows of data") from error
+    if not isinstance(rows, list):
+        raise UsageError(f"{file}: holds one {type(rows).__name__}; a .json file is one array of rows")
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    # not splitlines(): it also splits at U+2028 and others, which JSON allows inside strings
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deep")
+            raise UsageError(f"{file}: line {number} is not JSON: {reason}") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise UsageError(f"{file}: not readable as Parquet: {_first_line(error)}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+def _samples_of_hub(repo: str, commit: str) -> list[Sample]:
+    _ask_hub("data set", repo, commit)
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(repo, revision=commit, split="train")
+    except Exception as error:
+        raise _hub_error("data set", repo, error) from error
+    return [_sample(row, f"{repo}: row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _pinned(kind: str, source: str) -> tuple[str, str]:
+    """The repository and commit of `id` or `id@revision`; the hub is asked unless it is a full commit."""
+    repo, _, revision = source.partition("@")
+    return repo, revision if _COMMIT.fullmatch(revision) else _ask_hub(kind, repo, revision or None)
+
+
+def _ask_hub(kind: str, repo: str, revision: str | None) -> str:
+    """The commit of a revision. One request, since the loaders spend a minute on retries without a network."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE and revision and _COMMIT.fullmatch(revision):
+        return revision  # the loaders find it in their own cache, or say that they do not
+    try:
+        ask = HfApi().dataset_info if kind == "data set" else HfApi().model_info
+        return str(ask(repo, revision=revision, timeout=20).sha)
+    except Exception as error:
+        raise _hub_error(kind, repo, error) from error
+
+
+def _hub_error(kind: str, repo: str, error: Exception) -> RunnerError:
+    """The hub's libraries raise dozens of types; a user needs to know only whether it answered."""
+    instead = "give a local file or folder, or use 'builtin'"
+    link: BaseException | None = error
+    while link is not None:
+        # by name: which HTTP library lies beneath, and its types, differ between releases
+        if re.search("Connect|Timeout|Offline|LocalEntryNotFound", type(link).__name__):
+            return InfrastructureError(f"{kind} {repo!r}: the Hugging Face hub does not answer; {instead}")
+        link = link.__cause__ or link.__context__
+    return UsageError(f"{kind} {repo!r}: {_first_line(error)}; {instead}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
+
+
+def _sample(row: Any, where: str) -> Sample:
+    """The prompts and responses of one row; `where` names it in errors."""
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} is a {type(row).__name__}; it must be an object")
+    if row.get("messages") is not None:
+        return _chat(row["messages"], where)
+    if "instruction" not in row or "output" not in row:
+        raise UsageError(
+            f"{where} has the fields {', '.join(map(str, row)) or '(none)'}; "
+            "it needs instruction and output (input is optional), or messages"
+        )
+    ask, context, answer = (_string(row.get(name), where, name) for name in ("instruction", "input", "output"))
+    if not ask.strip():
+        raise UsageError(f"{where} has an empty instruction")
+    return [((_PREAMBLE_INPUT if context else _PREAMBLE) + _prompt(ask, context), False), (answer, True)]
+
+
+def _builtin_sample(row: instructions.Row) -> Sample:
+    """Without Alpaca's preamble, which is half of a short sample: a tiny model has better things to read."""
+    return [(_prompt(row["instruction"], row["input"]), False), (row["output"], True)]
+
+
+def _prompt(ask: str, context: str = "") -> str:
+    return _ASK.format(ask) + (_INPUT.format(context) if context else "") + _ANSWER
+
+
+def _chat(messages: Any, where: str) -> Sample:
+    """Alpaca's headings for any number of turns; a system message stands where Alpaca has its preamble."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UsageError(f"{where}: messages must be a list of objects with role and content")
+    sample: Sample = []
+    for number, message in enumerate(messages, 1):
+        role, content = message.get("role"), _string(message.get("content"), where, f"message {number}'s content")
+        if role == "assistant":
+            sample.append((content, True))
+        elif role == "user":
+            lead = "\n\n" if sample and sample[-1][1] else ""
+            sample.append((lead + _prompt(content), False))
+        elif role == "system":
+            sample.append((content + "\n\n", False))
+        else:
+            raise UsageError(f"{where}: message {number} has the role {role!r}; use system, user or assistant")
+    if not any(in_loss for _, in_loss in sample):
+        raise UsageError(f"{where}: messages hold no assistant's turn, so there is nothing to learn")
+    return sample
+
+
+def _string(value: Any, where: str, name: str) -> str:
+    if value is None and name == "input":
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: {name} is {'missing' if value is None else type(value).__name__}; it must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
+        raise UsageError(f"{where}: {name} has a character that is not Unicode at position {error.start}") from error
+    return value
+
+
+# ---- tokenizers ----
+
+
+def open_tokenizer(tokenizer: str | None) -> Content:
+    """A Hugging Face folder or id, or the built-in tokenizer; `load` gives `Tokens`."""
+    if tokenizer is None or tokenizer == "builtin":
+        return Content(f"builtin {instructions.VERSION} {BUILTIN_VOCAB_SIZE}", _builtin_tokens)
+    folder = Path(tokenizer)
+    if folder.is_file():
+        folder = folder.parent
+    if folder.is_dir():
+        names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+        files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+        if not files:
+            raise UsageError(
+                f"tokenizer {tokenizer!r}: the folder has no tokenizer.json; give one that has, or a hub id"
+            )
+        return Content(_digest(files), lambda: _huggingface_tokens(str(folder)))
+    if not _HUB_ID.fullmatch(tokenizer):
+        raise UsageError(f"tokenizer {tokenizer!r}: no such folder, nor a hub id; give one, or 'builtin'")
+    repo, commit = _pinned("tokenizer", tokenizer)
+    return Content(f"hub {repo} {commit}", lambda: _huggingface_tokens(repo, commit))
+
+
+@functools.cache
+def _builtin_tokens() -> Tokens:
+    """A byte-level BPE trained on fixed rows, so every seed and length has the same vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # single digits: arithmetic is learnable, and the vocabulary is not spent on numbers
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BUILTIN_VOCAB_SIZE,
+        special_tokens=["<|pad|>", "<|eos|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    rows = instructions.generate(4096, seed=0)
+    texts = (text for row in rows for text, _ in _builtin_sample(row))
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokens(tokenizer, pad=0, eos=1)
+
+
+def _huggingface_tokens(name: str, commit: str | None = None) -> Tokens:
+    """From a hub id at a commit, or from a folder."""
+    if commit:
+        _ask_hub("tokenizer", name, commit)
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, revision=commit or "main")
+    except Exception as error:
+        raise _hub_error("tokenizer", name, error) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None or loaded.eos_token_id is None:
+        lacks = "an end-of-sequence token" if backend is not None else "a tokenizer.json"
+        raise UsageError(f"tokenizer {name!r} lacks {lacks}; use another, or 'builtin'")
+    backend.no_truncation()
+    backend.no_padding()
+    pad = loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id
+    return Tokens(backend, eos=loaded.eos_token_id, pad=pad, bos=loaded.bos_token_id)

@@ -1,0 +1,85 @@
+"""What a cell asks of its ranks, and the events with which they answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one cell asks of its ranks.
+
+    `params` are the test's settings (configs/tests/<test>.yaml after `--set`); `model` is the
+    architecture of configs/models/<model>.yaml; `env` holds NCCL_*, GLOO_* and the like, set before
+    torch is imported.
+    """
+
+    run_id: str
+    cell: str
+    test: str
+    num_nodes: int
+    gpus_per_node: int
+    world_size: int
+    device: str  # "cuda" or "cpu"
+    seed: int
+    params: Mapping[str, Any]
+    model: Mapping[str, Any] | None = None
+    weights: str | None = None  # Hugging Face id or path; None: random initial weights
+    deepspeed: Mapping[str, Any] | None = None  # a complete DeepSpeed configuration
+    data: str | None = None  # folder that `workloads.data` prepared
+    hardware: Mapping[str, Any] | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def comm_backend(self) -> str:
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    @classmethod
+    def load(cls, cell_dir: Path) -> Job:
+        return cls(**json.loads((cell_dir / "job.json").read_text()))
+
+
+class Events:
+    """Appends one JSON object a line to `rank<K>.jsonl`; flushed so that a killed rank loses nothing.
+
+    `start` and `end` bracket a rank's work: a file without `end` is incomplete, never zero.
+    """
+
+    def __init__(self, cell_dir: Path, rank: int) -> None:
+        self.rank = rank
+        self._file = open(cell_dir / f"rank{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        line = {"event": event, "rank": self.rank, "time_s": round(time.time(), 6), **fields}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def start(self, **fields: Any) -> None:
+        self("start", **fields)
+
+    def progress(self, done: int, total: int, phase: str) -> None:
+        """`done` of `total` units of work of this cell; written by rank 0 alone."""
+        if self.rank == 0:
+            self("progress", done=done, total=total, phase=phase)
+
+    def value(self, metric: str, value: float, **context: Any) -> None:
+        """A measured value; the metric's name carries its unit (`busbw_gb_per_s`)."""
+        self("value", metric=metric, value=value, context=context)
+
+    def end(self) -> None:
+        self("end")
+        self._file.close()
+
+
+def rank_from_env() -> int:
+    """RANK, as torchrun and DeepSpeed set it."""
+    try:
+        return int(os.environ["RANK"])
+    except (KeyError, ValueError):
+        sys.exit("RANK is not set: start workloads with torchrun or deepspeed, not by hand")

@@ -1,0 +1,1 @@
+"""Test `sft`: DeepSpeed supervised fine-tuning of a decoder."""

@@ -1,0 +1,92 @@
+"""Prepared sequences as ranks read them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.errors import UsageError
+from runner.workloads.data import IGNORED
+from runner.workloads.job import Job
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of a rank, int32 arrays [micro_batch, seq_len], and what it counts for."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    tokens: int  # real ones, without padding
+
+    @property
+    def loss_tokens(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """int32 [segments + 1]: where segments begin and end in the flattened batch; attention crosses none."""
+        import numpy as np
+
+        starts = (self.position_ids.reshape(-1) == 0).nonzero()[0]
+        return np.append(starts, self.position_ids.size).astype(np.int32)
+
+
+class PackedData:
+    """The sequences of a prepared folder, read through mmap: ranks of a node share the pages."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+
+        try:
+            self.manifest = json.loads((folder / "manifest.json").read_text())
+            arrays = ("input_ids", "labels", "position_ids", "n_tokens")
+            self._ids, self._labels, self._positions, self._tokens = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in arrays
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"no prepared data in {folder} ({error}); make it with `runner data prepare`") from None
+        self.count, self.seq_len = self._ids.shape
+
+    def check(self, job: Job) -> None:
+        """Raise UsageError where these sequences cannot feed the job's model."""
+        model = job.model or {}
+        asked = job.params.get("seq_len") or self.seq_len
+        if asked != self.seq_len:
+            raise UsageError(f"data is packed to {self.seq_len} tokens, the job asks for {asked}; prepare it again")
+        if self.seq_len > model["max_seq_len"]:
+            raise UsageError(
+                f"sequences of {self.seq_len} tokens, but {model['name']} takes {model['max_seq_len']}: "
+                f"lower sft.seq_len"
+            )
+        if self.manifest["vocab_size"] > model["vocab_size"]:
+            raise UsageError(
+                f"the data's tokenizer has {self.manifest['vocab_size']} tokens, {model['name']} embeds "
+                f"{model['vocab_size']}: prepare the data with the model's tokenizer"
+            )
+
+    def read(self, first: int, count: int, seed: int) -> Batch:
+        """Sequences [first, first + count) of the endless shuffled stream that all ranks share."""
+        rows = [place(first + i, self.count, seed) for i in range(count)]
+        return Batch(self._ids[rows], self._labels[rows], self._positions[rows], tokens=int(self._tokens[rows].sum()))
+
+
+def place(position: int, count: int, seed: int) -> int:
+    """The sequence at `position` of the stream: each epoch holds every sequence once, in an order of its own."""
+    epoch, within = divmod(position, count)
+    return int(_order(count, seed, epoch)[within])
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    import numpy as np
+
+    # A stream of its own: the data was shuffled with default_rng(seed), and default_rng([seed, 0]) is the
+    # same generator, which would put the sequences back into the order they were packed in.
+    return np.random.default_rng([0x5F7, seed, epoch]).permutation(count)

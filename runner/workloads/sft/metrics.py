@@ -1,0 +1,106 @@
+"""From the records of one `sft` cell to its metrics. Pure; docs/metrics.md has the formulas."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.cluster import limits
+from runner.results.records import Record
+from runner.results.statistics import quantile, spread
+
+ONCE_METRICS = (  # reported once, by rank 0
+    "setup_time_s",
+    "time_to_first_step_s",
+    "packing_utilisation_pct",
+    "model_parameters",
+    "model_parameters_non_embedding",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of an sft cell. `time_s` is of the slowest rank: all wait for it.
+
+    `tokens`, `loss_tokens` and `positions` are sums over ranks; `host_time_s` is each host's slowest rank.
+    """
+
+    index: int
+    measured: bool
+    time_s: float
+    tokens: float
+    loss_tokens: float
+    positions: float
+    loss: float | None = None
+    host_time_s: Mapping[str, float] = field(default_factory=dict)
+
+
+def steps(records: Iterable[Record], world_size: int) -> list[Step]:
+    """The complete steps of one sft cell in order. A step that lacks a rank's time is left out, not guessed."""
+    found: dict[int, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if "step" in record.context and record.rank is not None:
+            found[record.context["step"]][record.metric][record.rank] = record
+    result = []
+    for index, metrics in sorted(found.items()):
+        times = metrics["step_time_s"]
+        if len(times) != world_size:
+            continue
+        host_time: dict[str, float] = {}
+        for record in times.values():
+            host = record.host or "?"
+            host_time[host] = max(record.value, host_time.get(host, 0.0))
+        losses = [record.value for record in metrics["loss"].values()]
+        result.append(
+            Step(
+                index=index,
+                measured=all(record.context.get("measured", True) for record in times.values()),
+                time_s=max(host_time.values()),
+                tokens=sum(record.value for record in metrics["tokens"].values()),
+                loss_tokens=sum(record.value for record in metrics["loss_tokens"].values()),
+                positions=sum(record.value for record in metrics["positions"].values()),
+                loss=losses[0] if losses else None,
+                host_time_s=dict(sorted(host_time.items())),
+            )
+        )
+    return result
+
+
+def summarise(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    every = steps(records, cell["world_size"])
+    measured = [step for step in every if step.measured]
+    if measured:
+        times = [step.time_s for step in measured]
+        total_s = sum(times)
+        processed = sum(step.tokens for step in measured) / total_s
+        metrics["tokens_per_s"] = sum(step.loss_tokens for step in measured) / total_s
+        metrics["tokens_per_s_per_gpu"] = metrics["tokens_per_s"] / cell["world_size"]
+        metrics["processed_tokens_per_s"] = processed
+        metrics["processed_tokens_per_s_per_gpu"] = processed / cell["world_size"]
+        metrics["step_time_s_p50"] = statistics.median(times)
+        metrics["step_time_s_p95"] = quantile(times, 0.95)
+        metrics["step_time_s_mad"] = spread(times)
+        metrics["steps_measured"] = len(measured)
+    losses = [step.loss for step in every if step.loss is not None]
+    if losses:
+        metrics["loss_first"], metrics["loss_last"] = losses[0], losses[-1]
+    for name in ONCE_METRICS:
+        values = [record.value for record in records if record.metric == name]
+        if values:
+            metrics[name] = max(values)
+    memory = [record.value for record in records if record.metric == "peak_memory_gib"]
+    if memory:
+        metrics["peak_memory_gib"] = max(memory)
+    peak = plan.get("hardware", {}).get("bf16_peak_tflop_per_s")
+    model = plan.get("models", {}).get(cell.get("model"))
+    if peak and model and measured and cell["device"] != "cpu":
+        # Attention does not cross samples: its length is a sample's, not the packed sequence's. Where ranks
+        # do not report it, attention counts as nothing, so that the figure is never flattered.
+        lengths = [record.value for record in records if record.metric == "sample_tokens_mean"]
+        flop = limits.flops_per_token(model, round(lengths[0]) if lengths else 0)
+        metrics["mfu"] = limits.mfu(metrics["processed_tokens_per_s"], flop, cell["world_size"], peak)
+    return metrics

@@ -1,0 +1,86 @@
+"""The model of test `sft`, and what its forward pass takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UsageError
+from runner.workloads.sft.data import Batch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+def build_model(model: Mapping[str, Any], *, attention: str, dtype: torch.dtype, weights: str | None = None) -> Any:
+    """A LlamaForCausalLM of a configs/models/ architecture: random weights, or those of `weights`.
+
+    Under ZeRO-3 (an HfDeepSpeedConfig is alive) each parameter is divided among the ranks as soon as it
+    exists, so no rank ever holds the whole model.
+
+    Raises UsageError when `weights` cannot be read or are not of this architecture.
+    """
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    expected = {
+        "hidden_size": model["hidden_size"],
+        "intermediate_size": model["intermediate_size"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_kv_heads"],
+        "vocab_size": model["vocab_size"],
+        "tie_word_embeddings": model["tie_embeddings"],
+    }
+    if weights is None:
+        config = LlamaConfig(
+            **expected,
+            max_position_embeddings=model["max_seq_len"],
+            rms_norm_eps=model["rms_norm_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
+        )
+        return LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
+    try:
+        config = LlamaConfig.from_pretrained(weights)
+    except OSError as error:
+        raise UsageError(f"cannot read weights {weights!r}: {str(error).splitlines()[0]}") from error
+    if config.model_type != "llama":
+        raise UsageError(f"weights {weights!r} are of type {config.model_type!r}, test sft trains Llama architectures")
+    for field, value in expected.items():
+        if getattr(config, field) != value:
+            raise UsageError(
+                f"weights {weights!r} have {field} {getattr(config, field)}, model {model['name']} says {value}: "
+                f"choose the --model that matches"
+            )
+    return LlamaForCausalLM.from_pretrained(weights, config=config, attn_implementation=attention, dtype=dtype)
+
+
+def inputs(batch: Batch, *, flash: bool, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the model's forward pass.
+
+    Position ids that restart at 0 tell transformers where samples begin; without an attention mask it
+    then masks across them itself. FlashAttention wants one long row with the boundaries instead: given
+    here, it need not find them again in every layer, which would wait for the GPU each time.
+    """
+    import torch
+
+    shape = (1, -1) if flash else batch.input_ids.shape
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        # Embedding and loss take 64-bit indices.
+        return torch.from_numpy(array.reshape(shape)).to(device, torch.int64, non_blocking=True)
+
+    arguments: dict[str, Any] = {
+        "input_ids": on_device(batch.input_ids),
+        "labels": on_device(batch.labels),
+        "position_ids": on_device(batch.position_ids),
+        "use_cache": False,
+    }
+    if flash:
+        bounds = batch.bounds
+        longest = int((bounds[1:] - bounds[:-1]).max())
+        on_gpu = torch.from_numpy(bounds).to(device, non_blocking=True)
+        arguments |= {"cu_seq_lens_q": on_gpu, "cu_seq_lens_k": on_gpu}
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    return arguments

@@ -1,0 +1,190 @@
+"""Test `sft`: supervised fine-tuning of Llama architectures with DeepSpeed, on GPUs or CPUs.
+
+A step is one optimizer step: all of its micro-batches, from reading the data to the updated weights,
+timed on every rank between two synchronisations with the device. The loss is the mean over all
+loss-bearing tokens of the global batch, whatever the split into ranks and micro-batches, because
+every micro-batch's sum is divided by the same count.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UsageError
+from runner.workloads.job import Events, Job
+from runner.workloads.sft.data import PackedData
+from runner.workloads.sft.model import build_model, inputs
+from runner.workloads.sft.resolve import Settings, resolve
+
+if TYPE_CHECKING:
+    pass
+
+GIB = 1 << 30
+# The first collective of a rank waits for the slowest rank to read its weights.
+PATIENCE = timedelta(minutes=10)
+
+
+def run(job: Job, events: Events) -> None:
+    """Train `warmup_steps` and then `steps` optimizer steps; every rank emits each step's values."""
+    settings = resolve(job)
+    data = PackedData(Path(job.data or ""))
+    data.check(job)
+    # DeepSpeed would search for accelerators, and say so.
+    os.environ.setdefault("DS_ACCELERATOR", job.device)
+    if not job.params.get("compile", False):
+        # DeepSpeed decorates an optimizer that is not used here, which imports the whole compiler (1.3 s).
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    total_steps = settings.warmup_steps + settings.steps
+    events.progress(0, total_steps, "loading")
+
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls torch by names that torch 2.13 has renamed: nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if job.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # A faster all-reduce between ranks of one node, compiled on first use; nodes have no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=job.comm_backend, timeout=PATIENCE, verbose=False)
+    try:
+        engine, counts = _engine(job, settings)
+        _train(job, settings, data, engine, counts, events)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UsageError(
+            f"out of GPU memory with {settings.micro_batch} × {data.seq_len} tokens a micro-batch on "
+            f"{job.world_size} GPUs: lower sft.micro_batch (and raise sft.gradient_accumulation) or sft.seq_len, "
+            f"use more nodes, or a DeepSpeed configuration that offloads ({str(error).splitlines()[0]})"
+        ) from error
+    # Only after success: after a failure it could wait for ranks that never come.
+    dist.destroy_process_group()
+
+
+def _engine(job: Job, settings: Settings) -> tuple[Any, dict[str, int]]:
+    """(DeepSpeed's engine around the model and its optimizer, parameter counts)."""
+    import deepspeed
+    import torch
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.manual_seed(job.seed)
+    config = dict(settings.deepspeed)
+    alive = HfDeepSpeedConfig(config)  # transformers looks for it, weakly, to build under ZeRO-3
+    if settings.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = build_model(
+        job.model or {}, attention=settings.attention, dtype=getattr(torch, settings.dtype), weights=job.weights
+    )
+    del alive
+    if job.params.get("activation_checkpointing", True):
+        # DeepSpeed's own, so that the configuration's section of that name holds.
+        deepspeed.checkpointing.configure(None, deepspeed_config=config)
+        model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
+    model.train()
+    size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    total = sum(size.values())
+    tied = model.config.tie_word_embeddings
+    embedding = model.get_input_embeddings().weight
+    counts = {
+        "model_parameters": total,
+        # A tied table is the output projection too, a matrix product like any other.
+        "model_parameters_non_embedding": total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel())),
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    if job.params.get("compile", False):
+        engine.compile()
+    return engine, counts
+
+
+def _train(
+    job: Job, settings: Settings, data: PackedData, engine: Any, counts: Mapping[str, int], events: Events
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    micro, accumulation = settings.micro_batch, settings.gradient_accumulation
+    flash = settings.attention == "flash_attention_2"
+    on_gpu = job.device == "cuda"
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    total_steps = settings.warmup_steps + settings.steps
+    squares = lengths = 0
+
+    for step in range(total_steps):
+        if step == 0:
+            setup_time_s = process_age_s()
+        synchronize()
+        started = time.perf_counter()
+        started_s = round(time.time(), 3)
+        first = step * accumulation * world * micro
+        batches = [data.read(first + (k * world + rank) * micro, micro, job.seed) for k in range(accumulation)]
+        loss_tokens = sum(batch.loss_tokens for batch in batches)
+        # DeepSpeed averages gradients over ranks and micro-batches: with this divisor that is a mean over tokens.
+        share = torch.tensor(float(loss_tokens), device=engine.device)
+        dist.all_reduce(share)
+        share /= accumulation * world
+        loss_sum = torch.zeros((), device=engine.device)
+        for batch in batches:
+            arguments = inputs(batch, flash=flash, device=engine.device)
+            loss = engine(**arguments, num_items_in_batch=share).loss
+            engine.backward(loss)
+            engine.step()
+            loss_sum += loss.detach()
+        synchronize()
+        step_time_s = time.perf_counter() - started
+        if step == 0:
+            time_to_first_step_s = process_age_s()
+
+        dist.all_reduce(loss_sum)
+        mean_loss = float(loss_sum) / (accumulation * world)
+        if not math.isfinite(mean_loss):
+            raise UsageError(f"the loss of step {step} is {mean_loss}: training diverged; lower sft.lr")
+        context = {"step": step, "measured": step >= settings.warmup_steps}
+        # When it was: telemetry counts only while a measured step ran.
+        events.value("step_time_s", step_time_s, **context, started_s=started_s)
+        events.value("tokens", sum(batch.tokens for batch in batches), **context)
+        events.value("loss_tokens", loss_tokens, **context)
+        events.value("positions", sum(batch.input_ids.size for batch in batches), **context)
+        if rank == 0:
+            events.value("loss", mean_loss, **context)
+            for batch in batches:
+                spans = (batch.bounds[1:] - batch.bounds[:-1]).astype("int64")
+                squares += int((spans**2).sum())
+                lengths += int(spans.sum())
+        events.progress(step + 1, total_steps, "training" if context["measured"] else "warm-up")
+
+    events.value("peak_memory_gib", (torch.cuda.max_memory_allocated() if on_gpu else peak_rss_bytes()) / GIB)
+    if rank == 0:
+        events.value("setup_time_s", setup_time_s)
+        events.value("time_to_first_step_s", time_to_first_step_s)
+        for metric, value in counts.items():
+            events.value(metric, value)
+        events.value("packing_utilisation_pct", data.manifest["packing_utilisation_pct"])
+        # The mean over tokens, not over samples: the length of the attention that the average token takes part in.
+        events.value("sample_tokens_mean", squares / lengths)
+
+
+def process_age_s() -> float:
+    """Seconds since the kernel started this process: the interpreter's start and all imports included."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started_s = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+
+
+def peak_rss_bytes() -> int:
+    """This process's largest resident memory. getrusage would count what its parent had before exec."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,88 @@
+"""What the settings of test `sft` come to on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UsageError
+from runner.workloads.job import Job
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a job asks for, resolved and found possible on its device."""
+
+    steps: int
+    warmup_steps: int
+    micro_batch: int
+    gradient_accumulation: int
+    attention: str  # "sdpa", "eager" or "flash_attention_2"
+    liger: bool
+    dtype: str  # a name in torch
+    deepspeed: Mapping[str, Any]
+
+
+def resolve(job: Job) -> Settings:
+    """Settings of `job`; raises UsageError for what its device or its DeepSpeed configuration cannot do."""
+    params, config = job.params, job.deepspeed
+    if job.model is None or config is None or job.data is None:
+        raise UsageError("test sft needs a model, a DeepSpeed configuration and prepared data")
+    if left := list(unresolved(config)):
+        raise UsageError(f'DeepSpeed configuration: {", ".join(left)} is still "auto"; give a value')
+    try:
+        micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+        total = config["train_batch_size"]
+    except KeyError as error:
+        raise UsageError(f"DeepSpeed configuration: {error.args[0]} is missing") from None
+    if micro * accumulation * job.world_size != total:
+        raise UsageError(
+            f"DeepSpeed configuration: train_batch_size {total} is not micro-batch {micro} × accumulation "
+            f"{accumulation} × {job.world_size} ranks = {micro * accumulation * job.world_size}"
+        )
+    if params.get("lr") is not None and "optimizer" in config:
+        optimizer = config["optimizer"]
+        config = {**config, "optimizer": {**optimizer, "params": {**optimizer.get("params", {}), "lr": params["lr"]}}}
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    return Settings(
+        steps=params["steps"],
+        warmup_steps=params["warmup_steps"],
+        micro_batch=micro,
+        gradient_accumulation=accumulation,
+        attention=_attention(params.get("attention", "auto"), job.device),
+        liger=_liger(str(params.get("liger", "auto")).lower(), job.device),
+        dtype=next((dtypes[key] for key in dtypes if config.get(key, {}).get("enabled")), "float32"),
+        deepspeed=config,
+    )
+
+
+def unresolved(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is still "auto"."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from unresolved(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield prefix + key
+
+
+def _attention(asked: str, device: str) -> str:
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if asked == "auto":
+        return "flash_attention_2" if device == "cuda" and installed else "sdpa"
+    if asked == "flash_attention_2" and not (device == "cuda" and installed):
+        need = "the package flash-attn, which is not installed" if device == "cuda" else "a GPU"
+        raise UsageError(f"sft.attention=flash_attention_2 needs {need}; sdpa works everywhere")
+    return asked
+
+
+def _liger(asked: str, device: str) -> bool:
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if asked == "true" and not (device == "cuda" and installed):
+        need = "the package liger-kernel, which is not installed" if device == "cuda" else "a GPU"
+        raise UsageError(f"sft.liger=true needs {need}; leave it on auto")
+    return asked != "false" and device == "cuda" and installed

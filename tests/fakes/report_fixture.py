@@ -1,0 +1,325 @@
+"""Synthetic runs for tests and pictures. The numbers are invented, after published ones; none was measured.
+
+`healthy()` is a 1, 2, 4, 8-node sweep of the real cluster, `testbed()` eight containers on one kernel, and
+`broken()` a cluster with a dead cell, wrong results, a slow scaling and an odd driver on one node.
+`python tests/fakes/report_fixture.py DIR` writes the three reports.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.cluster.limits import busbw_factor
+from runner.results.records import Record
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = [f"fukushimadc-02-hgx-{n:04d}" for n in (1, 2, 3, 4, 5, 6, 7, 9)]
+GIB = 2**30
+
+
+@dataclass
+class Fixture:
+    plan: dict[str, Any]
+    status: dict[str, Any]
+    records: list[Record]
+    facts: dict[str, dict[str, Any]]
+    telemetry: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.plan, self.status, self.records, self.facts, self.telemetry
+
+
+def _yaml(kind: str, name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text())
+
+
+def plan(*, model: str, hardware: str, counts: tuple[int, ...], repeats: int, gpus: int, device: str) -> dict[str, Any]:
+    nodes = [
+        {
+            "name": name,
+            "alias": f"node{index:03d}",
+            "address": f"10.2.201.{index}",
+            "gpus": gpus,
+            "nics": 2 if device == "cuda" else 1,
+            "nic_gbit_per_s": 400.0 if device == "cuda" else None,
+        }
+        for index, name in enumerate(NAMES, start=1)
+    ][: max(counts)]
+    cells = [
+        {
+            "id": f"{test}-{model}-{n}n-r{repeat}" if test == "sft" else f"{test}-{n}n-r{repeat}",
+            "test": test,
+            "model": model if test == "sft" else None,
+            "num_nodes": n,
+            "repeat": repeat,
+            "hosts": NAMES[:n],
+            "gpus_per_node": gpus,
+            "world_size": n * gpus,
+            "device": device,
+            "params": {"steps": 12, "warmup_steps": 2},
+            "batch": {"global_batch": 16 * n * gpus, "micro_batch": 1, "gradient_accumulation": 16},
+        }
+        for test in ("torch", "sft")
+        for n in counts
+        for repeat in range(1, repeats + 1)
+    ]
+    kind = "testbed" if device == "cpu" else "fukushimadc-02"
+    command = f"runner bench -i inventory/{kind} --sweep {','.join(map(str, counts))} --model {model}"
+    return {
+        "schema": 1,
+        "run_id": "20261121-040506-synthetic",
+        "created": "2026-11-21T04:05:06Z",
+        "version": "0.1.0",
+        "command": f"{command} --repeats {repeats}",
+        "inventory": f"inventory/{kind}",
+        "backend": "ssh",
+        "engine": "torchrun",
+        "scaling": "weak",
+        "seed": 0,
+        "nodes": nodes,
+        "hardware": {**_yaml("hardware", hardware), "name": hardware},
+        "models": {model: _yaml("models", model)},
+        "targets": _yaml("targets", "default")["targets"],
+        "cells": cells,
+        "passed_over": [],
+    }
+
+
+def status(plan: dict[str, Any]) -> dict[str, Any]:
+    cells = {
+        cell["id"]: {"state": "complete", "started": plan["created"], "ended": plan["created"], "error": None}
+        for cell in plan["cells"]
+    }
+    return {"schema": 1, "run_id": plan["run_id"], "state": "complete", "cells": cells}
+
+
+def facts(plan: dict[str, Any], *, one_kernel: bool) -> dict[str, dict[str, Any]]:
+    gpu = plan["cells"][0]["device"] == "cuda"
+    gpus = (
+        [{"index": i, "name": "NVIDIA H200", "memory_gib": 140.4, "uuid": f"GPU-{i}"} for i in range(8)] if gpu else []
+    )
+    fabric = [("ens1f0np0", 400_000, 9000, "mlx5_core"), ("ens2f0np0", 400_000, 9000, "mlx5_core")]
+    nics = fabric if gpu else [("eth0", 10_000, 1500, "veth")]
+    per_host = {
+        node["name"]: {
+            "hostname": node["name"],
+            "kernel": "6.8.0-60-generic",
+            "boot_id": "one-kernel" if one_kernel else f"boot-{node['name']}",
+            "os": "Ubuntu 24.04.2 LTS" if gpu else "Debian GNU/Linux 12 (bookworm)",
+            "cpu": {"model": "Intel(R) Xeon(R) Platinum 8558", "cores": 192 if gpu else 2},
+            "memory_gib": 2015.3 if gpu else 23.4,
+            "driver": "570.124.06" if gpu else None,
+            "cuda": "12.8" if gpu else None,
+            "nccl": "2.26.2" if gpu else None,
+            "python": "3.11.7",
+            "packages": {
+                "torch": "2.13.0" if gpu else "2.13.0+cpu",
+                "deepspeed": "0.19.8",
+                "transformers": "5.23.0",
+                "accelerate": "1.15.0",
+                "shakedown": "0.1.0",
+            },
+            "gpus": gpus,
+            "nics": [
+                {"name": name, "speed_mbit_per_s": speed, "mtu": mtu, "driver": driver, "address": [node["address"]]}
+                for name, speed, mtu, driver in nics
+            ],
+            "env": {"NCCL_IB_TC": "106", "NCCL_IB_HCA": "mlx5_0,mlx5_1"} if gpu else {"GLOO_SOCKET_IFNAME": "eth0"},
+        }
+        for node in plan["nodes"]
+    }
+    return {cell["id"]: {host: dict(per_host[host]) for host in cell["hosts"]} for cell in plan["cells"]}
+
+
+def _record(plan: dict[str, Any], cell: dict[str, Any], metric: str, value: float, rank: int, **context: Any) -> Record:
+    keys = ("test", "model", "num_nodes", "world_size", "repeat")
+    return Record(
+        run_id=plan["run_id"],
+        cell=cell["id"],
+        metric=metric,
+        value=value,
+        host=cell["hosts"][rank // cell["gpus_per_node"]],
+        rank=rank,
+        context=context,
+        **{key: cell[key] for key in keys},
+    )
+
+
+def torch_records(
+    plan: dict[str, Any], cell: dict[str, Any], peaks: dict[str, float], latency_us: float
+) -> Iterator[Record]:
+    """busbw that approaches its peak with size: time = latency + bytes ÷ peak."""
+    rng = random.Random(f"{cell['id']}")
+    world = cell["world_size"]
+    top = 33 if cell["device"] == "cuda" else 20
+    for collective, peak in {**peaks, "barrier": 0.0}.items():
+        if world == 1 and collective in ("send_recv", "ping_pong"):
+            continue
+        for exponent in [0] if collective == "barrier" else [*range(3, top, 3), top]:
+            size = 0 if collective == "barrier" else 2**exponent
+            factor = 1.0 if collective == "barrier" else busbw_factor(collective, world)
+            latency = latency_us * (1.0 if collective == "ping_pong" else 1.7) * rng.uniform(0.97, 1.05)
+            wire_us = size * factor / (peak * 1e3) if peak else 0.0
+            time_us = latency + wire_us
+            context = {"collective": collective, "size_bytes": size, "iters": 20, "dtype": "float32"}
+            yield _record(plan, cell, "latency_us_p50", time_us, 0, **context)
+            yield _record(plan, cell, "latency_us_p99", time_us * rng.uniform(1.1, 1.4), 0, **context)
+            if collective != "barrier":
+                algbw = size / (time_us * 1e3)
+                yield _record(plan, cell, "algbw_gb_per_s", algbw, 0, **context)
+                yield _record(plan, cell, "busbw_gb_per_s", algbw * factor, 0, **context)
+                yield _record(plan, cell, "wrong_values", 0, 0, **context)
+
+
+def sft_records(
+    plan: dict[str, Any], cell: dict[str, Any], step_s: float, tokens: float, memory_gib: float, noise: float
+) -> Iterator[Record]:
+    rng = random.Random(f"{cell['id']}")
+    luck = rng.uniform(1 - noise / 2, 1 + noise / 2)
+    started = 1000.0
+    for step in range(12):
+        measured = step >= 2
+        base = step_s * luck * (1 + abs(rng.gauss(0, noise))) * (1 if measured else 1.6)
+        for rank in range(cell["world_size"]):
+            context = {"step": step, "measured": measured, "started_s": started}
+            real = round(tokens * rng.uniform(0.994, 0.999))
+            yield _record(plan, cell, "step_time_s", base * (1 - rng.uniform(0, 0.004)), rank, **context)
+            yield _record(plan, cell, "tokens", real, rank, **context)
+            yield _record(plan, cell, "loss_tokens", round(tokens * 0.62), rank, **context)
+            yield _record(plan, cell, "positions", tokens, rank, **context)
+        loss = 1.1 + 1.4 * 0.72**step + rng.gauss(0, 0.015)
+        yield _record(plan, cell, "loss", loss, 0, step=step, measured=measured)
+        started += base
+    for rank in range(cell["world_size"]):
+        yield _record(plan, cell, "peak_memory_gib", memory_gib * rng.uniform(0.99, 1.01), rank)
+    for metric, value in {
+        "setup_time_s": 21.4,
+        "time_to_first_step_s": 38.9,
+        "packing_utilisation_pct": 99.71,
+        "model_parameters": 6_738_415_616,
+        "model_parameters_non_embedding": 6_607_343_616,
+    }.items():
+        yield _record(plan, cell, metric, value, 0)
+
+
+def _telemetry(plan: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    rng = random.Random(7)
+    return {
+        cell["id"]: {
+            host: [
+                {"time_s": 1000.0 + second, **{f"gpu{gpu}_util_pct": round(rng.gauss(94, 1)) for gpu in range(8)}}
+                for second in range(40)
+            ]
+            for host in cell["hosts"]
+        }
+        for cell in plan["cells"]
+        if cell["test"] == "sft"
+    }
+
+
+EFFICIENCY = {1: 1.0, 2: 0.993, 4: 0.974, 8: 0.941}
+ALL_REDUCE = {1: 478.0, 2: 171.0, 4: 119.0, 8: 104.0}
+
+
+def _peaks(nodes: int) -> dict[str, float]:
+    all_reduce = ALL_REDUCE[nodes]
+    return {
+        "all_reduce": all_reduce,
+        "all_gather": all_reduce * (0.75 if nodes == 1 else 0.93),
+        "reduce_scatter": all_reduce * (0.76 if nodes == 1 else 0.94),
+        "all_to_all": 330.0 if nodes == 1 else {2: 21.5, 4: 14.6, 8: 12.4}[nodes],
+        "broadcast": 340.0 if nodes == 1 else 91.0,
+        "send_recv": 360.0 if nodes == 1 else 58.4 / 8,  # each of 8 GPUs has its share of the NICs
+        "ping_pong": 380.0 if nodes == 1 else 47.2,
+    }
+
+
+def healthy(
+    counts: tuple[int, ...] = (1, 2, 4, 8), repeats: int = 3, efficiency: dict[int, float] = EFFICIENCY
+) -> Fixture:
+    """A healthy cluster of 8 × H200 nodes, Llama-2 7B."""
+    p = plan(model="llama-2-7b", hardware="h200-sxm", counts=counts, repeats=repeats, gpus=8, device="cuda")
+    records: list[Record] = []
+    for cell in p["cells"]:
+        n = cell["num_nodes"]
+        if cell["test"] == "torch":
+            records += torch_records(p, cell, _peaks(n), latency_us=7.5 if n == 1 else 14.0 + n)
+        else:
+            step_s = 16 * 4096 / (11_400 * efficiency[n])
+            records += sft_records(p, cell, step_s, 16 * 4096, 60 + 75 / n, noise=0.004)
+    return Fixture(p, status(p), records, facts(p, one_kernel=False), _telemetry(p))
+
+
+def testbed(counts: tuple[int, ...] = (1, 2, 4, 8)) -> Fixture:
+    """Eight containers on two cores: everything works, no speed means anything."""
+    p = plan(model="tiny", hardware="cpu", counts=counts, repeats=1, gpus=1, device="cpu")
+    records: list[Record] = []
+    for cell in p["cells"]:
+        n = cell["num_nodes"]
+        if cell["test"] == "torch":
+            peaks = dict.fromkeys(_peaks(1), 1.9 / n)
+            records += torch_records(p, cell, peaks, latency_us=140.0 * n)
+        else:
+            records += sft_records(p, cell, 0.35 * n, 1024, 0.9, noise=0.08)
+    return Fixture(p, status(p), records, facts(p, one_kernel=True))
+
+
+def broken() -> Fixture:
+    """A dead rank on 8 nodes, an odd driver, wrong results of one collective, poor scaling on 4 nodes."""
+    fixture = healthy(efficiency={**EFFICIENCY, 4: 0.87})
+    dead = fixture.plan["cells"][-1]["id"]
+    fixture.records = [record for record in fixture.records if record.cell != dead]
+    fixture.status["state"] = "failed"
+    swap = {
+        "host": "fukushimadc-02-hgx-0009",
+        "by": None,
+        "cell": dead,
+        "reason": "has not answered for 30 s",
+        "at": "",
+    }
+    fixture.status["replaced"] = [swap]
+    fixture.status["cells"][dead] = {
+        "state": "failed",
+        "attempt": 2,
+        "started": fixture.plan["created"],
+        "ended": fixture.plan["created"],
+        "error": {
+            "kind": "cuda_out_of_memory",
+            "message": "rank19 died (exit 1): torch.OutOfMemoryError: CUDA out of memory",
+            "host": NAMES[2],
+            "stderr": [
+                '  File "runner/workloads/sft.py", line 214, in run',
+                "    engine.backward(loss)",
+                "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 3 has a total capacity "
+                "of 139.81 GiB of which 1.12 GiB is free.",
+            ],
+        },
+    }
+    for per_host in fixture.facts.values():
+        if NAMES[4] in per_host:
+            per_host[NAMES[4]]["driver"] = "550.90.07"
+            per_host[NAMES[4]]["kernel"] = "6.8.0-52-generic"
+    cell = next(c for c in fixture.plan["cells"] if c["id"] == "torch-2n-r2")
+    context = {"collective": "all_to_all", "size_bytes": 2**21, "iters": 20, "dtype": "float32"}
+    fixture.records.append(_record(fixture.plan, cell, "wrong_values", 4096, 0, **context))
+    return fixture
+
+
+if __name__ == "__main__":
+    import sys
+
+    from runner.judge import analysis
+    from runner.report import page
+
+    for name, made in {"healthy": healthy(), "testbed": testbed(), "broken": broken()}.items():
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        page.write(folder, *made.arguments[:2], analysis.summarise(*made.arguments), *made.arguments[2:])
+        print(folder / "report.html")

@@ -1,0 +1,124 @@
+"""Runs without nodes: a stand-in for what carries cells to them, and for the preflight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import plans
+
+from runner.cluster.inventory import Inventory, Node
+from runner.failures import Problem
+from runner.launch import blame, preflight
+from runner.launch import run as bench
+from runner.plan import build, plan
+from runner.report.progress import Display
+from runner.results.rundir import RunDir
+
+NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 9)]
+
+
+FACTS = {"hostname": "n", "boot_id": "b", "kernel": "6.1", "packages": {"torch": "2.13.0"}, "env": {}}
+
+
+class Nodes:
+    """A stand-in for the nodes: fails what it is told to fail, and writes what ranks would have written."""
+
+    ssh_config = "/tmp/ssh_config"
+
+    def __init__(self, run: RunDir, *faults: tuple[str, str, str | None]) -> None:
+        self.run, self.faults = run, list(faults)  # (part of a cell's id, kind, host or None)
+        self.tried: list[tuple[str, tuple[str, ...], int]] = []
+        self.sent: list[str] = []
+        self.facts = FACTS
+
+    def data_on_nodes(self, planned, data):
+        return data
+
+    def send(self, planned, nodes, data, stopped):
+        self.sent += [node.name for node in nodes]
+        return {}
+
+    def converse(self, planned, cell, watch, data, course):
+        self.tried.append((cell.id, cell.hosts, cell.master_port))
+        for host in cell.hosts:
+            folder = self.run.cell(host, cell.id)
+            folder.mkdir(parents=True)
+            (folder / "facts.json").write_text(json.dumps(self.facts))
+            context = {"collective": "all_reduce", "size_bytes": 8}
+            value = {"event": "value", "rank": 0, "metric": "busbw_gb_per_s", "value": 1.0, "context": context}
+            (folder / "rank0.jsonl").write_text(json.dumps(value) + "\n")
+        for number, (part, kind, host) in enumerate(self.faults):
+            if part in cell.id and (host is None or host in cell.hosts):
+                if host is None:  # once
+                    del self.faults[number]
+                return blame.error(kind, f"planted {kind}", host)
+        watch.talks = [bench_talk(host) for host in cell.hosts]
+        watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
+        return None
+
+    def gather(self, planned, cell):
+        return {}
+
+    def clean(self, planned, nodes):
+        pass
+
+
+def bench_talk(host: str):
+    from runner.launch.talk import Talk
+
+    return Talk(host, (), {}, rc=0)
+
+
+class Reach:
+    """A stand-in for the preflight: says which nodes are no good."""
+
+    def __init__(self, **problems: Problem) -> None:
+        self.problems = problems
+
+    def ask(self, nodes: Sequence[Node]) -> preflight.Answers:
+        found = {node.name: [self.problems[node.alias]] for node in nodes if node.alias in self.problems}
+        return preflight.Answers(found, {})
+
+
+def planned(cluster: Inventory, tmp_path: Path, counts=(2,), spares: int = 0, **changes) -> plan.Plan:
+    asked = plans.request(
+        cluster,
+        node_counts=counts,
+        run_dir=str(tmp_path / "20260102-030405-abcd"),
+        tests={"torch": plan_settings()},
+        spares=spares > 0,
+        **changes,
+    )
+    return build.build(asked, cluster.nodes[: max(counts) + spares])
+
+
+def plan_settings() -> dict:
+    from runner.plan import config
+
+    return config.load_test("torch", {}).model_dump()
+
+
+def carry_out(
+    built: plan.Plan, *faults, retries: int = 0, replace_bad: bool = False, reach: Reach | None = None, bad=None
+) -> tuple[Nodes, dict, plan.Plan]:
+    run = RunDir(Path(built.run_dir))
+    if not run.plan.exists():
+        RunDir.create(run.path.parent, built.to_dict())
+    nodes = Nodes(run, *faults)
+    policy = bench.Policy(retries, replace_bad)
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy, reach or Reach())
+    carried.stop.wait = lambda seconds: None  # nobody waits in a test
+    carried.execute(bad or {})
+    return nodes, run.read_status(), plan.Plan.from_dict(run.read_plan())
+
+
+def states(status: dict) -> dict[str, str]:
+    return {cell: entry["state"] for cell, entry in status["cells"].items()}
+
+
+def missing(run: RunDir, cell: str, kind: str = "hung") -> None:
+    status = run.read_status()
+    status["cells"][cell].update(state="incomplete", error=blame.error(kind, "planted"))
+    run.write_status(status)

@@ -1,0 +1,127 @@
+"""The command line: fast, frozen, and one line with the right exit code for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from conftest import NAMES, ROOT
+from runner.cli.bench import bench
+from runner.cli.main import cli
+
+RUNNER = Path(sys.executable).with_name("runner")
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([RUNNER, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def test_the_options_of_bench_are_frozen():
+    """Everything else is a setting in configs/ and --set."""
+    options = sorted(o for p in bench.params for o in p.opts)
+    # fmt: off
+    assert options == sorted([
+        "-i", "--inventory", "--results", "--nodes", "--sweep", "--hosts", "--skip-bad-nodes", "--model", "--weights",
+        "--test", "--engine", "--backend", "--scaling", "--repeats", "--seed", "--set", "--dry-run", "--json",
+        "--retries", "--replace-bad-nodes", "--resume", "--accept-drift", "--one-allocation", "--job-array",
+    ])
+    # fmt: on
+
+
+def test_help_imports_neither_torch_nor_ansible():
+    script = "import sys; sys.argv[1:] = ['--help']; from runner.cli.main import main\ntry: main()\nexcept SystemExit: print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "click" in modules
+    assert not {"torch", "ansible", "ansible_runner", "pydantic", "numpy", "polars"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["benhc"], 2, "unknown command 'benhc'; did you mean 'bench'?"),
+        (["bench", "--nods", "3"], 2, "--nods"),
+        (["bench", "--nodes", "0"], 2, "--nodes"),
+        (["bench", "--nodes", "2", "--sweep", "1,2"], 2, "exclude each other"),
+        (["bench", "--sweep", "1,x"], 2, "such as 1,2,4,8"),
+        (["bench", "--engine", "deepsped"], 2, "did you mean 'deepspeed'"),
+        (["bench", "--backend", "shh"], 2, "did you mean 'ssh'"),
+        (["bench", "--scaling", "week"], 2, "did you mean 'weak'"),
+        (["bench", "--test", "stf"], 2, "did you mean 'sft'"),
+        (["bench", "--model", "tinny"], 2, "did you mean 'tiny'"),
+        (["bench", "--set", "sft.steps=many"], 2, "steps"),
+        (["bench", "--nodes", "9", "--dry-run"], 2, "9 nodes asked for: the inventory"),
+        (["bench", "--hosts", "node[001-002]", "--nodes", "3", "--dry-run"], 2, "names 2"),
+        (["bench", "--backend", "local", "--dry-run"], 2, "for backend ssh"),
+        (["bench", "--model", "llama-2-13b", "--dry-run"], 2, "--set sft.gradient_accumulation=8"),
+        (["bench", "-i", "inventory/lcal"], 2, "did you mean 'inventory/local'"),
+        (["bench", "-i", "/nope"], 2, "no inventory /nope"),
+        (["bench", "-i", "", "--dry-run"], 2, "-i is empty"),
+        (["bench", "--hosts", "", "--dry-run"], 2, "--hosts names no node"),
+        (["bench", "--test", "torch", "--set", "sft.bogus=1"], 2, "unknown key 'bogus'"),
+        (["report", "/nowhere/at/all"], 2, "no run '/nowhere/at/all'"),
+        (["report", "**"], 2, "no run '**'"),
+        (["runs", "show", "nothing"], 2, "no run 'nothing'"),
+        (["runs", "tail"], 2, "start one with `runner bench`"),
+        (["runs", "list", "--limit", "0"], 2, "--limit"),
+        (["report", "nothing"], 2, "no run 'nothing'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_code(arguments, code, said, tmp_path):
+    results = ["--results", str(tmp_path)] if arguments[0] in ("runs", "report") else []
+    done = run(*arguments, *results)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("runner: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["benhc"], 2, "unknown command"),
+        (["bench", "--nods", "3"], 2, "--nods"),
+        (["bench", "--engine", "deepsped"], 2, "did you mean 'deepspeed'"),
+        (["report", "nothing"], 2, "no run 'nothing'"),
+        (["inventory", "--ssh-config", "/dev/null/here"], 3, "Not a directory"),
+    ],
+)
+def test_with_json_an_error_is_one_object_on_stdout_and_the_same_line_on_stderr(arguments, code, said):
+    done = run(*arguments, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"], error["kind"], error["nodes"]) == (code, code, None, [])
+    assert said in error["message"] and done.stderr == f"runner: {error['message']}\n"
+
+
+def test_a_dry_run_says_what_each_node_would_run_and_writes_nothing(tmp_path):
+    before = set(tmp_path.iterdir())
+    done = run("bench", "--nodes", "8", "--model", "llama-2-7b", "--dry-run", "--results", str(tmp_path / "results"))
+    assert done.returncode == 0 and done.stderr == ""
+    for index in range(8):
+        assert f"node{index + 1:03d}  /opt/shakedown/env/bin/python -m torch.distributed.run --nnodes=8" in done.stdout
+    assert "--node-rank=7" in done.stdout
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_json_of_a_dry_run_is_the_plan():
+    done = run("bench", "--sweep", "1,8", "--test", "sft", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert [c["num_nodes"] for c in plan["cells"]] == [1, 8]
+    assert plan["cells"][1]["hosts"] == NAMES
+
+
+def test_the_inventory_of_ansible_cfg_holds_without_i():
+    nodes = json.loads(run("inventory", "--json").stdout)
+    assert [n["name"] for n in nodes] == NAMES
+
+
+def test_every_command_has_help():
+    for name in cli.list_commands(click.Context(cli)):
+        done = run(name, "--help")
+        assert done.returncode == 0 and "Usage: runner" in done.stdout
+
+
+def test_completion_scripts_are_printed():
+    assert "_RUNNER_COMPLETE" in run("completion", "bash").stdout

@@ -1,0 +1,171 @@
+"""Choosing nodes, what running agents are told, and what a cell's end means."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from runner.errors import InfrastructureError
+from runner.failures import Problem
+from runner.launch import preflight, watch
+from runner.launch.talk import Talk
+from runner.results import celldir
+
+
+def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
+    ranks = {"rank0": {"started": True, "ended": ended, "stderr": stderr or []}}
+    plain = {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, "engine_stderr": []}
+    return {**plain, **more}
+
+
+def talks(*names: str) -> list[Talk]:
+    return [Talk(name, (), {}, rc=0, heard=time.monotonic()) for name in names]
+
+
+DOWN = Problem("unreachable", "no route to it")
+LATE = Problem("clock", "its clock is 90 s behind the controller's")
+
+
+def test_the_first_n_of_the_inventory_are_taken(cluster):
+    nodes, passed = preflight.choose(cluster.nodes, 2, {"fukushimadc-02-hgx-0005": [DOWN]}, skip_bad=False)
+    assert [n.alias for n in nodes] == ["node001", "node002"] and passed == ()
+
+
+def test_all_bad_nodes_are_named_at_once(cluster):
+    problems = {
+        cluster.nodes[1].name: [DOWN],
+        cluster.nodes[3].name: [Problem("disk_full", "0.1 GiB free"), LATE],
+        cluster.nodes[7].name: [DOWN],
+    }
+    with pytest.raises(InfrastructureError) as error:
+        preflight.choose(cluster.nodes, 4, problems, skip_bad=False)
+    text = str(error.value)
+    assert "2 of 4 nodes are bad" in text and "--skip-bad-nodes" in text
+    assert "node002 (fukushimadc-02-hgx-0002): no route to it" in text and "node008" not in text
+    assert f"node004 (fukushimadc-02-hgx-0004): 0.1 GiB free; {LATE.message}" in text
+    assert error.value.exit_code == 3
+    told = [(bad["alias"], bad["kind"], bad["message"]) for bad in error.value.nodes]
+    assert told == [
+        ("node002", "unreachable", "no route to it"),
+        ("node004", "disk_full", "0.1 GiB free"),
+        ("node004", "clock", LATE.message),
+    ]
+    assert error.value.kind is None, "they are of several kinds"
+
+
+def test_good_nodes_take_the_place_of_bad_ones_and_the_report_says_so(cluster):
+    problems = {cluster.nodes[1].name: [DOWN], cluster.nodes[7].name: [DOWN]}
+    nodes, passed = preflight.choose(cluster.nodes, 4, problems, skip_bad=True)
+    assert [n.alias for n in nodes] == ["node001", "node003", "node004", "node005"]
+    (bad,) = passed  # node008 was not needed
+    assert bad == {"host": cluster.nodes[1].name, "alias": "node002", "kind": DOWN.kind, "message": DOWN.message}
+
+
+def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
+    with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 wanted") as error:
+        preflight.choose(cluster.nodes, 8, {cluster.nodes[2].name: [DOWN]}, skip_bad=True)
+    assert error.value.kind == "unreachable"
+
+
+class Clock(SimpleNamespace):
+    asked = False
+
+
+def cell_run(cluster, **changes) -> watch.CellRun:
+    launch = SimpleNamespace(head=changes.pop("head", None))
+    cell = SimpleNamespace(launch=launch, hosts=("a", "b"), params={"timeout_s": 60})
+    run = watch.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
+    run.talks = talks("a", "b")
+    for talk in run.talks:
+        talk.rc = None
+    return run
+
+
+def test_a_cell_is_complete_only_when_every_node_says_so(cluster):
+    run = cell_run(cluster)
+    run.hear(run.talks[0], outcome(rc=0, ended=True))
+    assert run.state()[0] == "failed"
+    run.hear(run.talks[1], outcome(rc=0, ended=True))
+    assert run.state() == ("complete", None)
+
+
+def test_others_are_stopped_soon_after_a_failure(cluster):
+    run = cell_run(cluster)
+    assert run.word(run.talks[0]) is None
+    run.hear(run.talks[1], outcome(rc=1))
+    run.first_failure -= watch.SETTLE_S + 0.1
+    assert run.word(run.talks[0]) == "stop"
+
+
+def test_a_cell_that_overruns_is_asked_where_it_stands_and_is_incomplete(cluster):
+    run = cell_run(cluster)
+    run.deadline = time.monotonic() - 1
+    assert run.word(run.talks[0]) == "stacks"  # where do you stand? then
+    run.reason_at -= watch.STACKS_S
+    assert run.word(run.talks[0]) == "stop"
+    for talk in run.talks:
+        run.hear(talk, outcome(rc=None, stopped="stop"))
+    state, error = run.state()
+    assert (state, error["kind"], error["host"]) == ("incomplete", "timed_out", None)
+    assert error["message"] == "not finished within its limit of 60 s"
+
+
+def test_a_silent_node_ends_the_cell_and_is_named(cluster):
+    run = cell_run(cluster)
+    run.talks[1].heard -= 100
+    assert run.word(run.talks[0]) == "stop"
+    run.hear(run.talks[0], outcome(rc=None, stopped="stop"))
+    error = {"kind": "hung", "message": "b has not answered for 30 s", "host": "b", "stderr": []}
+    assert run.state() == ("incomplete", error)
+    run.hear(run.talks[1], outcome(rc=None, stopped="stop"))  # awake again, too late
+    assert run.state() == ("incomplete", error)
+
+
+def progress(run, done: int) -> None:
+    event = json.dumps({"event": "progress", "done": done, "total": 9, "phase": "x"})
+    run.hear(run.talks[0], {"message": "line", "file": "rank0.jsonl", "line": event})
+
+
+def test_ranks_that_fall_silent_after_their_first_step_hang(cluster):
+    run = cell_run(cluster)
+    progress(run, done=0)
+    run.stall_s = -1.0  # any silence is too long
+    assert run.word(run.talks[0]) is None  # loading takes what it takes
+    progress(run, done=1)
+    run.looked = 0
+    assert run.word(run.talks[0]) == "stacks"
+    for talk in run.talks:
+        run.hear(talk, outcome(rc=None, stopped="stop"))
+    assert run.state()[1]["kind"] == "rank_hung" and run.state()[1]["host"] is None
+
+
+def test_ctrl_c_does_not_wait_for_stacks(cluster):
+    run = cell_run(cluster)
+    run.deadline = time.monotonic() - 1
+    assert run.word(run.talks[0]) == "stacks"
+    run.stop.asked = True
+    assert run.word(run.talks[0]) == "stop"
+    assert run.state() == ("cancelled", None)
+
+
+def test_slurms_time_limit_leaves_a_cell_incomplete(cluster):
+    run = cell_run(cluster)
+    for talk in run.talks:
+        run.hear(talk, outcome(rc=None, stopped="time limit"))
+    state, error = run.state()
+    assert (state, error["kind"], error["host"]) == ("incomplete", "time_limit", None)
+
+
+def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it_is(cluster):
+    run = cell_run(cluster, head=("deepspeed",))
+    launcher = Talk(celldir.LAUNCHER, (), {}, heard=time.monotonic())
+    run.talks.append(launcher)
+    run.hear(run.talks[0], {"message": "started"})
+    assert run.word(launcher) is None
+    run.hear(run.talks[1], {"message": "started"})
+    assert run.word(launcher) == "go"
+    run.hear(launcher, outcome(rc=0, ended=True))
+    assert run.word(run.talks[0]) == "done"

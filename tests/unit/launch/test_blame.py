@@ -1,0 +1,283 @@
+"""Telling a culprit from its victims, and what kind of failure it was."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from runner.cluster import reasons
+from runner.failures import KINDS, Problem, node_lines
+from runner.launch import blame
+from runner.launch.talk import Talk
+from runner.node import stacks as node
+from runner.results import celldir
+
+
+def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
+    ranks = {"rank0": {"started": True, "ended": ended, "stderr": stderr or []}}
+    plain = {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, "engine_stderr": []}
+    return {**plain, **more}
+
+
+def talks(*names: str, rc: int = 0, answered: bool = True, stderr: tuple[str, ...] = ()) -> list[Talk]:
+    return [Talk(name, (), {}, rc=rc, answered=answered, stderr=list(stderr)) for name in names]
+
+
+def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
+    lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
+    said = blame.blame(
+        talks("a", "b", "c"),
+        {
+            "a": outcome(stderr=lost),
+            "b": outcome(rc=-9, stderr=["[rank1]: KeyboardInterrupt"]),
+            "c": outcome(stderr=lost),
+        },
+    )
+    assert said["host"] == "b" and said["message"] == "the engine was killed by SIGKILL"
+
+
+def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():
+    table = (
+        "Failures:\n[1]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 122)\n"
+        "Root Cause (first observed failure):\n[0]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 123)\n"
+    ).splitlines()
+    warning = "[W1121 04:58:56.598321713 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved."
+    ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [warning]} for i in range(2)}
+    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
+    assert said["message"] == "rank1 was killed by SIGKILL"
+
+
+def test_without_such_a_table_the_rank_that_said_something_is_shown():
+    ranks = {"rank0": {"started": True, "ended": False, "stderr": []}}
+    ranks["rank1"] = {"started": True, "ended": False, "stderr": ["ImportError: no accelerate"]}
+    said = blame.blame(talks("a"), {"a": outcome(rc=None, ranks=ranks)})
+    assert said["message"] == "rank1 ended too soon: ImportError: no accelerate"
+
+
+def test_an_engine_that_never_started_a_rank_is_quoted():
+    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
+    assert said["message"] == "the engine died with status 1: No module named torch" and said["host"] == "a"
+
+
+def test_a_launcher_that_fails_alone_is_quoted():
+    pdsh = outcome(rc=2, ranks={}, engine_stderr=["pdsh@x: node001: ssh exited with exit code 2"])
+    nodes = {"a": outcome(rc=None, stopped="done", ranks={})}
+    said = blame.blame(talks("a", celldir.LAUNCHER), {**nodes, celldir.LAUNCHER: pdsh})
+    assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
+
+
+def test_a_traceback_names_its_host_and_is_shown():
+    trace = ["Traceback (most recent call last):", "ValueError: bad"]
+    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
+    message = "rank0 died with status 1: ValueError: bad"
+    assert said == {"kind": "rank_crashed", "message": message, "host": "a", "stderr": trace}
+
+
+def test_two_first_hand_failures_are_not_told_apart():
+    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
+    assert said["host"] is None and "a, b" in said["message"]
+
+
+def test_lost_peers_alone_blame_nobody():
+    said = blame.blame(
+        talks("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
+    )
+    assert said["host"] is None and "only lost peers are reported, by a" in said["message"]
+
+
+def test_a_node_whose_agent_answered_and_left_no_outcome_is_a_lost_connection():
+    lost = ["Connection reset by peer"]
+    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=lost)})
+    assert (said["kind"], said["host"], said["message"]) == ("lost_connection", "b", "lost the connection to it")
+
+
+def test_an_agent_that_does_not_end_when_told_to_hangs():
+    said = blame.blame(talks("a", rc=reasons.GIVEN_UP), {})
+    assert (said["kind"], said["host"]) == ("hung", "a")
+
+
+# What ssh or the far shell says when no agent answers, its status, and the kind of failure.
+NO_AGENT = [
+    ("ssh: connect to host 10.0.0.1 port 44222: Connection refused", 255, "unreachable"),
+    ("ssh: connect to host 10.0.0.1 port 44222: No route to host", 255, "unreachable"),
+    ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @", 255, "host_key_changed"),
+    ("Host key verification failed.", 255, "host_key_changed"),
+    ("root@10.0.0.1: Permission denied (publickey).", 255, "refused_key"),
+    ("kex_exchange_identification: Connection closed by remote host", 255, "lost_connection"),
+    ("bash: line 1: /opt/env/bin/python: No such file or directory", 127, "environment_missing"),
+    ("/opt/env/bin/python: No module named runner", 1, "environment_missing"),
+    ("something new", 255, "unreachable"),
+    ("something new", 1, "unknown"),
+    ("", reasons.GIVEN_UP, "hung"),
+]
+
+
+@pytest.mark.parametrize(("said", "rc", "kind"), NO_AGENT)
+def test_a_node_whose_agent_never_answered_is_called_by_what_ssh_says(said, rc, kind):
+    found = blame.blame(talks("a", rc=rc, answered=False, stderr=(said,)), {})
+    assert (found["kind"], found["host"]) == (kind, "a")
+    assert found["message"] == f"its agent never answered{f': {said}' if said else ''}"
+
+
+# How a rank ended, what it said, what its node counted, and the kind of failure.
+RANK = [
+    (-9, [], 0, "rank_killed"),
+    (-9, [], 1, "out_of_memory"),
+    (None, [], 1, "out_of_memory"),
+    (1, ["ValueError: x"], 1, "rank_crashed"),  # the kernel killed something else
+    (-11, [], 0, "rank_crashed"),
+    (1, ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB."], 0, "cuda_out_of_memory"),
+    (1, ["OSError: [Errno 28] No space left on device"], 0, "disk_full"),
+    (1, ["ModuleNotFoundError: No module named 'deepspeed'"], 0, "environment_missing"),
+    (1, ["code: -98, name: EADDRINUSE, message: address already in use"], 0, "port_taken"),
+    (1, ["RuntimeError: CUDA error: uncorrectable ECC error encountered"], 0, "gpu_failed"),
+    (None, [], 0, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("status", "stderr", "oom_kills", "kind"), RANK)
+def test_how_a_rank_ends_tells_the_kind(status, stderr, oom_kills, kind):
+    found = blame.blame(talks("a"), {"a": outcome(rc=status, stderr=stderr, oom_kills=oom_kills)})
+    assert (found["kind"], found["host"]) == (kind, "a")
+
+
+def test_pdsh_tells_how_a_rank_ended_under_deepspeeds_launcher():
+    ends = ["pdsh@c: node002: ssh exited with exit code 247", "pdsh@c: node001: ssh exited with exit code 1"]
+    launcher = outcome(rc=-2, stopped="stop", ranks={}, engine_stderr=ends)
+    found = blame.blame(
+        talks("a", "b", celldir.LAUNCHER),
+        {
+            "a": outcome(rc=None, stderr=["Connection closed by peer"]),
+            "b": outcome(rc=None),
+            celldir.LAUNCHER: launcher,
+        },
+    )
+    assert (found["kind"], found["host"], found["message"]) == ("rank_killed", "b", "rank0 was killed by SIGKILL")
+
+
+def test_what_an_agent_refuses_comes_with_its_kind():
+    refused = outcome(rc=None, error="port 20000 for the rendezvous is taken by another process", kind="port_taken")
+    found = blame.blame(talks("a", "b"), {"a": refused, "b": outcome(rc=None, stopped="stop")})
+    assert (found["kind"], found["host"]) == ("port_taken", "a")
+
+
+def test_what_fails_alike_everywhere_keeps_its_kind_and_names_nobody():
+    gone = ["ModuleNotFoundError: No module named 'torch'"]
+    found = blame.blame(talks("a", "b"), {"a": outcome(stderr=gone), "b": outcome(stderr=gone)})
+    assert (found["kind"], found["host"]) == ("environment_missing", None)
+    found = blame.blame(talks("a", "b"), {"a": outcome(stderr=gone), "b": outcome(rc=-9)})
+    assert (found["kind"], found["host"]) == ("unknown", None)
+
+
+# --- ranks that stand still -----------------------------------------------------------------------
+
+WAITS = "torch/distributed/distributed_c10d.py:2811 all_reduce"
+REASON = "not finished within its limit of 60 s"
+
+
+def stands(frame: str | None = WAITS, state: str = "S") -> dict:
+    return {"state": state, "age_s": 60.0, "frames": [frame] if frame else []}
+
+
+def standstill(**hosts: list[dict]) -> dict:
+    """Of ranks by host, in the order of their numbers."""
+    numbers = iter(range(99))
+    stacks = {host: {f"rank{next(numbers)}": rank for rank in ranks} for host, ranks in hosts.items()}
+    return blame.standstill("timed_out", REASON, {host: {"stacks": ranks} for host, ranks in stacks.items()})
+
+
+@pytest.mark.parametrize(
+    ("rank", "evidence"),
+    [
+        (stands(None, "T"), "rank1 is stopped"),
+        (stands("some/loader.py:3 read", "D"), "rank1 waits in the kernel"),
+        (stands(None), "rank1 is alive but does not say where it stands"),
+        (stands("some/loader.py:3 fetch"), "rank1 stands in some/loader.py:3 fetch"),
+    ],
+)
+def test_the_rank_that_others_wait_for_names_its_host(rank, evidence):
+    found = standstill(a=[stands()], b=[rank], c=[stands()])
+    assert (found["kind"], found["host"]) == ("rank_hung", "b")
+    assert found["message"] == f"{REASON}: {evidence}, while 2 wait for others (first: rank0 in {WAITS})"
+    assert found["stderr"] == rank["frames"]
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        {"a": [stands()], "b": [stands()]},  # a network that lost a message
+        {"a": [stands(None, "T")], "b": [stands(None, "T")], "c": [stands()]},  # two suspects
+        {"a": [stands("user.py:1 work")], "b": [stands("user.py:1 work")]},  # merely slow
+        {"a": [stands("user.py:1 work")]},
+        {"a": [], "b": []},  # no rank was left
+    ],
+)
+def test_without_exactly_one_suspected_host_nobody_is_blamed(hosts):
+    assert standstill(**hosts) == {"kind": "timed_out", "message": REASON, "host": None, "stderr": []}
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([stands(), stands(None, "T"), stands("user.py:1 f")]), max_size=3), max_size=4)
+)
+def test_a_host_is_named_only_with_a_suspect_on_it_and_on_no_other(ranks):
+    hosts = {f"n{index}": of_host for index, of_host in enumerate(ranks)}
+    found = standstill(**hosts)
+    stopped = {host for host, of_host in hosts.items() if any(rank["state"] == "T" for rank in of_host)}
+    if found["host"] is None:
+        assert len(stopped) != 1 or any(stands("user.py:1 f") in of_host for of_host in hosts.values())
+    else:
+        assert stopped <= {found["host"]} and hosts[found["host"]] != []
+
+
+def test_stacks_are_read_as_faulthandler_writes_them():
+    text = (
+        "Stack (most recent call first):\n"
+        '  File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 2811 in all_reduce\n'
+        '  File "/src/runner/workloads/collectives.py", line 180 in <lambda>\n'
+        '  File "<frozen runpy>", line 88 in _run_code\n'
+    )
+    assert node.frames(text) == [
+        WAITS,
+        "runner/workloads/collectives.py:180 <lambda>",
+        "<frozen runpy>:88 _run_code",
+    ]
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def test_every_kind_that_the_code_tells_is_in_the_table():
+    told = {kind for _, kind, _ in reasons._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
+    assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
+
+
+def test_every_kind_in_the_table_is_told_somewhere():
+    code = "".join(path.read_text() for path in (ROOT / "runner").rglob("*.py") if path.name != "failures.py")
+    assert [kind for kind in KINDS if f'"{kind}"' not in code] == []
+
+
+def test_only_infrastructure_is_tried_again():
+    assert blame.may_retry({"kind": "lost_connection"})
+    assert not blame.may_retry({"kind": "rank_crashed"})
+    assert not blame.may_retry({"message": "of an older run"})
+
+
+@pytest.mark.parametrize(
+    ("offset_s", "problem"),
+    [
+        (0.2, None),
+        (-59.0, None),
+        (3600.0, "its clock is 3,600 s ahead of the controller's"),
+        (-3600.0, "its clock is 3,600 s behind the controller's"),
+    ],
+)
+def test_a_clock_is_wrong_when_it_is_off_by_more_than_a_minute(offset_s, problem):
+    assert blame.clock_problem(offset_s) == (problem and Problem("clock", problem))
+
+
+def test_a_node_with_several_problems_is_one_line_and_so_is_one_of_an_earlier_version():
+    told = {"host": "gpu-b", "alias": "node002", "kind": "clock", "message": "late"}
+    assert node_lines([told, {**told, "message": "full"}]) == node_lines(["node002 (gpu-b): late; full"])
+    assert node_lines(["node002 (gpu-b): late; full"]) == ["node002 (gpu-b): late; full"]

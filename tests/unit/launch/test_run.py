@@ -1,0 +1,632 @@
+"""What a run does when cells fail: retries, spares, what can still run, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import FACTS, NAMES, Nodes, Reach, bench_talk, carry_out, missing, planned, states
+from slurm_commands import Commands, line
+from slurm_commands import cluster as slurm_cluster
+
+from runner.cli import runs
+from runner.cluster import facts, inventory
+from runner.cluster.inventory import Inventory, Node
+from runner.errors import UsageError
+from runner.failures import Problem
+from runner.launch import blame, drift
+from runner.launch import run as bench
+from runner.launch.signals import Stop
+from runner.launch.slurm import allocations, answers
+from runner.launch.watch import CellRun, Course
+from runner.plan import build, plan
+from runner.report.progress import Display
+from runner.results import celldir
+from runner.results.rundir import RunDir
+
+
+def test_the_plan_comes_back_from_its_file(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2), spares=1)
+    again = plan.Plan.from_dict(json.loads(json.dumps(built.to_dict())))
+    assert json.dumps(again.to_dict()) == json.dumps(built.to_dict())
+    assert [plan.fingerprint(again, cell) for cell in again.cells] == [
+        plan.fingerprint(built, cell) for cell in built.cells
+    ]
+
+
+def test_the_fingerprint_is_of_what_is_measured_not_of_where(cluster, tmp_path):
+    built = planned(cluster, tmp_path)
+    [cell] = built.cells
+    elsewhere = build.place(cell, cluster.nodes[4:6], built, None)
+    longer = replace(cell, params={**cell.params, "iters": 11})
+    assert plan.fingerprint(built, elsewhere) == plan.fingerprint(built, cell) != plan.fingerprint(built, longer)
+
+
+def test_infrastructure_is_tried_again_and_the_first_attempt_is_kept(cluster, tmp_path):
+    nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "lost_connection", None), retries=2)
+    entry = status["cells"]["torch-2n-r1"]
+    assert (entry["state"], entry["attempt"], [a["error"]["kind"] for a in entry["attempts"]]) == (
+        "complete", 2, ["lost_connection"],
+    )  # fmt: skip
+    assert nodes.tried[0][2] != nodes.tried[1][2], "the old rendezvous may still hold its port"
+    assert (nodes.run.earlier("torch-2n-r1", 1) / NAMES[0] / "facts.json").exists()
+    assert len(nodes.run.read_records()) == 2, "what the first attempt measured is not counted"
+
+
+def test_a_users_mistake_is_not_tried_again(cluster, tmp_path):
+    nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "rank_crashed", NAMES[1]), retries=5)
+    assert len(nodes.tried) == 1 and states(status) == {"torch-2n-r1": "incomplete"}
+
+
+def test_retries_end(cluster, tmp_path):
+    nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "hung", NAMES[1]), retries=2)
+    assert len(nodes.tried) == 3 and status["cells"]["torch-2n-r1"]["error"]["host"] == NAMES[1]
+
+
+def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2), spares=2)
+    nodes, status, after = carry_out(built, ("2n", "lost_connection", NAMES[1]), replace_bad=True)
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    [swap] = status["replaced"]
+    assert (swap["host"], swap["by"], swap["cell"]) == (NAMES[1], NAMES[2], "torch-2n-r1")
+    assert nodes.tried[-1][1] == (NAMES[0], NAMES[2])
+    assert after.cells[1].hosts == (NAMES[0], NAMES[2]), "plan.json tells what ran where"
+    assert [node.name for node in after.spares] == [NAMES[3]]
+
+
+def test_a_spare_that_is_no_good_is_passed_over(cluster, tmp_path):
+    built = planned(cluster, tmp_path, spares=2)
+    reach = Reach(node003=Problem("unreachable", "nothing listens on its SSH port"))
+    nodes, status, _ = carry_out(built, ("torch", "hung", NAMES[0]), replace_bad=True, reach=reach)
+    assert status["replaced"][0]["by"] == NAMES[3]
+    assert nodes.tried[-1][1] == (NAMES[1], NAMES[3])
+
+
+def test_without_a_spare_cells_that_can_still_run_do(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2, 3))
+    nodes, status, _ = carry_out(built, ("", "lost_connection", NAMES[0]), replace_bad=True)
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete", "torch-3n-r1": "failed"}
+    assert "needs 3 nodes, 2 are good" in status["cells"]["torch-3n-r1"]["error"]["message"]
+    assert [len(hosts) for cell, hosts, _ in nodes.tried if NAMES[0] not in hosts] == [1, 2]
+
+
+def test_a_node_is_not_given_up_for_a_failure_that_names_nobody(cluster, tmp_path):
+    _, status, _ = carry_out(planned(cluster, tmp_path, spares=1), ("torch", "lost_peers", None), replace_bad=True)
+    assert status["replaced"] == []
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def interrupted(cluster: Inventory, tmp_path: Path) -> tuple[plan.Plan, RunDir]:
+    """A run of two cells whose controller died during the second."""
+    built = planned(cluster, tmp_path, counts=(1, 2))
+    carry_out(built)
+    run = RunDir(Path(built.run_dir))
+    status = run.read_status()
+    status["state"] = "running"
+    status["cells"]["torch-2n-r1"].update(state="running", ended=None, plan_hash=None)
+    run.write_status(status)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "rank0.jsonl").write_text('{"event": "val')
+    return built, run
+
+
+def test_only_what_is_missing_runs_again_and_nothing_is_counted_twice(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    before = run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns
+    nodes, status, _ = carry_out(drift.load(run))
+    assert [cell for cell, _, _ in nodes.tried] == ["torch-2n-r1"]
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    assert run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns == before
+    assert sorted(record.cell for record in run.read_records()) == ["torch-1n-r1", "torch-2n-r1", "torch-2n-r1"]
+
+
+def test_a_cell_that_had_ended_before_its_controller_did_is_taken(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
+    nodes, status, _ = carry_out(drift.load(run))
+    assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
+
+
+def test_what_an_earlier_attempt_left_on_the_nodes_is_not_taken_for_the_last_ones(cluster, tmp_path):
+    """Killed before the second attempt had begun there, the controller gathers the first one's files once more."""
+    _, run = interrupted(cluster, tmp_path)
+    data = run.read_plan()
+    data["cells"][1]["attempt"] = 2
+    run.write_plan(data)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))
+    nodes, _, _ = carry_out(drift.load(run))
+    assert [cell for cell, *_ in nodes.tried] == ["torch-2n-r1"]
+
+
+def test_a_run_that_is_carried_out_now_is_refused(cluster, tmp_path, held):
+    _, run = interrupted(cluster, tmp_path)
+    with held(run) as controller:
+        with pytest.raises(UsageError, match=f"is running .process {controller.pid}"):
+            drift.refuse_running(run, print)
+        with pytest.raises(UsageError, match="is running"), run.alive():
+            pass
+        controller.kill()
+    with run.alive():  # whoever holds it reads what the dead one left
+        assert drift.load(run).run_id == run.run_id
+        assert run.read_status()["cells"]["torch-2n-r1"]["state"] == "incomplete"
+
+
+def test_a_run_that_is_carried_out_on_another_machine_is_refused_while_that_lives(cluster, tmp_path, beating):
+    _, run = interrupted(cluster, tmp_path)
+    run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
+    notes: list[str] = []
+    with beating(run), pytest.raises(UsageError, match=r"carried out on login2 \(process 4711\)"):
+        drift.refuse_running(run, notes.append)
+    assert notes == [f"seeing for 15 s whether login2 (process 4711) still carries out run {run.run_id}"]
+    drift.refuse_running(run, notes.append)  # it died there
+
+
+def test_a_run_whose_controller_died_on_another_machine_is_taken_up(cluster, tmp_path, beating):
+    """Whoever holds a run shows that he lives, and must not take himself for the other."""
+    _, run = interrupted(cluster, tmp_path)
+    run.write_status({**run.read_status(), "state": "running", "controller": {"host": "login2", "pid": 4711}})
+    drift.refuse_running(run, print)
+    with run.alive():
+        _, status, _ = carry_out(drift.load(run))
+    assert set(states(status).values()) == {"complete"}
+
+
+class Measured(Nodes):
+    """As agents leave a cell, with its outcome; the user stops the run in the cell `stopped_in`."""
+
+    stopped_in: str | None = None
+
+    def converse(self, planned, cell, watch, data, course):
+        if cell.id == self.stopped_in:
+            self.tried.append((cell.id, cell.hosts, cell.master_port))
+            watch.stop.asked = True
+            return None
+        fault = super().converse(planned, cell, watch, data, course)
+        for host in cell.hosts:
+            outcome = {"rc": 0, "error": None, "attempt": cell.attempt}
+            (self.run.cell(host, cell.id) / "outcome.json").write_text(json.dumps(outcome))
+        return fault
+
+
+def measure(built, run, policy=None, faults=(), stopped_in=None, torch="2.13.0") -> list[str]:
+    """Carry out what is missing; the cells that ran."""
+    nodes = Measured(run, *faults)
+    nodes.stopped_in, nodes.facts = stopped_in, {**FACTS, "packages": {"torch": torch}}
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy or bench.Policy(), Reach())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    return [cell.removeprefix("torch-").removesuffix("-r1") for cell, *_ in nodes.tried]
+
+
+def versions(run: RunDir) -> set[str]:
+    """The versions of torch that the results were measured with."""
+    seen = run.read_facts(run.read_plan())
+    return {observed["packages"]["torch"] for hosts in seen.values() for observed in hosts.values()}
+
+
+def test_a_cell_that_does_not_stand_is_not_taken_for_measured_after_a_stop(cluster, tmp_path):
+    built = planned(cluster, tmp_path, counts=(1, 2))
+    run = RunDir.create(tmp_path, built.to_dict())
+    measure(built, run)
+    for cell in ("torch-1n-r1", "torch-2n-r1"):
+        missing(run, cell, "plan_changed")
+    assert measure(drift.load(run), run, stopped_in="torch-1n-r1") == ["1n"]
+    assert run.read_status()["cells"]["torch-2n-r1"]["error"]["kind"] == "plan_changed"
+    assert measure(drift.load(run), run) == ["1n", "2n"]
+
+
+def test_an_edited_plan_measures_its_cells_again(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    data = run.read_plan()
+    data["cells"][0]["params"]["iters"] = 99
+    run.write_plan(data)
+    status = run.read_status()
+    assert drift.reopen(drift.load(run), status, {}) == ["torch-1n-r1"]
+    assert status["cells"]["torch-1n-r1"]["error"]["kind"] == "plan_changed"
+
+
+def test_a_changed_environment_is_named_by_property_and_nodes(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    before = drift.measured(run, built, run.read_status())
+    assert list(before) == ["torch-1n-r1"]
+    now = {name: facts.environment({**FACTS, "packages": {"torch": "2.12.1"}}) for name in NAMES}
+    changed = drift.drift({**before, "other": {NAMES[1]: before["torch-1n-r1"][NAMES[0]]}}, now)
+    aliases = {node.name: node.alias for node in cluster.nodes}
+    assert drift.describe(changed, aliases) == "torch 2.13.0 -> 2.12.1 on node[001-002]"
+    veth = {"name": "veth1", "speed_mbit_per_s": 10000, "mtu": 1500, "driver": None}
+    same = facts.environment({**FACTS, "boot_id": "another", "hostname": "m", "nics": [veth]})
+    assert drift.drift(before, {name: same for name in NAMES}) == {}, "neither a reboot nor a container is one"
+
+
+def test_a_node_that_left_the_inventory_is_named(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    smaller = replace(cluster, nodes=cluster.nodes[:1])
+    with pytest.raises(UsageError, match=f"needs {NAMES[1]}"):
+        drift.renew(built, smaller, run, None)
+
+
+def test_nodes_are_reached_as_the_inventory_says_today(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    moved = replace(cluster, nodes=tuple(replace(node, address=f"10.9.9.{n}") for n, node in enumerate(cluster.nodes)))
+    renewed = drift.renew(built, moved, run, "/tmp/new/ssh_config")
+    assert renewed.nodes[0].address == "10.9.9.0"
+    assert "--master-addr=10.9.9.0" in renewed.cells[0].launch.argv[0]
+
+
+def test_a_bad_node_is_done_without_from_the_start(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    built = replace(drift.load(run), spares=cluster.nodes[3:4])
+    bad = {NAMES[1]: [Problem("refused_key", "it refuses the key"), Problem("clock", "its clock is late")]}
+    nodes, status, _ = carry_out(built, replace_bad=True, bad=bad)
+    assert nodes.tried[0][1] == (NAMES[0], NAMES[3])
+    swap = status["replaced"][0]
+    assert (swap["kind"], swap["reason"]) == ("refused_key", "it refuses the key; its clock is late")
+
+
+def test_a_cell_that_cannot_run_without_a_bad_node_fails_for_what_is_wrong_with_it(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    bad = {NAMES[1]: [Problem("clock", "its clock is late")]}
+    _, status, _ = carry_out(drift.load(run), replace_bad=True, bad=bad)
+    error = status["cells"]["torch-2n-r1"]["error"]
+    assert (error["kind"], error["host"]) == ("clock", NAMES[1])
+
+
+def test_nodes_without_work_get_no_data(cluster, tmp_path):
+    """One that was replaced and is dead since would otherwise stop every later resume."""
+    built, run = interrupted(cluster, tmp_path)
+    built = replace(drift.load(run), nodes=cluster.nodes[:4])
+    nodes = Nodes(run)
+    again = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", bench.Policy(), Reach())
+    again.execute({})
+    assert nodes.sent == NAMES[:2]
+
+
+def test_a_launcher_is_no_node_that_a_spare_could_replace(cluster, tmp_path):
+    built = planned(cluster, tmp_path, spares=1)
+    run = RunDir.create(tmp_path, built.to_dict())
+    nodes = Nodes(run)
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), Reach())
+    assert not carried._replace(0, blame.error("lost_connection", "lost the connection to it", celldir.LAUNCHER))
+
+
+def test_what_was_set_aside_is_never_in_the_way(tmp_path):
+    """A controller that dies while it makes room has moved folders, and gathers them again when it is resumed."""
+    run = RunDir(tmp_path / "run")
+    for content in ("first", "second"):
+        folder = run.cell("node001", "torch-1n-r1")
+        folder.mkdir(parents=True)
+        (folder / "rank0.jsonl").write_text(content)
+        run.set_aside("torch-1n-r1", 1)
+    kept = run.earlier("torch-1n-r1", 1)
+    assert sorted((path.parent.name, path.read_text()) for path in kept.rglob("*.jsonl")) == [
+        ("node001", "first"),
+        ("node001~", "second"),
+    ]
+
+
+def test_a_run_of_an_earlier_version_is_taken_up(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    status = run.read_status()
+    old = ("state", "started", "ended", "error")
+    cells = {name: {key: cell[key] for key in old} for name, cell in status["cells"].items()}
+    run.write_status({"state": "running", "cells": cells})
+    _, status, _ = carry_out(drift.load(run))
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    assert status["cells"]["torch-2n-r1"]["attempt"] == 2
+
+
+def test_only_one_controller_holds_a_run(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    with run.alive():
+        with pytest.raises(UsageError, match="is running"), run.alive():
+            pass
+        assert run.controller() == os.getpid()
+
+
+# --- jobs that go on without a controller ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "attempt"),
+    [
+        (None, {}, 1),
+        ("slurm_unreachable", {}, 1),
+        ("node_failed", {}, 2),
+        (None, {"torch-2n-r1": ["7", 1, "all"]}, 1),
+        ("plan_changed", {"torch-2n-r1": ["7", 1, "all"]}, 2),  # its old job would give the old measurement again
+    ],
+)
+def test_a_job_is_followed_where_its_end_is_not_known(cluster, tmp_path, kind, shared, attempt):
+    built, run = interrupted(cluster, tmp_path)
+    status = run.read_status()
+    error = kind and blame.error(kind, "planted")
+    status["cells"]["torch-2n-r1"].update(state="incomplete", error=error)
+    status.update(state="incomplete", allocation=shared)
+    run.write_status(status)
+    nodes = Nodes(run)
+    again = bench.Run(replace(built, backend="slurm"), run, nodes, Display(quiet=True), None, bench.Policy(), Reach())
+    for host in NAMES[:2]:
+        shutil.rmtree(run.cell(host, "torch-2n-r1"))
+    again.execute({})
+    entry = run.read_status()["cells"]["torch-2n-r1"]
+    assert (entry["state"], entry["attempt"]) == ("complete", attempt)
+
+
+def test_slurm_that_does_not_answer_is_no_reason_for_a_second_job(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+
+    class Again(Nodes):
+        def converse(self, planned, cell, watch, data, course):
+            for host in cell.hosts:  # the stand-in makes them anew
+                shutil.rmtree(self.run.cell(host, cell.id), ignore_errors=True)
+            return super().converse(planned, cell, watch, data, course)
+
+    run = RunDir.create(tmp_path, built.to_dict())
+    nodes = Again(run, ("torch", "slurm_unreachable", None))
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(1), Reach())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    entry = run.read_status()["cells"]["torch-2n-r1"]
+    assert len(nodes.tried) == 2 and (entry["state"], entry["attempt"]) == ("complete", 1)
+
+
+def test_slurms_own_name_of_a_node_wins_over_its_place_in_the_inventory():
+    listing = {"gpu_nodes": {"hosts": ["node001", "node003"]}, "_meta": {"hostvars": {}}}
+    nodes = inventory.parse("x", listing).nodes
+    assert [node.alias for node in nodes] == ["node001", "node002"]
+    known = ("node001", "node002", "node003")
+    assert [allocations.slurm_name(node, known) for node in nodes] == ["node001", "node003"]
+
+
+def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:
+    """Slurm's commands that know the run's nodes by their aliases, and job 7, which runs on `placed`."""
+    nodes = "".join(answers.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in built.nodes)
+    commands = Commands(
+        sbatch=["7\n"], sinfo=[nodes], scontrol=["PartitionName=p"], squeue=[line("7", "RUNNING", nodes=placed)]
+    )
+    return allocations.Allocations(run, None, slurm_cluster(commands), {}, {}), commands
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "kind"),
+    [
+        ("drained", "Prolog error", "prolog_failed"),
+        ("drained", "prolog gpu_health: GPU 3 fell off the bus", "prolog_failed"),
+        ("down*", "Not responding", "node_failed"),
+        ("drained", "", "node_failed"),
+    ],
+)
+def test_a_node_that_slurm_does_not_use_has_a_kind(cluster, state, reason, kind):
+    listed = [("node001", "idle", "none"), ("node002", state, reason or "none")]
+    sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
+    found = allocations.problems(commands, cluster.nodes[:3])
+    assert {name: one.kind for name, one in found.items()} == {NAMES[1]: kind, NAMES[2]: "not_in_slurm"}
+    assert reason in found[NAMES[1]].message
+
+
+DRAINED = Problem("prolog_failed", "Slurm says drained (Prolog error)")
+BROKEN = Problem("node_failed", "Slurm says drained (fan broken)")
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "host"),
+    [
+        ({}, "not_started", None),
+        ({"a": DRAINED}, "prolog_failed", "a"),
+        ({"a": BROKEN}, "not_started", "a"),
+        ({"a": DRAINED, "b": DRAINED}, "prolog_failed", None),
+        ({"a": DRAINED, "b": BROKEN}, "not_started", None),
+    ],
+)
+def test_what_slurm_says_of_its_nodes_tells_why_a_job_did_not_start(found, kind, host):
+    error = allocations.told_by_slurm(blame.error("not_started", "given up"), found)
+    assert (error["kind"], error["host"]) == (kind, host)
+    assert error["message"] == "; ".join(["given up", *(f"{name}: {one.message}" for name, one in found.items())])
+
+
+def test_a_prolog_that_failed_under_srun_is_told_of_its_node(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    carrier, _ = through_slurm(built, RunDir.create(tmp_path, built.to_dict()))
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
+    watch.talks[0].stderr = ["srun: error: Task launch for 23.0 failed on node node002: Job prolog failed"]
+    info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
+
+
+def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    listed = [("node001", "idle", "none"), ("node002", "drained", "Prolog error")]
+    sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
+    carrier = allocations.Allocations(run, None, commands, {}, {})
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
+    info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
+    assert error["message"].endswith("before any node answered; " + f"{NAMES[1]}: Slurm says drained (Prolog error)")
+
+
+def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm", one_allocation=True)
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier, commands = through_slurm(built, run)
+    [cell] = built.cells
+    heard: list[tuple[str, str, dict]] = []
+
+    def on_job(info: answers.JobInfo) -> None:
+        heard.append((info.job_id, info.state, dict(course.allocation)))
+        assert not commands.named("squeue")
+
+    course = Course({"attempt": 1, "job": None}, [cell], {}, on_job, lambda nodes: cell)
+    assert carrier._submit(built, cell, None, course)[:2] == ("7", 0)
+    [(job_id, state, allocation)] = heard
+    assert (job_id, state, allocation[cell.id][:2]) == ("7", "waiting", ["7", 0])
+
+
+def test_a_step_is_heard_on_the_hosts_that_it_was_given_not_on_the_first_of_its_job(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path, counts=(4,)), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier, _ = through_slurm(built, run, placed="node[001-004]")
+    [cell] = built.cells
+    given = (NAMES[3], NAMES[1])
+    cell = replace(cell, num_nodes=2, hosts=given)
+
+    class Placed(Exception):
+        pass
+
+    def on_placed(nodes: Sequence[Node]) -> plan.Cell:
+        raise Placed(*(node.name for node in nodes))
+
+    shared = {cell.id: ["7", 1, "all", *given]}
+    course = Course({"attempt": 1, "job": None}, [cell], shared, lambda info: None, on_placed)
+    watch = CellRun(cell, Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    with pytest.raises(Placed) as placed:
+        carrier.converse(built, cell, watch, None, course)
+    assert placed.value.args == given
+
+
+def test_a_node_that_left_the_inventory_does_not_matter_where_all_its_cells_are_complete(cluster, tmp_path):
+    built, run = interrupted(cluster, tmp_path)
+    status = run.read_status()
+    status["cells"]["torch-2n-r1"].update(state="complete")
+    run.write_status(status)
+    renewed = drift.renew(built, replace(cluster, nodes=cluster.nodes[:1]), run, None)
+    assert [node.name for node in renewed.nodes] == NAMES[:2]
+
+
+def test_a_job_that_had_ended_well_is_taken_even_if_slurm_has_forgotten_it(cluster, tmp_path):
+    _, run = interrupted(cluster, tmp_path)
+    for host in NAMES[:2]:
+        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
+    nodes, status, _ = carry_out(replace(drift.load(run), backend="slurm"))
+    assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
+
+
+def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path, counts=(3,)), backend="slurm", named=False)
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Deaf(allocations.Allocations):
+        """Its second node cannot be sent anything."""
+
+        def send(self, planned, nodes, data, stopped):
+            return {nodes[1].name: "no route to it"}
+
+    carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
+    carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), Reach())
+    with open(run.log, "a") as carried.log:
+        carried._send_data(list(built.nodes))
+    assert carried.plan.slurm["exclude"] == ["node002"]
+
+
+def test_cells_of_an_older_environment_run_again_once_a_newer_one_has_shown_that_it_changed(cluster, tmp_path):
+    """Under Slurm nodes cannot be asked before."""
+    built, run = interrupted(cluster, tmp_path)
+    # The new cell may run on nodes that no older cell ran on.
+    moved = build.place(built.cells[1], cluster.nodes[4:6], built, None)
+    built = replace(built, cells=(built.cells[0], moved), nodes=cluster.nodes, backend="slurm")
+    nodes = Nodes(run)
+    nodes.facts = {**FACTS, "packages": {"torch": "2.12.1"}}
+    for accepted, tried in ((True, ["torch-2n-r1", "torch-1n-r1"]), (True, [])):
+        again = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(accept_drift=accepted), Reach())
+        again.execute({})
+        assert [cell for cell, *_ in nodes.tried] == tried
+        nodes.tried.clear()
+    status = run.read_status()
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
+    [first] = status["cells"]["torch-1n-r1"]["attempts"]
+    assert first["error"]["kind"] == "drift"
+    assert sorted(record.cell for record in run.read_records()) == ["torch-1n-r1", "torch-2n-r1", "torch-2n-r1"]
+
+
+DRIFT = bench.Policy(accept_drift=True)
+
+
+def three_measured(cluster: Inventory, tmp_path: Path, spares: int = 0) -> RunDir:
+    """A run through Slurm, all of whose three cells were measured with torch 2.13.0."""
+    built = replace(planned(cluster, tmp_path, counts=(1, 2, 3), spares=spares), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    assert measure(built, run) == ["1n", "2n", "3n"]
+    return run
+
+
+def test_what_was_complete_runs_after_what_was_missing(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path)
+    missing(run, "torch-2n-r1")
+    missing(run, "torch-3n-r1")
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["2n", "3n", "1n"]
+    assert versions(run) == {"2.12.1"}
+
+
+def test_what_is_to_be_measured_again_is_so_after_a_stop_too(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path)
+    missing(run, "torch-3n-r1")
+    stopped = measure(drift.load(run), run, DRIFT, stopped_in="torch-1n-r1", torch="2.12.1")
+    assert stopped == ["3n", "1n"]
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["1n", "2n"]
+    assert versions(run) == {"2.12.1"}
+
+
+def test_a_cell_that_ended_without_its_controller_may_be_of_the_older_environment(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path)
+    missing(run, "torch-3n-r1")
+    status = run.read_status()
+    status["state"] = "running"
+    status["cells"]["torch-2n-r1"].update(state="running", ended=None, plan_hash=None)
+    run.write_status(status)
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["3n", "1n", "2n"]
+    assert versions(run) == {"2.12.1"}
+
+
+def test_what_is_measured_again_is_not_so_on_a_node_that_was_given_up(cluster, tmp_path):
+    run = three_measured(cluster, tmp_path, spares=1)
+    missing(run, "torch-3n-r1")
+    policy = bench.Policy(0, True, True)
+    fault = ("3n", "node_failed", NAMES[0])
+    assert measure(drift.load(run), run, policy, [fault], torch="2.12.1") == ["3n", "3n", "1n", "2n"]
+    assert set(states(run.read_status()).values()) == {"complete"}
+    assert all(NAMES[0] not in cell["hosts"] for cell in run.read_plan()["cells"])
+
+
+def test_over_ssh_nodes_were_asked_already_and_nothing_more_runs_again(cluster, tmp_path):
+    """Nodes may differ among each other, and a newer cell may run on others."""
+    _, run = interrupted(cluster, tmp_path)
+    assert measure(drift.load(run), run, DRIFT, torch="2.12.1") == ["2n"]
+
+
+def test_what_differs_between_nodes_anyway_is_no_change():
+    old = {"driver": "570", "torch": "2.13.0"}
+    before = {"a": {"n1": old, "n2": {**old, "driver": "580"}}}
+    assert drift.outdated(before, {"n3": {**old, "driver": "590"}}) == {}
+    assert drift.outdated(before, {"n1": {**old, "driver": "590"}}) == {"a": {"n1": ["driver 570 -> 590"]}}
+    assert facts.changes(drift.common(before), {**old, "env.NCCL_DEBUG": "INFO"}) == ["env.NCCL_DEBUG absent -> INFO"]
+
+
+def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Unheard(Nodes):
+        def converse(self, planned, cell, watch, data, course):
+            watch.stop.asked = True
+            course.on_job(answers.JobInfo("7", "x", "running", "RUNNING", "", (), None))
+            return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
+
+    bench.Run(built, run, Unheard(run), Display(quiet=True), None, bench.Policy(), Reach()).execute({})
+    status = run.read_status()
+    assert states(status) == {"torch-2n-r1": "incomplete"}
+    assert runs._left_jobs(status) == ["7"]

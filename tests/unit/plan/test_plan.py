@@ -1,0 +1,150 @@
+"""The plan: pure, complete before anything runs, and refused with the nearest values that work."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import request
+
+from golden_files import check as golden
+from runner.errors import UsageError
+from runner.plan import build, config, describe, plan
+from runner.plan.batch import resolve_batch
+from runner.plan.engines.registry import ENGINES
+from runner.system import nodeset
+
+
+@pytest.mark.parametrize("backend", ["local", "ssh"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_on_every_backend(cluster, machine, engine, backend):
+    source = machine if backend == "local" else cluster
+    asked = request(source, engine=engine, node_counts=(1,) if backend == "local" else (3,))
+    golden(f"plan/{engine}-{backend}.txt", describe.describe(build.build(asked, source.nodes), nodeset.fold) + "\n")
+
+
+def test_the_plan_is_plain_json_and_says_the_same_twice(cluster):
+    built = build.build(request(cluster), cluster.nodes)
+    assert json.loads(json.dumps(built.to_dict())) == json.loads(
+        json.dumps(build.build(request(cluster), cluster.nodes).to_dict())
+    )
+
+
+@pytest.mark.parametrize("model", config.names("models"))
+def test_every_shipped_model_plans(cluster, model):
+    """13B and 70B do not divide over 64 GPUs with accumulation 16: planned where they do."""
+    counts = {"llama-2-13b": (4,), "llama-2-70b": (2,)}.get(model, (8,))
+    cell = build.build(request(cluster, model=model, node_counts=counts), cluster.nodes).cells[0]
+    assert cell.batch.micro_batch * cell.batch.gradient_accumulation * cell.world_size == cell.batch.global_batch
+    assert "auto" not in json.dumps([cell.deepspeed[k] for k in cell.deepspeed if "batch" in k])
+
+
+@pytest.mark.parametrize(("model", "batch"), [("llama-2-7b", 1024), ("llama-2-13b", 512), ("llama-2-70b", 256)])
+def test_the_users_batches_are_in_the_deepspeed_files(model, batch):
+    loaded = config.load_deepspeed(config.load_model(model).deepspeed, {})
+    assert (loaded["train_batch_size"], loaded["gradient_accumulation_steps"]) == (batch, 16)
+    assert loaded["zero_optimization"]["stage"] == 3 and loaded["bf16"]["enabled"] is True
+
+
+def test_weak_scaling_keeps_the_work_per_gpu_and_strong_the_global_batch(cluster):
+    weak = build.build(request(cluster, model="llama-2-7b", node_counts=(1, 2, 4, 8)), cluster.nodes)
+    assert [(c.batch.global_batch, c.batch.micro_batch) for c in weak.cells] == [
+        (128, 1),
+        (256, 1),
+        (512, 1),
+        (1024, 1),
+    ]
+    strong = build.build(
+        request(cluster, model="llama-2-7b", node_counts=(1, 2, 4, 8), scaling="strong"), cluster.nodes
+    )
+    assert [(c.batch.global_batch, c.batch.micro_batch) for c in strong.cells] == [
+        (1024, 8),
+        (1024, 4),
+        (1024, 2),
+        (1024, 1),
+    ]
+
+
+def test_what_does_not_divide_is_refused_with_values_that_work(cluster):
+    with pytest.raises(UsageError) as error:
+        build.build(request(cluster, model="llama-2-13b"), cluster.nodes)
+    settings = re.findall(r"--set (sft\.\w+=\d+)", str(error.value))
+    assert settings == ["sft.gradient_accumulation=8", "sft.global_batch=1024"]
+    for setting in settings:
+        build.build(request(cluster, model="llama-2-13b", settings=[setting]), cluster.nodes)
+
+
+@given(
+    st.none() | st.integers(1, 5000),
+    st.none() | st.integers(1, 16),
+    st.integers(1, 64),
+    st.sampled_from([1, 2, 3, 8, 16, 64]),
+)
+def test_a_batch_holds_or_its_hint_does(global_batch, micro, accumulation, world):
+    try:
+        batch = resolve_batch(global_batch, micro, accumulation, world)
+    except UsageError as error:
+        hints = dict(re.findall(r"sft\.(\w+)=(\d+)", str(error)))
+        assert hints
+        for key, value in hints.items():
+            changed = {"global_batch": global_batch, "gradient_accumulation": accumulation, key: int(value)}
+            resolve_batch(changed["global_batch"], micro, changed["gradient_accumulation"], world)
+    else:
+        assert batch.micro_batch * batch.gradient_accumulation * world == batch.global_batch
+        assert micro in (None, batch.micro_batch) and global_batch in (None, batch.global_batch)
+
+
+def test_too_many_nodes_is_one_line(cluster):
+    with pytest.raises(UsageError, match="9 nodes asked for: the inventory inventory/fukushimadc-02 has 8"):
+        build.build(request(cluster, node_counts=(9,)), cluster.nodes)
+
+
+def test_repeats_and_tests_each_have_their_cell_and_port(cluster):
+    tests = {name: config.load_test(name, {}).model_dump() for name in ("torch", "sft")}
+    cells = build.build(request(cluster, tests=tests, node_counts=(1, 2), repeats=3), cluster.nodes).cells
+    assert len({c.id for c in cells}) == len(cells) == 12
+    assert all(20000 <= c.master_port < 30000 for c in cells)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", c.id) for c in cells)
+
+
+def test_deepspeed_needs_one_python_for_all_nodes(cluster):
+    odd = (*cluster.nodes[:7], replace(cluster.nodes[7], python="/usr/bin/python3"))
+    with pytest.raises(UsageError, match="use --engine torchrun"):
+        build.build(request(cluster, engine="deepspeed"), odd)
+
+
+def test_a_deepspeed_setting_reaches_the_job(cluster):
+    built = build.build(request(cluster, settings=["deepspeed.zero_optimization.stage=1"]), cluster.nodes)
+    job = plan.job(built, built.cells[0], built.nodes[0], "/data/x")
+    assert job["deepspeed"]["zero_optimization"]["stage"] == 1 and job["data"] == "/data/x"
+
+
+def test_a_plan_for_512_nodes_takes_no_time(cluster):
+    nodes = tuple(replace(cluster.nodes[0], name=f"n{i:04d}", alias=f"node{i:04d}") for i in range(512))
+    started = time.perf_counter()
+    built = build.build(request(cluster, node_counts=(512,)), nodes)
+    assert built.cells[0].world_size == 4096
+    assert time.perf_counter() - started < 20  # a guard against a quadratic plan, not a measurement
+
+
+def test_each_node_keeps_its_own_environment(cluster):
+    """NICs may be named differently: what differs is said per node and reaches that node's ranks alone."""
+    odd = (*cluster.nodes[:2], replace(cluster.nodes[2], env={"NCCL_IB_HCA": "mlx5_7"}))
+    built = build.build(request(cluster, node_counts=(3,)), odd)
+    text = describe.describe(built, nodeset.fold)
+    assert "NCCL_IB_HCA=mlx5_0,mlx5_1 on node[001-002]" in text and "NCCL_IB_HCA=mlx5_7 on node003" in text
+    sent = [plan.job(built, built.cells[0], node, None)["env"]["NCCL_IB_HCA"] for node in built.nodes]
+    assert sent == ["mlx5_0,mlx5_1", "mlx5_0,mlx5_1", "mlx5_7"]
+
+
+@pytest.mark.parametrize(
+    "setting", ["sft.seq_len=99999", "deepspeed.train_batch_size=-8", "deepspeed.gradient_accumulation_steps=1.5"]
+)
+def test_what_no_rank_could_run_is_refused_before_it_starts(cluster, setting):
+    with pytest.raises(UsageError):
+        build.build(request(cluster, settings=[setting]), cluster.nodes)
