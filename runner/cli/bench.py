@@ -203,7 +203,6 @@ def _bench(
 
     from runner.launch import preflight
     from runner.launch.run import Policy, execute
-    from runner.launch.slurm import allocations
     from runner.results.rundir import RunDir
 
     # Refuse what cannot be planned before anything is asked of the nodes.
@@ -227,8 +226,7 @@ def _bench(
         _require_launcher(planned)
         run = RunDir(results / run_id)
         carrier = reach.transport(run, nodes[0], {})
-        if isinstance(carrier, allocations.Allocations):
-            allocations.refuse(planned, carrier, planned.cells)
+        carrier.refuse(planned, planned.cells)
         data = _prepare(planned, planned.cells, display)
         policy = Policy(retries, replace_bad_nodes)
         summary = execute(planned, run, state_dir(), carrier, display, data, policy, reach, {})

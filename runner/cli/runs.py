@@ -181,27 +181,14 @@ def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
     return {known[word] for word in words}
 
 
-def _left_jobs(status: Mapping[str, Any]) -> list[str]:
-    """The Slurm jobs, tasks of arrays as well, whose end no controller has seen."""
-
-    def unseen(cell: Mapping[str, Any]) -> bool:
-        return not cell["ended"] or (cell["error"] or {}).get("kind") == "slurm_unreachable"
-
-    if status["state"] != "incomplete":
-        return []
-    cells = status["cells"]
-    told = {cell["job"]["id"] for cell in cells.values() if cell.get("job") and cell["started"] and unseen(cell)}
-    shared = status.get("allocation", {}).items()
-    waiting = {job_id for cell, (job_id, *_) in shared if job_id and unseen(cells[cell])}
-    return sorted(told | waiting, key=lambda job_id: [int(number) for number in job_id.split("_")])
-
-
 def _described(run: RunDir) -> str:
     status = run.read_status()
+    from runner.launch.slurm.ledger import jobs_left
+
     text = describe(run.read_plan(), status, datetime.now(UTC), _columns())
     if elsewhere := run.elsewhere():
         text += f"\n\nits controller is on {elsewhere}: whether it lives is known there"
-    elif jobs := _left_jobs(status):
+    elif jobs := jobs_left(status):
         text += (
             f"\n\nno controller saw {', '.join(f'job {job_id}' for job_id in jobs)} end; if it still runs,\n"
             f"  `runner bench --resume {run.run_id}` follows it\n"

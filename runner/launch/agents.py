@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.launch import copy
+from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, SILENCE_S, Talk, ask, converse, local
 from runner.launch.watch import CellRun, Course
 from runner.plan.plan import Cell, Plan, environment, job
@@ -57,7 +58,9 @@ def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
 
 
 class Agents:
-    """One agent per node and cell, each on a leash held here."""
+    """The transport of backends without a scheduler: one agent per node and cell, each on a leash held here."""
+
+    shared = False
 
     def __init__(self, run: RunDir, ssh_config: str | None) -> None:
         self.run, self.ssh_config = run, ssh_config
@@ -65,6 +68,25 @@ class Agents:
     @staticmethod
     def _remote(plan: Plan) -> bool:
         return BACKENDS[plan.backend].remote
+
+    def refuse(self, plan: Plan, cells: Sequence[Cell]) -> None:
+        """Nothing: what nodes lack, the preflight has found."""
+
+    def together(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
+        """Each cell is started by itself."""
+        return list(cells[:1])
+
+    def exclude(self, plan: Plan, host: str) -> Plan:
+        """Nobody else chooses nodes."""
+        return plan
+
+    def adopt(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], ledger: Ledger) -> bool:
+        """No cell has a job."""
+        return False
+
+    def cancel(self, plan: Plan, job_ids: set[str] | None, *, patient: bool) -> bool:
+        """Nothing goes on without this controller."""
+        return True
 
     def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
         """Prepared data to each node once; rsync finds what is there already. Returns failures by node."""

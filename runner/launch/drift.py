@@ -13,7 +13,7 @@ from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
 from runner.launch import blame
 from runner.plan.build import place
-from runner.plan.plan import Plan, fingerprint
+from runner.plan.plan import Cell, Plan, fingerprint
 from runner.results.rundir import PULSES_S, RunDir
 from runner.system.nodeset import fold
 
@@ -95,6 +95,26 @@ def outdated(before: Mapping[str, Environments], now: Environments) -> dict[str,
     same = common(before)
     found = {host: lines for host, environment in now.items() if (lines := facts.changes(same, environment))}
     return (dict.fromkeys(before, found) if found else {}) | drift(before, now)
+
+
+class Comparison:
+    """The environments of complete cells, held against those that newer cells find on their nodes."""
+
+    def __init__(self, run: RunDir, plan: Plan, status: Mapping[str, Any]) -> None:
+        self._run, self._before = run, measured(run, plan, status)
+
+    def reopened_by(self, plan: Plan, cell: Cell, status: dict[str, Any], own: bool) -> list[str]:
+        """The cells that do not remain valid now that `cell` is complete, marked so in `status`; each is named once.
+
+        `own`: this run has measured `cell` itself. What an earlier controller's job measured may be the older one.
+        """
+        found = measured(self._run, replace(plan, cells=(cell,)), status).get(cell.id, {})
+        opened = reopen(plan, status, outdated(self._before, found))
+        for each in opened:
+            del self._before[each]
+        if not own:
+            self._before[cell.id] = found
+        return opened
 
 
 def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from runner.launch import blame, talk
 from runner.launch.agents import Agents
 from runner.launch.slurm import allocations, commands
 from runner.launch.slurm.allocations import Allocations
+from runner.launch.transport import Transport
 from runner.node import check
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV
@@ -57,7 +58,7 @@ class Reach:
             return Answers({name: [problem] for name, problem in found.items()}, {})
         return ask_agents(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
 
-    def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Agents | Allocations:
+    def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Transport:
         """What carries a cell to its nodes. Under Slurm, `expected` is the environment that must be found there."""
         if self.cluster is None:
             return Agents(run, self.ssh_config)

@@ -11,6 +11,7 @@ from runner.cluster.inventory import Node
 from runner.launch import talk as backends
 from runner.launch.blame import LATE, blame, ended_well, error, standstill
 from runner.launch.signals import Stop
+from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import Talk
 from runner.node.agent import ALIVE_S
 from runner.plan.plan import Cell
@@ -32,15 +33,14 @@ _ASK = ("timed_out", "rank_hung")  # what is judged by where ranks stand
 class Course:
     """What a transport may need to know of the run a cell belongs to, and whom it tells what it decides.
 
-    `entry` is the cell's in status.json, `pending` are the cells of the job that it needs, this one first, and
-    `allocation` has the job (None: sbatch has not answered), step, sbatch file and named hosts of each cell that has
-    a job; it is kept in status.json as well.
+    `entry` is the cell's in status.json, `pending` are the cells of the job that it needs, this one first (none: it
+    has one), and `ledger` has the job of each cell that has one.
     `on_placed` gets the nodes that Slurm chose and gives the cell as it is then planned.
     """
 
     entry: Mapping[str, Any]
     pending: Sequence[Cell]
-    allocation: dict[str, Any]
+    ledger: Ledger
     on_job: Callable[[Any], None]
     on_placed: Callable[[Sequence[Node]], Cell]
 

@@ -12,6 +12,7 @@ from runner.cluster.inventory import Inventory, Node
 from runner.failures import Problem
 from runner.launch import blame, preflight
 from runner.launch import run as bench
+from runner.launch.agents import Agents
 from runner.plan import build, plan
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
@@ -22,16 +23,18 @@ NAMES = [f"fukushimadc-02-hgx-{number:04d}" for number in (1, 2, 3, 4, 5, 6, 7, 
 FACTS = {"hostname": "n", "boot_id": "b", "kernel": "6.1", "packages": {"torch": "2.13.0"}, "env": {}}
 
 
-class Nodes:
+class Nodes(Agents):
     """A stand-in for the nodes: fails what it is told to fail, and writes what ranks would have written."""
 
-    ssh_config = "/tmp/ssh_config"
-
     def __init__(self, run: RunDir, *faults: tuple[str, str, str | None]) -> None:
-        self.run, self.faults = run, list(faults)  # (part of a cell's id, kind, host or None)
+        super().__init__(run, "/tmp/ssh_config")
+        self.faults = list(faults)  # (part of a cell's id, kind, host or None)
         self.tried: list[tuple[str, tuple[str, ...], int]] = []
         self.sent: list[str] = []
         self.facts = FACTS
+
+    def adopt(self, planned, cell, entry, ledger):
+        return None  # as a Slurm that does not answer
 
     def data_on_nodes(self, planned, data):
         return data

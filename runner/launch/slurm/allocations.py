@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from runner.launch import agents, blame, copy
 from runner.launch.slurm import answers, commands
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.capacity import node_kind, refused
+from runner.launch.slurm.ledger import JobShare, Ledger
 from runner.launch.slurm.script import STARTUP_S, Job, Step, cells_of, render
 from runner.launch.talk import Talk
 from runner.launch.watch import CellRun, Course
@@ -85,24 +86,6 @@ def told_by_slurm(error: Mapping[str, Any], found: Mapping[str, Problem]) -> dic
     }
 
 
-def refuse(plan: Plan, transport: Allocations, cells: Sequence[Cell]) -> None:
-    """Raise for what Slurm could never start, with every reason, before anything is submitted.
-
-    UsageError for a request that is wrong, InfrastructureError for one that only nodes which are down prevent.
-    """
-    settings = transport.settings(plan)
-    partitions, nodes = transport.cluster.look()
-    largest = max(cells, key=lambda cell: cell.num_nodes)
-    first = [largest, *(cell for cell in cells if cell is not largest)]
-    ready = transport.job(plan, "shakedown-test", together(plan, first), None)
-    found, wrong = refused(ready, settings, partitions, nodes)
-    if found:
-        text = "\n  ".join(["Slurm cannot start this:", *found])
-        raise UsageError(text) if wrong else InfrastructureError(text, "not_started")
-    if why := transport.cluster.test_only(render(ready, settings)):
-        raise UsageError(f"Slurm refuses this: {why}")
-
-
 def together(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
     """Which of `cells` share the job of the first: all of one allocation; of an array, whose tasks are alike, those of
     its size, and of its nodes if these are named.
@@ -133,6 +116,29 @@ class Allocations:
         self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
         self.shared = cluster.settings.shared
         self._known: tuple[str, ...] | None = None
+
+    # --- before anything starts ---------------------------------------------------------------------
+
+    def refuse(self, plan: Plan, cells: Sequence[Cell]) -> None:
+        """Raise for what Slurm could never start, with every reason, before anything is submitted.
+
+        UsageError for a request that is wrong, InfrastructureError for one that only nodes which are down prevent.
+        """
+        settings = self.settings(plan)
+        partitions, nodes = self.cluster.look()
+        largest = max(cells, key=lambda cell: cell.num_nodes)
+        first = [largest, *(cell for cell in cells if cell is not largest)]
+        ready = self.job(plan, "shakedown-test", together(plan, first), None)
+        found, wrong = refused(ready, settings, partitions, nodes)
+        if found:
+            text = "\n  ".join(["Slurm cannot start this:", *found])
+            raise UsageError(text) if wrong else InfrastructureError(text, "not_started")
+        if why := self.cluster.test_only(render(ready, settings)):
+            raise UsageError(f"Slurm refuses this: {why}")
+
+    def together(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
+        """Which of `cells` share the job of the first."""
+        return together(plan, cells)
 
     # --- data ---------------------------------------------------------------------------------------
 
@@ -173,8 +179,8 @@ class Allocations:
         if not info.nodes:  # cancelled while it waited, or forgotten
             return None if watch.stop.asked else self._fault(info, watch, plan)
         placed = every[: cell.num_nodes]
-        shared = course.allocation.get(cell.id)
-        asked = shared[3:] if shared else cell.hosts  # since then the cell may have moved
+        share = course.ledger.share(cell.id)
+        asked = share.hosts if share else cell.hosts  # since then the cell may have moved
         if asked and {node.name for node in every} >= set(asked):
             placed = [plan.node(name) for name in asked]
         watch.cell = course.on_placed(placed)
@@ -200,8 +206,8 @@ class Allocations:
             self._fetch_log(log, self._node(plan, info.nodes[0]), watch)
         return None if watch.stop.asked else self._fault(info, watch, plan)
 
-    def leave(self, plan: Plan, job_ids: set[str] | None, patient: bool) -> bool:
-        """Cancel the run's jobs, or of them `job_ids`, that wait or run; returns whether Slurm heard it."""
+    def cancel(self, plan: Plan, job_ids: set[str] | None, *, patient: bool) -> bool:
+        """Cancel these jobs of the run that wait or run, or all (None); returns whether Slurm answered."""
         try:
             wanted = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
             for job_id in self.cluster.of_run(plan.run_id):  # ids are used again, names are not
@@ -212,54 +218,60 @@ class Allocations:
             return False
         return True
 
-    def adopt(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], allocation: dict[str, Any]) -> bool:
-        """Whether the cell has a job; one whose id was never heard is looked for by its name.
+    def adopt(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], ledger: Ledger) -> bool | None:
+        """Whether the cell has a job; None where Slurm does not answer. See `_find`."""
+        try:
+            return self._find(plan, cell, entry, ledger)
+        except commands.Silent:
+            return None
 
-        Its cells are then noted in `allocation`, or, where Slurm has no such job, no longer. Raises Silent.
+    def _find(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], ledger: Ledger) -> bool:
+        """Whether the cell has a job; one whose id was never received is looked for by its name.
+
+        Its cells are then noted in `ledger`, or, where Slurm has no such job, no longer. Raises Silent.
         """
-        job_id, _, name, *_ = allocation.get(cell.id) or ((entry["job"] or {}).get("id"), None, None)
-        if job_id:
+        share = ledger.share(cell.id)
+        if share.job_id if share else (entry["job"] or {}).get("id"):
             return True
-        name = name or job_name(plan, cell, entry["attempt"])
+        name = share.name if share else job_name(plan, cell, entry["attempt"])
         path = self.run.slurm(name)
         found = self.cluster.find(name) if path.exists() else None
         if found is None:
-            for each in [each for each, (_, _, other, *_) in allocation.items() if other == name]:
-                del allocation[each]
+            ledger.drop(ledger.submitted_as(name))
             return False
         cells = {each.id: each for each in plan.cells}
         for number, each in enumerate(cells_of(path.read_text())):
-            if each not in allocation or allocation[each][2] == name:  # else it has another by now
-                allocation[each] = _noted(plan, cells[each], name, found, number)
+            other = ledger.share(each)
+            if other is None or other.name == name:  # else it has another by now
+                ledger.note({each: _share(plan, cells[each], name, found, number)})
         return True
 
     def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, its step in that, and the sbatch file."""
+        ledger = course.ledger
         name = job_name(plan, cell, course.entry["attempt"])
-        if not self.adopt(plan, cell, course.entry, course.allocation):
+        if not self._find(plan, cell, course.entry, ledger):
             cells = course.pending or [cell]
             script = render(self.job(plan, name, cells, data), self.settings(plan))
             path = self.run.slurm(name)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
             # Until Slurm answers nobody else may submit these.
-            course.allocation.update({each.id: [None, None, name, *each.hosts] for each in cells})
+            ledger.note({each.id: JobShare(None, None, name, each.hosts) for each in cells})
             try:
                 job_id = self.cluster.submit(script, agents.secrets())
             except commands.Silent:
                 raise
             except InfrastructureError:  # refused
-                for each in cells:
-                    del course.allocation[each.id]
+                ledger.drop(each.id for each in cells)
                 raise
-            for number, each in enumerate(cells):
-                course.allocation[each.id] = _noted(plan, each, name, job_id, number)
+            ledger.note({each.id: _share(plan, each, name, job_id, number) for number, each in enumerate(cells)})
         known = (course.entry["job"] or {}).get("id")
-        noted: Sequence[Any] = course.allocation.get(cell.id) or (known, None, name)
-        job_id, step, name = noted[:3]
-        if job_id != known:  # told before Slurm is asked for anything else
-            course.on_job(answers.JobInfo(job_id, name, "waiting", "PENDING", "", (), None))
-        return job_id, step, self.run.slurm(name)
+        share = ledger.share(cell.id) or JobShare(known, None, name)
+        assert share.job_id is not None
+        if share.job_id != known:  # said before Slurm is asked for anything else
+            course.on_job(answers.JobInfo(share.job_id, share.name, "waiting", "PENDING", "", (), None))
+        return share.job_id, share.step, self.run.slurm(share.name)
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> Job:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
@@ -359,10 +371,10 @@ def job_name(plan: Plan, cell: Cell, attempt: int) -> str:
     return f"{slurm_settings.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
 
-def _noted(plan: Plan, cell: Cell, name: str, job_id: str, number: int) -> list[Any]:
-    """What `Course.allocation` has of `cell`, the `number`-th of the sbatch file `name`, submitted as `job_id`."""
+def _share(plan: Plan, cell: Cell, name: str, job_id: str, number: int) -> JobShare:
+    """The share of `cell`, the `number`-th of the sbatch file `name`, in the job that was submitted as `job_id`."""
     task = f"{job_id}_{number}" if plan.job_array else job_id
-    return [task, number if plan.one_allocation else None, name, *cell.hosts]
+    return JobShare(task, number if plan.one_allocation else None, name, cell.hosts)
 
 
 def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
@@ -436,9 +448,3 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
         shown.append(f"{name}.sbatch:\n{script}")
         left = [cell for cell in left if cell not in some]
     return shown
-
-
-def as_status(info: answers.JobInfo) -> dict[str, Any]:
-    """A job as status.json keeps it."""
-    kept = asdict(info)
-    return {"id": kept["job_id"], **{key: kept[key] for key in ("state", "raw", "reason", "position", "start")}}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from runner.errors import InfrastructureError
 from runner.system.nodeset import expand
@@ -29,6 +30,7 @@ _WORDS = {
 }
 
 
+ENDED = ("complete", "failed", "cancelled", "time_limit", "node_failed", "out_of_memory", "preempted")
 STATES: Mapping[str, str] = {word: ours for ours, words in _WORDS.items() for word in words.split()}
 
 
@@ -36,6 +38,11 @@ def state(word: str) -> str:
     """Our word for one of Slurm's ("CANCELLED by 1000", "CANCELLED+", "cg"); "unknown" for what is new."""
     found = re.match(r"\s*(\w+)", word)
     return STATES.get(found[1].upper(), "unknown") if found else "unknown"
+
+
+def over(state: str | None) -> bool:
+    """Whether a job in this state of ours has ended, or is forgotten; None: there was no job."""
+    return state in (*ENDED, "unknown")
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,12 @@ class JobInfo:
     exit_code: int | None = None
     signal: int | None = None
     position: int | None = None
+
+
+def as_status(info: JobInfo) -> dict[str, Any]:
+    """A job as status.json keeps it."""
+    kept = asdict(info)
+    return {"id": kept["job_id"], **{key: kept[key] for key in ("state", "raw", "reason", "position", "start")}}
 
 
 _ID = re.compile(r"\d+(_\d+)?", re.ASCII)

@@ -25,7 +25,6 @@ from runner.launch.slurm.answers import JobInfo
 from runner.launch.slurm.capacity import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
 from runner.system import process
 
-ENDED = ("complete", "failed", "cancelled", "time_limit", "node_failed", "out_of_memory", "preempted")
 COMMAND_S = 60.0  # Slurm's own commands give up sooner
 PATIENCE_S = 60.0  # a slurmctld that is restarted answers again after some seconds
 T = TypeVar("T")
@@ -241,7 +240,7 @@ def forgotten(job_id: str) -> JobInfo:
 
 def gone(info: JobInfo) -> bool:
     """Whether a job has ended or is forgotten. A state that only a newer Slurm knows is neither."""
-    return info.state in ENDED or not info.raw
+    return info.state in answers.ENDED or not info.raw
 
 
 def intervals(first_s: float = 1.0, longest_s: float = 15.0) -> Iterator[float]:

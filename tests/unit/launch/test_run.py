@@ -14,7 +14,6 @@ from runs import FACTS, NAMES, Nodes, Reach, bench_talk, carry_out, missing, pla
 from slurm_commands import Commands, line
 from slurm_commands import cluster as slurm_cluster
 
-from runner.cli import runs
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
@@ -22,7 +21,7 @@ from runner.failures import Problem
 from runner.launch import blame, drift
 from runner.launch import run as bench
 from runner.launch.signals import Stop
-from runner.launch.slurm import allocations, answers
+from runner.launch.slurm import allocations, answers, ledger
 from runner.launch.watch import CellRun, Course
 from runner.plan import build, plan
 from runner.report.progress import Display
@@ -295,7 +294,9 @@ def test_a_launcher_is_no_node_that_a_spare_could_replace(cluster, tmp_path):
     run = RunDir.create(tmp_path, built.to_dict())
     nodes = Nodes(run)
     carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), Reach())
-    assert not carried._replace(0, blame.error("lost_connection", "lost the connection to it", celldir.LAUNCHER))
+    assert not carried._replace(
+        built.cells[0], blame.error("lost_connection", "lost the connection to it", celldir.LAUNCHER)
+    )
 
 
 def test_what_was_set_aside_is_never_in_the_way(tmp_path):
@@ -465,16 +466,16 @@ def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp
     run = RunDir.create(tmp_path, built.to_dict())
     carrier, commands = through_slurm(built, run)
     [cell] = built.cells
-    heard: list[tuple[str, str, dict]] = []
+    heard: list[tuple[str, str, ledger.JobShare | None]] = []
 
     def on_job(info: answers.JobInfo) -> None:
-        heard.append((info.job_id, info.state, dict(course.allocation)))
+        heard.append((info.job_id, info.state, course.ledger.share(cell.id)))
         assert not commands.named("squeue")
 
-    course = Course({"attempt": 1, "job": None}, [cell], {}, on_job, lambda nodes: cell)
+    course = Course({"attempt": 1, "job": None}, [cell], ledger.Ledger(), on_job, lambda nodes: cell)
     assert carrier._submit(built, cell, None, course)[:2] == ("7", 0)
-    [(job_id, state, allocation)] = heard
-    assert (job_id, state, allocation[cell.id][:2]) == ("7", "waiting", ["7", 0])
+    [(job_id, state, share)] = heard
+    assert (job_id, state, share.job_id, share.step) == ("7", "waiting", "7", 0)
 
 
 def test_a_step_is_heard_on_the_hosts_that_it_was_given_not_on_the_first_of_its_job(cluster, tmp_path):
@@ -491,7 +492,7 @@ def test_a_step_is_heard_on_the_hosts_that_it_was_given_not_on_the_first_of_its_
     def on_placed(nodes: Sequence[Node]) -> plan.Cell:
         raise Placed(*(node.name for node in nodes))
 
-    shared = {cell.id: ["7", 1, "all", *given]}
+    shared = ledger.Ledger({cell.id: ledger.JobShare("7", 1, "all", given)})
     course = Course({"attempt": 1, "job": None}, [cell], shared, lambda info: None, on_placed)
     watch = CellRun(cell, Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
     with pytest.raises(Placed) as placed:
@@ -528,9 +529,9 @@ def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(clust
 
     carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
     carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), Reach())
-    with open(run.log, "a") as carried.log:
+    with carried.journal.opened():
         carried._send_data(list(built.nodes))
-    assert carried.plan.slurm["exclude"] == ["node002"]
+    assert carried.current.plan.slurm["exclude"] == ["node002"]
 
 
 def test_cells_of_an_older_environment_run_again_once_a_newer_one_has_shown_that_it_changed(cluster, tmp_path):
@@ -629,4 +630,4 @@ def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
     bench.Run(built, run, Unheard(run), Display(quiet=True), None, bench.Policy(), Reach()).execute({})
     status = run.read_status()
     assert states(status) == {"torch-2n-r1": "incomplete"}
-    assert runs._left_jobs(status) == ["7"]
+    assert ledger.jobs_left(status) == ["7"]

@@ -13,14 +13,13 @@ from slurm_commands import DOWN, Commands, for_ever
 from slurm_commands import cluster as slurm_cluster
 
 from conftest import NAMES
-from runner.cli import runs
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError
 from runner.launch import blame
 from runner.launch import drift as resume
 from runner.launch import run as bench
-from runner.launch.slurm import allocations, answers
+from runner.launch.slurm import allocations, answers, ledger
 from runner.launch.slurm import commands as jobs
 from runner.launch.slurm.script import cells_of, render
 from runner.report.progress import Display
@@ -204,7 +203,7 @@ def test_a_node_that_is_given_up_is_in_no_later_task(cluster, tmp_path):
 
 def test_tasks_that_an_earlier_controller_left_are_followed_before_anything_else_runs(cluster, tmp_path):
     carrier, _, carried = together(cluster, tmp_path, {("8_0", None): "silent"}, array=True)
-    carrier.leave = lambda *_, **__: False  # type: ignore[method-assign]
+    carrier.cancel = lambda *_, **__: False  # type: ignore[method-assign]
     carried.execute({})
     status = carrier.run.read_status()
     assert status["allocation"].keys() == {"torch-2n-r1", "torch-2n-r2"}
@@ -294,7 +293,9 @@ def test_a_job_that_an_earlier_controller_left_is_cancelled_by_a_stop_as_well(cl
     job = {"id": "6", "state": "running"}
     status["cells"]["torch-2n-r1"].update(state="incomplete", started="2026-01-01T00:00:00Z", job=job)
     run.write_status({**status, "state": "incomplete"})
-    carried = bench.Run(carried.plan, run, carried.transport, Display(quiet=True), None, bench.Policy(), Reach())
+    carried = bench.Run(
+        carried.current.plan, run, carried.transport, Display(quiet=True), None, bench.Policy(), Reach()
+    )
     queue.jobs["6"] = f"shakedown-{run.run_id}-torch-2n-r1-1"
     carried.execute({})
     assert queue.jobs == {} and set(states(run.read_status()).values()) == {"cancelled"}
@@ -303,7 +304,9 @@ def test_a_job_that_an_earlier_controller_left_is_cancelled_by_a_stop_as_well(cl
 def test_a_cell_whose_shared_job_is_gone_has_no_retry_more_than_asked_for(cluster, tmp_path):
     carrier, _, carried = together(cluster, tmp_path, {})
     status = carrier.run.read_status()
-    status["allocation"] = {cell.id: ["7", step, "all", *cell.hosts] for step, cell in enumerate(carried.plan.cells)}
+    status["allocation"] = {
+        cell.id: ["7", step, "all", *cell.hosts] for step, cell in enumerate(carried.current.plan.cells)
+    }
     cell = status["cells"]["torch-1n-r1"]
     cell.update(state="running", started="2026-01-01T00:00:00Z", hosts=NAMES[:1], job={"id": "7", "state": "running"})
     carrier.run.write_status({**status, "state": "running"})
@@ -320,7 +323,10 @@ def test_a_job_whose_id_was_never_noted_has_the_cells_of_its_file(cluster, tmp_p
     carrier, _, carried = together(cluster, tmp_path, {("7", 0): failed(), ("7", 1): failed("time_limit")})
     carried.execute({})
     run = carrier.run
-    missed = render(carrier.job(carried.plan, "x", carried.plan.cells[1:], None), carrier.settings(carried.plan))
+    missed = render(
+        carrier.job(carried.current.plan, "x", carried.current.plan.cells[1:], None),
+        carrier.settings(carried.current.plan),
+    )
     run.slurm(f"shakedown-{run.run_id}-all-torch-2n-r1-1").write_text(missed)
     status = run.read_status()
     for name in ("torch-2n-r1", "torch-3n-r1"):
@@ -416,7 +422,7 @@ def test_no_retry_is_submitted_while_a_reopened_cells_step_goes_on(cluster, tmp_
 def test_cells_that_slurm_had_placed_elsewhere_share_the_next_array(cluster, tmp_path):
     faults = {("7_0", None): failed("rank_killed"), ("7_1", None): failed("rank_killed")}
     carrier, _, carried = of_sizes(cluster, tmp_path, faults, (1,), 2, named=False, retries=1, spares=0, kind=Placing)
-    carried.plan = replace(carried.plan, nodes=cluster.nodes[:4])
+    carried.current.plan = replace(carried.current.plan, nodes=cluster.nodes[:4])
     carried.execute({})
     assert [job for _, job, _ in carrier.tried] == ["7_0", "7_1", "8_0", "8_1"]
 
@@ -478,11 +484,11 @@ def test_who_leaves_at_once_leaves_no_job_behind(cluster, tmp_path, array):
 
 def test_the_tasks_that_wait_are_among_the_jobs_that_nobody_follows(cluster, tmp_path):
     carrier, _, carried = together(cluster, tmp_path, {("7_0", None): "silent"}, array=True)
-    carrier.leave = lambda *_, **__: False
+    carrier.cancel = lambda *_, **__: False
     carried.execute({})
     status = carrier.run.read_status()
     assert {row[0] for row in status["allocation"].values()} == {"7_0", "7_1"}
-    assert runs._left_jobs(status) == ["7_0", "7_1"]
+    assert ledger.jobs_left(status) == ["7_0", "7_1"]
 
 
 def test_a_waiting_task_is_told_of_where_the_one_before_it_had_ended(cluster, tmp_path):
@@ -503,7 +509,7 @@ def test_a_waiting_task_is_told_of_where_the_one_before_it_had_ended(cluster, tm
     with pytest.raises(Killed):
         carried.execute({})
     status = carrier.run.read_status()
-    assert status["allocation"] and runs._left_jobs({**status, "state": "incomplete"}) == ["7_1"]
+    assert status["allocation"] and ledger.jobs_left({**status, "state": "incomplete"}) == ["7_1"]
 
 
 def ended_well(run: RunDir, cell: str, job_id: str) -> None:
@@ -637,8 +643,8 @@ def never_heard(cluster, tmp_path, repeats: int = 3, array: bool = True, faults:
     """A run taken up again, whose controller was killed while sbatch had not answered."""
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), repeats, array=array)
     status = carrier.run.read_status()
-    name = allocations.job_name(carried.plan, carried.plan.cells[0], 1)
-    status["allocation"] = {cell.id: [None, None, name, *cell.hosts] for cell in carried.plan.cells}
+    name = allocations.job_name(carried.current.plan, carried.current.plan.cells[0], 1)
+    status["allocation"] = {cell.id: [None, None, name, *cell.hosts] for cell in carried.current.plan.cells}
     status["cells"]["torch-1n-r1"].update(
         state="incomplete", started="2026-01-01T00:00:00Z", error=failed("slurm_unreachable")
     )
@@ -696,7 +702,7 @@ def test_tasks_of_a_found_array_that_was_cancelled_run_again_in_one_resume(clust
         carried.execute({})
     cancelled = {(f"7_{task}", None): failed("job_cancelled") for task in range(3)}
     carrier, _, carried = of_sizes(cluster, tmp_path, cancelled, (1,), 3)
-    carrier.cluster.find = {allocations.job_name(carried.plan, carried.plan.cells[0], 1): "7"}.get
+    carrier.cluster.find = {allocations.job_name(carried.current.plan, carried.current.plan.cells[0], 1): "7"}.get
     carried.execute({})
     assert set(states(carrier.run.read_status()).values()) == {"complete"}, carrier.tried
 
@@ -735,14 +741,16 @@ def test_where_an_earlier_job_was_is_not_where_a_new_one_is(cluster, tmp_path):
     never = {("8_1", None): failed("not_started")}
     carrier, _, carried = of_sizes(cluster, tmp_path, never, (1,), 2, named=False, kind=Placing)
     carried.execute({})
-    assert carried.plan.cells[1].hosts == () and carrier.run.read_status()["cells"]["torch-1n-r2"]["hosts"] == []
+    assert (
+        carried.current.plan.cells[1].hosts == () and carrier.run.read_status()["cells"]["torch-1n-r2"]["hosts"] == []
+    )
 
 
 def test_a_cell_without_a_job_waits_for_those_that_have_one(cluster, tmp_path):
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 2)
-    run, second = carrier.run, carried.plan.cells[1]
+    run, second = carrier.run, carried.current.plan.cells[1]
     status = run.read_status()
-    name = allocations.job_name(carried.plan, second, 1)
+    name = allocations.job_name(carried.current.plan, second, 1)
     status["allocation"] = {second.id: ["5_0", None, name, *second.hosts]}
     unheard = {"state": "incomplete", "started": "2026-01-01T00:00:00Z", "error": failed("slurm_unreachable")}
     status["cells"]["torch-1n-r1"].update(unheard)

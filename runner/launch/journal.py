@@ -1,0 +1,193 @@
+"""What is written of a run while it is carried out: status.json, benchmark.log, records.jsonl."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from runner.launch.slurm.ledger import Ledger
+from runner.plan.plan import Cell, Plan
+from runner.report.progress import Display
+from runner.results import records
+from runner.results.rundir import RunDir
+from runner.results.status import LIVE_STATES, cell_status
+from runner.system.clock import now
+from runner.system.files import disk_errors, write_text_atomic
+
+STATUS_S = 1.0  # the live view of nodes is written that often at most
+
+
+class Journal:
+    """The states of a run and of its cells, its notes and its records, each written as soon as it changes.
+
+    `scheduled`: jobs of this run outlive their controller, and `ledger` has those that go on.
+    """
+
+    def __init__(self, run: RunDir, display: Display, scheduled: bool) -> None:
+        self.run, self._display, self._scheduled = run, display, scheduled
+        self.status = run.read_status()
+        self.ledger = Ledger.from_status(self.status) if scheduled else Ledger()
+        complete = {cell for cell, entry in self.cells.items() if entry["state"] == "complete"}
+        # Those of a cell that runs again are dropped.
+        self._records = [record for record in run.read_records() if record.cell in complete]
+        self._written = 0.0
+        self._log: TextIO
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """benchmark.log open for lines. Raises InfrastructureError where the disk takes none."""
+        with (
+            disk_errors(self.run.path),
+            open(self.run.log, "a", buffering=1, encoding="utf-8", errors="replace") as self._log,
+        ):
+            yield
+
+    # --- notes --------------------------------------------------------------------------------------
+
+    def log(self, text: str) -> None:
+        """One line for benchmark.log."""
+        self._log.write(f"{now()} {text}\n")
+
+    def note(self, text: str) -> None:
+        """One line for the person and for benchmark.log."""
+        self._display.note(text)
+        self.log(text)
+
+    # --- states -------------------------------------------------------------------------------------
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """The entries of status.json by the cell's id."""
+        return self.status["cells"]
+
+    def entry(self, cell: Cell) -> dict[str, Any]:
+        return self.cells[cell.id]
+
+    def complete(self, cell: Cell) -> bool:
+        return self.entry(cell)["state"] == "complete"
+
+    def write(self) -> None:
+        """Write status.json."""
+        self._written = time.monotonic()
+        self.status["allocation"] = self.ledger.to_json()
+        self.run.write_status(self.status)
+
+    def save(self, state: str) -> None:
+        """The run's own state."""
+        self.status["state"] = state
+        self.write()
+
+    def begin(self, command: str) -> None:
+        """The run is carried out by this process from now on."""
+        self.status["controller"] = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.save("running")
+        self.log(command)
+
+    def final_state(self) -> str:
+        """The run's state after its last cell: the worst of theirs."""
+        states = {entry["state"] for entry in self.cells.values()}
+        return next((state for state in ("failed", "incomplete", "cancelled") if state in states), "complete")
+
+    def cell_state(
+        self, cell: Cell, state: str, error: dict[str, Any] | None = None, plan_hash: str | None = None
+    ) -> None:
+        """A cell's new state. `plan_hash`: of the plan that a complete cell was measured by."""
+        entry = self.entry(cell)
+        entry.update(state=state, error=error)
+        if plan_hash is not None:
+            entry["plan_hash"] = plan_hash
+        if state in LIVE_STATES:
+            entry.update(started=entry["started"] or now(), hosts=list(cell.hosts))
+        else:
+            entry.update(ended=now(), progress=None)
+        self.write()
+
+    def next_attempt(self, cell: Cell) -> int:
+        """Begin a cell's entry anew, its last attempt kept among the earlier ones; returns the attempt's number."""
+        entry = self.entry(cell)
+        last = {key: entry[key] for key in ("state", "started", "ended", "error", "job", "hosts")}
+        self.cells[cell.id] = cell_status(entry["attempt"] + 1, [*entry["attempts"], last])
+        self._records = [record for record in self._records if record.cell != cell.id]
+        return entry["attempt"] + 1
+
+    def live(self, cell: Cell, nodes: Mapping[str, Any]) -> None:
+        """Keep status.json's view of the cell's nodes fresh, once in STATUS_S at most."""
+        if time.monotonic() - self._written >= STATUS_S:
+            self.entry(cell)["nodes"] = dict(nodes)
+            self.write()
+
+    def replaced(self, host: str, by: str | None, cell: Cell, error: Mapping[str, Any]) -> None:
+        """A node was given up; written with the next state."""
+        self.status["replaced"].append(
+            {
+                "host": host,
+                "by": by,
+                "cell": cell.id,
+                "kind": error["kind"],
+                "reason": error["message"],
+                "at": now(),
+            }
+        )
+
+    def left_at_once(self) -> None:
+        """The controller leaves without time for more: scheduled jobs may go on, other ranks end with it."""
+        self.status["state"] = "incomplete"
+        for entry in self.cells.values():
+            if entry["state"] in LIVE_STATES and self._scheduled:
+                entry["state"] = "incomplete"
+            elif entry["state"] in ("planned", *LIVE_STATES):
+                entry["state"] = "cancelled"
+        self.write()
+
+    # --- records ------------------------------------------------------------------------------------
+
+    def collect(self, plan: Plan, cell: Cell) -> None:
+        """Turn the ranks' files of a cell into records."""
+        base = {
+            "run_id": plan.run_id,
+            "cell": cell.id,
+            "test": cell.test,
+            "model": cell.model,
+            "num_nodes": cell.num_nodes,
+            "world_size": cell.world_size,
+            "repeat": cell.repeat,
+        }
+        self._records = [record for record in self._records if record.cell != cell.id]
+        for host in cell.hosts:
+            for path in sorted(self.run.cell(host, cell.id).glob("rank*.jsonl")):
+                events = records.parse_jsonl(path.read_text(errors="replace"))
+                self._records.extend(records.from_events(events, base, host))
+        write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self._records))
+
+
+class Streams:
+    """The lines of one cell's files as they are received: into benchmark.log, and into files of their own where nodes
+    keep theirs, so that what a dying node said is kept even if nothing can be gathered from it.
+    """
+
+    def __init__(self, journal: Journal, cell: Cell, alias: Mapping[str, str], kept_from: set[str]) -> None:
+        """`alias`: what people call each node. `kept_from`: the nodes whose files do not lie here."""
+        self._journal, self._cell, self._alias, self._kept_from = journal, cell, alias, kept_from
+        self._files: dict[tuple[str, str], TextIO] = {}
+
+    def line(self, host: str, file: str, line: str) -> None:
+        if host in self._kept_from:
+            self._file(host, file).write(line + "\n")
+        if not file.endswith(".jsonl"):
+            self._journal.log(f"{self._cell.id} {self._alias.get(host, host)} {file}: {line}")
+
+    def _file(self, host: str, file: str) -> TextIO:
+        if (host, file) not in self._files:
+            folder = self._journal.run.cell(host, self._cell.id)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._files[host, file] = open(folder / Path(file).name, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        return self._files[host, file]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

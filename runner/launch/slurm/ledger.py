@@ -1,0 +1,153 @@
+"""Which cells have a job: each cell's share of one, from its submission until its end was seen.
+
+status.json keeps the ledger under `allocation`, so that a later controller follows the same jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+
+@dataclass(frozen=True)
+class JobShare:
+    """One cell's share of a job.
+
+    `job_id` is None until sbatch has answered, `step` the cell's number in a job of several cells (None: the job, or
+    the array's task, is the cell's own), `name` that of the sbatch file, and `hosts` the nodes that it was submitted
+    for (none: Slurm places it).
+    """
+
+    job_id: str | None
+    step: int | None
+    name: str
+    hosts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> JobShare:
+        job_id, step, name, *hosts = values
+        return cls(job_id, step, name, tuple(hosts))
+
+    def to_json(self) -> list[Any]:
+        return [self.job_id, self.step, self.name, *self.hosts]
+
+    @property
+    def follows_others(self) -> bool:
+        """Whether other cells come before it in the same job. Step 0, or a task of an array, is why there is a job."""
+        return bool(self.step)
+
+
+class Standing(IntEnum):
+    """How sure it is that a cell has a job that goes on meanwhile; the surer, the sooner it is followed."""
+
+    HAS_JOB = 0
+    MAY_HAVE_JOB = 1
+    NO_JOB = 2
+
+
+class Ledger:
+    """The shares of all cells that have a job, and which of these jobs an earlier controller left behind."""
+
+    def __init__(self, shares: Mapping[str, JobShare] | None = None, inherited: Iterable[str] = ()) -> None:
+        self._shares = dict(shares or {})
+        self.inherited = set(inherited)
+
+    @classmethod
+    def from_status(cls, status: Mapping[str, Any]) -> Ledger:
+        """The ledger that an earlier controller left in status.json.
+
+        Inherited are the jobs whose end it did not see: they go on without a controller and are followed first.
+        """
+        shares = {cell: JobShare.from_json(values) for cell, values in status.get("allocation", {}).items()}
+        inherited = {
+            cell
+            for cell, entry in status["cells"].items()
+            if (entry["error"] or {}).get("kind") in (None, "slurm_unreachable")
+            and entry["state"] != "complete"
+            and (cell in shares or (entry["started"] and entry["state"] == "incomplete"))
+        }
+        return cls({cell: share for cell, share in shares.items() if cell in inherited}, inherited)
+
+    def to_json(self) -> dict[str, list[Any]]:
+        return {cell: share.to_json() for cell, share in self._shares.items()}
+
+    @property
+    def cells(self) -> set[str]:
+        """The cells that have a share, by id."""
+        return set(self._shares)
+
+    @property
+    def any_job(self) -> bool:
+        """Whether a job of this run may go on."""
+        return bool(self._shares or self.inherited)
+
+    def share(self, cell: str) -> JobShare | None:
+        return self._shares.get(cell)
+
+    def has(self, cell: str) -> bool:
+        """Whether the cell has a job, a share of one, or one that an earlier controller left."""
+        return cell in self._shares or cell in self.inherited
+
+    def standing(self, cell: str, job_id: str | None) -> Standing:
+        """`job_id` is that of the cell's last job, as status.json has it."""
+        if not self.has(cell):
+            return Standing.NO_JOB
+        share = self._shares.get(cell)
+        return Standing.HAS_JOB if (share.job_id if share else job_id) else Standing.MAY_HAVE_JOB
+
+    def job_ids(self) -> set[str] | None:
+        """The ids of all jobs that cells share; None where one is not known yet."""
+        ids = {share.job_id for share in self._shares.values()}
+        return None if None in ids else {job_id for job_id in ids if job_id}
+
+    def of_jobs(self, job_ids: set[str] | None) -> list[str]:
+        """The cells that have a share of these jobs, or of any (None)."""
+        return [cell for cell, share in self._shares.items() if job_ids is None or share.job_id in job_ids]
+
+    def submitted_as(self, name: str) -> list[str]:
+        """The cells that share the job of the sbatch file `name`."""
+        return [cell for cell, share in self._shares.items() if share.name == name]
+
+    def note(self, shares: Mapping[str, JobShare]) -> None:
+        self._shares |= shares
+
+    def drop(self, cells: Iterable[str]) -> None:
+        """These cells have no share any more; what was inherited stays so."""
+        for cell in list(cells):
+            self._shares.pop(cell, None)
+
+    def over(self, cell: str) -> None:
+        """The end of the cell's job, or step, was seen."""
+        self.inherited.discard(cell)
+        self._shares.pop(cell, None)
+
+    def reconcile(self, cell: str, before: set[str], has_job: bool, complete: Iterable[str]) -> None:
+        """Take in what was learnt of the job of `cell` whose id was not known.
+
+        `before` are the cells that had a share until then; `has_job` says whether the job exists; `complete` are cells
+        that need none.
+        """
+        found = self._shares.keys() - before
+        self.drop(found & set(complete))
+        if cell in self.inherited:
+            self.inherited |= found & self._shares.keys()
+        self.inherited -= before - self._shares.keys()
+        if not has_job:
+            self.inherited.discard(cell)
+
+
+def jobs_left(status: Mapping[str, Any]) -> list[str]:
+    """The ids of the jobs, tasks of arrays as well, whose end no controller has seen, from status.json."""
+
+    def unseen(cell: Mapping[str, Any]) -> bool:
+        return not cell["ended"] or (cell["error"] or {}).get("kind") == "slurm_unreachable"
+
+    if status["state"] != "incomplete":
+        return []
+    cells = status["cells"]
+    noted = {cell["job"]["id"] for cell in cells.values() if cell.get("job") and cell["started"] and unseen(cell)}
+    shares = {cell: JobShare.from_json(values) for cell, values in status.get("allocation", {}).items()}
+    waiting = {share.job_id for cell, share in shares.items() if share.job_id and unseen(cells[cell])}
+    return sorted(noted | waiting, key=lambda job_id: [int(number) for number in job_id.split("_")])

@@ -1,0 +1,79 @@
+"""Which nodes a run may still use: those that were given up, and the spares that take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runner.cluster.inventory import Node
+from runner.errors import InfrastructureError
+from runner.launch import blame
+from runner.launch.current import CurrentPlan
+from runner.launch.journal import Journal
+from runner.launch.preflight import Reach
+from runner.launch.transport import Transport
+from runner.plan.build import place
+from runner.plan.plan import Cell
+
+
+class Roster:
+    """The nodes of a run. `send_data` brings a node what its cells need, and raises where that fails."""
+
+    def __init__(
+        self,
+        current: CurrentPlan,
+        journal: Journal,
+        transport: Transport,
+        reach: Reach,
+        send_data: Callable[[Node], None],
+    ) -> None:
+        self._current, self._journal, self._transport = current, journal, transport
+        self._reach, self._send_data = reach, send_data
+        self.bad: set[str] = set()  # by name
+
+    def good(self) -> list[Node]:
+        return [node for node in self._current.plan.nodes if node.name not in self.bad]
+
+    def give_up(self, host: str, cell: Cell, error: Mapping[str, Any]) -> None:
+        """Do without a node that failed in `cell`: a spare takes its place, or where Slurm places, another node."""
+        self.bad.add(host)
+        plan = self._current.plan
+        spare = self._good_spare()
+        if spare:
+            spares = tuple(node for node in self._current.plan.spares if node is not spare)
+            self._current.change(nodes=(*self._current.plan.nodes, spare), spares=spares)
+        count = len(self.good())
+        by = f"{spare.alias} takes its place" if spare else f"no spare is left, {count} nodes are good"
+        if not plan.named:
+            self._current.plan = self._transport.exclude(self._current.plan, host)
+            by = f"Slurm is to choose among others, {count} nodes are good"
+        self._journal.note(f"{plan.node(host).alias} ({host}) is given up: {error['message']}; {by}")
+        self._journal.replaced(host, spare.name if spare else None, cell, error)
+
+    def move(self, cell: Cell) -> bool:
+        """Place a cell on good nodes only; returns whether there are enough."""
+        if not self.bad & set(cell.hosts):
+            return True
+        plan = self._current.plan
+        keep = [plan.node(host) for host in cell.hosts if host not in self.bad]
+        others = [node for node in reversed(self.good()) if node not in keep]
+        nodes = [*keep, *others[: cell.num_nodes - len(keep)]]
+        if len(nodes) == cell.num_nodes:
+            self._current.amend(place(cell, nodes, plan, self._transport.ssh_config))
+        return len(nodes) == cell.num_nodes
+
+    def _good_spare(self) -> Node | None:
+        """The first spare that is good by now and has the data; those before it are no spares any more."""
+        for spare in self._current.plan.spares:
+            if problems := self._reach.ask([spare]).problems.get(spare.name):
+                why = blame.unusable(spare.name, problems)["message"]
+            else:
+                try:
+                    self._send_data(spare)
+                    return spare
+                except InfrastructureError as error:
+                    why = str(error)
+            self._journal.note(f"spare {spare.alias} is no good: {why}")
+            left = tuple(node for node in self._current.plan.spares if node is not spare)
+            self._current.change(spares=left)
+        return None
