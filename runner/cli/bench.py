@@ -21,8 +21,7 @@ from runner import errors
 from runner.cli.options import inventory_option, read_inventory, results_option, run_names
 from runner.cluster.backends import BACKENDS
 from runner.cluster.ssh import rendered
-from runner.system import places
-from runner.system.places import cache_dir, state_dir
+from runner.system.places import CONFIGS, cache_dir, state_dir
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 def _names(kind: str) -> Callable[..., list[str]]:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        folder = places.CONFIGS / kind
-        return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
+        return [p.stem for p in sorted((CONFIGS / kind).glob("*.yaml")) if p.stem.startswith(incomplete)]
 
     return complete
 

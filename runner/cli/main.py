@@ -25,8 +25,8 @@ _COMMANDS = {
     "data": ("data", "data", "Prepare training data: tokenise, pack, cache."),
     "inventory": (
         "inventory",
-        "show_inventory",
-        "The nodes as the product sees them; or the ssh_config that reaches them.",
+        "inventory",
+        "Show the nodes as the product sees them; init: write an inventory.",
     ),
     "report": ("report", "report", "Judge a run again and rewrite its report; default: the newest run."),
     "runs": ("runs", "runs", "Look at runs and stop them: list, show, tail, stop."),

@@ -23,9 +23,8 @@ from runner import __version__
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.backends import BACKENDS, LOCAL, SSH
 from runner.errors import UsageError, unknown
-from runner.system import process
+from runner.system import places, process
 from runner.system.files import write_json_atomic
-from runner.system.places import ROOT
 from runner.system.schema import check
 
 GROUP = "gpu_nodes"
@@ -114,29 +113,37 @@ class _Variables(BaseModel):
     runner_env: dict[str, str | int | float] = Field(default_factory=dict)
 
 
-def default_source() -> str:
-    """The inventory of ansible.cfg: what `ansible-playbook site.yml` takes without -i."""
-    for candidate in (os.environ.get("ANSIBLE_CONFIG"), "ansible.cfg", str(ROOT / "ansible.cfg")):
+def default_source(own: Path = places.ANSIBLE_CFG) -> str:
+    """The inventory of ansible.cfg: what `ansible-playbook site.yml` takes without -i.
+
+    What `own`, the product's ansible.cfg, names is part of a checkout and not of a wheel. Raises UsageError for none.
+    """
+    for candidate in (os.environ.get("ANSIBLE_CONFIG"), "ansible.cfg", str(own)):
         if candidate and Path(candidate).is_file():
             parser = configparser.ConfigParser(interpolation=None)
             parser.read(candidate)
-            if source := parser.get("defaults", "inventory", fallback=None):
-                return str(Path(candidate).resolve().parent / source)
-    raise UsageError("no inventory: give one with -i, or name one in ansible.cfg")
+            source = parser.get("defaults", "inventory", fallback=None)
+            path = Path(candidate).resolve().parent / (source or "")
+            if source and (path.exists() or candidate != str(own)):
+                return str(path)
+    raise UsageError("no inventory: give one with -i, such as -i local, or write one with `runner inventory init DIR`")
 
 
 def read(source: str, cache: Path) -> Inventory:
-    """The inventory at `source` (a file or folder).
+    """The inventory at `source`: a file, a folder, or a plain word for one that `places.inventory` knows.
 
     `ansible-inventory` takes most of a second, so what it gave is kept in `cache`, keyed by the bytes
     of the source's files; executable (dynamic) inventories are read anew each time.
     """
-    path = Path(source)
-    if not path.exists():
-        near = sorted({str(hosts.parent) for hosts in path.parent.glob("*/hosts.y*ml")})
+    path = places.inventory(source)
+    if path is None:
+        near = {str(hosts.parent) for hosts in Path(source).parent.glob("*/hosts.y*ml")}
+        if "/" not in source:
+            near |= {*places.inventories()}
         if not near:
-            raise UsageError(f"no inventory {source}: write one there, or name another with -i")
+            raise UsageError(f"no inventory {source}: write one with `runner inventory init {source}`, or name another")
         raise unknown("inventory", source, near)
+    source = str(path)
     files = _read_by_ansible(path)
     static = not any(os.access(p, os.X_OK) and p.suffix not in (".yml", ".yaml") for p in files)
     key = hashlib.sha256()

@@ -17,8 +17,8 @@ from runner.plan.plan import Batch, Cell, Plan
 from runner.plan.request import Request
 
 # By which factor what is needed may exceed what is there before it is refused. By so much was the estimate too high
-# where it could be compared (7B on one H200: 117 GiB, 106.5 measured): of the 18 B a parameter that it counts under ZeRO-3,
-# DeepSpeed holds 16 all the time. A wider margin would let a 70B start on one node of 8 H200 (111 %).
+# where it could be compared (7B on one H200: 117 GiB, 106.5 measured): of the 18 B a parameter that it counts under
+# ZeRO-3, DeepSpeed holds 16 all the time. A wider margin would let a 70B start on one node of 8 H200 (111 %).
 MARGIN = 1.1
 MOST_NODES = 1024  # up to which a number of nodes that fits is looked for
 _ADAM = ("adam", "adamw")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from runner.errors import InfrastructureError
 from runner.system import process
-from runner.system.places import ROOT
+from runner.system.places import ANSIBLE_CFG, ROOT
 
 Status = Literal["ok", "changed", "failed", "unreachable", "skipped"]
 
@@ -178,7 +178,7 @@ def _ansible_environment(base: Mapping[str, str] | None = None) -> dict[str, str
     """Ansible's settings are the product's own, wherever the command is typed; no colours, since it is parsed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     own = {
-        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_CONFIG": str(ANSIBLE_CFG),
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_FORCE_COLOR": "0",
         "PATH": path,

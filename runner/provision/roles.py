@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner import errors
-from runner.system.places import ROOT
+from runner.system.places import ROLES
 
 if TYPE_CHECKING:
     pass
 
 
 def roles() -> list[str]:
-    return sorted(path.parents[1].name for path in ROOT.glob("roles/*/tasks/main.yml"))
+    return sorted(path.parents[1].name for path in ROLES.glob("*/tasks/main.yml"))
 
 
 PHASES = ("validate", "install", "configure", "verify")
@@ -52,5 +52,5 @@ def variables_of(settings: Iterable[str]) -> dict[str, Any]:
 def _options(role: str) -> dict[str, Any]:
     import yaml
 
-    text = (ROOT / "roles" / role / "meta" / "argument_specs.yml").read_text()
+    text = (ROLES / role / "meta" / "argument_specs.yml").read_text()
     return yaml.safe_load(text)["argument_specs"]["main"]["options"]

@@ -8,12 +8,14 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ ROLE = ROOT / "roles" / "conda_env"
 node, controller = load("conda_env"), load("conda_env", "conda_env_wheels")
 index = importlib.import_module("ansible.module_utils.conda_env_index")
 locks = importlib.import_module("ansible.module_utils.conda_env_lock")
+phases = importlib.import_module("ansible.module_utils.phase")
 
 STAND_IN = ROOT / "molecule" / "resources" / "stand-ins"
 LOCK = "# cuda: none\nalpha==1.0\nbeta==2.1\n"
@@ -443,6 +446,38 @@ def test_the_hash_changes_with_each_thing_that_decides_what_is_installed(tmp_pat
 
 
 MAKING = SimpleNamespace(check=False, change=lambda *_: True)
+
+
+def test_the_nodes_wheel_is_made_of_a_checkout_or_of_what_is_installed_and_is_the_same(tmp_path):
+    """An installed package holds its own files in runner/_files, pyproject.toml and README.md among them."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "site-packages" / "runner" / "_files"
+    for folder in (checkout / "runner" / "system", installed / "roles"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "README.md", checkout)
+    (checkout / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "shakedown"\nversion = "1"\n'
+        '[tool.setuptools.packages.find]\ninclude = ["runner", "runner.*"]\nnamespaces = false\n'
+    )
+    for name in ("runner/__init__.py", "runner/system/__init__.py"):
+        (checkout / name).write_text("x = 1\n")
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(checkout / name, installed)
+    shutil.copytree(checkout / "runner", installed.parent, dirs_exist_ok=True)
+    (installed / "roles" / "main.py").touch()
+    assert controller.package_source(str(installed)) == controller.package_source(str(checkout)) != ""
+    made = []
+    for path, folder in ((checkout, tmp_path / "a"), (installed, tmp_path / "b")):
+        folder.mkdir()
+        want = {"package": str(path), "index_url": "", "timeout_s": 60}
+        controller.build_package(SimpleNamespace(want=want, run=partial(phases.Phase.run, None)), str(folder))
+        (wheel,) = folder.iterdir()
+        made.append(wheel.read_bytes())
+    assert made[0] == made[1]
+    assert [n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("runner")] == [
+        "runner/__init__.py",
+        "runner/system/__init__.py",
+    ]
 
 
 def test_a_check_run_makes_nothing_and_says_what_it_would(tmp_path):

@@ -29,6 +29,9 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.conda_env_lock import Lock, canonical, platform_parts
 from ansible.module_utils.phase import Stop, main, read, write
 
+# Of an installed package: playbooks, roles and the like are the controller's alone.
+NOT_FOR_NODES = ("__pycache__", "_files")
+
 # --- decided ---------------------------------------------------------------------------------------
 
 
@@ -96,13 +99,24 @@ def shell_for_rsync(target):
     return " ".join(word if plain.fullmatch(word) else "'" + word.replace("'", "''") + "'" for word in words)
 
 
+def modules(folder):
+    """The package's own folder: in a checkout within `folder`, in an installed package around it (runner/_files)."""
+    package, name = os.path.split(os.path.abspath(folder))
+    return package if name == "_files" else os.path.join(folder, "runner")
+
+
 def tree_hash(folder):
-    """The hash of the sources from which this package's wheel is built."""
-    files = ["pyproject.toml", "README.md"]
-    for path, folders, names in os.walk(os.path.join(folder, "runner")):
-        folders[:] = sorted(name for name in folders if name != "__pycache__")
-        files += [os.path.relpath(os.path.join(path, name), folder) for name in names if not name.endswith(".pyc")]
-    return digest([[name, sha256(os.path.join(folder, name))] for name in sorted(files)])
+    """The hash of the sources from which the nodes' wheel is built: the same for a checkout and what is installed."""
+    files = [[name, os.path.join(folder, name)] for name in ("pyproject.toml", "README.md")]
+    package = modules(folder)
+    for path, folders, names in os.walk(package):
+        folders[:] = sorted(name for name in folders if name not in NOT_FOR_NODES)
+        files += [
+            [os.path.relpath(os.path.join(path, name), os.path.dirname(package)), os.path.join(path, name)]
+            for name in names
+            if not name.endswith(".pyc")
+        ]
+    return digest([[name, sha256(file)] for name, file in sorted(files)])
 
 
 def sha256(path):
@@ -145,7 +159,7 @@ def package_source(path):
         return ""
     if os.path.isfile(path) and path.endswith(".whl"):
         return sha256(path)
-    if os.path.isfile(os.path.join(path, "pyproject.toml")) and os.path.isdir(os.path.join(path, "runner")):
+    if os.path.isfile(os.path.join(path, "pyproject.toml")) and os.path.isdir(modules(path)):
         return tree_hash(path)
     raise Stop("conda_env_package", "a wheel or this package's sources", path, "give its path on the controller")
 
@@ -211,9 +225,7 @@ def build_package(phase, folder):
         return
     # setuptools writes beside its sources: a checkout may be read-only, and holds what was deleted long ago.
     sources = os.path.join(folder, "sources")
-    shutil.copytree(
-        os.path.join(path, "runner"), os.path.join(sources, "runner"), ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(modules(path), os.path.join(sources, "runner"), ignore=shutil.ignore_patterns(*NOT_FOR_NODES))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(os.path.join(path, name), sources)
     pip(phase, ["wheel", "--no-deps", "--wheel-dir", folder, *isolation(), sources], "this package's wheel")

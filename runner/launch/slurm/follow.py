@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -231,28 +232,62 @@ def converse(
     for folder in follow.folders.values():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with left_at_once(follow.slurm, follow.job_id), _threads() as pool:
-        return _Conversation(follow, talks, on_message, word, patience_s).run(pool)
+        return _Following(follow, talks, on_message, word, patience_s).run(pool)
 
 
-@dataclass
-class _Conversation:
-    follow: Follow
-    talks: Sequence[Talk]
-    on_message: Callable[[Talk, dict[str, Any]], None]
-    word: Callable[[Talk], str | None]
-    patience_s: float
+class _Job(Enum):
+    """The job, or the cell's step in it, as Slurm describes it."""
 
-    def __post_init__(self) -> None:
-        self.ears = [(talk, _Ear(self.follow.folders[talk.name] / MESSAGES, self.follow.job_id)) for talk in self.talks]
-        self.info = forgotten(self.follow.job_id)
+    OPEN = "it waits or runs"
+    ENDING = "Slurm is ending it"
+    OVER = "it has ended"
+
+
+class _Agents(Enum):
+    SPEAKING = "at least one has not sent its outcome"
+    ENDED = "all have"
+
+
+class _Stop(Enum):
+    NOT_ASKED = "the cell is to go on"
+    ASKED = "its agents are to end"
+
+
+class _Since(Generic[T]):
+    """A state, and the monotonic time since when it holds."""
+
+    def __init__(self, state: T) -> None:
+        self.state, self.since = state, time.monotonic()
+
+    def enter(self, state: T, now: float) -> None:
+        if state is not self.state:
+            self.state, self.since = state, now
+
+    def seconds(self, state: T, now: float) -> float | None:
+        """How long it has been in this state; None where it is in another."""
+        return now - self.since if self.state is state else None
+
+
+class _Following:
+    """One cell of a job, followed until its agents and its job have ended."""
+
+    def __init__(
+        self,
+        follow: Follow,
+        talks: Sequence[Talk],
+        on_message: Callable[[Talk, dict[str, Any]], None],
+        word: Callable[[Talk], str | None],
+        patience_s: float,
+    ) -> None:
+        self.follow, self.talks, self.on_message, self.word = follow, talks, on_message, word
+        self.patience_s = patience_s
+        self.ears = [(talk, _Ear(follow.folders[talk.name] / MESSAGES, follow.job_id)) for talk in talks]
+        self.info = forgotten(follow.job_id)
+        self.step_seen = False  # running, in Slurm's list of steps
+        self.job, self.agents, self.stop = _Since(_Job.OPEN), _Since(_Agents.SPEAKING), _Since(_Stop.NOT_ASKED)
+        self.sent = ""  # the last word that Slurm passed on
         self.began = self.heard = time.monotonic()
-        self.begun = False  # the step was seen running
-        self.ending: float | None = None  # since when the job is said to be completing
-        self.over: float | None = None  # since when the job, or step, is known to have ended
-        self.all_ended: float | None = None
-        self.stop_asked: float | None = None
-        self.told = ""  # the last word that Slurm passed on
-        self.next_told = self.next_heard = 0.0
+        self.send_from = self.read_from = 0.0  # no word is sent, no file read, before these times
 
     def run(self, pool: ThreadPoolExecutor) -> JobInfo:
         follow = self.follow
@@ -263,26 +298,26 @@ class _Conversation:
             now = time.monotonic()
             if fetch:
                 fetch.take()
-            if now >= self.next_heard:
-                self._hear(now)
+            if now >= self.read_from:
+                self._read(now)
             self._look(look, now)
-            if self.over and fetch:  # what they said last is not here yet
+            if self.job.state is _Job.OVER and fetch:  # what they said last is not here yet
                 fetch.once_more()
-                while self._hear(now):
+                while self._read(now):
                     pass
             alive = [talk for talk in self.talks if talk.alive]
-            if self.over and (not alive or fetch or now - max(self.over, self.heard) > follow.lag_s):
+            if self._all_said(now, alive, fetched=fetch is not None):
                 return self._end(alive)
             if alive:
-                self._tell(alive, now)
-            elif follow.step is not None:
+                self._send(alive, now)
+            elif follow.step is not None:  # the job goes on without this cell
                 return self.info
-            elif self.all_ended is None:
-                self.all_ended = now
+            elif self.agents.state is _Agents.SPEAKING:
+                self.agents.enter(_Agents.ENDED, now)
                 look.soon()
-            if self.told == "cancel" and self._mute(alive, now):  # Slurm goes on ending it
+            if self.sent == "cancel" and self._mute(alive, now):  # Slurm goes on ending it
                 return self._end(alive)
-            if now > min(self._given_up_at(), (self.all_ended or now) + END_S):
+            if self._overdue(now):
                 self._end(alive)
                 try:
                     self._cancel()
@@ -291,9 +326,21 @@ class _Conversation:
                         raise
                 return self.info
 
-    def _hear(self, now: float) -> bool:
+    def _all_said(self, now: float, alive: Sequence[Talk], fetched: bool) -> bool:
+        """Whether the job has ended and nothing more can come: not even what NFS shows late."""
+        if self.job.state is not _Job.OVER:
+            return False
+        return not alive or fetched or now - max(self.job.since, self.heard) > self.follow.lag_s
+
+    def _overdue(self, now: float) -> bool:
+        """Whether agents that are to end have not, or the job has not after them."""
+        asked_s, ended_s = self.stop.seconds(_Stop.ASKED, now), self.agents.seconds(_Agents.ENDED, now)
+        given_up = asked_s is not None and asked_s > self.patience_s + END_S
+        return given_up or (ended_s is not None and ended_s > END_S)
+
+    def _read(self, now: float) -> bool:
         """Pass on what is new; False when nothing was."""
-        self.next_heard, heard = now + HEAR_S * len(self.ears), False
+        self.read_from, heard = now + HEAR_S * len(self.ears), False
         for talk, ear in self.ears:
             for message in ear.messages() if talk.alive else []:
                 talk.answered, talk.heard, self.heard, heard = True, now, now, True
@@ -306,6 +353,7 @@ class _Conversation:
         return heard
 
     def _look(self, look: _Repeated[tuple[JobInfo, set[int]]], now: float) -> None:
+        """Take Slurm's newest answer, if there is one. Raises Silent when neither it nor any agent is heard."""
         try:
             seen = look.take()
         except Silent:
@@ -320,31 +368,33 @@ class _Conversation:
             self.follow.on_job(info)
             look.soon()
         step = self.follow.step
-        self.begun = self.begun or step in steps
-        passed = step is not None and (any(other > step for other in steps) or (self.begun and step not in steps))
-        self.ending = (self.ending or now) if info.state == "ending" else None
-        patience_s = ENDING_S if any(talk.answered for talk in self.talks) else FIRST_END_S
-        stuck = self.ending is not None and now - self.ending > patience_s
-        if self.over is None and (passed or stuck or gone(info)):
-            self.over = now
+        self.step_seen = self.step_seen or step in steps
+        passed = step is not None and (any(other > step for other in steps) or (self.step_seen and step not in steps))
+        if self.job.state is not _Job.OVER:
+            self.job.enter(_Job.ENDING if info.state == "ending" else _Job.OPEN, now)
+            ending_s = self.job.seconds(_Job.ENDING, now)
+            patience_s = ENDING_S if any(talk.answered for talk in self.talks) else FIRST_END_S
+            if passed or gone(info) or (ending_s is not None and ending_s > patience_s):
+                self.job.enter(_Job.OVER, now)
 
-    def _tell(self, alive: Sequence[Talk], now: float) -> None:
-        """Slurm's signals reach all agents of a step at once, so what one is to be told, all are."""
+    def _send(self, alive: Sequence[Talk], now: float) -> None:
+        """Slurm's signals reach all agents of a step at once, so what one is to be sent, all are."""
         for talk in alive:
             talk.told = self.word(talk) or talk.told
         words = {talk.told for talk in alive}
-        if "stop" in words and self.stop_asked is None:
-            self.stop_asked = now
-        if self.stop_asked is not None:
-            wanted = "cancel" if now - self.stop_asked > self.patience_s or self._mute(alive, now) else "stop"
+        if "stop" in words:
+            self.stop.enter(_Stop.ASKED, now)
+        asked_s = self.stop.seconds(_Stop.ASKED, now)
+        if asked_s is not None:
+            wanted = "cancel" if asked_s > self.patience_s or self._mute(alive, now) else "stop"
         else:
             wanted = "stacks" if "stacks" in words else ""
-        if wanted and wanted != self.told and now >= self.next_told:
+        if wanted and wanted != self.sent and now >= self.send_from:
             try:
                 self._cancel(SIGNALS[wanted])
-                self.told = wanted
+                self.sent = wanted
             except Silent:
-                self.next_told = now + SILENT_PAUSE_S
+                self.send_from = now + SILENT_PAUSE_S
 
     def _mute(self, alive: Sequence[Talk], now: float) -> bool:
         """Whether only agents are left that do not answer: they will not by being waited for."""
@@ -353,10 +403,8 @@ class _Conversation:
     def _cancel(self, signal: str | None = None) -> None:
         self.follow.slurm.cancel(self.follow.job_id, signal, self.follow.step, patient=False)
 
-    def _given_up_at(self) -> float:
-        return float("inf") if self.stop_asked is None else self.stop_asked + self.patience_s + END_S
-
     def _end(self, alive: Sequence[Talk]) -> JobInfo:
+        """Agents that are left have no outcome; the end of the job's log may say why."""
         last = _last_lines(self.follow.log)
         for talk in alive:
             talk.rc = -1

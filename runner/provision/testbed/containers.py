@@ -30,7 +30,6 @@ from typing import Any
 from runner.errors import InfrastructureError, UsageError
 from runner.provision.testbed.layout import (
     DEFAULT_NAME,
-    DEFINITION,
     INSTALL,
     LABEL,
     NAME,
@@ -53,7 +52,7 @@ from runner.provision.testbed.layout import (
     outermost,
 )
 from runner.system import process
-from runner.system.places import ROOT
+from runner.system.places import IMPORT_ROOT, TESTBED
 
 _READY_S = 90.0  # sshd took 1-3 s; 8 nodes on a busy machine of 2 cores took 10 s
 
@@ -77,7 +76,7 @@ def this_machine(info: Mapping[str, Any]) -> Machine:
     return Machine(
         python=sys.executable,
         # A venv's python is a link into base_prefix, which may be a link itself.
-        mounts=outermost([sys.prefix, prefix, os.path.realpath(prefix), str(ROOT)]),
+        mounts=outermost([sys.prefix, prefix, os.path.realpath(prefix), str(IMPORT_ROOT)]),
         runtime=runtime,
         max_open_files=_hard_limit(resource.RLIMIT_NOFILE),
         max_processes=_hard_limit(resource.RLIMIT_NPROC),
@@ -103,9 +102,7 @@ def _this_base(image: str | None) -> Base:
 
 
 def _definition() -> dict[str, str]:
-    if not DEFINITION.is_dir():
-        raise InfrastructureError(f"the testbed's image definition is not at {DEFINITION}: run from a checkout")
-    return {path.name: path.read_text() for path in DEFINITION.iterdir() if path.suffix != ".sh"}
+    return {path.name: path.read_text() for path in TESTBED.iterdir() if path.suffix != ".sh"}
 
 
 def _require(*programs: str) -> None:

@@ -27,10 +27,7 @@ DEFAULT_NAME = "testbed"
 LABEL = "shakedown.testbed"
 
 
-DEFINITION = TESTBED
-
-
-INSTALL = "testbed/install-system-packages.sh"
+INSTALL = TESTBED / "install-system-packages.sh"
 
 
 SUBNETS = tuple(f"10.89.{third}.0/24" for third in range(256))  # podman's own range for bridges
@@ -146,7 +143,7 @@ def base_steps(base: Base, folder: str) -> list[Step]:
     ]
 
 
-def build_step(base: Base, tag: str, definition: str = str(DEFINITION)) -> Step:
+def build_step(base: Base, tag: str, definition: str = str(TESTBED)) -> Step:
     # chroot isolation and the host's network ask the least of the kernel, and reach the mirror as the host does.
     argv = ("podman", "build", "--network", "host", "--isolation", "chroot", "--build-arg", f"BASE={base.image}")
     return Step("installing systemd, sshd and Python's libraries", 15, (*argv, "--tag", tag, definition))

@@ -214,3 +214,25 @@ def test_a_login_node_is_reached_like_the_others_and_is_none_of_them(tmp_path):
     told["_meta"]["hostvars"].pop("head")
     with pytest.raises(UsageError, match="unknown host 'head'"):
         inventory.parse("inv", told)
+
+
+def test_a_plain_word_is_an_inventory_here_or_one_that_comes_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert inventory.read("local", tmp_path / "cache").source == str(ROOT / "inventory" / "local")
+    (tmp_path / "inventory" / "mine").mkdir(parents=True)
+    (tmp_path / "inventory" / "mine" / "hosts.yml").write_text("all: {hosts: {a: {}}}")
+    assert inventory.read("mine", tmp_path / "cache").source == "inventory/mine"
+    with pytest.raises(UsageError, match="unknown inventory 'mnie'; did you mean 'mine'"):
+        inventory.read("mnie", tmp_path / "cache")
+
+
+def test_without_any_inventory_one_line_says_how_to_get_one(tmp_path, monkeypatch):
+    """As from a wheel, whose ansible.cfg names the checkout's example; one of the user's own is believed."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own" / "ansible.cfg"
+    own.parent.mkdir()
+    own.write_text("[defaults]\ninventory = inventory/example\n")
+    with pytest.raises(UsageError, match="-i local, or write one with `runner inventory init DIR`"):
+        inventory.default_source(own)
+    (tmp_path / "ansible.cfg").write_text("[defaults]\ninventory = here\n")
+    assert inventory.default_source(own) == str(tmp_path / "here")

@@ -119,7 +119,7 @@ def test_known_hosts_pins_each_address_on_the_port():
 
 
 def test_sshd_takes_keys_only_on_the_port_of_the_inventory():
-    lines = [line for line in (layout.DEFINITION / "sshd.conf").read_text().splitlines() if line[:1] not in ("#", "")]
+    lines = [line for line in (layout.TESTBED / "sshd.conf").read_text().splitlines() if line[:1] not in ("#", "")]
     settings = dict(line.split(maxsplit=1) for line in lines)
     assert settings["Port"] == str(layout.SSH_PORT) == "44222"
     assert settings["PermitRootLogin"] == "prohibit-password"
