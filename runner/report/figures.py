@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.report import chart
+from runner.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def nodes_text(count: int) -> str:
-    return "1 node" if count == 1 else f"{count} nodes"
+    return counted(count, "node")
 
 
 Row = Mapping[str, Any]  # an entry of summary.json's lists

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -251,6 +253,20 @@ def test_stacks_are_read_as_faulthandler_writes_them():
 def test_every_kind_that_the_code_tells_is_in_the_table():
     told = {kind for _, kind, _ in reasons._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
     assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
+
+
+def test_every_kind_that_the_code_writes_is_in_the_table():
+    """Whatever is the first argument where an error, a problem or a finding is made."""
+    makers = {"error", "Problem", "_finding", "standstill"}
+    written = set()
+    for path in (ROOT / "runner").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in makers and call.args:
+                named = ast.unparse(call.func)
+                if isinstance(call.args[0], ast.Constant) and named not in ("log.error", "parser.error"):
+                    written.add(call.args[0].value)
+    assert written >= {"drift", "plan_changed", "wrong_values", "no_records", "environment", "hung"}
+    assert written <= set(KINDS)
 
 
 def test_every_kind_in_the_table_is_told_somewhere():
