@@ -219,5 +219,6 @@ def standstill(kind: str, reason: str, outcomes: Mapping[str, Mapping[str, Any]]
     if len({host for host, _, _ in suspects}) != 1:
         return error(kind, reason)
     host, first, frames = suspects[0]
-    others = f", while {len(waiting)} wait for others (first: {waiting[0]})" if waiting else ""
+    wait = "waits" if len(waiting) == 1 else "wait"
+    others = f", while {len(waiting)} {wait} for others (first: {waiting[0]})" if waiting else ""
     return error("rank_hung", f"{reason}: {first}{others}", host, frames)

@@ -36,6 +36,7 @@ from runner.system import process
 from runner.system.clock import now
 from runner.system.files import disk_errors, write_text_atomic
 from runner.system.locks import hold_nodes
+from runner.system.wording import are, counted
 
 STATUS_S = 1.0
 RETRY_S = 5.0
@@ -489,10 +490,11 @@ class Run:
             spares = tuple(node for node in self.plan.spares if node is not spare)
             self.plan = replace(self.plan, nodes=(*self.plan.nodes, spare), spares=spares)
         good = [node for node in self.plan.nodes if node.name not in self.bad]
-        by = f"{spare.alias} takes its place" if spare else f"no spare is left, {len(good)} nodes are good"
+        left = f"{counted(len(good), 'node')} {are(len(good))} good"
+        by = f"{spare.alias} takes its place" if spare else f"no spare is left, {left}"
         if isinstance(self.transport, Allocations) and not self.plan.named:
             self.plan = self.transport.exclude(self.plan, bad)
-            by = f"Slurm is to choose among others, {len(good)} nodes are good"
+            by = f"Slurm is to choose among others, {left}"
         self._note(f"{self.plan.node(bad).alias} ({bad}) is given up: {error['message']}; {by}")
         self.status["replaced"].append(
             {
@@ -510,7 +512,7 @@ class Run:
             if through or self._move(other):
                 continue
             if self._entry(cell)["error"] is None:
-                why = f"needs {cell.num_nodes} nodes, {len(good)} are good: {error['message']}"
+                why = f"needs {counted(cell.num_nodes, 'node')}, {len(good)} {are(len(good))} good: {error['message']}"
                 self._cell_state(cell, "failed", {**error, "message": why, "stderr": []})
 
     def _move(self, index: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.system.wording import counted
+from runner.system.wording import are, counted
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,7 @@ from runner.system.wording import counted
 )
 def test_a_number_agrees_with_its_noun(number: int, words: tuple[str, ...], text: str) -> None:
     assert counted(number, *words) == text
+
+
+def test_the_verb_agrees_too() -> None:
+    assert [are(number) for number in range(3)] == ["are", "is", "are"]
