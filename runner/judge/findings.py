@@ -43,9 +43,15 @@ def _finding(
         "where": where,
         "evidence": f"{evidence}; {known.advice}" if known.advice else evidence,
         "confidence": confidence,
-        "fault": NOBODY if known.fault == NODE and not host else known.fault,  # a node that is not known is not blamed
+        "fault": _fault(kind, host),
         **more,
     }
+
+
+def _fault(kind: str, host: str | None) -> str:
+    """Whose fault a kind is; a node that is not known is not blamed."""
+    fault = KINDS[kind].fault
+    return NOBODY if fault == NODE and not host else fault
 
 
 def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -58,7 +64,7 @@ def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> 
             kind,
             where=cell["id"],
             evidence=str(error.get("message") or "failed without an error message"),
-            confidence=NOBODY if KINDS[kind].fault in (NOBODY, *[NODE] * (not host)) else "high",
+            confidence=NOBODY if _fault(kind, host) == NOBODY else "high",
             host=host,
             stderr=[str(line) for line in error.get("stderr") or []],
         )

@@ -196,7 +196,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     hosts = [node["name"] for node in plan["nodes"] if node["name"] in used or not used]
     first: Mapping[str, Any] = plan["cells"][0] if plan["cells"] else {"gpus_per_node": 0, "device": "?"}
     number = first["gpus_per_node"]
-    ranks = f"{counted(number, 'CPU rank' if first['device'] == 'cpu' else 'GPU')} each"
+    ranks = counted(number, "CPU rank" if first["device"] == "cpu" else "GPU") + " each" * (len(hosts) > 1)
     models = ", ".join(plan.get("models", {}))
     rows = [
         ("Run", f"{plan['run_id']}, {summary['state']}"),

@@ -191,7 +191,7 @@ def test_one_node_is_not_compared_and_numbers_agree_with_their_nouns(tmp_path: P
     words = " ".join(Page(html).words.split())
     assert "One node: nothing to compare." in words and "One node: nothing to compare." in markdown
     assert "No difference" not in words + markdown
-    assert "1: node001, 1 CPU rank each" in words
+    assert "1: node001, 1 CPU rank\n" in markdown
     one = {noun for noun in re.findall(r"\b1 (\w+)", words + terminal.terminal(analysis.summarise(*fixture.arguments)))}
     assert not {noun for noun in one if noun.endswith("s") and noun not in {"s"}}, one
 
