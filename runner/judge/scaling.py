@@ -45,22 +45,16 @@ def judge_scaling(
             rate, rate_low, rate_high = bootstrap(repeats, None, seed)
             is_base = size == base
             value, low, high = (1.0, 1.0, 1.0) if is_base else bootstrap(repeats, samples[base], seed)
-            fitting = [target for target in targets if not is_base and target.get("num_nodes") in (None, size)]
-            # The one for this node count before that for all.
-            target = min(fitting, key=lambda target: target.get("num_nodes") is None, default=None)
-            count = min(len(repeats), len(samples[base]))
-            why = next(
-                (unfair[c["id"]] for c in [*sizes[size], *sizes[base]] if unfair[c["id"]]),
-                None,
-            )
+            target = None if is_base else _target(targets, size)
+            why = next((unfair[c["id"]] for c in [*sizes[size], *sizes[base]] if unfair[c["id"]]), None)
             if is_base:
-                judged = Judgement("not_judged", why or "the base that larger node counts are compared with")
-            elif why:
-                judged = Judgement("not_judged", why)
+                why = why or "the base that larger node counts are compared with"
             elif target is None:
-                judged = Judgement("not_judged", f"no target for {mode} scaling on {counted(size, 'node')}")
+                why = why or f"no target for {mode} scaling on {counted(size, 'node')}"
+            if why or target is None:
+                judged = Judgement("not_judged", str(why))
             else:
-                judged = judge_efficiency(value, (low, high), count, target)
+                judged = judge_efficiency(value, (low, high), min(len(repeats), len(samples[base])), target)
             rows.append(
                 {
                     "test": "sft",
@@ -81,6 +75,12 @@ def judge_scaling(
                 }
             )
     return rows
+
+
+def _target(targets: Sequence[Mapping[str, Any]], num_nodes: int) -> Mapping[str, Any] | None:
+    """The target for this node count, or else the one for every node count."""
+    fitting = [target for target in targets if target.get("num_nodes") in (None, num_nodes)]
+    return min(fitting, key=lambda target: target.get("num_nodes") is None, default=None)
 
 
 def judge_efficiency(

@@ -79,6 +79,7 @@ class Label:
 
 
 def width(text: str, size: float, bold: bool = True) -> float:
+    """How wide a text of a font size is, at most."""
     return sum(_EM.get(char, _LETTER_EM) for char in text) * size * (1.0 if bold else _REGULAR)
 
 
