@@ -15,20 +15,22 @@ class Kind:
     """A kind of failure: whose fault it is, whether another try may end better, and what to do.
 
     `retry` is for what infrastructure may do better the next time, never for a user's or a configuration's fault.
+    `headline` heads the report of a run in which all cells completed and nothing of another kind was found.
     """
 
     title: str
     fault: str
     retry: bool = False
     advice: str = ""
+    headline: str = ""
 
 
 NODE, CONFIGURATION, USER, TOOL, NOBODY = "node", "configuration", "user", "tool", "not identifiable"
 
-# Every kind of failure that agents, backends and `blame` tell of.
+# Every kind that agents, backends and `blame` report, and that is found in what a run measured.
 KINDS: Mapping[str, Kind] = {
     # reaching a node
-    "unreachable": Kind("A node cannot be reached", NODE, True, "see that it is up and its sshd and network answer"),
+    "unreachable": Kind("A node cannot be reached", NODE, True, "check that it is up and its sshd and network answer"),
     "host_key_changed": Kind(
         "A host key is not the pinned one", CONFIGURATION, False, "compare it before you trust it"
     ),
@@ -43,19 +45,19 @@ KINDS: Mapping[str, Kind] = {
     "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
     "clock": Kind("A clock is wrong", CONFIGURATION, False, "let chrony or NTP set the node's clock"),
     "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
-    "port_taken": Kind("A port is taken", NOBODY, True, "see what holds it there; another try takes the next port"),
+    "port_taken": Kind("A port is taken", NOBODY, True, "see what uses it there; another try takes the next port"),
     "gpu_failed": Kind("A GPU failed", NODE, True, "drain the node and reset the GPU"),
     # how ranks end
-    "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for who killed it"),
+    "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for what killed it"),
     "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),
     "cuda_out_of_memory": Kind("GPU memory ran out", USER, False, "lower the micro batch or use more nodes"),
-    "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank stands"),
+    "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank is stuck"),
     "rank_crashed": Kind("A rank crashed", NOBODY, False, "read its last lines"),
     "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),
     "timed_out": Kind("A cell ran out of time", NOBODY, False, "raise the test's timeout_s, or see what was slow"),
     "launcher_failed": Kind("The launcher failed", TOOL, False, "read its last lines"),
     # the controller
-    "not_gathered": Kind("Artefacts were not gathered", NODE, True, "they lie on the node still"),
+    "not_gathered": Kind("Artefacts were not gathered", NODE, True, "they are still on the node"),
     "controller_disk_full": Kind("The controller's disk is full", CONFIGURATION, False, "free some disk and resume"),
     "interrupted": Kind("A cell was interrupted", USER, False, "finish it with --resume"),
     # Slurm
@@ -66,13 +68,54 @@ KINDS: Mapping[str, Kind] = {
         "Slurm does not know a node", CONFIGURATION, False, "add it to slurm.conf, or name nodes that Slurm has"
     ),
     "not_started": Kind("The job did not start", NOBODY, False, "see the queue's reason"),
-    "slurm_unreachable": Kind("Slurm does not answer", NOBODY, True, "see that slurmctld runs and answers here"),
+    "slurm_unreachable": Kind("Slurm does not answer", NOBODY, True, "check that slurmctld runs and answers here"),
     "preempted": Kind("The job was preempted", NOBODY, True, "choose a QoS or partition that is not preempted"),
     "prolog_failed": Kind("A prolog failed", NODE, True, "see the node's slurmd log"),
+    # complete cells that do not remain valid when a run is resumed
+    "plan_changed": Kind(
+        "The plan has changed since a cell was measured", USER, False, "measure the cell again with --resume"
+    ),
+    "drift": Kind(
+        "A node has changed since a cell was measured",
+        CONFIGURATION,
+        False,
+        "restore the environment, or measure the cell again with --resume --accept-drift",
+    ),
+    # what the records and facts of complete cells show
+    "wrong_values": Kind(
+        "Wrong results",
+        NOBODY,
+        False,
+        "run the test on fewer nodes at a time to find the node, GPU or link at fault",
+        headline="Collectives return wrong results",
+    ),
+    "no_records": Kind(
+        "Nothing was measured",
+        TOOL,
+        False,
+        "read the output of its ranks in benchmark.log",
+        headline="Cells completed without a measurement",
+    ),
+    "environment": Kind(
+        "Nodes are set up differently",
+        CONFIGURATION,
+        False,
+        "make it the same on all nodes",
+        headline="Nodes are not set up the same",
+    ),
     "unknown": Kind(
         "A cell failed", NOBODY, False, "read benchmark.log"
     ),  # also what runs say that recorded no kinds yet
 }
+
+# Kinds of earlier versions -> the kinds that replaced them.
+_FORMER = {"rank_died": "rank_crashed", "node_unreachable": "hung"}
+
+
+def current(kind: object) -> str:
+    """The name in KINDS of a kind that a run recorded, by whatever version: `unknown` for what is none."""
+    name = _FORMER.get(str(kind), str(kind))
+    return name if name in KINDS else "unknown"
 
 
 @dataclass(frozen=True)

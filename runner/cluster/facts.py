@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -33,10 +34,19 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+_SETTINGS = ("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE")
+# Variables of container images, module files and builds that begin alike, and that NCCL does not read: its version
+# there and where it is installed. What is loaded is recorded as `nccl`.
+_NO_SETTINGS = re.compile(r"NCCL_(VERSION|HOME|ROOT|DIR|(ROOT|INCLUDE|LIB|LIBRARY)_(DIR|PATH)|TESTS_\w+)")
+
+
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change what is measured."""
-    prefixes = ("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE")
-    return {key: value for key, value in sorted(environment.items()) if key.startswith(prefixes)}
+    """The variables that change what is measured: settings of NCCL, gloo and OpenMP, and the GPUs that are visible."""
+    return {
+        key: value
+        for key, value in sorted(environment.items())
+        if key.startswith(_SETTINGS) and not _NO_SETTINGS.fullmatch(key)
+    }
 
 
 def environment(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -63,7 +73,7 @@ def environment(facts: Mapping[str, Any]) -> dict[str, str]:
         parts = [f"{speed / 1000:g} Gbit/s"] if speed and speed > 0 else []
         parts += [f"MTU {nic.get('mtu')}", str(nic["driver"])]
         flat[f"nic {nic.get('name')}"] = ", ".join(parts)
-    flat |= {f"env.{name}": value for name, value in sorted((facts.get("env") or {}).items())}
+    flat |= {f"env.{name}": value for name, value in relevant(facts.get("env") or {}).items()}  # older facts have more
     return {name: str(value) for name, value in flat.items() if value not in (None, "")}
 
 

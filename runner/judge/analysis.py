@@ -17,6 +17,7 @@ from runner.judge.scaling import judge_scaling
 from runner.judge.targets import judge_targets
 from runner.judge.verdict import not_judged_reason
 from runner.results.records import Record
+from runner.system.wording import counted
 
 Telemetry = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # cell id -> host -> samples
 
@@ -92,7 +93,9 @@ def _overall(
     if by_verdict["pass"]:
         open_ = len(by_verdict["not_judged"])
         met = len(by_verdict["pass"])
-        return "pass", f"{met} targets met, {open_} not judged" if open_ else f"all {met} targets met"
+        if open_:
+            return "pass", f"{counted(met, 'target')} met, {open_} not judged"
+        return "pass", f"all {met} targets met" if met > 1 else "the target is met"
     # The reason that covers most nodes says most.
     for cell in sorted(cells, key=lambda cell: -cell["num_nodes"]):
         if unfair[cell["id"]]:

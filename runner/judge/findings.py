@@ -1,8 +1,7 @@
 """Findings: faults attributed to a node, a setting or nobody, each with its evidence. Pure.
 
-A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}. `fault` separates whose it is:
-`node`, `configuration`, `user`, `tool`, or `not identifiable`, which is said rather than guessed; `host` is None
-where no single node can be named.
+A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}. `kind` is one of `failures.KINDS`, which
+gives the fault and the advice that ends the evidence; `host` is None where no single node can be named.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runner.cluster import facts as facts_of
-from runner.failures import KINDS, NOBODY, NODE
+from runner.failures import KINDS, NOBODY, NODE, current
 from runner.results.records import Record
+from runner.system.wording import counted
 
 Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json
 
@@ -34,17 +34,24 @@ def find(
 
 
 def _finding(
-    kind: str, where: str, evidence: str, confidence: str, fault: str, host: str | None = None, **more: Any
+    kind: str, where: str, evidence: str, confidence: str, host: str | None = None, **more: Any
 ) -> dict[str, Any]:
+    known = KINDS[kind]
     return {
         "host": host,
         "kind": kind,
         "where": where,
-        "evidence": evidence,
+        "evidence": f"{evidence}; {known.advice}" if known.advice else evidence,
         "confidence": confidence,
-        "fault": fault,
+        "fault": _fault(kind, host),
         **more,
     }
+
+
+def _fault(kind: str, host: str | None) -> str:
+    """Whose fault a kind is; a node that is not known is not blamed."""
+    fault = KINDS[kind].fault
+    return NOBODY if fault == NODE and not host else fault
 
 
 def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -52,17 +59,12 @@ def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> 
         error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
         if cell["state"] != "failed" and not (cell["state"] == "incomplete" and error):
             continue
-        kind = str(error.get("kind"))
-        kind = kind if kind in KINDS else "unknown"
-        known, host = KINDS[kind], error.get("host")
-        fault = NOBODY if known.fault == NODE and not host else known.fault  # a node that is not known is not blamed
-        message = str(error.get("message") or "failed without saying why")
+        kind, host = current(error.get("kind")), error.get("host")
         yield _finding(
             kind,
             where=cell["id"],
-            evidence=f"{message}; {known.advice}" if known.advice else message,
-            confidence="high" if fault != NOBODY else NOBODY,
-            fault=fault,
+            evidence=str(error.get("message") or "failed without an error message"),
+            confidence=NOBODY if _fault(kind, host) == NOBODY else "high",
             host=host,
             stderr=[str(line) for line in error.get("stderr") or []],
         )
@@ -79,9 +81,8 @@ def _wrong_values(by_cell: Mapping[str, Sequence[Record]]) -> Iterable[dict[str,
             yield _finding(
                 "wrong_values",
                 where=f"{cell}: {collective}, {', '.join(f'{size:,} B' for size in sorted(sizes))}",
-                evidence=f"{sum(sizes.values()):,.0f} elements of the result of {collective} are wrong",
-                confidence="not identifiable",  # every rank took part: the values do not say who erred
-                fault="not identifiable",
+                evidence=f"{counted(round(sum(sizes.values())), 'wrong element')} in the result of {collective}",
+                confidence=NOBODY,  # every rank took part: the values do not show which one is at fault
             )
 
 
@@ -91,9 +92,8 @@ def _silent(cells: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
             yield _finding(
                 "no_records",
                 where=cell["id"],
-                evidence=f"{cell['id']} ended well but left no complete measurement",
+                evidence="the cell completed but recorded no complete measurement",
                 confidence="high",
-                fault="tool",
             )
 
 
@@ -146,7 +146,7 @@ def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
             rest = len(row["values"]) - len(row["minority"])
             for host in row["minority"]:
                 mine, theirs = row["values"][host] or "absent", row["majority"] or "absent"
-                odd[host].append((name, f"{name} is {mine} here, {theirs} on {rest} other nodes"))
+                odd[host].append((name, f"{name} is {mine} here, {theirs} on {counted(rest, 'other node')}"))
             continue
         groups: dict[str, list[str]] = defaultdict(list)
         for host, value in row["values"].items():
@@ -156,9 +156,8 @@ def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
             _finding(
                 "environment",
                 name,
-                f"{name} differs and no value has a majority: {text}",
-                confidence="not identifiable",
-                fault="configuration",
+                f"{name} differs, and no value has a majority: {text}",
+                confidence=NOBODY,
             )
         )
     for host, differences in sorted(odd.items()):
@@ -168,7 +167,6 @@ def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
                 where=", ".join(name for name, _ in differences),
                 evidence="; ".join(text for _, text in differences),
                 confidence="high" if 4 * len(odd) <= len(hosts) else "medium",
-                fault="configuration",
                 host=host,
             )
         )

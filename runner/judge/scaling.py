@@ -8,6 +8,7 @@ from typing import Any
 
 from runner.judge.verdict import Judgement, bootstrap, judge
 from runner.results.records import Record
+from runner.system.wording import counted
 from runner.workloads.sft import metrics as sft_metrics
 
 
@@ -23,11 +24,11 @@ def judge_scaling(
     quotient; only weak scaling has targets.
     """
     mode = plan.get("scaling", "weak")
-    targets = {
-        t["num_nodes"]: t
-        for t in plan.get("targets", [])
-        if t["metric"] == "scaling_efficiency_pct" and t.get("scaling", "weak") == mode
-    }
+    targets = [
+        target
+        for target in plan.get("targets", [])
+        if target["metric"] == "scaling_efficiency_pct" and target.get("scaling", "weak") == mode
+    ]
     rows = []
     for model in dict.fromkeys(cell["model"] for cell in cells if cell["test"] == "sft"):
         sizes: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
@@ -44,20 +45,16 @@ def judge_scaling(
             rate, rate_low, rate_high = bootstrap(repeats, None, seed)
             is_base = size == base
             value, low, high = (1.0, 1.0, 1.0) if is_base else bootstrap(repeats, samples[base], seed)
-            target = None if is_base else targets.get(size)
-            count = min(len(repeats), len(samples[base]))
-            why = next(
-                (unfair[c["id"]] for c in [*sizes[size], *sizes[base]] if unfair[c["id"]]),
-                None,
-            )
+            target = None if is_base else _target(targets, size)
+            why = next((unfair[c["id"]] for c in [*sizes[size], *sizes[base]] if unfair[c["id"]]), None)
             if is_base:
-                judged = Judgement("not_judged", why or "the base that larger node counts are compared with")
-            elif why:
-                judged = Judgement("not_judged", why)
+                why = why or "the base that larger node counts are compared with"
             elif target is None:
-                judged = Judgement("not_judged", f"no target for {mode} scaling on {size} nodes")
+                why = why or f"no target for {mode} scaling on {counted(size, 'node')}"
+            if why or target is None:
+                judged = Judgement("not_judged", str(why))
             else:
-                judged = judge(100 * value, (100 * low, 100 * high), count, target["value"], "min", "%")
+                judged = judge_efficiency(value, (low, high), min(len(repeats), len(samples[base])), target)
             rows.append(
                 {
                     "test": "sft",
@@ -78,6 +75,20 @@ def judge_scaling(
                 }
             )
     return rows
+
+
+def _target(targets: Sequence[Mapping[str, Any]], num_nodes: int) -> Mapping[str, Any] | None:
+    """The target for this node count, or else the one for every node count."""
+    fitting = [target for target in targets if target.get("num_nodes") in (None, num_nodes)]
+    return min(fitting, key=lambda target: target.get("num_nodes") is None, default=None)
+
+
+def judge_efficiency(
+    efficiency: float, interval: tuple[float, float], repeats: int, target: Mapping[str, Any]
+) -> Judgement:
+    """An efficiency, a ratio, against a target in percent; `repeats` is the smaller number of both node counts."""
+    low, high = interval
+    return judge(100 * efficiency, (100 * low, 100 * high), repeats, target["value"], "min", "%")
 
 
 def _per_gpu_samples(

@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from runner.judge import metrics
+from runner.judge.scaling import judge_efficiency
 from runner.judge.verdict import Judgement, bootstrap, judge
 from runner.results.records import Record
+from runner.system.wording import counted
 from runner.workloads.collectives import metrics as collective_metrics
 
 
@@ -75,23 +77,38 @@ def _scaling_target(target: Mapping[str, Any], scaling: Sequence[Mapping[str, An
     rows = [
         _target_row(
             target,
-            Judgement(row["verdict"], row["reason"], row["repeats_needed"]),
+            _judged_efficiency(target, row, scaling),
             model=row["model"],
+            num_nodes=row["num_nodes"],
             measured=100 * row["efficiency"],
             ci=[100 * edge for edge in row["ci"]],
             repeats=row["repeats"],
         )
         for row in scaling
-        if row["num_nodes"] == target["num_nodes"] and row["num_nodes"] != row["base_nodes"]
+        if target.get("num_nodes") in (None, row["num_nodes"]) and row["num_nodes"] != row["base_nodes"]
     ]
     return rows or [_target_row(target, Judgement("not_judged", _not_measured(target)))]
 
 
+def _judged_efficiency(
+    target: Mapping[str, Any], row: Mapping[str, Any], scaling: Sequence[Mapping[str, Any]]
+) -> Judgement:
+    """`row` of the scaling against `target`, which need not be the one that the row was judged against."""
+    if row["verdict"] == "not_judged":
+        return Judgement("not_judged", row["reason"])
+    compared = (row["num_nodes"], row["base_nodes"])
+    of_model = [other for other in scaling if other["model"] == row["model"]]
+    repeats = min(other["repeats"] for other in of_model if other["num_nodes"] in compared)
+    low, high = row["ci"]
+    return judge_efficiency(row["efficiency"], (low, high), repeats, target)
+
+
 def _not_measured(target: Mapping[str, Any]) -> str:
-    where = f" on {target['num_nodes']} nodes" if target.get("num_nodes") else ""
+    where = f" on {counted(target['num_nodes'], 'node')}" if target.get("num_nodes") else ""
     size = f" at {target['min_bytes'] / 2**30:g} GiB or more" if (target.get("min_bytes") or 0) >= 2**30 else ""
     if target["metric"] == "scaling_efficiency_pct":
-        return f"not measured in this run: needs complete {target['test']} cells{where} and on fewer"
+        needed = f"{where} and on fewer" if where else " on two node counts"
+        return f"not measured in this run: needs complete {target['test']} cells{needed}"
     return f"not measured in this run: no {target['metric']}{size}{where}"
 
 

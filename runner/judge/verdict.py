@@ -64,22 +64,22 @@ def judge(
     """
     low, high = ci
     unit = f" {unit}" if unit else ""
-    text = f"{_number(value)}{unit} (95 % CI {_number(low)} – {_number(high)})"
+    text = f"{_measured(value)}{unit} (95 % CI {_measured(low)} – {_measured(high)})"
     if repeats < MIN_REPEATS:
-        reason = f"{text}; {repeats} of at least {MIN_REPEATS} repeats: their spread is not known"
+        reason = f"{text}; {repeats} of at least {MIN_REPEATS} repeats: the spread between them is not known"
         return Judgement("inconclusive", reason, MIN_REPEATS)
     sign = 1 if direction == "min" else -1
     worst, best = (low, high) if direction == "min" else (high, low)
-    word = "at least" if direction == "min" else "at most"
+    required = f"required: {'at least' if direction == 'min' else 'at most'} {_number(target)}{unit}"
     if sign * (worst - target) >= 0:
-        return Judgement("pass", f"{text}, wanted {word} {_number(target)}{unit}")
+        return Judgement("pass", f"{text}; {required}")
     if sign * (best - target) < 0:
-        return Judgement("fail", f"{text}, wanted {word} {_number(target)}{unit}")
+        return Judgement("fail", f"{text}; {required}")
     gap, half = abs(value - target), (high - low) / 2
     needed = MAX_REPEATS_NEEDED if gap == 0 else math.ceil(repeats * (half / gap) ** 2)
     needed = min(max(needed, repeats + 1), MAX_REPEATS_NEEDED)
     about = "more than " if needed == MAX_REPEATS_NEEDED else "about "
-    reason = f"{text} straddles {_number(target)}{unit}; {about}{needed} repeats would settle it"
+    reason = f"{text}; {required}, which lies in the interval; {about}{needed} repeats would decide"
     return Judgement("inconclusive", reason, needed)
 
 
@@ -110,3 +110,8 @@ def bootstrap(
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _measured(value: float) -> str:
+    """With four digits, also where the last are zeros: 94.00 beside 94.01."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")

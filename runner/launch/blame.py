@@ -104,11 +104,11 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
         return suspects[0]
     if suspects:
         kinds = {suspect["kind"] for suspect in suspects}
-        kind, what = kinds.pop() if len(kinds) == 1 else "unknown", "failed at once on"
+        kind, what = kinds.pop() if len(kinds) == 1 else "unknown", "failed at the same time on"
     elif late := [o["stopped"] for o in outcomes.values() if o.get("stopped") in LATE]:
         return standstill(LATE[late[0]], late[0], outcomes)
     elif victims:
-        kind, what = "lost_peers", "only lost peers are reported, by"
+        kind, what = "lost_peers", "only lost peers were reported, by"
     else:
         launcher = outcomes.get(LAUNCHER, {})
         tail = list(launcher.get("engine_stderr", []))
@@ -123,9 +123,9 @@ def _unheard(talk: Talk) -> dict[str, Any]:
     stderr = talk.stderr[-10:]
     if not talk.answered:
         kind = reasons.reason_kind(talk.rc, talk.stderr)
-        return error(kind, f"its agent never answered{_last_words(stderr)}", talk.name, stderr)
+        return error(kind, f"its agent did not answer{_last_words(stderr)}", talk.name, stderr)
     if talk.rc == reasons.GIVEN_UP:
-        return error("hung", "it does not answer any more", talk.name, stderr)
+        return error("hung", "it no longer answers", talk.name, stderr)
     return error("lost_connection", "lost the connection to it", talk.name, stderr)
 
 
@@ -210,14 +210,15 @@ def standstill(kind: str, reason: str, outcomes: Mapping[str, Mapping[str, Any]]
             if rank["state"] in _STATES:
                 stuck.append((host, f"{name} {_STATES[rank['state']]}", frames))
             elif not frames:
-                stuck.append((host, f"{name} is alive but does not say where it stands", frames))
+                stuck.append((host, f"{name} is alive but gives no stack", frames))
             elif frames[0].startswith(_WAITING):
                 waiting.append(f"{name} in {frames[0]}")
             else:
-                busy.append((host, f"{name} stands in {frames[0]}", frames))
+                busy.append((host, f"{name} is in {frames[0]}", frames))
     suspects = stuck + (busy if waiting else [])
     if len({host for host, _, _ in suspects}) != 1:
         return error(kind, reason)
     host, first, frames = suspects[0]
-    others = f", while {len(waiting)} wait for others (first: {waiting[0]})" if waiting else ""
+    wait = "waits" if len(waiting) == 1 else "wait"
+    others = f", while {len(waiting)} {wait} for others (first: {waiting[0]})" if waiting else ""
     return error("rank_hung", f"{reason}: {first}{others}", host, frames)

@@ -138,13 +138,13 @@ def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str
         if entry["state"] != "complete":
             continue
         if entry.get("plan_hash") != fingerprint(plan, cell):
-            kind, message = "plan_changed", "measured by another plan than plan.json holds now"
+            error = blame.error("plan_changed", "measured by another plan than plan.json holds now")
         elif cell.id in changed:
             lines = describe({cell.id: changed[cell.id]}, {node.name: node.alias for node in plan.nodes})
-            kind, message = "drift", f"measured in another environment: {lines}"
+            error = blame.error("drift", f"measured in another environment: {lines}")
         else:
             continue
-        entry.update(state="incomplete", error=blame.error(kind, message))
+        entry.update(state="incomplete", error=error)
         opened.append(cell.id)
     return opened
 

@@ -23,6 +23,7 @@ from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
+from runner.system.wording import are, counted
 
 # How long agents whose controller was killed may take to notice and to leave their node.
 OWN_S = talk.SILENCE_S + 15
@@ -135,10 +136,11 @@ def choose(
     good = tuple(n for n in wanted if n.name not in problems)[:count]
     if len(good) < count:
         hint = "" if skip_bad else "; mend them, or let others take their place with --skip-bad-nodes"
+        bad = len(wanted) - len(good)
         what = (
-            f"{len(good)} of {len(wanted)} nodes are good, {count} wanted"
+            f"{len(good)} of {counted(len(wanted), 'node')} {are(len(good))} good, {count} wanted"
             if skip_bad
-            else f"{len(wanted) - len(good)} of {count} nodes are bad"
+            else f"{bad} of {counted(count, 'node')} {are(bad)} bad"
         )
         raise refusal(f"{what}{hint}", bad_nodes(wanted, problems))
     last = max(wanted.index(n) for n in good)
@@ -146,4 +148,4 @@ def choose(
 
 
 def folded(nodes: Sequence[Node]) -> str:
-    return f"{len(nodes)} nodes: {fold([n.alias for n in nodes])} = {fold([n.name for n in nodes])}"
+    return f"{counted(len(nodes), 'node')}: {fold([n.alias for n in nodes])} = {fold([n.name for n in nodes])}"

@@ -35,6 +35,7 @@ from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import disk_errors
 from runner.system.locks import hold_nodes
+from runner.system.wording import are, counted
 
 RETRY_S = 5.0
 
@@ -307,7 +308,7 @@ class Run:
                 continue
             if self.journal.entry(other)["error"] is None:
                 count = len(self.roster.good())
-                why = f"needs {other.num_nodes} nodes, {count} are good: {error['message']}"
+                why = f"needs {counted(other.num_nodes, 'node')}, {count} {are(count)} good: {error['message']}"
                 self.journal.cell_state(other, "failed", {**error, "message": why, "stderr": []})
 
     # --- jobs that cells have -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from runner.launch.preflight import Reach
 from runner.launch.transport import Transport
 from runner.plan.build import place
 from runner.plan.plan import Cell
+from runner.system.wording import are, counted
 
 
 class Roster:
@@ -43,10 +44,11 @@ class Roster:
             spares = tuple(node for node in self._current.plan.spares if node is not spare)
             self._current.change(nodes=(*self._current.plan.nodes, spare), spares=spares)
         count = len(self.good())
-        by = f"{spare.alias} takes its place" if spare else f"no spare is left, {count} nodes are good"
+        left = f"{counted(count, 'node')} {are(count)} good"
+        by = f"{spare.alias} takes its place" if spare else f"no spare is left, {left}"
         if not plan.named:
             self._current.plan = self._transport.exclude(self._current.plan, host)
-            by = f"Slurm is to choose among others, {count} nodes are good"
+            by = f"Slurm is to choose among others, {left}"
         self._journal.note(f"{plan.node(host).alias} ({host}) is given up: {error['message']}; {by}")
         self._journal.replaced(host, spare.name if spare else None, cell, error)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from runner import __version__
 from runner.cluster import facts, slurm_names
+from runner.system.wording import counted
 
 
 def check(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["gpus"]:  # None where the inventory leaves the number open
         answering = len(observed["gpus"])
         if answering < request["gpus"]:
-            text = f"{answering} GPUs answer, the inventory says {request['gpus']}"
+            answer = "answers" if answering == 1 else "answer"
+            text = f"{counted(answering, 'GPU')} {answer}, the inventory says {request['gpus']}"
             problems.append(("gpu_failed", text))
     return {
         "problems": [text for _, text in problems],

@@ -8,6 +8,7 @@ from typing import Any
 from runner.errors import UsageError
 from runner.plan.plan import Batch
 from runner.plan.request import Request
+from runner.system.wording import counted
 
 
 def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_size: int) -> Batch:
@@ -59,7 +60,7 @@ def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulatio
     options.append(f"sft.global_batch={product if micro_batch else _nearest_multiple(global_batch, product)}")
     micro = micro_batch or "a whole micro-batch"
     raise UsageError(
-        f"global batch {global_batch} is not {micro} × accumulation {accumulation} × {world_size} GPUs; "
+        f"global batch {global_batch} is not {micro} × accumulation {accumulation} × {counted(world_size, 'GPU')}; "
         f"nearest that work: {' or '.join(f'--set {option}' for option in options)}"
     )
 

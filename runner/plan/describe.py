@@ -8,6 +8,7 @@ from typing import Any
 from runner import failures
 from runner.plan import memory
 from runner.plan.plan import Plan, rank_environment
+from runner.system.wording import counted
 
 
 def describe(plan: Plan, fold: Any) -> str:
@@ -15,22 +16,23 @@ def describe(plan: Plan, fold: Any) -> str:
 
     `fold` turns a list of host names into a folded set.
     """
-    lines = [f"run {plan.run_id}: {len(plan.cells)} cells, backend {plan.backend}, engine {plan.engine}"]
+    lines = [f"run {plan.run_id}: {counted(len(plan.cells), 'cell')}, backend {plan.backend}, engine {plan.engine}"]
     lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
     lines += [f"passed over {line}" for line in failures.node_lines(plan.passed_over)]
     aliases = {node.name: node.alias for node in plan.nodes}
     for cell in plan.cells:
         lines += [
             "",
-            f"cell {cell.id}: {cell.world_size} ranks ({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})",
+            f"cell {cell.id}: {counted(cell.world_size, 'rank')} "
+            f"({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})",
         ]
         hosts = f"{fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}" if cell.hosts else "placed by Slurm"
         lines.append(f"  hosts  {hosts}")
         if cell.batch:
             b = cell.batch
             lines.append(
-                f"  batch  {b.global_batch} sequences = {b.micro_batch} × {b.gradient_accumulation} × {cell.world_size}"
-                f" of {cell.params['seq_len']} tokens"
+                f"  batch  {counted(b.global_batch, 'sequence')} = "
+                f"{b.micro_batch} × {b.gradient_accumulation} × {cell.world_size} of {cell.params['seq_len']} tokens"
             )
             lines.append(f"  data   {cell.params['dataset']}, prepared once and sent to each node once")
         if (needs := memory.of_cell(plan, cell)) and needs.available:

@@ -11,12 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
+
+from runner.report import labels
 
 WIDTH, HEIGHT = 400.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 16.0, 44.0
 TEXT = 13.5  # 11.2 px where the chart is 334 px wide: the column of a 390 px phone
 COLOURS = 7
+DOT = 3.4  # radius of a point on a line
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ class Rule:
     title: str
     colour: int | None = None
     x: float | None = None
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,42 +121,105 @@ def lines(
     value_text: Callable[[float], str] | None = None,
     name_ends: bool = True,
 ) -> str:
-    """An SVG of `series` over `x`. `value_text` writes a value beside each point of the first series,
-    `name_ends` each series' name at its end where there are several."""
+    """An SVG of `series` over `x`. `value_text` writes a value beside each point of the first series that has room for
+    it, `name_ends` each series' name at its end where there are several."""
     named = name_ends and len(series) > 1
-    right = RIGHT + (max(len(s.name) for s in series) * 7.2 + 4 if named else 0)
-    px, py = _scales(x, y, right)
-    parts = [*_frame(x, y, px, py, right)]
+    plot = _Plot(x, y, RIGHT + (max(len(s.name) for s in series) * 7.2 + 4 if named else 0))
+    parts = [*_frame(plot)]
     for rule in rules:
-        begin, end = (LEFT, WIDTH - right) if rule.x is None else (px(rule.x) - 20, px(rule.x) + 20)
         name = "rule" if rule.colour is None else f"rule c{rule.colour % COLOURS}"
-        parts.append(_line(begin, py(rule.y), end, py(rule.y), name, rule.title))
-        if rule.label:
-            parts.append(_text(end, py(rule.y) - 4, rule.label, "end", "small"))
+        at = plot.rule(rule)
+        parts.append(_line(at.x1, at.y1, at.x2, at.y2, name, rule.title))
     for one in series:
-        colour = f"c{one.colour % COLOURS}"
-        for point in one.points:
-            if point.low is not None and point.high is not None:
-                at = px(point.x)
-                parts.append(_line(at, py(point.low), at, py(point.high), f"interval {colour}"))
-        path = " ".join(f"{px(p.x):.1f},{py(p.y):.1f}" for p in one.points)
-        dashed = " dashed" if one.dashed else ""
-        parts.append(
-            f'<polyline class="line {colour}{dashed}" points="{path}"><title>{escape(one.name)}</title></polyline>'
-        )
-        if one.dashed:
-            continue
-        parts += [_dot(px(p.x), py(p.y), 3.4, colour, p.title or f"{one.name}: {p.y:g}") for p in one.points]
+        parts += _curve(one, plot)
     if value_text and series:
-        for p in series[0].points:
-            anchor = "start" if px(p.x) < LEFT + 24 else "middle"
-            above = py(p.high if p.high is not None else p.y) - 9
-            parts.append(_text(px(p.x), max(above, TOP - 3), value_text(p.y), anchor, "value"))
+        parts += _values(series, rules, plot, value_text)
     if named:
-        ends = [(py(s.points[-1].y), s) for s in series if s.points]
-        for at, one in _apart(ends, TEXT):
-            parts.append(_text(WIDTH - right + 6, at + 4, one.name, "start", f"name c{one.colour % COLOURS}"))
+        ends = [(plot.py(s.points[-1].y), s) for s in series if s.points]
+        for height, one in _apart(ends, TEXT):
+            parts.append(_text(plot.right + 6, height + 4, one.name, "start", f"name c{one.colour % COLOURS}"))
     return _svg(parts, HEIGHT, description)
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """The rectangle of a chart in which lines are drawn, and where values lie in it."""
+
+    x: Axis
+    y: Axis
+    margin: float  # right of it
+
+    @property
+    def left(self) -> float:
+        """Beside the values of the y axis, however long."""
+        return max(LEFT, 11 + max((labels.width(text, TEXT, bold=False) for _, text in self.y.ticks), default=0.0))
+
+    @property
+    def right(self) -> float:
+        return WIDTH - self.margin
+
+    @property
+    def bottom(self) -> float:
+        return HEIGHT - BOTTOM
+
+    def px(self, value: float) -> float:
+        return self.left + (self.right - self.left) * self.x.place(value)
+
+    def py(self, value: float) -> float:
+        return self.bottom - (self.bottom - TOP) * self.y.place(value)
+
+    def rule(self, rule: Rule) -> labels.Segment:
+        begin, end = (self.left, self.right) if rule.x is None else (self.px(rule.x) - 20, self.px(rule.x) + 20)
+        return labels.Segment(begin, self.py(rule.y), end, self.py(rule.y))
+
+    def interval(self, point: Point) -> labels.Segment:
+        """From a point's high end to its low one; without an interval only the point."""
+        high = point.y if point.high is None else point.high
+        low = point.y if point.low is None else point.low
+        return labels.Segment(self.px(point.x), self.py(high), self.px(point.x), self.py(low))
+
+
+def _curve(one: Series, plot: _Plot) -> list[str]:
+    """A series: its intervals, its line, and its points unless it is an ideal."""
+    colour = f"c{one.colour % COLOURS}"
+    parts = []
+    for point in one.points:
+        if point.low is not None and point.high is not None:
+            bar = plot.interval(point)
+            parts.append(_line(bar.x1, bar.y1, bar.x2, bar.y2, f"interval {colour}"))
+    path = " ".join(f"{plot.px(p.x):.1f},{plot.py(p.y):.1f}" for p in one.points)
+    dashed = " dashed" if one.dashed else ""
+    parts.append(
+        f'<polyline class="line {colour}{dashed}" points="{path}"><title>{escape(one.name)}</title></polyline>'
+    )
+    if not one.dashed:
+        parts += [_dot(plot.px(p.x), plot.py(p.y), DOT, colour, p.title or f"{one.name}: {p.y:g}") for p in one.points]
+    return parts
+
+
+def _values(
+    series: Sequence[Series], rules: Sequence[Rule], plot: _Plot, value_text: Callable[[float], str]
+) -> list[str]:
+    """The values of the first series, off what is drawn if that can be; one without room is only in its hover title."""
+    drawn = [plot.rule(rule) for rule in rules]
+    drawn.append(labels.Segment(plot.left, plot.bottom, plot.right, plot.bottom))
+    dots = []
+    for one in series:
+        spots = [(plot.px(p.x), plot.py(p.y)) for p in one.points]
+        drawn += [labels.Segment(*begin, *end) for begin, end in pairwise(spots)]
+        if not one.dashed:
+            drawn += [plot.interval(p) for p in one.points]
+            dots += [labels.Box(at - DOT, height - DOT, at + DOT, height + DOT) for at, height in spots]
+    wanted = []
+    for p in series[0].points:
+        bar = plot.interval(p)
+        wanted.append(labels.Label(value_text(p.y), bar.x1, bar.y1, bar.y2))
+    frame = labels.Box(plot.left + 1, 1.0, plot.right + min(plot.margin, RIGHT) - 1, plot.bottom - 2)
+    return [
+        _text((box.left + box.right) / 2, box.bottom - labels.DESCENT_EM * TEXT, label.text, "middle", "value")
+        for label, box in zip(wanted, labels.place(wanted, drawn, dots, frame, TEXT), strict=True)
+        if box
+    ]
 
 
 def strips(
@@ -172,8 +238,8 @@ def strips(
 
     bottom = height - BOTTOM
     parts = []
-    for value, text in x.ticks:
-        parts += [_line(px(value), TOP, px(value), bottom, "grid"), _text(px(value), bottom + 17, text, "middle")]
+    parts += [_line(px(value), TOP, px(value), bottom, "grid") for value, _ in x.ticks]
+    parts += [_text(at, bottom + 17, text, "middle") for at, text in _spaced(x.ticks, px)]
     parts.append(_text(left + width / 2, height - 6, x.label, "middle"))
     if limit:
         parts.append(_line(px(limit.y), TOP, px(limit.y), bottom, "rule", limit.title))
@@ -188,29 +254,29 @@ def strips(
     return _svg(parts, height, description)
 
 
-def _scales(x: Axis, y: Axis, right: float) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    def px(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - right) * x.place(value)
-
-    def py(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y.place(value)
-
-    return px, py
-
-
-def _frame(x: Axis, y: Axis, px: Callable[[float], float], py: Callable[[float], float], right: float) -> list[str]:
-    bottom, end = HEIGHT - BOTTOM, WIDTH - right
+def _frame(plot: _Plot) -> list[str]:
+    bottom, end = plot.bottom, plot.right
     parts = []
-    for value, text in y.ticks:
-        parts += [_line(LEFT, py(value), end, py(value), "grid"), _text(LEFT - 7, py(value) + 4.5, text, "end")]
-    for value, text in x.ticks:
-        parts += [
-            _line(px(value), bottom, px(value), bottom + 4, "axis"),
-            _text(px(value), bottom + 18, text, "middle"),
-        ]
-    parts.append(_line(LEFT, bottom, end, bottom, "axis"))
-    parts.append(_text((LEFT + end) / 2, HEIGHT - 6, x.label, "middle"))
+    for value, text in plot.y.ticks:
+        at = plot.py(value)
+        parts += [_line(plot.left, at, end, at, "grid"), _text(plot.left - 7, at + 4.5, text, "end")]
+    parts += [_line(plot.px(value), bottom, plot.px(value), bottom + 4, "axis") for value, _ in plot.x.ticks]
+    parts += [_text(at, bottom + 18, text, "middle") for at, text in _spaced(plot.x.ticks, plot.px)]
+    parts.append(_line(plot.left, bottom, end, bottom, "axis"))
+    parts.append(_text((plot.left + end) / 2, HEIGHT - 6, plot.x.label, "middle"))
     return parts
+
+
+def _spaced(ticks: Sequence[tuple[float, str]], px: Callable[[float], float]) -> list[tuple[float, str]]:
+    """Where the values of an x axis are written: all but those that would touch the one before."""
+    written: list[tuple[float, str]] = []
+    edge = -math.inf
+    for value, text in sorted(ticks):
+        at, half = px(value), labels.width(text, TEXT, bold=False) / 2
+        if at - half > edge:
+            written.append((at, text))
+            edge = at + half + 4
+    return written
 
 
 def _apart(items: Sequence[tuple[float, Any]], gap: float) -> list[tuple[float, Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.report import chart
+from runner.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def nodes_text(count: int) -> str:
-    return "1 node" if count == 1 else f"{count} nodes"
+    return counted(count, "node")
 
 
 Row = Mapping[str, Any]  # an entry of summary.json's lists
@@ -87,7 +88,7 @@ def scaling(summary: Mapping[str, Any]) -> list[Figure]:
     targets = {row["num_nodes"]: 100 * row["target"] for row in rows if row["target"] is not None}
     rules = [chart.Rule(y, f"target on {nodes_text(n)}: {y:g} %", x=n) for n, y in targets.items()]
     low = min(edges(efficiency))
-    y = chart.linear("", [*edges(efficiency), *targets.values(), 100.0], from_zero=low < 50)
+    y = chart.linear("", [*edges(efficiency), *targets.values(), 100.0], from_zero=low < 50, pad=0.15)
     per_gpu = curves(f"tokens/s per {gpu}", "tokens_per_s_per_gpu", "tokens_per_s_per_gpu_ci", lambda row: 1)
     total = curves("tokens/s", "tokens_per_s_per_gpu", "tokens_per_s_per_gpu_ci", lambda row: row["world_size"])
     ideal = []
@@ -97,7 +98,7 @@ def scaling(summary: Mapping[str, Any]) -> list[Figure]:
         ideal.append(chart.Series(f"ideal, {line.name}", points, line.colour, dashed=True))
     mode, smallest = rows[0]["mode"], nodes_text(rows[0]["base_nodes"])
     about = f"{mode.capitalize()} scaling: rate per {gpu} against {smallest}. Dashes: targets. Bars: 95 % interval."
-    from_zero = [chart.linear("", edges(lines), from_zero=True) for lines in ([*total, *ideal], per_gpu)]
+    from_zero = [chart.linear("", edges(lines), from_zero=True, pad=0.15) for lines in ([*total, *ideal], per_gpu)]
     return [
         draw("Scaling efficiency, %", about, efficiency, y, value_text=lambda v: f"{v:.1f}", rules=rules),
         draw(

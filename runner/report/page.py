@@ -19,10 +19,11 @@ from runner.judge import analysis, findings
 from runner.report import collectives, figures, sft
 from runner.report.figures import complete_cells, nodes_text, number
 from runner.report.tables import median
-from runner.report.words import GLOSSARY, SIGNS, TITLES, VERDICTS, headline, target_text
+from runner.report.words import GLOSSARY, SIGNS, VERDICTS, headline, target_text, title
 from runner.results.records import Record
 from runner.results.rundir import RunDir
 from runner.system.files import write_text_atomic
+from runner.system.wording import counted
 
 
 def write(
@@ -131,12 +132,11 @@ def _page(
         "sft_rows": sft.rows(summary["cells"]),
         "torch_rows": collectives.rows(summary["cells"]),
         "environment": _environment(facts, naming),
-        "findings": [
-            {**f, "title": TITLES.get(f["kind"], f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]
-        ],
+        "findings": [{**f, "title": title(f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]],
         "unfinished": _unfinished(summary["cells"], status, naming),
         "glossary": GLOSSARY,
         "number": number,
+        "counted": counted,
         "svg": Markup,
     }
 
@@ -196,7 +196,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     hosts = [node["name"] for node in plan["nodes"] if node["name"] in used or not used]
     first: Mapping[str, Any] = plan["cells"][0] if plan["cells"] else {"gpus_per_node": 0, "device": "?"}
     number = first["gpus_per_node"]
-    ranks = f"{number} {'CPU rank' if first['device'] == 'cpu' else 'GPU'}{'s'[: number > 1]} each"
+    ranks = counted(number, "CPU rank" if first["device"] == "cpu" else "GPU") + " each" * (len(hosts) > 1)
     models = ", ".join(plan.get("models", {}))
     rows = [
         ("Run", f"{plan['run_id']}, {summary['state']}"),
@@ -216,7 +216,8 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
         by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
         rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))
     if attempts := summary.get("attempts"):
-        rows.append(("Run again", ", ".join(f"{cell} ({number} attempts)" for cell, number in attempts.items())))
+        again = (f"{cell} ({counted(tries, 'attempt')})" for cell, tries in attempts.items())
+        rows.append(("Run again", ", ".join(again)))
     return rows
 
 

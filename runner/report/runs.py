@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 from runner.report.progress import remaining_s
 from runner.results.logs import printable
+from runner.system.wording import counted
 
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
@@ -35,7 +36,7 @@ def span_text(seconds: float | None) -> str:
 
 def done_text(status: Mapping[str, Any]) -> str:
     states = [cell["state"] for cell in status["cells"].values()]
-    return f"{states.count('complete')} of {len(states)} cells complete"
+    return f"{states.count('complete')} of {counted(len(states), 'cell')} complete"
 
 
 def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
@@ -106,7 +107,7 @@ def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
             row.popitem()
 
 
-def nodes_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
+def node_states_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
     """`node[001-003] running, node004 silent for 12 s`; without `now` how long is left out."""
     from runner.system.nodeset import fold
 
@@ -154,7 +155,7 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
             left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
             lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {span_text(left)} left" if left else ""))
         if nodes := cell.get("nodes"):
-            lines.append(nodes_text(nodes, aliases, now))
+            lines.append(node_states_text(nodes, aliases, now))
     elif cell.get("error"):
         lines.append(_error_text(cell["error"], aliases))
     return lines

@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.report import collectives, sft
 from runner.report.figures import nodes_text
-from runner.report.words import SIGNS, TITLES, VERDICTS, headline
+from runner.report.words import SIGNS, VERDICTS, headline, title
 
 
 def terminal(summary: Mapping[str, Any]) -> str:
@@ -56,7 +56,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
         )
     for finding in summary["findings"]:
         who = f"{finding['host']}: " if finding["host"] else ""
-        parts.append(_wrapped(f"✕ {TITLES.get(finding['kind'], finding['kind'])}: {who}{finding['evidence']}"))
+        parts.append(_wrapped(f"✕ {title(finding['kind'])}: {who}{finding['evidence']}"))
     # The findings above say it already, or nothing was judged yet.
     why = "" if summary["findings"] or summary["state"] == "cancelled" else f": {summary['reason']}"
     parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from runner import failures
 from runner.judge import metrics
+from runner.system.wording import counted
 
 SIGNS = {"pass": "✓", "fail": "✕", "inconclusive": "?", "not_judged": "–"}
 
@@ -16,25 +17,9 @@ VERDICTS = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive", "not
 
 HEADLINES = {
     "pass": "The cluster meets its targets",
-    "fail": "The cluster misses what is asked of it",
-    "inconclusive": "Not settled: more repeats are needed",
+    "fail": "The cluster does not meet its targets",
+    "inconclusive": "Undecided: more repeats are needed",
     "not_judged": "It works; its speed was not judged",
-}
-
-
-TITLES = {
-    **{name: kind.title for name, kind in failures.KINDS.items()},
-    "rank_died": "A rank died",  # what runs say that recorded no kinds yet
-    "node_unreachable": "A node stopped answering",
-    "wrong_values": "Wrong results",
-    "no_records": "Nothing was measured",
-    "environment": "Nodes are set up differently",
-}
-
-
-FINDINGS_HEADLINES = {
-    "environment": "Nodes are not set up the same",
-    "wrong_values": "Collectives return wrong results",
 }
 
 
@@ -62,18 +47,27 @@ GLOSSARY = {
 }
 
 
+def title(kind: str) -> str:
+    """What a finding of this kind is called."""
+    return failures.KINDS[failures.current(kind)].title
+
+
 def headline(summary: Mapping[str, Any]) -> str:
     """The verdict in plain words."""
+    every = len(summary["cells"])
     lost = sum(cell["state"] != "complete" for cell in summary["cells"])
+    unfinished = f"{lost} of {counted(every, 'cell')} did not finish"
     if summary["state"] == "failed":
-        return f"The run failed: {lost} of {len(summary['cells'])} cells did not finish"
+        return f"The run failed: {unfinished}"
     if summary["state"] == "incomplete":
-        return f"The run is incomplete: {lost} of {len(summary['cells'])} cells did not finish"
+        return f"The run is incomplete: {unfinished}"
     if summary["state"] == "cancelled":
-        return f"The run was stopped: {lost} of {len(summary['cells'])} cells did not finish"
-    kinds = {finding["kind"] for finding in summary["findings"]}
-    if len(kinds) == 1:
-        return FINDINGS_HEADLINES.get(kinds.pop(), HEADLINES[summary["verdict"]])
+        return f"The run was stopped: {unfinished}"
+    kinds = {failures.current(finding["kind"]) for finding in summary["findings"]}
+    if len(kinds) > 1:
+        return f"The cluster has {counted(len(summary['findings']), 'problem')}"
+    if kinds and (said := failures.KINDS[kinds.pop()].headline):
+        return said
     return HEADLINES[summary["verdict"]]
 
 

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default."""
+    """The value below which a share `q`, 0 to 1, of at least one value lies: interpolated linearly between order
+    statistics, as numpy's default.
+
+    `statistics.quantiles(method="inclusive")` gives the same values, but only n equal cuts at a time, neither 0 nor 1,
+    and nothing for a single value.
+    """
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low = math.floor(position)

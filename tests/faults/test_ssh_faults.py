@@ -92,7 +92,7 @@ FAULTS = [
     Fault(
         "a rank hangs in a collective",
         kind="rank_hung",
-        says=r"limit of 100 s: rank1 is stopped, while 1 wait for others .*distributed_c10d.py:\d+ all_reduce",
+        says=r"limit of 100 s: rank1 is stopped, while 1 waits for others .*distributed_c10d.py:\d+ all_reduce",
         state="incomplete",
         plant=lambda node: signal_rank(node, "STOP"),
         arguments=torch(iters=100_000_000, timeout_s=LIMIT_S),

@@ -12,6 +12,7 @@ from runner.errors import unknown
 from runner.launch.slurm.answers import SEPARATOR, pairs, said
 from runner.launch.slurm.script import BatchJob, limit_s, wanted_gres
 from runner.system.nodeset import expand, fold
+from runner.system.wording import are, counted
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
 NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%E'))}")
@@ -102,7 +103,7 @@ def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settin
         default = " (default)" if partition.default else ""
         most = "any number" if partition.max_nodes is None else f"at most {partition.max_nodes}"
         limit = "any time" if partition.max_time_s is None else f"at most {clock(partition.max_time_s)}"
-        has = f"{partition.state}, {len(partition.nodes)} node{'s'[: len(partition.nodes) != 1]}"
+        has = f"{partition.state}, {counted(len(partition.nodes), 'node')}"
         lines.append(f"partition {partition.name}{default}: {has}; a job: {most} of them, {limit}")
         if partition.name in names:
             there = [known[host] for host in partition.nodes if host in known]
@@ -158,7 +159,7 @@ def refusals(
         if partition.state != "up":
             reasons.append(f"{where} is {partition.state}; name another, or have it brought up")
         if partition.max_nodes is not None and num_nodes > partition.max_nodes:
-            reasons.append(f"{num_nodes} nodes asked for, {where} allows {partition.max_nodes} (MaxNodes)")
+            reasons.append(f"{counted(num_nodes, 'node')} asked for, {where} allows {partition.max_nodes} (MaxNodes)")
         if partition.max_time_s is not None and time_limit_s > partition.max_time_s:
             allowed = clock(partition.max_time_s)
             reasons.append(
@@ -178,8 +179,8 @@ def refusals(
             reasons.append(f"named but not usable: {_grouped(bad)}; name others, or bring them back")
         elif not hosts and num_nodes > len(good):
             without = " without the excluded ones" if settings.exclude else ""
-            unusable = f", of which {len(good)} are usable: {_grouped(bad)}" if bad else ""
-            reasons.append(f"{num_nodes} nodes asked for, {where} has {len(there)}{without}{unusable}")
+            unusable = f", of which {len(good)} {are(len(good))} usable: {_grouped(bad)}" if bad else ""
+            reasons.append(f"{counted(num_nodes, 'node')} asked for, {where} has {len(there)}{without}{unusable}")
         lacking = {node.name: node.gres or "none" for node in good if gres and not _holds(node.gres, gres)}
         if len(good) - len(lacking) < min(num_nodes, len(good)):
             reasons.append(

@@ -19,6 +19,7 @@ from typing import Any
 from runner.cluster.slurm import WORD, Settings, clock, placeholder
 from runner.errors import UsageError
 from runner.system.nodeset import fold
+from runner.system.wording import counted
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -140,7 +141,7 @@ def render(job: BatchJob, settings: Settings) -> str:
 
 def _told(step: Step) -> str:
     where = f"on {fold(step.hosts)}" if step.hosts else "placed by Slurm"
-    return f"cell {step.cell}: {step.num_nodes} node{'s'[: step.num_nodes > 1]} {where}, at most {step.timeout_s:g} s"
+    return f"cell {step.cell}: {counted(step.num_nodes, 'node')} {where}, at most {step.timeout_s:g} s"
 
 
 def _choice(job: BatchJob) -> list[str]:

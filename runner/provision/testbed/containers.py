@@ -53,6 +53,7 @@ from runner.provision.testbed.layout import (
 )
 from runner.system import process
 from runner.system.places import IMPORT_ROOT, TESTBED
+from runner.system.wording import counted
 
 _READY_S = 90.0  # sshd took 1-3 s; 8 nodes on a busy machine of 2 cores took 10 s
 
@@ -207,7 +208,7 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
         if state:
             _remove(home, state)
         _build(home, base, tag, on_progress)
-        on_progress(f"starting {options.nodes} nodes", 4 + options.nodes)
+        on_progress(f"starting {counted(options.nodes, 'node')}", 4 + options.nodes)
         state = {
             "schema": 1, "name": options.name, "label": uuid.uuid4().hex, "wanted": wanted,
             "folder": str(folder), "network": network_name(options.name), "nodes": [],

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from runner.cluster.limits import busbw_factor
+from runner.results.statistics import quantile
 from runner.workloads.job import Events, RankJob
 
 if TYPE_CHECKING:
@@ -359,20 +360,12 @@ def emit(
         "iters": len(times_us),
         "dtype": dtype,
     }
-    ordered = sorted(times_us)
-    events.value("latency_us_p50", _quantile(ordered, 0.5), **context)
-    events.value("latency_us_p99", _quantile(ordered, 0.99), **context)
+    median = quantile(times_us, 0.5)
+    events.value("latency_us_p50", median, **context)
+    events.value("latency_us_p99", quantile(times_us, 0.99), **context)
     if operation.collective == "barrier":
         return
-    algbw = operation.size_bytes / (_quantile(ordered, 0.5) * 1e3)  # B per ns is GB/s
+    algbw = operation.size_bytes / (median * 1e3)  # B per ns is GB/s
     events.value("algbw_gb_per_s", algbw, **context)
     events.value("busbw_gb_per_s", algbw * busbw_factor(operation.collective, world_size), **context)
     events.value("wrong_values", wrong, **context)
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    """Linear between order statistics, as numpy's default."""
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

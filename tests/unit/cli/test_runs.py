@@ -25,7 +25,7 @@ from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
 from runner.launch.slurm import commands
 from runner.launch.slurm.cancel import cancel_jobs
-from runner.report.runs import changes, describe, details, nodes_text, overview, overview_table
+from runner.report.runs import changes, describe, details, node_states_text, overview, overview_table
 from runner.results.rundir import RunDir
 from runner.system.process import Outcome
 
@@ -249,8 +249,8 @@ def test_nodes_are_folded_by_state_the_longest_silence_is_told():
         "a3": {"state": "ended", "heard": "2026-01-02T03:09:50Z"},
         "a4": {"state": "later versions say more", "heard": None},
     }
-    assert nodes_text(nodes, {}, NOW) == "a3 ended, a[1-2] silent for 30 s, a4 later versions say more"
-    assert nodes_text(nodes, {"a1": "b9"}, None) == "a3 ended, a2,b9 silent, a4 later versions say more"
+    assert node_states_text(nodes, {}, NOW) == "a3 ended, a[1-2] silent for 30 s, a4 later versions say more"
+    assert node_states_text(nodes, {"a1": "b9"}, None) == "a3 ended, a2,b9 silent, a4 later versions say more"
 
 
 def test_what_nodes_said_cannot_steer_the_terminal():

@@ -19,6 +19,7 @@ from runner import failures
 from runner.judge import analysis, findings, metrics
 from runner.judge import verdict as verdicts
 from runner.plan import config
+from runner.report import words
 from runner.results import statistics
 
 TARGETS = Path(__file__).parents[3] / "configs" / "targets" / "default.yaml"
@@ -237,6 +238,36 @@ def test_the_smallest_node_count_is_the_base_and_meets_no_target() -> None:
     assert scaling(summary, 4)["efficiency"] == pytest.approx(0.974 / 0.993, abs=0.006)
 
 
+def every_count(healthy: Fixture, value: float, *more: dict[str, Any]) -> dict[str, Any]:
+    """The summary with a target for every node count, beside others."""
+    wanted = {**yaml.safe_load(TARGETS.read_text())["targets"][0], "name": "every", "num_nodes": None, "value": value}
+    plan = {**healthy.plan, "targets": [wanted, *more]}
+    return analysis.summarise(plan, healthy.status, healthy.records, healthy.facts, healthy.telemetry)
+
+
+def test_a_scaling_target_without_a_node_count_is_judged_at_each_one_but_the_base(healthy: Fixture) -> None:
+    summary = every_count(healthy, 96.0)
+    found = {row["num_nodes"]: (row["verdict"], round(row["measured"])) for row in summary["targets"]}
+    assert found == {2: ("pass", 99), 4: ("pass", 97), 8: ("fail", 94)}
+    assert {row["num_nodes"]: row["target"] for row in summary["scaling"]} == {1: None, 2: 0.96, 4: 0.96, 8: 0.96}
+    assert summary["verdict"] == "fail"
+
+
+def test_a_target_for_one_node_count_and_one_for_every_are_both_judged(healthy: Fixture) -> None:
+    eight = yaml.safe_load(TARGETS.read_text())["targets"][2]
+    summary = every_count(healthy, 96.0, eight)
+    found = {(row["name"], row["num_nodes"]): row["verdict"] for row in summary["targets"]}
+    assert (found["every", 8], found["scaling-8n", 8]) == ("fail", "pass")
+    assert scaling(summary, 8)["target"] == 0.9  # the curve shows the one for its node count
+
+
+def test_a_scaling_target_for_every_node_count_needs_two(healthy: Fixture) -> None:
+    one = report_fixture.healthy((2,))
+    (row,) = every_count(one, 96.0)["targets"]
+    assert (row["verdict"], row["num_nodes"]) == ("not_judged", None)
+    assert row["reason"] == "not measured in this run: needs complete sft cells on two node counts"
+
+
 def test_a_bandwidth_target_needs_its_message_size(healthy: Fixture) -> None:
     small = [r for r in healthy.records if r.context.get("size_bytes", 0) < 2**30]
     summary = analysis.summarise(healthy.plan, healthy.status, small, healthy.facts, healthy.telemetry)
@@ -333,6 +364,43 @@ def test_a_run_that_recorded_no_kind_is_read_without_guessing_one(error: dict[st
     assert (found["kind"], found["fault"]) == ("unknown", "not identifiable")
 
 
+@pytest.mark.parametrize("kind", ["plan_changed", "drift"])
+def test_a_cell_that_did_not_remain_valid_is_called_by_what_changed(kind: str) -> None:
+    error = {"kind": kind, "message": "measured by another plan", "host": None, "stderr": []}
+    (found,) = failed(error, "incomplete")["findings"]
+    assert found["kind"] == kind and "benchmark.log" not in found["evidence"]
+    assert "has changed since a cell was measured" in words.title(kind)
+
+
+@pytest.mark.parametrize(("former", "kind"), [("rank_died", "rank_crashed"), ("node_unreachable", "hung")])
+def test_kinds_of_earlier_versions_are_read_as_those_that_replaced_them(former: str, kind: str) -> None:
+    (found,) = failed({"kind": former, "message": "it broke", "host": NAMES[1], "stderr": []})["findings"]
+    assert (found["kind"], found["fault"]) == (kind, failures.KINDS[kind].fault)
+    assert words.title(former) == failures.KINDS[kind].title
+
+
+def test_every_finding_takes_its_fault_and_advice_from_the_one_table() -> None:
+    quiet = report_fixture.testbed((2,))
+    quiet.records = []
+    runs = [report_fixture.broken(), quiet]
+    found = [finding for run in runs for finding in summary_of(run)["findings"]]
+    assert {"wrong_values", "environment", "no_records", "cuda_out_of_memory"} == {one["kind"] for one in found}
+    for one in found:
+        assert one["fault"] == failures.KINDS[one["kind"]].fault
+        assert one["evidence"].endswith(f"; {failures.KINDS[one['kind']].advice}")
+
+
+def test_several_kinds_of_findings_are_counted_in_the_headline() -> None:
+    summary = {"cells": [{"state": "complete"}], "state": "complete", "verdict": "fail"}
+    assert words.headline({**summary, "findings": [{"kind": "environment"}]}) == "Nodes are not set up the same"
+    assert (
+        words.headline({**summary, "findings": [{"kind": "drift"}, {"kind": "hung"}]}) == "The cluster has 2 problems"
+    )
+    assert words.headline({**summary, "state": "failed", "cells": [{"state": "failed"}]}).endswith(
+        "1 of 1 cell did not finish"
+    )
+
+
 def test_another_try_is_for_infrastructure_alone() -> None:
     assert {known.fault for known in failures.KINDS.values() if known.retry} <= {"node", "not identifiable"}
     assert {known.fault for known in failures.KINDS.values()} <= {
@@ -364,10 +432,16 @@ def with_driver(*versions: str | None) -> dict[str, dict[str, Any]]:
     return {"cell": {f"n{i}": {"driver": version, "kernel": "6.8"} for i, version in enumerate(versions, start=1)}}
 
 
+def test_what_an_image_sets_and_nccl_does_not_read_is_no_difference() -> None:
+    facts = {"cell": {"n1": {"env": {"NCCL_VERSION": "2.19.3-1"}}, "n2": {"env": {}}, "n3": {"env": {}}}}
+    assert (findings.environment(facts), findings.find([], {}, {}, facts)) == ([], [])
+
+
 def test_the_odd_one_out_is_named() -> None:
     (found,) = findings.find([], {}, {}, with_driver("570", "550", "570", "570"))
     assert (found["host"], found["where"], found["confidence"]) == ("n2", "driver", "high")
-    assert found["evidence"] == "driver is 550 here, 570 on 3 other nodes"
+    assert found["evidence"] == "driver is 550 here, 570 on 3 other nodes; make it the same on all nodes"
+    assert found["fault"] == "configuration"
 
 
 def test_a_missing_version_is_a_difference() -> None:

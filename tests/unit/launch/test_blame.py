@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +86,7 @@ def test_lost_peers_alone_blame_nobody():
     said = blame.blame(
         talks("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
     )
-    assert said["host"] is None and "only lost peers are reported, by a" in said["message"]
+    assert said["host"] is None and "only lost peers were reported, by a" in said["message"]
 
 
 def test_a_node_whose_agent_answered_and_left_no_outcome_is_a_lost_connection():
@@ -118,7 +120,7 @@ NO_AGENT = [
 def test_a_node_whose_agent_never_answered_is_called_by_what_ssh_says(said, rc, kind):
     found = blame.blame(talks("a", rc=rc, answered=False, stderr=(said,)), {})
     assert (found["kind"], found["host"]) == (kind, "a")
-    assert found["message"] == f"its agent never answered{f': {said}' if said else ''}"
+    assert found["message"] == f"its agent did not answer{f': {said}' if said else ''}"
 
 
 # How a rank ended, what it said, what its node counted, and the kind of failure.
@@ -193,8 +195,8 @@ def standstill(**hosts: list[dict]) -> dict:
     [
         (stands(None, "T"), "rank1 is stopped"),
         (stands("some/loader.py:3 read", "D"), "rank1 waits in the kernel"),
-        (stands(None), "rank1 is alive but does not say where it stands"),
-        (stands("some/loader.py:3 fetch"), "rank1 stands in some/loader.py:3 fetch"),
+        (stands(None), "rank1 is alive but gives no stack"),
+        (stands("some/loader.py:3 fetch"), "rank1 is in some/loader.py:3 fetch"),
     ],
 )
 def test_the_rank_that_others_wait_for_names_its_host(rank, evidence):
@@ -251,6 +253,20 @@ def test_stacks_are_read_as_faulthandler_writes_them():
 def test_every_kind_that_the_code_tells_is_in_the_table():
     told = {kind for _, kind, _ in reasons._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
     assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
+
+
+def test_every_kind_that_the_code_writes_is_in_the_table():
+    """Whatever is the first argument where an error, a problem or a finding is made."""
+    makers = {"error", "Problem", "_finding", "standstill"}
+    written = set()
+    for path in (ROOT / "runner").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in makers and call.args:
+                named = ast.unparse(call.func)
+                if isinstance(call.args[0], ast.Constant) and named not in ("log.error", "parser.error"):
+                    written.add(call.args[0].value)
+    assert written >= {"drift", "plan_changed", "wrong_values", "no_records", "environment", "hung"}
+    assert written <= set(KINDS)
 
 
 def test_every_kind_in_the_table_is_told_somewhere():

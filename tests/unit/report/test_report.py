@@ -181,7 +181,19 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
         entry["state"] = "cancelled"
     html, _ = written(tmp_path, fixture)
     assert "The run is incomplete: 2 of 2 cells did not finish" in html
-    assert "No node left its facts." in html
+    assert "No node recorded its facts." in html
+
+
+def test_one_node_is_not_compared_and_numbers_agree_with_their_nouns(tmp_path: Path) -> None:
+    fixture = report_fixture.testbed((1,))
+    fixture.status["cells"]["torch-1n-r1"].update(state="failed", attempt=2)
+    html, markdown = written(tmp_path, fixture)
+    words = " ".join(Page(html).words.split())
+    assert "One node: nothing to compare." in words and "One node: nothing to compare." in markdown
+    assert "No difference" not in words + markdown
+    assert "1: node001, 1 CPU rank\n" in markdown
+    one = {noun for noun in re.findall(r"\b1 (\w+)", words + terminal.terminal(analysis.summarise(*fixture.arguments)))}
+    assert not {noun for noun in one if noun.endswith("s") and noun not in {"s"}}, one
 
 
 def test_every_term_of_the_glossary_is_in_the_reference_of_metrics() -> None:

@@ -1,0 +1,132 @@
+"""Where the labels of a chart go: beside their points, off lines and dots, and never on each other. Pure.
+
+Lengths are in units of the drawing, y grows downwards. How wide a text is depends on the reader's fonts: it is taken as
+wide as in DejaVu Sans, the widest of those that the page asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+# Advance widths of DejaVu Sans Bold, in em; letters on the average.
+_EM = {**dict.fromkeys("0123456789", 0.70), **dict.fromkeys(",.:", 0.40), " ": 0.35, "–": 0.50, "-": 0.42, "%": 1.0}
+_LETTER_EM, _REGULAR = 0.70, 0.92
+ASCENT_EM, DESCENT_EM = 0.78, 0.16  # of digits and commas
+# Distances of a label from its point, the nearest first.
+_GAPS = (5.0, 10.0, 16.0)
+# What it costs to lie on a line, besides the length that is covered; on a dot; and for each unit away from the point.
+_ON_LINE, _ON_DOT, _AWAY = 4.0, 16.0, 0.3
+
+
+@dataclass(frozen=True)
+class Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        """Whether the two share more than an edge."""
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
+
+    def inside(self, frame: Box) -> Box | None:
+        """Moved as little as possible to lie in `frame`; None if it is larger."""
+        if self.right - self.left > frame.right - frame.left or self.bottom - self.top > frame.bottom - frame.top:
+            return None
+        x = max(frame.left - self.left, 0.0) + min(frame.right - self.right, 0.0)
+        y = max(frame.top - self.top, 0.0) + min(frame.bottom - self.bottom, 0.0)
+        return Box(self.left + x, self.top + y, self.right + x, self.bottom + y)
+
+
+@dataclass(frozen=True)
+class Segment:
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    def within(self, box: Box) -> float | None:
+        """How much of the segment lies in `box`; None if they do not meet (Liang–Barsky clipping)."""
+        dx, dy = self.x2 - self.x1, self.y2 - self.y1
+        begin, end = 0.0, 1.0
+        for step, room in (
+            (-dx, self.x1 - box.left),
+            (dx, box.right - self.x1),
+            (-dy, self.y1 - box.top),
+            (dy, box.bottom - self.y1),
+        ):
+            if step == 0:
+                if room < 0:
+                    return None
+            elif step < 0:
+                begin = max(begin, room / step)
+            else:
+                end = min(end, room / step)
+        return (end - begin) * (dx * dx + dy * dy) ** 0.5 if begin <= end else None
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text that belongs to what is drawn at `x` from `top` to `bottom`: a point with its interval."""
+
+    text: str
+    x: float
+    top: float
+    bottom: float
+
+
+def width(text: str, size: float, bold: bool = True) -> float:
+    """How wide a text of a font size is, at most."""
+    return sum(_EM.get(char, _LETTER_EM) for char in text) * size * (1.0 if bold else _REGULAR)
+
+
+def place(
+    labels: Sequence[Label], lines: Sequence[Segment], dots: Sequence[Box], frame: Box, size: float
+) -> list[Box | None]:
+    """A box in `frame` for each label, in their order, that meets no other one; None where there is no room for it.
+
+    Of the places around a point the one is taken that covers least of `lines` and `dots`, and then the nearest.
+    """
+    placed: list[Box | None] = []
+    for label in labels:
+        taken = [box for box in placed if box]
+        free = [
+            (cost, box) for cost, box in _places(label, frame, size) if not any(box.meets(other) for other in taken)
+        ]
+        best = min(free, key=lambda place: place[0] + _covered(place[1], lines, dots), default=None)
+        placed.append(best[1] if best else None)
+    return placed
+
+
+def _places(label: Label, frame: Box, size: float) -> Iterator[tuple[float, Box]]:
+    """Boxes for a label and what each costs by itself: above, below, beside and between these, nearest first."""
+    wide, high = width(label.text, size), (ASCENT_EM + DESCENT_EM) * size
+    middle = (label.top + label.bottom) / 2
+    for gap in _GAPS:
+        slant = 0.6 * gap
+        lefts = {"centre": label.x - wide / 2, "left": label.x - gap - wide, "right": label.x + gap}
+        lefts |= {"near left": label.x - slant - wide, "near right": label.x + slant}
+        above, below = label.top - high, label.bottom
+        corners = (
+            (lefts["centre"], above - gap),
+            (lefts["centre"], below + gap),
+            (lefts["near left"], above - slant),
+            (lefts["near right"], above - slant),
+            (lefts["near right"], below + slant),
+            (lefts["near left"], below + slant),
+            (lefts["right"], middle - high / 2),
+            (lefts["left"], middle - high / 2),
+        )
+        for rank, (left, top) in enumerate(corners):
+            box = Box(left, top, left + wide, top + high)
+            if moved := box.inside(frame):
+                cost = _AWAY * (gap + abs(moved.left - left) + abs(moved.top - top)) + 0.2 * rank
+                yield cost, moved
+
+
+def _covered(box: Box, lines: Iterable[Segment], dots: Iterable[Box]) -> float:
+    cost = sum(_ON_LINE + length for line in lines if (length := line.within(box)) is not None)
+    return cost + _ON_DOT * sum(box.meets(dot) for dot in dots)

@@ -1,0 +1,13 @@
+"""Numbers with their nouns, as messages and reports write them. Pure."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 node`, `3 nodes`, `1,024 nodes`, `0 nodes`; `plural` where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def are(number: int) -> str:
+    """`is` after 1, `are` after any other number."""
+    return "is" if number == 1 else "are"
