@@ -8,6 +8,7 @@ from typing import Any
 
 from runner.judge.verdict import Judgement, bootstrap, judge
 from runner.results.records import Record
+from runner.workloads.registry import trains
 from runner.workloads.sft import metrics as sft_metrics
 
 
@@ -29,10 +30,10 @@ def judge_scaling(
         if t["metric"] == "scaling_efficiency_pct" and t.get("scaling", "weak") == mode
     }
     rows = []
-    for model in dict.fromkeys(cell["model"] for cell in cells if cell["test"] == "sft"):
+    for test, model in dict.fromkeys((cell["test"], cell["model"]) for cell in cells if trains(cell["test"])):
         sizes: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
         for cell in cells:
-            if (cell["test"], cell["model"], cell["state"]) == ("sft", model, "complete"):
+            if (cell["test"], cell["model"], cell["state"]) == (test, model, "complete"):
                 sizes[cell["num_nodes"]].append(cell)
         samples = {size: _per_gpu_samples(sizes[size], by_cell) for size in sorted(sizes)}
         samples = {size: repeats for size, repeats in samples.items() if repeats}
@@ -60,7 +61,7 @@ def judge_scaling(
                 judged = judge(100 * value, (100 * low, 100 * high), count, target["value"], "min", "%")
             rows.append(
                 {
-                    "test": "sft",
+                    "test": test,
                     "model": model,
                     "num_nodes": size,
                     "world_size": sizes[size][0]["world_size"],
