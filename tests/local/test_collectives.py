@@ -154,6 +154,21 @@ def test_contributions_are_exact_and_cut_from_one_sequence(size, dtype, start, c
         assert len(set(parts[0].tolist())) > 1
 
 
+@pytest.mark.gpu
+def test_a_gpu_alone_copies_within_itself_and_to_and_from_its_host(tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU on this machine")
+    ended = ranks.start(tmp_path, ranks.job("torch", 1, {**PARAMS, "max_bytes": 2**30}, device="cuda"))
+    assert ended.outcome.rc == 0, ended.outcome.stderr
+    sizes = {"copy_gb_per_s": 2**30, "host_to_device_gb_per_s": 2**28, "device_to_host_gb_per_s": 2**28}
+    assert {name: ended.contexts(name)[0]["size_bytes"] for name in sizes} == sizes
+    assert ended.values("wrong_values") == [0, 0, 0]
+    copy, there, back = (ended.values(name)[0] for name in sizes)
+    assert copy > there > 0 and copy > back > 0
+
+
 def test_a_copy_counts_what_it_reads_and_writes_and_its_wrong_bytes(tmp_path):
     import torch
 
