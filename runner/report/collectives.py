@@ -48,8 +48,8 @@ COPY_COLUMNS = {
     **FIRST,
     "copy, GB/s (of memory's rate)": "copy, GB/s",
     "buffer": "buffer",
-    "host to GPU, GB/s": "host to GPU, GB/s",
-    "GPU to host, GB/s": "GPU to host, GB/s",
+    "host to GPU, GB/s": "to GPU, GB/s",
+    "GPU to host, GB/s": "to host, GB/s",
     "wrong values": "wrong",
 }
 ALONE = "Collectives need two ranks: with one, only the device's own copies are measured."

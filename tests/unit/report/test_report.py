@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -160,9 +161,9 @@ def _renamed(fixture: report_fixture.Fixture, old: str, new: str) -> report_fixt
     return report_fixture.Fixture(plan, status, records, facts, telemetry)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_terminal_gets_100_columns_and_no_control_characters(name: str) -> None:
-    fixture = RUNS[name]()
+@pytest.mark.parametrize("made", [*RUNS.values(), report_fixture.one_gpu])
+def test_the_terminal_gets_100_columns_and_no_control_characters(made: Callable[[], report_fixture.Fixture]) -> None:
+    fixture = made()
     first = fixture.plan["cells"][0]
     fixture.status["cells"]["torch-" + "a-long-name-" * 9] = fixture.status["cells"][first["id"]]
     first["id"] = "torch-" + "a-long-name-" * 9
