@@ -99,7 +99,6 @@ def transports_asked(tree: ast.AST) -> Iterator[ast.Call]:
                 yield node
 
 
-@pytest.mark.xfail(strict=True, reason="launch/run.py and cli/bench.py still ask which transport they have")
 def test_nothing_asks_which_transport_it_has() -> None:
     assert [f"{path}: {ast.unparse(call)}" for path, tree in trees() for call in transports_asked(tree)] == []
 
