@@ -22,6 +22,7 @@ from runner.cli.options import inventory_option, read_inventory, results_option,
 from runner.cluster.backends import BACKENDS
 from runner.cluster.ssh import rendered
 from runner.system.places import CONFIGS, cache_dir, state_dir
+from runner.workloads.registry import TESTS, trains
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
@@ -58,7 +59,13 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
     "--model", default="tiny", show_default=True, help="A model of configs/models.", shell_complete=_names("models")
 )
 @click.option("--weights", metavar="ID_OR_PATH", help="Start from these Hugging Face weights; default: random.")
-@click.option("--test", "tests", multiple=True, help="torch or sft; default: both.", shell_complete=_names("tests"))
+@click.option(
+    "--test",
+    "tests",
+    multiple=True,
+    help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items()) + "; default: all.",
+    shell_complete=_names("tests"),
+)
 @click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
 @click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
 @click.option(
@@ -131,9 +138,8 @@ def _bench(
     from runner.plan.request import Request
     from runner.report.progress import Display
     from runner.system.clock import now
-    from runner.workloads import registry
 
-    tests = tuple(dict.fromkeys(tests)) or tuple(registry.TESTS)
+    tests = tuple(dict.fromkeys(tests)) or tuple(TESTS)
     if engine not in ENGINES:
         raise errors.unknown("engine", engine, ENGINES)
     if backend is not None and backend not in BACKENDS:
@@ -396,8 +402,8 @@ def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:
 
 
 def _prepare(planned: Any, cells: Iterable[Any], display: Any) -> str | None:
-    """The folder with the data of the fine-tuning cells among `cells`, prepared now if it is not cached."""
-    cell = next((cell for cell in cells if cell.test == "sft"), None)
+    """The folder with the data of the cells that train among `cells`, prepared now if it is not cached."""
+    cell = next((cell for cell in cells if trains(cell.test)), None)
     if cell is None:
         return None
     from runner.workloads.data import prepare as data

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.results.records import Record
-from runner.workloads.collectives import metrics as collective_metrics
-from runner.workloads.sft import metrics as sft_metrics
+from runner.workloads.registry import TESTS
 
 GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
 # The unit that a metric's name carries, by the part of the name that says so.
@@ -55,11 +54,8 @@ def summarise_cell(
         "metrics": {},
         "limits": {},
     }
-    if cell["test"] == "sft":
-        result["metrics"] = sft_metrics.summarise(plan, cell, records)
-    elif cell["test"] == "torch":
-        result["limits"] = collective_metrics.cell_limits(plan, cell)
-        result["metrics"] = collective_metrics.summarise(records, cell["world_size"], result["limits"])
+    if test := TESTS.get(cell["test"]):
+        result["metrics"], result["limits"] = test.load_metrics().summarise(plan, cell, records)
     _add_utilisation(result, records, telemetry)
     return result
 

@@ -9,6 +9,7 @@ from typing import Any
 from runner.judge.verdict import Judgement, bootstrap, judge
 from runner.results.records import Record
 from runner.system.wording import counted
+from runner.workloads.registry import trains
 from runner.workloads.sft import metrics as sft_metrics
 
 
@@ -30,10 +31,10 @@ def judge_scaling(
         if target["metric"] == "scaling_efficiency_pct" and target.get("scaling", "weak") == mode
     ]
     rows = []
-    for model in dict.fromkeys(cell["model"] for cell in cells if cell["test"] == "sft"):
+    for test, model in dict.fromkeys((cell["test"], cell["model"]) for cell in cells if trains(cell["test"])):
         sizes: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
         for cell in cells:
-            if (cell["test"], cell["model"], cell["state"]) == ("sft", model, "complete"):
+            if (cell["test"], cell["model"], cell["state"]) == (test, model, "complete"):
                 sizes[cell["num_nodes"]].append(cell)
         samples = {size: _per_gpu_samples(sizes[size], by_cell) for size in sorted(sizes)}
         samples = {size: repeats for size, repeats in samples.items() if repeats}
@@ -57,7 +58,7 @@ def judge_scaling(
                 judged = judge_efficiency(value, (low, high), min(len(repeats), len(samples[base])), target)
             rows.append(
                 {
-                    "test": "sft",
+                    "test": test,
                     "model": model,
                     "num_nodes": size,
                     "world_size": sizes[size][0]["world_size"],

@@ -24,10 +24,10 @@ from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
 from runner.system.wording import are, counted
+from runner.workloads.registry import TESTS
 
 # How long agents whose controller was killed may take to notice and to leave their node.
 OWN_S = talk.SILENCE_S + 15
-SFT_PACKAGES = {"torch", "deepspeed", "transformers", "accelerate"}
 
 Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are left out
 
@@ -104,7 +104,7 @@ def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> dict[
         "version": __version__,
         "scratch": first.scratch,
         "min_free_disk_gib": first.min_free_disk_gib,
-        "packages": sorted({"torch", *ENGINES[engine].packages} | (SFT_PACKAGES if "sft" in tests else set())),
+        "packages": sorted(set(ENGINES[engine].packages).union(*(TESTS[name].packages for name in tests))),
         "programs": ["rsync"] if BACKENDS[first.backend].by_ssh else [],
         "gpus": first.gpus if device == "cuda" else 0,
     }

@@ -18,6 +18,7 @@ from runner.plan.engines.ranks import Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
 from runner.plan.plan import CELL_ENV, PORTS, Cell, Plan
 from runner.plan.request import Request
+from runner.workloads.registry import TESTS
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -38,10 +39,10 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     if reason := obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
     cells = []
-    for test, params in request.tests.items():
+    for name, params in request.tests.items():
         for num_nodes in request.node_counts:
             for repeat in range(1, request.repeats + 1):
-                cells.append(_cell(request, nodes[:num_nodes], test, params, repeat))
+                cells.append(_cell(request, nodes[:num_nodes], name, params, repeat))
     return Plan(
         run_id=request.run_id,
         created=request.created,
@@ -55,7 +56,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         weights=request.weights,
         nodes=nodes[:most] if request.named else nodes,
         hardware=request.hardware,
-        models={request.model["name"]: request.model} if "sft" in request.tests else {},
+        models={request.model["name"]: request.model} if any(TESTS[name].trains for name in request.tests) else {},
         targets=request.targets,
         cells=tuple(cells),
         passed_over=request.passed_over,
@@ -67,28 +68,28 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     )
 
 
-def _cell(request: Request, nodes: tuple[Node, ...], test: str, params: Mapping[str, Any], repeat: int) -> Cell:
-    num_nodes = len(nodes)
+def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[str, Any], repeat: int) -> Cell:
+    test, num_nodes = TESTS[name], len(nodes)
     world_size = num_nodes * request.gpus_per_node
-    model = request.model["name"] if test == "sft" else None
-    parts = [test, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
+    model = request.model["name"] if test.trains else None
+    parts = [name, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
     cell_id = "-".join(parts)
     port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
+    defaults = test.defaults.get(request.device, {})
+    params = {**params, **{key: value for key, value in defaults.items() if params.get(key) is None}}
     batch, deepspeed = None, None
-    if test == "sft":
+    if test.trains:
         params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
         if params["seq_len"] > request.model["max_seq_len"]:
             raise UsageError(
-                f"sft.seq_len {params['seq_len']}: model {model} takes at most {request.model['max_seq_len']} tokens"
+                f"{name}.seq_len {params['seq_len']}: model {model} takes at most {request.model['max_seq_len']} tokens"
             )
         batch = batch_of(request, params, num_nodes, world_size)
         memory.refuse(request, params, num_nodes, batch)
         deepspeed = with_batch(request.deepspeed, batch)
-    elif params.get("max_bytes") is None:
-        params = {**params, "max_bytes": (8 << 30) if request.device == "cuda" else (1 << 20)}
     cell = Cell(
         id=cell_id,
-        test=test,
+        test=name,
         model=model,
         num_nodes=num_nodes,
         repeat=repeat,

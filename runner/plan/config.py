@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     Field,
@@ -61,11 +61,17 @@ class Hardware(ConfigFile):
     nvlink_busbw_gb_per_s: float | None
 
 
+if TYPE_CHECKING:
+    TestName = str
+else:
+    TestName = Literal[*TESTS]
+
+
 class Target(ConfigFile):
     """A value that a metric must reach; num_nodes None: at every node count that was measured."""
 
     name: str
-    test: Literal["torch", "sft"]
+    test: TestName
     metric: str
     num_nodes: PositiveInt | None
     direction: Literal["min", "max"]
@@ -109,12 +115,12 @@ def load_hardware(name: str) -> Hardware:
 
 
 def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
-    """The settings of a test after `--set`; returns an instance of TESTS[name]."""
+    """The settings of a test after `--set`; an instance of its class of settings."""
     if name not in TESTS:
         raise unknown("test", name, TESTS)
-    path = CONFIGS / "tests" / f"{name}.yaml"
-    values = check(TESTS[name], read_yaml(path), str(path)).model_dump()
-    return check(TESTS[name], {**values, **overrides}, f"--set {name}" if overrides else str(path))
+    path, settings = CONFIGS / "tests" / f"{name}.yaml", TESTS[name].load_settings()
+    values = check(settings, read_yaml(path), str(path)).model_dump()
+    return check(settings, {**values, **overrides}, f"--set {name}" if overrides else str(path))
 
 
 def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

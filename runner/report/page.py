@@ -16,10 +16,9 @@ from typing import Any
 
 from runner import failures
 from runner.judge import analysis, findings
-from runner.report import collectives, figures, sft
-from runner.report.figures import complete_cells, nodes_text, number
-from runner.report.tables import median
-from runner.report.words import GLOSSARY, SIGNS, VERDICTS, headline, target_text, title
+from runner.report import figures, sections
+from runner.report.figures import number
+from runner.report.words import SIGNS, VERDICTS, headline, target_text, title
 from runner.results.records import Record
 from runner.results.rundir import RunDir
 from runner.system.files import write_text_atomic
@@ -65,14 +64,6 @@ def _markdown_text(value: Any) -> Any:
 # --- the page ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tile:
-    label: str
-    value: str
-    note: str = ""
-    verdict: str = ""
-
-
 @dataclass
 class Naming:
     """Aliases of nodes, since names are long, and their folded lists."""
@@ -106,6 +97,7 @@ def _page(
     by_cell: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_cell[record.cell].append(record)
+    runs = {name: sections.Measured(name, plan, summary, by_cell, naming.short) for name in sections.sections()}
     not_judged = [row["reason"] for row in summary["scaling"] if row["verdict"] == "not_judged"]
     return {
         "plan": plan,
@@ -116,7 +108,7 @@ def _page(
         "verdicts": VERDICTS,
         "headline": headline(summary),
         "reason": _with_aliases(summary["reason"], naming),
-        "tiles": _tiles(summary),
+        "tiles": [tile for name, section in sections.sections().items() for tile in section.tiles(runs[name])],
         "about": _about(plan, summary, naming),
         "targets": [
             {**t, "text": _with_aliases(t["reason"], naming)} for t in summary["targets"] if t["measured"] is not None
@@ -126,15 +118,11 @@ def _page(
         "scaling": summary["scaling"],
         "scaling_reason": not_judged[-1] if not_judged and len(not_judged) == len(summary["scaling"]) else "",
         "scaling_figures": figures.scaling(summary),
-        "busbw_figures": collectives.busbw(summary, by_cell),
-        "no_ceiling": collectives.no_ceiling(plan),
-        "training_figures": sft.training(plan, summary, by_cell, naming.short),
-        "sft_rows": sft.rows(summary["cells"]),
-        "torch_rows": collectives.rows(summary["cells"]),
+        "sections": _sections(runs, summary),
         "environment": _environment(facts, naming),
         "findings": [{**f, "title": title(f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]],
         "unfinished": _unfinished(summary["cells"], status, naming),
-        "glossary": GLOSSARY,
+        "glossary": sections.glossary(),
         "number": number,
         "counted": counted,
         "svg": Markup,
@@ -146,47 +134,6 @@ def _with_aliases(text: str, naming: Naming) -> str:
     for name in sorted(naming.alias, key=len, reverse=True):
         text = text.replace(name, naming.alias[name])
     return text
-
-
-def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
-    tiles = []
-    trained, measured = complete_cells(summary["cells"], "sft"), complete_cells(summary["cells"], "torch")
-    if trained:
-        (model, nodes), cells = max(trained.items(), key=lambda item: item[0][1])
-        where = f"{model}, {nodes_text(nodes)}"
-        if (rate := median(cells, "tokens_per_s")) is not None:
-            tiles.append(Tile("tokens/s in the loss", number(rate), where))
-            tiles.append(
-                Tile(
-                    "tokens/s per GPU" if cells[0]["device"] != "cpu" else "tokens/s per rank",
-                    number(median(cells, "tokens_per_s_per_gpu")),
-                    where,
-                )
-            )
-        for row in summary["scaling"]:
-            if (row["model"], row["num_nodes"]) == (model, nodes) and nodes != row["base_nodes"]:
-                tiles.append(
-                    Tile(
-                        "scaling efficiency",
-                        f"{100 * row['efficiency']:.1f} %",
-                        f"{nodes_text(nodes)} against {row['base_nodes']}",
-                        row["verdict"],
-                    )
-                )
-        if (mfu := median(cells, "mfu")) is not None:
-            tiles.append(Tile("MFU", f"{100 * mfu:.1f} %", where))
-        if (util := median(cells, "gpu_util_pct_mean")) is not None:
-            tiles.append(Tile("GPU utilisation", f"{util:.1f} %", where))
-    if measured:
-        (_, nodes), cells = max(measured.items(), key=lambda item: item[0][1])
-        if (busbw := median(cells, "all_reduce_busbw_gb_per_s_max")) is not None:
-            share = median(cells, "all_reduce_busbw_pct_of_limit")
-            note = f"{nodes_text(nodes)}" + (f", {share:.0f} % of the ceiling" if share is not None else "")
-            tiles.append(Tile("all-reduce busbw", f"{number(busbw)} GB/s", note))
-        across = [(n, group) for (_, n), group in measured.items() if n > 1] or [(nodes, cells)]
-        if (latency := median(across[0][1], "ping_pong_latency_us_p50")) is not None:
-            tiles.append(Tile("one-way latency", f"{number(latency)} µs", f"8 B, {nodes_text(across[0][0])}"))
-    return tiles
 
 
 def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) -> list[tuple[str, str]]:
@@ -219,6 +166,22 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
         again = (f"{cell} ({counted(tries, 'attempt')})" for cell, tries in attempts.items())
         rows.append(("Run again", ", ".join(again)))
     return rows
+
+
+def _sections(runs: Mapping[str, sections.Measured], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the page shows of each test that the run has cells of."""
+    shown = []
+    for name, tables in sections.tables(summary).items():
+        section = sections.sections()[name]
+        shown.append(
+            {
+                "title": section.TITLE,
+                "anchor": section.ANCHOR,
+                "charts": section.charts(runs[name]),
+                "tables": tables,
+            }
+        )
+    return shown
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -261,6 +224,3 @@ def _unfinished(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any], n
             }
         )
     return found
-
-
-# --- the terminal -----------------------------------------------------------------------------------------

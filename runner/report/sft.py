@@ -1,23 +1,64 @@
-"""Test `sft` in the report: its table and its charts."""
+"""Test `sft` in the report: its numbers, its table and its charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from runner.report import chart
-from runner.report.figures import Figure, complete_cells, node_colours, nodes_text, number
-from runner.report.tables import cell_number, plus_minus, state, without_empty
-from runner.results.records import Record
+from runner.report.figures import Figure, Row, node_colours, nodes_text, number
+from runner.report.sections import Charts, Measured, Tile
+from runner.report.tables import Table, cell_number, median, plus_minus, state, without_empty
 from runner.workloads.sft import metrics as sft_metrics
 
+TITLE, ANCHOR = "Training", "training"
 
-def rows(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One row per sft cell, columns with units; columns in which no cell has anything to say are left out."""
+GLOSSARY = {
+    "tokens_per_s": "Tokens that count in the loss, of all ranks, per second of measured steps. "
+    "A step lasts as long as its slowest rank.",
+    "tokens_per_s_per_gpu": "tokens_per_s ÷ number of GPUs (ranks).",
+    "processed_tokens_per_s": "All real tokens, prompts included and padding excluded, per second.",
+    "scaling_efficiency": "tokens_per_s_per_gpu on N nodes ÷ that on the smallest node count, median over repeats, "
+    "with a 95 % bootstrap interval over repeats and steps.",
+    "step_time_s": "One optimizer step, all accumulation included; p50, p95 and MAD (median absolute deviation) "
+    "over measured steps.",
+    "mfu": "Model FLOP utilisation: useful arithmetic ÷ the GPUs' dense bf16 peak. Recomputation counts for nothing.",
+    "gpu_util_pct_mean": "Share of time in which NVML saw a kernel on the GPU, over measured steps. "
+    "It does not say how well the kernel used the GPU: read MFU beside it.",
+    "peak_memory_gib": "Largest memory of any rank: allocated GPU memory, or resident memory on a CPU.",
+    "packing_utilisation_pct": "Real tokens ÷ positions of the packed sequences.",
+}
+
+COLUMNS = {
+    "cell": "cell",
+    "state": "state",
+    "tokens/s": "tokens/s",
+    "per GPU": "per GPU",
+    "per rank": "per rank",
+    "step p50 ± MAD, s": "step, s",
+    "memory, GiB": "GiB",
+    "loss": "loss",
+    "MFU, %": "MFU, %",
+}
+
+TERMS = (
+    ("tokens_per_s", "tokens/s"),
+    ("tokens_per_s_per_gpu", "per GPU"),
+    ("processed_tokens_per_s", "processed/s"),
+    ("step_time_s", "step time"),
+    ("peak_memory_gib", "memory"),
+    ("mfu", "MFU"),
+    ("gpu_util_pct_mean", "GPU utilisation"),
+)
+
+
+def tables(cells: Sequence[Row]) -> list[Table]:
+    """One row per cell; columns in which no cell has anything to say are left out."""
+    return [Table(_rows(cells), COLUMNS, TERMS)]
+
+
+def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
     rows = []
     for cell in cells:
-        if cell["test"] != "sft":
-            continue
         m = cell["metrics"]
         step = plus_minus(m["step_time_s_p50"], m["step_time_s_mad"]) if "step_time_s_p50" in m else ""
         loss = f"{m['loss_first']:.3f} → {m['loss_last']:.3f}" if "loss_first" in m else ""
@@ -40,16 +81,37 @@ def rows(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return without_empty(rows)
 
 
-def training(
-    plan: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    by_cell: Mapping[str, Sequence[Record]],
-    short: Callable[[str], str],
-) -> list[Figure]:
+def tiles(run: Measured) -> list[Tile]:
+    """Rates, efficiency and utilisation on the largest node count."""
+    tiles: list[Tile] = []
+    trained = run.groups()
+    if not trained:
+        return tiles
+    (model, nodes), cells = max(trained.items(), key=lambda item: item[0][1])
+    where = f"{model}, {nodes_text(nodes)}"
+    if (rate := median(cells, "tokens_per_s")) is not None:
+        tiles.append(Tile("tokens/s in the loss", number(rate), where))
+        per_gpu = "tokens/s per GPU" if cells[0]["device"] != "cpu" else "tokens/s per rank"
+        tiles.append(Tile(per_gpu, number(median(cells, "tokens_per_s_per_gpu")), where))
+    for row in run.summary["scaling"]:
+        if (row["model"], row["num_nodes"]) == (model, nodes) and nodes != row["base_nodes"]:
+            note = f"{nodes_text(nodes)} against {row['base_nodes']}"
+            tiles.append(Tile("scaling efficiency", f"{100 * row['efficiency']:.1f} %", note, row["verdict"]))
+    if (mfu := median(cells, "mfu")) is not None:
+        tiles.append(Tile("MFU", f"{100 * mfu:.1f} %", where))
+    if (util := median(cells, "gpu_util_pct_mean")) is not None:
+        tiles.append(Tile("GPU utilisation", f"{util:.1f} %", where))
+    return tiles
+
+
+def charts(run: Measured) -> Charts:
     """Step times and memory per node on the largest node count, and the loss of every node count."""
-    groups = complete_cells(summary["cells"], "sft")
-    if not groups:
-        return []
+    groups = run.groups()
+    return Charts(_figures(run, groups)) if groups else Charts()
+
+
+def _figures(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row]]) -> list[Figure]:
+    short, by_cell = run.short, run.by_cell
     (model, nodes), cells = max(groups.items(), key=lambda item: item[0][1])
     times: dict[str, list[chart.Point]] = {host: [] for host in cells[0]["hosts"]}
     memory: dict[str, list[chart.Point]] = {host: [] for host in cells[0]["hosts"]}
@@ -73,7 +135,7 @@ def training(
         )
         figures.append(Figure("Step time per node, s", svg, about))
     curves = []
-    colours = node_colours(summary)
+    colours = node_colours(run.summary)
     for (name, n), group in groups.items():
         points = [
             chart.Point(step.index, step.loss, f"{name}, {nodes_text(n)}, step {step.index}: {step.loss:.3f}")
@@ -92,7 +154,7 @@ def training(
             Figure("Loss", svg, "Mean over the loss tokens of all ranks; first repeat, warm-up included.", legend)
         )
     if any(memory.values()):
-        limit = plan.get("hardware", {}).get("gpu_memory_gib") if cells[0]["device"] != "cpu" else None
+        limit = run.plan.get("hardware", {}).get("gpu_memory_gib") if cells[0]["device"] != "cpu" else None
         values = [p.x for points in memory.values() for p in points]
         axis = chart.linear("GiB", [*values, *([limit] if limit else [])], from_zero=True)
         rule = chart.Rule(limit, f"GPU memory: {limit} GiB") if limit else None

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runner.report.figures import number
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a test's cells: `rows` are texts by column, whose names have their units.
+
+    `columns` are those that a terminal shows as well, with their shorter names there. `terms` are the columns that the
+    glossary explains, as (term, text); `remark` follows them. A `note` stands above the table. In the columns
+    `faults`, anything but 0 is marked.
+    """
+
+    rows: Sequence[Mapping[str, str]]
+    columns: Mapping[str, str]
+    terms: Sequence[tuple[str, str]] = ()
+    remark: str = ""
+    note: str = ""
+    faults: Sequence[str] = ()
 
 
 def plus_minus(value: float, spread: float) -> str:

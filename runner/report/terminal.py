@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runner.report import collectives, sft
+from runner.report import sections
 from runner.report.figures import nodes_text
 from runner.report.words import SIGNS, VERDICTS, headline, title
 
@@ -17,27 +17,14 @@ def terminal(summary: Mapping[str, Any]) -> str:
     def table(rows: list[dict[str, str]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, colalign=("left",))
 
-    first = {"cell": "cell", "state": "state"}
-    sft_columns = {
-        "tokens/s": "tokens/s",
-        "per GPU": "per GPU",
-        "per rank": "per rank",
-        "step p50 ± MAD, s": "step, s",
-        "memory, GiB": "GiB",
-    }
-    sft_columns |= {"loss": "loss", "MFU, %": "MFU, %"}
-    torch_columns = {"all-reduce, GB/s (of ceiling)": "all-reduce, GB/s", "send/recv, GB/s": "send/recv, GB/s"}
-    torch_columns |= {"ping-pong p50 / p99, µs": "ping-pong, µs", "wrong values": "wrong"}
     parts = []
-    for rows, columns in (
-        (sft.rows(summary["cells"]), sft_columns),
-        (collectives.rows(summary["cells"]), torch_columns),
-    ):
-        if rows:
-            wanted = first | columns
-            parts.append(
-                table([{wanted[key]: _cut(value) for key, value in row.items() if key in wanted} for row in rows])
-            )
+    for shown in (shown for tables in sections.tables(summary).values() for shown in tables):
+        if shown.note:
+            parts.append(_wrapped(shown.note))
+        columns = shown.columns
+        parts.append(
+            table([{columns[key]: _cut(value) for key, value in row.items() if key in columns} for row in shown.rows])
+        )
     curve = [row for row in summary["scaling"] if row["num_nodes"] != row["base_nodes"]]
     if curve:
         parts.append(

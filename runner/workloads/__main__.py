@@ -12,6 +12,7 @@ from pathlib import Path
 from runner.errors import RunnerError
 from runner.system import process
 from runner.workloads.job import Events, RankJob, rank_from_env
+from runner.workloads.registry import TESTS
 
 
 def main(cell_dir: Path) -> None:
@@ -25,16 +26,9 @@ def main(cell_dir: Path) -> None:
     events.start(world_size=observed, host=socket.gethostname(), pid=os.getpid(), device=job.device)
     if observed != job.world_size:
         sys.exit(f"rank {rank}: world size is {observed}, the plan says {job.world_size}")
-    if job.test == "torch":
-        from runner.workloads.collectives import rank as collectives
-
-        collectives.run(job, events)
-    elif job.test == "sft":
-        from runner.workloads.sft import rank as sft
-
-        sft.run(job, events)
-    else:
+    if job.test not in TESTS:
         sys.exit(f"rank {rank}: unknown test {job.test!r}")
+    TESTS[job.test].load_rank().run(job, events)
     events.end()
 
 

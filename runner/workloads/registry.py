@@ -1,9 +1,91 @@
-"""The tests, one row each."""
+"""The tests, one row each: the modules that a test consists of, by dotted path, and what it needs.
+
+Whoever needs one of the modules loads it through its row: a rank does not import the report, nor the controller torch.
+The order is that in which a run measures them, from the network up to training. A report shows them the other way
+round, since it begins with what a cluster is bought for.
+"""
 
 from __future__ import annotations
 
-from runner.system.schema import ConfigFile
-from runner.workloads.collectives.settings import TorchTest
-from runner.workloads.sft.settings import SftTest
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-TESTS: dict[str, type[ConfigFile]] = {"torch": TorchTest, "sft": SftTest}
+if TYPE_CHECKING:
+    from runner.results.records import Record
+    from runner.system.schema import ConfigFile
+    from runner.workloads.job import Events, RankJob
+
+
+class RankModule(Protocol):
+    """What ranks execute."""
+
+    def run(self, job: RankJob, events: Events) -> None:
+        """Measure what `job` asks for, and write each value to `events`. Every rank of the cell calls it."""
+
+
+class MetricsModule(Protocol):
+    """From the records of a cell to what summary.json holds of it. Pure."""
+
+    def summarise(
+        self, plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
+    ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """The cell's metrics, and its ceilings by the name of what they limit; what was not measured is absent."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test.
+
+    `summary` says in a few words what it measures. `settings` is MODULE:CLASS of configs/tests/<name>.yaml, `rank` and
+    `metrics` are modules as above, and `report` is one as `runner.report.sections` describes. `packages` must be
+    installed on every node. `defaults` are, by device, the values of settings that are null. A test that `trains`
+    takes a model with its DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node
+    counts.
+    """
+
+    summary: str
+    settings: str
+    rank: str
+    metrics: str
+    report: str
+    packages: tuple[str, ...] = ("torch",)
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trains: bool = False
+
+    def load_settings(self) -> type[ConfigFile]:
+        module, _, name = self.settings.partition(":")
+        return cast("type[ConfigFile]", getattr(import_module(module), name))
+
+    def load_rank(self) -> RankModule:
+        return cast(RankModule, import_module(self.rank))
+
+    def load_metrics(self) -> MetricsModule:
+        return cast(MetricsModule, import_module(self.metrics))
+
+
+TESTS: Mapping[str, Test] = {
+    "torch": Test(
+        summary="collectives over torch.distributed",
+        settings="runner.workloads.collectives.settings:TorchTest",
+        rank="runner.workloads.collectives.rank",
+        metrics="runner.workloads.collectives.metrics",
+        report="runner.report.collectives",
+        defaults={"cuda": {"max_bytes": 8 << 30}, "cpu": {"max_bytes": 1 << 20}},
+    ),
+    "sft": Test(
+        summary="fine-tuning with DeepSpeed",
+        settings="runner.workloads.sft.settings:SftTest",
+        rank="runner.workloads.sft.rank",
+        metrics="runner.workloads.sft.metrics",
+        report="runner.report.sft",
+        packages=("torch", "deepspeed", "transformers", "accelerate"),
+        trains=True,
+    ),
+}
+
+
+def trains(name: str) -> bool:
+    """Whether the test of that name trains a model; False for a test that only another version has."""
+    return name in TESTS and TESTS[name].trains

@@ -158,10 +158,11 @@ def torch_records(
     """busbw that approaches its peak with size: time = latency + bytes ÷ peak."""
     rng = random.Random(f"{cell['id']}")
     world = cell["world_size"]
+    if world == 1:
+        yield from copy_records(plan, cell)
+        return
     top = 33 if cell["device"] == "cuda" else 20
     for collective, peak in {**peaks, "barrier": 0.0}.items():
-        if world == 1 and collective in ("send_recv", "ping_pong"):
-            continue
         for exponent in [0] if collective == "barrier" else [*range(3, top, 3), top]:
             size = 0 if collective == "barrier" else 2**exponent
             factor = 1.0 if collective == "barrier" else busbw_factor(collective, world)
@@ -176,6 +177,16 @@ def torch_records(
                 yield _record(plan, cell, "algbw_gb_per_s", algbw, 0, **context)
                 yield _record(plan, cell, "busbw_gb_per_s", algbw * factor, 0, **context)
                 yield _record(plan, cell, "wrong_values", 0, 0, **context)
+
+
+def copy_records(plan: dict[str, Any], cell: dict[str, Any]) -> Iterator[Record]:
+    """What one rank alone measures: its device's copies."""
+    gpu = cell["device"] == "cuda"
+    rates = {"copy": 4150.0, "host_to_device": 55.2, "device_to_host": 54.7} if gpu else {"copy": 11.8}
+    for name, rate in rates.items():
+        size = (2**33 if name == "copy" else 2**28) if gpu else 2**20
+        yield _record(plan, cell, f"{name}_gb_per_s", rate, 0, size_bytes=size, iters=20)
+        yield _record(plan, cell, "wrong_values", 0, 0, collective=name, size_bytes=size, iters=20)
 
 
 def sft_records(
@@ -271,6 +282,18 @@ def testbed(counts: tuple[int, ...] = (1, 2, 4, 8)) -> Fixture:
     return Fixture(p, status(p), records, facts(p, one_kernel=True))
 
 
+def one_gpu() -> Fixture:
+    """One node with one GPU: nothing to exchange with, so its own copies are measured."""
+    p = plan(model="tiny", hardware="h200-sxm", counts=(1,), repeats=1, gpus=1, device="cuda")
+    records: list[Record] = []
+    for cell in p["cells"]:
+        if cell["test"] == "torch":
+            records += copy_records(p, cell)
+        else:
+            records += sft_records(p, cell, 0.02, 1024, 3.1, noise=0.01)
+    return Fixture(p, status(p), records, facts(p, one_kernel=False))
+
+
 def broken() -> Fixture:
     """A dead rank on 8 nodes, an odd driver, wrong results of one collective, poor scaling on 4 nodes."""
     fixture = healthy(efficiency={**EFFICIENCY, 4: 0.87})
@@ -318,7 +341,8 @@ if __name__ == "__main__":
     from runner.judge import analysis
     from runner.report import page
 
-    for name, made in {"healthy": healthy(), "testbed": testbed(), "broken": broken()}.items():
+    made_of = {"healthy": healthy, "testbed": testbed, "broken": broken, "one-gpu": one_gpu}
+    for name, made in {name: make() for name, make in made_of.items()}.items():
         folder = Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)
         page.write(folder, *made.arguments[:2], analysis.summarise(*made.arguments), *made.arguments[2:])

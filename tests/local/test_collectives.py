@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 import ranks
 from runner.cluster.limits import busbw_factor
+from runner.workloads.collectives import copies
 from runner.workloads.collectives import rank as collectives
+from runner.workloads.job import Events
 
 pytestmark = pytest.mark.local
 
@@ -68,17 +71,24 @@ def test_one_rank_emits_values_and_every_rank_ends(two_ranks):
     assert progress[0]["done"] == 0 and progress[-1]["done"] == progress[-1]["total"] == 29
 
 
-def test_a_single_rank_measures_what_needs_no_partner(tmp_path):
-    ended = ranks.start(tmp_path, ranks.job("torch", 1, {**PARAMS, "dtype": "bfloat16", "max_bytes": 512}))
+def test_a_rank_alone_measures_its_own_copies_and_no_collective(tmp_path):
+    ended = ranks.start(tmp_path, ranks.job("torch", 1, PARAMS))
     assert ended.outcome.rc == 0, ended.outcome.stderr
-    assert {c["collective"] for c in ended.contexts("latency_us_p50")} == set(ALL) - {"send_recv", "ping_pong"}
-    assert set(ended.values("wrong_values")) == {0}
+    values = [e for e in ended.ranks[0] if e["event"] == "value"]
+    context = {"size_bytes": 65536, "iters": 5}
+    assert [(e["metric"], e["context"]) for e in values] == [
+        ("copy_gb_per_s", context),
+        ("wrong_values", {"collective": "copy", **context}),
+    ]
+    assert values[0]["value"] > 0 and values[1]["value"] == 0
+    progress = [(e["done"], e["total"]) for e in ended.ranks[0] if e["event"] == "progress"]
+    assert progress == [(0, 1), (1, 1)] and ended.ranks[0][-1]["event"] == "end"
 
 
 CORRUPTING = """
 import dataclasses, json, pathlib, sys
 import torch, torch.distributed as dist
-from runner.workloads import collectives as c
+from runner.workloads.collectives import rank as c
 
 dist.init_process_group("gloo")
 counts = {{}}
@@ -142,6 +152,51 @@ def test_contributions_are_exact_and_cut_from_one_sequence(size, dtype, start, c
     if size > 1 and count > 1:
         assert not torch.equal(parts[0], parts[1])
         assert len(set(parts[0].tolist())) > 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_alone_copies_within_itself_and_to_and_from_its_host(tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU on this machine")
+    ended = ranks.start(tmp_path, ranks.job("torch", 1, {**PARAMS, "max_bytes": 2**30}, device="cuda"))
+    assert ended.outcome.rc == 0, ended.outcome.stderr
+    sizes = {"copy_gb_per_s": 2**30, "host_to_device_gb_per_s": 2**28, "device_to_host_gb_per_s": 2**28}
+    assert {name: ended.contexts(name)[0]["size_bytes"] for name in sizes} == sizes
+    assert ended.values("wrong_values") == [0, 0, 0]
+    copy, there, back = (ended.values(name)[0] for name in sizes)
+    assert copy > there > 0 and copy > back > 0
+
+
+def test_a_copy_counts_what_it_reads_and_writes_and_its_wrong_bytes(tmp_path):
+    import torch
+
+    cpu = torch.device("cpu")
+    operation = copies._operation("copy", 1000, cpu)
+    assert copies._wrong_bytes(operation, False) == 1000  # until it is copied
+    times_us, wrong = copies.measure(operation, 1, 3, cpu)
+    assert len(times_us) == 3 and wrong == 0
+
+    def spoil() -> None:
+        operation.run()
+        operation.output[7] += 1
+
+    assert copies.measure(dataclasses.replace(operation, run=spoil), 1, 3, cpu)[1] == 2  # seen before and after
+    events = Events(tmp_path, 0)
+    copies.emit(events, "copy", 1000, [4.0, 1.0, 2.0], 0)
+    copies.emit(events, "host_to_device", 1000, [2.0], 0)
+    events.end()
+    rates = [json.loads(line)["value"] for line in (tmp_path / "rank0.jsonl").read_text().splitlines() if "_gb" in line]
+    assert rates == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(("free_gib", "size_gib"), [(64, 8), (20, 4), (0.5, 0.125)])
+def test_a_copy_is_halved_until_it_fits_on_the_gpu(free_gib, size_gib):
+    host = min(size_gib, 0.25)
+    expected = {"copy": size_gib, "host_to_device": host, "device_to_host": host}
+    found = copies.sizes(8 * 2**30, int(free_gib * 2**30))
+    assert {name: size / 2**30 for name, size in found.items()} == expected
 
 
 @given(low=st.integers(1, 10**6), ratio=st.integers(1, 10**6), factor=st.integers(2, 64))

@@ -12,9 +12,14 @@ from runner.results.records import Record
 LATENCY_BYTES = 8
 
 
+COPIES = ("copy_gb_per_s", "host_to_device_gb_per_s", "device_to_host_gb_per_s")  # what one rank alone measures
+
+
 def summarise(
-    records: Sequence[Record], world_size: int, ceilings: Mapping[str, Mapping[str, Any]]
-) -> dict[str, float]:
+    plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """The metrics of one cell, and its ceilings by collective; of one rank alone only its device's copies."""
+    ceilings = cell_limits(plan, cell)
     metrics: dict[str, float] = {}
     wrong = [record.value for record in records if record.metric == "wrong_values"]
     for collective in sorted({str(r.context["collective"]) for r in records if "collective" in r.context}):
@@ -28,10 +33,23 @@ def summarise(
             latency = by_size(records, collective, name)
             # Where every rank has a share, the smallest operation has one element a rank: more than 8 bytes.
             smallest = min(latency, default=math.inf)
-            if smallest <= LATENCY_BYTES * world_size:
+            if smallest <= LATENCY_BYTES * cell["world_size"]:
                 metrics[f"{collective}_{name}"] = latency[int(smallest)]
+    metrics |= _copies(plan, cell, records)
     if wrong:
         metrics["wrong_values"] = sum(wrong)
+    return metrics, ceilings
+
+
+def _copies(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:
+    """The rates of a device's own copies, the size at which the one within it was made, and its share of the limit."""
+    found = {record.metric: record for record in records if record.metric in COPIES}
+    metrics = {name: found[name].value for name in COPIES if name in found}
+    if copy := found.get("copy_gb_per_s"):
+        metrics["copy_bytes"] = copy.context["size_bytes"]
+        limit = plan.get("hardware", {}).get("hbm_gb_per_s")
+        if limit and cell["device"] != "cpu":
+            metrics["copy_pct_of_limit"] = 100 * copy.value / limit
     return metrics
 
 

@@ -4,12 +4,13 @@ Each collective is measured at sizes from `min_bytes` to `max_bytes`. The time o
 slowest rank's, iteration by iteration; its median gives the bandwidths. Sizes and bandwidths follow
 nccl-tests (PERFORMANCE.md): algbw = size ÷ time, size being the larger of the two buffers, and busbw
 scales it by what the wires carry. Results are compared with exact integers, each rank's data its own.
+
+A rank alone has no peer and sends nothing: it measures its device's own copies instead (`copies`).
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from runner.cluster.limits import busbw_factor
 from runner.results.statistics import quantile
+from runner.workloads.collectives import copies
+from runner.workloads.collectives.operation import Operation, timed
 from runner.workloads.job import Events, RankJob
 
 if TYPE_CHECKING:
@@ -41,41 +44,20 @@ class World:
     far_rank: int  # first rank of the second node, or rank 1 where there is one node
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One collective at one size.
-
-    `reset` puts the buffers in their first state (the output poisoned), `run` is what is timed, and
-    afterwards `output` must equal `expected`. `round_trips` tells that `run` goes there and back.
-    """
-
-    collective: str
-    size_bytes: int
-    reset: Callable[[], object]
-    run: Callable[[], object]
-    output: torch.Tensor | None = None
-    expected: torch.Tensor | None = None
-    round_trips: bool = False
-
-    def wrong_values(self) -> int:
-        """How many elements of this rank's output are not what they must be. NaN is wrong."""
-        if self.output is None or self.expected is None:
-            return 0
-        return int((self.output != self.expected).sum())
-
-
 def run(job: RankJob, events: Events) -> None:
-    """Measure every collective of `job.params` at every size; rank 0 emits the values."""
+    """Measure every collective of `job.params` at every size, or alone the device's copies; rank 0 emits the values."""
     import torch
     import torch.distributed as dist
 
-    if job.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    on_gpu = job.device == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    if job.world_size == 1:
+        copies.run(job, events, device)
+        return
+    # With a device, NCCL's communicator is made now rather than in the first collective.
+    dist.init_process_group(job.comm_backend, timeout=PATIENCE, device_id=device if on_gpu else None)
     params = job.params
     world = World(
         rank=dist.get_rank(),
@@ -84,8 +66,8 @@ def run(job: RankJob, events: Events) -> None:
         dtype=getattr(torch, params["dtype"]),
         far_rank=job.gpus_per_node if job.num_nodes > 1 else 1,
     )
-    names = [name for name in params["collectives"] if world.size > 1 or name not in ("send_recv", "ping_pong")]
-    todo = schedule(names, message_sizes(params["min_bytes"], params["max_bytes"], params["factor"]), world)
+    sizes = message_sizes(params["min_bytes"], params["max_bytes"], params["factor"])
+    todo = schedule(params["collectives"], sizes, world)
     for done, (name, share) in enumerate(todo):
         events.progress(done, len(todo), name)
         operation = _BUILDERS[name](world, share)
@@ -316,7 +298,7 @@ def measure(operation: Operation, warmup: int, iters: int, world: World) -> tupl
         operation.run()
     dist.barrier()
     on_gpu = world.device.type == "cuda" and operation.collective != "barrier"  # a barrier ends on the host
-    times_us = (_times_on_gpu if on_gpu else _times_on_host)(operation, iters)
+    times_us = timed(operation, iters, on_gpu)
     wrong += operation.wrong_values()
     # Exchanged only now: nothing but the operation itself runs between two iterations.
     slowest = torch.tensor(times_us, dtype=torch.float64, device=world.device)
@@ -325,30 +307,6 @@ def measure(operation: Operation, warmup: int, iters: int, world: World) -> tupl
     dist.all_reduce(wrong_everywhere)
     legs = 2 if operation.round_trips else 1
     return [us / legs for us in slowest.tolist()], int(wrong_everywhere)
-
-
-def _times_on_host(operation: Operation, iters: int) -> list[float]:
-    times = []
-    for _ in range(iters):
-        operation.reset()
-        started = time.perf_counter()
-        operation.run()
-        times.append((time.perf_counter() - started) * 1e6)
-    return times
-
-
-def _times_on_gpu(operation: Operation, iters: int) -> list[float]:
-    """By events on the stream: the host runs ahead, so that launching does not add to the time."""
-    import torch
-
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(iters)]
-    for before, after in pairs:
-        operation.reset()
-        before.record()
-        operation.run()
-        after.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) * 1e3 for before, after in pairs]
 
 
 def emit(

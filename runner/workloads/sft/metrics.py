@@ -69,7 +69,10 @@ def steps(records: Iterable[Record], world_size: int) -> list[Step]:
     return result
 
 
-def summarise(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:
+def summarise(
+    plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """The metrics of one cell that trains; it has no ceilings, since its peak is in `mfu`."""
     metrics: dict[str, float] = {}
     every = steps(records, cell["world_size"])
     measured = [step for step in every if step.measured]
@@ -103,4 +106,4 @@ def summarise(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequenc
         lengths = [record.value for record in records if record.metric == "sample_tokens_mean"]
         flop = limits.flops_per_token(model, round(lengths[0]) if lengths else 0)
         metrics["mfu"] = limits.mfu(metrics["processed_tokens_per_s"], flop, cell["world_size"], peak)
-    return metrics
+    return metrics, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from golden_files import check as golden
 from runner.cluster import limits
 from runner.judge import analysis
-from runner.report import chart, figures, terminal
+from runner.report import chart, figures, sections, terminal
 from runner.report.page import write
-from runner.report.words import GLOSSARY
+from runner.workloads.registry import TESTS
 
 RUNS = {"healthy": report_fixture.healthy, "testbed": report_fixture.testbed, "broken": report_fixture.broken}
 HOSTILE = "<script>alert('x')</script>"
@@ -160,9 +161,9 @@ def _renamed(fixture: report_fixture.Fixture, old: str, new: str) -> report_fixt
     return report_fixture.Fixture(plan, status, records, facts, telemetry)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_terminal_gets_100_columns_and_no_control_characters(name: str) -> None:
-    fixture = RUNS[name]()
+@pytest.mark.parametrize("made", [*RUNS.values(), report_fixture.one_gpu])
+def test_the_terminal_gets_100_columns_and_no_control_characters(made: Callable[[], report_fixture.Fixture]) -> None:
+    fixture = made()
     first = fixture.plan["cells"][0]
     fixture.status["cells"]["torch-" + "a-long-name-" * 9] = fixture.status["cells"][first["id"]]
     first["id"] = "torch-" + "a-long-name-" * 9
@@ -196,15 +197,73 @@ def test_one_node_is_not_compared_and_numbers_agree_with_their_nouns(tmp_path: P
     assert not {noun for noun in one if noun.endswith("s") and noun not in {"s"}}, one
 
 
+ALONE = "Collectives need two ranks: with one, only the device's own copies are measured."
+
+
+def test_one_rank_shows_its_copies_and_no_table_of_collectives(tmp_path: Path) -> None:
+    fixture = report_fixture.one_gpu()
+    html, markdown = written(tmp_path, fixture)
+    text = terminal.terminal(analysis.summarise(*fixture.arguments))
+    assert Page(html).open == []
+    assert ALONE in " ".join(Page(html).words.split()) and ALONE in markdown and ALONE in text
+    assert "| torch-1n-r1 | 4,150 (86 %) | 8 GiB | 55.2 | 54.7 |" in markdown
+    for shown in (html, markdown, text):
+        assert (
+            "wrong values</th>" not in shown
+            and "all-reduce, GB/s" not in shown
+            and "bus bandwidth against" not in shown
+        )
+    assert "copy within the device" in html and 'id="m-host_to_device_gb_per_s"' in html
+
+
+def test_wrong_bytes_of_a_copy_are_a_finding_and_marked(tmp_path: Path) -> None:
+    fixture = report_fixture.one_gpu()
+    index = next(i for i, r in enumerate(fixture.records) if r.metric == "wrong_values")
+    fixture.records[index] = replace(fixture.records[index], value=12)
+    summary = analysis.summarise(*fixture.arguments)
+    (found,) = summary["findings"]
+    assert found["kind"] == "wrong_values"
+    assert found["evidence"].startswith("12 wrong elements in the result of copy; ")
+    html, _ = written(tmp_path, fixture)
+    assert '<td class="odd">12</td>' in html
+
+
+def test_a_run_of_the_version_before_with_one_rank_is_still_shown(tmp_path: Path) -> None:
+    """It holds collectives of one rank, which sent nothing."""
+    fixture = report_fixture.testbed((1, 2))
+    kept = [r for r in fixture.records if r.cell != "torch-1n-r1"]
+    context = {"collective": "all_reduce", "size_bytes": 8, "iters": 20, "dtype": "float32"}
+    old = next(r for r in fixture.records if r.cell == "torch-1n-r1")
+    values = {"latency_us_p50": 9.0, "latency_us_p99": 11.0, "busbw_gb_per_s": 0.0, "wrong_values": 0.0}
+    kept += [replace(old, metric=metric, value=value, context=context) for metric, value in values.items()]
+    fixture.records = kept
+    html, markdown = written(tmp_path, fixture)
+    assert ALONE in markdown and Page(html).open == []
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_a_tests_report_module_offers_a_section(name: str) -> None:
+    section = sections.sections()[name]
+    assert section.TITLE and re.fullmatch("[a-z]+", section.ANCHOR)
+    fixture = report_fixture.healthy((1, 2))
+    summary = analysis.summarise(*fixture.arguments)
+    (table,) = sections.tables(summary)[name]
+    assert set(table.columns) & set(table.rows[0]) and {term for term, _ in table.terms} <= set(section.GLOSSARY)
+    nobody = sections.Measured(name, fixture.plan, {**summary, "cells": []}, {}, str)
+    assert section.tiles(nobody) == [] and section.charts(nobody) == sections.Charts()
+
+
 def test_every_term_of_the_glossary_is_in_the_reference_of_metrics() -> None:
     reference = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-    assert [term for term in GLOSSARY if term not in reference] == []
+    assert [term for term in sections.glossary() if term not in reference] == []
 
 
 def test_every_metric_of_a_summary_is_in_the_reference_of_metrics() -> None:
     reference = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-    summary = analysis.summarise(*report_fixture.healthy((1, 2)).arguments)
-    names = {name for cell in summary["cells"] for name in cell["metrics"]}
+    summaries = [
+        analysis.summarise(*made.arguments) for made in (report_fixture.healthy((1, 2)), report_fixture.one_gpu())
+    ]
+    names = {name for summary in summaries for cell in summary["cells"] for name in cell["metrics"]}
     collectives = "|".join((*limits.COLLECTIVES, "barrier"))
     general = {re.sub(rf"^({collectives})_", "<collective>_", name) for name in names}
     assert sorted(name for name in general if f"`{name}`" not in reference) == []

@@ -1,0 +1,64 @@
+"""One operation that is timed, whatever it does, and the time that each iteration of it takes."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One collective, or one copy, at one size.
+
+    `reset` puts the buffers in their first state (the output poisoned), `run` is what is timed, and
+    afterwards `output` must equal `expected`. `round_trips` tells that `run` goes there and back.
+    """
+
+    collective: str
+    size_bytes: int
+    reset: Callable[[], object]
+    run: Callable[[], object]
+    output: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
+    round_trips: bool = False
+
+    def wrong_values(self) -> int:
+        """How many elements of this rank's output are not what they must be. NaN is wrong."""
+        if self.output is None or self.expected is None:
+            return 0
+        return int((self.output != self.expected).sum())
+
+
+def timed(operation: Operation, iters: int, on_gpu: bool) -> Sequence[float]:
+    """µs of each of `iters` iterations on this rank, by the GPU's clock where it runs `on_gpu`."""
+    return (_times_on_gpu if on_gpu else _times_on_host)(operation, iters)
+
+
+def _times_on_host(operation: Operation, iters: int) -> Sequence[float]:
+    elapsed_us = array("d")  # a long measurement has millions
+    for _ in range(iters):
+        operation.reset()
+        started = time.perf_counter()
+        operation.run()
+        elapsed_us.append((time.perf_counter() - started) * 1e6)
+    return elapsed_us
+
+
+def _times_on_gpu(operation: Operation, iters: int) -> Sequence[float]:
+    """By events on the stream: the host runs ahead, so that launching does not add to the time."""
+    import torch
+
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(iters)]
+    for before, after in pairs:
+        operation.reset()
+        before.record()
+        operation.run()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) * 1e3 for before, after in pairs]
