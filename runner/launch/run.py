@@ -23,13 +23,13 @@ from runner.launch.preflight import Problems, Reach
 from runner.launch.signals import Stop
 from runner.launch.slurm import answers, commands
 from runner.launch.slurm.allocations import Allocations, as_status, together
-from runner.launch.watch import CellRun, Course
+from runner.launch.watch import CellRun, Course, read_outcomes
 from runner.plan.build import place
 from runner.plan.plan import PORTS, Cell, Plan, fingerprint
 from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import records, telemetry
-from runner.results.celldir import LAUNCHER
+from runner.results.celldir import LAUNCHER, holds_events
 from runner.results.rundir import RunDir
 from runner.results.status import LIVE_STATES, cell_status
 from runner.system import process
@@ -235,7 +235,7 @@ class Run:
         }
         self.records = [record for record in self.records if record.cell != cell.id]
         for host in cell.hosts:
-            for path in sorted(self.run.cell(host, cell.id).glob("rank*.jsonl")):
+            for path in self.run.cell(host, cell.id).all_events():
                 events = records.parse_jsonl(path.read_text(errors="replace"))
                 self.records.extend(records.from_events(events, base, host))
         write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self.records))
@@ -434,10 +434,10 @@ class Run:
             if not told or not nodes.keys() >= set(told):
                 return False
             cell = cell if cell.hosts else place(cell, [nodes[name] for name in told], self.plan, None)
-        outcomes = self.run.read_outcomes(cell.hosts, cell.id)
-        if not all(blame.ended_well(outcomes.get(host, {})) for host in cell.hosts):
+        outcomes = read_outcomes(self.run, cell)
+        if not all(host in outcomes and outcomes[host].ended_well for host in cell.hosts):
             return False
-        if any(outcome.get("attempt", 1) != cell.attempt for outcome in outcomes.values()):
+        if any(outcome.attempt != cell.attempt for outcome in outcomes.values()):
             return False  # killed before this attempt had begun on the nodes, which have an earlier one's still
         if cell is not self.plan.cells[index]:
             self._amend(index, cell)
@@ -556,10 +556,10 @@ class Run:
             if remote and host != LAUNCHER:  # what a dying node said is kept even if nothing can be gathered
                 if (host, file) not in streams:
                     folder = self.run.cell(host, cell.id)
-                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    streams[host, file] = open(folder / Path(file).name, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+                    folder.create()
+                    streams[host, file] = open(folder.path / Path(file).name, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
                 streams[host, file].write(line + "\n")
-            if not file.endswith(".jsonl"):
+            if not holds_events(file):
                 self.log.write(f"{now()} {cell.id} {alias(host)} {file}: {line}\n")
 
         self._cell_state(cell, "running")

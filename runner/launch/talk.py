@@ -21,13 +21,10 @@ from typing import Any
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import GIVEN_UP, explain, reason_kind
 from runner.failures import Problem
+from runner.node.protocol import HEARTBEAT_S, LAST_WORDS, POLL_S, Alive, Message, Request, Word, read_message
 from runner.system import process
 
 AGENT = ("-P", "-u", "-m", "runner.node")
-HEARTBEAT_S = 2.0
-SILENCE_S = 30.0
-POLL_S = 0.1
-LAST_WORDS = ("stop", "done")
 AGENT_END_S = 15.0
 
 
@@ -63,7 +60,7 @@ class Talk:
 
 def converse(
     talks: Sequence[Talk],
-    on_message: Callable[[Talk, dict[str, Any]], None],
+    on_message: Callable[[Talk, Message], None],
     word: Callable[[Talk], str | None] = lambda talk: None,
     patience_s: float = 20.0,
 ) -> None:
@@ -124,14 +121,12 @@ def converse(
             if sname == worker.SNAME_STDERR:
                 self.talk.stderr.append(msg.decode(errors="replace"))
                 return
-            try:
-                message = json.loads(msg)
-                kind = message["message"]
-            except (ValueError, TypeError, KeyError):
+            message = read_message(msg)
+            if message is None:
                 self.talk.stderr.append(msg.decode(errors="replace"))  # a banner, or the shell's complaint
                 return
             self.talk.answered = True
-            if kind != "alive":
+            if not isinstance(message, Alive):
                 on_message(self.talk, message)
 
         def ev_hup(self, worker: Any, node: str, rc: int) -> None:
@@ -188,17 +183,17 @@ def converse(
 
 
 def ask(
-    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Mapping[str, Any], timeout_s: float = 30.0
-) -> tuple[dict[str, dict[str, Any]], dict[str, Problem]]:
+    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Request, timeout_s: float = 30.0
+) -> tuple[dict[str, Message], dict[str, Problem]]:
     """Put one short request to the agents of all `nodes`: (answers by name, why there is none by name)."""
     reach = COMMANDS[backend]
-    talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request) for node in nodes}
-    answers: dict[str, dict[str, Any]] = {}
+    talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request.to_json()) for node in nodes}
+    answers: dict[str, Message] = {}
     deadline = time.monotonic() + timeout_s
     converse(
         list(talks.values()),
         lambda talk, message: answers.__setitem__(talk.name, message),
-        lambda talk: "stop" if time.monotonic() > deadline else None,
+        lambda talk: Word.STOP if time.monotonic() > deadline else None,
         patience_s=2.0,
     )
     failures = {}

@@ -17,6 +17,8 @@ from runner.plan.engines.ranks import Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
 from runner.plan.plan import CELL_ENV, PORTS, Cell, Plan
 from runner.plan.request import Request
+from runner.results.celldir import LAUNCHER
+from runner.system.process import cell_marker
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -31,8 +33,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
     if BACKENDS[request.backend].scheduled and ENGINES[request.engine].headed:
         raise UsageError(
-            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: use --engine torchrun: "
-            "it runs every test, DeepSpeed's too"
+            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: use --engine "
+            "torchrun: it runs every test, DeepSpeed's too"
         )
     if reason := obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
@@ -122,8 +124,8 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
         master_address="127.0.0.1" if local else first.address,
         master_port=cell.master_port,
         cell_dir=str(base / cell.id),
-        launcher_dir=str(PurePath(where.run_dir, "launcher", cell.id)),
+        launcher_dir=str(PurePath(where.run_dir, LAUNCHER, cell.id)),
         ssh_config=ssh_config,
-        marker=f"{where.run_id}/{cell.id}",
+        marker=cell_marker(where.run_id, cell.id),
     )
     return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[where.engine].launch(ranks))
