@@ -14,7 +14,6 @@ from pathlib import Path
 
 from runner import __version__
 from runner.cluster import facts
-from runner.cluster import slurm as slurm_settings
 from runner.node.protocol import Checked, CheckRequest
 
 
@@ -76,6 +75,8 @@ def _lock_holder(scratch: Path) -> str | None:
 
 def clean(scratch: Path, run_id: str) -> bool:
     """Remove what a run and its Slurm jobs left on this node; its artefacts have been gathered."""
+    from runner.cluster import slurm as slurm_settings  # not on the way to the first step
+
     folder = scratch / run_id
     if not run_id or folder.parent != scratch:
         return False
