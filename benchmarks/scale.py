@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 
 GPUS_PER_NODE = 8
 LIMIT_S = 600
-GRACE_S = 3.0  # as in a run
 RUN_ID = "20261121-120000-abcd"
 
 
@@ -104,7 +103,7 @@ def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
     from runner.results.rundir import RunDir
 
     run = RunDir(Path(planned.run_dir))
-    return {(cell.id, host): run.cell(host, cell.id) for cell in planned.cells for host in cell.hosts}
+    return {(cell.id, host): run.cell(host, cell.id).path for cell in planned.cells for host in cell.hosts}
 
 
 def jobs(planned: Any) -> dict[tuple[str, str], str]:
@@ -135,19 +134,18 @@ def sbatch_files(planned: Any) -> dict[str, str]:
     return {cell.id: script(cell) for cell in planned.cells}
 
 
-def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, Any]]:
     """Talks and outcomes of the largest cell after one rank died and every other rank lost its peers."""
     from runner.launch.talk import Talk
+    from runner.node.protocol import Outcome, RankEnd
 
     hosts = max(planned.cells, key=lambda cell: cell.num_nodes).hosts
     lost = [f"frame {n} of a traceback, as long as such lines usually are: /opt/env/lib/python" for n in range(19)]
     outcomes = {}
     for host in hosts:
         last = "CUDA error: out of memory" if host == hosts[-1] else "RuntimeError: Connection reset by peer"
-        ranks = {
-            f"rank{rank}": {"started": True, "ended": False, "stderr": [*lost, last]} for rank in range(GPUS_PER_NODE)
-        }
-        outcomes[host] = {"rc": 1, "stopped": None, "error": None, "ranks": ranks, "engine_stderr": lost}
+        ranks = {f"rank{rank}": RankEnd(started=True, stderr=[*lost, last]) for rank in range(GPUS_PER_NODE)}
+        outcomes[host] = Outcome(rc=1, ranks=ranks, engine_stderr=lost)
     return [Talk(host, (), {}) for host in hosts], outcomes
 
 
@@ -328,25 +326,19 @@ class Fleet:
         self.ended: Moment | None = None
 
     def _request(self, host: str, step_s: float) -> dict[str, Any]:
-        from runner.launch import talk as backends
+        from runner.node.protocol import CellRequest
 
-        return {
-            "kind": "cell",
-            "run_id": RUN_ID,
-            "cell": "fleet",
+        return CellRequest(
+            run_id=RUN_ID,
+            cell="fleet",
             # A marker each: all agents share this machine, and each ends whatever carries its own.
-            "attempt": 1,
-            "marker": f"{RUN_ID}-{os.getpid()}/{host}",
-            "heartbeat_timeout_s": backends.SILENCE_S,
-            "telemetry_interval_s": 1.0,
-            "grace_s": GRACE_S,
-            "host": host,
-            "scratch": str(self.folder / "scratch" / host),
-            "cell_dir": str(self.folder / "scratch" / host / "cell"),
-            "job": None,
-            "argv": [sys.executable, "-I", "-S", "-c", RANKS, str(GPUS_PER_NODE), str(step_s)],
-            "env": {"OMP_NUM_THREADS": "1"},
-        }
+            marker=f"{RUN_ID}-{os.getpid()}/{host}",
+            host=host,
+            scratch=str(self.folder / "scratch" / host),
+            cell_dir=str(self.folder / "scratch" / host / "cell"),
+            argv=[sys.executable, "-I", "-S", "-c", RANKS, str(GPUS_PER_NODE), str(step_s)],
+            env={"OMP_NUM_THREADS": "1"},
+        ).to_json()
 
     def _line(self, host: str, file: str, line: str) -> None:
         self.lines += 1
@@ -374,16 +366,17 @@ class Fleet:
     def run(self) -> dict[str, Any]:
         """Start all, stream for the window, stop all; what each phase took."""
         from runner.launch import talk as backends
+        from runner.node.protocol import PATIENCE_S
 
         before_mib, started, cpu_s = _peak_mib(), time.monotonic(), time.process_time()
         with contextlib.suppress(KeyboardInterrupt):
-            backends.converse(self.cell.talks, self.cell.hear, self._word, patience_s=4 * GRACE_S + 5)
+            backends.converse(self.cell.talks, self.cell.hear, self._word, patience_s=PATIENCE_S)
         began, ended, stopped = self.began, self.ended, time.monotonic()
         if not (began and ended):
             raise SystemExit(f"left before all was measured: {self.cell.reason or 'interrupted, or an agent failed'}")
         seconds, lines = ended.clock_s - began.clock_s, ended.lines - began.lines
         controller_s = ended.controller_s - began.controller_s
-        told = [outcome.get("stopped") for outcome in self.cell.outcomes.values()]
+        told = [outcome.stopped for outcome in self.cell.outcomes.values()]
         lags = sorted(self.lags)
         inside = [moment for moment in self.rounds if began.clock_s <= moment <= ended.clock_s]
         return {

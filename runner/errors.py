@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -52,6 +51,8 @@ def disk_kind(error: OSError) -> str | None:
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:
     """The error for a name that is not one of `known`, with the nearest valid one."""
+    import difflib  # not on the way to the first step
+
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -11,28 +11,25 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.launch import copy
 from runner.launch.slurm.ledger import Ledger
-from runner.launch.talk import AGENT, COMMANDS, SILENCE_S, Talk, ask, converse, local
+from runner.launch.talk import AGENT, COMMANDS, Talk, ask, converse, local
 from runner.launch.watch import CellRun, Course
+from runner.node.protocol import GRACE_S, PATIENCE_S, CellRequest, CleanRequest, SweepRequest
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.files import write_text_atomic
 
-GRACE_S = 3.0
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
-def cell_request(plan: Plan, cell: Cell) -> dict[str, Any]:
-    """What every node's agent is asked for a cell, whatever reaches it."""
+def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
+    """What every node's agent is asked for a cell, whatever reaches it: fields of `CellRequest` and `StepRequest`."""
     return {
-        "kind": "cell",
         "run_id": plan.run_id,
         "cell": cell.id,
         "attempt": cell.attempt,
-        "marker": f"{plan.run_id}/{cell.id}",
-        "telemetry_interval_s": 1.0,
-        "grace_s": GRACE_S,
+        "marker": process.cell_marker(plan.run_id, cell.id),
     }
 
 
@@ -46,15 +43,14 @@ def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[
     targets = {}
     for host in cell.hosts:
         folder = run.cell(host, cell.id)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        targets[host] = str(folder)
+        folder.create()
+        targets[host] = str(folder.path)
     return copy.gather([plan.node(host) for host in cell.hosts], str(ssh_config), cell.cell_dir, targets)
 
 
 def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
     """Remove over ssh what the run left on `nodes`."""
-    request = {"kind": "clean", "scratch": plan.nodes[0].scratch, "run_id": plan.run_id}
-    ask(nodes, "ssh", ssh_config, request, timeout_s=15)
+    ask(nodes, "ssh", ssh_config, CleanRequest(plan.nodes[0].scratch, plan.run_id), timeout_s=15)
 
 
 class Agents:
@@ -103,55 +99,55 @@ class Agents:
         watch.talks = self._talks(plan, cell, data)
         watch.begin()
         try:
-            converse(watch.talks, watch.hear, watch.word, patience_s=4 * GRACE_S + 5)
+            converse(watch.talks, watch.hear, watch.word, patience_s=PATIENCE_S)
         finally:
-            self._sweep(plan, [talk for talk in watch.talks if talk.name not in watch.outcomes])
+            self._sweep(plan, cell, [talk for talk in watch.talks if talk.name not in watch.outcomes])
 
     def _talks(self, plan: Plan, cell: Cell, data: str | None) -> list[Talk]:
-        common = {**cell_request(plan, cell), "heartbeat_timeout_s": SILENCE_S}
+        common = cell_fields(plan, cell)
         reach = COMMANDS[plan.backend]
         talks = []
         for index, host in enumerate(cell.hosts):
             node = plan.node(host)
-            request = {
+            request = CellRequest(
                 **common,
-                "host": host,
-                "scratch": node.scratch,
-                "cell_dir": cell.cell_dir,
-                "job": job(plan, cell, node, data),
-                "argv": cell.launch.argv[index],
-                "env": rank_environment(cell, node),
-                "secrets": secrets(),
-                "rendezvous_port": cell.master_port if index == 0 else None,
-            }
-            talks.append(Talk(host, reach(node, AGENT, self.ssh_config), request))
+                host=host,
+                scratch=node.scratch,
+                cell_dir=cell.cell_dir,
+                job=job(plan, cell, node, data),
+                argv=cell.launch.argv[index],
+                env=rank_environment(cell, node),
+                secrets=secrets(),
+                rendezvous_port=cell.master_port if index == 0 else None,
+            )
+            talks.append(Talk(host, reach(node, AGENT, self.ssh_config), request.to_json()))
         if cell.launch.head:
-            folder = self.run.launcher(cell.id)
+            folder = self.run.launcher(cell.id).path
             folder.mkdir(mode=0o700, parents=True)
             for name, content in cell.launch.files.items():
                 write_text_atomic(folder / name, content)
-            request = {
+            request = CellRequest(
                 **common,
-                "host": LAUNCHER,
-                "scratch": None,
-                "cell_dir": str(folder),
-                "argv": cell.launch.head,
-                "env": dict(cell.launch.head_env),
-                "isolated": True,
-                "hold": True,
-            }
-            talks.append(Talk(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request))
+                host=LAUNCHER,
+                scratch=None,
+                cell_dir=str(folder),
+                argv=cell.launch.head,
+                env=cell.launch.head_env,
+                isolated=True,
+                hold=True,
+            )
+            talks.append(Talk(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request.to_json()))
         return talks
 
-    def _sweep(self, plan: Plan, lost: Sequence[Talk]) -> None:
+    def _sweep(self, plan: Plan, cell: Cell, lost: Sequence[Talk]) -> None:
         """End what an agent that was itself killed left on its node; a node that is gone gives no answer."""
+        marker = process.cell_marker(plan.run_id, cell.id)
         for talk in lost:
             if not self._remote(plan) or talk.name == LAUNCHER:
-                process.stop_marked(talk.request["marker"], GRACE_S)
+                process.stop_marked(marker, GRACE_S)
         nodes = [plan.node(talk.name) for talk in lost if talk.name != LAUNCHER]
         if nodes and self._remote(plan):
-            request = {"kind": "sweep", "marker": lost[0].request["marker"], "grace_s": GRACE_S}
-            ask(nodes, plan.backend, self.ssh_config, request, timeout_s=15)
+            ask(nodes, plan.backend, self.ssh_config, SweepRequest(marker), timeout_s=15)
 
     def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
         """Bring the artefacts of a cell into the run directory; returns failures by node."""

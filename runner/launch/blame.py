@@ -14,7 +14,8 @@ from typing import Any
 from runner.cluster import reasons
 from runner.failures import KINDS, Problem
 from runner.launch.talk import Talk
-from runner.results.celldir import LAUNCHER
+from runner.node.protocol import LAST_WORDS, Outcome, RankEnd, Stopped
+from runner.results.celldir import LAUNCHER, rank_name
 
 # Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.
 CLOCK_OFF_S = 60.0
@@ -43,14 +44,10 @@ def clock_problem(offset_s: float) -> Problem | None:
     return Problem("clock", f"its clock is {abs(offset_s):,.0f} s {side} the controller's")
 
 
-def ended_well(outcome: Mapping[str, Any]) -> bool:
-    return outcome.get("rc") == 0 and not outcome.get("error")
-
-
 # What ended an agent under Slurm, which no controller watches, and the kind of failure that it is.
-LATE = {"time limit": "time_limit", "timed out": "timed_out"}
+LATE: Mapping[str | None, str] = {Stopped.TIME_LIMIT: "time_limit", Stopped.TIMED_OUT: "timed_out"}
 # Why an agent's ranks did not end by themselves: that is no fault of theirs.
-_TOLD = ("stop", "done", *LATE)
+_TOLD = (*LAST_WORDS, *LATE)
 # What a rank prints when it is another's death that it noticed.
 _VICTIM = (
     "Connection closed by peer",
@@ -76,7 +73,7 @@ _WORDS = (
 )
 
 
-def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def blame(talks: Sequence[Talk], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """The error of a cell some of whose ranks or agents failed: the host that failed first-hand.
 
     A host whose ranks only report a lost peer is a victim. One host that is none is the culprit; several
@@ -88,30 +85,30 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Mapping[str, Any]]) -> d
         outcome = outcomes.get(talk.name)
         if outcome is None:
             suspects.append(_unheard(talk))
-        elif outcome.get("error"):
-            suspects.append(error(outcome.get("kind") or "unknown", str(outcome["error"]), talk.name))
-        elif not ended_well(outcome) and outcome.get("stopped") not in _TOLD and talk.name != LAUNCHER:
-            dead = {name: rank for name, rank in outcome["ranks"].items() if not rank["ended"]}
-            direct = {n: r for n, r in dead.items() if not any(w in line for line in r["stderr"] for w in _VICTIM)}
+        elif outcome.error:
+            suspects.append(error(outcome.kind or "unknown", outcome.error, talk.name))
+        elif not outcome.ended_well and outcome.stopped not in _TOLD and talk.name != LAUNCHER:
+            dead = {name: rank for name, rank in outcome.ranks.items() if not rank.ended}
+            direct = {n: r for n, r in dead.items() if not any(w in line for line in r.stderr for w in _VICTIM)}
             name, rank = _first_to_die(direct or dead, outcome)
-            if (outcome.get("rc") or 0) < 0:  # the engine itself was killed; what its ranks say came after
-                name, rank = None, {"stderr": []}
+            if (outcome.rc or 0) < 0:  # the engine itself was killed; what its ranks say came after
+                name, rank = None, RankEnd()
             status = _status(outcome, _seen_by_launcher(outcomes))
-            kind = _kind(status, rank["stderr"], outcome.get("oom_kills", 0))
-            message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank['stderr'])}"
-            (victims if dead and not direct else suspects).append(error(kind, message, talk.name, rank["stderr"]))
+            kind = _kind(status, rank.stderr, outcome.oom_kills)
+            message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank.stderr)}"
+            (victims if dead and not direct else suspects).append(error(kind, message, talk.name, rank.stderr))
     if len(suspects) == 1:
         return suspects[0]
     if suspects:
         kinds = {suspect["kind"] for suspect in suspects}
         kind, what = kinds.pop() if len(kinds) == 1 else "unknown", "failed at the same time on"
-    elif late := [o["stopped"] for o in outcomes.values() if o.get("stopped") in LATE]:
-        return standstill(LATE[late[0]], late[0], outcomes)
+    elif late := [o.stopped for o in outcomes.values() if o.stopped in LATE]:
+        return standstill(LATE[late[0]], str(late[0]), outcomes)
     elif victims:
         kind, what = "lost_peers", "only lost peers were reported, by"
     else:
-        launcher = outcomes.get(LAUNCHER, {})
-        tail = list(launcher.get("engine_stderr", []))
+        launcher = outcomes.get(LAUNCHER, Outcome())
+        tail = launcher.engine_stderr
         return error("launcher_failed", f"the launcher {_end(_status(launcher))}{_last_words(tail)}", stderr=tail)
     first = (suspects or victims)[0]
     names = ", ".join(one["host"] for one in suspects or victims)
@@ -136,31 +133,29 @@ _ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+
 _EXITED = re.compile(r"^pdsh@\S+: \S+: ssh exited with exit code (2[2-4]\d|25[0-4])$", re.MULTILINE)
 
 
-def _first_to_die(
-    dead: Mapping[str, Mapping[str, Any]], outcome: Mapping[str, Any]
-) -> tuple[str | None, Mapping[str, Any]]:
+def _first_to_die(dead: Mapping[str, RankEnd], outcome: Outcome) -> tuple[str | None, RankEnd]:
     """The rank that torchrun saw fail first, else one that said something; the engine where no rank started."""
     if not dead:
-        return None, {"stderr": outcome["engine_stderr"]}
-    cause = _ROOT_CAUSE.search("\n".join(outcome["engine_stderr"]))
-    name = f"rank{cause[1]}" if cause else ""
+        return None, RankEnd(stderr=outcome.engine_stderr)
+    cause = _ROOT_CAUSE.search("\n".join(outcome.engine_stderr))
+    name = rank_name(cause[1]) if cause else ""
     if name not in dead:
-        name = next((n for n, rank in dead.items() if _last_words(rank["stderr"])), next(iter(dead)))
+        name = next((n for n, rank in dead.items() if _last_words(rank.stderr)), next(iter(dead)))
     return name, dead[name]
 
 
-def _seen_by_launcher(outcomes: Mapping[str, Mapping[str, Any]]) -> int | None:
+def _seen_by_launcher(outcomes: Mapping[str, Outcome]) -> int | None:
     """The status of the one rank that a signal ended, where it ran under DeepSpeed's launcher."""
-    found = _EXITED.findall("\n".join(outcomes.get(LAUNCHER, {}).get("engine_stderr", [])))
+    found = _EXITED.findall("\n".join(outcomes.get(LAUNCHER, Outcome()).engine_stderr))
     return int(found[0]) - 256 if len(found) == 1 else None
 
 
-def _status(outcome: Mapping[str, Any], seen: int | None = None) -> int | None:
+def _status(outcome: Outcome, seen: int | None = None) -> int | None:
     """How the first rank to die ended: torchrun reports its own status as 1 and the rank's in its table."""
-    cause = _ROOT_CAUSE.search("\n".join(outcome.get("engine_stderr", [])))
+    cause = _ROOT_CAUSE.search("\n".join(outcome.engine_stderr))
     if cause:
         return int(cause[2])
-    return outcome.get("rc") if outcome.get("rc") is not None else seen
+    return outcome.rc if outcome.rc is not None else seen
 
 
 def _kind(status: int | None, stderr: Sequence[str], oom_kills: int) -> str:
@@ -195,7 +190,7 @@ _WAITING = ("torch/distributed/", "torch/cuda/", "torch/autograd/", "deepspeed/c
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits in the kernel", "Z": "is dead"}
 
 
-def standstill(kind: str, reason: str, outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def standstill(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """The error of a cell that was stopped for `reason` while its ranks were alive, from where they stood.
 
     Ranks that wait for others are victims. A rank that cannot run, or that stands elsewhere while others
@@ -205,10 +200,10 @@ def standstill(kind: str, reason: str, outcomes: Mapping[str, Mapping[str, Any]]
     busy: list[tuple[str, str, list[str]]] = []
     waiting: list[str] = []
     for host, outcome in outcomes.items():
-        for name, rank in (outcome.get("stacks") or {}).items():
-            frames = list(rank["frames"])
-            if rank["state"] in _STATES:
-                stuck.append((host, f"{name} {_STATES[rank['state']]}", frames))
+        for name, rank in outcome.stacks.items():
+            frames = list(rank.frames)
+            if rank.state in _STATES:
+                stuck.append((host, f"{name} {_STATES[rank.state]}", frames))
             elif not frames:
                 stuck.append((host, f"{name} is alive but gives no stack", frames))
             elif frames[0].startswith(_WAITING):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import explain
 from runner.errors import InfrastructureError
-from runner.launch.talk import POLL_S
+from runner.node.protocol import POLL_S
 from runner.system import process
 
 

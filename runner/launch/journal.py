@@ -14,6 +14,7 @@ from runner.launch.slurm.ledger import Ledger
 from runner.plan.plan import Cell, Plan
 from runner.report.progress import Display
 from runner.results import records
+from runner.results.celldir import holds_events
 from runner.results.rundir import RunDir
 from runner.results.status import LIVE_STATES, cell_status
 from runner.system.clock import now
@@ -159,7 +160,7 @@ class Journal:
         }
         self._records = [record for record in self._records if record.cell != cell.id]
         for host in cell.hosts:
-            for path in sorted(self.run.cell(host, cell.id).glob("rank*.jsonl")):
+            for path in self.run.cell(host, cell.id).all_events():
                 events = records.parse_jsonl(path.read_text(errors="replace"))
                 self._records.extend(records.from_events(events, base, host))
         write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self._records))
@@ -178,14 +179,14 @@ class Streams:
     def line(self, host: str, file: str, line: str) -> None:
         if host in self._kept_from:
             self._file(host, file).write(line + "\n")
-        if not file.endswith(".jsonl"):
+        if not holds_events(file):
             self._journal.log(f"{self._cell.id} {self._alias.get(host, host)} {file}: {line}")
 
     def _file(self, host: str, file: str) -> TextIO:
         if (host, file) not in self._files:
             folder = self._journal.run.cell(host, self._cell.id)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._files[host, file] = open(folder / Path(file).name, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+            folder.create()
+            self._files[host, file] = open(folder.path / Path(file).name, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
         return self._files[host, file]
 
     def close(self) -> None:

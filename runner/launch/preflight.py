@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from runner import __version__
 from runner.cluster import facts
@@ -19,6 +18,7 @@ from runner.launch.slurm import allocations, commands
 from runner.launch.slurm.allocations import Allocations
 from runner.launch.transport import Transport
 from runner.node import check
+from runner.node.protocol import SILENCE_S, Checked, CheckRequest
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
@@ -27,7 +27,7 @@ from runner.system.wording import are, counted
 from runner.workloads.registry import TESTS
 
 # How long agents whose controller was killed may take to notice and to leave their node.
-OWN_S = talk.SILENCE_S + 15
+OWN_S = SILENCE_S + 15
 
 Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are left out
 
@@ -67,21 +67,21 @@ class Reach:
         return Allocations(run, self.ssh_config, self.cluster, wanted, expected)
 
 
-def ask_agents(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str | None, own: str = "") -> Answers:
+def ask_agents(nodes: Sequence[Node], wanted: CheckRequest, ssh_config: str | None, own: str = "") -> Answers:
     """Ask the agents of all nodes, at once, for whatever would stop a cell, and for what each node is."""
     backend = nodes[0].backend
-    request = {"kind": "check", **wanted}
     by_name = {n.name: n for n in nodes}
     deadline = time.monotonic() + OWN_S
     while True:
         asked = time.time()
         if not BACKENDS[backend].remote:  # this process is on the node already
-            answers = {nodes[0].name: check.check(request)}
+            answers = {nodes[0].name: check.check(wanted)}
             failures: dict[str, Problem] = {}
         else:
-            answers, failures = talk.ask(nodes, backend, ssh_config, request)
+            found, failures = talk.ask(nodes, backend, ssh_config, wanted)
+            answers = {name: answer for name, answer in found.items() if isinstance(answer, Checked)}
         heard = time.time()
-        leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer["problems"])
+        leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer.problems)
         if not leaving or time.monotonic() > deadline:
             break
         time.sleep(1)
@@ -89,25 +89,25 @@ def ask_agents(nodes: Sequence[Node], wanted: Mapping[str, Any], ssh_config: str
     environments = {}
     for name, answer in answers.items():
         # It read its clock at some moment in between.
-        clock = blame.clock_problem(answer["time_s"] - min(max(answer["time_s"], asked), heard))
-        if found := [*map(Problem, answer["kinds"], answer["problems"]), *([clock] if clock else [])]:
-            problems[name] = found
+        clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), heard))
+        if bad := [*map(Problem, answer.kinds, answer.problems), *([clock] if clock else [])]:
+            problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
-        seen = {**answer["facts"], "env": {**answer["facts"]["env"], **facts.relevant(added)}}
+        seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}
         environments[name] = facts.environment(seen)
     return Answers(problems, environments)
 
 
-def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> dict[str, Any]:
+def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> CheckRequest:
     """What a node must have for these tests."""
-    return {
-        "version": __version__,
-        "scratch": first.scratch,
-        "min_free_disk_gib": first.min_free_disk_gib,
-        "packages": sorted(set(ENGINES[engine].packages).union(*(TESTS[name].packages for name in tests))),
-        "programs": ["rsync"] if BACKENDS[first.backend].by_ssh else [],
-        "gpus": first.gpus if device == "cuda" else 0,
-    }
+    return CheckRequest(
+        version=__version__,
+        scratch=first.scratch,
+        min_free_disk_gib=first.min_free_disk_gib,
+        packages=sorted(set(ENGINES[engine].packages).union(*(TESTS[name].packages for name in tests))),
+        programs=["rsync"] if BACKENDS[first.backend].by_ssh else [],
+        gpus=first.gpus if device == "cuda" else 0,
+    )
 
 
 def bad_nodes(nodes: Sequence[Node], problems: Problems) -> tuple[dict[str, str], ...]:

@@ -25,7 +25,7 @@ from runner.launch.slurm import answers
 from runner.launch.slurm.ledger import JobShare
 from runner.launch.spares import Roster
 from runner.launch.transport import Transport
-from runner.launch.watch import CellRun, Course
+from runner.launch.watch import CellRun, Course, read_outcomes
 from runner.plan.build import place
 from runner.plan.plan import PORTS, Cell, Plan, fingerprint
 from runner.report.conclude import judge
@@ -394,9 +394,9 @@ class Run:
 
     def _ended_well(self, cell: Cell) -> bool:
         """Whether every node has the good outcome of this attempt, and not of an earlier one."""
-        outcomes = self.run.read_outcomes(cell.hosts, cell.id)
+        outcomes = read_outcomes(self.run, cell)
         return all(
-            blame.ended_well(outcomes.get(host, {})) and outcomes[host].get("attempt", 1) == cell.attempt
+            host in outcomes and outcomes[host].ended_well and outcomes[host].attempt == cell.attempt
             for host in cell.hosts
         )
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runner.launch import talk
+from runner.node.protocol import POLL_S
 from runner.report.progress import Display
 
 
@@ -32,7 +32,7 @@ class Stop:
         """Sleep, but not past the user's wish to stop."""
         deadline = time.monotonic() + seconds
         while not self.asked and time.monotonic() < deadline:
-            time.sleep(talk.POLL_S)
+            time.sleep(POLL_S)
 
     def _heard(self, number: int, _frame: object) -> None:
         again, self.asked = self.asked, True

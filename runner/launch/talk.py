@@ -23,13 +23,10 @@ from typing import IO, Any
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import GIVEN_UP, explain, reason_kind
 from runner.failures import Problem
+from runner.node.protocol import HEARTBEAT_S, LAST_WORDS, POLL_S, Alive, Message, Request, Word, read_message
 from runner.system import process
 
 AGENT = ("-P", "-u", "-m", "runner.node")
-HEARTBEAT_S = 2.0
-SILENCE_S = 30.0
-POLL_S = 0.1
-LAST_WORDS = ("stop", "done")
 AGENT_END_S = 15.0
 OUTPUT_END_S = 1.0  # how long the output of a command that has ended may stay open: others may have inherited it
 READ_BYTES = 65536  # what a pipe holds
@@ -67,7 +64,7 @@ class Talk:
 
 def converse(
     talks: Sequence[Talk],
-    on_message: Callable[[Talk, dict[str, Any]], None],
+    on_message: Callable[[Talk, Message], None],
     word: Callable[[Talk], str | None] = lambda talk: None,
     patience_s: float = 20.0,
 ) -> None:
@@ -107,15 +104,6 @@ class _Lines:
         return [last] if last else []
 
 
-def _message(line: bytes) -> dict[str, Any] | None:
-    """What an agent reports on a line of its stdout; None for any other line: a banner, the shell's complaint."""
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return None
-    return message if isinstance(message, dict) and "message" in message else None
-
-
 class _Agent:
     """The command of one talk while it runs, its pipes, and what is still to be done with it."""
 
@@ -140,7 +128,7 @@ class _Conversation:
     def __init__(
         self,
         talks: Sequence[Talk],
-        on_message: Callable[[Talk, dict[str, Any]], None],
+        on_message: Callable[[Talk, Message], None],
         word: Callable[[Talk], str | None],
         patience_s: float,
     ) -> None:
@@ -266,12 +254,12 @@ class _Conversation:
         for line in lines:
             if not talk.alive:  # given up: its output is read only so that it does not wait for that
                 return
-            message = _message(line) if pipe is agent.child.stdout else None
+            message = read_message(line) if pipe is agent.child.stdout else None
             if message is None:
                 talk.stderr.append(line.decode(errors="replace"))
                 continue
             talk.answered = True
-            if message["message"] != "alive":
+            if not isinstance(message, Alive):
                 self._on_message(talk, message)
 
     def _give_up(self, agent: _Agent, now: float) -> None:
@@ -334,17 +322,17 @@ class _Conversation:
 
 
 def ask(
-    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Mapping[str, Any], timeout_s: float = 30.0
-) -> tuple[dict[str, dict[str, Any]], dict[str, Problem]]:
+    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Request, timeout_s: float = 30.0
+) -> tuple[dict[str, Message], dict[str, Problem]]:
     """Put one short request to the agents of all `nodes`: (answers by name, why there is none by name)."""
     reach = COMMANDS[backend]
-    talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request) for node in nodes}
-    answers: dict[str, dict[str, Any]] = {}
+    talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request.to_json()) for node in nodes}
+    answers: dict[str, Message] = {}
     deadline = time.monotonic() + timeout_s
     converse(
         list(talks.values()),
         lambda talk, message: answers.__setitem__(talk.name, message),
-        lambda talk: "stop" if time.monotonic() > deadline else None,
+        lambda talk: Word.STOP if time.monotonic() > deadline else None,
         patience_s=2.0,
     )
     failures = {}

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from runner.cluster.inventory import Node
-from runner.launch import talk as backends
-from runner.launch.blame import LATE, blame, ended_well, error, standstill
+from runner.launch.blame import LATE, blame, error, standstill
 from runner.launch.signals import Stop
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import Talk
-from runner.node.agent import ALIVE_S
+from runner.node.protocol import ALIVE_S, POLL_S, SILENCE_S, STACKS_S, Line, Message, Outcome, Started, Word
 from runner.plan.plan import Cell
 from runner.results import records
-from runner.results.celldir import LAUNCHER
+from runner.results.celldir import LAUNCHER, holds_events
+from runner.results.rundir import RunDir
 from runner.system.clock import now
 
 # A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
 # anything is stopped, so that the guilty one can be told from its victims.
 SETTLE_S = 2.0
-# Ranks that are to be stopped are asked first where they stand; agents read the answers after a second.
-STACKS_S = 2.0
 # Once ranks have begun to measure, none of the workloads is silent for so long.
 STALL_S = 600.0
-_ASK = ("timed_out", "rank_hung")  # what is judged by where ranks stand
+_ASK = ("timed_out", "rank_hung")  # what is judged by where ranks are: they are asked before they are stopped
+_NONE = Outcome()  # of an agent that gave none
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,15 @@ class Course:
     on_placed: Callable[[Sequence[Node]], Cell]
 
 
+def read_outcomes(run: RunDir, cell: Cell) -> dict[str, Outcome]:
+    """What every host of a cell left in its outcome.json, where that is whole."""
+    found = {}
+    for host, value in run.read_outcomes(cell.hosts, cell.id).items():
+        with suppress(AttributeError, TypeError):
+            found[host] = Outcome.from_json(value)
+    return found
+
+
 @dataclass
 class CellRun:
     """One cell while it runs: hears the agents and decides what to tell them."""
@@ -54,7 +63,7 @@ class CellRun:
     on_progress: Callable[[float, str], None]
     on_line: Callable[[str, str, str], None]
     on_look: Callable[[], None] = lambda: None
-    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     talks: list[Talk] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     first_failure: float | None = None
@@ -71,20 +80,20 @@ class CellRun:
         """The cell's time starts now."""
         self.deadline = time.monotonic() + self.cell.params["timeout_s"] + more_s
 
-    def hear(self, talk: Talk, message: Mapping[str, Any]) -> None:
-        kind = message["message"]
-        if kind == "started":
+    def hear(self, talk: Talk, message: Message) -> None:
+        """Take in what an agent sends."""
+        if isinstance(message, Started):
             self.started.add(talk.name)
-        elif kind == "outcome":
-            self.outcomes[talk.name] = dict(message)
-            if not ended_well(message):
+        elif isinstance(message, Outcome):
+            self.outcomes[talk.name] = message
+            if not message.ended_well:
                 self._failed()
-        elif kind == "line":
-            self.on_line(talk.name, message["file"], message["line"])
+        elif isinstance(message, Line):
+            self.on_line(talk.name, message.file, message.line)
             if self.stepped:
                 self.stepped = time.monotonic()
-            if message["file"].endswith(".jsonl"):
-                for event in records.parse_jsonl(message["line"]):
+            if holds_events(message.file):
+                for event in records.parse_jsonl(message.line):
                     if event.get("event") == "progress":
                         if event["done"] > 0:
                             self.stepped = time.monotonic()
@@ -93,21 +102,21 @@ class CellRun:
     def _failed(self) -> None:
         self.first_failure = self.first_failure or time.monotonic()
 
-    def word(self, talk: Talk) -> str | None:
+    def word(self, talk: Talk) -> Word | None:
         """What to tell this agent now."""
         moment = time.monotonic()
-        if moment - self.looked > backends.POLL_S / 2:  # once for all agents of a round, not once for each
+        if moment - self.looked > POLL_S / 2:  # once for all agents of a round, not once for each
             self.looked = moment
             self._look_around(moment)
         if self.kind in _ASK and not self.stop.asked and moment - self.reason_at < STACKS_S:
-            return "stacks"
+            return Word.STACKS
         if self.reason or (self.first_failure and moment - self.first_failure > SETTLE_S):
-            return "stop"
+            return Word.STOP
         if self.cell.launch.head:
             if talk.name == LAUNCHER:
-                return "go" if self.started >= set(self.cell.hosts) else None
+                return Word.GO if self.started >= set(self.cell.hosts) else None
             if LAUNCHER in self.outcomes:
-                return "done"
+                return Word.DONE
         return None
 
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -118,7 +127,7 @@ class CellRun:
             if talk.name == LAUNCHER:
                 continue
             if talk.name in self.outcomes:
-                state = "ended" if ended_well(self.outcomes[talk.name]) else "failed"
+                state = "ended" if self.outcomes[talk.name].ended_well else "failed"
             elif not talk.alive:
                 state = "failed"
             elif moment - talk.heard > 2 * ALIVE_S:
@@ -133,9 +142,9 @@ class CellRun:
         for talk in self.talks:
             if talk.rc is not None and talk.name not in self.outcomes:
                 self._failed()
-            elif talk.alive and moment - talk.heard > backends.SILENCE_S:
+            elif talk.alive and moment - talk.heard > SILENCE_S:
                 self.silent = self.silent or talk.name
-                self._end("hung", f"{self.silent} has not answered for {backends.SILENCE_S:g} s", moment)
+                self._end("hung", f"{self.silent} has not answered for {SILENCE_S:g} s", moment)
         if moment > self.deadline:
             self._end("timed_out", f"not finished within its limit of {self.cell.params['timeout_s']:g} s", moment)
         if self.stepped and moment - self.stepped > self.stall_s:
@@ -150,7 +159,7 @@ class CellRun:
 
     def state(self) -> tuple[str, dict[str, Any] | None]:
         """How the cell ended, and why if not well."""
-        if self.talks and all(ended_well(self.outcomes.get(talk.name, {})) for talk in self.talks):
+        if self.talks and all(self.outcomes.get(talk.name, _NONE).ended_well for talk in self.talks):
             return "complete", None
         if self.stop.asked:
             return "cancelled", None

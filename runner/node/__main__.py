@@ -13,30 +13,42 @@ from typing import Any
 from runner.node.agent import NodeCell
 from runner.node.check import check, clean
 from runner.node.output import say
-from runner.node.slurm_step import run
+from runner.node.protocol import (
+    CellRequest,
+    CheckRequest,
+    Cleaned,
+    StepRequest,
+    SweepRequest,
+    Swept,
+    UnknownRequest,
+    read_request,
+)
 from runner.system import process
 
 
 def main() -> int:
-    request = _request()
-    kind = request.get("kind")
-    if kind == "check":
-        say("check", **check(request))
-        return 0
-    if kind == "cell":
-        return run(request) if request.get("slurm") else NodeCell(request).run()
-    if kind == "sweep":
-        process.stop_marked(request["marker"], request["grace_s"])
-        say("sweep")
-        return 0
-    if kind == "clean":
-        say("clean", removed=clean(Path(request["scratch"]), request["run_id"]))
-        return 0
-    print(f"runner.node: unknown request {kind!r}", file=sys.stderr)
-    return 2
+    try:
+        request = read_request(_object())
+    except UnknownRequest as error:
+        print(f"runner.node: {error}", file=sys.stderr)
+        return 2
+    if isinstance(request, CellRequest):
+        return NodeCell(request).run()
+    if isinstance(request, StepRequest):
+        from runner.node import slurm_step  # the engines' functions, which only a step of Slurm's needs here
+
+        return slurm_step.run(request)
+    if isinstance(request, CheckRequest):
+        say(check(request))
+    elif isinstance(request, SweepRequest):
+        process.stop_marked(request.marker, request.grace_s)
+        say(Swept())
+    else:
+        say(Cleaned(clean(Path(request.scratch), request.run_id)))
+    return 0
 
 
-def _request() -> dict[str, Any]:
+def _object() -> dict[str, Any]:
     """One JSON object from stdin: on one line, or indented, when a brace alone at the margin ends it."""
     lines = [sys.stdin.buffer.readline()]
     if lines[0].strip() == b"{":

@@ -10,23 +10,18 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from runner import __version__
 from runner.cluster import facts, slurm_names
+from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
 
 
-def check(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that would stop a cell on this node, found before anything starts.
-
-    Request: scratch, min_free_disk_gib, packages (names that must be installed), programs.
-    Answer: problems (one line each), kinds (of the same problems), time_s (this node's clock), facts.
-    """
+def check(request: CheckRequest) -> Checked:
+    """Everything that would stop a cell on this node, found before anything starts."""
     problems: list[tuple[str, str]] = []
-    scratch = Path(request["scratch"])
+    scratch = Path(request.scratch)
     try:
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = scratch / f".probe-{os.getpid()}"
@@ -37,34 +32,34 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
         problems.append((kind, f"cannot write to {scratch}: {error.strerror}"))
     else:
         free_gib = shutil.disk_usage(scratch).free / 2**30
-        if free_gib < request["min_free_disk_gib"]:
-            text = f"{free_gib:.1f} GiB free in {scratch}, {request['min_free_disk_gib']:g} GiB wanted"
+        if free_gib < request.min_free_disk_gib:
+            text = f"{free_gib:.1f} GiB free in {scratch}, {request.min_free_disk_gib:g} GiB wanted"
             problems.append(("disk_full", text))
         holder = _lock_holder(scratch)
         if holder:
             problems.append(("in_use", f"in use by run {holder}"))
-    missing = [name for name in request["packages"] if facts.version_of(name) is None]
+    missing = [name for name in request.packages if facts.version_of(name) is None]
     if missing:
         problems.append(("environment_missing", f"environment {sys.prefix} lacks {', '.join(missing)}"))
-    missing = [name for name in request["programs"] if shutil.which(name) is None]
+    missing = [name for name in request.programs if shutil.which(name) is None]
     if missing:
         problems.append(("environment_missing", f"lacks {', '.join(missing)}"))
-    if request["version"] != __version__:
-        text = f"has shakedown {__version__}, this controller is {request['version']}"
+    if request.version != __version__:
+        text = f"has shakedown {__version__}, this controller is {request.version}"
         problems.append(("version_mismatch", text))
     observed = facts.collect({})
-    if request["gpus"]:  # None where the inventory leaves the number open
+    if request.gpus:  # None where the inventory leaves the number open
         answering = len(observed["gpus"])
-        if answering < request["gpus"]:
+        if answering < request.gpus:
             answer = "answers" if answering == 1 else "answer"
-            text = f"{counted(answering, 'GPU')} {answer}, the inventory says {request['gpus']}"
+            text = f"{counted(answering, 'GPU')} {answer}, the inventory says {request.gpus}"
             problems.append(("gpu_failed", text))
-    return {
-        "problems": [text for _, text in problems],
-        "kinds": [kind for kind, _ in problems],
-        "time_s": time.time(),
-        "facts": observed,
-    }
+    return Checked(
+        problems=[text for _, text in problems],
+        kinds=[kind for kind, _ in problems],
+        time_s=time.time(),
+        facts=observed,
+    )
 
 
 def _lock_holder(scratch: Path) -> str | None:
@@ -82,6 +77,7 @@ def _lock_holder(scratch: Path) -> str | None:
 
 def clean(scratch: Path, run_id: str) -> bool:
     """Remove what a run and its Slurm jobs left on this node; its artefacts have been gathered."""
+
     folder = scratch / run_id
     if not run_id or folder.parent != scratch:
         return False

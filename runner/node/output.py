@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.node.protocol import Line, Message
+
 LAST_LINES = 20
+_BLOCK = 65536
 
 
-def say(kind: str, /, **fields: Any) -> None:
+def say(message: Message) -> None:
+    """Send one message to the controller, as one line on stdout."""
     # A torn pipe means that the controller is gone; the leash tells that, this write need not. Under Slurm
     # this is a file, whose full disk the outcome tells.
     with contextlib.suppress(OSError):
-        sys.stdout.buffer.write(json.dumps({"message": kind, **fields}).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(message.to_json()).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
@@ -28,8 +31,13 @@ class Tail:
         self._folder, self._patterns = folder, patterns
         self._offsets: dict[Path, int] = {}
 
+    def pass_on(self, last: bool = False) -> None:
+        """Send the controller what is new; an unfinished line waits for its end, unless this is the `last` call."""
+        for name, line in self.lines(last):
+            say(Line(name, line))
+
     def lines(self, last: bool = False) -> Iterator[tuple[str, str]]:
-        """(file name, line) pairs; an unfinished line waits for its end, unless this is the `last` call."""
+        """(file name, line) pairs that are new."""
         for pattern in self._patterns:
             for path in sorted(self._folder.glob(pattern)):
                 with open(path, "rb") as file:
@@ -44,7 +52,7 @@ class Tail:
 def copy(pipe: Any, file: Any) -> bool:
     """Move what the pipe holds to the file and the controller; False at its end."""
     try:
-        data = pipe.read(65536)
+        data = pipe.read(_BLOCK)
     except BlockingIOError:
         return True
     if data is None:
@@ -54,18 +62,18 @@ def copy(pipe: Any, file: Any) -> bool:
     file.write(data)
     name = Path(file.name).name
     for line in data.decode(errors="replace").splitlines():
-        say("line", file=name, line=line)
+        say(Line(name, line))
     return True
 
 
-def drain(child: subprocess.Popen[bytes], out: Any, err: Any) -> None:
-    for pipe, file in ((child.stdout, out), (child.stderr, err)):
-        if pipe is not None:
-            while pipe.readable() and (data := pipe.read(65536)):
-                file.write(data)
+def drain(pipe: Any, file: Any) -> None:
+    """Move the rest of what the pipe holds to the file."""
+    while pipe.readable() and (data := pipe.read(_BLOCK)):
+        file.write(data)
 
 
 def last_lines(path: Path) -> list[str]:
+    """The last LAST_LINES lines of a file; none where it cannot be read."""
     try:
         return path.read_text(errors="replace").splitlines()[-LAST_LINES:]
     except OSError:

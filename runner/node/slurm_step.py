@@ -7,73 +7,79 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runner.node.agent import NodeCell
 from runner.node.output import say
+from runner.node.protocol import CellRequest, Placed, StepRequest
 from runner.plan.engines.ranks import Ranks
 from runner.plan.engines.registry import ENGINES
-from runner.results.celldir import MESSAGES
+from runner.results.celldir import CellDir
 from runner.system.nodeset import expand
 
 
-def run(request: Mapping[str, Any]) -> int:
-    """One cell under Slurm: this node's part of it, told in a file of the cell's folder."""
+def run(step: StepRequest) -> int:
+    """Run this node's part of the cell, with its messages in a file of the cell's folder; returns the exit status."""
     try:
-        own = placed(request, os.environ)
-        folder = Path(own["cell_dir"])
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / MESSAGES).unlink(missing_ok=True)  # an earlier job's
-        stream = os.open(folder / MESSAGES, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        request, hosts = placed(step, os.environ)
+        folder = CellDir(Path(request.cell_dir))
+        folder.create()
+        folder.messages.unlink(missing_ok=True)  # an earlier job's
+        stream = os.open(folder.messages, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except (OSError, ValueError) as error:
-        print(f"runner.node: {request['cell']}: {error}", file=sys.stderr)
+        print(f"runner.node: {step.cell}: {error}", file=sys.stderr)
         return 1
     os.dup2(stream, 1)
     os.close(stream)
-    say("placed", job=own_id(os.environ), hosts=own["hosts"], host=own["host"])
-    return NodeCell(own).run()
+    say(Placed(own_id(os.environ), hosts, request.host))
+    return NodeCell(request).run()
 
 
-def placed(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """A node's own request, from the one that all nodes of a step get and what Slurm told this task.
+def placed(step: StepRequest, environ: Mapping[str, str]) -> tuple[CellRequest, list[str]]:
+    """A node's own request, from the one that all nodes of a step get and the environment of this task; and the
+    names of all the cell's nodes in rank order.
 
-    Of the common request: `hosts` are Slurm names in rank order (none: Slurm's order); `names`,
-    `addresses` and `node_env` have the inventory's names, addresses and variables of hosts by Slurm name;
-    `shared_root` is the folder of all hosts' artefacts where nodes share it, else `cell_dir` is on each node.
-    Raises ValueError saying what Slurm did not tell.
+    Raises ValueError saying what Slurm's environment lacks.
     """
     in_order, index = placement(environ)
     own = in_order[index]
-    hosts = tuple(request.get("hosts") or in_order)
+    hosts = tuple(step.hosts or in_order)
     if own not in hosts:
         raise ValueError(f"Slurm started it on {own}, which is none of {', '.join(hosts)}")
     index = hosts.index(own)
-    names = [request.get("names", {}).get(host, host) for host in hosts]
-    root = request.get("shared_root")
-    cell_dir = str(Path(root, names[index], request["cell"])) if root else request["cell_dir"]
-    launch = ENGINES[request["engine"]].launch(
+    names = [step.names.get(host, host) for host in hosts]
+    cell_dir = str(Path(step.shared_root, names[index], step.cell)) if step.shared_root else step.cell_dir
+    launch = ENGINES[step.engine].launch(
         Ranks(
             nodes=[_Host(name, sys.executable) for name in names],
-            gpus_per_node=request["gpus_per_node"],
-            master_address=request.get("addresses", {}).get(hosts[0], hosts[0]),
-            master_port=request["master_port"],
+            gpus_per_node=step.gpus_per_node,
+            master_address=step.addresses.get(hosts[0], hosts[0]),
+            master_port=step.master_port,
             cell_dir=cell_dir,
             launcher_dir=cell_dir,
             ssh_config=None,
-            marker=request["marker"],
+            marker=step.marker,
         )
     )
-    env = {**request["env"], **request.get("node_env", {}).get(own, {})}
-    return {
-        **request,
-        "host": names[index],
-        "hosts": names,
-        "cell_dir": cell_dir,
-        "env": env,
-        "job": {**request["job"], "env": env},
-        "argv": launch.argv[index],
-        "rendezvous_port": request["master_port"] if index == 0 else None,
-    }
+    env = {**step.env, **step.node_env.get(own, {})}
+    request = CellRequest(
+        run_id=step.run_id,
+        cell=step.cell,
+        attempt=step.attempt,
+        marker=step.marker,
+        telemetry_interval_s=step.telemetry_interval_s,
+        grace_s=step.grace_s,
+        host=names[index],
+        scratch=step.scratch,
+        cell_dir=cell_dir,
+        job={**step.job, "env": env},
+        argv=launch.argv[index],
+        env=env,
+        rendezvous_port=step.master_port if index == 0 else None,
+        timeout_s=step.timeout_s,
+        check=step.check,
+        environment=step.environment,
+    )
+    return request, names
 
 
 @dataclass(frozen=True)

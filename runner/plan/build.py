@@ -18,6 +18,8 @@ from runner.plan.engines.ranks import Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
 from runner.plan.plan import CELL_ENV, PORTS, Cell, Plan
 from runner.plan.request import Request
+from runner.results.celldir import LAUNCHER
+from runner.system.process import cell_marker
 from runner.workloads.registry import TESTS
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -125,8 +127,8 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
         master_address="127.0.0.1" if local else first.address,
         master_port=cell.master_port,
         cell_dir=str(base / cell.id),
-        launcher_dir=str(PurePath(where.run_dir, "launcher", cell.id)),
+        launcher_dir=str(PurePath(where.run_dir, LAUNCHER, cell.id)),
         ssh_config=ssh_config,
-        marker=f"{where.run_id}/{cell.id}",
+        marker=cell_marker(where.run_id, cell.id),
     )
     return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[where.engine].launch(ranks))

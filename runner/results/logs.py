@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, BinaryIO
 
+from runner.results.celldir import LAUNCHER
+
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
 
@@ -129,7 +131,7 @@ class Folding:
             return
         key = (line.cell, _skeleton(line.file), _skeleton(line.text))
         # A launcher passes on what nodes say, each line with the node's name before it.
-        speaker = _SPEAKER.match(line.text) if line.host == "launcher" else None
+        speaker = _SPEAKER.match(line.text) if line.host == LAUNCHER else None
         source = (line.host, line.file, speaker[0] if speaker else "")
         same = self._same.setdefault(key, _Same())
         turn = max(same.said[source], same.gone)

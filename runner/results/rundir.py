@@ -19,7 +19,7 @@ from typing import Any
 
 from runner.errors import UsageError
 from runner.results import records
-from runner.results.celldir import MESSAGES
+from runner.results.celldir import LAUNCHER, CellDir
 from runner.results.status import FINAL_STATES, LIVE_STATES, cell_status
 from runner.system.files import disk_errors, write_json_atomic, write_text_atomic
 
@@ -46,13 +46,13 @@ class RunDir:
     def run_id(self) -> str:
         return self.path.name
 
-    def cell(self, host: str, cell: str) -> Path:
+    def cell(self, host: str, cell: str) -> CellDir:
         """The artefacts of one cell on one host."""
-        return self.path / "nodes" / host / cell
+        return CellDir(self.path / "nodes" / host / cell)
 
-    def launcher(self, cell: str) -> Path:
+    def launcher(self, cell: str) -> CellDir:
         """The artefacts of a launcher that runs on the controller (DeepSpeed's)."""
-        return self.path / "launcher" / cell
+        return CellDir(self.path / LAUNCHER / cell)
 
     def earlier(self, cell: str, attempt: int) -> Path:
         """The artefacts of an attempt at a cell that was given up, below them one folder for each host."""
@@ -66,8 +66,8 @@ class RunDir:
         """Move what an attempt at a cell left out of the way of the next one. Nothing is deleted."""
         target = self.earlier(cell, attempt)
         left = {folder.parent.name: folder for folder in sorted(self.path.glob(f"nodes/*/{cell}"))}
-        if self.launcher(cell).is_dir():
-            left["launcher"] = self.launcher(cell)
+        if (launcher := self.launcher(cell).path).is_dir():
+            left[LAUNCHER] = launcher
         for name, folder in left.items():
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
             place = target / name
@@ -76,17 +76,20 @@ class RunDir:
             folder.rename(place)
 
     def read_outcomes(self, hosts: Iterable[str], cell: str) -> dict[str, dict[str, Any]]:
-        """outcome.json of every host that wrote a whole one."""
+        """The outcome (as node.protocol.Outcome is written) of every host that wrote a whole one."""
         outcomes = {}
         for host in hosts:
             with contextlib.suppress(OSError, ValueError):
-                outcomes[host] = json.loads((self.cell(host, cell) / "outcome.json").read_text())
+                outcomes[host] = json.loads(self.cell(host, cell).outcome.read_text())
         return outcomes
 
     def read_placement(self, cell: str, job_id: str | None) -> list[str]:
         """The hosts of a cell in rank order, as its agents in that job of Slurm's told; none where none has told it."""
-        for path in sorted(self.path.glob(f"nodes/*/{cell}/{MESSAGES}")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as file:
+        for folder in map(CellDir, sorted(self.path.glob(f"nodes/*/{cell}"))):
+            with (
+                contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+                open(folder.messages, encoding="utf-8") as file,
+            ):
                 placed = json.loads(file.readline())
                 if job_id and placed["job"] == job_id:
                     return [str(host) for host in placed["hosts"]]
@@ -254,7 +257,7 @@ class RunDir:
         facts: dict[str, dict[str, Any]] = {}
         for cell in plan["cells"]:
             for host in cell["hosts"]:
-                path = self.cell(host, cell["id"]) / "facts.json"
+                path = self.cell(host, cell["id"]).facts
                 with contextlib.suppress(OSError, ValueError):  # a node that died while writing
                     facts.setdefault(cell["id"], {})[host] = json.loads(path.read_text())
         return facts
@@ -262,7 +265,7 @@ class RunDir:
     def telemetry_streams(self, plan: Mapping[str, Any]) -> dict[tuple[str, str], Path]:
         """The append-only telemetry stream of every (cell, host)."""
         return {
-            (cell["id"], host): self.cell(host, cell["id"]) / "telemetry.jsonl"
+            (cell["id"], host): self.cell(host, cell["id"]).telemetry
             for cell in plan["cells"]
             for host in cell["hosts"]
         }

@@ -26,6 +26,11 @@ MARKER = "SHAKEDOWN_CELL"
 STACKS = signal.SIGURG
 
 
+def cell_marker(run_id: str, cell: str) -> str:
+    """The value of MARKER in every process of a cell."""
+    return f"{run_id}/{cell}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a finished command ended. `rc` is negative when a signal ended it."""

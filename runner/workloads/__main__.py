@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from runner.errors import RunnerError
+from runner.results.celldir import STREAMS, CellDir
 from runner.system import process
 from runner.workloads.job import Events, RankJob, rank_from_env
 from runner.workloads.registry import TESTS
@@ -19,7 +20,7 @@ def main(cell_dir: Path) -> None:
     job = RankJob.load(cell_dir)
     os.environ.update(job.env)  # before torch: NCCL and gloo read it when they are loaded
     rank = rank_from_env()
-    if "SHAKEDOWN_CELL" in os.environ:  # under the product; by hand, output stays on the terminal
+    if process.MARKER in os.environ:  # under the product; by hand, output stays on the terminal
         _own_output(cell_dir, rank)
     events = Events(cell_dir, rank)
     observed = int(os.environ["WORLD_SIZE"])
@@ -34,8 +35,8 @@ def main(cell_dir: Path) -> None:
 
 def _own_output(cell_dir: Path, rank: int) -> None:
     """Point stdout and stderr, NCCL's own prints included, at this rank's files: the same for every engine."""
-    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
-        file = os.open(cell_dir / f"rank{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for descriptor, stream in enumerate(STREAMS, 1):
+        file = os.open(CellDir(cell_dir).stream(rank, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)
         os.close(file)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner.results.celldir import CellDir
+
 
 @dataclass(frozen=True)
 class RankJob:
@@ -43,7 +45,7 @@ class RankJob:
 
     @classmethod
     def load(cls, cell_dir: Path) -> RankJob:
-        return cls(**json.loads((cell_dir / "job.json").read_text()))
+        return cls(**json.loads(CellDir(cell_dir).job.read_text()))
 
 
 class Events:
@@ -54,7 +56,7 @@ class Events:
 
     def __init__(self, cell_dir: Path, rank: int) -> None:
         self.rank = rank
-        self._file = open(cell_dir / f"rank{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
+        self._file = open(CellDir(cell_dir).events(rank), "w", buffering=1)  # noqa: SIM115
 
     def __call__(self, event: str, **fields: Any) -> None:
         line = {"event": event, "rank": self.rank, "time_s": round(time.time(), 6), **fields}

@@ -13,6 +13,7 @@ from runner.failures import Problem
 from runner.launch import blame, preflight
 from runner.launch import run as bench
 from runner.launch.agents import Agents
+from runner.node.protocol import Outcome
 from runner.plan import build, plan
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
@@ -46,7 +47,7 @@ class Nodes(Agents):
     def converse(self, planned, cell, watch, data, course):
         self.tried.append((cell.id, cell.hosts, cell.master_port))
         for host in cell.hosts:
-            folder = self.run.cell(host, cell.id)
+            folder = self.run.cell(host, cell.id).path
             folder.mkdir(parents=True)
             (folder / "facts.json").write_text(json.dumps(self.facts))
             context = {"collective": "all_reduce", "size_bytes": 8}
@@ -58,7 +59,7 @@ class Nodes(Agents):
                     del self.faults[number]
                 return blame.error(kind, f"planted {kind}", host)
         watch.talks = [bench_talk(host) for host in cell.hosts]
-        watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
+        watch.outcomes = {host: Outcome(rc=0) for host in cell.hosts}
         return None
 
     def gather(self, planned, cell):

@@ -76,7 +76,7 @@ def assert_kept(run: RunDir, hosts: Sequence[str], cell: str | None = None, rank
     """What healthy nodes left was gathered: their facts, how they ended, and their ranks' events if `ranks` began."""
     cell = cell or next(iter(run.read_status()["cells"]))
     for host in hosts:
-        folder: Path = run.cell(host, cell)
+        folder: Path = run.cell(host, cell).path
         names = {path.name for path in folder.iterdir()}
         assert {"facts.json", "outcome.json", "telemetry.jsonl"} <= names, (host, names)
         assert not ranks or any(name.startswith("rank") and name.endswith(".jsonl") for name in names), (host, names)

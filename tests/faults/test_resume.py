@@ -91,7 +91,7 @@ def test_accepted_drift_measures_all_cells_again_each_once(finished):
     assert [(cell["state"], cell["attempt"]) for cell in cells] == [("complete", 2), ("complete", 2)]
     assert contexts(run) == expected
     for cell in run.read_plan()["cells"]:
-        facts = json.loads((run.cell("localhost", cell["id"]) / "facts.json").read_text())
+        facts = json.loads((run.cell("localhost", cell["id"]).path / "facts.json").read_text())
         assert facts["env"]["NCCL_DEBUG"] == "INFO"
 
 

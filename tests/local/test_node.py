@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from runner.cluster import facts
 from runner.node import slurm_step
 from runner.node.check import check
 from runner.node.leash import JobLeash
+from runner.node.protocol import CheckRequest, StepRequest
 from runner.system import process
 
 pytestmark = pytest.mark.local
@@ -194,13 +196,13 @@ def test_an_engine_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_a_check_tells_every_problem_with_its_kind_and_the_nodes_time(tmp_path):
-    request = {"scratch": str(tmp_path), "min_free_disk_gib": 1e6, "packages": ["torch", "no-such-package"]}
-    answer = check({**request, "programs": ["no-such-program"], "version": "0.0.1", "gpus": 0})
-    assert answer["kinds"] == ["disk_full", "environment_missing", "environment_missing", "version_mismatch"]
-    assert [problem.split()[-1] for problem in answer["problems"]][1:3] == ["no-such-package", "no-such-program"]
-    assert abs(answer["time_s"] - time.time()) < 60
-    good = {**request, "min_free_disk_gib": 0, "packages": ["torch"]}
-    assert check({**good, "programs": [], "version": __version__, "gpus": 0})["problems"] == []
+    request = CheckRequest("0.0.1", str(tmp_path), 1e6, ["torch", "no-such-package"], ["no-such-program"], 0)
+    answer = check(request)
+    assert answer.kinds == ["disk_full", "environment_missing", "environment_missing", "version_mismatch"]
+    assert [problem.split()[-1] for problem in answer.problems][1:3] == ["no-such-package", "no-such-program"]
+    assert abs(answer.time_s - time.time()) < 60
+    good = replace(request, version=__version__, min_free_disk_gib=0, packages=["torch"], programs=[])
+    assert check(good).problems == []
 
 
 # --- ranks that stand still -----------------------------------------------------------------------
@@ -438,21 +440,24 @@ def test_a_task_without_slurms_variables_says_so_and_ends(tmp_path):
 
 
 def test_named_hosts_give_the_order_of_ranks_whatever_slurm_sorts(tmp_path):
-    request = slurm_request(tmp_path, hosts=["a2", "a1"])
-    first, second = (slurm_step.placed(request, {**SLURM, "SLURMD_NODENAME": name}) for name in ("a2", "a1"))
-    assert "--node-rank=0" in first["argv"] and "--node-rank=1" in second["argv"]
-    assert "--master-addr=10.0.0.2" in first["argv"] and "--master-addr=10.0.0.2" in second["argv"]
-    assert (first["rendezvous_port"], second["rendezvous_port"]) == (23456, None)
-    assert first["hosts"] == ["gpu-0009", "gpu-0001"]
+    request = StepRequest.from_json(slurm_request(tmp_path, hosts=["a2", "a1"]))
+    (first, hosts), (second, _) = (
+        slurm_step.placed(request, {**SLURM, "SLURMD_NODENAME": name}) for name in ("a2", "a1")
+    )
+    assert "--node-rank=0" in first.argv and "--node-rank=1" in second.argv
+    assert "--master-addr=10.0.0.2" in first.argv and "--master-addr=10.0.0.2" in second.argv
+    assert (first.rendezvous_port, second.rendezvous_port) == (23456, None)
+    assert hosts == ["gpu-0009", "gpu-0001"]
     with pytest.raises(ValueError, match="a2, which is none of a1, a3"):
-        slurm_step.placed({**request, "hosts": ["a1", "a3"]}, {**SLURM, "SLURMD_NODENAME": "a2"})
+        slurm_step.placed(replace(request, hosts=["a1", "a3"]), {**SLURM, "SLURMD_NODENAME": "a2"})
 
 
 def test_a_node_that_the_inventory_does_not_know_goes_by_slurms_name_and_its_own_folder(tmp_path):
-    request = slurm_request(tmp_path, names={}, addresses={}, shared_root=None, cell_dir="/scratch/run-a/c")
-    own = slurm_step.placed(request, {**SLURM, "SLURMD_NODENAME": "a2"})
-    assert (own["host"], own["cell_dir"]) == ("a2", "/scratch/run-a/c")
-    assert "--master-addr=a1" in own["argv"] and own["env"]["NIC"] == "eth0"
+    changes = {"names": {}, "addresses": {}, "shared_root": None, "cell_dir": "/scratch/run-a/c"}
+    request = StepRequest.from_json(slurm_request(tmp_path, **changes))
+    own, _ = slurm_step.placed(request, {**SLURM, "SLURMD_NODENAME": "a2"})
+    assert (own.host, own.cell_dir) == ("a2", "/scratch/run-a/c")
+    assert "--master-addr=a1" in own.argv and own.env["NIC"] == "eth0"
 
 
 def test_a_second_attempt_finds_nothing_of_the_first(tmp_path):

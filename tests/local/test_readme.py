@@ -100,7 +100,7 @@ def test_deepspeed_trains_on_eight_nodes_over_pdsh_and_port_44222(block):
     assert cell["metrics"]["tokens_per_s"] > 0
     assert summary["verdict"] == "not_judged" and "share one kernel" in summary["reason"]
     for rank, name in enumerate(NAMES):
-        folder = run.cell(name, cell["id"])
+        folder = run.cell(name, cell["id"]).path
         assert json.loads((folder / "facts.json").read_text())["hostname"] == name
         assert json.loads((folder / "outcome.json").read_text())["rc"] == 0
         assert '"event": "end"' in (folder / f"rank{rank}.jsonl").read_text()

@@ -119,7 +119,7 @@ def test_the_same_artefacts_are_kept_of_every_node(runs, way):
     run = runs[way]
     for cell in run.read_plan()["cells"]:
         for rank, host in enumerate(cell["hosts"]):
-            names = {path.name for path in run.cell(host, cell["id"]).iterdir()}
+            names = {path.name for path in run.cell(host, cell["id"]).path.iterdir()}
             wanted = {"job.json", "facts.json", "outcome.json", "telemetry.jsonl", "engine.stdout", "engine.stderr"}
             assert wanted | {f"rank{rank}.jsonl", f"rank{rank}.stdout", f"rank{rank}.stderr"} <= names
 

@@ -48,7 +48,7 @@ def test_a_rank_of_deepspeeds_that_is_killed_stops_the_others_and_its_node_is_na
     assert (status["state"], error["kind"], error["host"]) == ("failed", "rank_killed", NAMES[1])
     assert "node002" in output
     for name in NAMES[:3]:  # artefacts of all, the healthy ones' too
-        assert (bench.run.cell(name, "sft-tiny-3n-r1") / "outcome.json").exists()
+        assert (bench.run.cell(name, "sft-tiny-3n-r1").path / "outcome.json").exists()
     assert process.marked(bench.marker) == []  # this kernel is the nodes': it sees every process of theirs
 
 

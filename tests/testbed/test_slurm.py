@@ -19,8 +19,10 @@ from runner.launch.slurm import answers, commands
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.script import BatchJob, Step, render
 from runner.launch.talk import Talk
+from runner.node.protocol import Line, Message, Outcome, Placed
 from runner.provision.testbed import containers as provision_testbed
 from runner.provision.testbed import layout
+from runner.results.celldir import CellDir
 from runner.system import process
 
 CELL = "torch-2n-r1"
@@ -89,7 +91,7 @@ class Run:
     hosts: tuple[str, ...] = ()
     job_id: str = ""
     talks: list[Talk] = field(default_factory=list)
-    heard: list[tuple[str, dict]] = field(default_factory=list)
+    heard: list[tuple[str, Message]] = field(default_factory=list)
     waited: list[answers.JobInfo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -160,7 +162,7 @@ class Run:
         follow = following.Follow(
             self.cluster.slurm,
             self.job_id,
-            {node.name: self.folder / "nodes" / node.name / cell for node in nodes},
+            {node.name: CellDir(self.folder / "nodes" / node.name / cell) for node in nodes},
             step=step,
             source=None if self.shared else self.cell_dir(cell),
             nodes=nodes,
@@ -172,14 +174,14 @@ class Run:
             follow, self.talks, lambda talk, m: self.heard.append((talk.name, m)), word, patience_s=20
         )
 
-    def outcomes(self) -> dict[str, dict]:
-        return {name: message for name, message in self.heard if message["message"] == "outcome"}
+    def outcomes(self) -> dict[str, Outcome]:
+        return {name: message for name, message in self.heard if isinstance(message, Outcome)}
 
     def rank_started(self) -> bool:
         return any('"start"' in path.read_text() for path in self.folder.glob(f"nodes/*/{CELL}/rank0.jsonl"))
 
     def stopped(self) -> set[str | None]:
-        return {outcome["stopped"] for outcome in self.outcomes().values()}
+        return {outcome.stopped for outcome in self.outcomes().values()}
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +233,7 @@ def test_a_cell_of_real_ranks_runs_with_and_without_a_shared_file_system(cluster
     assert cluster.slurm.find(one.name) == one.job_id
     assert [talk.name for talk in one.talks] == [node.name for node in cluster.nodes[:2]]
     assert one.outcomes().keys() == {talk.name for talk in one.talks}
-    events = [json.loads(m["line"]) for _, m in one.heard if m.get("file") == "rank0.jsonl"]
+    events = [json.loads(m.line) for _, m in one.heard if isinstance(m, Line) and m.file == "rank0.jsonl"]
     assert {"start", "value", "end"} <= {event["event"] for event in events}
     for host in one.outcomes():
         assert (one.folder / "nodes" / host / CELL / "outcome.json").is_file()
@@ -240,20 +242,20 @@ def test_a_cell_of_real_ranks_runs_with_and_without_a_shared_file_system(cluster
     # A controller that comes back hears it all again.
     first, one.heard = one.heard, []
     assert one.follow(submitted).state == "complete"
-    assert sorted(map(json.dumps, one.heard)) == sorted(map(json.dumps, first))
+    assert sorted(map(str, one.heard)) == sorted(map(str, first))
 
 
 def test_before_the_time_limit_ranks_have_time_to_flush(cluster, limited):
     one, info = limited
     one.follow(info)
     assert one.stopped() == {"time limit"}
-    assert "flushed" in json.dumps(one.heard) and cluster.left(one.marker()) == ""
+    assert "flushed" in str(one.heard) and cluster.left(one.marker()) == ""
 
 
 def test_hosts_that_are_named_have_their_ranks_in_that_order(cluster, run):
     one = run(0.5, hosts=("node003", "node001"))
     one.follow(one.submit())
-    placed = {name: message["hosts"] for name, message in one.heard if message["message"] == "placed"}
+    placed = {name: message.hosts for name, message in one.heard if isinstance(message, Placed)}
     third, first = cluster.nodes[2].name, cluster.nodes[0].name
     assert placed == {name: [third, first] for name in (third, first)}
 
@@ -279,8 +281,8 @@ def test_words_reach_every_agent_and_ranks_have_time_to_flush(cluster, run):
 
     one.follow(one.submit(), word=word)
     assert one.stopped() == {"stop"} and len(one.outcomes()) == 2
-    assert all("run.py" in str(outcome["stacks"]["rank0"]["frames"]) for outcome in one.outcomes().values())
-    assert "flushed" in json.dumps(one.heard) and cluster.left(one.marker()) == ""
+    assert all("run.py" in str(outcome.stacks["rank0"].frames) for outcome in one.outcomes().values())
+    assert "flushed" in str(one.heard) and cluster.left(one.marker()) == ""
 
 
 def test_in_one_allocation_cells_follow_each_other_and_one_that_is_stopped_does_not_end_the_next(run):

@@ -1,24 +1,166 @@
-"""Rules of the house that no other tool checks, read from the syntax trees of runner/."""
+"""One place for each thing: what the syntax trees of runner/ must show.
+
+A section a rule. A rule looks at every module but those that are its one place, and names file, line and what it found.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from runner.cluster.backends import BACKENDS
+from runner.node import protocol
 from runner.plan.engines.registry import ENGINES
 from runner.workloads.registry import TESTS
 
-RUNNER = Path(__file__).parents[2] / "runner"
+RUNNER = Path(__file__).resolve().parents[2] / "runner"
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    """(path below runner/, syntax tree) of every module."""
-    for path in sorted(RUNNER.rglob("*.py")):
-        yield str(path.relative_to(RUNNER)), ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def modules(*doors: str) -> list[Path]:
+    """The modules behind these doors, or all, in a fixed order."""
+    return sorted(path for path in RUNNER.rglob("*.py") if not doors or path.relative_to(RUNNER).parts[0] in doors)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(RUNNER).as_posix()
+
+
+def docstrings(tree: ast.Module) -> set[ast.AST]:
+    """The constants that stand alone as a statement."""
+    return {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def texts(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
+    """Every string in a module that is no docstring; what an f-string fills in is `{}`."""
+    apart = docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            apart.update(node.values)
+            yield node, "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in apart:
+            yield node, node.value
+
+
+def found(places: list[Path], rule: Callable[[ast.Module], Iterator[tuple[ast.AST, str]]], *but: str) -> list[str]:
+    """What a rule finds in these modules, but those that are its one place."""
+    return [
+        f"{name_of(path)}:{getattr(node, 'lineno', 0)}: {what}"
+        for path in places
+        if name_of(path) not in but
+        for node, what in rule(tree_of(path))
+    ]
+
+
+# --- files of a cell's folder: results/celldir.py ------------------------------------------------------
+
+CELL_FILE = re.compile(
+    r"(job|facts|outcome)\.json|(messages|telemetry)\.jsonl|engine\.std(out|err)|rank(\*|\{\}|\d+)\.(jsonl|stdout|stderr)"
+)
+
+
+def cell_files(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    return ((node, text) for node, text in texts(tree) if CELL_FILE.search(text))
+
+
+def test_one_module_knows_the_names_of_the_files_in_a_cells_folder():
+    assert found(modules(), cell_files, "results/celldir.py") == []
+    assert found([RUNNER / "results" / "celldir.py"], cell_files), "the rule finds them where they are"
+
+
+# --- words, messages and requests: node/protocol.py ------------------------------------------------------
+
+WORDS = {*protocol.Word, *protocol.Stopped}
+MESSAGES = set(protocol._MESSAGES)
+REQUESTS = (protocol.CheckRequest, protocol.CellRequest, protocol.StepRequest)
+ANSWERS = (protocol.Outcome, protocol.Placed, protocol.Line, protocol.Checked)
+KEYS = {"kind", "message", *(field.name for each in (*REQUESTS, *ANSWERS) for field in fields(each))}
+OWNERS = re.compile(r"(request|message|outcome|answer|step|own)s?")
+
+
+def compared(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Words and kinds of messages that are compared, returned, or listed, as literals."""
+    for node in ast.walk(tree):
+        parts: list[ast.expr | None] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Return):
+            parts = [node.value]
+        elif isinstance(node, ast.IfExp):
+            parts = [node.body, node.orelse]
+        elif isinstance(node, ast.Dict):
+            parts = list(node.keys)
+        parts += [each for part in parts if isinstance(part, ast.Tuple | ast.Set | ast.List) for each in part.elts]
+        for part in parts:
+            if isinstance(part, ast.Constant) and part.value in WORDS | MESSAGES:
+                yield part, repr(part.value)
+
+
+def identifier(node: ast.expr) -> str:
+    """What is looked into: `outcomes` in `self.outcomes[host]` and in `outcomes.get(host, {})`."""
+    while True:
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            node = node.func.value
+        else:
+            return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def keys_read(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Keys of requests and messages that are asked for as literals: `request["cell"]`, `outcome.get("rc")`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript):
+            owner, key = node.value, node.slice
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "get"
+            and node.args
+        ):
+            owner, key = node.func.value, node.args[0]
+        else:
+            continue
+        if isinstance(key, ast.Constant) and key.value in KEYS and OWNERS.fullmatch(identifier(owner)):
+            yield node, ast.unparse(node)
+
+
+@pytest.mark.parametrize("rule", [compared, keys_read])
+def test_one_module_knows_how_controller_and_agents_talk(rule):
+    assert found(modules("node", "launch"), rule, "node/protocol.py") == []
+
+
+def test_the_rules_find_what_they_are_to_find():
+    tree = ast.parse('if word in ("stop", "x") or request["cell_dir"] == self.outcomes.get(h, {})["rc"]: pass')
+    assert [what for _, what in compared(tree)] == ["'stop'"]
+    assert sorted(what for _, what in keys_read(tree)) == [
+        "request['cell_dir']",
+        "self.outcomes.get(h, {})['rc']",
+    ]
+
+
+# --- the mark of a cell's processes: system/process.py --------------------------------------------------
+
+
+def marks(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    return ((node, text) for node, text in texts(tree) if "SHAKEDOWN_CELL" in text)
+
+
+def test_one_module_names_the_variable_that_marks_a_cells_processes():
+    assert found(modules(), marks, "system/process.py") == []
 
 
 # --- what depends on a test, an engine or a backend asks its row, never what it is called -----------------------
@@ -41,7 +183,7 @@ def literals(tree: ast.AST) -> Iterator[str]:
             yield from literals(element)
 
 
-def compared(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+def compared_texts(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """(where, literal) of every string that is compared with ==, !=, in, not in, or by a case of `match`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
@@ -56,13 +198,13 @@ def named_in(path: str, tree: ast.AST) -> list[str]:
     names = {name for registry, rows in REGISTRIES.items() if registry != path for name in rows}
     return [
         f"{path}: {ast.unparse(where)}"
-        for where, text in compared(tree)
+        for where, text in compared_texts(tree)
         if text in names and ast.unparse(where) not in ALIKE
     ]
 
 
 def test_no_name_of_a_test_an_engine_or_a_backend_is_compared_outside_its_registry() -> None:
-    assert [found for path, tree in trees() for found in named_in(path, tree)] == []
+    assert [each for path in modules() for each in named_in(name_of(path), tree_of(path))] == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +242,7 @@ def transports_asked(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def test_nothing_asks_which_transport_it_has() -> None:
-    assert [f"{path}: {ast.unparse(call)}" for path, tree in trees() for call in transports_asked(tree)] == []
+    assert [f"{name_of(path)}: {ast.unparse(c)}" for path in modules() for c in transports_asked(tree_of(path))] == []
 
 
 @pytest.mark.parametrize(

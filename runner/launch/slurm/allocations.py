@@ -23,6 +23,7 @@ from runner.launch.slurm.ledger import JobShare, Ledger
 from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, render
 from runner.launch.talk import Talk
 from runner.launch.watch import CellRun, Course
+from runner.node.protocol import CheckRequest, StepRequest, Stopped
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.rundir import RunDir
 from runner.system import process
@@ -111,7 +112,7 @@ class Allocations:
         run: RunDir,
         ssh_config: str | None,
         cluster: commands.SlurmClient,
-        checks: Mapping[str, Any],
+        checks: CheckRequest | None,
         expected: Mapping[str, str | None],
     ) -> None:
         self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
@@ -315,7 +316,7 @@ class Allocations:
             if mute and (found := words.search("\n".join(stderr))):
                 named = self._node(plan, found["node"]).name
                 return blame.error(kind, f"job {info.job_id} cannot start its agent: {found['why']}", named, stderr)
-        if any(outcome.get("stopped") == "time limit" for outcome in watch.outcomes.values()):
+        if any(outcome.stopped == Stopped.TIME_LIMIT for outcome in watch.outcomes.values()):
             kind, message = said["time_limit"]
         elif info.state in said and watch.reason is None:
             kind, message = said[info.state]
@@ -395,7 +396,7 @@ def prepare(
     data: str | None,
     shared: bool,
     known: Sequence[str],
-    checks: Mapping[str, Any],
+    checks: CheckRequest | None,
     expected: Mapping[str, str | None],
 ) -> BatchJob:
     """The job of `cells`. `known` are Slurm's names of nodes."""
@@ -404,27 +405,26 @@ def prepare(
     steps = []
     for cell in cells:
         common = rank_environment(cell, first)
-        request = {
-            **agents.cell_request(plan, cell),
-            "slurm": True,
-            "engine": plan.engine,
-            "gpus_per_node": cell.gpus_per_node,
-            "master_port": cell.master_port,
-            "timeout_s": cell.params["timeout_s"],
-            "scratch": first.scratch,
-            "cell_dir": cell.cell_dir,
-            "shared_root": cell.cell_dir if shared else None,
-            "hosts": [slurm_name(plan.node(host), known) for host in cell.hosts],
-            "names": {word: node.name for word, node in names.items() if word != node.name},
-            "addresses": {word: node.address for word, node in names.items() if word != node.address},
-            "env": common,
-            "node_env": {word: dict(node.env) for word, node in names.items() if node.env != first.env},
-            "job": job(plan, cell, first, data),
-            "check": dict(checks),
-            "environment": dict(expected) or None,
-        }
-        hosts = tuple(request["hosts"])
-        steps.append(Step(cell.id, cell.num_nodes, request, hosts, cell.params["timeout_s"]))
+        request = StepRequest(
+            **agents.cell_fields(plan, cell),
+            engine=plan.engine,
+            gpus_per_node=cell.gpus_per_node,
+            master_port=cell.master_port,
+            timeout_s=cell.params["timeout_s"],
+            scratch=first.scratch,
+            cell_dir=cell.cell_dir,
+            shared_root=cell.cell_dir if shared else None,
+            hosts=[slurm_name(plan.node(host), known) for host in cell.hosts],
+            names={word: node.name for word, node in names.items() if word != node.name},
+            addresses={word: node.address for word, node in names.items() if word != node.address},
+            env=common,
+            node_env={word: dict(node.env) for word, node in names.items() if node.env != first.env},
+            job=job(plan, cell, first, data),
+            check=checks,
+            environment=dict(expected) or None,
+        )
+        hosts = tuple(request.hosts)
+        steps.append(Step(cell.id, cell.num_nodes, request.to_json(), hosts, cell.params["timeout_s"]))
     return BatchJob(
         name=name,
         steps=tuple(steps),
@@ -445,7 +445,7 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     while left:
         some = together(plan, left)
         name = job_name(plan, some[0], 1)
-        script = render(prepare(plan, name, some, None, settings.shared, known, {}, {}), settings)
+        script = render(prepare(plan, name, some, None, settings.shared, known, None, {}), settings)
         shown.append(f"{name}.sbatch:\n{script}")
         left = [cell for cell in left if cell not in some]
     return shown

@@ -6,7 +6,6 @@ they write, so that a controller which comes later hears all of it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
@@ -23,8 +22,9 @@ from runner.launch import copy
 from runner.launch.slurm import answers
 from runner.launch.slurm.answers import JobInfo
 from runner.launch.slurm.commands import NotStarted, Silent, SlurmClient, forgotten, gone, intervals
-from runner.launch.talk import POLL_S, SILENCE_S, Talk
-from runner.results.celldir import MESSAGES
+from runner.launch.talk import Talk
+from runner.node.protocol import POLL_S, SILENCE_S, Alive, Message, Outcome, Placed, Word, read_message, slurm_signal
+from runner.results.celldir import CellDir
 from runner.system import process
 
 FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
@@ -33,12 +33,12 @@ ENDING_S = 40.0  # Slurm's KillWait is 30 s: what ends for longer waits for a no
 FIRST_END_S = 10.0  # where no agent has said a word: srun has ended by then, since the job's script has
 LAG_S = 3.0  # until the last words written on a node are seen through NFS
 FETCH_S = 60.0
-FETCH_LONGEST_S = 10.0  # between copies: an agent that is not heard for backends.SILENCE_S counts as lost
+FETCH_LONGEST_S = 10.0  # between copies: an agent that is not heard for SILENCE_S counts as lost
 SILENT_PAUSE_S = 2.0
 HEAR_S = 0.002  # spent on each agent's file: five hundred are asked once a second, not ten times
 AT_ONCE = 4 << 20
 LOG_LINES = 20
-SIGNALS = {"stop": "USR2", "stacks": process.STACKS.name.removeprefix("SIG"), "cancel": None}  # as node.SLURM_WORDS
+CANCEL = "cancel"  # what is told to Slurm alone, after the words to the agents
 T = TypeVar("T")
 
 
@@ -163,7 +163,7 @@ class Follow:
 
     slurm: SlurmClient
     job_id: str
-    folders: Mapping[str, Path]
+    folders: Mapping[str, CellDir]
     step: int | None = None
     source: str | None = None
     nodes: Sequence[Node] = ()
@@ -179,7 +179,7 @@ class Follow:
 
     def fetch(self) -> dict[str, str]:
         """Copy what the nodes have by now; one that cannot be reached is merely not heard."""
-        targets = {name: str(folder) for name, folder in self.folders.items()}
+        targets = {name: str(folder.path) for name, folder in self.folders.items()}
         return copy.gather(self.nodes, str(self.ssh_config), str(self.source), targets, timeout_s=FETCH_S)
 
 
@@ -189,11 +189,12 @@ class _Ear:
     def __init__(self, path: Path, job_id: str) -> None:
         self._path, self._job_id, self._offset = path, job_id, 0
 
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[Message]:
         """What is new; nothing of an earlier job in the same folder."""
         try:
             with open(self._path, "rb") as file:
-                if not any(message.get("job") == self._job_id for message in _parsed(file.readline())):
+                first = read_message(file.readline())
+                if not (isinstance(first, Placed) and first.job == self._job_id):
                     return []
                 file.seek(self._offset)
                 data = file.read(AT_ONCE)
@@ -201,24 +202,14 @@ class _Ear:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return _parsed(whole)
-
-
-def _parsed(lines: bytes) -> list[dict[str, Any]]:
-    """The messages of whole lines; a node that dies leaves blocks of zeros in its last one."""
-    messages = []
-    for line in lines.splitlines():
-        with suppress(ValueError):
-            message = json.loads(line)
-            if isinstance(message, dict) and "message" in message:
-                messages.append(message)
-    return messages
+        # A node that dies leaves blocks of zeros in its last line.
+        return [message for line in whole.splitlines() if (message := read_message(line))]
 
 
 def converse(
     follow: Follow,
     talks: Sequence[Talk],
-    on_message: Callable[[Talk, dict[str, Any]], None],
+    on_message: Callable[[Talk, Message], None],
     word: Callable[[Talk], str | None] = lambda talk: None,
     patience_s: float = 20.0,
 ) -> JobInfo:
@@ -230,7 +221,7 @@ def converse(
     Slurm nor any agent is heard any more.
     """
     for folder in follow.folders.values():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.create()
     with left_at_once(follow.slurm, follow.job_id), _threads() as pool:
         return _Following(follow, talks, on_message, word, patience_s).run(pool)
 
@@ -275,13 +266,13 @@ class _Following:
         self,
         follow: Follow,
         talks: Sequence[Talk],
-        on_message: Callable[[Talk, dict[str, Any]], None],
+        on_message: Callable[[Talk, Message], None],
         word: Callable[[Talk], str | None],
         patience_s: float,
     ) -> None:
         self.follow, self.talks, self.on_message, self.word = follow, talks, on_message, word
         self.patience_s = patience_s
-        self.ears = [(talk, _Ear(follow.folders[talk.name] / MESSAGES, follow.job_id)) for talk in talks]
+        self.ears = [(talk, _Ear(follow.folders[talk.name].messages, follow.job_id)) for talk in talks]
         self.info = forgotten(follow.job_id)
         self.step_seen = False  # running, in Slurm's list of steps
         self.job, self.agents, self.stop = _Since(_Job.OPEN), _Since(_Agents.SPEAKING), _Since(_Stop.NOT_ASKED)
@@ -315,7 +306,7 @@ class _Following:
             elif self.agents.state is _Agents.SPEAKING:
                 self.agents.enter(_Agents.ENDED, now)
                 look.soon()
-            if self.sent == "cancel" and self._mute(alive, now):  # Slurm goes on ending it
+            if self.sent == CANCEL and self._mute(alive, now):  # Slurm goes on ending it
                 return self._end(alive)
             if self._overdue(now):
                 self._end(alive)
@@ -344,9 +335,9 @@ class _Following:
         for talk, ear in self.ears:
             for message in ear.messages() if talk.alive else []:
                 talk.answered, talk.heard, self.heard, heard = True, now, now, True
-                if message["message"] == "outcome":
-                    talk.rc = 0 if message.get("rc") == 0 and not message.get("error") else 1
-                if message["message"] != "alive":
+                if isinstance(message, Outcome):
+                    talk.rc = 0 if message.ended_well else 1
+                if not isinstance(message, Alive):
                     self.on_message(talk, message)
             if not talk.answered and now - self.began < FIRST_WORD_S:
                 talk.heard = now
@@ -382,16 +373,16 @@ class _Following:
         for talk in alive:
             talk.told = self.word(talk) or talk.told
         words = {talk.told for talk in alive}
-        if "stop" in words:
+        if Word.STOP in words:
             self.stop.enter(_Stop.ASKED, now)
         asked_s = self.stop.seconds(_Stop.ASKED, now)
         if asked_s is not None:
-            wanted = "cancel" if asked_s > self.patience_s or self._mute(alive, now) else "stop"
+            wanted = CANCEL if asked_s > self.patience_s or self._mute(alive, now) else Word.STOP
         else:
-            wanted = "stacks" if "stacks" in words else ""
+            wanted = Word.STACKS if Word.STACKS in words else ""
         if wanted and wanted != self.sent and now >= self.send_from:
             try:
-                self._cancel(SIGNALS[wanted])
+                self._cancel(None if wanted == CANCEL else slurm_signal(Word(wanted)))
                 self.sent = wanted
             except Silent:
                 self.send_from = now + SILENT_PAUSE_S

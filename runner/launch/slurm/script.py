@@ -1,8 +1,7 @@
 """Slurm in words: jobs rendered, its answers about them read. Text in, values out.
 
 Written for Slurm 20.11 and later. Answers are asked for as text with a separator of our own: the JSON of
-those versions is missing, or differs from one to the next. The agent on the nodes imports this module, so
-it stays small.
+those versions is missing, or differs from one to the next.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 
 from runner.cluster.slurm import WORD, Settings, clock, placeholder
 from runner.errors import UsageError
+from runner.node.protocol import Stopped, slurm_signal
 from runner.system.nodeset import fold
 from runner.system.wording import counted
 
@@ -110,7 +110,7 @@ def render(job: BatchJob, settings: Settings) -> str:
         "nodelist": ",".join(hosts) or None,
         "exclude": ",".join(settings.exclude) or None,
         "time": clock(limit_s(job, settings)),
-        "signal": f"USR1@{NOTICE_S}",
+        "signal": f"{slurm_signal(Stopped.TIME_LIMIT)}@{NOTICE_S}",
         "no-requeue": "",
         "export": ",".join(job.secrets) or "NIL",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from runner.plan.engines.ranks import Launch, Ranks
+from runner.results.celldir import TORCHRUN_LOGS
 
 
 def launch(ranks: Ranks) -> Launch:
@@ -20,7 +21,7 @@ def launch(ranks: Ranks) -> Launch:
                 f"--node-rank={index}",
                 f"--master-addr={ranks.master_address}",
                 f"--master-port={ranks.master_port}",
-                f"--log-dir={PurePath(ranks.cell_dir, 'torchrun')}",  # else it litters /tmp
+                f"--log-dir={PurePath(ranks.cell_dir, TORCHRUN_LOGS)}",  # else it litters /tmp
                 "-m",
                 "runner.workloads",
                 ranks.cell_dir,

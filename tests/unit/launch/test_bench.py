@@ -12,13 +12,14 @@ from runner.errors import InfrastructureError
 from runner.failures import Problem
 from runner.launch import preflight, watch
 from runner.launch.talk import Talk
+from runner.node.protocol import STACKS_S, Line, Outcome, Started
 from runner.results import celldir
 
 
-def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
+def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> Outcome:
     ranks = {"rank0": {"started": True, "ended": ended, "stderr": stderr or []}}
     plain = {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, "engine_stderr": []}
-    return {**plain, **more}
+    return Outcome.from_json({**plain, **more})
 
 
 def talks(*names: str) -> list[Talk]:
@@ -104,7 +105,7 @@ def test_a_cell_that_overruns_is_asked_where_it_stands_and_is_incomplete(cluster
     run = cell_run(cluster)
     run.deadline = time.monotonic() - 1
     assert run.word(run.talks[0]) == "stacks"  # where do you stand? then
-    run.reason_at -= watch.STACKS_S
+    run.reason_at -= STACKS_S
     assert run.word(run.talks[0]) == "stop"
     for talk in run.talks:
         run.hear(talk, outcome(rc=None, stopped="stop"))
@@ -126,7 +127,7 @@ def test_a_silent_node_ends_the_cell_and_is_named(cluster):
 
 def progress(run, done: int) -> None:
     event = json.dumps({"event": "progress", "done": done, "total": 9, "phase": "x"})
-    run.hear(run.talks[0], {"message": "line", "file": "rank0.jsonl", "line": event})
+    run.hear(run.talks[0], Line("rank0.jsonl", event))
 
 
 def test_ranks_that_fall_silent_after_their_first_step_hang(cluster):
@@ -163,9 +164,9 @@ def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it
     run = cell_run(cluster, head=("deepspeed",))
     launcher = Talk(celldir.LAUNCHER, (), {}, heard=time.monotonic())
     run.talks.append(launcher)
-    run.hear(run.talks[0], {"message": "started"})
+    run.hear(run.talks[0], Started())
     assert run.word(launcher) is None
-    run.hear(run.talks[1], {"message": "started"})
+    run.hear(run.talks[1], Started())
     assert run.word(launcher) == "go"
     run.hear(launcher, outcome(rc=0, ended=True))
     assert run.word(run.talks[0]) == "done"

@@ -13,14 +13,15 @@ from runner.cluster import reasons
 from runner.failures import KINDS, Problem, node_lines
 from runner.launch import blame
 from runner.launch.talk import Talk
-from runner.node import stacks as node
+from runner.node import ranks as node
+from runner.node.protocol import Outcome, RankStack
 from runner.results import celldir
 
 
-def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> dict:
+def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> Outcome:
     ranks = {"rank0": {"started": True, "ended": ended, "stderr": stderr or []}}
     plain = {"message": "outcome", "rc": rc, "error": None, "stopped": None, "ranks": ranks, "engine_stderr": []}
-    return {**plain, **more}
+    return Outcome.from_json({**plain, **more})
 
 
 def talks(*names: str, rc: int = 0, answered: bool = True, stderr: tuple[str, ...] = ()) -> list[Talk]:
@@ -179,15 +180,15 @@ WAITS = "torch/distributed/distributed_c10d.py:2811 all_reduce"
 REASON = "not finished within its limit of 60 s"
 
 
-def stands(frame: str | None = WAITS, state: str = "S") -> dict:
-    return {"state": state, "age_s": 60.0, "frames": [frame] if frame else []}
+def stands(frame: str | None = WAITS, state: str = "S") -> RankStack:
+    return RankStack(state, 60.0, [frame] if frame else [])
 
 
-def standstill(**hosts: list[dict]) -> dict:
+def standstill(**hosts: list[RankStack]) -> dict:
     """Of ranks by host, in the order of their numbers."""
     numbers = iter(range(99))
     stacks = {host: {f"rank{next(numbers)}": rank for rank in ranks} for host, ranks in hosts.items()}
-    return blame.standstill("timed_out", REASON, {host: {"stacks": ranks} for host, ranks in stacks.items()})
+    return blame.standstill("timed_out", REASON, {host: Outcome(stacks=ranks) for host, ranks in stacks.items()})
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_the_rank_that_others_wait_for_names_its_host(rank, evidence):
     found = standstill(a=[stands()], b=[rank], c=[stands()])
     assert (found["kind"], found["host"]) == ("rank_hung", "b")
     assert found["message"] == f"{REASON}: {evidence}, while 2 wait for others (first: rank0 in {WAITS})"
-    assert found["stderr"] == rank["frames"]
+    assert found["stderr"] == rank.frames
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_without_exactly_one_suspected_host_nobody_is_blamed(hosts):
 def test_a_host_is_named_only_with_a_suspect_on_it_and_on_no_other(ranks):
     hosts = {f"n{index}": of_host for index, of_host in enumerate(ranks)}
     found = standstill(**hosts)
-    stopped = {host for host, of_host in hosts.items() if any(rank["state"] == "T" for rank in of_host)}
+    stopped = {host for host, of_host in hosts.items() if any(rank.state == "T" for rank in of_host)}
     if found["host"] is None:
         assert len(stopped) != 1 or any(stands("user.py:1 f") in of_host for of_host in hosts.values())
     else:

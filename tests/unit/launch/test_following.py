@@ -13,6 +13,7 @@ from runner.cluster import slurm as slurm_settings
 from runner.launch.slurm import commands as jobs
 from runner.launch.slurm import follow as following
 from runner.launch.talk import Talk
+from runner.results.celldir import CellDir
 from runner.system.process import Outcome
 
 # --- waiting --------------------------------------------------------------------------------------
@@ -80,9 +81,11 @@ def conversation(tmp_path, commands, hosts, word=lambda talk: None, patience_s=1
     talks = [Talk(host, (), {}) for host in hosts]
     heard: list[tuple[str, str]] = []
     info = following.converse(
-        following.Follow(cluster(commands), "7", {host: tmp_path / host for host in hosts}, lag_s=0.1, **follow),
+        following.Follow(
+            cluster(commands), "7", {host: CellDir(tmp_path / host) for host in hosts}, lag_s=0.1, **follow
+        ),
         talks,
-        lambda talk, message: heard.append((talk.name, message["message"])),
+        lambda talk, message: heard.append((talk.name, message.MESSAGE)),
         word,
         patience_s,
     )
@@ -120,11 +123,11 @@ def test_a_growing_file_is_read_once_and_only_in_whole_lines(tmp_path):
     path.write_bytes(b'{"message": "placed", "jo')
     assert ear.messages() == []
     path.write_bytes(b'{"message": "placed", "job": "7"}\n{"message": "alive"}\n\0\0\0\n{"message": "out')
-    assert [m["message"] for m in ear.messages()] == ["placed", "alive"]
+    assert [m.MESSAGE for m in ear.messages()] == ["placed", "alive"]
     longer = path.read_bytes() + b'come"}\n'
     path.with_name("copy").write_bytes(longer)
     path.with_name("copy").replace(path)  # as rsync does
-    assert [m["message"] for m in ear.messages()] == ["outcome"]
+    assert [m.MESSAGE for m in ear.messages()] == ["outcome"]
     assert ear.messages() == []
     path.write_bytes(b'{"message": "placed", "job": "8"}\n' + longer)
     assert ear.messages() == []
@@ -145,7 +148,7 @@ def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_pa
 
     talks = [Talk("a", (), {})]
     follow = following.Follow(
-        jobs.SlurmClient(slurm_settings.Settings(), run=Deaf()), "7", {"a": tmp_path / "a"}, lag_s=0.1
+        jobs.SlurmClient(slurm_settings.Settings(), run=Deaf()), "7", {"a": CellDir(tmp_path / "a")}, lag_s=0.1
     )
     info = following.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
     assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
@@ -178,7 +181,7 @@ def test_in_one_allocation_a_cell_ends_with_its_step_and_the_job_goes_on(tmp_pat
 def test_slurm_may_be_silent_as_long_as_agents_are_heard(tmp_path):
     said(tmp_path / "a", {"message": "started"})
     commands = Commands(squeue=[(1, DOWN), (1, DOWN), line("7", "COMPLETED", nodes="a")])
-    follow = following.Follow(cluster(commands, patience_s=0), "7", {"a": tmp_path / "a"})
+    follow = following.Follow(cluster(commands, patience_s=0), "7", {"a": CellDir(tmp_path / "a")})
     talks = [Talk("a", (), {})]
 
     def word(talk):

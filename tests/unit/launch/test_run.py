@@ -112,24 +112,24 @@ def interrupted(cluster: Inventory, tmp_path: Path) -> tuple[plan.Plan, RunDir]:
     status["cells"]["torch-2n-r1"].update(state="running", ended=None, plan_hash=None)
     run.write_status(status)
     for host in NAMES[:2]:
-        (run.cell(host, "torch-2n-r1") / "rank0.jsonl").write_text('{"event": "val')
+        (run.cell(host, "torch-2n-r1").path / "rank0.jsonl").write_text('{"event": "val')
     return built, run
 
 
 def test_only_what_is_missing_runs_again_and_nothing_is_counted_twice(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
-    before = run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns
+    before = run.cell(NAMES[0], "torch-1n-r1").path.stat().st_mtime_ns
     nodes, status, _ = carry_out(drift.load(run))
     assert [cell for cell, _, _ in nodes.tried] == ["torch-2n-r1"]
     assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete"}
-    assert run.cell(NAMES[0], "torch-1n-r1").stat().st_mtime_ns == before
+    assert run.cell(NAMES[0], "torch-1n-r1").path.stat().st_mtime_ns == before
     assert sorted(record.cell for record in run.read_records()) == ["torch-1n-r1", "torch-2n-r1", "torch-2n-r1"]
 
 
 def test_a_cell_that_had_ended_before_its_controller_did_is_taken(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
     for host in NAMES[:2]:
-        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
+        (run.cell(host, "torch-2n-r1").path / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
     nodes, status, _ = carry_out(drift.load(run))
     assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
 
@@ -141,7 +141,9 @@ def test_what_an_earlier_attempt_left_on_the_nodes_is_not_taken_for_the_last_one
     data["cells"][1]["attempt"] = 2
     run.write_plan(data)
     for host in NAMES[:2]:
-        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))
+        (run.cell(host, "torch-2n-r1").path / "outcome.json").write_text(
+            json.dumps({"rc": 0, "error": None, "attempt": 1})
+        )
     nodes, _, _ = carry_out(drift.load(run))
     assert [cell for cell, *_ in nodes.tried] == ["torch-2n-r1"]
 
@@ -192,7 +194,7 @@ class Measured(Nodes):
         fault = super().converse(planned, cell, watch, data, course)
         for host in cell.hosts:
             outcome = {"rc": 0, "error": None, "attempt": cell.attempt}
-            (self.run.cell(host, cell.id) / "outcome.json").write_text(json.dumps(outcome))
+            (self.run.cell(host, cell.id).path / "outcome.json").write_text(json.dumps(outcome))
         return fault
 
 
@@ -303,7 +305,7 @@ def test_what_was_set_aside_is_never_in_the_way(tmp_path):
     """A controller that dies while it makes room has moved folders, and gathers them again when it is resumed."""
     run = RunDir(tmp_path / "run")
     for content in ("first", "second"):
-        folder = run.cell("node001", "torch-1n-r1")
+        folder = run.cell("node001", "torch-1n-r1").path
         folder.mkdir(parents=True)
         (folder / "rank0.jsonl").write_text(content)
         run.set_aside("torch-1n-r1", 1)
@@ -356,7 +358,7 @@ def test_a_job_is_followed_where_its_end_is_not_known(cluster, tmp_path, kind, s
     nodes = Nodes(run)
     again = bench.Run(replace(built, backend="slurm"), run, nodes, Display(quiet=True), None, bench.Policy(), Reach())
     for host in NAMES[:2]:
-        shutil.rmtree(run.cell(host, "torch-2n-r1"))
+        shutil.rmtree(run.cell(host, "torch-2n-r1").path)
     again.execute({})
     entry = run.read_status()["cells"]["torch-2n-r1"]
     assert (entry["state"], entry["attempt"]) == ("complete", attempt)
@@ -368,7 +370,7 @@ def test_slurm_that_does_not_answer_is_no_reason_for_a_second_job(cluster, tmp_p
     class Again(Nodes):
         def converse(self, planned, cell, watch, data, course):
             for host in cell.hosts:  # the stand-in makes them anew
-                shutil.rmtree(self.run.cell(host, cell.id), ignore_errors=True)
+                shutil.rmtree(self.run.cell(host, cell.id).path, ignore_errors=True)
             return super().converse(planned, cell, watch, data, course)
 
     run = RunDir.create(tmp_path, built.to_dict())
@@ -512,7 +514,7 @@ def test_a_node_that_left_the_inventory_does_not_matter_where_all_its_cells_are_
 def test_a_job_that_had_ended_well_is_taken_even_if_slurm_has_forgotten_it(cluster, tmp_path):
     _, run = interrupted(cluster, tmp_path)
     for host in NAMES[:2]:
-        (run.cell(host, "torch-2n-r1") / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
+        (run.cell(host, "torch-2n-r1").path / "outcome.json").write_text(json.dumps({"rc": 0, "error": None}))
     nodes, status, _ = carry_out(replace(drift.load(run), backend="slurm"))
     assert nodes.tried == [] and states(status)["torch-2n-r1"] == "complete"
 

@@ -22,6 +22,7 @@ from runner.launch import run as bench
 from runner.launch.slurm import allocations, answers, ledger
 from runner.launch.slurm import commands as jobs
 from runner.launch.slurm.script import cells_of, render
+from runner.node.protocol import Outcome
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system import nodeset
@@ -54,7 +55,7 @@ class Together(allocations.Allocations):
             watch.stop.asked = True
             return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
         watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
-        watch.outcomes = {host: {"rc": 0, "error": None} for host in cell.hosts}
+        watch.outcomes = {host: Outcome(rc=0) for host in cell.hosts}
         return None
 
 
@@ -351,7 +352,7 @@ class Facts(Together):
         fault = super().converse(planned, cell, watch, data, course)
         if fault is None:
             for host in cell.hosts:
-                folder = self.run.cell(host, cell.id)
+                folder = self.run.cell(host, cell.id).path
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "facts.json").write_text(json.dumps({**FACTS, "packages": {"torch": self.torch}}))
         return fault
@@ -371,7 +372,7 @@ class Placing(Together):
         watch.cell = course.on_placed(nodes)
         watch.talks = [replace(bench_talk(host), answered=True) for host in watch.cell.hosts]
         if fault is None:
-            watch.outcomes = {host: {"rc": 0, "error": None} for host in watch.cell.hosts}
+            watch.outcomes = {host: Outcome(rc=0) for host in watch.cell.hosts}
         return fault
 
 
@@ -514,7 +515,7 @@ def test_a_waiting_task_is_told_of_where_the_one_before_it_had_ended(cluster, tm
 
 def ended_well(run: RunDir, cell: str, job_id: str) -> None:
     """What the agent of a task leaves that ran on the first node."""
-    folder = run.cell(NAMES[0], cell)
+    folder = run.cell(NAMES[0], cell).path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "messages.jsonl").write_text(json.dumps({"message": "placed", "job": job_id, "hosts": NAMES[:1]}) + "\n")
     (folder / "outcome.json").write_text(json.dumps({"rc": 0, "error": None, "attempt": 1}))

@@ -18,6 +18,7 @@ from runner.cluster.reasons import GIVEN_UP
 from runner.errors import InfrastructureError
 from runner.launch import talk as talk_module
 from runner.launch.talk import Talk, converse
+from runner.node.protocol import Line, Message
 
 # What every script starts with: `say` sends a message, `request` is what it was asked.
 PRELUDE = """
@@ -38,10 +39,10 @@ def agent(script: str, name: str = "a", **request: Any) -> Talk:
 def messages_of(
     *talks: Talk, word: Callable[[Talk], str | None] = lambda talk: None, patience_s: float = 20.0
 ) -> list[Any]:
-    """The text of each message of these talks, or the whole message where it has none."""
+    """The text of each line that these talks report, and each other message whole."""
     messages: list[Any] = []
     converse(talks, lambda talk, message: messages.append(message), word, patience_s)
-    return [message.get("text", message) for message in messages]
+    return [message.line if isinstance(message, Line) else message for message in messages]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def nothing_left():
 
 
 def test_an_agent_gets_its_request_and_its_messages_are_passed_on():
-    talk = agent("say('say', text=request['text']); say('alive'); sys.exit(3)", text="é\n")
+    talk = agent("say('line', file='out', line=request['text']); say('alive'); sys.exit(3)", text="é\n")
     assert messages_of(talk) == ["é\n"]
     assert (talk.rc, talk.answered, talk.stderr, talk.told) == (3, True, [], None)
 
@@ -66,14 +67,15 @@ def test_without_talks_it_returns_at_once():
 @pytest.mark.parametrize("length", [65_535, 65_536, 10_000_000])
 def test_lines_and_requests_may_have_any_length(length):
     talk = agent(
-        "say('say', text=request['text']); print('e' * len(request['text']), file=sys.stderr)", text="x" * length
+        "say('line', file='out', line=request['text']); print('e' * len(request['text']), file=sys.stderr)",
+        text="x" * length,
     )
     assert messages_of(talk) == ["x" * length]
     assert talk.stderr == ["e" * length] and talk.rc == 0
 
 
 def test_a_line_that_arrives_byte_by_byte_is_one_message():
-    script = "for byte in json.dumps({'message': 'say', 'text': 1}).encode() + b'\\n\\n': os.write(1, bytes([byte]))"
+    script = "for byte in json.dumps({'message': 'line', 'file': 'out', 'line': 1}).encode() + b'\\n\\n': os.write(1, bytes([byte]))"
     talk = agent(script)
     assert messages_of(talk) == [1]
     assert talk.stderr == [""]
@@ -81,7 +83,7 @@ def test_a_line_that_arrives_byte_by_byte_is_one_message():
 
 def test_output_that_is_no_message_is_kept_with_stderr():
     script = r"""
-os.write(1, b'Welcome to \xff\r\n{"message": "say", "text": 1}\n[1]\n{"other": 2}\n"message"\n7\nunfinished')
+os.write(1, b'Welcome to \xff\r\n{"message": "line", "file": "out", "line": 1}\n[1]\n{"other": 2}\n"message"\n7\nunfinished')
 os.write(2, b'bad \xfe key\r\n10 %\r20 %\nno end')
 """
     talk = agent(script)
@@ -102,7 +104,7 @@ os.write(2, b'bad \xfe key\r\n10 %\r20 %\nno end')
 
 
 def test_a_last_message_without_a_newline_counts():
-    assert messages_of(agent("""os.write(1, b'{"message": "say", "text": 1}')""")) == [1]
+    assert messages_of(agent("""os.write(1, b'{"message": "line", "file": "out", "line": 1}')""")) == [1]
 
 
 def test_a_banner_is_not_an_answer():
@@ -118,7 +120,9 @@ def test_a_signal_that_ended_the_command_is_in_its_status():
 
 
 def test_a_word_is_sent_once_and_obeyed():
-    talk = agent("say('say', text=sys.stdin.readline()); say('say', text=sys.stdin.readline()); sys.exit(4)")
+    talk = agent(
+        "say('line', file='out', line=sys.stdin.readline()); say('line', file='out', line=sys.stdin.readline()); sys.exit(4)"
+    )
     messages = messages_of(talk, word=lambda talk: "stop" if talk.told else "go")
     assert messages == ["go\n", "stop\n"]
     assert (talk.rc, talk.told) == (4, "stop")
@@ -127,12 +131,12 @@ def test_a_word_is_sent_once_and_obeyed():
 def test_heartbeats_are_empty_lines(monkeypatch):
     monkeypatch.setattr(talk_module, "HEARTBEAT_S", 0.2)
     started = time.monotonic()
-    assert messages_of(agent("for _ in range(3): say('say', text=sys.stdin.readline())")) == ["\n"] * 3
+    assert messages_of(agent("for _ in range(3): say('line', file='out', line=sys.stdin.readline())")) == ["\n"] * 3
     assert 0.4 < time.monotonic() - started < 10
 
 
 def test_words_are_asked_for_while_another_agent_floods():
-    flood = agent("\nwhile True: say('say', text='x' * 1000)", "flood")
+    flood = agent("\nwhile True: say('line', file='out', line='x' * 1000)", "flood")
     asked: list[float] = []
 
     def word(talk: Talk) -> str | None:
@@ -147,7 +151,7 @@ def test_words_are_asked_for_while_another_agent_floods():
 @pytest.mark.parametrize("word", ["stop", "done"])
 def test_a_silent_agent_is_given_up_while_others_go_on(word):
     silent = agent("time.sleep(60)", "silent")
-    other = agent("time.sleep(1.5); say('say', text='other')", "other")
+    other = agent("time.sleep(1.5); say('line', file='out', line='other')", "other")
     started = time.monotonic()
     messages = messages_of(silent, other, word=lambda talk: word if talk is silent else None, patience_s=0.3)
     assert messages == ["other"]
@@ -165,7 +169,7 @@ def test_a_command_that_ignores_term_is_killed_and_others_are_served_meanwhile(m
     monkeypatch.setattr(talk_module, "AGENT_END_S", 1.0)
     monkeypatch.setattr(talk_module, "HEARTBEAT_S", 0.1)
     deaf = agent(IGNORES_TERM, "deaf")
-    other = agent("for _ in range(8): say('say', text=sys.stdin.readline())", "other")
+    other = agent("for _ in range(8): say('line', file='out', line=sys.stdin.readline())", "other")
     messages: list[dict[str, Any]] = []
     converse(
         [deaf, other],
@@ -173,7 +177,7 @@ def test_a_command_that_ignores_term_is_killed_and_others_are_served_meanwhile(m
         lambda talk: "stop" if talk is deaf and talk.answered else None,
         patience_s=0.0,
     )
-    assert [message["message"] for message in messages].count("say") == 8
+    assert [type(message) for message in messages].count(Line) == 8
     assert (deaf.rc, other.rc) == (GIVEN_UP, 0)
 
 
@@ -226,7 +230,7 @@ def test_a_signal_handler_that_raises_ends_it_and_a_second_time_kills():
         signals.append(time.monotonic())
         raise KeyboardInterrupt
 
-    def on_message(talk: Talk, message: dict[str, Any]) -> None:
+    def on_message(talk: Talk, message: Message) -> None:
         for after in (0.2, 1.0):
             timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGUSR1))
             timer.start()
@@ -267,7 +271,7 @@ def test_a_signal_handler_that_returns_stays_installed_and_the_agents_go_on():
 
 
 def test_a_hundred_agents():
-    talks = [agent("say('say', text=request['n']); sys.stdin.readline()", str(n), n=n) for n in range(100)]
+    talks = [agent("say('line', file='out', line=request['n']); sys.stdin.readline()", str(n), n=n) for n in range(100)]
     messages = messages_of(*talks, word=lambda talk: "stop" if all(talk.answered for talk in talks) else None)
     assert sorted(messages) == list(range(100))
     assert {talk.rc for talk in talks} == {0}
@@ -275,7 +279,7 @@ def test_a_hundred_agents():
 
 def test_a_command_may_close_its_stdin_early(monkeypatch):
     monkeypatch.setattr(talk_module, "HEARTBEAT_S", 0.1)
-    closes = agent("os.close(0); say('ready'); time.sleep(1); say('say', text='still here')", "closes")
+    closes = agent("os.close(0); say('ready'); time.sleep(1); say('line', file='out', line='still here')", "closes")
     never_reads = Talk("never reads", ["sleep", "1"], {"text": "x" * 1_000_000})
     gone = Talk("gone", ["true"], {"text": "x" * 1_000_000})
     messages = messages_of(closes, never_reads, gone, word=lambda talk: "go" if closes.answered else None)
@@ -290,7 +294,7 @@ def test_a_command_may_close_its_output_early():
 
 
 def test_a_process_that_inherited_the_output_does_not_keep_a_talk_alive(tmp_path):
-    script = "say('say', text=1)\nif os.fork(): os._exit(0)\nopen(request['file'], 'w').write(str(os.getpid())); time.sleep(60)"
+    script = "say('line', file='out', line=1)\nif os.fork(): os._exit(0)\nopen(request['file'], 'w').write(str(os.getpid())); time.sleep(60)"
     talk = agent(script, file=str(tmp_path / "pid"))
     started = time.monotonic()
     assert messages_of(talk) == [1]
@@ -300,7 +304,10 @@ def test_a_process_that_inherited_the_output_does_not_keep_a_talk_alive(tmp_path
 
 def test_what_a_command_wrote_before_it_ended_is_read_however_late(monkeypatch):
     monkeypatch.setattr(talk_module, "OUTPUT_END_S", 0.0)
-    talks = [agent('os.write(1, b\'{"message": "say", "text": 1}\\n\' * 1000); os._exit(0)', str(n)) for n in range(10)]
+    talks = [
+        agent('os.write(1, b\'{"message": "line", "file": "out", "line": 1}\\n\' * 1000); os._exit(0)', str(n))
+        for n in range(10)
+    ]
     assert messages_of(*talks) == [1] * 10_000
     assert {talk.rc for talk in talks} == {0}
 
@@ -313,7 +320,7 @@ def test_a_missing_program_is_named_and_the_other_commands_are_ended():
 
 
 def test_it_may_be_called_from_another_thread():
-    talk = agent("say('say', text=1); sys.exit(2)")
+    talk = agent("say('line', file='out', line=1); sys.exit(2)")
     messages: list[Any] = []
     thread = threading.Thread(target=lambda: messages.extend(messages_of(talk)))
     thread.start()
@@ -325,7 +332,7 @@ def test_it_works_without_descriptors_of_processes(monkeypatch):
     """Linux before 5.3, and other systems."""
     monkeypatch.delattr(os, "pidfd_open")
     monkeypatch.setattr(talk_module, "AGENT_END_S", 0.5)
-    stubborn, quick = agent(IGNORES_TERM, "stubborn"), agent("say('say', text=1); sys.exit(2)", "quick")
+    stubborn, quick = agent(IGNORES_TERM, "stubborn"), agent("say('line', file='out', line=1); sys.exit(2)", "quick")
     messages_of(
         stubborn, quick, word=lambda talk: "stop" if stubborn.answered and not quick.alive else None, patience_s=0
     )
@@ -343,7 +350,7 @@ def test_a_talk_ends_as_soon_as_its_command():
 
 
 def test_messages_of_an_agent_keep_their_order():
-    talks = [agent("for n in range(2000): say('say', text=n)", str(number)) for number in range(5)]
+    talks = [agent("for n in range(2000): say('line', file='out', line=n)", str(number)) for number in range(5)]
     messages: dict[str, list[int]] = {talk.name: [] for talk in talks}
-    converse(talks, lambda talk, message: messages[talk.name].append(message["text"]))
+    converse(talks, lambda talk, message: messages[talk.name].append(message.line))
     assert all(numbers == list(range(2000)) for numbers in messages.values())

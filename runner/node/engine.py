@@ -1,0 +1,135 @@
+"""What runs the ranks of a cell on this node: the engine's process started here, or another launcher's ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from runner.node import output, ranks
+from runner.node.protocol import CellRequest, Word
+from runner.results.celldir import CellDir
+from runner.system import process
+
+# What of its own environment an agent gives to a process that is isolated.
+PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUTH_SOCK")
+LOOK_S = 0.5  # between two looks at every process's environment, which costs milliseconds
+
+
+class Engine(Protocol):
+    """Runs ranks. `pid` is that of its process, None if it was not started here."""
+
+    pid: int | None
+
+    def streams(self) -> Sequence[tuple[Any, BinaryIO]]:
+        """Its pipes, each with the file in which its contents are kept."""
+        ...
+
+    def ended(self) -> bool:
+        """Whether the ranks have ended by themselves."""
+        ...
+
+    def stop(self) -> None:
+        """End what is left when nothing carries the cell's marker any more."""
+        ...
+
+    def status(self, stopped: str | None) -> int | None:
+        """After the end, for the reason `stopped` if not by itself: its exit status, None where nobody knows it."""
+        ...
+
+
+@contextlib.contextmanager
+def started(request: CellRequest, folder: CellDir) -> Iterator[Engine]:
+    """The engine as `request` asks for it; raises InfrastructureError where its program is not there."""
+    child = _spawn(request, folder) if request.argv else None
+    with open(folder.engine_stdout, "ab", buffering=0) as out, open(folder.engine_stderr, "ab", buffering=0) as err:
+        yield OwnProcess(child, out, err, request.grace_s) if child else OthersRanks(request.marker, folder)
+
+
+class OwnProcess:
+    """The engine's process, started here, such as torchrun."""
+
+    def __init__(self, child: subprocess.Popen[bytes], out: BinaryIO, err: BinaryIO, grace_s: float) -> None:
+        self._child, self._grace_s = child, grace_s
+        self._streams = [(pipe, file) for pipe, file in ((child.stdout, out), (child.stderr, err)) if pipe]
+        self.pid: int | None = child.pid
+        for pipe, _ in self._streams:
+            os.set_blocking(pipe.fileno(), False)
+
+    def streams(self) -> Sequence[tuple[Any, BinaryIO]]:
+        return self._streams
+
+    def ended(self) -> bool:
+        return self._child.poll() is not None
+
+    def stop(self) -> None:
+        process.stop_group(self._child, self._grace_s)
+
+    def status(self, stopped: str | None) -> int | None:
+        for pipe, file in self._streams:
+            output.drain(pipe, file)
+        return self._child.returncode
+
+
+class OthersRanks:
+    """Ranks that a launcher elsewhere starts here (DeepSpeed's, over pdsh): known by the cell's marker."""
+
+    def __init__(self, marker: str, folder: CellDir) -> None:
+        self._marker, self._folder = marker, folder
+        self._seen, self._next = False, 0.0
+        self.pid: int | None = None
+
+    def streams(self) -> Sequence[tuple[Any, BinaryIO]]:
+        return ()
+
+    def ended(self) -> bool:
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + LOOK_S
+        alive = bool(process.marked(self._marker))
+        self._seen = self._seen or alive
+        return self._seen and not alive and bool(self._folder.all_events())
+
+    def stop(self) -> None:
+        """Nothing is left that does not carry the marker."""
+
+    def status(self, stopped: str | None) -> int | None:
+        return 0 if stopped in (None, Word.DONE) and ranks.all_ended(self._folder) else None
+
+
+def _spawn(request: CellRequest, folder: CellDir) -> subprocess.Popen[bytes]:
+    # A launcher passes its folder and part of its environment on to remote shells, so it gets a
+    # plain one of each; ranks start in the cell's folder with the node's environment.
+    kept = {name: value for name, value in os.environ.items() if not request.isolated or name in PLAIN}
+    env = {**kept, **request.env, process.MARKER: request.marker, **request.secrets}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
+    assert request.argv
+    with _ignored(signal.SIGUSR1, signal.SIGUSR2):
+        child = process.spawn(request.argv, env=env, cwd="/" if request.isolated else str(folder.path))
+    if child.stdin:
+        child.stdin.close()
+    return child
+
+
+@contextlib.contextmanager
+def _ignored(*numbers: int) -> Iterator[None]:
+    """A process that is started here ignores these signals, unless it asks for them."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def register(engine: Engine, selector: selectors.BaseSelector) -> None:
+    """Have `selector` watch the engine's pipes, each with its file as data."""
+    for pipe, file in engine.streams():
+        selector.register(pipe, selectors.EVENT_READ, file)

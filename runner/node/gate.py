@@ -1,0 +1,82 @@
+"""What a cell needs of this node before it may start here, or why it may not."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.cluster import facts
+from runner.node.check import check
+from runner.node.protocol import CellRequest
+from runner.results.celldir import CellDir
+
+
+class Refused(Exception):
+    """The cell cannot start here: a message with the reason, and the kind of failure."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def require_good_node(request: CellRequest) -> None:
+    """Raise Refused for what would stop the cell on this node, where no preflight has asked for it."""
+    if request.check:
+        found = check(request.check)
+        if found.problems:
+            raise Refused("; ".join(found.problems), found.kinds[0])
+
+
+def require_environment(request: CellRequest, observed: Mapping[str, Any]) -> None:
+    """A cell that is to be compared with what was measured before runs in that environment or not at all."""
+    before = request.environment
+    if before and (changed := facts.changes(before, facts.environment(observed))):
+        raise Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to go on)", "version_mismatch")
+
+
+def require_free(port: int) -> None:
+    """Raise Refused where somebody else has the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise Refused(f"port {port} for the rendezvous is taken by another process", "port_taken") from None
+
+
+@contextlib.contextmanager
+def locked(request: CellRequest) -> Iterator[None]:
+    """One cell at a time on a node; the kernel drops the lock with the process, however it ends.
+
+    Raises Refused naming the run that holds it.
+    """
+    if request.scratch is None:  # a launcher on the controller, no node of its own
+        yield
+        return
+    scratch = Path(request.scratch)
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(scratch / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Refused(f"in use by run {file.read().strip() or 'unknown'}", "in_use") from None
+        file.truncate(0)
+        file.write(request.run_id)
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def empty(folder: CellDir) -> None:
+    """Remove what an earlier attempt at the cell left: it was gathered, and must not be taken for this one's."""
+    for path in folder.path.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != folder.messages:
+            path.unlink()

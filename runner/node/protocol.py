@@ -1,0 +1,424 @@
+"""What a controller and the agents on its nodes say to each other: the only module that knows how it is written.
+
+A controller sends an agent one request, then words, one a line; the agent sends messages, one JSON object a line. Under
+Slurm the request is part of the sbatch file, words are signals, and messages go to a file. Whoever reads passes over
+keys that it does not know, and what an earlier version may not have written has a default: a job may have waited in
+Slurm's queue while the controller was updated.
+
+Imported on both sides, and on the path to the first step: the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from functools import cache
+from typing import Any, ClassVar
+
+from runner.system import process
+
+# --- timings ------------------------------------------------------------------------------------------
+
+POLL_S = 0.1  # each side looks at what it waits for that often
+HEARTBEAT_S = 2.0  # a controller shows its agents that often that it lives
+ALIVE_S = 5.0  # an agent shows its controller that often that it lives
+# Either side counts as gone after that silence: several heartbeats, and several signs of life, may be lost or late.
+SILENCE_S = 30.0
+SAMPLE_S = 1.0  # between two samples of telemetry
+GRACE_S = 3.0  # ranks have it to end after INT, and again after TERM, before KILL
+# An agent has it to end after "stop" or "done": INT, TERM and KILL of the ranks, the same of an engine that is still
+# there, and its outcome on the way.
+PATIENCE_S = 4 * GRACE_S + 5
+STACKS_ANSWER_S = 1.0  # ranks have it to write where they are
+STACKS_S = 2 * STACKS_ANSWER_S  # after which a controller that asked for it may say "stop": it was read by then
+
+
+# --- words --------------------------------------------------------------------------------------------
+
+
+class Word(StrEnum):
+    """What a controller tells an agent whose cell runs. An empty line is a heartbeat."""
+
+    GO = "go"  # a launcher may start: every node has its job file
+    STACKS = "stacks"  # find out where each rank is
+    STOP = "stop"  # end the ranks
+    DONE = "done"  # the launcher has ended, so its ranks have
+
+
+LAST_WORDS = (Word.STOP, Word.DONE)  # after which an agent ends
+
+
+class Stopped(StrEnum):
+    """Why an agent ended its ranks, beside the last words and names of signals."""
+
+    TIME_LIMIT = "time limit"  # Slurm says that the job's is near
+    TIMED_OUT = "timed out"  # the cell's own, under Slurm
+    CONTROLLER_GONE = "controller gone"
+
+
+# What Slurm's signals ask for. It sends them to every process of a step: scancel's own TERM ends ranks at once,
+# so the controller says "stop" by one that ranks ignore, and they are interrupted as without Slurm.
+SLURM_WORDS: Mapping[signal.Signals, Word | Stopped] = {
+    signal.SIGUSR1: Stopped.TIME_LIMIT,
+    signal.SIGUSR2: Word.STOP,
+    signal.SIGTERM: Word.STOP,
+    process.STACKS: Word.STACKS,
+}
+
+
+def slurm_signal(word: Word | Stopped) -> str:
+    """The name of the signal that says `word` under Slurm, as its commands take it, such as "USR2"."""
+    return next(number.name.removeprefix("SIG") for number, meant in SLURM_WORDS.items() if meant == word)
+
+
+# --- requests -----------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What an agent can be asked for."""
+
+    CHECK = "check"
+    CELL = "cell"
+    SWEEP = "sweep"
+    CLEAN = "clean"
+
+
+class UnknownRequest(Exception):
+    """A request of a kind that this version does not know."""
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(kind))
+
+
+def _known(kind: Any, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `value` are fields of the dataclass `kind`."""
+    return {name: value[name] for name in _names(kind) if name in value}
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """Is there anything on this node that would stop a cell? Answered by `Checked`.
+
+    `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
+    `gpus` is how many must answer (None: the inventory leaves it open).
+    """
+
+    version: str  # of the controller
+    scratch: str
+    min_free_disk_gib: float
+    packages: Sequence[str] = ()
+    programs: Sequence[str] = ()
+    gpus: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": Kind.CHECK, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CheckRequest:
+        return cls(**_known(cls, value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfCell:
+    """What every agent is asked for a cell, whatever reaches it. Every process of the cell carries `marker`."""
+
+    run_id: str
+    cell: str
+    attempt: int = 1
+    marker: str
+    telemetry_interval_s: float = SAMPLE_S
+    grace_s: float = GRACE_S
+
+
+# Left out of a request where it has no such thing.
+_OF_LAUNCHERS = ("isolated", "hold")
+_OF_NODES = ("job", "secrets", "rendezvous_port")
+_OF_STEPS = ("timeout_s", "check", "environment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRequest(_OfCell):
+    """Run one node's part of a cell in `cell_dir`, or a launcher on the controller (`scratch` None). Answered by
+    `Started`, `Line` and `Alive` while it runs, and `Outcome`.
+
+    Without `argv` the ranks of this node are started by a launcher elsewhere: they are watched, and ended. `job` is
+    what ranks read; `env` and `secrets` they get beside the agent's own environment, a process that is `isolated`
+    instead of most of it. `hold`: start at the word "go". `rendezvous_port` must be free here.
+
+    The last three are only set under Slurm (`StepRequest`), where nobody is at the other end of stdin.
+    """
+
+    heartbeat_timeout_s: float = SILENCE_S
+    host: str
+    scratch: str | None
+    cell_dir: str
+    job: Mapping[str, Any] | None = None
+    argv: Sequence[str] | None = None
+    env: Mapping[str, str]
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    rendezvous_port: int | None = None
+    isolated: bool = False
+    hold: bool = False
+    timeout_s: float | None = None
+    check: CheckRequest | None = None
+    environment: Mapping[str, str | None] | None = None
+
+    @property
+    def under_slurm(self) -> bool:
+        return self.timeout_s is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a controller sends it to a node over stdin, or to its own launcher."""
+        left_out = (*_OF_STEPS, *(_OF_NODES if self.scratch is None else _OF_LAUNCHERS))
+        values = {name: getattr(self, name) for name in (*_names(_OfCell), *_names(CellRequest))}
+        return {"kind": Kind.CELL, **{name: value for name, value in values.items() if name not in left_out}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CellRequest:
+        return cls(**_known(cls, value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRequest(_OfCell):
+    """A cell as a step of Slurm's: all nodes get the same request, and each makes its `CellRequest` of it
+    (`slurm_step.placed`).
+
+    `hosts` are Slurm names in rank order (none: Slurm's order); `names`, `addresses` and `node_env` have the
+    inventory's names, addresses and variables of hosts by Slurm name, where they differ from the name itself and from
+    `env`. `shared_root` is the folder of all hosts' artefacts where nodes share it (else `cell_dir` is on each node).
+    `timeout_s` ends the cell. `check` is what no preflight asked, `environment` what must be found (None as a value:
+    anything).
+    """
+
+    engine: str
+    gpus_per_node: int
+    master_port: int
+    timeout_s: float
+    scratch: str
+    cell_dir: str = ""
+    shared_root: str | None = None
+    hosts: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str]
+    node_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    job: Mapping[str, Any]
+    check: CheckRequest | None = None
+    environment: Mapping[str, str | None] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in an sbatch file."""
+        check = vars(self.check) if self.check else {}
+        return {"kind": Kind.CELL, "slurm": True, **vars(self), "check": check}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StepRequest:
+        check = value.get("check")
+        return cls(**_known(cls, value) | {"check": CheckRequest.from_json(check) if check else None})
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """End every process that carries `marker`. Answered by `Swept`."""
+
+    marker: str
+    grace_s: float = GRACE_S
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": Kind.SWEEP, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SweepRequest:
+        return cls(**_known(cls, value))
+
+
+@dataclass(frozen=True)
+class CleanRequest:
+    """Remove what a run left on this node. Answered by `Cleaned`."""
+
+    scratch: str
+    run_id: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": Kind.CLEAN, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CleanRequest:
+        return cls(**_known(cls, value))
+
+
+Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest
+
+
+def read_request(value: Mapping[str, Any]) -> Request:
+    """The request in a JSON object. Raises UnknownRequest saying of what kind it is."""
+    kind = value.get("kind")
+    if kind == Kind.CHECK:
+        return CheckRequest.from_json(value)
+    if kind == Kind.CELL:
+        return StepRequest.from_json(value) if value.get("slurm") else CellRequest.from_json(value)
+    if kind == Kind.SWEEP:
+        return SweepRequest.from_json(value)
+    if kind == Kind.CLEAN:
+        return CleanRequest.from_json(value)
+    raise UnknownRequest(f"unknown request {kind!r}")
+
+
+# --- messages -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Message:
+    """What an agent says. One of a kind that this version does not know is a plain `Message`."""
+
+    MESSAGE: ClassVar[str] = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"message": self.MESSAGE, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Message:
+        return cls(**_known(cls, value))
+
+
+@dataclass(frozen=True)
+class Placed(Message):
+    """Which node of which job of Slurm's this is: the first line of a file of messages."""
+
+    MESSAGE: ClassVar[str] = "placed"
+    job: str | None = None
+    hosts: Sequence[str] = ()  # all of the cell's, by the inventory's names, in rank order
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class Started(Message):
+    """The engine's process runs; None where another launcher starts this node's ranks."""
+
+    MESSAGE: ClassVar[str] = "started"
+    pid: int | None = None
+
+
+@dataclass(frozen=True)
+class Line(Message):
+    """One line of a file in the cell's folder."""
+
+    MESSAGE: ClassVar[str] = "line"
+    file: str = ""
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Alive(Message):
+    """A sign of life, every ALIVE_S."""
+
+    MESSAGE: ClassVar[str] = "alive"
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """What a rank's file says of it; `stderr` are its last lines, if it did not end."""
+
+    started: bool = False
+    ended: bool = False
+    stderr: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class RankStack:
+    """Where a rank was when it was asked: its state as the kernel names it (None: gone), the seconds since its last
+    event, and its innermost Python frames, innermost first.
+    """
+
+    state: str | None = None
+    age_s: float = 0.0
+    frames: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Outcome(Message):
+    """How one node's part of a cell ended: the last message, and all of outcome.json.
+
+    `rc` is the engine's status, negative after a signal; None where nobody saw it. `stopped` is why the agent ended
+    the ranks, `error` why it could not run them, `kind` what kind of failure that is. `oom_kills` counts what the
+    kernel killed meanwhile for memory.
+    """
+
+    MESSAGE: ClassVar[str] = "outcome"
+    schema: int = 1
+    host: str = ""
+    attempt: int = 1
+    rc: int | None = None
+    stopped: str | None = None
+    error: str | None = None
+    kind: str | None = None
+    oom_kills: int = 0
+    stacks: Mapping[str, RankStack] = field(default_factory=dict)  # by rank, such as "rank0"
+    started_s: float = 0.0  # since the epoch, by the node's clock
+    ended_s: float = 0.0
+    ranks: Mapping[str, RankEnd] = field(default_factory=dict)
+    engine_stderr: Sequence[str] = ()  # its last lines
+
+    @property
+    def ended_well(self) -> bool:
+        return self.rc == 0 and not self.error
+
+    def to_file(self) -> dict[str, Any]:
+        """What outcome.json holds."""
+        return asdict(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"message": self.MESSAGE, **self.to_file()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Outcome:
+        """The outcome in a message or in outcome.json. Raises AttributeError or TypeError for what is none."""
+        known = _known(cls, value)
+        ranks = {name: RankEnd(**_known(RankEnd, rank)) for name, rank in (value.get("ranks") or {}).items()}
+        stacks = {name: RankStack(**_known(RankStack, rank)) for name, rank in (value.get("stacks") or {}).items()}
+        return cls(**known | {"ranks": ranks, "stacks": stacks})
+
+
+@dataclass(frozen=True)
+class Checked(Message):
+    """What would stop a cell on this node: `problems`, one line each, and their `kinds`; its clock and its facts."""
+
+    MESSAGE: ClassVar[str] = "check"
+    problems: Sequence[str] = ()
+    kinds: Sequence[str] = ()
+    time_s: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Swept(Message):
+    """Nothing carries the marker any more."""
+
+    MESSAGE: ClassVar[str] = "sweep"
+
+
+@dataclass(frozen=True)
+class Cleaned(Message):
+    """Whether there was anything of the run."""
+
+    MESSAGE: ClassVar[str] = "clean"
+    removed: bool = False
+
+
+_MESSAGES: Mapping[str, type[Message]] = {
+    each.MESSAGE: each for each in (Placed, Started, Line, Alive, Outcome, Checked, Swept, Cleaned)
+}
+
+
+def read_message(line: str | bytes) -> Message | None:
+    """The message in one line of an agent's; None for what is none, such as a banner or half a line."""
+    try:
+        value = json.loads(line)
+        return _MESSAGES.get(value["message"], Message).from_json(value)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -1,0 +1,75 @@
+"""What the ranks of this node left in their files: how each ended, and where one is that still runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+from runner.node.output import last_lines
+from runner.node.protocol import STACKS_ANSWER_S, RankEnd, RankStack
+from runner.results.celldir import CellDir, stderr_of
+from runner.system import process
+
+FRAMES = 10
+
+
+def ends(folder: CellDir) -> dict[str, RankEnd]:
+    """What each rank's file shows: whether it started and ended, and its last lines of stderr if not."""
+    found = {}
+    for path in folder.all_events():
+        with path.open(errors="replace") as lines:
+            events = [line.partition('"event": "')[2].partition('"')[0] for line in lines]
+        ended = "end" in events
+        found[path.stem] = RankEnd("start" in events, ended, [] if ended else last_lines(stderr_of(path)))
+    return found
+
+
+def all_ended(folder: CellDir) -> bool:
+    """Whether there are ranks, and each has done its work."""
+    found = ends(folder)
+    return bool(found) and all(rank.ended for rank in found.values())
+
+
+class Stacks:
+    """Where each rank of this node is: asked of all at once by a signal, read STACKS_ANSWER_S later."""
+
+    def __init__(self, folder: CellDir, marker: str) -> None:
+        alive = set(process.marked(marker))
+        self._asked: dict[Path, tuple[int, int]] = {}  # a rank's events: its process, the size of its stderr before
+        for path in folder.all_events():
+            with open(path, "rb") as file:
+                pid = json.loads(file.readline() or b"{}").get("pid")
+            if pid in alive:  # neither ended, nor torchrun's own agent, nor somebody who got an old number
+                stderr = stderr_of(path)
+                self._asked[path] = (pid, stderr.stat().st_size if stderr.exists() else 0)
+        process.signal_all([pid for pid, _ in self._asked.values()], process.STACKS)
+        self._due = time.monotonic() + STACKS_ANSWER_S
+
+    def due(self) -> bool:
+        """Whether the ranks have had their time to answer."""
+        return time.monotonic() >= self._due
+
+    def read(self) -> dict[str, RankStack]:
+        """By rank: where it was."""
+        found = {}
+        for path, (pid, size) in self._asked.items():
+            try:
+                with open(stderr_of(path), "rb") as file:
+                    file.seek(size)
+                    text = file.read().decode(errors="replace")
+            except OSError:
+                text = ""
+            age_s = round(time.time() - path.stat().st_mtime, 1)
+            found[path.stem] = RankStack(process.state(pid), age_s, frames(text)[:FRAMES])
+        return found
+
+
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_ROOT = re.compile(r".*/(?:site-packages/|(?=runner/workloads/))")
+
+
+def frames(text: str) -> list[str]:
+    """The frames in what faulthandler wrote, such as `torch/cuda/__init__.py:1083 synchronize`."""
+    return [f"{_ROOT.sub('', path)}:{line} {function}" for path, line, function in _FRAME.findall(text)]
