@@ -9,10 +9,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -78,35 +78,62 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
+    sys.exit(run(cli, sys.argv[1:]))
+
+
+def run(command: click.Command, arguments: Sequence[str]) -> int:
+    """Run `command` with `arguments`; returns the exit code, and prints an error that is not a bug."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
+        return command.main(list(arguments), prog_name="runner", standalone_mode=False) or errors.EXIT_OK
     except errors.RunnerError as error:
-        _leave(error.exit_code, str(error), error.kind, error.nodes)
+        failure = {"code": error.exit_code, "message": str(error), "kind": error.kind, "nodes": list(error.nodes)}
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        _leave(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
+        failure = _failure(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
     except BrokenPipeError:  # `runner ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(errors.EXIT_OK)
+        return errors.EXIT_OK
     except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
-        place = f"{error.filename}: " if error.filename else ""
-        text = f"{place}{(error.strerror or str(error)).lower()}"
-        _leave(errors.EXIT_INFRASTRUCTURE, text, errors.disk_kind(error))
+        failure = _failure(errors.EXIT_INFRASTRUCTURE, errors.os_error_text(error), errors.disk_kind(error))
     except (KeyboardInterrupt, click.Abort):
-        _leave(errors.EXIT_INTERRUPTED, "interrupted")
-
-
-def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()) -> NoReturn:
-    """End with an error: a line for people, and for whoever asked for JSON one object, too."""
-    click.echo(f"runner: {message}", err=True)
-    if "--json" in sys.argv:  # a mistake may lie in the options themselves
-        told = {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
+        failure = _failure(errors.EXIT_INTERRUPTED, "interrupted")
+    click.echo(f"runner: {failure['message']}", err=True)
+    if wants_json(command, arguments):
         with suppress(OSError):  # nobody reads it
-            click.echo(json.dumps({"error": told}, indent=1))
-    sys.exit(code)
+            click.echo(json.dumps({"error": failure}, indent=1))
+    return failure["code"]
+
+
+def _failure(code: int, message: str, kind: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "kind": kind, "nodes": []}
+
+
+def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
+    """Whether `--json` is an option of the command that `arguments` choose, and was given to it.
+
+    The command's own parser decides, once more and tolerant of mistakes, since the error may lie in the options: what
+    follows `--` or belongs to a script is not the command's. Where no command is chosen, `--json` before a `--` counts.
+    """
+    name, rest, parent = "runner", list(arguments), None
+    while True:
+        # A mistake is passed over, and what follows it is parsed.
+        context = command.make_context(
+            name, list(rest), parent, resilient_parsing=True, ignore_unknown_options=True, allow_extra_args=True
+        )
+        if not isinstance(command, click.Group):
+            return bool(context.params.get("as_json"))
+        rest = [*context._protected_args, *context.args]
+        chosen = None
+        if rest:
+            with suppress(click.ClickException, errors.RunnerError):
+                chosen = command.get_command(context, rest[0])
+        if chosen is None:
+            own = list(arguments)
+            return "--json" in own[: own.index("--") if "--" in own else None]
+        command, name, rest, parent = chosen, rest[0], rest[1:], context
 
 
 @cli.command()

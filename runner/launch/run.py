@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
-from runner.errors import InfrastructureError, Interrupted
+from runner.errors import InfrastructureError
 from runner.failures import KINDS
 from runner.launch import blame, drift
 from runner.launch.agents import Agents
@@ -32,10 +31,8 @@ from runner.results import records, telemetry
 from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
 from runner.results.status import LIVE_STATES, cell_status
-from runner.system import process
 from runner.system.clock import now
 from runner.system.files import disk_errors, write_text_atomic
-from runner.system.locks import hold_nodes
 
 STATUS_S = 1.0
 RETRY_S = 5.0
@@ -624,40 +621,3 @@ class Run:
         self.display.at(1, 1, "writing the report")
         telemetry.compact(self.run.telemetry_streams(asdict(self.plan)), self.run.telemetry)
         return judge(self.run)
-
-
-def execute(
-    plan: Plan,
-    run: RunDir,
-    state: Path,
-    transport: Agents | Allocations,
-    display: Display,
-    data: str | None,
-    policy: Policy,
-    reach: Reach,
-    bad: Problems,
-) -> dict[str, Any]:
-    """Keep others off the nodes, and run what of the plan is not complete.
-
-    `bad` are nodes to do without, and why.
-    """
-    process.allow_open_files()
-    # Slurm keeps its jobs apart by itself.
-    held = (
-        {} if BACKENDS[plan.backend].scheduled else {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
-    )
-    with ExitStack() as stack:
-        stack.enter_context(hold_nodes(state, held, plan.run_id))
-        if not run.plan.exists():
-            RunDir.create(run.path.parent, json.loads(json.dumps(plan.to_dict())))
-        if run.controller() != os.getpid():  # who takes up a run holds it since its states were read
-            stack.enter_context(run.alive())
-        if transport.ssh_config:
-            with disk_errors(run.path):
-                run.keep_transport(Path(transport.ssh_config))
-        carried = Run(plan, run, transport, display, data, policy, reach)
-        try:
-            return carried.execute(bad)
-        except KeyboardInterrupt:
-            carried.left_at_once()
-            raise Interrupted(f"left at once; what was written lies in {run.path}") from None
