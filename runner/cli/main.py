@@ -117,23 +117,21 @@ def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
     The command's own parser decides, once more and tolerant of mistakes, since the error may lie in the options: what
     follows `--` or belongs to a script is not the command's. Where no command is chosen, `--json` before a `--` counts.
     """
-    name, rest, parent = "runner", list(arguments), None
+    rest, context = list(arguments), None
     while True:
-        # A mistake is passed over, and what follows it is parsed.
-        context = command.make_context(
-            name, list(rest), parent, resilient_parsing=True, ignore_unknown_options=True, allow_extra_args=True
-        )
+        tolerant = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
+        context = click.Context(command, context, **{**command.context_settings, **tolerant})
+        given, rest, _ = command.make_parser(context).parse_args(rest)
         if not isinstance(command, click.Group):
-            return bool(context.params.get("as_json"))
-        rest = [*context._protected_args, *context.args]
+            return bool(given.get("as_json"))
         chosen = None
         if rest:
             with suppress(click.ClickException, errors.RunnerError):
                 chosen = command.get_command(context, rest[0])
         if chosen is None:
-            own = list(arguments)
-            return "--json" in own[: own.index("--") if "--" in own else None]
-        command, name, rest, parent = chosen, rest[0], rest[1:], context
+            before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+            return "--json" in before
+        command, rest = chosen, rest[1:]
 
 
 @cli.command()
