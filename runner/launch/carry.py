@@ -119,6 +119,8 @@ def begun(made: Callable[[str], Plan], run_id: str, means: Means) -> Iterator[tu
 def _created(plan: Plan, folder: type[RunDir]) -> RunDir:
     try:
         return folder.create(Path(plan.run_dir).parent, plan.to_dict())
+    except NameTaken:
+        raise
     except InfrastructureError as error:
         raise InfrastructureError(f"no run directory was created: {error}", error.kind) from error
 

@@ -113,10 +113,7 @@ class RunDir:
         run = cls(results / plan["run_id"])
         with disk_errors(results):
             results.mkdir(parents=True, exist_ok=True)
-            try:
-                run.path.mkdir(mode=0o700)
-            except FileExistsError:
-                raise NameTaken(f"a run {run.run_id} is in {results} already") from None
+            run.reserve()
             try:
                 (run.path / "telemetry").mkdir(mode=0o700)
                 controller = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -129,6 +126,13 @@ class RunDir:
                 shutil.rmtree(run.path, ignore_errors=True)
                 raise
         return run
+
+    def reserve(self) -> None:
+        """Make the directory, empty; raises NameTaken where there is one."""
+        try:
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise NameTaken(f"a run {self.run_id} is in {self.path.parent} already") from None
 
     def become_latest(self) -> None:
         """Point `latest` at this run, in one step: another run may do the same at the same time."""
