@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -86,7 +86,7 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     try:
         return command.main(list(arguments), prog_name="runner", standalone_mode=False) or errors.EXIT_OK
     except errors.RunnerError as error:
-        failure = {"code": error.exit_code, "message": str(error), "kind": error.kind, "nodes": list(error.nodes)}
+        failure = _failure(error.exit_code, str(error), error.kind, error.nodes)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -104,11 +104,14 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     if wants_json(command, arguments):
         with suppress(OSError):  # nobody reads it
             click.echo(json.dumps({"error": failure}, indent=1))
-    return failure["code"]
+    return int(failure["code"])
 
 
-def _failure(code: int, message: str, kind: str | None = None) -> dict[str, Any]:
-    return {"code": code, "message": message, "kind": kind, "nodes": []}
+def _failure(
+    code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()
+) -> dict[str, Any]:
+    """An error as `--json` prints it."""
+    return {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
 
 
 def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
