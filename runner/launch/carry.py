@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,11 @@ def prepare_data(plan: Plan, cells: Sequence[Cell], display: Display) -> str | N
     return str(prepared.path)
 
 
+def new_id() -> str:
+    """A name for a run: the time (UTC, to the second) and two random bytes."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
 @dataclass(frozen=True)
 class Means:
     """What a run is carried out with. Each can be given, so that a test needs no node.
@@ -59,7 +66,7 @@ class Means:
     `data` prepares what cells need, and `folder` is the class of the run's directory.
     """
 
-    make_id: Callable[[], str]
+    make_id: Callable[[], str] = new_id
     state: Path = field(default_factory=state_dir)
     hold: Callable[[Path, Mapping[str, str], str], AbstractContextManager[None]] = hold_nodes
     reach: Callable[..., Reach] = Reach
@@ -102,10 +109,11 @@ def begun(made: Callable[[str], Plan], run_id: str, means: Means) -> Iterator[tu
     for _ in range(NAMES):
         plan = made(run_id)
         with ExitStack() as stack:
-            stack.enter_context(means.hold(means.state, endpoints(plan), plan.run_id))
             with deferred():
                 try:
-                    run = _created(plan, means.folder)
+                    with unbegun():
+                        stack.enter_context(means.hold(means.state, endpoints(plan), plan.run_id))
+                        run = _created(plan, means.folder)
                 except NameTaken:
                     run_id = means.make_id()
                     continue

@@ -14,7 +14,6 @@ from runner.errors import UsageError
 from runner.launch import carry, drift, preflight
 from runner.launch.carry import Ended, Means
 from runner.launch.run import Policy
-from runner.launch.start import new_id
 from runner.plan.plan import Cell, Plan
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
@@ -61,7 +60,7 @@ def prepared(
     whose nodes are gone from the inventory.
     """
     drift.refuse_running(asked.run, display.note)
-    with _left(asked, read, display, means or Means(make_id=new_id)) as left:
+    with _left(asked, read, display, means or Means()) as left:
         yield left
 
 
@@ -74,7 +73,7 @@ def resume(
 
     Raises what `prepared` raises, InfrastructureError for bad nodes, and Interrupted on a signal.
     """
-    means, run = means or Means(make_id=new_id), asked.run
+    means, run = means or Means(), asked.run
     drift.refuse_running(run, display.note)
     # Held before anything is read that another controller may change.
     with run.alive(), _left(asked, read, display, means) as left:

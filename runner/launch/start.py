@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from runner.cluster.inventory import Inventory, Node, select
 from runner.cluster.ssh import rendered
 from runner.errors import UsageError, unknown
 from runner.launch import carry, preflight
-from runner.launch.carry import Ended, Means
+from runner.launch.carry import Ended, Means, new_id
 from runner.launch.run import Policy
 from runner.launch.slurm import allocations
 from runner.plan import build, config
@@ -98,11 +96,6 @@ class Chosen:
     nodes: tuple[Node, ...]
     spares: tuple[Node, ...] = ()
     passed_over: tuple[Mapping[str, str], ...] = ()
-
-
-def new_id() -> str:
-    """A name for a run: the time (UTC, to the second) and two random bytes."""
-    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 # --- what is known without a node ---------------------------------------------------------------------
@@ -249,7 +242,7 @@ def start(prepared: Prepared, display: Display, means: Means | None = None) -> E
 
     Raises InfrastructureError naming every bad node, UsageError for what can never run, Interrupted on a signal.
     """
-    means = means or Means(make_id=new_id)
+    means = means or Means()
     asked = prepared.asked
     with ExitStack() as stack:
         with carry.unbegun():
@@ -268,7 +261,7 @@ def start(prepared: Prepared, display: Display, means: Means | None = None) -> E
                 return build.build(request, (*chosen.nodes, *chosen.spares))
 
             _refuse(made(prepared.request.run_id), chosen, means)
-            plan, run = stack.enter_context(carry.begun(made, prepared.request.run_id, means))
+        plan, run = stack.enter_context(carry.begun(made, prepared.request.run_id, means))
         data = means.data(plan, plan.cells, display)
         transport = chosen.reach.transport(run, chosen.nodes[0], {})
         policy = Policy(asked.retries, asked.replace_bad_nodes)
