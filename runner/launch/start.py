@@ -82,11 +82,6 @@ class Prepared:
     request: Request
     plan: Plan
 
-    @property
-    def chooses(self) -> bool:
-        """Whether the controller chooses the nodes, not Slurm."""
-        return self.request.slurm is None or self.asked.hosts is not None
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -277,7 +272,7 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, means:
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
     tests = tuple(request.tests)
     reach = means.reach(request.backend, request.device, request.engine, tests, ssh_config, cluster)
-    if not prepared.chooses:
+    if not request.named:  # Slurm chooses
         return Chosen(reach, nodes)
     skip, count = asked.skip_bad_nodes or asked.replace_bad_nodes, max(request.node_counts)
     candidates = nodes if skip else nodes[:count]

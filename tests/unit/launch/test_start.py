@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from runner.errors import InfrastructureError, UsageError
 from runner.launch import carry, resume, start
 from runner.report import page
 from runner.report.progress import Display
+from runner.report.runs import describe
 from runner.results.rundir import RunDir
 from runner.results.status import FINAL_STATES
 from runner.system import locks
@@ -278,6 +280,7 @@ def test_what_ended_a_run_is_forgotten_once_it_is_resumed(cluster, tmp_path):
     bench = Bench(cluster, tmp_path)
     run = RunDir.find(bench.results, None)
     assert run.read_status()["error"]["message"] == "planted"
+    assert "\nended by: planted" in describe(run.read_plan(), run.read_status(), datetime.now(UTC), 80)
     assert bench.resume() == 0
     assert run.read_status()["state"] == "complete" and "error" not in run.read_status()
 
