@@ -81,7 +81,7 @@ def resume(
         needed = {host for cell in left.pending for host in cell.hosts}
         bad = {host: found for host, found in left.problems.items() if host in needed}
         if bad and not asked.replace_bad_nodes:
-            what = f"{len(bad)} nodes are bad; mend them, or use spares with --replace-bad-nodes"
+            what = f"{len(bad)} nodes are bad; fix them, or use spares with --replace-bad-nodes"
             raise preflight.refusal(what, preflight.bad_nodes(plan.nodes, bad))
         if asked.replace_bad_nodes:
             plan = replace(plan, spares=drift.spares(plan, left.inventory))
