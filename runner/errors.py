@@ -49,6 +49,12 @@ def disk_kind(error: OSError) -> str | None:
     return "controller_disk_full" if error.errno == errno.ENOSPC else None
 
 
+def os_error_text(error: OSError) -> str:
+    """One line: the file, where the system names one, and what is wrong with it."""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{(error.strerror or str(error)).lower()}"
+
+
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:
     """The error for a name that is not one of `known`, with the nearest valid one."""
     import difflib  # not on the way to the first step

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -78,35 +78,63 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
+    sys.exit(run(cli, sys.argv[1:]))
+
+
+def run(command: click.Command, arguments: Sequence[str]) -> int:
+    """Run `command` with `arguments`; returns the exit code, and prints an error that is not a bug."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or errors.EXIT_OK)
+        return command.main(list(arguments), prog_name="runner", standalone_mode=False) or errors.EXIT_OK
     except errors.RunnerError as error:
-        _leave(error.exit_code, str(error), error.kind, error.nodes)
+        failure = _failure(error.exit_code, str(error), error.kind, error.nodes)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        _leave(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
+        failure = _failure(errors.EXIT_USAGE, f"{error.format_message()}{hint}")
     except BrokenPipeError:  # `runner ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(errors.EXIT_OK)
+        return errors.EXIT_OK
     except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
-        place = f"{error.filename}: " if error.filename else ""
-        text = f"{place}{(error.strerror or str(error)).lower()}"
-        _leave(errors.EXIT_INFRASTRUCTURE, text, errors.disk_kind(error))
+        failure = _failure(errors.EXIT_INFRASTRUCTURE, errors.os_error_text(error), errors.disk_kind(error))
     except (KeyboardInterrupt, click.Abort):
-        _leave(errors.EXIT_INTERRUPTED, "interrupted")
-
-
-def _leave(code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()) -> NoReturn:
-    """End with an error: a line for people, and for whoever asked for JSON one object, too."""
-    click.echo(f"runner: {message}", err=True)
-    if "--json" in sys.argv:  # a mistake may lie in the options themselves
-        told = {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
+        failure = _failure(errors.EXIT_INTERRUPTED, "interrupted")
+    click.echo(f"runner: {failure['message']}", err=True)
+    if wants_json(command, arguments):
         with suppress(OSError):  # nobody reads it
-            click.echo(json.dumps({"error": told}, indent=1))
-    sys.exit(code)
+            click.echo(json.dumps({"error": failure}, indent=1))
+    return int(failure["code"])
+
+
+def _failure(
+    code: int, message: str, kind: str | None = None, nodes: Sequence[Mapping[str, str]] = ()
+) -> dict[str, Any]:
+    """An error as `--json` prints it."""
+    return {"code": code, "message": message, "kind": kind, "nodes": list(nodes)}
+
+
+def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
+    """Whether `--json` is an option of the command that `arguments` choose, and was given to it.
+
+    The command's own parser decides, once more and tolerant of mistakes, since the error may lie in the options: what
+    follows `--` or belongs to a script is not the command's. Where no command is chosen, `--json` before a `--` counts.
+    """
+    rest, context = list(arguments), None
+    while True:
+        tolerant = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
+        context = click.Context(command, context, **{**command.context_settings, **tolerant})
+        given, rest, _ = command.make_parser(context).parse_args(rest)
+        if not isinstance(command, click.Group):
+            return bool(given.get("as_json"))
+        chosen = None
+        if rest:
+            with suppress(click.ClickException, errors.RunnerError):
+                chosen = command.get_command(context, rest[0])
+        if chosen is None:
+            before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+            return "--json" in before
+        command, rest = chosen, rest[1:]
 
 
 @cli.command()

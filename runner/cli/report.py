@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from runner.cli.conclusion import print_conclusion
 from runner.cli.options import results_option
 
 
@@ -16,7 +17,6 @@ from runner.cli.options import results_option
 @click.pass_context
 def report(ctx: click.Context, name: str | None, results: Path, as_json: bool) -> None:
     """Judge a run again and rewrite its report; default: the newest run."""
-    from runner.cli.bench import print_conclusion
     from runner.report import conclude
     from runner.results.rundir import RunDir
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
-from runner.errors import InfrastructureError, Interrupted
+from runner.errors import InfrastructureError
 from runner.failures import KINDS
 from runner.launch import blame, drift
 from runner.launch.current import CurrentPlan
@@ -32,9 +28,6 @@ from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import telemetry
 from runner.results.rundir import RunDir
-from runner.system import process
-from runner.system.files import disk_errors
-from runner.system.locks import hold_nodes
 from runner.system.wording import are, counted
 
 RETRY_S = 5.0
@@ -484,40 +477,3 @@ class Run:
         self.display.at(1, 1, "writing the report")
         telemetry.compact(self.run.telemetry_streams(asdict(self.current.plan)), self.run.telemetry)
         return judge(self.run)
-
-
-def execute(
-    plan: Plan,
-    run: RunDir,
-    state: Path,
-    transport: Transport,
-    display: Display,
-    data: str | None,
-    policy: Policy,
-    reach: Reach,
-    bad: Problems,
-) -> dict[str, Any]:
-    """Keep others off the nodes, and run what of the plan is not complete.
-
-    `bad` are nodes to do without, and why.
-    """
-    process.allow_open_files()
-    # Slurm keeps its jobs apart by itself.
-    held = (
-        {} if BACKENDS[plan.backend].scheduled else {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
-    )
-    with ExitStack() as stack:
-        stack.enter_context(hold_nodes(state, held, plan.run_id))
-        if not run.plan.exists():
-            RunDir.create(run.path.parent, json.loads(json.dumps(plan.to_dict())))
-        if run.controller() != os.getpid():  # who takes up a run holds it since its states were read
-            stack.enter_context(run.alive())
-        if transport.ssh_config:
-            with disk_errors(run.path):
-                run.keep_transport(Path(transport.ssh_config))
-        carried = Run(plan, run, transport, display, data, policy, reach)
-        try:
-            return carried.execute(bad)
-        except KeyboardInterrupt:
-            carried.left_at_once()
-            raise Interrupted(f"left at once; what was written lies in {run.path}") from None

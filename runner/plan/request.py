@@ -1,4 +1,4 @@
-"""What the user asked for, checked."""
+"""The planner's input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, every name and value already checked against the files."""
+    """What a plan is made from: every name and value checked against the files, and how the nodes are reached."""
 
     run_id: str
     created: str

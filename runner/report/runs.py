@@ -207,6 +207,8 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
         text = f"{by} took the place of {aliases.get(swap['host'], swap['host'])}"
         why = str(swap["reason"]).replace("_", " ")
         lines += ["", *textwrap.wrap(f"{text} in {swap['cell']}: {why}", width, subsequent_indent="  ")]
+    if error := status.get("error"):
+        lines += ["", *textwrap.wrap(printable(f"ended by: {error['message']}"), width, subsequent_indent="  ")]
     return printable("\n".join(lines))
 
 

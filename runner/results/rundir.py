@@ -10,14 +10,15 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from runner.errors import UsageError
+from runner.errors import InfrastructureError, UsageError
 from runner.results import records
 from runner.results.celldir import LAUNCHER, CellDir
 from runner.results.status import FINAL_STATES, LIVE_STATES, cell_status
@@ -25,6 +26,10 @@ from runner.system.files import disk_errors, write_json_atomic, write_text_atomi
 
 PULSE_S = 5.0  # a controller shows that often that it lives: not every file system tells another machine of a lock
 PULSES_S = 3 * PULSE_S  # who has shown nothing for so long is dead
+
+
+class NameTaken(InfrastructureError):
+    """Another run has the name already."""
 
 
 class RunDir:
@@ -103,20 +108,45 @@ class RunDir:
         write_text_atomic(self.path / "ssh_config", ssh_config.read_text().replace(str(pinned), str(kept)))
 
     @classmethod
-    def create(cls, results: Path, plan: Mapping[str, Any]) -> RunDir:
-        """Make the directory, save the plan, and point `latest` at it."""
+    def create(cls, results: Path, plan: Mapping[str, Any]) -> Self:
+        """Make the directory, save the plan, and point `latest` at it: all of it, or nothing is left.
+
+        Raises NameTaken where the name of the run is taken, InfrastructureError where the disk does not take it.
+        """
         run = cls(results / plan["run_id"])
         with disk_errors(results):
             results.mkdir(parents=True, exist_ok=True)
-            run.path.mkdir(mode=0o700)
-            (run.path / "telemetry").mkdir(mode=0o700)
-            status = {"schema": 1, "run_id": run.run_id, "state": "planned", "replaced": []}
-            write_json_atomic(run.status, status | {"cells": {c["id"]: cell_status(1) for c in plan["cells"]}})
-            write_json_atomic(run.plan, plan)  # last: a folder with a plan is a run, and can be read
-            link = results / f".latest.{os.getpid()}"
-            link.symlink_to(run.run_id)
-            link.replace(results / "latest")
+            run.reserve()
+            try:
+                (run.path / "telemetry").mkdir(mode=0o700)
+                controller = {"host": socket.gethostname(), "pid": os.getpid()}
+                status = {"schema": 1, "run_id": run.run_id, "state": "planned", "replaced": []}
+                cells = {cell["id"]: cell_status(1) for cell in plan["cells"]}
+                run.write_status(status | {"cells": cells, "controller": controller})
+                run.write_plan(plan)  # a folder with a plan is a run, and can be read
+                run.become_latest()
+            except BaseException:
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
         return run
+
+    def reserve(self) -> None:
+        """Make the directory, empty; raises NameTaken where there is one."""
+        try:
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise NameTaken(f"a run {self.run_id} is in {self.path.parent} already") from None
+
+    def become_latest(self) -> None:
+        """Point `latest` at this run, in one step: another run may do the same at the same time."""
+        link = self.path.with_name(f".latest.{self.run_id}")  # no other run has that name
+        try:
+            link.symlink_to(self.run_id)
+            link.replace(self.path.with_name("latest"))
+        except OSError:
+            with contextlib.suppress(OSError):
+                link.unlink()
+            raise
 
     @classmethod
     def find(cls, results: Path, name: str | None) -> RunDir:
@@ -251,6 +281,20 @@ class RunDir:
 
     def write_status(self, status: Mapping[str, Any]) -> None:
         write_json_atomic(self.status, status)
+
+    def write_end(self, state: str, error: Mapping[str, Any]) -> None:
+        """Write that `error` ended the run: in `state`, unless its cells have given it a final one already.
+
+        A run that leaves cells in the middle is incomplete, and so are they. Raises UsageError where status.json cannot
+        be read, OSError where it cannot be written.
+        """
+        written = self._read(self.status, "state", "cells")
+        live = [cell for cell in written["cells"].values() if cell["state"] in LIVE_STATES]
+        for cell in live:
+            cell["state"] = "incomplete"
+        if written["state"] not in FINAL_STATES:
+            written["state"] = "incomplete" if live else state
+        self.write_status(written | {"error": dict(error)})
 
     def read_facts(self, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Facts by cell and host; a host that wrote none, or not all of it, is left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,6 +43,18 @@ def test_the_controllers(small_disk):
     assert (error["code"], error["kind"], error["nodes"]) == (3, "controller_disk_full", [])
     run = next(p for p in small_disk.iterdir() if p.is_dir() and not p.is_symlink())
     assert process.marked(f"{run.name}/torch-1n-r1") == []
+
+
+def test_the_controllers_when_nothing_can_be_created(small_disk):
+    with contextlib.suppress(OSError), open(small_disk / "other", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    command = [RUNNER, "bench", "-i", "inventory/local", "--test", "torch", "--results", small_disk / "results"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("runner: no run directory was created: the disk of") and "is full" in line
+    assert not (small_disk / "results").exists() or os.listdir(small_disk / "results") == []
 
 
 def test_a_nodes(small_disk, tmp_path):

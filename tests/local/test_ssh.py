@@ -220,7 +220,8 @@ def test_ctrl_c_while_data_is_sent_ends_the_sending(server, tmp_path):
     command = [RUNNER, "bench", "-i", server.inventory(tmp_path), "--results", tmp_path / "results", "--test", "sft"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env) as bench_:
         for _ in range(200):
-            if (tmp_path / "results" / "latest").exists():
+            status = tmp_path / "results" / "latest" / "status.json"
+            if status.exists() and json.loads(status.read_text())["state"] == "running":  # the data is prepared
                 break
             time.sleep(0.1)
         time.sleep(0.5)

@@ -134,3 +134,57 @@ def test_every_command_has_help():
 
 def test_completion_scripts_are_printed():
     assert "_RUNNER_COMPLETE" in run("completion", "bash").stdout
+
+
+SCRIPT = """
+import click, sys
+from runner import errors
+from runner.cli.main import cli, main
+
+@cli.command(context_settings={"allow_interspersed_args": False} if sys.argv[1] == "plain" else {})
+@click.option("--nodes", type=int)
+@click.option("--json", "as_json", is_flag=True)
+@click.argument("script", nargs=-1, type=click.UNPROCESSED)
+def launch(nodes, as_json, script):
+    raise errors.InfrastructureError(f"no node for {' '.join(script)}")
+
+@cli.command()
+@click.argument("script", nargs=-1, type=click.UNPROCESSED)
+def speechless(script):
+    raise errors.InfrastructureError("it has no such option")
+
+sys.argv[:2] = ["runner"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "as_json"),
+    [
+        ("any", "launch -- train.py --json", False),
+        ("any", "launch --json -- train.py", True),
+        ("any", "launch --nodes 2 --json -- train.py --json", True),
+        ("any", "launch --nods 2 -- train.py --json", False),  # a mistake in the options
+        ("any", "launch --nods 2 --json -- train.py", True),
+        ("any", "launch --nodes two -- train.py --json", False),
+        ("any", "launch --nodes two --json -- train.py", True),
+        ("plain", "launch train.py --json", False),
+        ("plain", "launch --json train.py", True),
+        ("plain", "launch --nods=2 --json train.py --json", True),
+        ("any", "speechless -- train.py --json", False),
+        ("any", "speechless --json", False),
+        ("any", "lunch --json", True),  # no command at all
+        ("any", "lunch -- --json", False),
+        ("any", "runs shw --json", True),
+        ("any", "runs show --json nothing", True),
+        ("any", "runs tail nothing --json", False),
+    ],
+)
+def test_only_a_commands_own_json_decides_how_an_error_is_printed(kind, arguments, as_json):
+    """A user's script that takes `--json` itself is nothing of ours."""
+    command = [sys.executable, "-c", SCRIPT, kind, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode in (2, 3) and done.stderr.startswith("runner: "), done.stderr
+    assert bool(done.stdout) is as_json
+    if as_json:
+        assert json.loads(done.stdout)["error"]["code"] == done.returncode

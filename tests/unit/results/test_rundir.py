@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,6 +26,26 @@ def test_a_run_has_its_plan_before_anything_starts_and_is_private(tmp_path):
     assert run.path.stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "latest").resolve() == run.path
     assert run.read_status()["cells"]["c1"]["state"] == "planned"
+
+
+def test_a_directory_is_created_as_a_whole_or_not_at_all(tmp_path):
+    run = RunDir.create(tmp_path, PLAN)
+    with pytest.raises(rundir.NameTaken):
+        RunDir.create(tmp_path, {**PLAN, "cells": []})
+    assert run.read_plan() == PLAN
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()  # nothing can be renamed to it
+    with pytest.raises(InfrastructureError, match="cannot write to"):
+        RunDir.create(tmp_path, {**PLAN, "run_id": "20260203-000000-ef01"})
+    assert sorted(os.listdir(tmp_path)) == [PLAN["run_id"], "latest"]
+
+
+def test_runs_that_begin_at_once_all_have_a_directory_and_one_is_the_latest(tmp_path):
+    ids = [f"20260203-000000-{number:04x}" for number in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda run_id: RunDir.create(tmp_path, {**PLAN, "run_id": run_id}), ids))
+    assert RunDir.find(tmp_path, None).path in [run.path for run in runs]
+    assert sorted(os.listdir(tmp_path)) == [*ids, "latest"]
 
 
 def test_runs_are_found_by_name_beginning_path_and_latest(tmp_path):

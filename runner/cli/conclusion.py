@@ -1,0 +1,38 @@
+"""What came out of a run, printed, and the exit code that says the same."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runner import errors
+
+if TYPE_CHECKING:
+    from runner.results.rundir import RunDir
+
+
+def print_conclusion(run: RunDir, summary: Mapping[str, Any], as_json: bool) -> int:
+    """Print the summary of a run, as tables or as JSON; returns the exit code."""
+    from runner.report import terminal
+
+    if as_json:
+        click.echo(json.dumps(summary, indent=1, allow_nan=False))
+    else:
+        click.echo(terminal.terminal(summary))
+        click.echo(f"\nreport: {run.report_html}")
+        if any(cell["state"] != "complete" for cell in summary["cells"]):
+            results = run.path.parent.absolute()
+            where = "" if results == Path("results").absolute() else f" --results {shlex.quote(str(results))}"
+            click.echo(f"to finish it: runner bench --resume {run.run_id}{where}")
+    states = {cell["state"] for cell in summary["cells"]}
+    if "cancelled" in states:
+        return errors.EXIT_INTERRUPTED
+    if states - {"complete"}:
+        return errors.EXIT_INFRASTRUCTURE
+    missed = summary["verdict"] not in ("pass", "not_judged") or summary["findings"]
+    return errors.EXIT_TARGET_MISSED if missed else errors.EXIT_OK

@@ -1,0 +1,225 @@
+"""A plan that was accepted, carried out: whatever ends it, its run directory says how it ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runner.cluster.backends import BACKENDS
+from runner.cluster.inventory import Inventory
+from runner.errors import InfrastructureError, Interrupted, RunnerError, UsageError, disk_kind, os_error_text
+from runner.launch.preflight import Problems, Reach
+from runner.launch.run import Policy, Run
+from runner.launch.signals import deferred
+from runner.launch.slurm import commands
+from runner.launch.transport import Transport
+from runner.plan.plan import Cell, Plan
+from runner.report.progress import Display
+from runner.results.rundir import NameTaken, RunDir
+from runner.system import process
+from runner.system.clock import now
+from runner.system.files import disk_errors
+from runner.system.locks import hold_nodes
+from runner.system.places import cache_dir, state_dir
+from runner.workloads.registry import trains
+
+NAMES = 20  # how many names are tried before a folder of results is held to be broken
+
+
+def prepare_data(plan: Plan, cells: Sequence[Cell], display: Display) -> str | None:
+    """The folder with the data of the cells that train among `cells`, prepared now if it is not cached."""
+    cell = next((cell for cell in cells if trains(cell.test)), None)
+    if cell is None:
+        return None
+    from runner.workloads.data import prepare as data
+
+    display.note("preparing data")
+    prepared = data.prepare(
+        cell.params["dataset"],
+        seq_len=cell.params["seq_len"],
+        tokenizer=cell.params["tokenizer"],
+        cache_dir=cache_dir() / "data",
+        samples=cell.params["samples"],
+        seed=plan.seed,
+        on_progress=lambda done, total: display.at(done, total, "preparing data"),
+    )
+    return str(prepared.path)
+
+
+def new_id() -> str:
+    """A name for a run: the time (UTC, to the second) and two random bytes."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a run is carried out with. Each can be given, so that a test needs no node.
+
+    `make_id` names runs, `state` is where locks lie, `hold` takes them, `reach` says how nodes are asked and reached,
+    `data` prepares what cells need, and `folder` is the class of the run's directory.
+    """
+
+    make_id: Callable[[], str] = new_id
+    state: Path = field(default_factory=state_dir)
+    hold: Callable[[Path, Mapping[str, str], str], AbstractContextManager[None]] = hold_nodes
+    reach: Callable[..., Reach] = Reach
+    data: Callable[[Plan, Sequence[Cell], Display], str | None] = prepare_data
+    folder: type[RunDir] = RunDir
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that was carried out, and its summary."""
+
+    run: RunDir
+    summary: Mapping[str, Any]
+
+
+# --- what ended it ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unbegun() -> Iterator[None]:
+    """As long as there is no run directory: whatever is raised says why there is none."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before the run began: it has no directory") from None
+    except RunnerError:
+        raise
+    except Exception as error:
+        error.add_note("the run has not begun: it has no directory")
+        raise
+
+
+@contextmanager
+def begun(made: Callable[[str], Plan], run_id: str, means: Means) -> Iterator[tuple[Plan, RunDir]]:
+    """Keep others off the nodes, create the run directory, and write into it what ends the run, if an exception does.
+
+    `made` plans a run of a given name: another than `run_id` if that was taken in the same second. Raises
+    InfrastructureError where nodes are in use or the directory cannot be created; nothing is left of it then.
+    """
+    for _ in range(NAMES):
+        plan = made(run_id)
+        with ExitStack() as stack:
+            with deferred():
+                try:
+                    with unbegun():
+                        stack.enter_context(means.hold(means.state, endpoints(plan), plan.run_id))
+                        run = _created(plan, means.folder)
+                except NameTaken:
+                    run_id = means.make_id()
+                    continue
+                stack.enter_context(recorded(run))
+                stack.enter_context(run.alive())
+            yield plan, run
+            return
+    raise InfrastructureError(f"no run directory was created: {NAMES} names are taken in {Path(plan.run_dir).parent}")
+
+
+def _created(plan: Plan, folder: type[RunDir]) -> RunDir:
+    try:
+        return folder.create(Path(plan.run_dir).parent, plan.to_dict())
+    except NameTaken:
+        raise
+    except InfrastructureError as error:
+        raise InfrastructureError(f"no run directory was created: {error}", error.kind) from error
+
+
+@contextmanager
+def recorded(run: RunDir) -> Iterator[None]:
+    """Write what ends a run into its status.json and benchmark.log, where that is an exception."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(KeyboardInterrupt), deferred():  # this is the end already
+            _record(run, error)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; what was written lies in {run.path}") from None
+        raise
+
+
+def _record(run: RunDir, error: BaseException) -> None:
+    """Write `error` as the end of a run; a disk that takes nothing any more leaves the run incomplete."""
+    interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
+    kind, message = None, str(error) or type(error).__name__
+    lines: list[str] = []
+    if isinstance(error, RunnerError):
+        kind = error.kind
+    elif isinstance(error, OSError):
+        kind, message = disk_kind(error), os_error_text(error)
+    elif interrupted:
+        message = "interrupted"
+    else:
+        message = f"{type(error).__name__}: {error}"
+        lines = "".join(traceback.format_exception(error)).splitlines()
+    state = "cancelled" if interrupted else "failed"
+    with suppress(OSError, RunnerError):
+        run.write_end(state, {"kind": kind, "message": message, "at": now()})
+    with suppress(OSError), open(run.log, "a", encoding="utf-8", errors="replace") as log:
+        log.writelines(f"{now()} {line}\n" for line in (*lines, *message.splitlines()))
+
+
+# --- carrying out -------------------------------------------------------------------------------------
+
+
+def endpoints(plan: Plan) -> dict[str, str]:
+    """What is held of a plan's nodes, endpoint -> name; nothing under Slurm, which keeps its jobs apart by itself."""
+    if BACKENDS[plan.backend].scheduled:
+        return {}
+    return {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
+
+
+def cluster(
+    settings: Mapping[str, Any] | None, inventory: Inventory, ssh_config: str | None
+) -> commands.SlurmClient | None:
+    """Slurm, where the run goes through it."""
+    if settings is None:
+        return None
+    from runner.cluster import slurm as slurm_settings
+    from runner.launch.slurm import allocations
+
+    return allocations.cluster(slurm_settings.settings(settings, "slurm"), inventory.hosts, ssh_config)
+
+
+def require_launcher(plan: Plan) -> None:
+    """Raise UsageError where the engine's launcher is to run on this machine and is not here."""
+    head = plan.cells[0].launch.head
+    if head and not os.access(head[0], os.X_OK):
+        raise UsageError(
+            f"engine {plan.engine} starts {head[0]} on this machine, where there is none: "
+            "run from a machine with the nodes' environment, or use --engine torchrun"
+        )
+
+
+def carry_out(
+    plan: Plan,
+    run: RunDir,
+    transport: Transport,
+    display: Display,
+    data: str | None,
+    policy: Policy,
+    reach: Reach,
+    bad: Problems,
+) -> dict[str, Any]:
+    """Run what of the plan is not complete, in the run directory that the caller holds; returns the summary.
+
+    `bad` are nodes to do without, and why.
+    """
+    process.allow_open_files()
+    if transport.ssh_config:
+        with disk_errors(run.path):
+            run.keep_transport(Path(transport.ssh_config))
+    carried = Run(plan, run, transport, display, data, policy, reach)
+    try:
+        return carried.execute(bad)
+    except KeyboardInterrupt:
+        carried.left_at_once()
+        raise Interrupted(f"left at once; what was written lies in {run.path}") from None
