@@ -15,7 +15,7 @@ EXIT_INTERRUPTED = 130
 class RunnerError(Exception):
     """One line for the user: what was asked, what was found, what to do.
 
-    For programs: the `kind` of failure (`kinds.KINDS`) where it is one, and {"host", "alias", "kind", "message"} for
+    For programs: the `kind` of failure (`failures.KINDS`) where it is one, and {"host", "alias", "kind", "message"} for
     each problem of each bad node.
     """
 

@@ -41,7 +41,7 @@ _SSH_FAILED = 255
 
 
 def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
-    """The kind of failure (`kinds.KINDS`) of a command that should have reached a node's agent."""
+    """The kind of failure (`failures.KINDS`) of a command that should have reached a node's agent."""
     text = "\n".join(stderr)
     for needle, kind, _ in _REASONS:
         if needle in text:

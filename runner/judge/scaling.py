@@ -9,8 +9,7 @@ from typing import Any
 from runner.judge.verdict import Judgement, bootstrap, judge
 from runner.results.records import Record
 from runner.system.wording import counted
-from runner.workloads.registry import trains
-from runner.workloads.sft import metrics as sft_metrics
+from runner.workloads.registry import TESTS, trains
 
 
 def judge_scaling(
@@ -95,10 +94,6 @@ def judge_efficiency(
 def _per_gpu_samples(
     cells: Sequence[Mapping[str, Any]], by_cell: Mapping[str, Sequence[Record]]
 ) -> list[list[tuple[float, float]]]:
-    repeats = []
-    for cell in cells:
-        world = cell["world_size"]
-        measured = [s for s in sft_metrics.steps(by_cell.get(cell["id"], []), world) if s.measured]
-        if sum(step.loss_tokens for step in measured):
-            repeats.append([(step.loss_tokens / world, step.time_s) for step in measured])
-    return repeats
+    """The rates per GPU of each cell that has some, step by step."""
+    repeats = (TESTS[cell["test"]].load_training_metrics().rates(cell, by_cell.get(cell["id"], [])) for cell in cells)
+    return [steps for steps in repeats if sum(amount for amount, _ in steps)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from runner.judge.scaling import judge_efficiency
 from runner.judge.verdict import Judgement, bootstrap, judge
 from runner.results.records import Record
 from runner.system.wording import counted
-from runner.workloads.collectives import metrics as collective_metrics
+from runner.workloads.registry import TESTS
 
 
 def judge_targets(
@@ -31,7 +30,7 @@ def judge_targets(
         groups: dict[tuple[str | None, int], list[tuple[Mapping[str, Any], float]]] = defaultdict(list)
         for cell in cells:
             fits = cell["test"] == target["test"] and target.get("num_nodes") in (None, cell["num_nodes"])
-            value = _observed(target, cell, by_cell) if fits and cell["state"] == "complete" else None
+            value = _value(target, cell, by_cell) if fits and cell["state"] == "complete" else None
             if value is not None:
                 groups[cell["model"], cell["num_nodes"]].append((cell, value))
         if not groups:
@@ -112,22 +111,7 @@ def _not_measured(target: Mapping[str, Any]) -> str:
     return f"not measured in this run: no {target['metric']}{size}{where}"
 
 
-def _observed(
-    target: Mapping[str, Any], cell: Mapping[str, Any], by_cell: Mapping[str, Sequence[Record]]
-) -> float | None:
-    """What the cell says about the target's metric; of several sizes the best one."""
-    collective = target.get("collective")
-    if not collective:
-        return cell["metrics"].get(target["metric"])
-    # Every GPU of a node sends to the other node and receives from it at busbw: both directions, in bits.
-    name, factor = target["metric"], 1.0
-    if name == "bidirectional_gbit_per_s":
-        name, factor = "busbw_gb_per_s", 2 * 8.0 * cell["world_size"] / cell["num_nodes"]
-    low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
-    found = [
-        value * factor
-        for size, value in collective_metrics.by_size(by_cell.get(cell["id"], []), collective, name).items()
-        if low <= size <= high
-    ]
-    best = max if target["direction"] == "min" else min
-    return best(found, default=None)
+def _value(target: Mapping[str, Any], cell: Mapping[str, Any], by_cell: Mapping[str, Sequence[Record]]) -> float | None:
+    """What the cell has for the target's metric; None for a test that only another version has."""
+    test = TESTS.get(cell["test"])
+    return test.load_metrics().target_value(target, cell, by_cell.get(cell["id"], [])) if test else None

@@ -1,7 +1,4 @@
-"""The plan: everything decided before anything runs. Pure data, made by pure functions.
-
-`--nodes 8` becomes `num_nodes` of a cell here, and nowhere else.
-"""
+"""The plan: everything decided before anything runs, as plain data. `plan/build` makes it."""
 
 from __future__ import annotations
 
@@ -78,7 +75,7 @@ class Plan:
     models: Mapping[str, Mapping[str, Any]]
     targets: Sequence[Mapping[str, Any]]
     cells: tuple[Cell, ...]
-    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `failures.node_lines`
     spares: tuple[Node, ...] = ()
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes

@@ -31,7 +31,7 @@ class Request:
     ssh_config: str | None
     weights: str | None = None
     seed: int = 0
-    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `failures.node_lines`
     spares: bool = False  # whether nodes beyond those needed may take the place of bad ones
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes

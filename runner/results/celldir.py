@@ -26,7 +26,7 @@ class CellDir:
 
     @property
     def job(self) -> Path:
-        """What ranks are asked for (workloads.job.Job)."""
+        """What ranks are asked for (workloads.job.RankJob)."""
         return self.path / "job.json"
 
     @property

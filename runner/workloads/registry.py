@@ -33,6 +33,18 @@ class MetricsModule(Protocol):
     ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
         """The cell's metrics, and its ceilings by the name of what they limit; what was not measured is absent."""
 
+    def target_value(
+        self, target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
+    ) -> float | None:
+        """What a cell of summary.json has for the target's metric, in its unit; None where it was not measured."""
+
+
+class TrainingMetricsModule(MetricsModule, Protocol):
+    """The metrics of a test that trains."""
+
+    def rates(self, cell: Mapping[str, Any], records: Sequence[Record]) -> list[tuple[float, float]]:
+        """(tokens in the loss per GPU, seconds) of each measured step: what scaling is judged by."""
+
 
 @dataclass(frozen=True)
 class Test:
@@ -63,6 +75,10 @@ class Test:
 
     def load_metrics(self) -> MetricsModule:
         return cast(MetricsModule, import_module(self.metrics))
+
+    def load_training_metrics(self) -> TrainingMetricsModule:
+        """The metrics module of a test that `trains`."""
+        return cast(TrainingMetricsModule, import_module(self.metrics))
 
 
 TESTS: Mapping[str, Test] = {

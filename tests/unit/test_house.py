@@ -257,3 +257,27 @@ def test_nothing_asks_which_transport_it_has() -> None:
 )
 def test_asking_which_transport_is_found_in_any_form(code: str, found: bool) -> None:
     assert bool(list(transports_asked(ast.parse(code)))) is found
+
+
+# --- who plans and judges loads a test's modules through its row ---------------------------------------------------
+
+FOLDERS = {row.metrics.split(".")[2] for row in TESTS.values()}
+
+
+def folders_imported(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Imports of a module in a test's folder."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[:2] == ["runner", "workloads"] and len(parts) > 2 and parts[2] in FOLDERS:
+                yield node, name
+
+
+def test_who_judges_knows_no_test() -> None:
+    assert found(modules("judge", "launch", "cli"), folders_imported) == []
+    assert found(modules("report"), folders_imported), "a test's own report module does"

@@ -85,7 +85,7 @@ _PROLOG = re.compile(r"(job )?prolog (error|failed|\S+:)", re.IGNORECASE)
 
 
 def node_kind(reason: str) -> str:
-    """The kind of failure (`kinds.KINDS`) of a node that Slurm does not use for this reason."""
+    """The kind of failure (`failures.KINDS`) of a node that Slurm does not use for this reason."""
     return "prolog_failed" if _PROLOG.match(reason) else "node_failed"
 
 

@@ -41,6 +41,21 @@ def summarise(
     return metrics, ceilings
 
 
+def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> float | None:
+    """What the cell has for the target's metric; of several message sizes the best one."""
+    collective = target.get("collective")
+    if not collective:
+        return cell["metrics"].get(target["metric"])
+    # Every GPU of a node sends to the other node and receives from it at busbw: both directions, in bits.
+    name, factor = target["metric"], 1.0
+    if name == "bidirectional_gbit_per_s":
+        name, factor = "busbw_gb_per_s", 2 * 8.0 * cell["world_size"] / cell["num_nodes"]
+    low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
+    found = [value * factor for size, value in by_size(records, collective, name).items() if low <= size <= high]
+    best = max if target["direction"] == "min" else min
+    return best(found, default=None)
+
+
 def _copies(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:
     """The rates of a device's own copies, the size at which the one within it was made, and its share of the limit."""
     found = {record.metric: record for record in records if record.metric in COPIES}

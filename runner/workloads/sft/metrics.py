@@ -107,3 +107,14 @@ def summarise(
         flop = limits.flops_per_token(model, round(lengths[0]) if lengths else 0)
         metrics["mfu"] = limits.mfu(metrics["processed_tokens_per_s"], flop, cell["world_size"], peak)
     return metrics, {}
+
+
+def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> float | None:
+    """What the cell has for the target's metric."""
+    return cell["metrics"].get(target["metric"])
+
+
+def rates(cell: Mapping[str, Any], records: Sequence[Record]) -> list[tuple[float, float]]:
+    """(tokens in the loss per GPU, seconds) of each measured step."""
+    world = cell["world_size"]
+    return [(step.loss_tokens / world, step.time_s) for step in steps(records, world) if step.measured]

@@ -11,14 +11,15 @@ import pytest
 from runner.cli.bench import bench
 from runner.plan import config
 from runner.report.sections import Section
-from runner.workloads.registry import TESTS, MetricsModule, RankModule, trains
+from runner.workloads.registry import TESTS, MetricsModule, RankModule, TrainingMetricsModule, trains
 
 
 @pytest.mark.parametrize("name", TESTS)
 def test_the_modules_of_a_row_exist_and_take_what_they_are_given(name):
     test = TESTS[name]
     assert test.load_settings().model_fields["timeout_s"]
-    for module, interface in ((test.load_rank(), RankModule), (test.load_metrics(), MetricsModule)):
+    training = [(test.load_training_metrics(), TrainingMetricsModule)] if test.trains else []
+    for module, interface in ((test.load_rank(), RankModule), (test.load_metrics(), MetricsModule), *training):
         for function in (f for f in vars(interface) if not f.startswith("_")):
             wanted = list(inspect.signature(getattr(interface, function)).parameters)[1:]
             assert list(inspect.signature(getattr(module, function)).parameters) == wanted
