@@ -28,7 +28,7 @@ from runner.report.runs import (
     verdict_text,
 )
 from runner.results import logs
-from runner.results.logs import Line, last_lines, parse_line, wanted
+from runner.results.logs import Line, last_lines, matches, parse_line
 
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
@@ -105,7 +105,7 @@ def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | 
         if needle not in raw:  # spares most of the work on a long log
             return None
         line = parse_line(raw, cells)
-        return line if wanted(line, cell, chosen) else None
+        return line if matches(line, cell, chosen) else None
 
     if not follow and not run.log.exists():
         raise errors.UsageError(f"run {run.run_id} has no log: {run.log} is not there")

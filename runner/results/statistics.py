@@ -1,4 +1,4 @@
-"""How values of several steps or repeats are summed up."""
+"""Summary statistics of the values of several steps or repeats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default."""
+    """The quantile `q` (0 to 1) of at least one value, by linear interpolation, as numpy's default."""
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low = math.floor(position)
@@ -17,6 +17,6 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Median absolute deviation from the median: half of the values lie within it, outliers do not move it."""
+    """The median absolute deviation of at least one value, in the values' unit; robust against outliers."""
     middle = statistics.median(values)
     return statistics.median(abs(value - middle) for value in values)
