@@ -75,7 +75,7 @@ def test_a_failure_that_the_playbook_expects_is_none():
         ({"msg": "Module result deserialization failed: No start of json char found",
           "module_stderr": "pyenv: python3.13: command not found\n\nThe command exists in these versions:\n  3.13.0\n"},
          "the module gave no answer: pyenv: python3.13: command not found"),
-        ({}, "failed without a word"),
+        ({}, "failed without output"),
     ],
 )  # fmt: skip
 def test_the_reason_of_a_failure_is_one_line_without_ansibles_own_words(result, said):
