@@ -381,7 +381,7 @@ def test_node_lists_keep_slurms_order(nodelist, names):
     "nodelist", ["", "(null)", "node[001", "node[a-b]", "node[]", "a,,b", "a b", "node[1-]", "a;b"]
 )
 def test_what_is_no_node_list_is_said(nodelist):
-    with pytest.raises(ValueError, match="no list of nodes"):
+    with pytest.raises(ValueError, match="not a list of nodes"):
         nodeset.expand(nodelist)
 
 

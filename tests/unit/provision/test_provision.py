@@ -184,6 +184,6 @@ def test_a_phase_that_is_not_played_is_no_tag():
 def test_variables_are_the_roles_and_typed_as_yaml():
     name = "cuda_check_driver_min"
     assert roles.variables_of([f"{name}='560'"]) == {name: "560"}
-    for setting, said in ((f"{name}x=1", "did you mean"), (name, "NAME=VALUE"), (f"{name}=[", "no YAML")):
+    for setting, said in ((f"{name}x=1", "did you mean"), (name, "NAME=VALUE"), (f"{name}=[", "not a YAML value")):
         with pytest.raises(UsageError, match=said):
             roles.variables_of([setting])
