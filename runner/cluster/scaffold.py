@@ -321,7 +321,7 @@ def create(folder: Path, answers: Answers, force: bool = False) -> inventory.Inv
 
 
 def _compare(answers: Answers, read: inventory.Inventory) -> None:
-    """Raise UsageError where the names in `read` differ from the answers: Ansible gives some words a special meaning."""
+    """Raise UsageError where the names in `read` differ from the answers: some words are special to Ansible."""
     if not answers.reached.remote:
         return
     names = tuple(node.name for node in read.nodes)

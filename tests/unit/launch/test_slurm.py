@@ -87,7 +87,7 @@ def test_settings_are_taken_as_yaml_gives_them():
         ({"wait_s": True}, "expected seconds above 0"),
         ({"stuck_s": None}, "expected seconds above 0"),
         ({"shared": "yes"}, "expected true or false"),
-        ({"exclude": "node[001"}, "no list of nodes"),
+        ({"exclude": "node[001"}, "not a list of nodes"),
         ({"extra": ["reservation=maint"]}, "write each option as --name=value"),
         ({"extra": ["-N", "2"]}, "write each option as --name=value"),
         ({"extra": ["--comment=a --nodes=1"]}, "write each option as --name=value"),
@@ -400,7 +400,7 @@ def test_a_task_finds_its_place_in_what_slurm_tells_it():
         ({"SLURM_STEP_NODELIST": "node[1-2]"}, "neither SLURMD_NODENAME nor SLURM_NODEID"),
         ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NODEID": "2"}, "neither SLURMD_NODENAME nor SLURM_NODEID"),
         ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node3", "SLURM_NODEID": "0"}, "node3 is not in"),
-        ({"SLURM_STEP_NODELIST": "node[1-"}, "no list of nodes"),
+        ({"SLURM_STEP_NODELIST": "node[1-"}, "not a list of nodes"),
     ],
 )
 def test_a_task_that_slurm_told_too_little_says_what_is_missing(environ, said):
