@@ -189,7 +189,7 @@ def test_mpi_is_found_through_its_compiler(settings, tmp_path, monkeypatch):
     assert carry_out(module.PHASES, "validate", settings | {"mpi": True}).ok
     (home / "include" / "mpi.h").unlink()
     what, _, found = only(carry_out(module.PHASES, "validate", settings | {"mpi": True}))
-    assert (what, found) == ("MPI for nccl-tests", "no include/mpi.h in what mpicc names")
+    assert (what, found) == ("MPI for nccl-tests", "no include/mpi.h in the folders that mpicc reports")
 
 
 @pytest.mark.parametrize(
