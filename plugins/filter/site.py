@@ -1,18 +1,18 @@
-"""Filters of the playbooks."""
+"""Jinja filters of the playbooks."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# Ansible 2.19 puts a chain of its own words before what is wrong.
+# Ansible 2.19 puts a chain of its own messages before the cause.
 _CHAIN = re.compile(
     r"^(Task failed|Action failed|Module failed|Finalization of task args for '[^']*' failed|"
     r"Error while resolving value for '[^']*'|The (lookup|filter) plugin '[^']*' failed)[:.]\s*"
 )
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
-# What the roles register of the phases that may change a node. (NCCL is built before the roles that are asked about.)
+# The results that roles register for the phases that may change a node. (NCCL is built before the roles in question.)
 _PROVISIONED = [
     f"{path.parent.name}_{phase}_result" for path in ROLES.glob("*/tasks") for phase in ("install", "configure")
 ]
@@ -20,7 +20,7 @@ _PROVISIONED = [
 
 def why(result: dict) -> str:
     """The reason of a failed task's `result`, in one line."""
-    text = " ".join(str(result.get("msg") or result.get("stderr") or "failed without a word").split())
+    text = " ".join(str(result.get("msg") or result.get("stderr") or "failed without output").split())
     while match := _CHAIN.match(text):
         text = text[match.end() :]
     return text
@@ -33,7 +33,7 @@ def nodes_named_twice(names: list[str], hostvars: dict) -> list[str]:
         holders: dict[tuple, str] = {}
         for name in names:
             value = hostvars[name].get(variable)
-            # Behind one address, ports may tell nodes apart.
+            # Several nodes may have one address with different ports.
             port = hostvars[name].get("ansible_port") if variable == "ansible_host" else None
             first = holders.setdefault((value, port), name)
             if value is not None and first != name:
@@ -42,7 +42,7 @@ def nodes_named_twice(names: list[str], hostvars: dict) -> list[str]:
 
 
 def differing_roles(names: list[str], hostvars: dict) -> list[str]:
-    """One line for each role of all nodes together that some of the nodes `names` have on and others off."""
+    """One line for each cluster-wide role that is enabled on some of the nodes `names` and disabled on others."""
     lines = []
     for role in ("nccl_build", "ssh_mesh", "slurm_cluster"):
         by_value: dict[str, str] = {}
@@ -55,9 +55,9 @@ def differing_roles(names: list[str], hostvars: dict) -> list[str]:
 
 
 def installed(nodes: list[dict], role: str) -> list[dict]:
-    """The facts of `role`'s phase install on each of `nodes` (their variables) that has them in this run.
+    """The facts of the phase install of `role`, for each of `nodes` (their variables) that has them in this run.
 
-    Where validate found nothing to install, it has read them.
+    They come from the phase validate where that found nothing to install.
     """
     found = []
     for variables in nodes:
@@ -68,10 +68,10 @@ def installed(nodes: list[dict], role: str) -> list[dict]:
 
 
 def verified(nodes: list[dict], role: str) -> bool:
-    """Whether the calls that found nothing to configure have verified `role` on all of `nodes` (their variables).
+    """Whether `role` is already verified on all of `nodes` (their variables), by calls that found nothing to configure.
 
-    That holds once, and only where no role has installed or configured anything in this run: a later verification
-    looks again, and so does one after a change on any node.
+    True only once, and only if no role has installed or configured anything in this run: a second verification, or one
+    after a change on any node, runs again.
     """
     return not any(
         f"{role}_verify_result" in variables
@@ -82,7 +82,10 @@ def verified(nodes: list[dict], role: str) -> bool:
 
 
 class FilterModule:
+    """The plugin, as Ansible loads it."""
+
     def filters(self):
+        """{name in templates: function}."""
         return {
             "why": why,
             "nodes_named_twice": nodes_named_twice,

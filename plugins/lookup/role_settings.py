@@ -27,16 +27,16 @@ ROLES = Path(__file__).resolve().parents[2] / "roles"
 
 
 def specification(role: str) -> dict:
-    """The options of `role`, by full name, as its meta/argument_specs.yml says."""
+    """The options of `role` in its meta/argument_specs.yml, by full name."""
     text = (ROLES / role / "meta" / "argument_specs.yml").read_text()
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(text, Loader=loader)["argument_specs"]["main"]["options"]
 
 
 def unknown(role: str, options: dict, names: list[str], roles: list[str]) -> list[str]:
-    """One line for each of `names` that carries the role's prefix and is none of its `options`.
+    """One line for each of `names` with the role's prefix that is not in its `options`.
 
-    A name may belong to a role with a longer prefix (`slurm` and `slurm_cluster`).
+    A name may belong to another role of `roles` with a longer prefix (`slurm` and `slurm_cluster`).
     """
     longer = tuple(f"{other}_" for other in roles if other.startswith(f"{role}_"))
     lines = []
@@ -49,18 +49,21 @@ def unknown(role: str, options: dict, names: list[str], roles: list[str]) -> lis
 
 
 def not_text(name: str, option: dict, value: object) -> str | None:
-    """What is wrong with `value` for a text; Ansible's own check takes anything that can be printed."""
+    """An error message where `value` is not text, else None; Ansible's own check accepts anything printable."""
     if option["type"] in ("str", "path") and isinstance(value, dict | list | bool):
         return f"{name}: expected text, found {value!r}"
     return None
 
 
 class LookupModule(LookupBase):
+    """The plugin, as Ansible loads it."""
+
     def run(self, terms, variables=None, **kwargs):
+        """[{variable without the role's prefix: value}] of the one role in `terms`. Raises AnsibleLookupError."""
         (role,) = terms
         options = specification(role)
         roles = [path.name for path in ROLES.iterdir()]
-        # What a task registers is a variable too: such names end in _result.
+        # The registered result of a task is a variable too: such names end in _result.
         errors = unknown(role, options, [n for n in variables if not n.endswith("_result")], roles)
         given = {name: variables[name] for name in options if name in variables}
         given = self._templar.template(given)

@@ -1,4 +1,4 @@
-"""What nvidia-smi and the driver say, for the modules of several roles."""
+"""Reading nvidia-smi's and the driver's output, for the modules of several roles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ CUDA_FACT = "/etc/ansible/facts.d/cuda.fact"  # written by the role cuda_check
 
 
 def query(phase, fields, timeout_s=20):
-    """One dictionary a GPU with `fields` of `nvidia-smi --query-gpu`, values as printed, without units.
+    """One dictionary per GPU with `fields` of `nvidia-smi --query-gpu`, values as printed, without units.
 
-    Returns (rows, ""), or ([], reason) where nvidia-smi is missing, fails or does not answer in time.
+    Returns (rows, ""), or ([], reason) where nvidia-smi is missing, fails, or exceeds `timeout_s`.
     """
     argv = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     outcome = phase.run(argv, timeout_s)
@@ -27,7 +27,7 @@ def query(phase, fields, timeout_s=20):
 
 
 def driver(phase):
-    """The driver's version as cuda.fact has it, else as nvidia-smi says; ("", reason) where neither knows."""
+    """(version of the driver, "") from cuda.fact or else from nvidia-smi; ("", reason) where both fail."""
     try:
         with open(CUDA_FACT, encoding="utf-8") as file:
             if version := json.load(file).get("driver"):
@@ -39,7 +39,7 @@ def driver(phase):
 
 
 def version(text):
-    """A version as a tuple of numbers, for comparing: "560.35.03" -> (560, 35, 3). () where there is none."""
+    """A version as a tuple of numbers, for comparison: "560.35.03" -> (560, 35, 3). () where `text` has none."""
     numbers = []
     for part in str(text).strip().split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -49,7 +49,7 @@ def version(text):
     return tuple(numbers)
 
 
-# --- readers of text; each takes any text, and what it cannot read is missing from its answer ---
+# --- parsers; each accepts any text, and omits from its result what it cannot parse ---
 
 NO_VALUE = re.compile(
     r"\[?(N/A|ERR!|unknown( error)?|not supported|not available|insufficient permissions|GPU is lost|"
@@ -59,7 +59,10 @@ NO_VALUE = re.compile(
 
 
 def address(text):
-    """A PCI address as Linux writes it, from nvidia-smi's or the driver's: "00000000:1B:00.0" -> "0000:1b:00.0"."""
+    """A PCI address in Linux's form, from nvidia-smi's or the driver's: "00000000:1B:00.0" -> "0000:1b:00.0".
+
+    Raises ValueError where `text` is not a PCI address.
+    """
     domain, bus, slot = text.lower().split(":")
     return f"{int(domain, 16):04x}:{bus}:{slot if '.' in slot else slot + '.0'}"
 
@@ -71,7 +74,7 @@ class Gpu:
         self.pci, self.fields = pci, {}
 
     def get(self, *paths):
-        """The first of `paths` that has a value; (None, what stands there instead) where none has."""
+        """(value, "") of the first of `paths` that has one; (None, the text found instead) where none has."""
         instead = "missing"
         for path in paths:
             value = self.fields.get(path)
@@ -82,7 +85,7 @@ class Gpu:
         return None, instead
 
     def number(self, *paths):
-        """As `get`, for a count with or without a unit: "16x" -> 16, "143771 MiB" -> 143771."""
+        """As `get`, for a number with or without a unit: "16x" -> 16, "143771 MiB" -> 143771."""
         value, instead = self.get(*paths)
         if value is None:
             return None, instead
@@ -91,17 +94,17 @@ class Gpu:
 
 
 class Query:
-    """What `nvidia-smi -q` says. `driver` and `cuda` are "" and `attached` is None where it does not say."""
+    """The parsed output of `nvidia-smi -q`. Unknown values: "" for `driver` and `cuda`, None for `attached`."""
 
     def __init__(self, driver="", cuda="", attached=None):
         self.driver, self.cuda, self.attached, self.gpus, self.twice = driver, cuda, attached, [], []
 
 
 def parse_query(text):
-    """The Query of the text of `nvidia-smi -q`, of any driver, whole or cut.
+    """The Query for the output of `nvidia-smi -q`, of any driver version, complete or truncated.
 
-    A field's path is made of the lines above it that are indented less. The last line of a cut text is left out,
-    since half a value is a wrong one. A GPU that is listed twice is kept once and named in `twice`.
+    The path of a field is made of the less indented lines above it. An incomplete last line is ignored, since part of
+    a value is a wrong value. A GPU that is listed twice is kept once and added to `twice`.
     """
     query, gpu, above = Query(), None, []
     seen = set()
@@ -135,9 +138,9 @@ def parse_query(text):
 
 
 def parse_nvlink(text):
-    """Links by GPU's UUID of the text of `nvidia-smi nvlink -s`: {"GPU-…": {0: 26.562, 1: 0.0, 2: None}}.
+    """The links by UUID of the GPU, from the output of `nvidia-smi nvlink -s`: {"GPU-…": {0: 26.562, 1: 0.0, 2: None}}.
 
-    In GB/s and one direction; 0 for an inactive link, None for one whose rate cannot be read.
+    Rates in GB/s, one way; 0 for an inactive link, None for an unknown rate.
     """
     gpus, links = {}, None
     for line in text[: text.rfind("\n") + 1].splitlines():
@@ -148,12 +151,12 @@ def parse_nvlink(text):
             inactive = match[2].strip().strip("<>").lower() == "inactive"
             links[int(match[1])] = 0.0 if inactive else float(rate[1]) if rate else None
         elif "all links are inactive" in line.lower() and links is not None:
-            links[0] = 0.0  # said once instead of a list
+            links[0] = 0.0  # printed once instead of a list
     return gpus
 
 
 class Xid:
-    """One kind of error of one GPU, or of an NVSwitch where `switch`; `count` messages, `text` of the worst."""
+    """One Xid of one GPU, or SXid of an NVSwitch (`switch`); `count` of messages, `text` of the most severe one."""
 
     def __init__(self, number, pci, switch, fatal, text):
         self.number, self.pci, self.switch, self.fatal, self.text, self.count = number, pci, switch, fatal, text, 1
@@ -164,9 +167,9 @@ PROCESS = re.compile(r"(pid='?[^,]*, )?(name=[^,]*, )?")
 
 
 def parse_xids(text):
-    """The Xids and SXids of a kernel log, of any form (journalctl, dmesg, /dev/kmsg), folded by number and device.
+    """The Xids and SXids of a kernel log in any format (journalctl, dmesg, /dev/kmsg), one per number and device.
 
-    Of SXids only the lines that say how bad it is: the others are its details.
+    Of an SXid, only the lines with its severity are used; the others are details.
     """
     found = {}
     for line in text.splitlines():
@@ -195,19 +198,19 @@ def parse_xids(text):
 # --- the kernel log ---
 
 RESET = "drain the node, then reset the GPU (nvidia-smi -r) or reboot"
-# What to do about an Xid. Source: NVIDIA's Xid catalogue and the health checks of clusters in production.
+# The action for an Xid. Source: NVIDIA's Xid catalogue and the health checks of clusters in production.
 ACTIONS = {
-    54: "isolate the node: look at the GPU's power cables and supply",
-    74: "look at NVLink: nvidia-smi nvlink -s and -e; drain the node, then reset the GPUs",
+    54: "isolate the node: check the GPU's power cables and supply",
+    74: "check NVLink: nvidia-smi nvlink -s and -e; drain the node, then reset the GPUs",
     79: "drain and reboot the node; if it returns, replace the GPU",
     **dict.fromkeys((48, 64, 95, 109, 110, 119, 120, 136, 140, 143), RESET),
 }
 MONITOR = (13, 31, 43, 63, 92, 94, 121, 126)
-NVLINK5 = range(144, 151)  # say themselves whether they are fatal
+NVLINK5 = range(144, 151)  # their text says whether they are fatal
 
 
 def action(xid):
-    """(whether the node must not be used, what to do) about an Xid of parse_xids."""
+    """(whether the node must not be used, the recommended action) for an Xid of parse_xids."""
     if xid.switch:
         return xid.fatal, "drain the node, then reset all GPUs and NVSwitches or reboot" if xid.fatal else "watch it"
     if xid.number in ACTIONS:
@@ -218,12 +221,12 @@ def action(xid):
 
 
 def kernel_log(phase, hours):
-    """(the kernel's messages of this boot and the last `hours`, ""), or ("", reason) where none can be read."""
+    """(the kernel's messages of this boot within the last `hours`, ""), or ("", reason) where none can be read."""
     argv = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=short-iso", f"--since=-{int(hours * 3600)}s"]
     journal = phase.run(argv, 20)
     if journal.ok and journal.stdout.strip():
         return journal.stdout, ""
-    # An empty journal may be one that does not gather the kernel's messages.
+    # An empty journal may not collect the kernel's messages at all.
     ring = phase.run(["dmesg", "--time-format=iso"], 20)
     if not ring.ok:
         return "", ring.last_line
@@ -231,7 +234,7 @@ def kernel_log(phase, hours):
 
 
 def recent(text, since):
-    """The lines of `dmesg --time-format=iso` not older than `since`; those without a time stay."""
+    """The lines of `dmesg --time-format=iso` not older than `since`; lines without a time are kept."""
     lines = []
     for line in text.splitlines():
         match = re.search(r"\b(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)[,.]\d+([+-]\d\d:\d\d)", line[:60])

@@ -1,18 +1,18 @@
-"""What every role's module is made of: one call carries out one phase on one node.
+"""The common part of every role's module: one call runs one phase on one node.
 
-A module reads what is there, compares it with what is wanted, and either mends it (`install`, `configure`) or
-reports it (`validate`, `verify`). It collects all problems before it answers, since a user who mends one at a time
-loses a day. Runs with the node's own Python (3.9 or newer) and nothing but its standard library.
+A module reads the state of the node, compares it with the expected state, and either fixes differences (`install`,
+`configure`) or reports them (`validate`, `verify`). It collects all problems before it returns, so that the user can
+fix them together. Runs with the node's own Python (3.9 or newer) and its standard library only.
 
-Answer of a module (`module.exit_json` / `fail_json`):
+Result of a module (`module.exit_json` / `fail_json`):
 
     changed   bool
     msg       one line: every problem, or what was done
     problems  [{"what", "expected", "found", "remedy"}]   empty unless failed
-    facts     what was observed, by name; units in the names
-    also      bool: whether the phase that the parameter `also` names has nothing left to do here (see `also`)
-    warnings  what does not stop the node (`unknown` results of checks that gave none)
-    diff      [{"before", "after", "before_header", "after_header"}]   one a setting or file
+    facts     the observed values by name; units in the names
+    also      bool: whether the phase that the parameter `also` names has nothing to do here (see `also`)
+    warnings  what does not fail the node, such as checks whose result is `unknown`
+    diff      [{"before", "after", "before_header", "after_header"}]   one per setting or file
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PHASES = ("validate", "install", "configure", "verify")
 
 
 class Stop(Exception):
-    """Ends the phase at once: what follows cannot be done. Its one problem is reported with those before it."""
+    """Ends the phase at once, since it cannot continue. Its problem is reported with those found before."""
 
     def __init__(self, what, expected, found, remedy=""):
         super().__init__(what)
@@ -37,26 +37,27 @@ class Stop(Exception):
 
 
 class Outcome:
-    """How a command ended. `rc` is None when it did not answer in time or does not exist (see `reason`)."""
+    """The result of a command. `rc` is None when it timed out or could not be started; then `reason` says why."""
 
     def __init__(self, argv, rc, stdout="", stderr="", reason=""):
         self.argv, self.rc, self.stdout, self.stderr, self.reason = argv, rc, stdout, stderr, reason
 
     @property
     def ok(self):
+        """Whether the command ran and returned 0."""
         return self.rc == 0
 
     @property
     def last_line(self):
-        """The last line that it wrote, usually the reason of a failure; else why it gave no answer."""
+        """`reason` if set, else the last line of its output, usually the reason of a failure."""
         lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
-        return self.reason or (lines[-1].strip() if lines else f"status {self.rc} without a word")
+        return self.reason or (lines[-1].strip() if lines else f"status {self.rc} without output")
 
 
 class Phase:
     """One phase of one role on this node. `name` is the phase, `want` the role's settings without its prefix.
 
-    `secrets` are settings that Ansible keeps out of logs and answers; they are no part of `want`.
+    `secrets` are the settings that Ansible keeps out of logs and results; they are not in `want`.
     """
 
     def __init__(self, module):
@@ -73,20 +74,24 @@ class Phase:
         self.diffs = []
         self.also = False
 
-    # --- what is found ---
+    # --- observing ---
 
     def problem(self, what, expected, found, remedy=""):
-        """A reason why this node is not as wanted. Collected; the phase goes on."""
+        """Record a problem: `what` is not as `expected` but as `found`; `remedy` tells how to fix it.
+
+        The phase continues, and fails at its end.
+        """
         self.problems.append({"what": what, "expected": str(expected), "found": str(found), "remedy": remedy})
 
     def warn(self, text):
-        """Something that a person should know and that does not stop the node."""
+        """Record a warning, which is shown to the user and does not fail the phase."""
         self.warnings.append(text)
 
     def run(self, argv, timeout_s, env=None, cwd=None, input=None):
         """Run `argv` and return its Outcome, also when it is missing, fails or hangs; never raises.
 
-        Its output is read as UTF-8, with a C locale, and it is ended with its whole group after `timeout_s`.
+        `env` is added to the environment, with a C locale; `input` is text for its stdin. Output is decoded as UTF-8.
+        After `timeout_s` its whole process group is terminated.
         """
         argv = [str(word) for word in argv]
         full = dict(os.environ, LC_ALL="C.UTF-8", **(env or {}))
@@ -106,7 +111,7 @@ class Phase:
         try:
             stdout, stderr = child.communicate(None if input is None else input.encode(), timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            for number in (signal.SIGTERM, signal.SIGKILL):  # KILL in any case: a child of it may ignore TERM
+            for number in (signal.SIGTERM, signal.SIGKILL):  # always KILL too: one of its children may ignore TERM
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -117,10 +122,10 @@ class Phase:
             return Outcome(argv, None, reason=f"{os.path.basename(argv[0])} gave no answer within {timeout_s:g} s")
         return Outcome(argv, child.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
 
-    # --- what is mended ---
+    # --- changing ---
 
     def change(self, setting, before, after):
-        """Record that `setting` is to be changed. True where it may be done now, False in check mode."""
+        """Record a change of `setting` in the diff. Returns True if it is to be made now, False in check mode."""
         self.changed = True
         self.diffs.append(
             {
@@ -133,9 +138,9 @@ class Phase:
         return not self.check
 
     def write(self, path, content, mode=0o644, secret=False):
-        """Make the file `path` hold `content` with `mode`; returns whether that is a change. Whole or not at all.
+        """Write `content` with `mode` to the file `path`, atomically; returns whether that is a change.
 
-        The diff shows neither content where `secret`.
+        With `secret`, the diff shows no content.
         """
         old = read(path)
         old_mode = os.stat(path).st_mode & 0o7777 if old is not None else None
@@ -152,7 +157,7 @@ class Phase:
         return True
 
     def remove(self, path):
-        """Make sure that nothing is at `path`; returns whether that is a change."""
+        """Remove the file or folder `path` if it exists; returns whether that is a change."""
         if not os.path.lexists(path):
             return False
         if self.change(path, "present", None):
@@ -162,20 +167,21 @@ class Phase:
                 os.unlink(path)
         return True
 
-    # --- the answer ---
+    # --- the result ---
 
     def finish(self):
+        """End the module with its result: failed with any problem, else successful."""
         answer = {"changed": self.changed, "facts": self.facts, "problems": self.problems, "diff": self.diffs}
         answer["also"] = self.also
         for text in self.warnings:
             self.module.warn(text)
         if self.problems:
             self.module.fail_json(msg=one_line(self.problems), **answer)
-        self.module.exit_json(msg="; ".join(self.done) or "as wanted", **answer)
+        self.module.exit_json(msg="; ".join(self.done) or "as expected", **answer)
 
 
 class _Needed(Exception):
-    """A rehearsed phase has something to do or to tell."""
+    """A rehearsed phase has a change to make or a problem to report."""
 
 
 class Rehearsal(Phase):
@@ -187,17 +193,20 @@ class Rehearsal(Phase):
         self.check = True
 
     def problem(self, what, expected, found, remedy=""):
+        """End the rehearsal: the phase would report a problem."""
         raise _Needed(what)
 
     def change(self, setting, before, after):
+        """End the rehearsal: the phase would make a change."""
         raise _Needed(setting)
 
 
 def also(phase, name, phases):
     """Whether the phase `name` would change nothing and find no problem after `phase`, which changed nothing.
 
-    It reads all that it reads in a call of its own, and that call, which costs more than what it does on a node that
-    is as wanted, can be left out; its facts and warnings are `phase`'s. Else nothing of it is told: its own call will.
+    The rehearsal performs all checks of the phase. If it succeeds, the phase needs no separate call, which would cost
+    more than its work on a node in the expected state; its facts and warnings are added to `phase`. Otherwise nothing
+    is reported, since the separate call reports it. `phases` maps names to functions, as in `main`.
     """
     rehearsal = Rehearsal(phase.module, name)
     try:
@@ -211,7 +220,7 @@ def also(phase, name, phases):
 
 
 def one_line(problems):
-    """Every problem in one line, as people read it."""
+    """All `problems` as one line of text."""
     parts = []
     for problem in problems:
         part = "{what}: expected {expected}, found {found}".format(**problem)
@@ -220,10 +229,10 @@ def one_line(problems):
 
 
 def main(module_class, phases, needs_root=True):
-    """Carry out the phase that the task names: `phases` maps each of its names to a function of a Phase.
+    """Run the phase that the task names: `phases` maps each name to a function of a Phase. Does not return.
 
-    What the operating system refuses (a full disk, a read-only file system, a missing right) is a problem of the
-    node with the file's name, not a traceback.
+    `module_class` is AnsibleModule. An error of the operating system (a full disk, a read-only file system, a missing
+    permission) is reported as a problem with the file's name, not as a traceback.
     """
     module = module_class(
         argument_spec={
@@ -260,7 +269,7 @@ def main(module_class, phases, needs_root=True):
 
 
 def read(path):
-    """The text of `path`, or None where there is no such file."""
+    """The text of the file `path`, None where it does not exist. Raises other OSErrors."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -269,7 +278,7 @@ def read(path):
 
 
 def write(path, content, mode=0o644):
-    """Write `content` to a temporary file beside `path`, then rename: a killed run leaves the old file whole."""
+    """Write `content` to `path` atomically: a killed run leaves the old file intact. Raises OSError."""
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)

@@ -28,7 +28,7 @@ def data() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="For the built-in rows and the order.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="[default: ~/.cache/shakedown/data]")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
-@click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be prepared; write nothing.")
 def prepare_command(
     source: str,
     tokenizer: str | None,
@@ -39,7 +39,7 @@ def prepare_command(
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """Tokenise and pack instruction data once; later calls find it in the cache."""
+    """Tokenise and pack instruction data once; later calls use the cache."""
     if samples is not None and source != "builtin":
         raise UsageError(f"--samples is for builtin; {source!r} has its own number of rows: leave it out")
     cache_dir = cache_dir or default_cache_dir()
@@ -70,7 +70,7 @@ def prepare_command(
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress]:
-    """A bar with the time left on stderr, imported and drawn only when there is something to wait for."""
+    """A progress bar with the time left on stderr; imported and drawn only once there is progress to show."""
     with contextlib.ExitStack() as stack:
         bars: list[Any] = []
 

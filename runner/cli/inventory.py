@@ -1,4 +1,4 @@
-"""`runner inventory` shows the nodes as the product sees them; `runner inventory init` writes an inventory."""
+"""`runner inventory` shows the nodes of an inventory; `runner inventory init` writes a new one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def inventory(ctx: click.Context, source: str | None, hosts: str | None, folder:
     elif typed := _typed(ctx):
         option = _option(ctx, typed[0]).opts[-1]
         raise errors.UsageError(
-            f"{option} is an option of `runner inventory` alone: {ctx.invoked_subcommand} has its own"
+            f"{option} is an option of `runner inventory` only: {ctx.invoked_subcommand} has its own options"
         )
 
 
@@ -79,7 +79,7 @@ def _show(source: str | None, hosts: str | None, folder: Path | None, as_json: b
 
 
 class _Checked(click.ParamType):
-    """A text that `check` takes and returns as a value; what it refuses is asked for again on a terminal."""
+    """Text that `check` converts to a value; where it raises UsageError, a terminal prompts again."""
 
     def __init__(self, name: str, check: Callable[[str], Any]) -> None:
         self.name = name
@@ -154,7 +154,7 @@ def _gpus(text: str) -> int | str:
 def init(ctx: click.Context, folder: Path, force: bool, as_json: bool, **values: Any) -> None:
     """Write DIR/hosts.yml, a commented inventory to start from.
 
-    On a terminal, what is not given is asked for.
+    On a terminal, it prompts for the options that are not given.
     """
     from runner.cluster import scaffold
     from runner.system.nodeset import fold
@@ -174,7 +174,7 @@ def init(ctx: click.Context, folder: Path, force: bool, as_json: bool, **values:
 
 
 def _next(folder: Path, read: Inventory) -> list[tuple[str, str]]:
-    """What to do with a new inventory: commands, and what each is for."""
+    """The next steps with a new inventory: (command, purpose)."""
     from runner.cluster import scaffold
 
     where = shlex.quote(str(folder))
@@ -187,7 +187,7 @@ def _next(folder: Path, read: Inventory) -> list[tuple[str, str]]:
     return [(f"runner inventory -i {where}", "the nodes as they are read"), *pin, (f"runner check -i {where}", asked)]
 
 
-# The questions by backend. Not asked for: addresses, and how a login node is reached.
+# The prompts by backend. There is none for addresses, nor for how a login node is reached.
 _QUESTIONS: Mapping[str, Mapping[str, str]] = {
     SSH: {
         "hosts": "Names of the nodes, such as gpu[01-04]",
@@ -219,7 +219,7 @@ _ANY_BACKEND = ("backend", "force", "as_json")
 
 
 def _typed(ctx: click.Context) -> list[str]:
-    """The names of the parameters that are on the command line."""
+    """The names of the parameters that were given on the command line."""
     names = [str(param.name) for param in ctx.command.params if isinstance(param, click.Option)]
     return [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
@@ -230,14 +230,14 @@ def _option(ctx: click.Context, name: str) -> click.Option:
 
 
 def _fitting(name: str) -> list[str]:
-    """The backends that the option `name` goes with."""
+    """The names of the backends for which the option `name` is allowed."""
     if name in _ANY_BACKEND:
         return [*BACKENDS]
     return [kind.name for kind in BACKENDS.values() if (kind.scheduled if name in _SLURM_ONLY else kind.remote)]
 
 
 def _answers(ctx: click.Context, values: dict[str, Any]) -> Answers:
-    """What was typed, asked for on a terminal, or is the default. Raises UsageError for what does not go together."""
+    """The answers: given as options, entered on a terminal, or defaults. Raises UsageError for conflicting options."""
     from runner.cluster import scaffold
 
     typed = _typed(ctx)
@@ -252,7 +252,7 @@ def _answers(ctx: click.Context, values: dict[str, Any]) -> Answers:
         fitting = _fitting(name)
         if backend not in fitting:
             raise errors.UsageError(
-                f"{_option(ctx, name).opts[0]} goes with --backend {' or '.join(fitting)}; here it is {backend}"
+                f"{_option(ctx, name).opts[0]} requires --backend {' or '.join(fitting)}; here it is {backend}"
             )
     for name, question in _QUESTIONS[backend].items() if asking else ():
         if name not in typed and not (name == "hardware" and values["gpus"] == "auto"):
@@ -273,7 +273,7 @@ def _answers(ctx: click.Context, values: dict[str, Any]) -> Answers:
 
 
 def _ask(ctx: click.Context, name: str, question: str, default: Any) -> Any:
-    """The answer on the terminal, asked again until it is one; on stderr, since stdout may be for programs."""
+    """Prompt on the terminal until the answer is valid; on stderr, since stdout may be read by programs."""
     option, optional = _option(ctx, name), name in _EMPTY_IS_NONE
 
     def convert(text: Any) -> Any:

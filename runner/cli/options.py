@@ -1,4 +1,4 @@
-"""What several commands take: the inventory, the folder of runs, and the places for cache and state."""
+"""Options that several commands share: the inventory and the folder of runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds `-i/--inventory`, passed as `source`: a path or name, None where it is not given."""
     return click.option(
         "-i", "--inventory", "source", envvar="RUNNER_INVENTORY", metavar="PATH",
         help="Ansible inventory; default: RUNNER_INVENTORY, then ansible.cfg's.", type=click.Path(),
@@ -23,6 +24,7 @@ def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds `--results`, the folder of run directories as a Path."""
     return click.option(
         "--results", envvar="RUNNER_RESULTS", default="results", show_default=True, metavar="DIR",
         help="Folder of run directories.", type=click.Path(path_type=Path),
@@ -30,7 +32,7 @@ def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Completion of a run's id."""
+    """The ids of runs that start with `incomplete`, for shell completion."""
     from runner.results.rundir import RunDir
 
     return [
@@ -39,6 +41,7 @@ def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 
 def read_inventory(source: str | None) -> Inventory:
+    """The inventory `source`, or that of ansible.cfg for None. Raises UsageError where it is missing or invalid."""
     from runner.cluster import inventory
 
     if source == "":

@@ -1,4 +1,4 @@
-"""`runner runs`: look at runs, follow what they say, stop them. Nothing here is needed for a run itself."""
+"""`runner runs`: list and show runs, follow their output, stop them. A run itself needs nothing of this."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from runner.report.runs import (
     verdict_text,
 )
 from runner.results import logs
-from runner.results.logs import Line, last_lines, parse_line, wanted
+from runner.results.logs import Line, last_lines, matches, parse_line
 
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
@@ -41,7 +41,7 @@ run_argument = click.argument("name", metavar="[RUN]", required=False, shell_com
 
 @click.group()
 def runs() -> None:
-    """Look at runs and stop them. RUN is an id, its unique beginning or a path; default: the newest."""
+    """Show runs and stop them. RUN is an id, a unique prefix of one, or a path; default: the newest."""
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -63,8 +63,8 @@ def list_runs(results: Path, limit: int | None, as_json: bool) -> None:
 @runs.command()
 @results_option
 @run_argument
-@click.option("--watch", is_flag=True, help="Show it until the run has ended.")
-@click.option("--json", "as_json", is_flag=True, help="status.json as it is to be read.")
+@click.option("--watch", is_flag=True, help="Update it until the run has ended.")
+@click.option("--json", "as_json", is_flag=True, help="status.json on stdout.")
 def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
     """The state of a run, its cells and nodes."""
     from runner.results.rundir import RunDir
@@ -85,11 +85,11 @@ def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
 @results_option
 @run_argument
 @click.option("-n", "--lines", "count", type=click.IntRange(min=0), default=20, show_default=True, help="The last N.")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
-@click.option("--cell", metavar="CELL", help="Only what belongs to this cell.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log until the run has ended.")
+@click.option("--cell", metavar="CELL", help="Only the lines of this cell.")
 @click.option("--host", "hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006].")
 def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | None, hosts: str | None) -> None:
-    """What nodes said last, equal lines folded. Times are UTC."""
+    """The last output of the nodes, equal lines folded. Times are UTC."""
     from runner.results.rundir import RunDir
 
     run = RunDir.find(results, name)
@@ -102,13 +102,13 @@ def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | 
     needle = (cell or "").encode()
 
     def parse(raw: bytes) -> Line | None:
-        if needle not in raw:  # spares most of the work on a long log
+        if needle not in raw:  # fast path for a long log
             return None
         line = parse_line(raw, cells)
-        return line if wanted(line, cell, chosen) else None
+        return line if matches(line, cell, chosen) else None
 
     if not follow and not run.log.exists():
-        raise errors.UsageError(f"run {run.run_id} has no log: {run.log} is not there")
+        raise errors.UsageError(f"run {run.run_id} has no log: {run.log} does not exist")
     position = 0
     if run.log.exists():
         with open(run.log, "rb") as file:
@@ -124,20 +124,20 @@ def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | 
 @runs.command()
 @results_option
 @run_argument
-@click.option("--no-wait", is_flag=True, help="Only ask; do not wait until the run has ended.")
+@click.option("--no-wait", is_flag=True, help="Only request it; do not wait until the run has ended.")
 def stop(name: str | None, results: Path, no_wait: bool) -> None:
-    """Stop a run in good order.
+    """Stop a run gracefully.
 
-    Its ranks end, and what was measured is gathered and judged. A run without a controller has its
-    Slurm jobs cancelled. Asked a second time, the controller leaves at once.
+    Its ranks are stopped, and the results so far are gathered and judged. If the run has no controller, its
+    Slurm jobs are cancelled. A second request makes the controller exit at once.
     """
     from runner.results.rundir import PULSES_S, RunDir
     from runner.system import process
 
     run = RunDir.find(results, name)
     if elsewhere := run.elsewhere():
-        click.echo(f"seeing for {PULSES_S:g} s whether {elsewhere} still carries it out", err=True)
-        if run.beats() or run.controller() is not None:  # it may be stopped itself, and hold its run
+        click.echo(f"checking for {PULSES_S:g} s whether {elsewhere} still runs it", err=True)
+        if run.beats() or run.controller() is not None:  # it may be suspended and still own its run
             raise errors.UsageError(f"run {run.run_id} is carried out on {elsewhere}: stop it there")
     pid = run.controller()
     if pid is None:
@@ -151,21 +151,21 @@ def stop(name: str | None, results: Path, no_wait: bool) -> None:
         while run.controller() == pid:
             time.sleep(0.2)
     except KeyboardInterrupt:
-        raise errors.Interrupted(f"waiting no longer; run {run.run_id} is still stopping") from None
+        raise errors.Interrupted(f"no longer waiting; run {run.run_id} is still stopping") from None
     status = run.read_status()
     click.echo(f"run {run.run_id}: {status['state']}, {done_text(status)}")
 
 
-# --- a run as it stands ---------------------------------------------------------------------------
+# --- the state of a run ---------------------------------------------------------------------------
 
 
 def _columns() -> int:
-    """The terminal's width; without one nothing needs to give way."""
+    """The width of the terminal in characters; 120, which fits every column, without one."""
     return shutil.get_terminal_size((120, 24)).columns
 
 
 def _chosen(plan: Mapping[str, Any], hosts: str) -> set[str]:
-    """The names under which the log has the nodes that `hosts` names."""
+    """The names in the log of the nodes in the set `hosts`. Raises UsageError for an unknown node."""
     from ClusterShell.NodeSet import NodeSet, NodeSetParseError
 
     from runner.results.celldir import LAUNCHER
@@ -187,7 +187,7 @@ def _described(run: RunDir) -> str:
 
     text = describe(run.read_plan(), status, datetime.now(UTC), _columns())
     if elsewhere := run.elsewhere():
-        text += f"\n\nits controller is on {elsewhere}: whether it lives is known there"
+        text += f"\n\nits controller is on {elsewhere}: only there is it known whether it still runs"
     elif jobs := jobs_left(status):
         text += (
             f"\n\nno controller saw {', '.join(f'job {job_id}' for job_id in jobs)} end; if it still runs,\n"
@@ -201,15 +201,15 @@ def _described(run: RunDir) -> str:
 
 @contextmanager
 def _looking(run: RunDir) -> Iterator[None]:
-    """Ctrl-C ends the look at a run and not the run: one line says so, with the code of an interruption."""
+    """Turns Ctrl-C into Interrupted with one line: it ends the command that watches, not the run."""
     try:
         yield
     except KeyboardInterrupt:
-        raise errors.Interrupted(f"no longer watching; run {run.run_id} goes on") from None
+        raise errors.Interrupted(f"no longer watching; run {run.run_id} continues") from None
 
 
 def _statuses(run: RunDir) -> Iterator[dict[str, Any]]:
-    """The run's status again and again, the last one final."""
+    """The run's status every REFRESH_S seconds; the last one is final."""
     from runner.results.status import FINAL_STATES
 
     while True:
@@ -221,7 +221,7 @@ def _statuses(run: RunDir) -> Iterator[dict[str, Any]]:
 
 
 def _watch(run: RunDir) -> None:
-    """Until the run has ended: its state in place on a terminal, else a line for each change."""
+    """Show the run until it has ended: updated in place on a terminal, else one line per change."""
     from rich.console import Console
 
     from runner.system.clock import now
@@ -238,7 +238,7 @@ def _watch(run: RunDir) -> None:
         for status in _statuses(run):
             view = (plan, status, datetime.now(UTC), console.width)
             text = describe(*view)
-            if text.count("\n") >= console.height:  # rich would cut off the end, where it runs
+            if text.count("\n") >= console.height:  # rich would cut off the end, which shows the current cell
                 text = describe(*view, brief=True)
             live.update(Text(text), refresh=True)
 
@@ -254,5 +254,5 @@ def _stop_jobs(run: RunDir, wait: bool) -> None:
         raise errors.UsageError(over)
     cancelled = cancel_jobs(slurm_of(run, plan), run.run_id, wait)
     if not cancelled:
-        raise errors.UsageError(f"{over}; none of its jobs waits or runs")
+        raise errors.UsageError(f"{over}; none of its jobs is waiting or running")
     click.echo(f"run {run.run_id} had no controller; cancelled {', '.join(f'job {job_id}' for job_id in cancelled)}")

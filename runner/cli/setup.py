@@ -1,6 +1,6 @@
-"""`runner setup` and `runner check`: the playbooks, with progress, folded failures and a table of nodes and roles.
+"""`runner setup` and `runner check`: run the playbooks, with progress, folded failures and a table of nodes and roles.
 
-`Board` gathers what the events say; `failures`, `warnings`, `table` and `summary` are pure functions of it.
+`Board` collects the events; `failures`, `warnings`, `table` and `summary` are pure functions of it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory
 
 
-def conclude(board: Board, state: str, said: str, elapsed_s: float, as_json: bool, check: bool) -> int:
-    """Print what came out; the exit code says the same."""
+def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bool, check: bool) -> int:
+    """Print the results of a play and return its exit code.
+
+    `state` is the play's, `error` Ansible's own or "". Raises InfrastructureError where Ansible failed and no node did.
+    """
     if as_json:
-        click.echo(json.dumps(summary(board, state, elapsed_s, said), indent=1))
+        click.echo(json.dumps(summary(board, state, elapsed_s, error), indent=1))
         return exit_code(board, state)
     if check:
         for nodes, setting, before, after in diffs(board):
@@ -50,14 +53,14 @@ def conclude(board: Board, state: str, said: str, elapsed_s: float, as_json: boo
     good = len(board.nodes) - len(board.bad())
     change = {event.host for event in board.events if event.status == "changed"} if check else set()
     if state == "cancelled":
-        click.echo(f"interrupted after {elapsed_s:.0f} s: run it again, it goes on with what is left")
+        click.echo(f"interrupted after {elapsed_s:.0f} s: run it again, it continues with what is left")
         return code
     if not board.bad() and state == "failed":
-        raise errors.InfrastructureError(f"ansible-playbook failed: {said or 'no reason given'}")
+        raise errors.InfrastructureError(f"ansible-playbook failed: {error or 'no reason given'}")
     words = "done, with failures" if board.bad() else "done"
     would = f" ({len(change)} would change)" if change else ""
     click.echo(
-        f"{words}: {good - len(change - board.bad())} of {len(board.nodes)} nodes as wanted{would}, {elapsed_s:.0f} s"
+        f"{words}: {good - len(change - board.bad())} of {len(board.nodes)} nodes as expected{would}, {elapsed_s:.0f} s"
     )
     return code
 
@@ -100,9 +103,9 @@ def setup(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Bring nodes to the wanted state: site.yml, with progress and a table of what was done.
+    """Bring nodes to the expected state: site.yml, with progress and a table of the changes.
 
-    A second run changes nothing. A node that cannot be brought there is named with the reason; the others go on.
+    A second run changes nothing. A node that fails is reported with the reason; the others continue.
     """
     from runner.system.locks import hold_nodes
 
@@ -125,8 +128,8 @@ def setup(
 
 @click.command()
 @_common
-@click.option("--backend", help="ssh or slurm: whom to ask; default: what the inventory says.")
-@click.option("--set", "settings", multiple=True, metavar="slurm.KEY=VALUE", help="How Slurm is asked, as for bench.")
+@click.option("--backend", help="ssh or slurm: what is queried; default: as in the inventory.")
+@click.option("--set", "settings", multiple=True, metavar="slurm.KEY=VALUE", help="Slurm's settings, as for bench.")
 @click.option("--dry-run", is_flag=True, help="Print the command and its tasks; connect to no node.")
 @click.pass_context
 def check(
@@ -139,10 +142,10 @@ def check(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Read back what nodes are now and show where they drifted; changes nothing, takes seconds.
+    """Read the state of the nodes and show where it drifted; changes nothing, takes seconds.
 
-    Where nodes are reached through Slurm only, it shows what Slurm has for them, and why it could not start a
-    benchmark on all of them.
+    Where nodes are reached through Slurm only, it shows Slurm's state of them, and why a benchmark could not start on
+    all of them.
     """
     inventory = read_inventory(source)
     own = inventory.nodes[0].backend
@@ -151,10 +154,10 @@ def check(
         raise errors.unknown("backend", backend, known, f"inventory {inventory.source}")
     if BACKENDS[backend or own].scheduled:
         if tags is not None:
-            raise errors.UsageError("--tags chooses roles, and Slurm is asked for none: leave it out")
+            raise errors.UsageError("--tags selects roles, and none run through Slurm: leave it out")
         ctx.exit(_ask_slurm(inventory, hosts, settings, dry_run, as_json))
     if settings:
-        raise errors.UsageError(f"--set slurm.… goes with --backend slurm, this backend is {backend or own}")
+        raise errors.UsageError(f"--set slurm.… requires --backend slurm, this backend is {backend or own}")
     ctx.exit(_play(VERIFY, inventory, hosts, tags, as_json, dry_run=dry_run))
 
 
@@ -200,12 +203,12 @@ def _play(
         started = time.monotonic()
         with hold({node.endpoint: node.name for node in nodes}):
             display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
-            board, state, said = carry_out(call, nodes, display, folder)
+            board, state, error = carry_out(call, nodes, display, folder)
     elapsed_s = time.monotonic() - started
     if folder is not None:
-        write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, said))
+        write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, error))
         display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
-    return conclude(board, state, said, elapsed_s, as_json, check)
+    return conclude(board, state, error, elapsed_s, as_json, check)
 
 
 def _described(plan: Mapping[str, Any]) -> str:
@@ -229,20 +232,22 @@ def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str],
     overrides = config.parse_settings(settings)
     if other := overrides.keys() - {"slurm"}:
         raise errors.unknown("setting", f"{min(other)}.…", ["slurm.…"], "--set")
-    wanted = slurm_settings.settings({**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}")
+    requested = slurm_settings.settings(
+        {**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}"
+    )
     nodes = select(inventory, hosts)
     if dry_run:
-        asked = [list(capacity.PARTITIONS), list(capacity.NODES), ["sbatch", "--test-only"]]
-        where = wanted.login or "this machine"
-        plan = {"host": where, "commands": asked}
-        text = "\n".join([f"# on {where}", *(shlex.join(argv) for argv in asked)])
+        argvs = [list(capacity.PARTITIONS), list(capacity.NODES), ["sbatch", "--test-only"]]
+        where = requested.login or "this machine"
+        plan = {"host": where, "commands": argvs}
+        text = "\n".join([f"# on {where}", *(shlex.join(argv) for argv in argvs)])
         click.echo(json.dumps(plan, indent=1) if as_json else text)
         return errors.EXIT_OK
     with rendered(inventory) as ssh_config:
-        commands = allocations.cluster(wanted, inventory.hosts, ssh_config)
+        commands = allocations.cluster(requested, inventory.hosts, ssh_config)
         found = survey.ask(commands, nodes, named=hosts is not None)
     if as_json:
         click.echo(json.dumps({"schema": 1, "backend": "slurm", **asdict(found)}, indent=1))
     else:
-        click.echo(survey.describe(found, wanted, shutil.get_terminal_size((120, 24)).columns))
+        click.echo(survey.describe(found, requested, shutil.get_terminal_size((120, 24)).columns))
     return _SURVEYED[found.state]

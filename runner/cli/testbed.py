@@ -21,7 +21,7 @@ from runner.provision.testbed.layout import DEFAULT_NAME, MAX_NODES, Options
 
 @contextmanager
 def _shown() -> Iterator[OnProgress]:
-    """Progress on stderr: a line with the seconds left, or plain lines where there is no terminal."""
+    """Shows progress on stderr: one line with the seconds left, or plain lines without a terminal."""
     if not sys.stderr.isatty():
         yield lambda what, left_s: click.echo(f"testbed: {what} (about {left_s:.0f} s left)", err=True)
         return
@@ -67,20 +67,20 @@ def testbed() -> None:
 @click.option("--dry-run", "dry", is_flag=True, help="Print what would be run and written.")
 def _up(dry: bool, **options: Any) -> None:
     """Start the nodes and write their inventory. The first time it builds the image (about a minute)."""
-    wanted = Options(**options)
-    if wanted.memory and not re.fullmatch(r"[1-9][0-9]*[bkmg]?", wanted.memory):
-        raise UsageError(f"--memory {wanted.memory!r}: give a number with k, m or g, e.g. 4g")
+    requested = Options(**options)
+    if requested.memory and not re.fullmatch(r"[1-9][0-9]*[bkmg]?", requested.memory):
+        raise UsageError(f"--memory {requested.memory!r}: give a number with k, m or g, e.g. 4g")
     if dry:
-        click.echo("\n".join(dry_run(wanted)))
+        click.echo("\n".join(dry_run(requested)))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped either way, it removes what it started
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by either signal, it removes what it started
     started = time.monotonic()
     with _shown() as on_progress:
-        state = up(wanted, on_progress)
+        state = up(requested, on_progress)
     count, folder = len(state["nodes"]), Path(state["folder"])
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     took = "was up already" if state["already"] else f"is up after {time.monotonic() - started:.0f} s"
-    click.echo(f"testbed {wanted.name!r} {took}: {count} {'node' if count == 1 else 'nodes'}, inventory {shown}")
+    click.echo(f"testbed {requested.name!r} {took}: {count} {'node' if count == 1 else 'nodes'}, inventory {shown}")
     click.echo(f"next: runner bench -i {shown} --nodes {count} --model tiny")
 
 
@@ -95,7 +95,7 @@ def _down(name: str) -> None:
 @_name_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def _status(name: str, as_json: bool) -> int:
-    """Show each node; ends with 3 unless all of them answer."""
+    """Show each node; the exit code is 3 unless all of them answer."""
     require_root()
     nodes = status(name)
     if as_json:

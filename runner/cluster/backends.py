@@ -1,6 +1,6 @@
 """The backends: how commands reach nodes, one row each.
 
-What depends on the backend asks its row what it does, never what it is called.
+Code that depends on the backend reads the properties of its row; it never compares its name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 class Backend:
     """One backend.
 
-    `remote`: nodes are other machines, which an ssh_config reaches. `scheduled`: a scheduler starts the cells as its
-    jobs; these outlive their controller, are kept apart by the scheduler, and may be placed by it. `also`: the backends
-    by which nodes that the inventory declares for this one can be reached as well.
+    `remote`: nodes are other machines, reached with an ssh_config. `scheduled`: a scheduler starts the cells as its
+    jobs, which outlive their controller; it allocates nodes exclusively and may choose them. `also`: further backends
+    that can be used for nodes which the inventory declares for this one.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Backend:
 
     @property
     def by_ssh(self) -> bool:
-        """Whether this controller itself holds a connection to each node."""
+        """Whether the controller itself has a connection to each node."""
         return self.remote and not self.scheduled
 
 

@@ -1,6 +1,6 @@
-"""The inventory: Ansible's, read through `ansible-inventory`, so that both see the same nodes.
+"""The inventory: Ansible's, read through `ansible-inventory`, so that both use the same nodes.
 
-What is kept of it are the fields of `Node`; no other variable (a vaulted one, say) is stored anywhere.
+Only the fields of `Node` are kept; no other variable (such as a vaulted one) is stored anywhere.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from runner.system.schema import check
 
 GROUP = "gpu_nodes"
 
-# Names, addresses and paths end up in ssh_config, hostfiles and, over DeepSpeed's pdsh, in remote
-# shells: what could need quoting there is refused here, once.
+# Names, addresses and paths are used in ssh_config, hostfiles and, through DeepSpeed's pdsh, in remote
+# shells: characters that would need quoting there are refused here, once.
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _ADDRESS = re.compile(r"[A-Za-z0-9.:_-]+")
 _PATH = re.compile(r"[A-Za-z0-9._/+@~-]+")
@@ -43,7 +43,10 @@ _HOST_KEY = re.compile(r"(?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+(?: .*)
 
 @dataclass(frozen=True)
 class Node:
-    """One host. `alias` is its position (node008 may be ...-0009); `gpus` is None until observed."""
+    """One host. `alias` is its position (node008 may be ...-0009); `gpus` is the number per node, None until observed.
+
+    `nic_gbit_per_s` is the rate of one NIC, one way; `python` and `scratch` are paths on the node.
+    """
 
     name: str
     alias: str
@@ -65,15 +68,16 @@ class Node:
 
     @property
     def endpoint(self) -> str:
-        """Where its sshd is: two clusters may give their nodes the same names."""
+        """`address:port` of its sshd, which is unique: two clusters may use the same node names."""
         return f"{self.address}:{self.port}"
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The nodes in inventory order, and where they were read from; `slurm` has the keys of slurm.Settings.
+    """The nodes in inventory order, and the path they were read from; `slurm` has the keys of slurm.Settings.
 
-    `login` is the host that `runner_slurm` names for Slurm's commands, where it is none of the nodes.
+    `known_hosts` are the lines of pinned host keys. `login` is the host that `runner_slurm` names for Slurm's commands,
+    None where it is one of the nodes or not set.
     """
 
     source: str
@@ -84,12 +88,12 @@ class Inventory:
 
     @property
     def hosts(self) -> tuple[Node, ...]:
-        """Every host that is reached over ssh."""
+        """All hosts that are reached over ssh: the nodes, then the login host if there is one."""
         return (*self.nodes, self.login) if self.login else self.nodes
 
 
 class _Variables(BaseModel):
-    """The variables of one host that the product reads; others belong to Ansible and its roles."""
+    """The variables of one host that the product reads; other variables are for Ansible and its roles."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -114,9 +118,10 @@ class _Variables(BaseModel):
 
 
 def default_source(own: Path = places.ANSIBLE_CFG) -> str:
-    """The inventory of ansible.cfg: what `ansible-playbook site.yml` takes without -i.
+    """The path of the inventory in ansible.cfg, the one that `ansible-playbook site.yml` uses without -i.
 
-    What `own`, the product's ansible.cfg, names is part of a checkout and not of a wheel. Raises UsageError for none.
+    `own` is the product's ansible.cfg; the inventory that it names exists in a checkout and not in a wheel. Raises
+    UsageError where there is none.
     """
     for candidate in (os.environ.get("ANSIBLE_CONFIG"), "ansible.cfg", str(own)):
         if candidate and Path(candidate).is_file():
@@ -130,10 +135,11 @@ def default_source(own: Path = places.ANSIBLE_CFG) -> str:
 
 
 def read(source: str, cache: Path) -> Inventory:
-    """The inventory at `source`: a file, a folder, or a plain word for one that `places.inventory` knows.
+    """Read the inventory `source`: a file, a folder, or a plain name that `places.inventory` knows.
 
-    `ansible-inventory` takes most of a second, so what it gave is kept in `cache`, keyed by the bytes
-    of the source's files; executable (dynamic) inventories are read anew each time.
+    `ansible-inventory` takes most of a second, so its output is cached in the folder `cache`, keyed by the content
+    of the source's files; executable (dynamic) inventories are read again each time. Raises UsageError where the
+    inventory is missing or invalid.
     """
     path = places.inventory(source)
     if path is None:
@@ -154,7 +160,7 @@ def read(source: str, cache: Path) -> Inventory:
         key.update(f"{file}\0{len(content)}\0".encode() + content)
     kept = cache / f"{key.hexdigest()}.json"
     if static and kept.is_file():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is read anew
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is ignored
             data = json.loads(kept.read_text())
             login = Node(**data["login"]) if data["login"] else None
             nodes = tuple(Node(**node) for node in data["nodes"])
@@ -167,7 +173,7 @@ def read(source: str, cache: Path) -> Inventory:
 
 
 def _read_by_ansible(path: Path) -> list[Path]:
-    """Every file that the inventory's content may come from: for a file, also the folders beside it."""
+    """Every file that can contribute to the inventory: for a file, also group_vars and host_vars beside it."""
     roots = [path] if path.is_dir() else [path.parent / "group_vars", path.parent / "host_vars"]
     inside = {p for root in roots for p in root.rglob("*") if p.is_file() and not _hidden(p, root)}
     beside = {p for p in (path, _known_hosts_file(path)) if p.is_file()}
@@ -175,7 +181,7 @@ def _read_by_ansible(path: Path) -> list[Path]:
 
 
 def _hidden(path: Path, root: Path) -> bool:
-    """Below a dot folder, such as one with keys, which Ansible passes over too."""
+    """Whether `path` is below a dot folder (such as one with keys), which Ansible ignores too."""
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
@@ -196,7 +202,7 @@ def _list(source: str) -> dict[str, Any]:
 
 
 def _known_hosts(path: Path) -> tuple[str, ...]:
-    """Pinned keys beside the inventory, for clusters that keep them in a known_hosts file."""
+    """The lines of the known_hosts file beside the inventory; empty without one."""
     file = _known_hosts_file(path)
     if not file.is_file():
         return ()
@@ -204,14 +210,17 @@ def _known_hosts(path: Path) -> tuple[str, ...]:
 
 
 def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = ()) -> Inventory:
-    """The nodes of `ansible-inventory --list`'s output: group `gpu_nodes`, or every host without it."""
+    """The inventory from the output of `ansible-inventory --list`: the group `gpu_nodes`, or all hosts without it.
+
+    `source` names it in errors, `known_hosts` are the lines of pinned keys. Raises UsageError where it is invalid.
+    """
     hostvars = listing.get("_meta", {}).get("hostvars", {})
     names = _members(listing, GROUP) if GROUP in listing else list(hostvars) or _members(listing, "all")
     if not names:
         raise UsageError(f"inventory {source} has no hosts: list them in the group {GROUP}")
     nodes, known = [], set(names)
     for position, name in enumerate(names, start=1):
-        # A host that is itself called node001 keeps that word; then positions give no second name.
+        # A host whose own name is node001 keeps that name; the host at that position then gets no alias.
         alias = f"node{position:03d}"
         nodes.append(_node(source, name, name if alias in known else alias, hostvars.get(name, {})))
     taken: dict[str, str] = {}
@@ -222,7 +231,7 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
             taken[word] = node.name
     backends = {node.backend for node in nodes}
     if not all(BACKENDS[backend].remote for backend in backends) and len(nodes) > 1:
-        raise UsageError(f"inventory {source}: ansible_connection local goes with one host alone")
+        raise UsageError(f"inventory {source}: ansible_connection local allows a single host only")
     if len(backends) > 1:
         raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
     slurm = _slurm(source, [hostvars.get(n, {}) for n in names])
@@ -238,7 +247,7 @@ def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How jobs are submitted is the cluster's, not a host's."""
+    """`runner_slurm`, validated; it must be equal on all hosts."""
     first, *others = [host.get("runner_slurm", {}) for host in variables]
     if any(other != first for other in others):
         raise UsageError(f"inventory {source}: runner_slurm differs between hosts: set it once, for {GROUP}")
@@ -280,7 +289,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
             raise UsageError(f"{where}: {what} {word!r} has characters that are not allowed there ({pattern.pattern})")
     for key in values.runner_env:
         if not _ENV.fullmatch(key):
-            raise UsageError(f"{where}: runner_env has {key!r}, which is no name of an environment variable")
+            raise UsageError(f"{where}: runner_env has {key!r}, which is not a valid name of an environment variable")
         if _SECRET.search(key):
             raise UsageError(
                 f"{where}: runner_env has {key}, and plans are saved: leave secrets out of the inventory and set "
@@ -308,20 +317,23 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
 
 
 def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
-    """The nodes that `hosts` names (names, aliases, addresses, folded sets), in inventory order."""
+    """The nodes in the set `hosts` (names, aliases, addresses, folded sets), in inventory order; None selects all.
+
+    Raises UsageError for an unknown node or an invalid set.
+    """
     if hosts is None:
         return inventory.nodes
     from ClusterShell.NodeSet import NodeSet, NodeSetParseError
 
     nodes = by_word(inventory.nodes)
     try:
-        wanted = NodeSet(hosts, resolver=None)
+        requested = NodeSet(hosts, resolver=None)
     except NodeSetParseError as error:
         raise UsageError(f"--hosts {hosts}: {error}; write sets as node[001-003,005] or a,b,c") from None
-    if not wanted:
+    if not requested:
         raise UsageError("--hosts names no node; write sets as node[001-003,005] or a,b,c")
     chosen = set()
-    for word in wanted:
+    for word in requested:
         if word not in nodes:
             raise unknown(
                 "node", word, [n for node in inventory.nodes for n in (node.name, node.alias)], f"--hosts {hosts}"
@@ -331,5 +343,5 @@ def select(inventory: Inventory, hosts: str | None) -> tuple[Node, ...]:
 
 
 def by_word(nodes: Sequence[Node]) -> dict[str, Node]:
-    """Nodes by all that they are called: address, alias, name. Slurm knows them by one of these."""
+    """The nodes by each of their address, alias and name, one of which is the name in Slurm; names take precedence."""
     return {word: node for node in nodes for word in (node.address, node.alias, node.name)}

@@ -1,4 +1,4 @@
-"""What OpenSSH and shells print when a node cannot be used, and what that means."""
+"""Error messages of OpenSSH and shells, and what they mean for the user."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 
-GIVEN_UP = -1  # the status of a talk that did not end when it was told to
+GIVEN_UP = -1  # the status of a talk that did not end when requested
 
 
-# What OpenSSH and shells print, the kind of failure that it is, and what it means to the user.
+# (a part of the message, the kind of failure, the meaning for the user)
 _REASONS = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
@@ -34,14 +34,17 @@ _REASONS = (
 )
 
 
-_NOT_FOUND = (126, 127)  # what a shell answers for a program that it cannot start
+_NOT_FOUND = (126, 127)  # the exit status of a shell for a program that it cannot start
 
 
 _SSH_FAILED = 255
 
 
 def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
-    """The kind of failure (`failures.KINDS`) of a command that should have reached a node's agent."""
+    """The kind of failure (`failures.KINDS`) of a command that did not reach a node's agent.
+
+    `rc` is its exit status, None if unknown; `stderr` are its lines.
+    """
     text = "\n".join(stderr)
     for needle, kind, _ in _REASONS:
         if needle in text:
@@ -52,7 +55,7 @@ def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
 
 
 def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
-    """Why a node gave no answer, in one line."""
+    """Why `node` did not answer, in one line; `rc` is the exit status (None if unknown), `stderr` are the lines."""
     text = "\n".join(stderr)
     for needle, _, meaning in _REASONS:
         if needle in text:
@@ -65,6 +68,6 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
         return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
     if rc == GIVEN_UP:
         return "is up but does not answer in time"
-    said = [line.strip() for line in stderr if line.strip()]
-    first = next((line for line in said if line.startswith("rsync: ")), None)  # what follows it is a summary
-    return first or (said[-1] if said else f"ended with status {rc} and no word")
+    lines = [line.strip() for line in stderr if line.strip()]
+    first = next((line for line in lines if line.startswith("rsync: ")), None)  # the lines after it are a summary
+    return first or (lines[-1] if lines else f"ended with status {rc} and no output")

@@ -1,7 +1,7 @@
-"""`runner inventory init`: answers to a few questions become a commented inventory to start from.
+"""`runner inventory init`: generates a commented inventory from the answers to a few questions.
 
-`render` is pure. `create` lets the product's own reader read the text before it is put in its place, so that what is
-written is accepted, and what is refused is refused in the reader's words.
+`render` is pure. `create` reads the text with the product's own reader before the file is written, so that every
+written inventory is valid and errors are the reader's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runner.system.files import disk_errors, write_text_atomic
 from runner.system.nodeset import expand, fold
 
 FILE = "hosts.yml"
-PYTHON = "/opt/shakedown/env/bin/python"  # what role conda_env makes
+PYTHON = "/opt/shakedown/env/bin/python"  # of the environment that the role conda_env creates
 MAX_HOSTS = 10_000
 _SHOWN_GAPS = 4
 _LISTED = 16  # more addresses are folded
@@ -33,10 +33,11 @@ _NUMBERED = re.compile(r"([A-Za-z0-9._-]*?)(\d{1,18})")
 
 @dataclass(frozen=True)
 class Answers:
-    """What is known of a cluster: names in the order of positions, and what is the same on all nodes.
+    """The description of a cluster: node names in order of their positions, and the settings of all nodes.
 
-    `addresses` are as many as `names`, or none where names resolve. `gpus` per node None: left open.
-    `nic_gbit_per_s` is a NIC's rate one way, None where it is not known. Slurm's settings are for backend slurm.
+    `addresses` has one entry per name, or none where names resolve. `gpus` is the number per node, None if unknown.
+    `nic_gbit_per_s` is the rate of a NIC, one way, None if unknown. `partition`, `account` and `login` are for the
+    backend slurm only.
     """
 
     names: tuple[str, ...]
@@ -56,23 +57,23 @@ class Answers:
 
     @property
     def reached(self) -> Backend:
-        """How commands reach these nodes."""
+        """The row of the backend, which says how commands reach these nodes."""
         return BACKENDS[self.backend]
 
 
 def hosts(text: str) -> tuple[str, ...]:
-    """The names of a set such as `gpu[01-04],head`, in its order. Raises UsageError for what is none."""
+    """The names of a set such as `gpu[01-04],head`, in its order. Raises UsageError where `text` is not a set."""
     example = "write names with commas, or a set such as 'gpu[01-04]'"
     try:
         if _size(text) > MAX_HOSTS:
             raise UsageError(f"{text} has more than {MAX_HOSTS} hosts; {example}")
         return expand(text)
     except ValueError:
-        raise UsageError(f"{text!r} is no set of hosts; {example}") from None
+        raise UsageError(f"{text!r} is not a set of hosts; {example}") from None
 
 
 def _size(text: str) -> int:
-    """How many names `text` would expand to. Raises ValueError for a range that goes backwards."""
+    """The number of names that `text` expands to. Raises ValueError for a descending range."""
     total = 0
     for part in re.split(r",(?![^\[\]]*\])", text):
         names = 1
@@ -89,7 +90,7 @@ def _size(text: str) -> int:
 
 
 def render(answers: Answers) -> str:
-    """The inventory as commented YAML, each value quoted where YAML would take it for something else."""
+    """The inventory as commented YAML; values are quoted where YAML would parse them as another type."""
     if not answers.reached.remote:
         return _LOCAL
     lines = [*_header(answers), "all:"]
@@ -126,17 +127,17 @@ all:
 
 
 def scalar(text: str) -> str:
-    """`text` as YAML that every reader takes for this text, on one line."""
+    """`text` as a YAML scalar on one line, quoted where needed so that every reader parses it as this string."""
     import yaml
 
-    with suppress(yaml.YAMLError, ValueError):  # such as `@`, and a date that there is not
+    with suppress(yaml.YAMLError, ValueError):  # such as `@`, and an invalid date
         if _PLAIN.fullmatch(text) and yaml.safe_load(text) == text:
             return text
     return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")
 
 
 def gaps(names: Sequence[str]) -> str:
-    """What names with missing numbers make easy to overlook: `there is no gpu03, so node003 is gpu04`; "" for none."""
+    """A note about missing numbers in `names`: `there is no gpu03, so node003 is gpu04`; "" where none is missing."""
     found = []
     for position, (one, other) in enumerate(pairwise(names), start=2):
         a, b = _NUMBERED.fullmatch(one), _NUMBERED.fullmatch(other)
@@ -168,7 +169,7 @@ def _header(answers: Answers) -> list[str]:
 
 def _host(answers: Answers, name: str, position: int) -> list[str]:
     alias = f"node{position:03d}"
-    # A host that is itself called node001 keeps this name; then positions give no second one.
+    # A host whose own name is node001 keeps that name; then no host gets it as an alias.
     inside = [f"runner_alias: {alias}"] if alias not in answers.names else []
     if answers.addresses:
         inside.append(f"ansible_host: {scalar(answers.addresses[position - 1])}")
@@ -255,7 +256,7 @@ def _nics(answers: Answers) -> list[str]:
 
 
 def _slurm(answers: Answers) -> list[str]:
-    """How jobs are submitted; commented where it is left to Slurm."""
+    """The lines of Slurm's settings; those left to Slurm's defaults are commented out."""
     set_ = {"partition": answers.partition, "account": answers.account}
     examples = {"partition": "gpu", "account": "physics"}
     lines = [
@@ -289,19 +290,20 @@ def _slurm(answers: Answers) -> list[str]:
 
 
 def create(folder: Path, answers: Answers, force: bool = False) -> inventory.Inventory:
-    """Write `folder`/hosts.yml and return what the product's reader makes of it.
+    """Write `folder`/hosts.yml and return it as read by the product's own reader.
 
-    A file that is there and not empty is replaced only with `force`; a known_hosts beside it is never touched.
-    Raises UsageError for that and for what the reader refuses; then nothing is written.
+    An existing file that is not empty is replaced only with `force`; a known_hosts beside it is never changed.
+    Raises UsageError for an existing file or invalid answers, and InfrastructureError for a full disk; then nothing is
+    written.
     """
     path = folder / FILE
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: name one, new or empty, for the inventory")
+        raise UsageError(f"{folder} is not a folder: name one, new or empty, for the inventory")
     if not force and path.exists() and path.stat().st_size:
         raise UsageError(f"{path} exists: name another folder, or replace it with --force")
     for option, value in (("--user", answers.user), ("--key-file", answers.key_file), ("--python", answers.python)):
-        if value and _SURROGATE.search(value):  # how Python carries bytes of a command line that are no text
-            raise UsageError(f"{option} {value!r} is no valid UTF-8, which the file is")
+        if value and _SURROGATE.search(value):  # Python's representation of invalid bytes in a command line
+            raise UsageError(f"{option} {value!r} is not valid UTF-8, which the file must be")
     text = render(answers)
     with tempfile.TemporaryDirectory(prefix="shakedown-") as temporary:
         trial = Path(temporary, "inventory")
@@ -319,17 +321,17 @@ def create(folder: Path, answers: Answers, force: bool = False) -> inventory.Inv
 
 
 def _compare(answers: Answers, read: inventory.Inventory) -> None:
-    """Raise UsageError where `read` is not what was answered: a word may have a meaning of its own for Ansible."""
+    """Raise UsageError where the names in `read` differ from the answers: some words are special to Ansible."""
     if not answers.reached.remote:
         return
     names = tuple(node.name for node in read.nodes)
     if names != answers.names:
         odd = [name for name in answers.names if name in _GROUPS or name not in names]
-        raise UsageError(f"--hosts: Ansible takes {', '.join(odd)} for something else than a host's name")
+        raise UsageError(f"--hosts: Ansible does not read {', '.join(odd)} as the name of a host")
 
 
 def keyscan(read: inventory.Inventory) -> str | None:
-    """The command that fetches the host keys to pin; None where no host is reached over ssh."""
+    """The shell command that fetches the host keys to pin; None where no host is reached over ssh."""
     backend = BACKENDS[read.nodes[0].backend]
     if not backend.remote or (backend.scheduled and "login" not in read.slurm):
         return None

@@ -1,4 +1,4 @@
-"""The one OpenSSH configuration by which everything reaches the nodes, with their pinned host keys."""
+"""The OpenSSH configuration with which all tools reach the nodes, with their pinned host keys."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from runner.cluster.inventory import Inventory
 
 
 def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
-    """The one OpenSSH configuration that ClusterShell, pdsh, rsync, DeepSpeed and people use.
+    """The text of the OpenSSH configuration that ClusterShell, pdsh, rsync, DeepSpeed and people use.
 
-    Host keys are always checked: against the inventory's pins where it has some, and those alone, else
-    against the user's own known_hosts. Nothing is asked.
+    `known_hosts_file` is the path of the file with the pinned keys. Host keys are always checked: only against the
+    inventory's pins where a host has one, otherwise against the user's known_hosts. ssh never prompts.
     """
     pinned = {line.split()[0] for line in known_hosts(inventory).splitlines()}
     lines = [f"# Rendered from {inventory.source!r}: `ssh -F THIS_FILE {inventory.nodes[0].alias}`"]
@@ -27,7 +27,7 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
             f"  Port {node.port}",
             f"  User {node.user}",
         ]
-        if node.name in pinned:  # a pin is exclusive: no other file may vouch for another key
+        if node.name in pinned:  # a pin is exclusive: no other file may add another key
             lines += [f'  UserKnownHostsFile "{known_hosts_file}"', "  GlobalKnownHostsFile /dev/null"]
         if node.key_file:
             lines += [f'  IdentityFile "{node.key_file}"', "  IdentitiesOnly yes"]
@@ -49,7 +49,7 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
 
 
 def known_hosts(inventory: Inventory) -> str:
-    """The pinned host keys, by node name (HostKeyAlias makes addresses and ports irrelevant)."""
+    """The text of a known_hosts file with the pinned keys, by node name (HostKeyAlias makes addresses irrelevant)."""
     names: dict[str, str] = {}
     for node in inventory.hosts:
         for word in (node.name, node.alias, node.address):
@@ -65,10 +65,8 @@ def known_hosts(inventory: Inventory) -> str:
 
 @contextmanager
 def rendered(inventory: Inventory) -> Iterator[str]:
-    """A private folder with the rendered ssh_config, on a path that pdsh and rsync can take unquoted."""
-    pass
-
-    # TMPDIR may hold spaces, which PDSH_SSH_ARGS cannot carry.
+    """The path of the rendered ssh_config in a temporary private folder; pdsh and rsync need no quotes for it."""
+    # TMPDIR may contain spaces, which PDSH_SSH_ARGS cannot carry.
     with tempfile.TemporaryDirectory(prefix="shakedown-", dir="/tmp") as folder:
         pinned = Path(folder, "known_hosts")
         pinned.write_text(known_hosts(inventory))

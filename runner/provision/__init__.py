@@ -1,1 +1,1 @@
-"""Nodes brought to one state: the playbooks played, and what they say."""
+"""Provisioning of nodes: running the playbooks, and reporting their results."""

@@ -1,4 +1,4 @@
-"""What a play did: events folded into failures, warnings, and a table of nodes and roles. Pure."""
+"""The results of a play: events folded into failures, warnings, and a table of nodes and roles. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runner.provision.playbook import Event
 
 
-# The worst of what a role's tasks did on a node is the role's state there.
+# The worst status of a role's tasks on a node is the role's state there.
 _RANK = {"skipped": 0, "ok": 1, "changed": 2, "failed": 3, "unreachable": 4}
 
 
@@ -21,29 +21,32 @@ _SHOWN = {"skipped": "off", "ok": "ok", "changed": "changed", "failed": "FAILED"
 
 @dataclass
 class Board:
-    """What happened so far on `nodes` (inventory names to aliases)."""
+    """The events so far on `nodes` (inventory name -> alias)."""
 
     nodes: Mapping[str, str]
     events: list[Event] = field(default_factory=list)
 
     def roles(self) -> list[str]:
+        """The names of the roles that have events, in order of their first event."""
         return list(dict.fromkeys(event.role for event in self.events if event.role))
 
     def state(self, host: str, role: str) -> str | None:
-        """A role's state on a node; None where it was not reached."""
+        """The state of a role on a node: the worst status of its tasks; None where none of them ran."""
         states = [event.status for event in self.events if event.host == host and event.role == role]
         return max(states, key=_RANK.__getitem__, default=None)
 
     def bad(self) -> set[str]:
+        """The inventory names of the nodes with a failed task or without a connection."""
         return {event.host for event in self.events if event.status in ("failed", "unreachable")}
 
     def unreachable(self) -> set[str]:
+        """The inventory names of the nodes that could not be reached."""
         return {event.host for event in self.events if event.status == "unreachable"}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that is wrong, and on which nodes it is so in the same words."""
+    """One failure and the nodes that have it, as a folded set; equal failures of several nodes are one."""
 
     nodes: str
     role: str
@@ -54,6 +57,7 @@ class Failure:
     remedy: str
 
     def line(self) -> str:
+        """The failure as one line, without its nodes: role, what, expected, found and remedy."""
         where = f"{self.role}: " if self.role else ""
         text = f"{where}{self.what}"
         if self.expected or self.found:
@@ -62,18 +66,18 @@ class Failure:
 
 
 def failures(board: Board) -> list[Failure]:
-    """Every failure, equal ones folded over nodes and roles, in the order in which they were met."""
+    """Every failure, equal ones folded over nodes and roles, in order of first occurrence."""
     from runner.system.nodeset import fold
 
-    met: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+    found: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
     named = set()
     for event in board.events:
         if event.status not in ("failed", "unreachable") or (not event.role and event.host in named):
-            continue  # a playbook's last word on a node repeats its roles'
+            continue  # a playbook's final task on a node repeats the failures of its roles
         named.add(event.host)
         for problem in event.problems or ({"what": event.message},):
             key = tuple(str(problem.get(k, "")) for k in ("what", "expected", "found", "remedy"))
-            entry = met.setdefault(key, {"nodes": {}, "roles": {}, "phases": {}})
+            entry = found.setdefault(key, {"nodes": {}, "roles": {}, "phases": {}})
             entry["nodes"][board.nodes[event.host]] = entry["roles"][event.role] = entry["phases"][event.phase] = None
     return [
         Failure(
@@ -82,28 +86,28 @@ def failures(board: Board) -> list[Failure]:
             ", ".join(filter(None, entry["phases"])),
             *key,
         )
-        for key, entry in met.items()
+        for key, entry in found.items()
     ]
 
 
-def _folded(board: Board, met: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
-    """(nodes, what) of each different `what` in (host, what), in the order in which they were met."""
+def _folded(board: Board, pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """(folded nodes, what) of each distinct `what` in the `pairs` (host, what), in order of first occurrence."""
     from runner.system.nodeset import fold
 
     nodes: dict[tuple[str, ...], dict[str, None]] = {}
-    for host, what in met:
+    for host, what in pairs:
         nodes.setdefault(what, {})[board.nodes[host]] = None
     return [(fold(list(names)), what) for what, names in nodes.items()]
 
 
 def warnings(board: Board) -> list[tuple[str, str, str]]:
-    """(nodes, role, text) of each warning, equal ones folded."""
-    met = ((event.host, (event.role, text)) for event in board.events for text in event.warnings)
-    return [(nodes, role, text) for nodes, (role, text) in _folded(board, met)]
+    """(folded nodes, role, text) of each distinct warning."""
+    pairs = ((event.host, (event.role, text)) for event in board.events for text in event.warnings)
+    return [(nodes, role, text) for nodes, (role, text) in _folded(board, pairs)]
 
 
 def table(board: Board) -> str:
-    """Node × role, for people: narrow enough for 80 columns. Roles that are off on all nodes are one line below."""
+    """A table of nodes × roles for 80 columns; roles that are off on all nodes are listed in one line below it."""
     from tabulate import tabulate
 
     states = {role: {host: board.state(host, role) for host in board.nodes} for role in board.roles()}
@@ -117,8 +121,8 @@ def table(board: Board) -> str:
     return "\n".join([*lines, *([f"off: {', '.join(off)}"] if off else [])])
 
 
-def summary(board: Board, state: str, elapsed_s: float, said: str) -> dict[str, Any]:
-    """What `--json` prints and summary.json holds."""
+def summary(board: Board, state: str, elapsed_s: float, error: str) -> dict[str, Any]:
+    """The content of `--json` and of summary.json; `error` is Ansible's own error, "" for none."""
     return {
         "schema": 1,
         "state": state,
@@ -129,23 +133,23 @@ def summary(board: Board, state: str, elapsed_s: float, said: str) -> dict[str, 
         },
         "failures": [asdict(failure) for failure in failures(board)],
         "warnings": [{"nodes": nodes, "role": role, "text": text} for nodes, role, text in warnings(board)],
-        "error": said or None,
+        "error": error or None,
     }
 
 
 def diffs(board: Board) -> list[tuple[str, str, str, str]]:
-    """(nodes, setting, before, after) of each difference that a dry converge found, equal ones folded."""
-    met = []
+    """(folded nodes, setting, before, after) of each distinct difference that check mode found."""
+    pairs = []
     for event in board.events:
         for entry in event.diff if isinstance(event.diff, list) else [event.diff] if event.diff else []:
             setting = str(entry.get("before_header") or entry.get("after_header") or event.task)
             before, after = (str(entry.get(side) or "").strip() for side in ("before", "after"))
-            met.append((event.host, (setting, before, after)))
-    return [(nodes, setting, before, after) for nodes, (setting, before, after) in _folded(board, met)]
+            pairs.append((event.host, (setting, before, after)))
+    return [(nodes, setting, before, after) for nodes, (setting, before, after) in _folded(board, pairs)]
 
 
 def exit_code(board: Board, state: str) -> int:
-    """3 where a node was not reached, 1 where one is not as wanted, 130 after an interruption."""
+    """The exit code: 0 success, 1 a node failed, 3 a node was unreachable or Ansible failed, 130 interrupted."""
     if state == "cancelled":
         return errors.EXIT_INTERRUPTED
     if board.unreachable():

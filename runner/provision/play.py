@@ -1,4 +1,4 @@
-"""A playbook played, with its events kept and shown."""
+"""Runs a playbook, and records and shows its events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ VERIFY = "playbooks/verify.yml"
 
 
 def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path | None) -> tuple[Board, str, str]:
-    """Play `call`; events and Ansible's own output go to `folder`/ansible. Returns the board, the state, an error."""
+    """Run the playbook `call` on `nodes`, with progress on `display`.
+
+    Events and Ansible's output are written to `folder`/ansible; None writes no files. Returns the board, the state
+    (complete, failed or cancelled), and Ansible's own error or "". Raises InfrastructureError for a full disk.
+    """
     from runner.cluster import reasons
     from runner.provision import playbook
     from runner.system.files import disk_errors
@@ -33,7 +37,7 @@ def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path 
     by_name = {node.name: node for node in nodes}
     board = Board({node.name: node.alias for node in nodes})
     progress = Progress(call, display, len(nodes))
-    told: set[str] = set()
+    reported: set[str] = set()
     with ExitStack() as stack:
         events = None
         if folder is not None:
@@ -52,12 +56,12 @@ def carry_out(call: Call, nodes: Sequence[Node], display: Display, folder: Path 
                 print(json.dumps(asdict(event), ensure_ascii=False), file=events, flush=True)
             board.events.append(event)
             progress.answer(board.nodes[event.host])
-            if event.status in ("failed", "unreachable") and event.host not in told:
-                told.add(event.host)
+            if event.status in ("failed", "unreachable") and event.host not in reported:
+                reported.add(event.host)
                 display.note(f"{board.nodes[event.host]}: {event.role or event.play} {event.status}")
 
         stack.enter_context(display.progress(1.0))
         log = folder / "ansible" / "ansible.log" if folder else None
-        state, said = playbook.play(call, on_event, progress.task, log)
+        state, error = playbook.play(call, on_event, progress.task, log)
         progress.finish()
-    return board, state, said
+    return board, state, error

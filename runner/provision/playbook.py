@@ -1,4 +1,4 @@
-"""The only module that imports ansible_runner: plays a playbook and tells what happened, host by host."""
+"""The only module that imports ansible_runner: runs a playbook and reports its events host by host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runner.system.places import ANSIBLE_CFG, ROOT
 
 Status = Literal["ok", "changed", "failed", "unreachable", "skipped"]
 
-# ansible-runner's names of events, and what each says of a host. What is not here says nothing of one.
+# ansible-runner's names of events, and the status of a host that each means. Other events are not about a host.
 _STATUS: Mapping[str, Status] = {
     "runner_on_ok": "ok",
     "runner_on_failed": "failed",
@@ -38,9 +38,9 @@ _PHASE = re.compile(r"/roles/(?P<role>[a-z_]+)/tasks/(?P<phase>[a-z_]+)\.yml")
 
 @dataclass(frozen=True)
 class Event:
-    """What one task did on one host. `role` and `phase` are "" for a playbook's own tasks.
+    """The result of one task on one host. `role` and `phase` are "" for a playbook's own tasks.
 
-    `problems` are a module's (`what`, `expected`, `found`, `remedy`); `diff` as the module gave it.
+    `problems` have the keys `what`, `expected`, `found` and `remedy`; `diff` is the module's, unchanged.
     """
 
     time: str
@@ -59,7 +59,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Call:
-    """A playbook and how it is played: everything that decides what is done to which nodes."""
+    """A playbook and all of its arguments. `hosts` are inventory names, `check` is Ansible's check mode."""
 
     playbook: str
     inventory: str
@@ -83,11 +83,15 @@ class Call:
         return words
 
     def command(self) -> list[str]:
+        """The whole command line, as an argument list."""
         return ["ansible-playbook", *self.arguments(), self.playbook]
 
 
 def tasks(call: Call) -> list[str]:
-    """The names of the tasks that `call` would run on each host, in order; connects to no node."""
+    """The names of the tasks that `call` would run on each host, in order; connects to no node.
+
+    Raises InfrastructureError where Ansible fails.
+    """
     program = Path(sys.executable).with_name("ansible-playbook")
     argv = [str(program) if program.exists() else "ansible-playbook", *call.command()[1:], "--list-tasks"]
     outcome = process.run(argv, timeout_s=120, cwd=str(ROOT), env=_ansible_environment())
@@ -99,15 +103,16 @@ def tasks(call: Call) -> list[str]:
 def play(
     call: Call, on_event: Callable[[Event], None], on_task: Callable[[str, str], None], log: Path | None = None
 ) -> tuple[Literal["complete", "failed", "cancelled"], str]:
-    """Play `call`; returns its end and, where Ansible itself failed, its own words.
+    """Run the playbook `call`; returns its final state and, where Ansible itself failed, its error, else "".
 
-    `on_task(name, role)` when a task starts, `on_event` for each host's answer. Ansible's output goes to `log`.
-    INT, TERM and HUP cancel it: Ansible and its ssh connections are ended; what a node does ends with its task.
+    Calls `on_task(name, role)` when a task starts and `on_event` for the result of each host. Ansible's output is
+    written to `log`. INT, TERM and HUP cancel the play: Ansible and its ssh connections are terminated; a task that
+    runs on a node still finishes there.
     """
     import ansible_runner
 
     cancelled_at: float | None = None
-    said: list[str] = []
+    errors: list[str] = []
     # In memory, since ansible-runner writes the environment there, and it may hold secrets.
     memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     _sweep(memory)
@@ -118,7 +123,7 @@ def play(
 
         def on_status(status: Mapping[str, Any], runner_config: Any) -> None:
             if status["status"] == "starting" and (setpriv := shutil.which("setpriv")):
-                # A controller that is killed takes Ansible along.
+                # Ansible is terminated with a controller that is killed.
                 runner_config.command = [setpriv, "--pdeathsig", "TERM", *runner_config.command]
             elif status["status"] == "running":
                 Path(runner_config.artifact_dir, "command").unlink(missing_ok=True)
@@ -130,16 +135,16 @@ def play(
             if raw["event"] in ("playbook_on_task_start", "playbook_on_handler_task_start"):
                 on_task(data.get("task") or data.get("name") or "", data.get("role", ""))
             elif raw["event"] in ("verbose", "error", "warning", "deprecated") and text:
-                said.append(text)
+                errors.append(text)
             elif event := parse(raw):
                 on_event(event)
-            return False  # it is kept by whoever listens, without its invocation
+            return False  # ansible-runner keeps no copy: the callbacks have it, without its invocation
 
         def cancel(number: int, frame: object) -> None:
             nonlocal cancelled_at
             if cancelled_at is None:
                 cancelled_at = time.monotonic()
-                # Its workers lead sessions of their own: killed, it would leave them behind.
+                # Its workers are in separate sessions: if it were killed, they would be left behind.
                 process.ask_children_to_end()
 
         def overdue() -> bool:
@@ -163,11 +168,11 @@ def play(
         return "cancelled", ""
     if done.rc == 0:
         return "complete", ""
-    return "failed", reason("\n".join(said)) if said else ""
+    return "failed", reason("\n".join(errors)) if errors else ""
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what controllers that were killed left there."""
+    """Remove the folders of controllers that were killed."""
     for path in folder.glob(f"{_PRIVATE}*-*"):
         pid = path.name.removeprefix(_PRIVATE).partition("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists() and path.stat().st_uid == os.geteuid():
@@ -175,7 +180,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _ansible_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Ansible's settings are the product's own, wherever the command is typed; no colours, since it is parsed."""
+    """The environment with the product's ansible.cfg, in any working directory, and no colours, for parsing."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     own = {
         "ANSIBLE_CONFIG": str(ANSIBLE_CFG),
@@ -198,9 +203,9 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def parse(raw: Mapping[str, Any]) -> Event | None:
-    """An event of ansible-runner as an Event; None for one that says nothing of a host.
+    """An event of ansible-runner as an Event; None for one that is not about a host.
 
-    Of the result only what people need is kept: its invocation may hold what nobody should read.
+    Only the parts of the result that are shown are kept: its invocation may contain secrets.
     """
     status = _STATUS.get(raw.get("event", ""))
     data = raw.get("event_data") or {}
@@ -229,21 +234,21 @@ def parse(raw: Mapping[str, Any]) -> Event | None:
 
 
 def message(result: Mapping[str, Any]) -> str:
-    """Why a task failed, in one line. A command's own last words say more than "non-zero return code"."""
+    """The reason of a failed task's `result` in one line: a command's last output instead of its return code."""
     text = str(result.get("msg") or "")
     if not text or text.startswith("non-zero return code"):
         lines = str(result.get("stderr") or result.get("stdout") or "").strip().splitlines()
-        text = lines[-1] if lines else text or "failed without a word"
+        text = lines[-1] if lines else text or "failed without output"
     if "MODULE FAILURE" in text or "Traceback" in text:
         trace = str(result.get("module_stderr") or result.get("exception") or "").strip().splitlines()
         text = f"the module crashed: {trace[-1]}" if trace else text
     if "deserialization failed" in text:  # its interpreter did not start it
-        said = str(result.get("module_stderr") or "").strip().splitlines()
-        text = f"the module gave no answer: {said[0]}" if said else text
+        output = str(result.get("module_stderr") or "").strip().splitlines()
+        text = f"the module gave no answer: {output[0]}" if output else text
     return reason(text)
 
 
-# Ansible's chain of causes, of which only the last is news: "Task failed: Finalization of task args for 'x' failed:
+# Ansible's chain of causes, of which only the last is shown: "Task failed: Finalization of task args for 'x' failed:
 # Error while resolving value for 'settings': The lookup plugin 'y' failed: what is wrong".
 _CHAIN = re.compile(
     r"^(?:Task failed(?: on host \S+)?|Action failed|Module failed|Finalization of task args for '[^']*' failed|"
@@ -253,7 +258,7 @@ _CHAIN = re.compile(
 
 
 def reason(text: str) -> str:
-    """The last cause in Ansible's words, as one line."""
+    """The last cause in Ansible's error message `text`, as one line."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "ERROR" in line]
     line = (errors or lines or [""])[0].replace("[ERROR]:", "").strip()

@@ -1,4 +1,4 @@
-"""The position of a play's progress bar: tasks weighed by how long each took the last time."""
+"""The progress of a play: tasks weighted by their duration in the previous run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """The bar's position: tasks weighed by how long each took the last time, known after a first run."""
+    """The position of the progress bar of `call` on `hosts` nodes, shown on `display`.
+
+    Tasks are weighted by their duration in the previous run; without one, each counts 1 s.
+    """
 
     def __init__(self, call: Call, display: Display, hosts: int) -> None:
         self._display = display
@@ -28,7 +31,7 @@ class Progress:
         self._done_s = 0.0
         self._task, self._answers, self._started = "", 0, time.monotonic()
         self.seconds: dict[str, float] = {}
-        # Listing the tasks takes a second of Ansible's time: beside the play, not before it.
+        # Listing the tasks takes Ansible a second: in parallel with the play, not before it.
         threading.Thread(target=self._list, args=(call,), daemon=True).start()
 
     def _list(self, call: Call) -> None:
@@ -41,6 +44,7 @@ class Progress:
         return self._known.get(task, 1.0)
 
     def task(self, name: str, role: str) -> None:
+        """Record that a task starts, which ends the previous one; `role` is "" for a playbook's own task."""
         self._end()
         self._task = f"{role} : {name}" if role else name
         self._answers, self._started = 0, time.monotonic()
@@ -52,6 +56,7 @@ class Progress:
             self.seconds[self._task] = round(time.monotonic() - self._started, 2)
 
     def answer(self, alias: str) -> None:
+        """Record that the node `alias` has finished the current task."""
         self._answers += 1
         self._show(alias)
 
@@ -63,7 +68,7 @@ class Progress:
         self._display.at(done, total, text)
 
     def finish(self) -> None:
-        """Remember how long the tasks took."""
+        """End the last task, and store the durations of all tasks for the next run; a full disk is no error."""
         from runner.system.files import write_json_atomic
 
         self._end()

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and the only code that knows where in a run directory each thing lies."""
+"""The files of a run, and the only code that knows their paths within the run directory."""

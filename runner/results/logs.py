@@ -1,4 +1,4 @@
-"""benchmark.log for people: lines read, those of several nodes and ranks folded, followed while they come."""
+"""benchmark.log for people: parsing lines, folding those of several nodes and ranks, following a growing log."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from runner.results.celldir import LAUNCHER
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
 
-WINDOW_S = 2.0  # equal lines of several nodes within this time are one
-PAUSE_S = 0.5  # between two looks at a log that grows
+WINDOW_S = 2.0  # equal lines of several nodes within this time are folded into one
+PAUSE_S = 0.5  # between two reads of a growing log
 
-# What differs between the same line of two ranks. Clock times and memory addresses tell nothing; a decimal
-# number is a measurement and stays as it is, so that two lines with different ones are two lines.
+# What differs between the same line of two ranks. Clock times and memory addresses carry no information; a decimal
+# number is a measurement and is kept, so that two lines with different ones are not folded.
 _TOKENS = re.compile(
     r"(?P<passing>\d{1,2}:\d\d:\d\d(?:[.,]\d+)?|\b0x[0-9a-f]+)"
     r"|(?P<address>\d+(?:\.\d+){3})|(?P<kept>\d+\.\d+)|(?P<number>\d+)"
@@ -33,7 +33,7 @@ _BLOCK = 1 << 20
 
 
 def printable(text: str) -> str:
-    """`text` without what would steer a terminal."""
+    """`text` without terminal escape sequences and control characters; tabs become spaces."""
     if text.isprintable():
         return text
     text = _ESCAPES.sub("", text).expandtabs()
@@ -42,7 +42,7 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of benchmark.log. `moment` in seconds, 0 where the line has none; `cell` None: the controller's own."""
+    """One line of benchmark.log. `moment` in Unix seconds, 0 if the line has no time; `cell` None: the controller's."""
 
     moment: float
     text: str
@@ -52,7 +52,10 @@ class Line:
 
 
 def parse_line(raw: bytes, cells: Collection[str]) -> Line:
-    """A line of the log: `ISO cell alias file: text` of a rank, or `ISO text` of the controller."""
+    """Parse a line of the log: `ISO cell alias file: text` of a rank, or `ISO text` of the controller.
+
+    `cells` are the ids of the run's cells. Never raises: other text becomes a Line with moment 0.
+    """
     text = printable(raw.decode(errors="replace"))
     stamp, _, rest = text.partition(" ")
     try:
@@ -65,7 +68,8 @@ def parse_line(raw: bytes, cells: Collection[str]) -> Line:
     return Line(moment, rest)
 
 
-def wanted(line: Line, cell: str | None, hosts: Collection[str] | None) -> bool:
+def matches(line: Line, cell: str | None, hosts: Collection[str] | None) -> bool:
+    """Whether `line` belongs to `cell` and to one of `hosts` (aliases); None matches any."""
     if line.cell is None:
         return hosts is None and (cell is None or line.text.startswith(f"{cell}: "))
     return (cell is None or line.cell == cell) and (hosts is None or line.host in hosts)
@@ -73,7 +77,7 @@ def wanted(line: Line, cell: str | None, hosts: Collection[str] | None) -> bool:
 
 @dataclass
 class _Group:
-    """Lines of several sources that are one for a person."""
+    """Equal lines of several sources, shown as one line."""
 
     line: Line
     moment: float
@@ -93,18 +97,18 @@ class _Group:
 
 @dataclass
 class _Same:
-    """The open groups of equal lines. What a source says again belongs to the next group."""
+    """The open groups of equal lines. A line that a source repeats belongs to the next group."""
 
     groups: deque[_Group] = field(default_factory=deque)
     gone: int = 0
-    said: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # of lines by source
 
 
 class Folding:
-    """Folds equal lines of several nodes and ranks while they come; a group is out WINDOW_S after its first line.
+    """Folds equal lines of several nodes and ranks as they arrive; a group is complete WINDOW_S after its first line.
 
-    Equal are lines that differ in whole numbers, IP addresses, memory addresses and clock times only.
-    The first two are told as sets, of the others the first.
+    Lines are equal if they differ only in whole numbers, IP addresses, memory addresses and clock times.
+    The first two are shown as sets; of the others, the first one is shown.
     """
 
     def __init__(self) -> None:
@@ -113,7 +117,7 @@ class Folding:
         self._latest = 0.0
 
     def add(self, line: Line) -> list[_Group]:
-        """Take in one line; returns the groups whose time was over before it, in the order of their first lines."""
+        """Add one line; returns the groups that were complete before it, in the order of their first lines."""
         self._latest = max(self._latest, line.moment)
         over = []
         while self._open and self._open[0].moment + WINDOW_S < self._latest:
@@ -122,7 +126,7 @@ class Folding:
         return over
 
     def rest(self) -> list[_Group]:
-        """All that is left."""
+        """Complete and return all open groups, in the order of their first lines."""
         return [self._first() for _ in range(len(self._open))]
 
     def _take(self, line: Line) -> None:
@@ -130,12 +134,12 @@ class Folding:
             self._open.append(_Group(line, line.moment or self._latest, (None, "", "")))
             return
         key = (line.cell, _skeleton(line.file), _skeleton(line.text))
-        # A launcher passes on what nodes say, each line with the node's name before it.
+        # A launcher forwards the nodes' output, each line prefixed with the node's name.
         speaker = _SPEAKER.match(line.text) if line.host == LAUNCHER else None
         source = (line.host, line.file, speaker[0] if speaker else "")
         same = self._same.setdefault(key, _Same())
-        turn = max(same.said[source], same.gone)
-        same.said[source] = turn + 1
+        turn = max(same.counts[source], same.gone)
+        same.counts[source] = turn + 1
         if turn - same.gone == len(same.groups):
             group = _Group(line, line.moment, key)
             same.groups.append(group)
@@ -184,6 +188,7 @@ def _set(values: Sequence[str], kind: str) -> str:
 
 
 def fold_lines(lines: Iterable[Line]) -> Iterator[_Group]:
+    """The groups of equal lines of `lines`, in the order of their first lines; `str()` of a group is its text."""
     folding = Folding()
     for line in lines:
         yield from folding.add(line)
@@ -191,9 +196,9 @@ def fold_lines(lines: Iterable[Line]) -> Iterator[_Group]:
 
 
 def last_lines(file: BinaryIO, count: int, parse: Callable[[bytes], Line | None]) -> tuple[list[str], int]:
-    """The last `count` folded lines, read from the end, and the place to read on from.
+    """The last `count` folded lines, read from the end, and the byte offset at which to continue reading.
 
-    A line that is not whole yet is left for later reading. `parse` returns None for a line that is not wanted.
+    An incomplete last line is left for later. `parse` returns None for a line to skip.
     """
     end = file.seek(0, os.SEEK_END)
     newest_first: list[Line] = []
@@ -217,8 +222,8 @@ def last_lines(file: BinaryIO, count: int, parse: Callable[[bytes], Line | None]
 
 
 def _backwards(file: BinaryIO, end: int) -> tuple[int, Iterator[bytes]]:
-    """Where the last whole line ends, and the whole lines, the last one first."""
-    while end > 0:  # usually one step: the writer writes whole lines
+    """The byte offset at which the last complete line ends, and the complete lines, last one first."""
+    while end > 0:  # usually one step: the writer writes complete lines
         start = max(0, end - _BLOCK)
         file.seek(start)
         newline = file.read(end - start).rfind(b"\n")
@@ -242,12 +247,15 @@ def _backwards(file: BinaryIO, end: int) -> tuple[int, Iterator[bytes]]:
 
 
 def follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) -> Iterator[str]:
-    """What the log says from `position` on, until the run has ended."""
+    """Folded lines of the log from byte offset `position` on, until the run has ended; blocks while it waits.
+
+    `parse` returns None for a line to skip.
+    """
     from runner.results.status import FINAL_STATES
 
-    folding, rest, heard = Folding(), b"", time.monotonic()
+    folding, rest, last_output = Folding(), b"", time.monotonic()
     while True:
-        ended = run.read_status()["state"] in FINAL_STATES  # before reading: what was said until then is read
+        ended = run.read_status()["state"] in FINAL_STATES  # before reading, so that all output until then is read
         block = b""
         if run.log.exists():
             with open(run.log, "rb") as file:
@@ -259,9 +267,9 @@ def follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) ->
             if line := parse(raw):
                 yield from map(str, folding.add(line))
         if block:
-            heard = time.monotonic()
+            last_output = time.monotonic()
         over = ended and not block
-        if over or time.monotonic() - heard > WINDOW_S:
+        if over or time.monotonic() - last_output > WINDOW_S:
             yield from map(str, folding.rest())
         if over:
             return

@@ -1,4 +1,4 @@
-"""Records: one measured value each, with its planned and observed context. Pure."""
+"""Records: one measured value each, with its planned and observed context. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One value. `metric` carries its unit as a suffix; `context` says what else it depends on.
+    """One measured value. `metric` has the unit as a suffix; `context` has the other parameters of the value.
 
-    `host` and `rank` are None for a value that belongs to the whole cell.
+    `host` and `rank` are None for a value of the whole cell.
     """
 
     run_id: str
@@ -32,11 +32,12 @@ class Record:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
+        """The record as one line of JSON, without line end. Raises ValueError for NaN and infinity."""
         return json.dumps(asdict(self), allow_nan=False)
 
 
 def parse_jsonl(text: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines text; a torn or foreign line is passed over, not trusted."""
+    """The objects of a JSON-lines text; an incomplete line or another JSON value is skipped."""
     for line in text.splitlines():
         try:
             value = json.loads(line)
@@ -47,14 +48,14 @@ def parse_jsonl(text: str) -> Iterator[dict[str, Any]]:
 
 
 def load(text: str) -> list[Record]:
-    """The records of a records.jsonl; a line that is none is passed over."""
+    """The records in the text of a records.jsonl; lines that are not records are skipped."""
     known = {field.name for field in fields(Record)}
     needed = known - {"host", "rank", "context", "schema"}
     return [Record(**obj) for obj in parse_jsonl(text) if obj.get("schema") == SCHEMA and needed <= obj.keys() <= known]
 
 
 def from_events(events: Iterable[Mapping[str, Any]], base: Mapping[str, Any], host: str) -> Iterator[Record]:
-    """Records of the `value` events of one rank's file. `base` holds the cell's fields."""
+    """The records of the `value` events of one rank on `host`; `base` has the fields of Record that the cell sets."""
     for event in events:
         if event.get("event") == "value":
             yield Record(

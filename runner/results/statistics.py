@@ -1,4 +1,4 @@
-"""How values of several steps or repeats are summed up."""
+"""Summary statistics of the values of several steps or repeats."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Median absolute deviation from the median: half of the values lie within it, outliers do not move it."""
+    """The median absolute deviation of at least one value, in the values' unit; robust against outliers."""
     middle = statistics.median(values)
     return statistics.median(abs(value - middle) for value in values)

@@ -1,4 +1,4 @@
-"""The states of a run and of its cells, as status.json has them."""
+"""The states of a run and of its cells in status.json."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
 
 
-LIVE_STATES = ("waiting", "running")  # of a cell whose controller lives
+LIVE_STATES = ("waiting", "running")  # of a cell whose controller is alive
 
 
 def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """A cell's entry in status.json before its `attempt`; `attempts` are the earlier ones.
+    """The entry of a cell in status.json before attempt number `attempt`; `attempts` are the earlier entries.
 
-    `plan_hash` is that of the plan which a complete cell was measured by, `job` what Slurm says of its job,
-    `nodes` the live state of each.
+    `plan_hash` identifies the plan with which a complete cell was measured, `job` is Slurm's description of its job,
+    `nodes` the live state of each node.
     """
     return {
         "state": "planned",

@@ -1,4 +1,4 @@
-"""The sampler's streams, read and compacted into one Parquet file."""
+"""Reading the sampler's streams, and compacting them into one Parquet file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read(stream: Path) -> list[dict[str, Any]]:
-    """The samples of one stream; a torn last line is left out. No file: no samples."""
+    """The samples of one JSON-lines stream; incomplete lines are skipped. Empty where there is no file."""
     if not stream.exists():
         return []
     samples = []
@@ -23,9 +23,9 @@ def read(stream: Path) -> list[dict[str, Any]]:
 
 
 def compact(streams: dict[tuple[str, str], Path], target: Path) -> bool:
-    """Write the streams of (cell, host) into one long Parquet table: cell, host, time_s, name, value.
+    """Write the streams, keyed by (cell, host), to `target` as a long Parquet table: cell, host, time_s, name, value.
 
-    Returns False, writing nothing, where no stream holds a sample.
+    Returns False and writes no file where no stream has a sample.
     """
     import polars
 

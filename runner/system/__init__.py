@@ -1,1 +1,1 @@
-"""What everything else stands on: processes, files, locks, places, node sets. It knows nothing of benchmarks."""
+"""The foundation of all other packages: processes, files, locks, places, node sets. Independent of benchmarks."""

@@ -1,4 +1,4 @@
-"""How files are written: as a whole or not at all, with a full disk told in one line."""
+"""Atomic writing of files, and one-line errors for a full or unwritable disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.errors import InfrastructureError, disk_kind
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write `path` as a whole or not at all."""
+    """Write `text` to `path` as UTF-8, atomically: readers see the old or the new file. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", errors="replace")
@@ -25,12 +25,13 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically. Raises OSError, and ValueError for NaN and infinity."""
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk of the controller into one line."""
+    """Turn an OSError of the block into an InfrastructureError of one line; `path` names the disk."""
     try:
         yield
     except OSError as error:

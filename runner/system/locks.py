@@ -1,4 +1,4 @@
-"""Locks that keep a user's own runs and set-ups apart."""
+"""Locks that prevent a user's own runs and setups from using the same nodes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from runner.errors import InfrastructureError
 
 @contextlib.contextmanager
 def hold_nodes(state: Path, endpoints: Mapping[str, str], run_id: str) -> Iterator[None]:
-    """Keep this user's other runs and set-ups away from nodes, given as endpoint -> name; raises naming who holds one.
+    """Lock nodes (endpoint -> name) against this user's other runs and setups while the block runs.
 
-    The kernel drops the locks when the holder dies, so none is ever stale.
+    `state` is the folder of the lock files; `run_id` is written into them. Raises InfrastructureError with the name of
+    the run that holds a lock. The kernel releases the locks when the holder dies, so none is ever stale.
     """
     locks = state / "nodes"
     locks.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Sets of node names: folded, and expanded in the order in which they are written."""
+"""Sets of node names: folding, and expansion in written order."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterable
 
 
 def fold(words: Iterable[str]) -> str:
-    """`node[001-003]` for node001, node002, node003."""
+    """The names as one folded set: `node[001-003]` for node001, node002, node003."""
     from ClusterShell.NodeSet import NodeSet
 
     return str(NodeSet.fromlist(list(words), resolver=None))
 
 
 def expand(nodelist: str) -> tuple[str, ...]:
-    """The names of a Slurm node list in the order it has, which is that of ranks (ClusterShell's sets sort).
+    """The names of a Slurm node list in its written order, the order of ranks (ClusterShell's sets sort).
 
-    Raises ValueError for what is no node list.
+    Raises ValueError where `nodelist` is not a node list.
     """
     names: list[str] = []
     for part in re.split(r",(?![^\[\]]*\])", nodelist.strip()):
         if not re.fullmatch(r"(?!$)[\w.-]*(\[\d+(-\d+)?(,\d+(-\d+)?)*\][\w.-]*)*", part, re.ASCII):
-            raise ValueError(f"{nodelist!r} is no list of nodes; write node[001-003],other")
+            raise ValueError(f"{nodelist!r} is not a list of nodes; write node[001-003],other")
         words = re.split(r"\[(.*?)\]", part)  # text, ranges, text, ranges, text
         choices = [_numbers(word) if n % 2 else [word] for n, word in enumerate(words)]
         names += ("".join(pieces) for pieces in itertools.product(*choices))

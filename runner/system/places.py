@@ -1,8 +1,8 @@
-"""Where the product's own files are, and where it keeps its cache and its state.
+"""Paths of the product's own files, of its cache and of its state.
 
-The own files lie around the package in a checkout, and inside it in an installed wheel: `setup.py` packs them
-as `runner/_files`, arranged as in a checkout. Whatever reads or plays them asks here, and writes nothing there: an
-installed package may belong to somebody else.
+The product's files are beside the package in a checkout, and inside it in an installed wheel: `setup.py` packs them
+as `runner/_files`, arranged as in a checkout. All code gets their paths from this module and treats them as
+read-only: an installed package may belong to another user.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TESTBED = ROOT / "testbed"
 
 
 def inventory(source: str, root: Path = ROOT) -> Path | None:
-    """The inventory that `source` names: a path, or a plain word for one in ./inventory or among the product's own.
+    """The path of the inventory `source`: a path, or a plain name in ./inventory or in the product's own folder.
 
-    Returns the path as it was given where it exists, so that a file or folder of the user's goes first; None where
-    there is nothing of this name.
+    Returns the given path where it exists, so that the user's file or folder takes precedence; None where nothing has
+    this name.
     """
     path = Path(source)
     if path.exists():
@@ -49,16 +49,16 @@ def inventory(source: str, root: Path = ROOT) -> Path | None:
 
 
 def inventories(root: Path = ROOT) -> list[str]:
-    """The plain words that `inventory` knows here, sorted."""
+    """The plain names that `inventory` accepts in the current folder, sorted."""
     folders = (Path("inventory"), root / "inventory")
     return sorted({hosts.parent.name for folder in folders for hosts in folder.glob("*/hosts.y*ml")})
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: read inventories, prepared data, how long tasks took."""
+    """The folder for data that can be recreated: parsed inventories, prepared data, durations of tasks."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shakedown"
 
 
 def state_dir() -> Path:
-    """The folder for what must outlive a command: locks, and which testbeds were started."""
+    """The folder for state that must outlive a command: locks, records of running testbeds."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "shakedown"

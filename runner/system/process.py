@@ -1,7 +1,7 @@
 """The only module that starts processes or signals them.
 
-Commands are argument lists, every call has a time limit, and a command that outlives its limit or
-its caller's interest is ended with its whole process group: INT, then TERM, then KILL.
+Commands are argument lists and every call has a time limit. A command that exceeds its limit, or whose
+caller is interrupted, is terminated with its whole process group: INT, then TERM, then KILL.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from runner.errors import InfrastructureError
 
-# Every process of a cell carries this variable, whatever started it (torchrun puts its workers in
-# sessions of their own, pdsh starts them below sshd): it is how leftovers are found and ended.
+# Every process of a cell has this environment variable, whatever started it (torchrun puts its workers in
+# separate sessions, pdsh starts them below sshd): leftover processes are found and terminated by it.
 MARKER = "SHAKEDOWN_CELL"
-# Asks a rank where it stands. Of the signals that torch, NCCL and Slurm leave alone it is one that a process
-# which has not prepared for it ignores, instead of dying.
+# Requests the stacks of a rank. Of the signals that torch, NCCL and Slurm do not use, its default action is to be
+# ignored, so that it does not kill a process without a handler.
 STACKS = signal.SIGURG
 
 
@@ -33,7 +33,7 @@ def cell_marker(run_id: str, cell: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a finished command ended. `rc` is negative when a signal ended it."""
+    """The result of a finished command. `rc` is its exit status, or minus the number of the signal that ended it."""
 
     argv: tuple[str, ...]
     rc: int
@@ -43,13 +43,13 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """The last line it wrote to stderr (or stdout): usually the reason of a failure."""
+        """The last line of stderr, or of stdout where stderr is empty: usually the reason of a failure."""
         lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
         return lines[-1].strip() if lines else ""
 
 
 def allow_open_files() -> None:
-    """Take all the open files that this user may have: a connection has three pipes, a rank several streams."""
+    """Raise the limit of open files to the hard limit: a connection has three pipes, a rank several streams."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -61,7 +61,10 @@ def spawn(
     cwd: str | None = None,
     stderr_to_stdout: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Start `argv` in a session of its own with pipes on all three streams (unbuffered bytes)."""
+    """Start `argv` in a new session with pipes on all three streams (unbuffered bytes).
+
+    `env` replaces the whole environment. Raises InfrastructureError when the program is missing or does not start.
+    """
     try:
         return subprocess.Popen(
             list(argv),
@@ -80,9 +83,9 @@ def spawn(
 
 
 def exit_fd(child: subprocess.Popen[bytes]) -> int | None:
-    """A descriptor that a selector finds readable once `child` has ended; the caller closes it.
+    """A file descriptor that becomes readable when `child` ends; the caller closes it.
 
-    None where the system gives none: Linux has them since 5.3.
+    None where the system does not support it (Linux before 5.3).
     """
     try:
         return os.pidfd_open(child.pid)
@@ -99,10 +102,10 @@ def run(
     cwd: str | None = None,
     check: bool = False,
 ) -> Outcome:
-    """Run `argv` to its end and return what it did.
+    """Run `argv` until it ends and return its Outcome. `input` is written to its stdin, `env` replaces the environment.
 
     Raises InfrastructureError when the program is missing, when `timeout_s` passes, or, with `check`,
-    when it ends with anything but 0. Ended by an exception (Ctrl-C), it takes its process group along.
+    when the exit status is not 0. On any exception (Ctrl-C), its whole process group is terminated.
     """
     started = time.monotonic()
     child = spawn(argv, env=env, cwd=cwd)
@@ -130,19 +133,19 @@ def run(
     return outcome
 
 
-# What `run` waits for, in whatever thread.
+# The children that `run` waits for, of all threads.
 _running: set[subprocess.Popen[bytes]] = set()
 
 
 def stop_running() -> None:
-    """End every command that `run` waits for in other threads; their calls then return."""
+    """Send TERM to every command that `run` waits for in other threads; their calls then return."""
     for child in list(_running):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
 
 
 def ask_children_to_end() -> None:
-    """Send TERM to what this process started and did not wait for yet."""
+    """Send TERM to every child of this process that has not been waited for yet."""
     import psutil
 
     for child in psutil.Process().children():
@@ -151,7 +154,7 @@ def ask_children_to_end() -> None:
 
 
 def stop_group(child: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:
-    """End the session that `child` leads, and wait for `child`."""
+    """Terminate the process group of `child` and wait for it: INT, then TERM and KILL, each after `grace_s` seconds."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)
@@ -166,35 +169,38 @@ def stop_group(child: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:
 
 
 def terminate(child: subprocess.Popen[bytes]) -> None:
-    """Send TERM to `child` alone, which ends what it started itself; one that has ended is no error."""
+    """Send TERM to `child` alone, which terminates its own children; no error where it has already ended."""
     child.terminate()
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Send KILL to the session that `child` leads, unless it has ended; the caller waits for `child`."""
+    """Send KILL to the process group of `child`, unless it has ended; the caller waits for `child`."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
 
 
 def marked(marker: str) -> list[int]:
-    """Process ids on this machine that carry `marker` in their environment, this process excepted."""
-    wanted = f"{MARKER}={marker}".encode()
+    """Ids of the processes on this machine that have `marker` in their environment, this process excluded."""
+    expected = f"{MARKER}={marker}".encode()
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         try:
             with open(f"/proc/{entry}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
+                if expected in file.read().split(b"\0"):
                     found.append(int(entry))
         except OSError:
-            continue  # it ended meanwhile, or belongs to another user
+            continue  # it has ended in the meantime, or belongs to another user
     return found
 
 
 def state(pid: int) -> str | None:
-    """What the kernel says a process does: R runs, S sleeps, D waits in the kernel, T is stopped, Z is dead."""
+    """The kernel's state letter of a process: R running, S sleeping, D uninterruptible wait, T stopped, Z zombie.
+
+    None where there is no such process.
+    """
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0]
@@ -203,10 +209,10 @@ def state(pid: int) -> str | None:
 
 
 def oom_kills() -> int:
-    """How many processes of this process's memory cgroup the kernel has killed for memory; 0 where it does not say.
+    """The number of processes in this process's memory cgroup that the kernel's OOM killer ended; 0 if unknown.
 
     cgroup v2 counts in memory.events, v1 in memory.oom_control. Inside a container the path that the kernel
-    names may not be mounted: then it is the nearest folder above, in the end the container's own.
+    reports may not be mounted: then the nearest parent folder is read, at last the container's root.
     """
     try:
         own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -228,6 +234,7 @@ def oom_kills() -> int:
 
 
 def signal_all(pids: Iterable[int], number: int) -> None:
+    """Send the signal `number` to each process; skips those that have ended or belong to another user."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -236,7 +243,10 @@ def signal_all(pids: Iterable[int], number: int) -> None:
 
 
 def stop_marked(marker: str, grace_s: float) -> None:
-    """End every process that carries `marker`: INT, after `grace_s` TERM, after as long again KILL."""
+    """Terminate every process with `marker` in its environment: INT, then TERM and KILL, each after `grace_s` seconds.
+
+    Returns as soon as none is left.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         pids = marked(marker)
         if not pids:

@@ -1,4 +1,4 @@
-"""Files that enter are checked once: by pydantic, refused with the file, the field and the nearest valid name."""
+"""Validation of input files with pydantic; errors name the file, the field and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_size(value: Any) -> Any:
-    """Bytes of `8`, `64K`, `1MiB`, `8G` (powers of 1024, as nccl-tests reads them)."""
+    """The bytes of `8`, `64K`, `1MiB`, `8G` (powers of 1024, as in nccl-tests); any other value unchanged."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
     return value
 
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `yes` is no number
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `yes` is not a number
 
 
 Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
 
 
 class ConfigFile(BaseModel):
+    """The base of every schema of a YAML file: frozen, without unknown keys, NaN or infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -41,13 +43,16 @@ AnyFile = TypeVar("AnyFile", bound=BaseModel)
 
 
 def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
-    """`values` as `schema`; the first thing wrong becomes one line with file, field and nearest name."""
+    """`values` validated as `schema`; `where` names the file in errors.
+
+    Raises UsageError of one line for the first error, with the file, the field and the nearest valid name.
+    """
     if not isinstance(values, Mapping):
         raise UsageError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        # A misspelt key also leaves the right one missing: the misspelling is the news.
+        # A misspelt key also makes the correct one missing: report the misspelling.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
@@ -58,8 +63,8 @@ def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
         if first["type"] == "literal_error":
             expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
             raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
-        said = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where}: {field} = {first['input']!r}: {said}" if field else f"{where}: {said}") from None
+        cause = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {field} = {first['input']!r}: {cause}" if field else f"{where}: {cause}") from None
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
@@ -73,6 +78,7 @@ def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iter
 
 
 def read_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises UsageError where it cannot be read or is not valid YAML."""
     import yaml
 
     try:

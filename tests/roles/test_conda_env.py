@@ -195,7 +195,7 @@ def test_a_build_that_the_driver_runs_is_accepted(tmp_path, gpus, driver, cuda):
 def test_what_is_unknown_is_a_warning_not_a_refusal(tmp_path, gpus):
     gpus("")
     unsaid = carry_out(node.PHASES, "validate", settings(tmp_path, lock_text="torch==9\n"))
-    assert unsaid.ok and "does not say which CUDA" in unsaid.warnings[0]
+    assert unsaid.ok and "does not state the CUDA" in unsaid.warnings[0]
     new = carry_out(node.PHASES, "validate", settings(tmp_path, lock_text="# cuda: 99.0\ntorch==9\n"))
     assert new.ok and "CUDA 99.0 is unknown" in new.warnings[0]
 
@@ -331,7 +331,7 @@ DISK = "ERROR: Could not install packages due to an OSError: [Errno 28] No space
     [
         (HASHES, "sha256 of click==8.5.1", "00ff", "8bb5"),
         (VERSION, "package click==9", "available", "8.5.1"),
-        (GONE, "package click==8", "available", "no answer of the index"),
+        (GONE, "package click==8", "available", "no answer from the index"),
         (PYTHON, "python for shakedown", ">=3.11", "3.10.9"),
         (DISK, "disk", "room for the environment", "no space left on device"),
         ("ERROR: something new\n", "pip install", "packages installed", "something new"),
@@ -483,7 +483,7 @@ def test_the_nodes_wheel_is_made_of_a_checkout_or_of_what_is_installed_and_is_th
 def test_a_check_run_makes_nothing_and_says_what_it_would(tmp_path):
     want = {**settings(tmp_path), "target": {"local": True}}
     answer = carry_out(controller.PHASES, "install", want, check=True)
-    assert answer.changed and [diff["after"] for diff in answer.diff] == ["made\n"] * 2
+    assert answer.changed and [diff["after"] for diff in answer.diff] == ["built\n"] * 2
     assert not list(tmp_path.iterdir())
 
 

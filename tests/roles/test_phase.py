@@ -159,7 +159,7 @@ def test_a_bug_is_a_bug():
     [
         (["sh", "-c", "echo a; echo why >&2; exit 3"], 3, "why"),
         (["no-such-program"], None, "no-such-program: not found"),
-        (["false"], 1, "status 1 without a word"),
+        (["false"], 1, "status 1 without output"),
         (["printf", "\\377ok"], 0, "\ufffdok"),
     ],
 )

@@ -113,7 +113,7 @@ def test_events_are_kept_host_by_host_without_invocations(home, provisioned):
 def test_check_is_quiet_about_good_nodes(nodes, home, provisioned):
     code, printed, said = runner(nodes, home, "check")
     assert code == 0, printed + said
-    assert "3 of 3 nodes as wanted" in printed
+    assert "3 of 3 nodes as expected" in printed
 
 
 def test_check_shows_drift_with_its_node_and_setup_mends_it(nodes, home, provisioned):

@@ -1,8 +1,8 @@
 #!/usr/bin/python
-"""Module of the role conda_env for a node: one Python environment, whole or not at all.
+"""Module of the role conda_env for a node: builds one Python environment, atomically.
 
-PREFIX is a link to PREFIX-HASH, built beside it and switched at once, so that what runs keeps what it started with.
-A stamp in PREFIX-HASH, written last, says that it is complete, and what is in it.
+PREFIX is a link to PREFIX-HASH, which is built beside it; then the link is switched, so that running processes keep
+their environment. A stamp in PREFIX-HASH, written last, marks it as complete and lists its content.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ansible.module_utils.phase import Stop, main, read, write
 
 FACT = "/etc/ansible/facts.d/conda.fact"
 STAMP = ".shakedown.json"
-BEGUN = ".begun"  # beside the folder of Miniforge, while its installer works
+BEGUN = ".begun"  # beside the folder of Miniforge, while its installer runs
 KEY_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "flash-attn", "shakedown")
 MODULE_OF = {"runner": "shakedown"}  # where a module's name is not its package's
-# Python finds its packages through the link by which it was started. What runs while the link is switched would import
-# the rest from the new environment: at its start, this names the place itself, for its children too.
+# Python finds its packages through the link by which it was started. A process that runs while the link is switched
+# would import further modules from the new environment: this resolves the link at its start, for its children too.
 PIN = """
 import os, sys
 _link, _place = sys.prefix, os.path.realpath(sys.prefix)
@@ -42,7 +42,7 @@ if sys.exec_prefix == _link:
 NO_ANSWER_S = 180  # a first import of torch from a cold disk took half a minute
 
 
-# --- what is there ---------------------------------------------------------------------------------
+# --- observing -------------------------------------------------------------------------------------
 
 
 def installed(environment):
@@ -57,16 +57,16 @@ def installed(environment):
 
 
 def stamp(prefix):
-    """What the stamp in `prefix` says; {} where it is missing or damaged: then the environment is not complete."""
+    """The content of the stamp in `prefix`; {} where it is missing or damaged: then the environment is incomplete."""
     try:
-        said = json.loads(read(os.path.join(prefix, STAMP)) or "{}")
+        content = json.loads(read(os.path.join(prefix, STAMP)) or "{}")
     except ValueError:
         return {}
-    return said if isinstance(said, dict) and isinstance(said.get("packages"), dict) else {}
+    return content if isinstance(content, dict) and isinstance(content.get("packages"), dict) else {}
 
 
 def drift(expected, found):
-    """[(package, expected version, found version)] where `found` is not what `expected` pins."""
+    """[(package, expected version, found version)] where `found` differs from `expected`, both {package: version}."""
     return [
         (name, pinned, found.get(name, "not installed"))
         for name, pinned in sorted(expected.items())
@@ -75,26 +75,26 @@ def drift(expected, found):
 
 
 def is_sibling(prefix, name):
-    """Whether `name` is one that this role gives to an environment beside the link `prefix`."""
+    """Whether `name` has the form of this role's names of environments beside the link `prefix`."""
     return bool(re.fullmatch(re.escape(os.path.basename(prefix)) + r"-[0-9a-f]{12}(-b)?", name))
 
 
 def siblings(prefix):
-    """The environments beside the link `prefix`, complete or not."""
+    """The paths of this role's environments beside the link `prefix`, complete or not."""
     folder = os.path.dirname(prefix)
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if is_sibling(prefix, name)]
 
 
 def foreign_miniforge(prefix):
-    """The folder of Miniforge beside `prefix`, where something is in it that this role did not put there; else ""."""
+    """The path of the folder miniforge beside `prefix` if it exists and this role did not create it; else ""."""
     root = os.path.join(os.path.dirname(prefix), "miniforge")
     ours = not os.path.lexists(root) or any(map(os.path.exists, (os.path.join(root, STAMP), f"{root}{BEGUN}")))
     return "" if ours else root
 
 
-def free_name(prefix, wanted):
-    """Where to build the environment with the hash `wanted`: never where the one in use lies."""
-    name = f"{prefix}-{wanted[:12]}"
+def free_name(prefix, digest):
+    """The path at which to build the environment with the hash `digest`: never that of the one in use."""
+    name = f"{prefix}-{digest[:12]}"
     return f"{name}-b" if os.path.realpath(prefix) == os.path.realpath(name) else name
 
 
@@ -105,22 +105,28 @@ def parent(path):
     return path
 
 
-def is_version(found, wanted):
-    return version(found)[: len(version(wanted))] == version(wanted)
+def is_version(found, expected):
+    """Whether `found` is the version `expected` or a more specific one: "3.11.9" is a "3.11"."""
+    return version(found)[: len(version(expected))] == version(expected)
 
 
 # --- validate --------------------------------------------------------------------------------------
 
 
 def fitting(found):
-    """The newest of the role's profiles whose PyTorch build runs on the driver `found`; "" where none does."""
+    """The newest of the role's profiles whose PyTorch build works with the driver `found`; "" where none does."""
     return next((p for p, cuda in PROFILES.items() if version(found) >= version(oldest_driver(cuda)) != ()), "")
 
 
 def validate(phase):
+    """Check settings, lock, driver, paths, Python, disk space and index; changes nothing. Raises Stop.
+
+    With the setting `step` "choose", only determines facts: profile.
+    """
     want = phase.want
     if want.get("step") == "choose":
-        # Without a driver, or with one that is too old, the least demanding is refused with the reason later.
+        # Without a driver, or with one that is too old, the profile with the lowest requirement is refused later, with
+        # the reason.
         phase.facts["profile"] = fitting(driver(phase)[0]) or "user"
         return
     lock = Lock(want["lock_text"])
@@ -131,7 +137,7 @@ def validate(phase):
     if lock.cuda:
         check_driver(phase, lock.cuda)
     elif "torch" in lock.pins:
-        phase.warn("the lock does not say which CUDA its torch is built for: add a line such as `# cuda: 12.1`")
+        phase.warn("the lock does not state the CUDA of its torch: add a line such as `# cuda: 12.1`")
     check_url(phase)
     check_place(phase)
     check_python(phase)
@@ -139,16 +145,16 @@ def validate(phase):
         phase.problem("rsync", "installed", "not found on PATH", "install it: wheels are sent with it")
     if want["source"] == "wheelhouse":
         check_platform(phase)
-    said = stamp(want["prefix"])
-    if said.get("lock_sha256") == lock.sha256 and not drift(said["packages"], installed(want["prefix"])):
-        return  # nothing will be fetched or unpacked
+    present = stamp(want["prefix"])
+    if present.get("lock_sha256") == lock.sha256 and not drift(present["packages"], installed(want["prefix"])):
+        return  # nothing will be downloaded or unpacked
     check_space(phase)
     if want["source"] != "wheelhouse":
         check_index(phase, lock)
 
 
 def check_driver(phase, cuda):
-    """PyTorch's build for `cuda` ("13.0") must fit the node's driver; a CPU build ("none") needs none."""
+    """Record a problem where the node's driver is too old for PyTorch built for `cuda` ("13.0", "none" for a CPU)."""
     oldest = oldest_driver(cuda)
     if not oldest:
         if cuda != "none":
@@ -167,6 +173,7 @@ def check_driver(phase, cuda):
 
 
 def check_place(phase):
+    """Record a problem where something else is at the path of the environment, or the path is not writable."""
     prefix = phase.want["prefix"]
     if os.path.isdir(prefix) and not os.path.islink(prefix):
         phase.problem(
@@ -176,7 +183,7 @@ def check_place(phase):
         found = f"a link to {os.readlink(prefix)}"
         phase.problem(prefix, "a link made by this role, or nothing", found, "move it away, or set conda_env_prefix")
     if phase.want["manager"] == "conda" and (root := foreign_miniforge(prefix)):
-        remedy = "move it away, or set conda_env_prefix: Miniforge lies beside it"
+        remedy = "move it away, or set conda_env_prefix: Miniforge is installed beside it"
         phase.problem(root, "this role's Miniforge, or nothing", "another's", remedy)
     folder = parent(os.path.dirname(prefix))
     if not os.access(folder, os.W_OK):
@@ -184,6 +191,7 @@ def check_place(phase):
 
 
 def check_space(phase):
+    """Record a problem where too little disk space is free. facts: free_gib."""
     folder = parent(os.path.dirname(phase.want["prefix"]))
     free = shutil.disk_usage(folder).free / 2**30
     phase.facts["free_gib"] = round(free, 1)
@@ -197,6 +205,7 @@ def check_space(phase):
 
 
 def check_python(phase):
+    """Record a problem where the manager is venv and the node has no suitable Python."""
     if phase.want["manager"] == "venv":
         _, problem = find_python(phase)
         if problem:
@@ -204,9 +213,9 @@ def check_python(phase):
 
 
 def find_python(phase):
-    """(path, None) of the node's Python that is wanted and can make a venv, or (None, the problem)."""
-    wanted = phase.want["python"]
-    minor = ".".join(wanted.split(".")[:2])
+    """(path, None) of a Python of the expected version that can create a venv, or (None, problem as a tuple)."""
+    expected = phase.want["python"]
+    minor = ".".join(expected.split(".")[:2])
     found, remedy = "none", f"install python{minor}, or set conda_env_manager: conda, which brings its own"
     ask = "import platform; print(platform.python_version(), flush=True); import venv, ensurepip"
     for name in (f"python{minor}", "python3"):
@@ -214,26 +223,26 @@ def find_python(phase):
         if not path:
             continue
         outcome = phase.run([path, "-c", ask], 20)
-        said = outcome.stdout.strip()
-        if is_version(said, wanted):
+        reported = outcome.stdout.strip()
+        if is_version(reported, expected):
             if outcome.ok:
                 return path, None
             return None, (
                 "python",
-                f"{wanted} with venv",
-                f"{said} at {path} without it",
+                f"{expected} with venv",
+                f"{reported} at {path} without it",
                 f"install python{minor}-venv",
             )
-        found = f"{said} at {path}" if said else outcome.last_line
-    return None, ("python", wanted, found, remedy)
+        found = f"{reported} at {path}" if reported else outcome.last_line
+    return None, ("python", expected, found, remedy)
 
 
 def check_platform(phase):
-    """Wheels made on the controller must run here: processor and glibc as the platform tag says."""
-    glibc, wanted = platform_parts(phase.want["platform"])
+    """Record a problem where wheels for the platform tag do not run here: another processor or an older glibc."""
+    glibc, expected = platform_parts(phase.want["platform"])
     machine, libc = platform.machine(), os.confstr("CS_GNU_LIBC_VERSION") or "no glibc"
-    if machine != wanted:
-        phase.problem("processor", wanted, machine, "set conda_env_platform for these nodes")
+    if machine != expected:
+        phase.problem("processor", expected, machine, "set conda_env_platform for these nodes")
     if version(libc.partition(" ")[2]) < (2, glibc):
         phase.problem("glibc", f">= 2.{glibc}", libc, "set conda_env_platform to the oldest glibc of all nodes")
 
@@ -242,22 +251,23 @@ def check_platform(phase):
 
 
 def install(phase):
+    """Build the environment from the wheels that were sent, switch to it, and remove older ones. Raises Stop."""
     want, sent = phase.want, phase.want["sent"]
-    prefix, wanted = want["prefix"], sent["hash"]
-    said = stamp(prefix)
-    changed = drift(said.get("packages", {}), installed(prefix))
-    if said.get("hash") == wanted and not changed:
-        phase.done.append(f"{prefix} has {wanted[:12]} already")
+    prefix, digest = want["prefix"], sent["hash"]
+    present = stamp(prefix)
+    changed = drift(present.get("packages", {}), installed(prefix))
+    if present.get("hash") == digest and not changed:
+        phase.done.append(f"{prefix} already has {digest[:12]}")
         return
     before = None
-    if said:
-        before = ", ".join([said["hash"][:12], *(f"{name} changed since" for name, _, _ in changed)])
-    if not phase.change(prefix, before, wanted[:12]):
+    if present:
+        before = ", ".join([present["hash"][:12], *(f"{name} changed since" for name, _, _ in changed)])
+    if not phase.change(prefix, before, digest[:12]):
         return
     os.umask(0o022)  # every user's job imports from it
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
     previous = os.path.realpath(prefix)
-    place = free_name(prefix, wanted)
+    place = free_name(prefix, digest)
     shutil.rmtree(place, ignore_errors=True)
     try:
         packages = build(phase, place)
@@ -265,9 +275,9 @@ def install(phase):
         shutil.rmtree(place, ignore_errors=True)  # a full disk stays full otherwise
         raise
     lock = Lock(want["lock_text"])
-    said = {"hash": wanted, "lock_sha256": lock.sha256, "profile": profile(want["lock"]), "packages": packages}
-    said.update(manager=want["manager"], python=python_version(phase, place))
-    write(os.path.join(place, STAMP), json.dumps(said, indent=1, sort_keys=True) + "\n")
+    content = {"hash": digest, "lock_sha256": lock.sha256, "profile": profile(want["lock"]), "packages": packages}
+    content.update(manager=want["manager"], python=python_version(phase, place))
+    write(os.path.join(place, STAMP), json.dumps(content, indent=1, sort_keys=True) + "\n")
     switch(prefix, place)
     for other in siblings(prefix):
         if other not in (place, previous):
@@ -275,21 +285,23 @@ def install(phase):
     wheels = wheel_folder(want)
     for name in set(os.listdir(wheels)) - set(sent["folders"]):
         if not re.fullmatch(r"(local|lock)-[0-9a-f]{12}", name):
-            continue  # whoever else keeps wheels there
+            continue  # somebody else's wheels
         shutil.rmtree(os.path.join(wheels, name), ignore_errors=True)
     phase.done.append(f"{prefix} -> {os.path.basename(place)}, {len(packages)} packages")
 
 
 def profile(lock):
+    """The name of the profile of the lock file at the path `lock`: its file name without suffix."""
     return os.path.splitext(os.path.basename(lock))[0]
 
 
 def wheel_folder(want):
+    """The node's folder of wheels, beside the environment."""
     return os.path.join(os.path.dirname(want["prefix"]), "wheels")
 
 
 def switch(prefix, place):
-    """Point the link `prefix` at `place`, in one step."""
+    """Point the link `prefix` to `place`, atomically."""
     link = f"{prefix}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(link)
@@ -298,7 +310,7 @@ def switch(prefix, place):
 
 
 def build(phase, place):
-    """Make the environment at `place` and return its packages. Raises Stop with the one reason why not."""
+    """Build the environment at `place`; returns its packages as {canonical name: version}. Raises Stop."""
     want = phase.want
     if want["manager"] == "conda":
         conda(phase, place)
@@ -308,12 +320,12 @@ def build(phase, place):
             raise Stop(*problem)
         outcome = phase.run([python, "-m", "venv", place], 120)
         if not outcome.ok:
-            raise Stop("venv", f"made at {place}", outcome.last_line, "see the message")
-    temporary = os.path.join(place, "tmp")  # a small /tmp does not hold what pip unpacks
+            raise Stop("venv", f"created at {place}", outcome.last_line, "see the message")
+    temporary = os.path.join(place, "tmp")  # what pip unpacks may not fit into /tmp
     os.makedirs(temporary)
     local, *lock = (os.path.join(wheel_folder(want), name) for name in want["sent"]["folders"])
     base = set(installed(place))
-    # What was made for this node comes first: a wheel for another Python is refused here within seconds.
+    # The wheels built for this node first: one for another Python is refused here within seconds.
     if os.path.getsize(os.path.join(local, "requirements.txt")):
         pip(phase, place, from_folder(local))
     if lock:
@@ -337,6 +349,7 @@ def build(phase, place):
 
 
 def pinned(folder):
+    """The canonical names of the packages that requirements.txt in `folder` pins."""
     return set(Lock(read(os.path.join(folder, "requirements.txt")) or "").pins)
 
 
@@ -347,6 +360,7 @@ def from_folder(folder):
 
 
 def pip(phase, place, words):
+    """Run `pip install` with the arguments `words` in the environment at `place`. Raises Stop where it fails."""
     want = phase.want
     env = {"TMPDIR": os.path.join(place, "tmp"), "PIP_NO_INPUT": "1", "PIP_NO_CACHE_DIR": "1"}
     env["PIP_DISABLE_PIP_VERSION_CHECK"], env["PIP_ROOT_USER_ACTION"] = "1", "ignore"
@@ -360,14 +374,14 @@ def pip(phase, place, words):
         return
     problem = pip_problem(outcome.stderr, outcome.last_line)
     if "sha256" in problem[0] and "--no-index" in words:
-        # rsync trusts size and time; without the damaged folder the next run sends it anew.
+        # rsync compares size and time only; without the damaged folder the next run sends it again.
         shutil.rmtree(words[words.index("--find-links") + 1], ignore_errors=True)
-        problem = (*problem[:3], "run again: the wheels are sent anew")
+        problem = (*problem[:3], "run again: the wheels are then sent again")
     raise Stop(*problem)
 
 
 def pip_problem(stderr, last_line):
-    """(what, expected, found, remedy) of a failed `pip install`, from its own words."""
+    """(what, expected, found, remedy) of a failed `pip install`, from its error output."""
     if match := re.search(r"\[Errno (28|122)\] ([^:'\n]+)", stderr):
         return "disk", "room for the environment", match[2].lower(), "free some space there"
     if "DO NOT MATCH THE HASHES" in stderr:
@@ -380,7 +394,7 @@ def pip_problem(stderr, last_line):
         others = re.search(r"\(from versions: (.*)\)", stderr)
         found = others[1] if others and others[1] != "none" else "none that fits this Python and platform"
         if "after connection broken by" in stderr:
-            found = "no answer of the index"
+            found = "no answer from the index"
         return f"package {match[1]}", "available", found, "see the lock, the index and the Python version"
     if match := re.search(r"Package '(\S+)' requires a different Python: (\S+) not in '(.+?)'", stderr):
         return f"python for {match[1]}", match[3], match[2], "set conda_env_python"
@@ -389,7 +403,7 @@ def pip_problem(stderr, last_line):
 
 
 def conda(phase, place):
-    """A conda environment at `place` with nothing but Python and pip, by the role's own Miniforge."""
+    """Create a conda environment with only Python and pip at `place`, with the role's own Miniforge. Raises Stop."""
     want = phase.want
     root = os.path.join(os.path.dirname(want["prefix"]), "miniforge")
     miniforge(phase, root, os.path.join(wheel_folder(want), want["sent"]["folders"][0], "miniforge.sh"))
@@ -403,7 +417,7 @@ def conda(phase, place):
 
 
 def miniforge(phase, root, installer):
-    """Have Miniforge at `root`, installed whole from `installer`."""
+    """Install Miniforge at `root` from the file `installer`, unless it is complete there. Raises Stop."""
     want = phase.want["miniforge"]
     done = os.path.join(root, STAMP)
     content = json.dumps({"sha256": want["sha256"], "version": want["version"]}, sort_keys=True) + "\n"
@@ -413,10 +427,10 @@ def miniforge(phase, root, installer):
         found = hashlib.sha256(file.read()).hexdigest()
     if found != want["sha256"].lower():
         shutil.rmtree(os.path.dirname(installer), ignore_errors=True)
-        raise Stop("sha256 of Miniforge's installer", want["sha256"], found, "run again: it is sent anew")
+        raise Stop("sha256 of Miniforge's installer", want["sha256"], found, "run again: it is then sent again")
     if foreign_miniforge(phase.want["prefix"]):
         raise Stop(root, "this role's Miniforge, or nothing", "another's", "move it away, or set conda_env_prefix")
-    write(f"{root}{BEGUN}", "")  # what a killed run leaves has no stamp, and is still this role's
+    write(f"{root}{BEGUN}", "")  # marks an incomplete folder, which has no stamp, as this role's
     shutil.rmtree(root, ignore_errors=True)
     outcome = phase.run(["bash", installer, "-b", "-p", root], phase.want["timeout_s"])
     if not outcome.ok:
@@ -426,6 +440,7 @@ def miniforge(phase, root, installer):
 
 
 def python_version(phase, place):
+    """The version of the Python in the environment at `place`, or the error of running it."""
     outcome = phase.run(
         [os.path.join(place, "bin/python"), "-c", "import platform; print(platform.python_version())"], 60
     )
@@ -436,58 +451,63 @@ def python_version(phase, place):
 
 
 def configure(phase):
+    """Publish the environment as conda.fact. Raises Stop where there is no complete one."""
     want = phase.want
-    said = stamp(want["prefix"])
-    if not said:
+    present = stamp(want["prefix"])
+    if not present:
         if not phase.check:
             raise Stop("environment", f"a complete one at {want['prefix']}", "none", "run the phase install")
         return
-    versions = {name: said["packages"][name] for name in KEY_PACKAGES if name in said["packages"]}
-    fact = {"lock_sha256": said["lock_sha256"], "prefix": want["prefix"], "profile": said["profile"]}
-    fact.update(python=said["python"], versions=versions)
+    versions = {name: present["packages"][name] for name in KEY_PACKAGES if name in present["packages"]}
+    fact = {"lock_sha256": present["lock_sha256"], "prefix": want["prefix"], "profile": present["profile"]}
+    fact.update(python=present["python"], versions=versions)
     phase.write(FACT, json.dumps(fact, indent=1, sort_keys=True) + "\n")
 
 
-# Imports speak on stdout (deepspeed does): the answer goes to what stdout was before.
+# Imports may print to stdout (deepspeed does): the answer is written to a copy of the original stdout.
 PROBE = """
 import importlib, json, os, platform, sys
 answer = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-said = {"python": platform.python_version(), "errors": {}, "cuda": None}
+report = {"python": platform.python_version(), "errors": {}, "cuda": None}
 for name in sys.argv[1:]:
     try:
         module = importlib.import_module(name)
         if name == "torch":
-            said["cuda"] = module.version.cuda or "none"
+            report["cuda"] = module.version.cuda or "none"
     except BaseException as error:
-        said["errors"][name] = f"{type(error).__name__}: {error}"
+        report["errors"][name] = f"{type(error).__name__}: {error}"
 from importlib import metadata
-said["packages"] = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
-json.dump(said, answer)
+report["packages"] = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+json.dump(report, answer)
 answer.flush()
 os._exit(0)  # a library's threads may not end
 """
 
 
 def verify(phase):
+    """Import the main modules and compare all packages with the stamp and the lock. Raises Stop without an environment.
+
+    facts: prefix, python, packages (number), imported.
+    """
     want = phase.want
     prefix, lock = want["prefix"], Lock(want["lock_text"])
-    said = stamp(prefix)
-    if not said:
+    present = stamp(prefix)
+    if not present:
         found = "an incomplete one" if os.path.exists(prefix) else "none"
         raise Stop("environment", f"a complete one at {prefix}", found, "run the role's phase install")
-    expected = {**said["packages"], **{n: v for n, v in lock.pins.items() if n not in lock.conditional}}
+    expected = {**present["packages"], **{n: v for n, v in lock.pins.items() if n not in lock.conditional}}
     modules = [n for n in want["imports"] if canonical(MODULE_OF.get(n, n)) in expected]
     outcome = phase.run([os.path.join(prefix, "bin/python"), "-c", PROBE, *modules], NO_ANSWER_S)
     try:
         answer = json.loads(outcome.stdout)
     except ValueError:
         raise Stop(f"python of {prefix}", "an answer", outcome.last_line, "run the role's phase install") from None
-    if said["lock_sha256"] != lock.sha256:
+    if present["lock_sha256"] != lock.sha256:
         phase.problem(
             "lock of the environment",
             f"{profile(want['lock'])} {lock.sha256[:12]}",
-            f"{said['profile']} {said['lock_sha256'][:12]}",
+            f"{present['profile']} {present['lock_sha256'][:12]}",
             "run the role's phase install",
         )
     if not is_version(answer["python"], want["python"]):

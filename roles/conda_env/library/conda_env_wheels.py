@@ -1,12 +1,12 @@
 #!/usr/bin/python
-"""Module of the role conda_env for the controller: makes the wheels that one node installs, and sends them there.
+"""Module of the role conda_env for the controller: builds the wheels that a node installs, and sends them to it.
 
-Called once a node, all at the same time. What is made is kept by the hash of what it is made from, and the first
-call makes it while the others wait, so nodes with different settings get different wheels and equal ones share.
-A folder gets its name when it is complete.
-The folder `local-HASH` holds this package, the optional wheels and Miniforge's installer; with the source
-`wheelhouse`, `lock-HASH` holds everything that the lock names. Each has a `requirements.txt` that pins every
-wheel in it by its sha256, so what a node installs is what was made here, to the byte.
+Called once per node, in parallel. Results are cached by the hash of their inputs, and the first call builds them while
+the others wait, so that nodes with equal settings share their wheels. A folder gets its final name when it is complete.
+
+The folder `local-HASH` has this package, the optional wheels and Miniforge's installer; with the source
+`wheelhouse`, `lock-HASH` has all packages of the lock. Each has a `requirements.txt` that pins every wheel in it by
+its sha256, so that a node installs exactly the files built here.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.conda_env_lock import Lock, canonical, platform_parts
 from ansible.module_utils.phase import Stop, main, read, write
 
-# Of an installed package: playbooks, roles and the like are the controller's alone.
+# Parts of an installed package that only the controller needs, such as playbooks and roles.
 NOT_FOR_NODES = ("__pycache__", "_files")
 
-# --- decided ---------------------------------------------------------------------------------------
+# --- pure, except for reading sources --------------------------------------------------------------
 
 
 def digest(value):
+    """SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def identity(want, lock, package, wheels):
-    """The hash of an environment: of all that decides what is in it, and of nothing else."""
+    """The hash of an environment, from exactly the inputs that determine its content.
+
+    `package` is the hash of this package, `wheels` are the optional wheels that fit.
+    """
     return digest(
         {
             "lock": lock.sha256,
@@ -54,7 +58,7 @@ def identity(want, lock, package, wheels):
 
 
 def choose(wheels, python, lock):
-    """(those of `wheels` that fit this Python and the lock's torch, why each of the others was left out)."""
+    """(the `wheels` that fit this version of Python and the lock's torch, a reason for each of the others)."""
     torch, cuda = lock.pins.get("torch", "none"), lock.cuda or "unknown"
     fitting, reasons = [], []
     for wheel in wheels:
@@ -70,15 +74,15 @@ def choose(wheels, python, lock):
     return fitting, reasons
 
 
-def _begins(version, wanted):
-    """Whether `version` is `wanted` or one of its later parts: "2.3.1" is a "2.3", "2.30" is not."""
-    return version.split(".")[: len(wanted.split("."))] == wanted.split(".")
+def _begins(version, prefix):
+    """Whether `version` is `prefix` or a more specific version: "2.3.1" is a "2.3", "2.30" is not."""
+    return version.split(".")[: len(prefix.split("."))] == prefix.split(".")
 
 
 def platforms(newest):
-    """Every platform tag that a node with the tag `newest` ("manylinux_2_28_x86_64") can use, newest first.
+    """All platform tags that a node with the tag `newest` ("manylinux_2_28_x86_64") can use, newest first.
 
-    Source: PEP 600: manylinux2014, 2010 and 1 are its names for glibc 2.17, 2.12 and 2.5.
+    Source: PEP 600: manylinux2014, 2010 and 1 are the names for glibc 2.17, 2.12 and 2.5. Raises Stop for another tag.
     """
     glibc, machine = platform_parts(newest)
     tags = []
@@ -90,7 +94,7 @@ def platforms(newest):
 
 
 def shell_for_rsync(target):
-    """The value of rsync's --rsh for `target`, quoted as rsync itself splits it: a quote inside is doubled."""
+    """The value of rsync's --rsh for `target`, quoted as rsync parses it: a quote inside is doubled."""
     words = ["ssh", "-p", str(target["port"]), "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
     if target["key"]:
         words += ["-i", os.path.expanduser(target["key"])]
@@ -100,13 +104,13 @@ def shell_for_rsync(target):
 
 
 def modules(folder):
-    """The package's own folder: in a checkout within `folder`, in an installed package around it (runner/_files)."""
+    """The path of the package `runner`: below `folder` in a checkout, its parent in an installed package."""
     package, name = os.path.split(os.path.abspath(folder))
     return package if name == "_files" else os.path.join(folder, "runner")
 
 
 def tree_hash(folder):
-    """The hash of the sources from which the nodes' wheel is built: the same for a checkout and what is installed."""
+    """The hash of the sources of the nodes' wheel: equal for a checkout and for an installed package."""
     files = [[name, os.path.join(folder, name)] for name in ("pyproject.toml", "README.md")]
     package = modules(folder)
     for path, folders, names in os.walk(package):
@@ -120,6 +124,7 @@ def tree_hash(folder):
 
 
 def sha256(path):
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
     result = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -127,10 +132,14 @@ def sha256(path):
     return result.hexdigest()
 
 
-# --- made ------------------------------------------------------------------------------------------
+# --- building --------------------------------------------------------------------------------------
 
 
 def install(phase):
+    """Build the folders of wheels for one node, or take them from the cache, and send them. facts: hash, folders.
+
+    Raises Stop where one cannot be built or sent.
+    """
     want = phase.want
     lock = Lock(want["lock_text"])
     if lock.errors:
@@ -139,22 +148,22 @@ def install(phase):
     wheels, left_out = choose(want["wheels"], want["python"], lock)
     for reason in left_out:
         phase.warn(reason)
-    wanted = identity(want, lock, package, wheels)
+    environment = identity(want, lock, package, wheels)
     cache = os.path.expanduser(want["wheelhouse"])
-    folders = {f"local-{wanted[:12]}": lambda folder: make_local(phase, folder, wheels)}
+    folders = {f"local-{environment[:12]}": lambda folder: make_local(phase, folder, wheels)}
     if want["source"] == "wheelhouse":
         made_from = digest([lock.sha256, want["python"], want["platform"], want["sdists"]])
         folders[f"lock-{made_from[:12]}"] = lambda folder: make_wheelhouse(phase, folder, lock)
     for name, fill in folders.items():
         keep(phase, os.path.join(cache, name), fill)
-    phase.facts.update(hash=wanted, folders=list(folders))
+    phase.facts.update(hash=environment, folders=list(folders))
     if not phase.check:
         send(phase, [os.path.join(cache, name) for name in folders])
     phase.done.append(f"{', '.join(folders)} sent")
 
 
 def package_source(path):
-    """The hash of the wheel or source tree at `path`; "" for none."""
+    """The hash of the wheel or source tree at `path`; "" for an empty path. Raises Stop for anything else."""
     if not path:
         return ""
     if os.path.isfile(path) and path.endswith(".whl"):
@@ -165,12 +174,15 @@ def package_source(path):
 
 
 def keep(phase, folder, fill):
-    """Have `folder` filled by `fill` once and whole, whatever was killed and whoever else wants it now."""
-    asked = time.time()
+    """Create `folder` with `fill(path)`, once and atomically, also with parallel calls and after a killed one.
+
+    Raises Stop where `fill` does, also in the calls that waited for it.
+    """
+    called = time.time()
     if os.path.isdir(folder):
         return
     if phase.check:
-        phase.change(folder, None, "made")
+        phase.change(folder, None, "built")
         return
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     failure = f"{folder}.failed"
@@ -178,9 +190,9 @@ def keep(phase, folder, fill):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.isdir(folder):
             return
-        # Who waited for one that failed fails like it, instead of trying the same again for each node.
+        # A call that waited for one that failed also fails, instead of trying the same again for each node.
         with contextlib.suppress(OSError, ValueError):
-            if os.stat(failure).st_mtime >= asked:
+            if os.stat(failure).st_mtime >= called:
                 raise Stop(*json.loads(read(failure)))
         partial = f"{folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -192,11 +204,11 @@ def keep(phase, folder, fill):
             raise
         pin_all(partial)
         os.rename(partial, folder)
-        phase.change(folder, None, "made")
+        phase.change(folder, None, "built")
 
 
 def pin_all(folder):
-    """Write requirements.txt: each wheel in `folder` with its version and sha256."""
+    """Write requirements.txt with the version and sha256 of each wheel in `folder`."""
     lines = []
     for name in sorted(os.listdir(folder)):
         if name.endswith(".whl"):
@@ -206,7 +218,7 @@ def pin_all(folder):
 
 
 def make_local(phase, folder, wheels):
-    """This package's wheel, the optional wheels that fit, and Miniforge's installer."""
+    """Fill `folder` with this package's wheel, the optional `wheels` and Miniforge's installer. Raises Stop."""
     want = phase.want
     if want["package"]:
         build_package(phase, folder)
@@ -219,11 +231,12 @@ def make_local(phase, folder, wheels):
 
 
 def build_package(phase, folder):
+    """Copy or build this package's wheel into `folder`. Raises Stop where the build fails."""
     path = phase.want["package"]
     if os.path.isfile(path):
         shutil.copy(path, folder)
         return
-    # setuptools writes beside its sources: a checkout may be read-only, and holds what was deleted long ago.
+    # Built from a copy: setuptools writes beside its sources, and a checkout may be read-only or have stale files.
     sources = os.path.join(folder, "sources")
     shutil.copytree(modules(path), os.path.join(sources, "runner"), ignore=shutil.ignore_patterns(*NOT_FOR_NODES))
     for name in ("pyproject.toml", "README.md"):
@@ -233,7 +246,7 @@ def build_package(phase, folder):
 
 
 def isolation():
-    """pip's option to build with the setuptools that is here, where it is new enough: then no index is asked."""
+    """pip's option to build with the installed setuptools if it is new enough, so that no index is needed."""
     from importlib import metadata
 
     try:
@@ -244,7 +257,7 @@ def isolation():
 
 
 def fetch(source, expected, folder, what):
-    """Copy or download `source` into `folder`; returns the path. Refused where its sha256 is not `expected`."""
+    """Copy or download `source` into `folder`; returns the path. Raises Stop where its sha256 is not `expected`."""
     path = os.path.join(folder, os.path.basename(source))
     url = source if "://" in source else f"file://{os.path.abspath(os.path.expanduser(source))}"
     try:
@@ -259,13 +272,13 @@ def fetch(source, expected, folder, what):
             f"sha256 of {what} {os.path.basename(source)}",
             expected,
             found,
-            "compare with what its publisher says: the file is damaged or another one",
+            "compare with the publisher's checksum: the file is damaged or another one",
         )
     return path
 
 
 def make_wheelhouse(phase, folder, lock):
-    """Every package of the lock as a wheel for the nodes' Python and platform."""
+    """Fill `folder` with a wheel of each package of the lock, for the nodes' Python and platform. Raises Stop."""
     want = phase.want
     built = os.path.join(folder, "built")
     os.makedirs(built)
@@ -277,7 +290,7 @@ def make_wheelhouse(phase, folder, lock):
         pip(phase, ["wheel", "--no-deps", "--wheel-dir", built, "--requirement", one], f"a wheel of {name}", lock.index)
         (wheel,) = set(os.listdir(built)) - before
         usable(wheel, want)
-        if "--hash=" in lines[name]:  # that of the source was checked just now; from here on the wheel's counts
+        if "--hash=" in lines[name]:  # pip has just checked that of the source; from here on the wheel's applies
             lines[name] = f"{name}=={lock.pins[name]} --hash=sha256:{sha256(os.path.join(built, wheel))}"
         os.unlink(one)
     closed = os.path.join(folder, "lock.txt")
@@ -292,7 +305,7 @@ def make_wheelhouse(phase, folder, lock):
 
 
 def usable(wheel, want):
-    """Refuse a wheel built here that only runs here."""
+    """Raise Stop where a wheel that was built here does not run with the nodes' Python and processor."""
     if wheel.endswith("-none-any.whl"):
         return
     python = "{}.{}".format(*sys.version_info[:2])
@@ -307,7 +320,10 @@ def usable(wheel, want):
 
 
 def pip(phase, words, what, index=""):
-    """Run the controller's own pip; its configuration and credentials are those of its user."""
+    """Run the controller's pip, with the user's configuration and credentials. Raises Stop where it fails.
+
+    `words` are its arguments, `what` names the result in the error, `index` is an additional index.
+    """
     argv = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *words]
     if index and not phase.want["index_url"]:
         argv += ["--extra-index-url", index]
@@ -318,14 +334,14 @@ def pip(phase, words, what, index=""):
     if not outcome.ok:
         errors = [line for line in outcome.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = errors[0].partition(" ")[2] if errors else outcome.last_line
-        raise Stop(what, "made on the controller", reason, "see pip's index and configuration on the controller")
+        raise Stop(what, "built on the controller", reason, "see pip's index and configuration on the controller")
 
 
-# --- sent ------------------------------------------------------------------------------------------
+# --- sending ---------------------------------------------------------------------------------------
 
 
 def send(phase, folders):
-    """Make the node's folder of wheels hold `folders`, only what differs going over the wire."""
+    """Copy `folders` to the node's folder of wheels with rsync, which transfers only differences. Raises Stop."""
     target = phase.want["target"]
     there = os.path.join(os.path.dirname(phase.want["prefix"]), "wheels")
     argv = ["rsync", "--recursive", "--times", "--omit-dir-times", "--delete", "--chmod=D755,F644"]

@@ -1,4 +1,4 @@
-"""Whether this node can use a package index, found out before anything is fetched."""
+"""Checks whether this node can use a package index, before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIP_CONFIGURATION = ("/etc/pip.conf", "/root/.config/pip/pip.conf", "/root/.pip/
 
 
 def check_url(phase):
-    """Record a problem where the index's URL carries credentials: settings are shown and logged."""
+    """Record a problem where the index's URL contains credentials: settings are shown and logged."""
     if "@" in urllib.parse.urlsplit(phase.want["index_url"]).netloc:
         phase.problem(
             "conda_env_index_url",
@@ -28,7 +28,7 @@ def check_url(phase):
 
 
 def check_index(phase, lock):
-    """Record a problem for each index that phase's settings and `lock` need and that does not serve this node."""
+    """Record a problem for each index that the settings and `lock` (a Lock) need and that this node cannot use."""
     want = phase.want
     urls = [want["index_url"]] if want["source"] == "mirror" else [default_index(), lock.index]
     if want["source"] == "mirror" and not want["index_url"]:
@@ -38,13 +38,13 @@ def check_index(phase, lock):
         return
     for url in filter(None, urls):
         if "@" in urllib.parse.urlsplit(url).netloc:
-            continue  # pip's own configuration, or refused already; its text must not be repeated
+            continue  # pip's own configuration, or already reported; a URL with credentials must not be shown
         if reason := unreachable(url, want["netrc"]):
-            phase.problem(f"package index {url}", "reachable", reason, "see the URL, proxy and firewall")
+            phase.problem(f"package index {url}", "reachable", reason, "check the URL, proxy and firewall")
 
 
 def netrc_error(path):
-    """What is wrong with the netrc file; never what is in it."""
+    """The reason why the netrc file `path` cannot be used, "" where it can; never any of its content."""
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
         if mode & 0o077:
@@ -53,12 +53,12 @@ def netrc_error(path):
     except OSError as error:
         return (error.strerror or "unreadable").lower()
     except netrc.NetrcParseError as error:
-        return f"line {error.lineno} is not understood"
+        return f"line {error.lineno} is not valid"
     return ""
 
 
 def default_index(files=PIP_CONFIGURATION, environment=os.environ):
-    """The index that this node's pip asks: PIP_INDEX_URL, pip.conf, else PyPI."""
+    """The URL of the index that this node's pip uses: from PIP_INDEX_URL, pip.conf, else PyPI."""
     parser = configparser.RawConfigParser()
     with contextlib.suppress(configparser.Error):
         parser.read(files)
@@ -67,7 +67,7 @@ def default_index(files=PIP_CONFIGURATION, environment=os.environ):
 
 
 def unreachable(url, netrc_file="", timeout_s=15):
-    """Why the index at `url` cannot be used, or ""."""
+    """The reason why the index at `url` cannot be used, "" where it can."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":
         return "" if os.path.isdir(parts.path) else "no such folder"
@@ -78,7 +78,7 @@ def unreachable(url, netrc_file="", timeout_s=15):
         with urllib.request.urlopen(request, timeout=timeout_s):
             return ""
     except urllib.error.HTTPError as error:
-        # Some mirrors have no list of everything: what counts is that it answers, and lets us in.
+        # Some mirrors have no list of all packages: it must answer and accept the credentials.
         return f"status {error.code}" if error.code in (401, 403) or error.code >= 500 else ""
     except (urllib.error.URLError, ssl.SSLError, TimeoutError, ConnectionError, ValueError) as error:
         return str(getattr(error, "reason", None) or error)

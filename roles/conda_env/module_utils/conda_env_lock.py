@@ -1,10 +1,10 @@
-"""A lock file, and what it says: which versions, for which CUDA. Used on the controller and on the nodes.
+"""Reading a lock file: pinned versions, and the CUDA they are for. Used on the controller and on the nodes.
 
 A lock is a requirements file of pip where every line pins one package with `==`, with `--hash=` or without. Comment
-lines may say what the pins cannot:
+lines may add what pins cannot express:
 
     # cuda: 12.1      the CUDA that its torch is built for; `none` for a CPU build
-    # index: URL      a further index that has what the default one lacks
+    # index: URL      an additional index for packages that the default one does not have
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from ansible.module_utils.phase import Stop
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility"; CUDA Toolkit Release Notes, table 2.
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
-# The CUDA of the role's own profiles, as their locks say; the first that fits is proposed.
+# The CUDA of the role's own profiles, as in their locks; the first that fits is suggested.
 PROFILES = {"current": "13.0", "user": "12.1", "cpu": "none"}
 
 _PIN = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[[^]]*\])?\s*==\s*(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
     r"\s*(?P<marker>;.*?)?(?P<hashes>(?:\s+--hash=\S+)*)\s*"
 )
-_SAYS = re.compile(r"#\s*(cuda|index):\s*(\S+)\s*")
+_COMMENT = re.compile(r"#\s*(cuda|index):\s*(\S+)\s*")
 
 
 class Lock:
-    """A lock file's `text`. `pins` {name: version} in canonical names, `lines` {name: its line};
+    """A parsed lock file. `pins` is {canonical name: version}, `lines` {canonical name: its line}.
 
-    `conditional` holds the names whose line has a marker (`; python_version < "3.12"`), `errors` one line for each
-    thing that is no pin, `cuda` is "12.1", "none", or "" where neither a comment nor torch's version says it.
+    `conditional` has the names whose line has a marker (`; python_version < "3.12"`), `errors` the lines that are not
+    valid pins; `cuda` is "12.1", "none", or "" where neither a comment nor torch's version gives it; `index` is the
+    additional index's URL or "".
     """
 
     def __init__(self, text):
         self.text = text
         self.pins, self.lines, self.conditional, self.errors = {}, {}, set(), []
-        said = {}
+        comments = {}
         for line in text.splitlines():
-            if match := _SAYS.fullmatch(line.strip()):
-                said[match[1]] = match[2]
+            if match := _COMMENT.fullmatch(line.strip()):
+                comments[match[1]] = match[2]
         for line in text.replace("\\\n", " ").splitlines():
             line = re.sub(r"(^|\s)#.*", "", line).strip()
             if line:
                 self._read(line)
-        self.index = said.get("index", "")
-        self.cuda = said.get("cuda") or _built_for(self.pins.get("torch", ""))
+        self.index = comments.get("index", "")
+        self.cuda = comments.get("cuda") or _built_for(self.pins.get("torch", ""))
 
     def _read(self, line):
         match = _PIN.fullmatch(line)
@@ -63,11 +64,12 @@ class Lock:
 
     @property
     def sha256(self):
+        """SHA-256 of the text, in hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _built_for(torch):
-    """The CUDA that torch's local version names: "2.3.1+cu121" -> "12.1", "+cpu" -> "none", "" where it has none."""
+    """The CUDA in torch's local version: "2.3.1+cu121" -> "12.1", "+cpu" -> "none", "" where it has none."""
     local = torch.partition("+")[2]
     if local == "cpu":
         return "none"
@@ -76,14 +78,14 @@ def _built_for(torch):
 
 
 def canonical(name):
-    """A package's name as all of its spellings have it. Source: PEP 503."""
+    """The canonical form of a package's name: lower case, with hyphens. Source: PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def same(pinned, found):
-    """Whether the version `found` is what `==pinned` asks for. Source: PEP 440, "Version matching".
+    """Whether the version `found` satisfies `==pinned`. Source: PEP 440, "Version matching".
 
-    A pin without a local part (`+cu121`) takes any; 2.0 and 2.0.0 are one version.
+    A pin without a local part (`+cu121`) accepts any; 2.0 and 2.0.0 are equal.
     """
     if "+" not in pinned:
         found = found.partition("+")[0]
@@ -102,7 +104,10 @@ def oldest_driver(cuda):
 
 
 def platform_parts(tag):
-    """(28, "x86_64") of "manylinux_2_28_x86_64": glibc's minor version and the processor. Source: PEP 600."""
+    """(28, "x86_64") of "manylinux_2_28_x86_64": glibc's minor version and the processor. Source: PEP 600.
+
+    Raises Stop for another tag.
+    """
     match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", tag)
     if not match:
         raise Stop("conda_env_platform", "such as manylinux_2_28_x86_64", tag, "name the oldest glibc of all nodes")

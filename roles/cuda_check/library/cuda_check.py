@@ -1,8 +1,8 @@
 #!/usr/bin/python
-"""Reads driver, CUDA and GPUs of a node and judges them; publishes what it found as cuda.fact.
+"""Checks driver, CUDA and GPUs of a node, and publishes the values found as cuda.fact.
 
-One `nvidia-smi -q` says nearly everything. Every check has three ends: as it should be (silence), not so (a problem),
-not readable (a warning, never a pass and never an alarm).
+Nearly everything comes from one `nvidia-smi -q`. Each check has one of three results: as expected (no output), not as
+expected (a problem), or unknown (a warning: neither passed nor failed).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ansible.module_utils.phase import Stop, main, read
 REPLACE = "replace the GPU; NVIDIA's field diagnostic decides on the RMA"
 LATER = "{}: expected {}, found {}; install comes next"
 
-# What nvidia-smi's return code asks for. Source: its man page, RETURN VALUE.
+# The remedies for nvidia-smi's return codes. Source: its man page, RETURN VALUE.
 REMEDIES = {
-    6: "see whether the PCI bus shows them: lspci -d 10de:",
+    6: "check whether the PCI bus shows them: lspci -d 10de:",
     9: "install the driver and load its kernel module: modprobe nvidia; see dmesg",
     12: "install the driver's NVML library (libnvidia-ml.so)",
     14: "the GPU's InfoROM is corrupted: replace the GPU",
@@ -44,7 +44,7 @@ PAGES_MAX = 64  # page retirements that a GPU before Ampere has room for; NVIDIA
 
 
 class Flag(typing.NamedTuple):
-    """A field of few words: `paths` in order of preference, `good` and `bad` values, `all`: every GPU has it."""
+    """A field with few values: `paths` in order of preference, `good` and `bad` values; `all`: every GPU has it."""
 
     what: str
     paths: tuple
@@ -55,6 +55,7 @@ class Flag(typing.NamedTuple):
 
 
 def clocks(name, remedy):
+    """The Flag of the clock event reason `name`."""
     paths = tuple(f"{section}/{middle}{name}" for section in CLOCKS for middle in ("HW Slowdown/", ""))
     return Flag(f"clocks: {name}", paths, "Not Active", ("Active",), remedy)
 
@@ -67,7 +68,7 @@ FLAGS = (
     Flag("SRAM threshold exceeded", ("ECC Errors/Aggregate/SRAM Threshold Exceeded",), "No", ("Yes",), REPLACE, False),
     Flag("unrepairable memory", ("ECC Errors/Unrepairable Memory",), "No", ("Yes",), REPLACE, False),
     Flag("reset required", ("GPU Reset Status/Reset Required",), "No", ("Yes",), RESET, False),
-    Flag("recovery action", ("GPU Recovery Action",), "None", RECOVERY, "drain the node, then carry it out", False),
+    Flag("recovery action", ("GPU Recovery Action",), "None", RECOVERY, "drain the node, then perform it", False),
     Flag("fabric health", ("Fabric/Health/Summary",), "Healthy", ("Unhealthy",), "see the fabric manager's log", False),
     clocks("HW Thermal Slowdown", "look at the node's cooling"),
     clocks("HW Power Brake Slowdown", "look at the node's power supplies and power capping"),
@@ -84,26 +85,29 @@ PERSISTENCE = Flag(
 
 
 class Findings:
-    """What was found of each GPU, told once for all GPUs of which it is so."""
+    """The findings of the checks, by GPU (`total` of them); equal findings of several GPUs are reported once."""
 
     def __init__(self, total):
         self.total, self.bad, self.unreadable, self.notes = total, {}, {}, {}
 
     def problem(self, gpu, what, expected, found, remedy):
+        """Record a problem of `gpu`."""
         self.bad.setdefault((what, str(expected), str(found), remedy), []).append(gpu.pci)
 
     def unknown(self, gpu, what, instead):
+        """Record that `what` could not be read of `gpu`, which has the text `instead`."""
         self.unreadable.setdefault((what, instead), []).append(gpu.pci)
 
     def note(self, gpu, text):
+        """Record a warning about `gpu`."""
         self.notes.setdefault(text, []).append(gpu.pci)
 
     def problems(self):
-        """(what, expected, found, remedy) of each."""
+        """[(what, expected, found, remedy)] of the problems, with their GPUs in `what`."""
         return [(f"{what} of {self.where(pcis)}", *rest) for (what, *rest), pcis in self.bad.items()]
 
     def warnings(self):
-        """One line for each set of GPUs and reason, with all checks that gave no result there."""
+        """One line per set of GPUs and reason with all checks that are unknown there, then the other warnings."""
         lines = {}
         for (what, instead), pcis in self.unreadable.items():
             lines.setdefault((self.where(pcis), instead), []).append(what)
@@ -111,21 +115,23 @@ class Findings:
         return [*unknown, *(f"{text}: {self.where(pcis)}" for text, pcis in self.notes.items())]
 
     def where(self, pcis):
+        """The GPUs with the PCI addresses `pcis`, as text."""
         if len(pcis) == self.total > 1:
             return f"all {self.total} GPUs"
         return f"GPU{'s' if len(pcis) > 1 else ''} {', '.join(pcis)}"
 
 
-# --- judgement of one GPU; `want` are the role's settings ---
+# --- checks of one GPU; `want` are the role's settings ---
 
 
 def judge_gpu(gpu, want, findings):
+    """Run all checks of one GPU; `findings` (Findings) receives the results."""
     name, instead = gpu.get("Product Name")
     if name is None:
         findings.unknown(gpu, "model", instead)
     elif want["gpu_model"] and not re.search(rf"\b{re.escape(want['gpu_model'])}\b", name, re.IGNORECASE):
         findings.problem(gpu, "model", want["gpu_model"], name, "correct cuda_check_gpu_model or the inventory")
-    flags = [flag for flag, wanted in ((ECC, want["ecc"]), (PERSISTENCE, want["persistence"])) if wanted]
+    flags = [flag for flag, enabled in ((ECC, want["ecc"]), (PERSISTENCE, want["persistence"])) if enabled]
     for flag in (*flags, *FLAGS):
         judge_flag(gpu, flag, findings)
     judge_slowdown(gpu, findings)
@@ -136,6 +142,7 @@ def judge_gpu(gpu, want, findings):
 
 
 def judge_flag(gpu, flag, findings):
+    """Check one Flag: a bad value is a problem, a missing or another one is unknown."""
     value, instead = gpu.get(*flag.paths)
     if value in flag.bad:
         findings.problem(gpu, flag.what, flag.good, value, flag.remedy)
@@ -144,7 +151,7 @@ def judge_flag(gpu, flag, findings):
 
 
 def judge_slowdown(gpu, findings):
-    """HW Slowdown by itself; with a reason of its own below it, that one is told instead."""
+    """Check HW Slowdown, unless one of the more specific reasons below it is active and reported instead."""
     paths = tuple(f"{section}/HW Slowdown" for section in CLOCKS)
     reasons = ("HW Thermal Slowdown", "HW Power Brake Slowdown")
     if "Active" not in [gpu.get(*(f"{path}/{name}" for path in paths))[0] for name in reasons]:
@@ -152,7 +159,7 @@ def judge_slowdown(gpu, findings):
 
 
 def judge_errors(gpu, findings):
-    """Uncorrectable errors since the driver was loaded ("Double Bit" on GPUs before Turing)."""
+    """Check for uncorrectable ECC errors since the driver was loaded ("Double Bit" on GPUs before Turing)."""
     mode, instead = gpu.get("ECC Mode/Current")
     if mode == "Disabled" or instead == "N/A":
         return
@@ -166,22 +173,23 @@ def judge_errors(gpu, findings):
         elif instead != "N/A":
             unreadable = instead
     counts.pop("Double Bit/Total", None)
-    sick = [f"{count} {name}" for name, count in counts.items() if count]
-    if sick:
+    nonzero = [f"{count} {name}" for name, count in counts.items() if count]
+    if nonzero:
         remedy = f"{RESET}; if they return, {REPLACE}"
-        findings.problem(gpu, "uncorrectable ECC errors", 0, ", ".join(sick), remedy)
+        findings.problem(gpu, "uncorrectable ECC errors", 0, ", ".join(nonzero), remedy)
     elif unreadable or not counts:
         findings.unknown(gpu, "uncorrectable ECC errors", unreadable or "missing")
 
 
 def judge_pages(gpu, findings):
+    """Check that fewer than PAGES_MAX pages are retired."""
     counts = [gpu.number(f"Retired Pages/{kind} Bit ECC")[0] for kind in ("Single", "Double")]
     if sum(count or 0 for count in counts) >= PAGES_MAX:
         findings.problem(gpu, "retired pages", f"fewer than {PAGES_MAX}", sum(count or 0 for count in counts), REPLACE)
 
 
 def judge_pcie(gpu, findings):
-    """Width always; generation only under load, since an idle GPU lowers it to save power."""
+    """Check the PCIe width, and the generation under load only, since an idle GPU lowers it to save power."""
     link = "PCI/GPU Link Info"
     now, instead = gpu.number(f"{link}/Link Width/Current")
     most, instead_most = gpu.number(f"{link}/Link Width/Max")
@@ -202,7 +210,7 @@ def judge_pcie(gpu, findings):
 
 
 def judge_fabric(gpu, want, findings):
-    """NVSwitch's fabric. "N/A" is a GPU without one; an old driver does not tell."""
+    """Check the NVSwitch fabric. "N/A" is a GPU without one; an old driver does not report it."""
     state, instead = gpu.get("Fabric/State")
     status, instead_status = gpu.get("Fabric/Status")
     remedy = "see systemctl status nvidia-fabricmanager and its log; its version must be the driver's"
@@ -217,7 +225,10 @@ def judge_fabric(gpu, want, findings):
 
 
 def judge_nvlink(gpus, links, want, findings):
-    """`links` is parse_nvlink's. The last GPU's list may be cut: fewer links there are unknown, not missing."""
+    """Check the NVLinks of `gpus`; `links` is the result of parse_nvlink.
+
+    The list of the last GPU may be truncated: missing links there are unknown.
+    """
     last = list(links)[-1] if links else None
     for gpu in gpus:
         uuid = gpu.get("GPU UUID")[0]
@@ -243,46 +254,46 @@ def judge_nvlink(gpus, links, want, findings):
             findings.unknown(gpu, f"rate of NVLinks {names}", "no number")
 
 
-# --- judgement of the node ---
+# --- checks of the node ---
 
 
-def judge_versions(said, want):
-    """[(what, expected, found, remedy)], [warning]: the driver and the CUDA that it supports."""
+def judge_versions(report, want):
+    """([(what, expected, found, remedy)], [warning]) of the driver and the CUDA it supports; `report` is the Query."""
     problems, warnings = [], []
-    for what, found, least in (("driver", said.driver, want["driver_min"]), ("CUDA", said.cuda, want["cuda_min"])):
+    for what, found, least in (("driver", report.driver, want["driver_min"]), ("CUDA", report.cuda, want["cuda_min"])):
         if not least:
             continue
         if not version(found):
-            warnings.append(f"unknown: version of the {what} (nvidia-smi -q does not tell)")
+            warnings.append(f"unknown: version of the {what} (nvidia-smi -q does not report it)")
         elif version(found) < version(least):
             problems.append((what, f"at least {least}", found, "upgrade the driver: its branch fixes both versions"))
     return problems, warnings
 
 
-def judge_count(said, want, before):
-    """[(what, expected, found, remedy)], [warning]; `before` are the addresses in cuda.fact."""
+def judge_count(report, want, before):
+    """([(what, expected, found, remedy)], [warning]) of the number of GPUs; `before` are the addresses in cuda.fact."""
     problems, warnings = [], []
-    listed = [gpu.pci for gpu in said.gpus]
-    for pci in said.twice:
+    listed = [gpu.pci for gpu in report.gpus]
+    for pci in report.twice:
         warnings.append(f"nvidia-smi -q lists GPU {pci} twice: counted once")
-    if said.attached is None:
-        warnings.append("unknown: number of GPUs (nvidia-smi -q does not tell)")
+    if report.attached is None:
+        warnings.append("unknown: number of GPUs (nvidia-smi -q does not report it)")
         return problems, warnings
-    if len(listed) + len(said.twice) < said.attached:
-        warnings.append(f"nvidia-smi -q lists {len(listed)} of {said.attached} GPUs: the others are unknown")
+    if len(listed) + len(report.twice) < report.attached:
+        warnings.append(f"nvidia-smi -q lists {len(listed)} of {report.attached} GPUs: the others are unknown")
         gone = []
     else:
         gone = [pci for pci in before if pci not in listed]
-    found = said.attached - len(said.twice)
+    found = report.attached - len(report.twice)
     if found != (want["gpus"] or found or 1):
         where = f" (gone: {', '.join(gone)})" if gone else ""
-        remedy = "see whether lspci -d 10de: shows it and the kernel log has Xid 79; reboot or reseat"
+        remedy = "check whether lspci -d 10de: shows it and the kernel log has Xid 79; reboot or reseat"
         problems.append(("GPUs", want["gpus"] or "at least 1", f"{found}{where}", remedy))
     return problems, warnings
 
 
 def judge_xids(xids, hours):
-    """[(what, expected, found, remedy)], [warning]."""
+    """([(what, expected, found, remedy)], [warning]) of the `xids` (parse_xids) of the last `hours`."""
     problems, warnings = [], []
     for xid in xids:
         kind, place = ("SXid", "NVSwitch") if xid.switch else ("Xid", "GPU")
@@ -296,12 +307,12 @@ def judge_xids(xids, hours):
 
 
 def judge_drift(published, observed):
-    """[(what, expected, found, remedy)]: `published` is cuda.fact's dictionary. Unreadable values are not compared.
+    """[(what, expected, found, remedy)] of the differences of `observed` from `published`, the content of cuda.fact.
 
-    A GPU that is gone is judge_count's to tell.
+    Unknown values are not compared. A missing GPU is reported by judge_count.
     """
     problems = []
-    remedy = "if the change is meant, publish it: run the role's configure phase"
+    remedy = "if the change is intended, publish it: run the role's configure phase"
     for key, value in observed.items():
         before = published.get(key)
         if key != "gpus" and None not in (value, before) and value != before:
@@ -318,11 +329,11 @@ def judge_drift(published, observed):
     return problems
 
 
-# --- what the node is asked ---
+# --- querying the node ---
 
 
 def ask(phase):
-    """The Query of `nvidia-smi -q`. Stop where it does not answer, fails, or answers with something else."""
+    """The Query of `nvidia-smi -q`. Raises Stop where it does not answer, fails, or prints anything else."""
     limit = phase.want["answer_s"]
     outcome = phase.run(["nvidia-smi", "-q"], limit)
     if outcome.rc is None:
@@ -331,26 +342,27 @@ def ask(phase):
         found = "no answer" if hung else outcome.last_line
         remedy = "the driver hangs: see the kernel log, reboot the node" if hung else "install the NVIDIA driver"
         raise Stop("nvidia-smi", expected, found, remedy)
-    said = parse_query(outcome.stdout)
+    report = parse_query(outcome.stdout)
     if not outcome.ok:
         remedy = REMEDIES.get(outcome.rc, "see the kernel log: journalctl -k --grep NVRM")
         broken = ("nvidia-smi", "status 0", f"status {outcome.rc}: {outcome.last_line}", remedy)
-        if not said.gpus:
+        if not report.gpus:
             raise Stop(*broken)
         phase.problem(*broken)
-    elif not said.driver and not said.gpus:
-        raise Stop("nvidia-smi -q", "a report", f"{len(outcome.stdout)} characters without one", "run it by hand")
-    return said
+    elif not report.driver and not report.gpus:
+        raise Stop("nvidia-smi -q", "a report", f"{len(outcome.stdout)} characters without one", "run it manually")
+    return report
 
 
 def check_fabric_manager(phase, gpus):
+    """Record a problem where the node has an NVSwitch fabric and the fabric manager is not active."""
     fabric = {(gpu.get("Fabric/State")[0], gpu.get("Fabric/Status")[0]) for gpu in gpus}
     unit = phase.want["fabric_manager"]
     if not unit or not any(state for state, _ in fabric):
         return
     outcome = phase.run(["systemctl", "show", "--property=LoadState,ActiveState", unit], 10)
-    said = dict(line.split("=", 1) for line in outcome.stdout.splitlines() if "=" in line)
-    load, active = said.get("LoadState"), said.get("ActiveState")
+    values = dict(line.split("=", 1) for line in outcome.stdout.splitlines() if "=" in line)
+    load, active = values.get("LoadState"), values.get("ActiveState")
     if not outcome.ok or not load or not active:
         phase.warn(f"unknown: state of {unit} ({outcome.last_line})")
     elif load == "not-found" and fabric == {("Completed", "Success")}:
@@ -362,6 +374,7 @@ def check_fabric_manager(phase, gpus):
 
 
 def check_toolkit(phase):
+    """Record a problem where the CUDA toolkit is missing or too old. facts: toolkit."""
     least = phase.want["toolkit_min"]
     if not least:
         return
@@ -374,9 +387,9 @@ def check_toolkit(phase):
         phase.problem("CUDA toolkit", f"at least {least}", found, "install it, or correct cuda_check_cuda_home")
 
 
-def ask_nvlink(phase, said):
-    """parse_nvlink's answer; None where NVLinks are not wanted or nvidia-smi does not tell, with a warning."""
-    if not phase.want["nvlinks"] or not said.gpus:
+def ask_nvlink(phase, report):
+    """The result of parse_nvlink; None where NVLinks are not checked, or nvidia-smi fails, with a warning."""
+    if not phase.want["nvlinks"] or not report.gpus:
         return None
     outcome = phase.run(["nvidia-smi", "nvlink", "-s"], phase.want["answer_s"])
     if outcome.ok:
@@ -385,8 +398,8 @@ def ask_nvlink(phase, said):
     return None
 
 
-def describe(said, links, capabilities):
-    """cuda.fact: what others need to know. None where nvidia-smi does not tell."""
+def describe(report, links, capabilities):
+    """The content of cuda.fact as a dictionary; None for values that nvidia-smi does not report."""
     rows = [
         {
             "index": index,
@@ -396,11 +409,11 @@ def describe(said, links, capabilities):
             "vbios": gpu.get("VBIOS Version")[0],
             "memory_mib": gpu.number("FB Memory Usage/Total")[0],
         }
-        for index, gpu in enumerate(said.gpus)
+        for index, gpu in enumerate(report.gpus)
     ]
     return {
-        "driver": said.driver or None,
-        "cuda": said.cuda or None,
+        "driver": report.driver or None,
+        "cuda": report.cuda or None,
         "compute_capability": ",".join(sorted(set(capabilities))) or None,
         "nvlink_links": max(map(len, links.values())) if links else None,
         "gpus": rows,
@@ -408,6 +421,7 @@ def describe(said, links, capabilities):
 
 
 def capabilities(phase):
+    """The compute capability of each GPU, such as "9.0"; [] with a warning where it is unknown."""
     rows, reason = query(phase, ["compute_cap"], phase.want["answer_s"])
     if reason:
         phase.warn(f"unknown: compute capability ({reason})")
@@ -427,13 +441,14 @@ def published(fact):
 
 
 def gpus_of(fact):
-    """The GPUs of a fact's dictionary by PCI address; what is damaged is left out."""
+    """{PCI address: GPU} of the content of cuda.fact; invalid entries are ignored."""
     gpus = fact.get("gpus")
     rows = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     return {gpu["pci_bus_id"]: gpu for gpu in rows if isinstance(gpu.get("pci_bus_id"), str)}
 
 
-def report(phase, problems, warnings):
+def record(phase, problems, warnings):
+    """Record `problems`, as (what, expected, found, remedy), and `warnings` in `phase`."""
     for problem in problems:
         phase.problem(*problem)
     for warning in warnings:
@@ -441,47 +456,51 @@ def report(phase, problems, warnings):
 
 
 def inspect(phase, fact):
-    """All checks. Returns (the Query, parse_nvlink's answer)."""
+    """Run all checks; `fact` is the path of cuda.fact. Returns (the Query, the result of parse_nvlink). Raises Stop.
+
+    facts: versions.
+    """
     want = dict(phase.want)
     for name in ("driver_min", "cuda_min", "toolkit_min"):
         if want[name] and not version(want[name]):
             raise Stop(f"cuda_check_{name}", "a version, such as 12.5, or nothing", want[name], "correct the variable")
     if phase.name == "validate" and want["set_persistence"]:
-        want["persistence"] = False  # configure mends it
+        want["persistence"] = False  # configure fixes it
     if want["xid_hours"]:  # first: it says why nvidia-smi hangs
         text, reason = kernel_log(phase, want["xid_hours"])
         if reason:
             phase.warn(f"unknown: Xids ({reason})")
-        report(phase, *judge_xids(parse_xids(text), want["xid_hours"]))
+        record(phase, *judge_xids(parse_xids(text), want["xid_hours"]))
     check_toolkit(phase)
-    said = ask(phase)
-    problems, warnings = judge_versions(said, want)
+    report = ask(phase)
+    problems, warnings = judge_versions(report, want)
     if phase.name == "validate" and want["driver_package"]:
         warnings += [LATER.format(*problem) for problem in problems]
         problems = []
-    report(phase, problems, warnings)
-    report(phase, *judge_count(said, want, gpus_of(published(fact) or {})))
-    findings = Findings(len(said.gpus))
-    for gpu in said.gpus:
+    record(phase, problems, warnings)
+    record(phase, *judge_count(report, want, gpus_of(published(fact) or {})))
+    findings = Findings(len(report.gpus))
+    for gpu in report.gpus:
         judge_gpu(gpu, want, findings)
-    links = ask_nvlink(phase, said)
+    links = ask_nvlink(phase, report)
     if links is not None:
-        judge_nvlink(said.gpus, links, want, findings)
-    report(phase, findings.problems(), findings.warnings())
-    check_fabric_manager(phase, said.gpus)
+        judge_nvlink(report.gpus, links, want, findings)
+    record(phase, findings.problems(), findings.warnings())
+    check_fabric_manager(phase, report.gpus)
     several = {
-        what: ", ".join(sorted({value for gpu in said.gpus if (value := gpu.get(path)[0])}))
+        what: ", ".join(sorted({value for gpu in report.gpus if (value := gpu.get(path)[0])}))
         for what, path in (("gpu", "Product Name"), ("vbios", "VBIOS Version"))
     }
-    phase.facts["versions"] = {"driver": said.driver, "cuda": said.cuda, **several}
-    phase.done.append(f"{len(said.gpus)} × {several['gpu'] or 'GPU'}, driver {said.driver}, CUDA {said.cuda}")
-    return said, links
+    phase.facts["versions"] = {"driver": report.driver, "cuda": report.cuda, **several}
+    phase.done.append(f"{len(report.gpus)} × {several['gpu'] or 'GPU'}, driver {report.driver}, CUDA {report.cuda}")
+    return report, links
 
 
 # --- phases ---
 
 
 def validate(phase, fact=CUDA_FACT):
+    """Run all checks; without a driver that install will add, problems are warnings. `fact`: the path of cuda.fact."""
     try:
         inspect(phase, fact)
     except Stop as stop:
@@ -491,24 +510,26 @@ def validate(phase, fact=CUDA_FACT):
 
 
 def configure(phase, fact=CUDA_FACT):
+    """Set persistence mode where the settings say so, and publish cuda.fact at the path `fact`. Raises Stop."""
     try:
-        said = ask(phase)
+        report = ask(phase)
     except Stop:
         if phase.check and phase.want["driver_package"]:
             phase.warn("cuda.fact: not known before the driver is installed")
             return
         raise
-    if said.attached != len(said.gpus) + len(said.twice):
-        expected = "their number" if said.attached is None else said.attached
-        raise Stop("GPUs in nvidia-smi -q", expected, len(said.gpus), "its output was cut: run again")
+    if report.attached != len(report.gpus) + len(report.twice):
+        expected = "their number" if report.attached is None else report.attached
+        raise Stop("GPUs in nvidia-smi -q", expected, len(report.gpus), "its output was truncated: run again")
     if phase.want["set_persistence"]:
-        set_persistence(phase, said.gpus)
-    facts = describe(said, ask_nvlink(phase, said), capabilities(phase))
+        set_persistence(phase, report.gpus)
+    facts = describe(report, ask_nvlink(phase, report), capabilities(phase))
     phase.write(fact, json.dumps(facts, indent=1, sort_keys=True) + "\n")
     phase.facts.update(facts)
 
 
 def set_persistence(phase, gpus):
+    """Enable persistence mode of the `gpus` that have it disabled."""
     off = [gpu.pci for gpu in gpus if gpu.get("Persistence Mode")[0] == "Disabled"]
     if not off or not all([phase.change(f"persistence mode of GPU {pci}", "Disabled", "Enabled") for pci in off]):
         return
@@ -518,12 +539,13 @@ def set_persistence(phase, gpus):
 
 
 def verify(phase, fact=CUDA_FACT):
-    said, links = inspect(phase, fact)
+    """Run all checks, and compare the node with cuda.fact at the path `fact`. Raises Stop."""
+    report, links = inspect(phase, fact)
     before = published(fact)
     if before is None:
         phase.problem(fact, "a published fact", "none", "run the role's configure phase")
         return
-    report(phase, judge_drift(before, describe(said, links, capabilities(phase))), [])
+    record(phase, judge_drift(before, describe(report, links, capabilities(phase))), [])
 
 
 PHASES = {"validate": validate, "configure": configure, "verify": verify}

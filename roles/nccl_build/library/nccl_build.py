@@ -1,15 +1,15 @@
 #!/usr/bin/python
 """Module of the role nccl_build: NCCL and nccl-tests from source, built on one node and copied to the others.
 
-Under `root` (/opt/nccl) lie
+The folder `root` (/opt/nccl) has
 
-    2.26.2-cuda12.8-sm90-1f3a…/   one build: lib, include, bin and stamp.json; never changed once it is there
+    2.26.2-cuda12.8-sm90-1f3a…/   one build: lib, include, bin and stamp.json; never changes once it exists
     current -> 2.26.2-…           the build in use
-    2.26.2-….build.log            what make said
-    .lock, .build, .….partial     of a build in progress; what an interrupted run left is removed by the next
+    2.26.2-….build.log            the output of make
+    .lock, .build, .….partial     of a build in progress; leftovers of an interrupted run are removed by the next
 
-The phase install has steps (setting `step`), since a node needs what another one built:
-look and build on the node that builds, receive and unpack on the others, pack in between.
+The phase install has steps (setting `step`), since the nodes need what one of them builds: look, build and pack on
+the node that builds, receive and unpack on the others.
 """
 
 from __future__ import annotations
@@ -58,13 +58,17 @@ from ansible.module_utils.nccl_prefix import (
 from ansible.module_utils.nvidia import query, version
 from ansible.module_utils.phase import Stop, main, read
 
-NAMED_FILES = 5  # a problem names as many differing files; a wrong copy differs in all
+NAMED_FILES = 5  # the number of differing files that are listed; a wrong copy differs in all
 
 
 # --- validate ---
 
 
 def validate(phase):
+    """Check settings, and for a build that is not installed, disk space, tools and archives.
+
+    facts: installed (names of the builds that fit), wanted (name of the build, "" if unknown).
+    """
     want = phase.want
     if not want["host_known"]:
         phase.problem("nccl_build_host", "a host of the inventory", want["host"], "see `ansible-inventory --list`")
@@ -117,13 +121,13 @@ def _check_reachable(phase, what, url):
 
 
 def install(phase):
-    """One step of: look, build, pack on the node that builds; receive, unpack on the others."""
+    """Run one step: look, build, pack on the node that builds; receive, unpack on the others."""
     steps = {"look": look, "build": build, "receive": receive, "pack": pack, "unpack": unpack}
     steps[phase.want["step"]](phase)
 
 
 def look(phase):
-    """Whether a build that fits is there; then it is put in use. facts: ready, name, stamp (digest), archs."""
+    """Look for a build that fits, and put it in use. facts: ready, name, stamp (digest), archs."""
     want, inputs = phase.want, fixed_inputs(phase.want)
     _, cuda, _ = cuda_toolkit(phase)
     archs, _ = architectures(phase)
@@ -138,7 +142,10 @@ def look(phase):
 
 
 def build(phase):
-    """Build what `look` did not find. Two runs wait for each other: the second finds the build of the first."""
+    """Build where `look` finds nothing. Parallel runs wait for each other: the second finds the build of the first.
+
+    Raises Stop where the build fails or another one takes too long.
+    """
     want = phase.want
     os.makedirs(want["root"], exist_ok=True)
     with _lock(want["root"], want["timeout_s"]) as lock:
@@ -165,7 +172,7 @@ def build(phase):
 
 @contextlib.contextmanager
 def _emptied(folder):
-    """`folder` is removed now, for a run that was killed, and afterwards, for one that failed."""
+    """Remove `folder` before the block, as left by a killed run, and after it."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield
@@ -175,7 +182,7 @@ def _emptied(folder):
 
 @contextlib.contextmanager
 def _lock(root, timeout_s):
-    """Yields the number of a locked file. make inherits it: a build that outlives its run still holds the lock."""
+    """Yields the descriptor of a locked file. make inherits it: a build that outlives its run still holds the lock."""
     with open(f"{root}/.lock", "w", encoding="utf-8") as file:
         give_up = time.monotonic() + timeout_s
         while True:
@@ -191,7 +198,10 @@ def _lock(root, timeout_s):
 
 
 def fetch(phase, what, url, sha, folder):
-    """Download `url`, compare its SHA-256, and unpack it to `folder` without its topmost folder."""
+    """Download `url`, compare its SHA-256 with `sha` ("" for none), and unpack it to `folder` without its top folder.
+
+    Raises Stop where it cannot be downloaded or unpacked, or has another checksum.
+    """
     os.makedirs(folder)
     archive = f"{folder}.archive"
     try:
@@ -206,7 +216,7 @@ def fetch(phase, what, url, sha, folder):
     argv = ["tar", "-x", "-f", archive, "-C", folder, "--strip-components=1", "--no-same-owner"]
     outcome = phase.run(argv, 600)
     if not outcome.ok:
-        raise Stop(f"archive of {what}", "a tar archive", outcome.last_line, f"look at {url}")
+        raise Stop(f"archive of {what}", "a tar archive", outcome.last_line, f"check {url}")
 
 
 def _make_all(phase, work, prefix, partial, home, archs, lock):
@@ -216,7 +226,7 @@ def _make_all(phase, work, prefix, partial, home, archs, lock):
         f"CUDA_HOME={home}", f"CUDA_LIB={lib}", f"CUDA_INC={home}/include",
         f"NVCC_GENCODE={gencode(archs)}", f"CXX={want['cxx']}",
     ]  # fmt: skip
-    # nccl-tests asks for no run path: the linker takes it from here, and the binaries find this NCCL and no other.
+    # nccl-tests sets no run path: the linker takes it from here, so that the binaries use this NCCL.
     env = dict(os.environ, LC_ALL="C.UTF-8", LD_RUN_PATH=f"{prefix}/lib:{lib}")
     log = f"{prefix}.build.log"
     if os.path.exists(log):
@@ -230,13 +240,13 @@ def _make_all(phase, work, prefix, partial, home, archs, lock):
             return
         text = read(log)
         if rc > 0 and words[0].endswith(".o") and "No rule to make target" in text:
-            return  # this version has no such file: no early warning then
+            return  # this version has no such file: there is no early check
         found = f"signal {-rc}" if rc < 0 else first_error(text) or f"status {rc}"
         raise Stop(f"build of {what}", "make succeeds", found, f"see {log} on the node, then run again")
 
     nccl, objects = f"{work}/nccl", f"{work}/nccl/build"
-    # One file that includes nearly all headers: a NCCL that does not fit CUDA fails here in seconds, instead of
-    # after the device code, for which make waits some 20 minutes before it reports another file's error.
+    # One file that includes nearly all headers: a NCCL that is incompatible with CUDA fails here in seconds, instead
+    # of after the device code, for which make waits about 20 minutes before it reports another file's error.
     make(f"NCCL {want['version']}", f"{nccl}/src", f"{objects}/obj/init.o", f"BUILDDIR={objects}", *common)
     make(f"NCCL {want['version']}", nccl, "src.build", f"BUILDDIR={objects}", f"PREFIX={prefix}", *common)
     make(f"NCCL {want['version']}", nccl, "install", f"BUILDDIR={objects}", f"PREFIX={partial}", *common)
@@ -252,7 +262,7 @@ def _make_all(phase, work, prefix, partial, home, archs, lock):
 
 
 def _logged(argv, env, log, lock, give_up):
-    """Run `argv` with its output at the end of `log`; its return code. Nothing of it is left running."""
+    """Run `argv`, append its output to `log`, and return its exit status. Leaves no process running. Raises Stop."""
     with open(log, "ab") as file:
         child = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, pass_fds=[lock], start_new_session=True
@@ -271,12 +281,12 @@ def _logged(argv, env, log, lock, give_up):
 
 
 def conf(want, roce):
-    """/etc/nccl.conf by name, in the order of names. `roce` is what the role roce_qos found on the node."""
+    """{name: value} of nccl.conf, sorted by name; `roce` is the content of roce.fact, {} without one."""
     values = {}
     if want["buffsize"]:
         values["NCCL_BUFFSIZE"] = want["buffsize"]
     if roce.get("hca"):
-        values["NCCL_IB_HCA"] = "=" + ",".join(roce["hca"])  # "=": these names, not all that begin with them
+        values["NCCL_IB_HCA"] = "=" + ",".join(roce["hca"])  # "=": exactly these names, not all that start with them
     gid_index = roce.get("gid_index") if want["ib_gid_index"] < 0 else want["ib_gid_index"]
     if gid_index is not None:
         values["NCCL_IB_GID_INDEX"] = gid_index
@@ -290,11 +300,12 @@ def conf(want, roce):
 
 
 def sharp_plugin(path):
+    """The path of the SHARP plugin, from that of the file or of its folder."""
     return path if path.endswith(".so") else os.path.join(path, "libnccl-net.so")
 
 
 def roce_fact(phase):
-    """What the role roce_qos published on this node, {} where it did not run or another role sets RoCE up."""
+    """The content of roce.fact, {} where the role roce_qos did not run on this node. Raises Stop for a damaged file."""
     path = f"{phase.want['etc']}/ansible/facts.d/roce.fact"
     try:
         fact = json.loads(read(path) or "{}")
@@ -304,14 +315,17 @@ def roce_fact(phase):
 
 
 def files(phase):
-    """{path: content} of what the phase configure writes, for the build in use."""
+    """{path: content, None for no file} of the files that configure writes, for the build in use.
+
+    Raises Stop without a complete build.
+    """
     root, etc = phase.want["root"], phase.want["etc"]
     stamp = stamp_of(f"{root}/current")
     if not stamp:
         remedy = "run the role's phase install"
         raise Stop(f"{root}/current", f"a build of NCCL {phase.want['version']}", "none that is complete", remedy)
     values = conf(phase.want, roce_fact(phase))
-    # No "=" here: NCCL takes every line with one for a setting.
+    # No "=" here: NCCL reads every line with one as a setting.
     lines = ["# Written by Shakedown's role nccl_build. Put settings of your own into its variable nccl_build_conf."]
     lines += [f"{name}={value}" for name, value in values.items()]
     tests = stamp["inputs"]["archives"].get("nccl-tests", {}).get("version")
@@ -340,6 +354,7 @@ def files(phase):
 
 
 def configure(phase):
+    """Write nccl.conf, env.sh, the fact and the loader's configuration, for the build in use. Raises Stop."""
     if phase.check and not os.path.exists(f"{phase.want['root']}/current"):
         phase.change(f"{phase.want['etc']}/nccl.conf", None, "settings of the build")
         return
@@ -348,13 +363,17 @@ def configure(phase):
         if changed and path.endswith("90-shakedown-nccl.conf") and not phase.check:
             outcome = phase.run(["ldconfig"], 60)
             if not outcome.ok:
-                phase.problem("ldconfig", "ends with 0", outcome.last_line, "run it by hand")
+                phase.problem("ldconfig", "status 0", outcome.last_line, "run it manually")
 
 
 # --- verify ---
 
 
 def verify(phase):
+    """Check files, build, library and nccl-tests' libraries, and run one all-reduce. Raises Stop without a build.
+
+    facts: library_version, all_reduce_busbw_gb_per_s.
+    """
     want, current = phase.want, f"{phase.want['root']}/current"
     again = "run the role's phases install and configure"
     written = files(phase)
@@ -378,7 +397,7 @@ def verify(phase):
 
 
 def difference(expected, found):
-    """The first lines in which two texts differ, as a pair; "no file" and "no such line" for what is missing."""
+    """The first differing lines of two texts as (expected, found); "no file" or "no such line" where one is missing."""
     if expected is None or found is None:
         return ("no file" if expected is None else "a file"), ("no file" if found is None else "a file")
     ours, theirs = expected.splitlines(), found.splitlines()
@@ -393,7 +412,7 @@ def library_version(code):
 
 
 def _verify_library(phase, library):
-    """What the library itself says, in a process of its own: one that crashes while loading is a finding."""
+    """Compare the version that the library reports, in a separate process, since a broken one may crash it."""
     code = (
         "import ctypes, sys; answer = ctypes.c_int(); "
         "ctypes.CDLL(sys.argv[1]).ncclGetVersion(ctypes.byref(answer)); print(answer.value)"
@@ -407,7 +426,7 @@ def _verify_library(phase, library):
 
 
 def _warn_of_another_library(phase, folder):
-    """The loader's own NCCL, which programs get that neither set LD_LIBRARY_PATH nor carry a run path."""
+    """Warn of another NCCL of the loader, used by programs without LD_LIBRARY_PATH and without a run path."""
     outcome = phase.run(["/sbin/ldconfig", "-p"], 20)
     paths = re.findall(r"^\s*libnccl\.so\.2 .*=> (\S+)$", outcome.stdout, re.MULTILINE)
     if paths and os.path.realpath(os.path.dirname(paths[0])) != os.path.realpath(folder):
@@ -416,7 +435,7 @@ def _warn_of_another_library(phase, folder):
 
 
 def _verify_links(phase, binary):
-    """Whether all libraries of nccl-tests are found, and NCCL is this one."""
+    """Whether all libraries of nccl-tests are found and its NCCL is this one; records a problem otherwise."""
     before = len(phase.problems)
     outcome = phase.run(["ldd", binary], 20, env={"LD_LIBRARY_PATH": ""})
     if not outcome.ok:
@@ -433,9 +452,9 @@ def _verify_links(phase, binary):
 
 
 def collective(text):
-    """(values out of bounds, average bus bandwidth in GB/s) of nccl-tests' footer; None for what is not there.
+    """(number of values out of bounds, average bus bandwidth in GB/s) from nccl-tests' footer; None if missing.
 
-    A run that stopped early has no footer; its rows say nothing about the values that it did not reach.
+    A run that stopped early has no footer; its rows do not cover the values that it did not reach.
     """
     wrong = re.search(r"# Out of bounds values\s*:\s*(\d+)\s+(?:OK|FAILED)", text)
     average = re.search(r"# Avg bus bandwidth\s*:\s*(\d+(?:\.\d+)?)", text)
@@ -443,7 +462,7 @@ def collective(text):
 
 
 def _verify_collective(phase, binary):
-    """One all-reduce over the node's GPUs. Busy GPUs are left alone: it would take a job's memory."""
+    """Run one all-reduce over the node's GPUs, unless they are busy: it would use a job's memory."""
     rows, reason = query(phase, ["index"])
     if not rows:
         phase.warn(f"all-reduce not run: no GPU ({reason or 'nvidia-smi lists none'})")

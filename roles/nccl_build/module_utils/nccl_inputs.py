@@ -1,4 +1,4 @@
-"""What a build of NCCL is made from: the archives of the settings, the node's CUDA, GPUs, compiler and MPI."""
+"""The inputs of a build of NCCL: the archives in the settings, and the node's CUDA, GPUs, compiler and MPI."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ KNOWN_SHA256 = {
 }
 
 
-# --- what is wanted ---
+# --- settings ---
 
 
 def pair(nccl, cuda):
-    """What is known of building this NCCL with this CUDA: ("refused" | "unknown" | "fine", reason).
+    """Whether this version of NCCL builds with this version of CUDA: ("refused" | "unknown" | "fine", reason).
 
     Sources: 2.26.2 was tried with CUDA 13.0 and does not compile, 2.30.7 does; NVIDIA publishes nvidia-nccl-cu13
     from 2.27.7 on (PyPI); CUDA 11 is no longer tested since 2.22 (NVIDIA/nccl#1408).
@@ -41,7 +41,7 @@ def pair(nccl, cuda):
     if cuda_version < (12, 2) and nccl_version >= (2, 22):
         return "unknown", "NVIDIA tests NCCL 2.22 and newer with CUDA 12.2 and newer"
     if cuda_version >= (14,) or nccl_version >= (2, 33):
-        return "unknown", "it is newer than this table, which ends with NCCL 2.32 and CUDA 13"
+        return "unknown", "this table ends with NCCL 2.32 and CUDA 13"
     return "fine", ""
 
 
@@ -52,7 +52,7 @@ def library_version(code):
 
 
 def sources(want):
-    """The archives to build: [(name, version, url, sha256)]; sha256 is "" where none is given or known."""
+    """The archives to build: [(name, version, url, sha256)]; sha256 is "" where it is neither given nor known."""
     found = [("nccl", want["version"], want["url"], want["sha256"])]
     if want["tests"]:
         found.append(("nccl-tests", want["tests_version"], want["tests_url"], want["tests_sha256"]))
@@ -60,27 +60,28 @@ def sources(want):
 
 
 def fixed_inputs(want):
-    """What the settings say of a build; CUDA and the architectures are the node's."""
+    """The inputs of a build that the settings determine; the others, CUDA and architectures, are the node's."""
     archives = {name: {"version": ver, "sha256": sha} for name, ver, _, sha in sources(want)}
     return {"archives": archives, "mpi": want["tests"] and want["mpi"]}
 
 
 def build_name(inputs, cuda, archs):
-    """The folder of a build, with a hash of all that it is made from: one that differs in anything is another."""
+    """The name of a build's folder, with a hash of all inputs: builds that differ in any of them have other names."""
     made_from = json.dumps([inputs, cuda, archs], sort_keys=True)
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]
     return f"{inputs['archives']['nccl']['version']}-cuda{cuda}-sm{'_'.join(archs)}-{digest}"
 
 
 def gencode(archs):
+    """nvcc's options for the architectures: ["90"] -> "-gencode=arch=compute_90,code=sm_90"."""
     return " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
 
 
-# --- what the node has ---
+# --- the node ---
 
 
 def cuda_toolkit(phase):
-    """(home, "12.8", "") of the CUDA toolkit, or ("", "", reason)."""
+    """(folder, version such as "12.8", "") of the CUDA toolkit, or ("", "", reason) where there is none."""
     homes = [phase.want["cuda_home"]] if phase.want["cuda_home"] else ["/usr/local/cuda"]
     if not phase.want["cuda_home"] and (nvcc := shutil.which("nvcc")):
         homes.append(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))))
@@ -94,10 +95,10 @@ def cuda_toolkit(phase):
 
 
 def architectures(phase):
-    """(["90"], "") of the settings, else of the node's GPUs; ([], reason) where nobody knows them."""
+    """(architectures such as ["90"], "") from the settings, else from the node's GPUs; ([], reason) if unknown."""
     if phase.want["archs"]:
         return sorted(set(phase.want["archs"])), ""
-    with contextlib.suppress(ValueError, AttributeError):  # a damaged file: ask the GPUs
+    with contextlib.suppress(ValueError, AttributeError):  # a damaged file: query the GPUs
         fact = json.loads(read(f"{phase.want['etc']}/ansible/facts.d/cuda.fact") or "{}").get("compute_capability")
         if found := _numbers(fact if isinstance(fact, list) else [fact]):
             return found, ""
@@ -107,7 +108,7 @@ def architectures(phase):
 
 
 def _numbers(capabilities):
-    """["9.0", "9.0"] -> ["90"]; what is no capability ("[N/A]") is left out."""
+    """["9.0", "9.0"] -> ["90"]; other values ("[N/A]") are ignored."""
     return sorted({cap.replace(".", "") for cap in map(str, capabilities) if re.fullmatch(r"\d+\.\d", cap)})
 
 
@@ -117,18 +118,18 @@ def mpi_home(phase):
     if not home:
         outcome = phase.run(["mpicc", "--showme:incdirs"], 20)  # Open MPI
         if not outcome.ok:
-            outcome = phase.run(["mpicc", "-show"], 20)  # MPICH and its kin
+            outcome = phase.run(["mpicc", "-show"], 20)  # MPICH and its derivatives
         if not outcome.ok:
             return "", outcome.last_line
         folders = [word[2:] if word.startswith("-I") else word for word in outcome.stdout.split()]
         home = next((os.path.dirname(f) for f in folders if os.path.exists(f"{f}/mpi.h")), "")
     if not os.path.exists(f"{home}/include/mpi.h"):
-        return "", f"no include/mpi.h in {home or 'what mpicc names'}"
+        return "", f"no include/mpi.h in {home or 'the folders that mpicc reports'}"
     return home, ""
 
 
 def check_tools(phase):
-    """What a build needs, as problems; the pair of NCCL and CUDA is judged before hours are spent on it."""
+    """Record a problem for each missing requirement of a build; NCCL and CUDA are checked against each other first."""
     want = phase.want
     if not shutil.which("make"):
         phase.problem("make", "on PATH", "nothing", "install make")
@@ -157,7 +158,7 @@ def check_tools(phase):
 
 
 def _check_compiles(phase, home, archs):
-    """A kernel compiled for each architecture: nvcc knows it, and takes the host's compiler. Takes seconds."""
+    """Compile a kernel for each architecture, in seconds: nvcc must support it and the host's compiler."""
     with tempfile.TemporaryDirectory() as folder:
         write(f"{folder}/probe.cu", "#include <cuda_runtime.h>\n__global__ void probe(int *x) { *x = 1; }\n")
         argv = [f"{home}/bin/nvcc", "-ccbin", phase.want["cxx"], *gencode(archs).split()]
@@ -169,7 +170,7 @@ def _check_compiles(phase, home, archs):
 
 
 def first_error(log):
-    """The line of a build's log that says why, rather than make's last words; "" where none does."""
+    """The first line of a build's log with an error of a compiler, linker or make; "" where there is none."""
     compilers = r"\berror\s*(?:#\d+)?\s*:|\bfatal\b|undefined reference|cannot find -l|No space left on device"
     for pattern in (compilers, r"\*\*\* |: not found|Killed"):
         for line in log.splitlines():

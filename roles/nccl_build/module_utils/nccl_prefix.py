@@ -1,7 +1,7 @@
-"""Builds of NCCL on a node's disk: which is there and whole, which is in use, and how one gets to another node.
+"""Builds of NCCL on a node's disk: finding complete ones, selecting the one in use, copying to other nodes.
 
-A build is a folder that is never changed once it has its name: lib, include, bin, and stamp.json with what it was
-made from and the digest of each file. `current` names the build in use.
+A build is a folder that never changes once it has its name: lib, include, bin, and stamp.json with its inputs and the
+digest of each file. The link `current` points to the build in use.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ansible.module_utils.nccl_inputs import architectures
 from ansible.module_utils.phase import Stop, read, write
 
 GIB = 2**30
-RECEIVE_GIB = 1  # an archive and its unpacked files, of which NCCL for one architecture takes some 0.3
+RECEIVE_GIB = 1  # an archive and its unpacked files; NCCL for one architecture takes about 0.3
 
 
 def digest(path):
-    """SHA-256 of a file in hexadecimal, or "-> target" of a link."""
+    """SHA-256 of a file in hexadecimal, or "-> target" for a link. Raises OSError."""
     if os.path.islink(path):
         return f"-> {os.readlink(path)}"
     sha = hashlib.sha256()
@@ -32,7 +32,7 @@ def digest(path):
 
 
 def manifest(folder):
-    """{path below `folder`: digest} of all files and links, without the stamp."""
+    """{path relative to `folder`: digest} of all files and links except the stamp."""
     found = {}
     for place, _, names in os.walk(folder):
         for name in names:
@@ -43,7 +43,7 @@ def manifest(folder):
 
 
 def stamp_of(folder):
-    """The stamp of a complete build as a dictionary, None where there is none that can be read."""
+    """The stamp of a complete build as a dictionary, None where it is missing or damaged."""
     try:
         stamp = json.loads(read(f"{folder}/stamp.json") or "")
         return stamp if isinstance(stamp["files"], dict) and isinstance(stamp["inputs"], dict) else None
@@ -52,7 +52,7 @@ def stamp_of(folder):
 
 
 def drift(folder, stamp):
-    """[(path, expected digest, found digest)] of files that are no longer what the stamp says; "nothing" if gone."""
+    """[(path, expected digest, found digest)] of the files that differ from the stamp; "nothing" for a missing one."""
     found = manifest(folder)
     return [
         (path, expected, found.get(path, "nothing"))
@@ -62,9 +62,9 @@ def drift(folder, stamp):
 
 
 def fitting(root, inputs, cuda, archs, preferred=""):
-    """Yields the names of undamaged builds that fit: the preferred one first, the one in use before others.
+    """Yields the names of undamaged builds with these inputs: the preferred one first, then the one in use.
 
-    A node without toolkit (`cuda` "") or GPU (`archs` []) takes any.
+    A node without toolkit (`cuda` "") or GPU (`archs` []) accepts any CUDA or architecture.
     """
     order = [preferred, os.path.basename(os.path.realpath(f"{root}/current"))]
     names = sorted(os.listdir(root)) if os.path.isdir(root) else []
@@ -80,26 +80,27 @@ def fitting(root, inputs, cuda, archs, preferred=""):
             yield name
 
 
-def check_space(phase, wanted_gib):
+def check_space(phase, needed_gib):
+    """Record a problem where the disk of the builds has less than `needed_gib` GiB free."""
     place = phase.want["root"]
     while not os.path.isdir(place):
         place = os.path.dirname(place)
     free_gib = shutil.disk_usage(place).free / GIB
-    if free_gib < wanted_gib:
-        phase.problem(f"free space in {place}", f"{wanted_gib:g} GiB", f"{free_gib:.1f} GiB", "free some space there")
+    if free_gib < needed_gib:
+        phase.problem(f"free space in {place}", f"{needed_gib:g} GiB", f"{free_gib:.1f} GiB", "free some space there")
 
 
 def finish(partial, prefix, stamp):
-    """Write the stamp last, then give the folder its name: whoever sees the name sees all of it."""
+    """Write the stamp last, then rename `partial` to `prefix`: a folder with that name is always complete."""
     write(f"{partial}/stamp.json", json.dumps(stamp, indent=1, sort_keys=True) + "\n")
     os.chmod(partial, 0o755)
-    if os.path.isdir(prefix):  # damaged, else nobody would build it
+    if os.path.isdir(prefix):  # damaged, otherwise it would not be built again
         shutil.rmtree(prefix)
     os.rename(partial, prefix)
 
 
 def put_in_use(phase, name):
-    """Let `current` name this build, at once for all who look; what was in use stays beside it."""
+    """Point the link `current` to the build `name`, atomically; the previous build is kept."""
     root = phase.want["root"]
     link = f"{root}/current"
     before = os.readlink(link) if os.path.islink(link) else None
@@ -116,7 +117,10 @@ def put_in_use(phase, name):
 
 
 def receive(phase):
-    """Whether this node needs the build that another one has (`build`: facts of its look or build)."""
+    """Determine whether this node needs the build of another node (setting `build`: the facts of its look or build).
+
+    facts: needs. A build that is already complete here is put in use.
+    """
     want, there = phase.want, phase.want["build"]
     prefix = f"{want['root']}/{there['name']}"
     phase.facts["needs"] = False
@@ -137,7 +141,7 @@ def receive(phase):
 
 
 def pack(phase):
-    """An archive of the build for the other nodes. facts: archive, sha256, bytes."""
+    """Create an archive of the build for the other nodes. facts: archive, sha256, bytes."""
     root, name = phase.want["root"], phase.want["build"]["name"]
     archive = f"{root}/.{name}.tar.gz"
     with tarfile.open(f"{archive}.partial", "w:gz", compresslevel=1) as tar:
@@ -147,14 +151,17 @@ def pack(phase):
 
 
 def unpack(phase):
-    """Unpack the archive of another node, with every file compared, and put it in use."""
+    """Unpack the archive of another node, compare every file with the stamp, and put the build in use.
+
+    Raises Stop where the archive or a file is damaged.
+    """
     root, sent = phase.want["root"], phase.want["archive"]
     name = phase.want["build"]["name"]
     if (found := digest(sent["archive"])) != sent["sha256"]:
         size = f"{os.path.getsize(sent['archive'])} bytes, sha256 {found}"
         os.unlink(sent["archive"])
         raise Stop(f"archive of {name}", f"{sent['bytes']} bytes, sha256 {sent['sha256']}", size,
-                   "it was cut off or changed on its way: run again")  # fmt: skip
+                   "it was truncated or changed in transfer: run again")  # fmt: skip
     partial = f"{root}/.{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)

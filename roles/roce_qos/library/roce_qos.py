@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Module of the role roce_qos: RoCEv2 as a verified property of a node."""
+"""Module of the role roce_qos: configures RoCEv2 on a node and verifies it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT_S = 20
 MELLANOX = "0x15b3"
 PCI = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 CONFIGURE = "run the role again (--tags roce_qos)"
-# What makes a switch send a packet between its ports up to the root complex. Source: PCI Express 5.0, 6.12.1.
+# ACS flags that make a switch send packets between its ports up to the root complex. Source: PCI Express 5.0, 6.12.1.
 REDIRECTS = ("ReqRedir", "CmpltRedir")
 CHANGED_BY = "something else set it: a network manager, lldpad or a driver reload; " + CONFIGURE
 
@@ -31,7 +31,7 @@ CHANGED_BY = "something else set it: a network manager, lldpad or a driver reloa
 
 
 def choose(phase):
-    """The ports that carry RoCE here; a problem for each that is missing, down or slow."""
+    """The Ports that carry RoCE on this node; records a problem for each that is missing, down or slow."""
     want, gbit = phase.want, phase.want["nic_gbit_per_s"]
     ports = roce.find(want["root"])
     reasons = {port.name: port.unusable(gbit) for port in ports}
@@ -44,7 +44,7 @@ def choose(phase):
         for name in named:
             reason = reasons.get(name, "no such port; there are " + ", ".join(reasons))
             if reason:
-                remedy = "see `rdma link` and `ethtool`, then cable, transceiver and switch port; or mend roce_qos_hca"
+                remedy = "see `rdma link` and `ethtool`, then cable, transceiver and switch port; or fix roce_qos_hca"
                 phase.problem(f"RoCE port {name}", f"active at {gbit} Gb/s", reason, remedy)
         usable = [port for port in usable if port.name in named]
         if len(named) != count:
@@ -60,13 +60,16 @@ def choose(phase):
 
 
 def full_name(name):
-    """A port as NCCL_IB_HCA writes it: "mlx5_0" and "=mlx5_0:1" are "mlx5_0:1"."""
+    """The full name of a port in NCCL_IB_HCA: "mlx5_0" and "=mlx5_0:1" are "mlx5_0:1"."""
     name = name.lstrip("=")
     return name if ":" in name else f"{name}:1"
 
 
 def describe(phase, ports, mtu=None):
-    """What roce.fact holds; a problem for each port without an address. `mtu` where it is to be that soon."""
+    """The content of roce.fact; records a problem for each port without an address.
+
+    `mtu` in bytes replaces the current one, where it is about to be set.
+    """
     nics = []
     for port in ports:
         index, gid = port.gid() or (None, None)
@@ -106,7 +109,7 @@ def describe(phase, ports, mtu=None):
 
 
 def read_settings(phase, ports):
-    """Every setting of every port and of the kernel, read now."""
+    """The Settings of all ports and of the kernel, with their current values."""
     found = [setting for port in ports for setting in roce.settings(port, phase.want, phase.run)]
     for name, value in sysctls(phase.want, ports).items():
         path = os.path.join(phase.want["root"], "proc/sys", sysctl_path(name))
@@ -115,7 +118,7 @@ def read_settings(phase, ports):
 
 
 def sysctls(want, ports):
-    """{name: value} as sysctl.d(5) writes them: a dot in a device's name is a slash there."""
+    """{name: value} in the form of sysctl.d(5), where a dot in a device's name is a slash."""
     each = {name: " ".join(str(value).split()) for name, value in want["sysctl"].items()}
     for port in ports:
         for name, value in want["nic_sysctl"].items():
@@ -124,13 +127,13 @@ def sysctls(want, ports):
 
 
 def sysctl_path(name):
-    """Path of a sysctl below /proc/sys. Source: sysctl.d(5), the first separator decides."""
+    """The path of a sysctl below /proc/sys. Source: sysctl.d(5): the first separator determines the form."""
     first = next((character for character in name if character in "./"), ".")
     return name if first == "/" else name.translate(str.maketrans("./", "/."))
 
 
 def warn_unknown(phase, settings):
-    """One warning a reason, for what a device does not tell."""
+    """Record one warning per reason for the settings that cannot be read."""
     reasons = {}
     for setting in settings:
         if setting.found is None:
@@ -139,15 +142,16 @@ def warn_unknown(phase, settings):
         phase.warn(f"unknown, {reason}: {', '.join(names)}")
 
 
-# --- what stays on the node ---
+# --- files on the node ---
 
 
 def program():
-    """Source of the file that sets the ports at every start: the one that this module uses itself."""
+    """The source of the program that configures the ports at every start: the module roce, used here too."""
     return roce.__loader__.get_source(roce.__name__)
 
 
 def unit():
+    """The text of the systemd unit that runs the program at every start."""
     python = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
     return f"""\
 [Unit]
@@ -168,18 +172,20 @@ WantedBy=multi-user.target
 
 
 def files(want, ports):
-    """{path: content} of what `configure` writes, by the ports that were found."""
-    wanted = {name: want[name] for name in ("root", "priority", "dscp", "mtu")}
-    wanted["hca"] = [port.name for port in ports]
+    """{path: content} of the files that `configure` writes for `ports`."""
+    settings = {name: want[name] for name in ("root", "priority", "dscp", "mtu")}
+    settings["hca"] = [port.name for port in ports]
     lines = [f"{name} = {value}\n" for name, value in sysctls(want, ports).items()]
-    return {WANTED: to_json(wanted), SYSCTL: "# Written by the role roce_qos.\n" + "".join(lines)}
+    return {WANTED: to_json(settings), SYSCTL: "# Written by the role roce_qos.\n" + "".join(lines)}
 
 
 def to_json(value):
+    """`value` as the text of a JSON file."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def enabled(phase):
+    """The state of the service in `systemctl is-enabled`, "not found" without one."""
     return phase.run(["systemctl", "is-enabled", SERVICE], TIMEOUT_S).stdout.strip() or "not found"
 
 
@@ -187,9 +193,9 @@ def enabled(phase):
 
 
 def parse_acs(text):
-    """{address: (kind, [redirects that are on])} of the PCIe ports in `lspci -vvv`, with the domain in the address.
+    """{address with domain: (kind, [enabled redirects])} of the PCIe ports in the output of `lspci -vvv`.
 
-    Ports without an ACS capability, or cut before it, are left out. kind: "Root Port", "Downstream Port", ...
+    Ports without an ACS capability, or truncated before it, are omitted. kind: "Root Port", "Downstream Port", ...
     """
     found, address, kind = {}, "", ""
     for line in text.splitlines():
@@ -204,7 +210,7 @@ def parse_acs(text):
 
 
 def bridges(root, ports):
-    """Addresses of the PCIe ports above the RoCE NICs and the GPUs."""
+    """The set of addresses of the PCIe ports above the RoCE NICs and the GPUs."""
     drivers = os.path.join(root, "sys/bus/pci/drivers/nvidia")
     places = [f"{port.folder}/device" for port in ports]
     places += [f"{drivers}/{name}" for name in roce.names(drivers) if PCI.fullmatch(name)]
@@ -212,7 +218,10 @@ def bridges(root, ports):
 
 
 def gpudirect(phase, ports):
-    """How GPUs reach the NICs: a problem where they cannot, a warning where that is not known."""
+    """Check GPUDirect RDMA: a problem where GPUs cannot reach the NICs, a warning where it is unknown.
+
+    facts: gpudirect.
+    """
     root = phase.want["root"]
     driver = roce.read(os.path.join(root, "proc/driver/nvidia/version"))
     if driver is None:
@@ -235,11 +244,11 @@ def gpudirect(phase, ports):
     if roce.names(os.path.join(root, "sys/class/iommu")):
         line = (roce.read(os.path.join(root, "proc/cmdline")) or "").split()
         if "iommu=pt" not in line and "iommu.passthrough=1" not in line:
-            phase.warn("IOMMU translates addresses of NICs and GPUs: iommu=pt on the kernel's command line spares that")
+            phase.warn("IOMMU translates addresses of NICs and GPUs: iommu=pt on the kernel's command line avoids that")
 
 
 def acs(phase, ports):
-    """A problem for each PCIe switch port above a NIC or GPU that sends their packets up to the root complex."""
+    """Record a problem for each PCIe switch port above a NIC or GPU that redirects packets to the root complex."""
     above = bridges(phase.want["root"], ports)
     outcome = phase.run(["lspci", "-D", "-vvv"], TIMEOUT_S)
     if not outcome.ok:
@@ -258,7 +267,7 @@ def acs(phase, ports):
 
 
 def warn_buffers(phase, port, netdev):
-    """Warn where the lossless priority shares its receive buffer or its queue: one lossy flow then stops all."""
+    """Warn where the lossless priority shares its receive buffer or queue, so that one lossy flow can block it."""
     found, priority = port.seen.get(netdev), phase.want["priority"]
     if not found:
         return
@@ -277,6 +286,7 @@ def warn_buffers(phase, port, netdev):
 
 
 def validate(phase):
+    """Check settings, ports, addresses and tools; changes nothing. facts: roce, tools."""
     want = phase.want
     for name, top in (("priority", 7), ("dscp", 63)):
         if not 0 <= want[name] <= top:
@@ -301,22 +311,24 @@ def validate(phase):
 
 
 def install(phase):
+    """Install the program and the systemd unit that runs it at every start."""
     written = [phase.write(PROGRAM, program(), 0o755), phase.write(UNIT, unit())]
     if written[1] and not phase.check:
         phase.run(["systemctl", "daemon-reload"], TIMEOUT_S)
 
 
 def configure(phase):
+    """Write the configuration, set the ports and read them back, enable the service, and publish roce.fact."""
     ports = choose(phase)
     fact = describe(phase, ports, mtu=phase.want["mtu"])
     if phase.problems:
-        return  # a guess at the ports would be kept over reboots
+        return  # otherwise wrong ports would be configured at every start
     for path, content in files(phase.want, ports).items():
         phase.write(path, content)
     warn_unknown(phase, read_settings(phase, ports))
-    for setting, reason in roce.mend(lambda: read_settings(phase, ports), phase.change):
+    for setting, reason in roce.fix(lambda: read_settings(phase, ports), phase.change):
         found = setting.found + (f" ({reason})" if reason else " after it was set without an error")
-        remedy = "see `dmesg`; the firmware or another manager (lldpad, NetworkManager) may hold it"
+        remedy = "see `dmesg`; the firmware or another manager (lldpad, NetworkManager) may control it"
         phase.problem(setting.name, setting.wanted, found, remedy)
     state = enabled(phase)
     if state != "enabled" and phase.change(SERVICE, state, "enabled"):
@@ -329,6 +341,7 @@ def configure(phase):
 
 
 def verify(phase):
+    """Check settings, files, fact, service, buffers and GPUDirect; changes nothing. facts: roce, gpudirect."""
     ports = choose(phase)
     fact = describe(phase, ports)
     complete = not phase.problems
@@ -339,7 +352,7 @@ def verify(phase):
         if setting.differs:
             phase.problem(setting.name, setting.wanted, setting.found, CHANGED_BY)
     kept = {PROGRAM: program(), UNIT: unit()}
-    if complete:  # with a port missing, all that names the ports would differ as well
+    if complete:  # with a port missing, all files that name the ports would differ too
         kept.update(files(phase.want, ports))
         for difference in fact_differences(read(FACT), fact):
             phase.problem(*difference, f"{CONFIGURE}, then nccl_build: /etc/nccl.conf follows {FACT}")
@@ -355,13 +368,14 @@ def verify(phase):
         gpudirect(phase, ports)
 
 
-def compare(phase, path, now, wanted):
-    if now != wanted:
+def compare(phase, path, now, expected):
+    """Record a problem where the content `now` of the file `path`, None for no file, is not `expected`."""
+    if now != expected:
         phase.problem(path, "as configured", "no such file" if now is None else "another content", CONFIGURE)
 
 
 def fact_differences(text, fact):
-    """[(what, expected, found)]: the published fact against what is observed, per value."""
+    """[(what, expected, found)] of the values in which the text of roce.fact differs from the observed `fact`."""
     try:
         published = json.loads(text) if text is not None else None
         nics = {nic["device"]: nic for nic in published["nics"]} if published is not None else {}

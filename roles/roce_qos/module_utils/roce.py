@@ -1,12 +1,12 @@
 """RoCE ports of a node: find them, read their settings from the device, set what differs.
 
-Run as a program it sets the ports that a file names, at every start of the node, and ends with 1 where a setting is
-not taken:
+Run as a program, at every start of the node, it configures the ports listed in a file; its exit status is 1 where a
+setting did not take effect:
 
     roce_apply.py /etc/shakedown/roce.json
 
-The file holds {"root", "hca": ["mlx5_0:1", ...], "priority", "dscp", "mtu"}. Standard library only: the role's
-module imports this file and leaves a copy of it on the node.
+The file has {"root", "hca": ["mlx5_0:1", ...], "priority", "dscp", "mtu"}. Standard library only: the role's
+module imports this file and installs a copy of it on the node.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import subprocess
 import sys
 
 TOOL_TIMEOUT_S = 20
-# What Ethernet, IPv6, UDP and InfiniBand headers take of the MTU at most. Source: linux include/rdma/ib_addr.h,
-# iboe_get_mtu.
+# The maximum size of the Ethernet, IPv6, UDP and InfiniBand headers within the MTU, in bytes.
+# Source: linux include/rdma/ib_addr.h, iboe_get_mtu.
 ROCE_HEADERS = 96
 ROCE_MTUS = (4096, 2048, 1024, 512, 256)
 ETHERNET = "Ethernet"
 
 
 def read(path):
-    """The text of a file of sysfs without its line end, or None where there is none or the kernel refuses."""
+    """The text of a sysfs file without its line end, None where it is missing or the kernel refuses to read it."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -39,7 +39,7 @@ def read(path):
 
 
 def names(folder):
-    """What is in `folder`, mlx5_2 before mlx5_10; [] where there is no such folder."""
+    """The entries of `folder` in natural order (mlx5_2 before mlx5_10); [] where it does not exist."""
     try:
         found = os.listdir(folder)
     except OSError:
@@ -48,20 +48,20 @@ def names(folder):
 
 
 def traffic_class(dscp):
-    """The byte of an IP header that carries `dscp` and says that the sender understands ECN (ECT(0))."""
+    """The traffic class byte of an IP header with `dscp` and ECN support of the sender (ECT(0))."""
     return dscp << 2 | 2
 
 
 def roce_mtu(mtu):
-    """The largest RDMA MTU that fits in `mtu` bytes of the network device; 0 where none does."""
+    """The largest RDMA MTU, in bytes, that fits into the network device's `mtu`, in bytes; 0 where none fits."""
     return next((size for size in ROCE_MTUS if size + ROCE_HEADERS <= mtu), 0)
 
 
 class Port:
-    """One Ethernet or InfiniBand port of an RDMA device, as sysfs below `root` shows it.
+    """One Ethernet or InfiniBand port of an RDMA device, read from sysfs below `root`.
 
-    `name` as NCCL_IB_HCA takes it ("mlx5_0:1"), `netdev` "" where there is none, `ports` the network devices that
-    carry the frames (those of a bond), `rate_gbit_per_s` as the link came up.
+    `name` in the form of NCCL_IB_HCA ("mlx5_0:1"); `netdev` is "" where there is none; `ports` are the network devices
+    that carry the frames (the members of a bond); `rate_gbit_per_s` is the rate of the link.
     """
 
     def __init__(self, root, device, number):
@@ -79,28 +79,28 @@ class Port:
         slaves = read(self.net("bonding/slaves")) if self.netdev else None
         self.bonded = slaves is not None
         self.ports = slaves.split() if slaves else [self.netdev] if self.netdev else []
-        self.seen = {}  # what `qos` last read of each of them
+        self.seen = {}  # the last result of `qos` for each of them
 
     def _netdev(self):
-        # The first GID belongs to the port's own network device also while the link is down. Older kernels keep the
-        # entry empty until the link was up once: then the PCI function's only network device is it.
+        # The first GID belongs to the port's network device, also while the link is down. Older kernels keep the
+        # entry empty until the link was up once: then it is the only network device of the PCI function.
         if name := read(f"{self.port}/gid_attrs/ndevs/0"):
             return name
         found = names(f"{self.folder}/device/net")
         return found[0] if len(found) == 1 else ""
 
     def net(self, path, netdev=None):
-        """The file `path` of the network device in sysfs."""
+        """The path of the network device's sysfs file `path`; `netdev` is another device than the port's."""
         return os.path.join(self.root, "sys/class/net", netdev or self.netdev, path)
 
     @property
     def mtu(self):
-        """MTU of the network device in bytes, 0 where unknown."""
+        """MTU of the network device in bytes, 0 if unknown."""
         text = read(self.net("mtu")) if self.netdev else None
         return int(text) if text and text.isdigit() else 0
 
     def unusable(self, gbit_per_s):
-        """Why this port does not carry RoCE at `gbit_per_s`; "" where it does."""
+        """The reason why this port cannot carry RoCE at `gbit_per_s` Gb/s, "" where it can."""
         if self.link_layer != ETHERNET:
             return f"link layer {self.link_layer}"
         if not self.netdev:
@@ -112,7 +112,7 @@ class Port:
         return ""
 
     def gids(self):
-        """[(index, GID)] of RoCE v2 and IPv4 on this port's own network device, by index."""
+        """[(index, GID)] of RoCE v2 with IPv4 on this port's network device, by index."""
         found = []
         for name in names(f"{self.port}/gids"):
             kind = read(f"{self.port}/gid_attrs/types/{name}")
@@ -124,9 +124,9 @@ class Port:
         return found
 
     def gid(self):
-        """(index, GID) that peers reach this port by: RoCE v2 with the network device's first IPv4 address.
+        """(index, GID) by which peers reach this port: RoCE v2 with the network device's first IPv4 address.
 
-        None where there is none. Never a fixed index: it moves when addresses come and go.
+        None where there is none. The index is never assumed: it changes when addresses are added or removed.
         """
         found, address = self.gids(), first_address(self.netdev)
         if address:
@@ -135,7 +135,7 @@ class Port:
 
 
 def ipv4(gid):
-    """The IPv4 address in a GID such as 0000:0000:0000:0000:0000:ffff:0a02:c901, or "" where it holds none."""
+    """The IPv4 address in a GID such as 0000:0000:0000:0000:0000:ffff:0a02:c901, "" where it has none."""
     try:
         return str(ipaddress.IPv6Address(gid).ipv4_mapped or "")
     except ValueError:
@@ -153,7 +153,7 @@ def first_address(netdev):
 
 
 def find(root):
-    """Every port of every RDMA device, in order; virtual functions left out: their settings are the host's."""
+    """All ports of all RDMA devices, in order; without virtual functions, whose settings are the host's."""
     folder = os.path.join(root, "sys/class/infiniband")
     ports = [Port(root, device, n) for device in names(folder) for n in names(os.path.join(folder, device, "ports"))]
     return [port for port in ports if not port.virtual]
@@ -163,7 +163,7 @@ def find(root):
 
 
 def qos_of_dcb(netdev, run):
-    """Settings of priorities as `dcb` reads them: (dict as of qos_of_mlnx_qos, ""), or (None, reason)."""
+    """The settings of priorities, read with `dcb`: (dict as of parse_mlnx_qos, ""), or (None, reason)."""
     answers = {}
     for what in ("pfc", "app", "dcbx", "buffer", "ets"):
         # -N: DSCP as numbers instead of names such as AF31.
@@ -178,7 +178,10 @@ def qos_of_dcb(netdev, run):
 
 
 def parse_dcb(answers):
-    """What `dcb -j` printed by object, None where it refused. Shapes: iproute2 dcb/dcb_{pfc,app,dcbx,buffer,ets}.c."""
+    """Parse the output of `dcb -j` by object (None: refused): (dict as of parse_mlnx_qos, ""), or (None, reason).
+
+    Formats: iproute2 dcb/dcb_{pfc,app,dcbx,buffer,ets}.c.
+    """
     try:
         mapping = {}
         for dscp, priority, *_ in answers["app"].get("dscp_prio", []):
@@ -198,16 +201,16 @@ def parse_dcb(answers):
 
 
 def qos_of_mlnx_qos(netdev, run):
-    """Settings of priorities as `mlnx_qos` reads them: (dict, ""), or (None, reason)."""
+    """The settings of priorities, read with `mlnx_qos`: (dict as of parse_mlnx_qos, ""), or (None, reason)."""
     outcome = run(["mlnx_qos", "-i", netdev], TOOL_TIMEOUT_S)
     return parse_mlnx_qos(outcome.stdout) if outcome.ok else (None, f"mlnx_qos: {outcome.last_line}")
 
 
 def parse_mlnx_qos(text):
-    """What `mlnx_qos -i DEV` printed: (dict, ""), or (None, reason) where trust or PFC are missing.
+    """Parse the output of `mlnx_qos -i DEV`: (dict, ""), or (None, reason) where trust or PFC are missing.
 
-    dcbx "OS" or "firmware"; trust "dscp" or "pcp"; dscp {DSCP: [priority]}; pfc, prio_buffer, prio_tc: one number a
-    priority; buffer_size in bytes, one a buffer. None for what it did not print.
+    dcbx "OS" or "firmware"; trust "dscp" or "pcp"; dscp {DSCP: [priority]}; pfc, prio_buffer, prio_tc: one number per
+    priority; buffer_size in bytes, one per buffer. None for values that it did not print.
     """
 
     def row(label):
@@ -239,7 +242,7 @@ def parse_mlnx_qos(text):
 
 
 def commands(tool, netdev, priority, dscp):
-    """The command that sets each setting of priorities, by its name."""
+    """{setting: argument list of the command that sets it} for the settings of priorities with `tool`."""
     pfc = pfc_list(priority)
     if tool == "mlnx_qos":
         base = ["mlnx_qos", "-i", netdev]
@@ -259,9 +262,9 @@ def commands(tool, netdev, priority, dscp):
 
 
 def qos(port, netdev, run):
-    """(tool, settings, "") of the first tool that the NIC answers to, or ("", None, every tool's reason)."""
+    """(tool, settings, "") of the first tool that works with the NIC, or ("", None, the reasons of all tools)."""
     reads = {"dcb": qos_of_dcb, "mlnx_qos": qos_of_mlnx_qos}
-    # Where the driver keeps trust in a file of its own, dcb does not see it.
+    # Where the driver has a separate file for trust, dcb does not report it.
     order = sorted(reads, reverse=os.path.exists(port.net("qos/trust", netdev)))
     reasons = []
     for tool in order:
@@ -277,9 +280,9 @@ def qos(port, netdev, run):
 
 
 class Setting:
-    """One value on the node: `found` is None where the device does not tell, for the reason `unknown`.
+    """One setting of the node: `found` is None where it cannot be read, for the reason `unknown`.
 
-    `put()` asks the device for `wanted` and returns what went wrong, or "". Whether it was taken, only reading tells.
+    `put()` sets the device to `wanted` and returns an error or "". Only reading again shows whether it took effect.
     """
 
     def __init__(self, name, found, wanted, put, unknown=""):
@@ -287,10 +290,12 @@ class Setting:
 
     @property
     def differs(self):
+        """Whether the value found is known and is not the expected one."""
         return self.found is not None and self.found != self.wanted
 
 
 def put_file(path, value):
+    """Write `value` to a file of the kernel; returns the error, "" for none."""
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(str(value))
@@ -300,13 +305,14 @@ def put_file(path, value):
 
 
 def file_setting(name, path, wanted, needs):
-    """A setting in a file of the kernel. `needs` says what it takes to have that file."""
+    """The Setting of a file of the kernel. `needs` names what provides that file, for the case that it is missing."""
     text = read(path)
     found = " ".join(text.split()) if text is not None else None
     return Setting(name, found, wanted, lambda: put_file(path, wanted), f"needs {needs}")
 
 
 def qos_settings(port, netdev, want, run):
+    """Yields the Settings of priorities of one network device of `port`: DCBX mode, trust, DSCP mapping, PFC."""
     tool, found, reason = qos(port, netdev, run)
     priority, dscp = want["priority"], want["dscp"]
     argvs = commands(tool, netdev, priority, dscp)
@@ -324,17 +330,18 @@ def qos_settings(port, netdev, want, run):
             outcome = run(argv, TOOL_TIMEOUT_S)
             return "" if outcome.ok else f"{tool}: {outcome.last_line}"
 
-        yield Setting(f"{port.device}/{netdev} {title}", now, wanted, put, reason or f"{tool} does not tell")
+        yield Setting(f"{port.device}/{netdev} {title}", now, wanted, put, reason or f"{tool} does not report it")
 
 
 def pfc_list(priority):
+    """PFC of `priority` alone, as mlnx_qos writes it: 3 -> "0,0,0,1,0,0,0,0"."""
     return ",".join(str(int(number == priority)) for number in range(8))
 
 
 def settings(port, want, run):
-    """Every Setting of one port, in the order in which they are to be set.
+    """All Settings of one port, in the order in which they must be set.
 
-    `run(argv, timeout_s)` carries out a command and returns an object with `ok`, `stdout` and `last_line`.
+    `run(argv, timeout_s)` runs a command and returns an object with `ok`, `stdout` and `last_line`.
     """
     label, priority, tos = f"{port.device}/{port.netdev}", want["priority"], traffic_class(want["dscp"])
     found = [file_setting(f"{label} mtu", port.net("mtu"), want["mtu"], "a network device")]
@@ -348,8 +355,10 @@ def settings(port, want, run):
 
 
 def class_setting(port, wanted):
-    """Traffic class that the device gives to every RoCE packet. The driver prints "Global tclass=106" and nothing
-    before the first is set; a plain file, as tests have, keeps the number alone."""
+    """The Setting of the traffic class of every RoCE packet of the device.
+
+    The driver prints "Global tclass=106", and nothing until it is set; a plain file, as in tests, has the number only.
+    """
     path = f"{port.folder}/tc/{port.number}/traffic_class"
     text = read(path)
     match = re.match(r"(?:Global tclass=)?(\d+)$", (text or "").partition("\n")[0])
@@ -359,9 +368,10 @@ def class_setting(port, wanted):
 
 
 def tos_setting(port, wanted):
-    """Default type of service of connections through rdma_cm. Source: linux Documentation/ABI/testing/configfs-rdma_cm.
+    """The Setting of the default type of service of rdma_cm's connections.
 
-    The device's folder has to be made for its files to appear, and is left there, so that the value can be read.
+    The device's folder must be created for its files to appear, and is kept, so that the value can be read.
+    Source: linux Documentation/ABI/testing/configfs-rdma_cm.
     """
     base = os.path.join(port.root, "sys/kernel/config/rdma_cm")
     path = f"{base}/{port.device}/ports/{port.number}/default_roce_tos"
@@ -377,10 +387,10 @@ def tos_setting(port, wanted):
     return Setting(f"{port.device} rdma_cm tos", found, wanted, put, "needs rdma_cm and configfs")
 
 
-def mend(read_settings, change):
-    """Set what differs where `change(name, found, wanted)` allows it, then read again.
+def fix(read_settings, change):
+    """Set the settings that differ, where `change(name, found, wanted)` returns True, then read them again.
 
-    Returns [(setting, reason)] for each that still differs although it was set; `reason` may be "".
+    Returns [(setting, reason)] for each that still differs after it was set; `reason` is an error or "".
     """
     reasons = {}
     for setting in read_settings():
@@ -394,11 +404,14 @@ def mend(read_settings, change):
 
 
 class Outcome:
+    """The result of a command: whether it returned 0 (`ok`), its output, and its last line."""
+
     def __init__(self, rc, stdout, last_line):
         self.ok, self.stdout, self.last_line = rc == 0, stdout, last_line
 
 
 def run_command(argv, timeout_s):
+    """Run `argv` and return its Outcome, also when it is missing or exceeds `timeout_s`; never raises."""
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
@@ -410,6 +423,7 @@ def run_command(argv, timeout_s):
 
 
 def main(path):
+    """Configure the ports of the file `path`; prints changes and errors. Returns the exit status, 1 for any error."""
     with open(path, encoding="utf-8") as file:
         want = json.load(file)
     ports = {port.name: port for port in find(want["root"])}
@@ -421,7 +435,7 @@ def main(path):
 
     for name in want["hca"]:
         if port := ports.get(name):
-            for setting, reason in mend(lambda port=port: settings(port, want, run_command), change):
+            for setting, reason in fix(lambda port=port: settings(port, want, run_command), change):
                 failed.append(f"{setting.name}: expected {setting.wanted}, found {setting.found} {reason}".rstrip())
     for line in failed:
         print(line, file=sys.stderr)

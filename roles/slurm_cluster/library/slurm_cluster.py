@@ -1,13 +1,13 @@
 #!/usr/bin/python
 """Module of the role slurm_cluster: munge, slurmctld and slurmd of a node, from the inventory.
 
-Besides the role's variables the settings hold what the lookup slurm_cluster_settings adds:
+Besides the role's variables, the settings have those that the lookup slurm_cluster_settings adds:
 
     node        this node's NodeName
     controller  the NodeName of slurmctld's node
-    nodes       [{"name", "address", "observed"}] of the whole cluster; observed as `observe` gives it, {} where the
-                node was not asked in this run
-    munge_key_problem  (validate) [what, expected, found, remedy] where the key that was given cannot be taken, else []
+    nodes       [{"name", "address", "observed"}] of the whole cluster; observed is the result of `observe`, {} for a
+                node that is not part of this run
+    munge_key_problem  (validate) [what, expected, found, remedy] where the given key cannot be used, else []
     credential  (verify) {"rc", "stdout", "stderr"} of `munge -n` on the controller's node
 """
 
@@ -36,7 +36,7 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 # Source: sinfo(1), "NODE STATE CODES".
 STATES_UP = {"idle", "allocated", "mixed", "completing", "planned", "reserved", "blocked"}
-STATE_FLAGS = "~#!%$@^-+"  # powering, rebooting, planned, in a reservation; `*` is judged by itself
+STATE_FLAGS = "~#!%$@^-+"  # powering, rebooting, planned, in a reservation; `*` is handled separately
 
 
 # --- pure ------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def states(text):
 
 
 def judge(state, flags, reason):
-    """Why a node of this state takes no jobs, or ""."""
+    """The reason why a node in this state accepts no jobs, "" where it does."""
     if state in STATES_UP and "*" not in flags:
         return ""
     silent = ", not responding" if "*" in flags else ""
@@ -68,18 +68,19 @@ def judge(state, flags, reason):
 
 
 def config(text):
-    """`scontrol show config` as {parameter: value}; headings and broken lines are left out."""
+    """The output of `scontrol show config` as {parameter: value}; headings and invalid lines are ignored."""
     pairs = (line.partition("=") for line in text.splitlines() if re.match(r"^\w+ *=", line))
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def unmunged(text):
-    """The moments of `unmunge`'s answer in s since 1970: {"ENCODE_TIME", "DECODE_TIME"}."""
+    """The times in the output of `unmunge`, in Unix seconds: {"ENCODE_TIME", "DECODE_TIME"}."""
     found = re.findall(r"^(ENCODE_TIME|DECODE_TIME):.*\((\d+)\)\s*$", text, re.M)
     return {name: int(value) for name, value in found}
 
 
 def sha256(text):
+    """SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -87,15 +88,18 @@ def sha256(text):
 
 
 def program(name):
-    """The path of `name`, also where root's PATH has no sbin; None if it is not there."""
+    """The path of the program `name`, also where root's PATH has no sbin; None if it is not installed."""
     return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":" + SBIN)
 
 
 def observe(phase):
-    """This node as the others must know it: {"hostname", "hardware", "version"}."""
+    """The properties of this node that the configuration of all nodes needs: {"hostname", "hardware", "version"}.
+
+    hardware is the result of slurm_conf.hardware. Raises Stop where slurmd does not report it.
+    """
     hostname = socket.gethostname().split(".")[0]
     slurmd = program("slurmd")
-    if not slurmd:  # check mode on a bare node: a preview, by the operating system's own count
+    if not slurmd:  # check mode on a bare node: a preview, with the operating system's values
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
         return {"hostname": hostname, "hardware": {"CPUs": os.cpu_count(), "RealMemory": memory}, "version": ""}
     outcome = phase.run([slurmd, "-C"], 20)
@@ -108,7 +112,7 @@ def observe(phase):
 
 
 def services(phase, names):
-    """{name: (active state, enabled state)} of systemd's units, ("", "") where it says nothing."""
+    """{name: (active state, enabled state)} of systemd's units, ("", "") for an unknown one."""
     found = {}
     argv = ["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *names]
     for block in phase.run(argv, 20).stdout.split("\n\n"):
@@ -121,17 +125,17 @@ def services(phase, names):
 
 
 def last_error(phase, unit):
-    """The last error in a unit's journal, or ""."""
+    """The last error in a unit's journal, "" without one."""
     lines = phase.run(
         ["journalctl", "--unit", unit, "--lines=40", "--output=cat", "--no-pager"], 10
     ).stdout.splitlines()
-    # What fails for want of an optional MPI library says nothing about the node.
+    # Errors about a missing optional MPI library do not matter.
     errors = [line for line in lines if re.search(r"\b(error|fatal):", line) and "mpi/" not in line]
     return errors[-1].split(": ", 1)[-1] if errors else ""
 
 
 def state_of(phase, name):
-    """(state, flags, reason) of a node as slurmctld sees it, or None and why it is not known."""
+    """((state, flags, reason), "") of a node in slurmctld, or (None, reason) where it is unknown."""
     outcome = phase.run(["sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%N|%T|%E"], 20)
     if not outcome.ok:
         return None, outcome.last_line
@@ -143,19 +147,19 @@ def state_of(phase, name):
 
 
 def cgroup_ready():
-    """Whether a hierarchy that proctrack/cgroup can use is mounted read-write: unified, or v1's freezer."""
+    """Whether a hierarchy for proctrack/cgroup is mounted read-write: unified, or v1's freezer."""
     root = "/sys/fs/cgroup"
     return os.access(root if os.path.exists(f"{root}/cgroup.controllers") else f"{root}/freezer", os.W_OK)
 
 
 def files(want):
-    """The configuration, by name."""
+    """{file name: content} of the configuration. Raises Stop where a node's hardware is unknown."""
     old = read(os.path.join(want["conf_dir"], "slurm.conf"))
     return {"slurm.conf": slurm_conf(want, old), "gres.conf": gres_conf(want), "cgroup.conf": cgroup_conf(want)}
 
 
 def fact():
-    """What the last complete run left, {} before it."""
+    """The content of slurm.fact from the last complete run, {} without one."""
     try:
         return json.loads(read(FACT) or "{}")
     except ValueError:
@@ -163,10 +167,12 @@ def fact():
 
 
 def is_controller(want):
+    """Whether this node runs slurmctld."""
     return want["node"] == want["controller"]
 
 
 def units(want):
+    """The names of this node's systemd units, in the order in which they are started."""
     return ["munge", *(["slurmctld"] if is_controller(want) else []), "slurmd"]
 
 
@@ -174,6 +180,7 @@ def units(want):
 
 
 def validate(phase):
+    """Check key, controller, existing configuration, packages, GPU files and cgroups; changes nothing."""
     want = phase.want
     if want["munge_key_problem"]:
         phase.problem(*want["munge_key_problem"])
@@ -230,18 +237,20 @@ def validate(phase):
 
 
 def missing_packages(want):
+    """The Debian packages whose programs are not installed on this node."""
     names = [name for name in PACKAGES if name != "slurmctld" or is_controller(want)]
     return [PACKAGES[name] for name in names if not program(name)]
 
 
 def install(phase):
+    """Install the packages; on slurmctld's node create a munge key if none is given. facts: observed. Raises Stop."""
     want = phase.want
     missing = missing_packages(want)
     if missing and phase.change("packages", None, " ".join(sorted(missing))):
         argv = ["apt-get", "install", "--yes", "--no-install-recommends", "--option=DPkg::Lock::Timeout=120", *missing]
         env = {"DEBIAN_FRONTEND": "noninteractive"}
         outcome = phase.run(argv, 600, env=env)
-        if not outcome.ok and "dpkg --configure -a" in outcome.stderr:  # an earlier run was killed in the middle
+        if not outcome.ok and "dpkg --configure -a" in outcome.stderr:  # an earlier run was killed during installation
             phase.run(["dpkg", "--configure", "-a"], 600, env=env)
             outcome = phase.run(argv, 600, env=env)
         if not outcome.ok:
@@ -253,7 +262,7 @@ def install(phase):
 
 
 def write_key(phase, key):
-    """Put the key where munged reads it; returns whether that is a change. munged must not run meanwhile."""
+    """Write the munge key (bytes) and stop munged, which must not run meanwhile; returns whether that is a change."""
     try:
         with open(MUNGE_KEY, "rb") as file:
             old = file.read()
@@ -276,6 +285,10 @@ def write_key(phase, key):
 
 
 def configure(phase):
+    """Write key and configuration, start or reload the daemons, wait for registration, and publish slurm.fact.
+
+    Raises Stop where a daemon does not start or a node's hardware is unknown.
+    """
     want = phase.want
     equal_versions(phase, want)
     for kind in ("prolog", "epilog"):
@@ -286,18 +299,18 @@ def configure(phase):
                 "none",
                 "install it first (the role slurm_prolog does): Slurm drains a node whose prolog is missing",
             )
-    wanted = files(want)
+    expected = files(want)
     if phase.problems:
         return
     new_key = bool(phase.secrets.get("munge_key")) and write_key(phase, base64.b64decode(phase.secrets["munge_key"]))
-    before = {name: read(os.path.join(want["conf_dir"], name)) for name in wanted}
+    before = {name: read(os.path.join(want["conf_dir"], name)) for name in expected}
     applied = fact().get("files", {})
-    known = all(before[name] is not None and applied.get(name) == sha256(before[name]) for name in wanted)
-    # What a killed run left in the files was perhaps never read by the daemons.
-    action = how_to_apply(before, wanted) if known else "restart"
+    known = all(before[name] is not None and applied.get(name) == sha256(before[name]) for name in expected)
+    # The daemons may not have read the files that a killed run wrote.
+    action = how_to_apply(before, expected) if known else "restart"
     for folder, mode in ((want["state_dir"], 0o700), ("/var/lib/slurm/slurmd", 0o755)):
         own_folder(phase, folder, mode)
-    for name, content in wanted.items():
+    for name, content in expected.items():
         phase.write(os.path.join(want["conf_dir"], name), content)
     start(phase, want, "restart" if new_key else action)
     if not phase.check:
@@ -308,7 +321,7 @@ def configure(phase):
     published = {
         "cluster": want["cluster_name"],
         "controller": controller["name"],
-        "files": {name: sha256(content) for name, content in wanted.items()},
+        "files": {name: sha256(content) for name, content in expected.items()},
         "gpus": want["gpus"],
         "node": want["node"],
         "partition": want["partition"],
@@ -319,11 +332,12 @@ def configure(phase):
 
 
 def observed(want):
+    """The entry `observed` of this node, {} without one."""
     return next((node["observed"] for node in want["nodes"] if node["name"] == want["node"]), {})
 
 
 def equal_versions(phase, want):
-    """Another version than the controller's is a problem of this node."""
+    """Record a problem where this node's version of Slurm differs from the controller's."""
     controller = next((node["observed"] for node in want["nodes"] if node["name"] == want["controller"]), {})
     theirs, ours = controller.get("version", ""), observed(want).get("version", "")
     if theirs and ours and theirs != ours:
@@ -333,7 +347,7 @@ def equal_versions(phase, want):
 
 
 def own_folder(phase, path, mode):
-    """A folder of Slurm's user. On a bare node, in check mode, there is neither."""
+    """Create the folder `path` with `mode` for the user slurm; neither exists on a bare node in check mode."""
     before = None
     if os.path.isdir(path):
         status = os.stat(path)
@@ -349,7 +363,7 @@ def own_folder(phase, path, mode):
 
 
 def start(phase, want, action):
-    """Bring every daemon to run with what is on disk."""
+    """Enable all daemons and make them use the files on disk; `action` is "", "reload" or "restart". Raises Stop."""
     found = services(phase, units(want))
     for name in units(want):
         active, enabled = found[name]
@@ -367,7 +381,7 @@ def start(phase, want, action):
 
 
 def settled(phase, want, is_so):
-    """What `state_of` says once `is_so` holds for state and flags, or at the end of the time that it may take."""
+    """The result of `state_of` once `is_so(state, flags)` is True, or after the time limit `settle_s`."""
     end = time.monotonic() + want["settle_s"]
     while True:
         found, reason = state_of(phase, want["node"])
@@ -377,7 +391,7 @@ def settled(phase, want, is_so):
 
 
 def wait_until_registered(phase, want):
-    """slurmctld and slurmd find each other within some seconds, or the node says why not."""
+    """Wait until slurmd is registered with slurmctld; records a problem after the time limit."""
 
     def registered(state, flags):
         return state != "unknown" and "*" not in flags
@@ -395,11 +409,15 @@ def wait_until_registered(phase, want):
 
 
 def verify(phase):
+    """Check daemons, munge, clock, configuration and the node's state, with a job if asked for; changes nothing.
+
+    facts: clock_behind_controller_s, version, state.
+    """
     want = phase.want
     for name, (active, _) in services(phase, units(want)).items():
         if active != "active":
             phase.problem(
-                f"{name}.service", "active", active or "not there", f"see `journalctl -u {name}`, then run configure"
+                f"{name}.service", "active", active or "not found", f"see `journalctl -u {name}`, then run configure"
             )
     if not is_controller(want) and services(phase, ["slurmctld"])["slurmctld"][0] == "active":
         phase.problem(
@@ -417,10 +435,11 @@ def verify(phase):
             phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, "run the phase configure")
     if cluster_answers(phase, want):
         node_is_up(phase, want)
-    phase.done.append("Slurm takes jobs here")
+    phase.done.append("Slurm accepts jobs here")
 
 
 def munge_round_trip(phase):
+    """Record a problem where this node cannot decode its own munge credential."""
     minted = phase.run(["munge", "--no-input"], 20)
     opened = phase.run(["unmunge"], 20, input=minted.stdout) if minted.ok else minted
     if not opened.ok:
@@ -428,7 +447,10 @@ def munge_round_trip(phase):
 
 
 def same_key_and_time(phase, want):
-    """A credential of the controller opens only with its key, and tells its clock."""
+    """Check key and clock with a munge credential of the controller, which has its time.
+
+    facts: clock_behind_controller_s.
+    """
     minted = want.get("credential") or {}
     if minted.get("rc") != 0:
         found = (minted.get("stderr") or minted.get("msg") or "none").strip().splitlines()[-1]
@@ -436,7 +458,7 @@ def same_key_and_time(phase, want):
         return
     opened = phase.run(["unmunge"], 20, input=minted["stdout"])
     moments = unmunged(opened.stdout)
-    remedy = "run the phase configure: it brings the key of all nodes"
+    remedy = "run the phase configure: it distributes the key to all nodes"
     if not opened.ok:
         if "rewound" in opened.last_line.lower() or "expired" in opened.last_line.lower():
             remedy = "set the clock (chrony or ntp)"
@@ -454,7 +476,10 @@ def same_key_and_time(phase, want):
 
 
 def cluster_answers(phase, want):
-    """Whether slurmctld answers this node; its configuration must be the node's."""
+    """Whether slurmctld answers; records a problem if not, or if its configuration differs from this node's.
+
+    facts: version.
+    """
     pinged = phase.run(["scontrol", "ping"], 20)
     if not re.search(r"\bis UP\b", pinged.stdout):
         down = re.search(r"Slurmctld.* is (\w+)", pinged.stdout)
@@ -475,7 +500,8 @@ def cluster_answers(phase, want):
 
 
 def node_is_up(phase, want):
-    # A slurmctld that was restarted a moment ago knows its nodes a few seconds later.
+    """Record a problem where the node accepts no jobs in Slurm; else run a job if asked for. facts: state."""
+    # After a restart, slurmctld needs a few seconds until it knows the state of its nodes.
     found, reason = settled(phase, want, lambda state, _: state != "unknown")
     shown = judge(*found) if found else reason
     phase.facts["state"] = found[0] if found else "unknown"
@@ -487,14 +513,14 @@ def node_is_up(phase, want):
             "node in Slurm",
             "up",
             shown,
-            f"mend the reason, then `scontrol update nodename={want['node']} state=resume`; no role does that",
+            f"fix the cause, then `scontrol update nodename={want['node']} state=resume`; no role does that",
         )
     elif want["verify_job"]:
         one_job(phase, want)
 
 
 def one_job(phase, want):
-    """A job of one task runs here, unless others hold the node, or wait before it: Slurm fills in every 30 s only."""
+    """Run a job of one task; a warning where none starts within 10 s, since others use the node or wait for it."""
     argv = ["srun", f"--nodelist={want['node']}", "--nodes=1", "--ntasks=1", "--immediate=10", "--time=1"]
     outcome = phase.run([*argv, "--job-name=verify", "true"], want["verify_job_limit_s"])
     if outcome.ok:

@@ -1,6 +1,6 @@
-"""The files that make a Slurm cluster, as texts: slurm.conf, gres.conf and cgroup.conf, and what a change asks for.
+"""The text of slurm.conf, gres.conf and cgroup.conf, and how a change of them is applied.
 
-`want` is as in the head of library/slurm_cluster.py.
+`want` are the settings, as described in library/slurm_cluster.py.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from ansible.module_utils.phase import Stop
 
 MARK = "# Written by the Ansible role slurm_cluster; changes made here are lost.\n"
 
-# What a running daemon takes from its file on SIGHUP; all else needs a restart.
+# The parameters that a running daemon reloads on SIGHUP; all others need a restart.
 # Source: slurm.conf(5) of 22.05, "Reconfiguration" and the notes of each parameter.
 RECONFIGURABLE = {"Prolog", "Epilog", "PrologEpilogTimeout", "ReturnToService", "PartitionName"}
 
 
 def hardware(text):
-    """What `slurmd -C` prints, as {"CPUs": 2, …, "RealMemory": MiB}. Raises ValueError where it is not that."""
+    """The output of `slurmd -C` as {"CPUs": 2, …, "RealMemory": MiB}. Raises ValueError for other text."""
     line = next((line for line in text.splitlines() if line.startswith("NodeName=")), "")
     words = dict(word.split("=", 1) for word in line.split() if "=" in word)
     names = ("CPUs", "Boards", "SocketsPerBoard", "CoresPerSocket", "ThreadsPerCore", "RealMemory")
@@ -28,10 +28,10 @@ def hardware(text):
 
 
 def node_line(node, gpus):
-    """The NodeName line of a node that was observed."""
+    """The NodeName line of an observed entry of `want["nodes"]`; `gpus` is the number of GPUs, 0 for none."""
     seen = node["observed"]
     found = dict(seen["hardware"])
-    # A kernel or firmware that keeps some MiB more for itself would make Slurm drain the node.
+    # Rounded down: a kernel or firmware update that reserves some MiB more would make Slurm drain the node.
     found["RealMemory"] -= found["RealMemory"] % 1024
     words = [f"NodeName={node['name']}", f"NodeAddr={node['address']}"]
     if seen["hostname"] != node["name"]:
@@ -43,14 +43,14 @@ def node_line(node, gpus):
 
 
 def node_lines(text):
-    """The NodeName lines of a slurm.conf, by node."""
+    """{node: its NodeName line} of the text of a slurm.conf."""
     return {match.group(1): match.group(0) for match in re.finditer(r"^NodeName=(\S+).*$", text or "", re.M)}
 
 
 def slurm_conf(want, old):
-    """slurm.conf. A node that was not asked in this run keeps its line of the file `old`.
+    """The text of slurm.conf. A node that is not part of this run keeps its line of the text `old`.
 
-    Raises Stop with the names of nodes that neither the run nor `old` knows.
+    Raises Stop with the names of the nodes that are neither in the run nor in `old`.
     """
     kept, lines, unknown, controller = node_lines(old), [], [], ""
     for node in want["nodes"]:
@@ -99,7 +99,7 @@ def slurm_conf(want, old):
 
 
 def gres_conf(want):
-    """gres.conf: the GPUs' device files, of which Slurm counts each."""
+    """The text of gres.conf: the device files of the GPUs."""
     if not want["gpus"]:
         return MARK
     last = want["gpus"] - 1
@@ -107,12 +107,12 @@ def gres_conf(want):
 
 
 def cgroup_conf(want):
-    """cgroup.conf: a job sees its own cores and GPUs."""
+    """The text of cgroup.conf: with proctrack cgroup, a job is confined to its cores and GPUs."""
     return MARK + ("ConstrainCores=yes\nConstrainDevices=yes\n" if want["proctrack"] == "cgroup" else "")
 
 
 def how_to_apply(before, after):
-    """What makes a daemon that read the files `before` take the files `after`: "", "reload" or "restart".
+    """How a daemon that runs with the files `before` gets the files `after`: "" (nothing to do), "reload" or "restart".
 
     Both are {file name: content}. A changed list of nodes needs a restart in 22.05; jobs survive it.
     """

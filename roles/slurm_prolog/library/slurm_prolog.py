@@ -1,7 +1,7 @@
 #!/usr/bin/python
 """Module of the role slurm_prolog: the driver of Slurm's prolog and epilog, and its parts.
 
-Besides the role's variables the settings hold `files`: {name: text} of the role's folder files/.
+Besides the role's variables, the settings have `files`: {name: text} of the role's folder files/.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPARE_S = 12  # two calls of scontrol at 5 s, and the start of the driver
 
 
 def parts(want, nvidia_smi):
-    """{kind: {part: (file of the role, time limit in s, environment)}} of the parts that are asked for."""
+    """{kind: {part: (file of the role, time limit in s, environment)}} of the enabled parts."""
     chosen = {kind: {} for kind in KINDS}
     if want["gpu_health"]:
         env = {"GPUS": want["gpus"], "NVIDIA_SMI": nvidia_smi, "XID_WINDOW_S": want["gpu_xid_window_s"]}
@@ -45,7 +45,7 @@ OWN_PARTS = ("10-gpu-health", "20-leftover-processes", "30-huge-pages", "40-gpu-
 
 
 def programs(want, nvidia_smi):
-    """{path: text} of every program that must be there. The drivers come last: they start what is there already."""
+    """{path: text} of all programs to install; the drivers are last, since they run the parts."""
     home, chosen = want["dir"], parts(want, nvidia_smi)
     texts = {
         os.path.join(home, f"{kind}.d", name): want["files"][file]
@@ -56,7 +56,7 @@ def programs(want, nvidia_smi):
 
 
 def driver_settings(want, nvidia_smi, scontrol):
-    """prolog.json, as files/driver.py reads it. A part of both kinds has the same settings in both."""
+    """The text of prolog.json, which files/driver.py reads. A part of both kinds has the same settings in both."""
     chosen = parts(want, nvidia_smi)
     merged = {**chosen["epilog"], **chosen["prolog"]}
     content = {
@@ -72,7 +72,7 @@ def driver_settings(want, nvidia_smi, scontrol):
 
 
 def conf_lines(want):
-    """What slurm.conf needs."""
+    """The lines that slurm.conf needs."""
     return [
         f"Prolog={want['dir']}/prolog",
         f"Epilog={want['dir']}/epilog",
@@ -82,17 +82,17 @@ def conf_lines(want):
 
 
 def missing_lines(shown, lines):
-    """Those of `lines` that `scontrol show config` does not show to be in force.
+    """Those of `lines` that are not in effect according to `shown`, the output of `scontrol show config`.
 
-    Slurm may have further PrologFlags, and shows a time with its unit (`60 sec` or `60`).
+    Slurm may have further PrologFlags, and prints a time with its unit (`60 sec` or `60`).
     """
     values = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in shown.splitlines())}
     missing = []
     for line in lines:
-        name, _, wanted = line.partition("=")
+        name, _, expected = line.partition("=")
         found = values.get(name, "")
         flags = [flag.lower() for flag in re.split(r"[,\s]+", found)]
-        if wanted.lower() not in flags:
+        if expected.lower() not in flags:
             missing.append(line)
     return missing
 
@@ -101,15 +101,17 @@ def missing_lines(shown, lines):
 
 
 def tool(name):
-    """The absolute path of a program: a prolog has no PATH. Where it is not there yet, where it will be."""
+    """The absolute path of a program, since a prolog has no PATH; its future path in /usr/bin if not yet installed."""
     return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/local/bin") or f"/usr/bin/{name}"
 
 
 def drop_in(want):
+    """The path of prolog.conf, beside slurm.conf."""
     return os.path.join(os.path.dirname(want["slurm_conf"]), "prolog.conf")
 
 
 def validate(phase):
+    """Check programs, existing files and the parts' time limits; changes nothing."""
     want = phase.want
     if not os.access("/usr/bin/python3", os.X_OK):
         phase.problem("/usr/bin/python3", "present, for the driver", "none", "install the distribution's python3")
@@ -139,21 +141,23 @@ def validate(phase):
 
 
 def install(phase):
+    """Install the settings, the enabled parts and the drivers; removes this role's other parts."""
     want = phase.want
-    wanted = programs(want, tool("nvidia-smi"))
-    # The settings first: a driver without them does nothing, parts without them are broken.
+    texts = programs(want, tool("nvidia-smi"))
+    # The settings first: a driver without them does nothing, and parts without them fail.
     phase.write(os.path.join(want["dir"], "prolog.json"), driver_settings(want, tool("nvidia-smi"), tool("scontrol")))
-    for path, text in wanted.items():
+    for path, text in texts.items():
         phase.write(path, text, 0o755)
     for kind in KINDS:
         for name in OWN_PARTS:
             path = os.path.join(want["dir"], f"{kind}.d", name)
-            if path not in wanted:
+            if path not in texts:
                 phase.remove(path)
-    phase.done.append(f"{len(wanted) - len(KINDS)} parts are in place")
+    phase.done.append(f"{len(texts) - len(KINDS)} parts are installed")
 
 
 def configure(phase):
+    """Write prolog.conf for a site's own Slurm where the settings allow it, and reload the daemons."""
     want = phase.want
     if want["own_cluster"] or not want["manage_conf"]:
         phase.done.append("slurm.conf is not this role's")
@@ -165,6 +169,7 @@ def configure(phase):
 
 
 def verify(phase):
+    """Check the installed files, run the drivers' own test, and check Slurm's configuration. facts: parts."""
     want = phase.want
     texts = programs(want, tool("nvidia-smi"))
     texts[os.path.join(want["dir"], "prolog.json")] = driver_settings(want, tool("nvidia-smi"), tool("scontrol"))
@@ -178,11 +183,11 @@ def verify(phase):
     phase.facts["parts"] = {kind: judged(phase, kind) for kind in KINDS}
     if not want["own_cluster"]:
         lines_in_force(phase, want)
-    phase.done.append("prolog and epilog are good")
+    phase.done.append("prolog and epilog work")
 
 
 def judged(phase, kind):
-    """Each part's outcome in the driver's own test."""
+    """The outcomes of the parts in the driver's own test; records a problem for each bad one."""
     want = phase.want
     outcome = phase.run([os.path.join(want["dir"], kind), "--test"], want["timeout_s"])
     try:
@@ -192,14 +197,14 @@ def judged(phase, kind):
         return []
     for one in outcomes:
         if one["verdict"] == "bad":
-            phase.problem(f"{kind} part {one['name']}", "good", one["reason"], "mend it: the next job drains this node")
+            phase.problem(f"{kind} part {one['name']}", "good", one["reason"], "fix it: the next job drains this node")
         elif one["verdict"] == "unknown":
             phase.warn(f"{kind} part {one['name']} is unknown: {one['reason']}")
     return outcomes
 
 
 def lines_in_force(phase, want):
-    """A site's slurm.conf is never edited; what it lacks is told, line by line."""
+    """Record a problem with the lines that a site's slurm.conf lacks; the file itself is never edited."""
     shown = phase.run(["scontrol", "show", "config"], 20)
     if not shown.ok:
         phase.problem("scontrol show config", "an answer", shown.last_line, "see `scontrol ping`")
@@ -210,8 +215,8 @@ def lines_in_force(phase, want):
     lines = [f"include {drop_in(want)}"] if want["manage_conf"] else missing
     phase.problem(
         want["slurm_conf"],
-        "in force: " + ", ".join(missing),
-        "not in force",
+        "in effect: " + ", ".join(missing),
+        "not in effect",
         f"add {'this line' if len(lines) == 1 else 'these lines'} on every node, then `scontrol reconfigure`: "
         + " | ".join(lines),
     )

@@ -1,17 +1,17 @@
 #!/usr/bin/python
-"""Module of the role ssh_mesh: each node reaches each other over SSH, unasked, with pinned host keys.
+"""Module of the role ssh_mesh: SSH from each node to every other, without prompts, with pinned host keys.
 
-Settings beside the role's variables, which its tasks add:
+Besides the role's variables, its tasks add these settings:
 
     name    this node's name in the inventory
-    nodes   [[name, alias, address, port, host key], ...] of all members, "" for what the inventory does not have
-    pinned  [key, ...]: what other nodes have pinned for this one (validate)
-    seen    [{"name", "public_key", "host_keys", "address"}, ...]: what the nodes of this run are (configure)
+    nodes   [[name, alias, address, port, host key], ...] of all members, "" for what is not in the inventory
+    pinned  [key, ...]: the keys that other nodes have pinned for this one (validate)
+    seen    [{"name", "public_key", "host_keys", "address"}, ...]: of the nodes of this run (configure)
     peers   [name, ...]: the nodes of this run (verify)
 
-A key is "type base64", as in a .pub file without its comment. What the mesh writes into files that it shares with
-others are lines that end with `shakedown-mesh:NAME`: all other lines are left alone, and what was pinned for a node
-that is not in this run can be read back.
+A key is "type base64", as in a .pub file without its comment. In files that it shares with others, the mesh's lines
+end with `shakedown-mesh:NAME`: all other lines are left unchanged, and the pins of a node that is not in this run can
+be read back.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from ansible.module_utils.phase import Stop, main, read
 
 TAG = "shakedown-mesh:"
 _OURS = re.compile(r"^(?P<entry>\S.*\S)\s+" + TAG + r"(?P<name>\S+)\s*$")
-# What may stand in ssh_config as a host: there `*` is a pattern, and a space begins another one.
+# What is valid as a host in ssh_config: there `*` is a pattern, and a space starts another host.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
 _NOT_MADE_YET = "ssh-ed25519 (made by this run)"
-# At once from one node. Each node begins with another, so a node is asked about as often at once: sshd's own
-# MaxStartups begins to refuse at ten.
+# Parallel connections from one node. Each node starts with another peer, so each gets about as many at once: sshd's
+# default MaxStartups starts to refuse at ten.
 _AT_ONCE = 4
 
 Member = namedtuple("Member", "name alias address port host_key")
-# Where a node is reached: its spellings, the first of which is connected to; the port; its pinned keys.
+# How a node is reached: its names and addresses, the first of which is connected to; the port; its pinned keys.
 Pinned = namedtuple("Pinned", "hosts port keys")
-# What sshd says of itself (`sshd -T`), with lists where a keyword may occur more than once.
+# The settings of sshd (`sshd -T`), with lists where a keyword may occur more than once.
 Sshd = namedtuple("Sshd", "ports host_key_files authorized_keys_files strict_modes refusal")
 
 
-# --- what is written: pure ---
+# --- content of the files: pure ---
 
 
 def fingerprint(key):
-    """SHA256:... of a key, as `ssh-keygen -l` prints it; the text itself where it is none."""
+    """The fingerprint (SHA256:...) of a key, as `ssh-keygen -l` prints it; `key` itself where it is not a key."""
     try:
         blob = base64.b64decode(key.split()[1], validate=True)
     except (IndexError, ValueError):
@@ -64,14 +64,14 @@ def fingerprint(key):
 
 
 def shown(keys):
-    """Keys as people compare them: type and fingerprint."""
+    """`keys` as text, with type and fingerprint; "none" for no keys."""
     return ", ".join(f"{key.split()[0]} {fingerprint(key)}" for key in sorted(keys)) or "none"
 
 
 def changed_keys(pinned, offered):
-    """The keys of `pinned` that the node does not have any more, where that makes it another node; else [].
+    """The keys of `pinned` that the node no longer offers, if that means it is another node; else [].
 
-    A node that drops a type, or gains one, and keeps another pinned key is still the same.
+    A node that drops or adds a key type and keeps another pinned key is the same node.
     """
     gone = [key for key in pinned if key not in offered]
     types = {key.split()[0] for key in offered}
@@ -91,7 +91,7 @@ def ours(text):
 
 
 def replaced(text, entries):
-    """`text` with the mesh's lines replaced by `entries` ({name: [entry, ...]}), all others as they were."""
+    """`text` with the mesh's lines replaced by `entries` ({name: [entry, ...]}), all other lines unchanged."""
     lines = [f"{entry} {TAG}{name}" for name in sorted(entries) for entry in entries[name]]
     kept, position = [], None
     for line in (text or "").split("\n"):
@@ -100,14 +100,14 @@ def replaced(text, entries):
         else:
             kept.append(line)
     if position is None:
-        # After the last line, which may lack its end.
+        # After the last line, which may have no line end.
         position = len(kept) - 1 if kept[-1] == "" else len(kept)
     kept[position:position] = lines
     return "\n".join(kept) + ("" if kept[-1] == "" or not lines else "\n")
 
 
 def spelled(host, port):
-    """How known_hosts spells a host: with its port, unless that is ssh's own."""
+    """The form of a host in known_hosts: with its port, unless that is 22."""
     return host if port == 22 else f"[{host}]:{port}"
 
 
@@ -134,10 +134,10 @@ def read_pins(text):
 
 
 def merged(pins, seen, members):
-    """What is to be pinned: the nodes `seen` in this run, and of the other `members` what is pinned already.
+    """The pins to write: those of the nodes `seen` in this run, and the existing ones of the other `members`.
 
-    pins and the result {name: Pinned}; seen as in the settings; members {name: Member}. A spelling belongs to the
-    node that was seen with it: an address that moved is taken from the node that had it.
+    pins and the result {name: Pinned}; seen as in the settings; members {name: Member}. A name or address belongs to
+    the node that was seen with it: an address that moved is removed from its previous node.
     """
     new = {}
     for node in seen:
@@ -154,7 +154,7 @@ def merged(pins, seen, members):
 
 
 def client_config(pins):
-    """The ssh_config file that makes every spelling reach the node, on its port, and never asks."""
+    """The text of an ssh_config in which each name and address reaches its node, on its port, without prompts."""
     lines = ["# Written by the role ssh_mesh. Host keys: ssh_known_hosts beside this folder."]
     for _, pin in sorted(pins.items()):
         lines += ["", f"Host {' '.join(pin.hosts)}", f"    HostName {pin.hosts[0]}", f"    Port {pin.port}"]
@@ -163,7 +163,7 @@ def client_config(pins):
 
 
 def shared(members):
-    """[(what, value, [name, ...]), ...]: each alias or address that more than one member has, or that is a name."""
+    """[(what, value, [name, ...]), ...] of each name, alias or address that more than one member has."""
     users = {}
     for member in members:
         users.setdefault(("name", member.name), []).append(member.name)
@@ -177,10 +177,10 @@ def shared(members):
 
 
 def chosen(names, name, most):
-    """Whom of `names` the node `name` connects to: itself, then at most `most` others, nearest in the ring first.
+    """The nodes of `names` to which the node `name` connects: itself, then at most `most` others, in ring order.
 
-    Half are the next ones of the ring, half are spread evenly over the rest, at the same distances for every node:
-    so each is also reached by as many as it reaches.
+    Half of them are the next ones in the ring, half are evenly distributed over the rest, at the same distances for
+    every node: each node gets as many connections as it makes.
     """
     ring = sorted(names)
     here, count = ring.index(name), len(ring)
@@ -193,11 +193,11 @@ def chosen(names, name, most):
     return [ring[(here + step) % count] for step in steps]
 
 
-# --- what is observed ---
+# --- observing ---
 
 
 def read_sshd(text, user):
-    """What `sshd -T` printed, for `user`. `refusal` is the setting that keeps the user's key out, or None."""
+    """The Sshd for the output of `sshd -T`; `refusal` is the setting that refuses the key of `user`, or None."""
     values = {}
     for line in text.splitlines():
         keyword, _, value = line.partition(" ")
@@ -218,7 +218,7 @@ def read_sshd(text, user):
 
 
 def own_file(patterns, account):
-    """The file of sshd's AuthorizedKeysFile list that is this user's alone, or None. Source: sshd_config(5)."""
+    """The first file of AuthorizedKeysFile that is for this user only, or None. Source: sshd_config(5)."""
     values = {"%h": account.pw_dir, "%u": account.pw_name, "%U": str(account.pw_uid), "%%": "%"}
     for pattern in patterns:
         alone = not pattern.startswith("/") or any(token in pattern for token in ("%h", "%u", "%U"))
@@ -229,10 +229,10 @@ def own_file(patterns, account):
 
 
 def unsafe(path, account):
-    """[(path, found), ...]: what makes sshd's StrictModes refuse `path`. Source: openssh misc.c, safe_path().
+    """[(path, found), ...] of the modes and owners for which sshd's StrictModes refuses `path`.
 
-    A file and its folders up to the home (up to / elsewhere) must belong to the user or root and be writable by
-    nobody else.
+    A file and its folders up to the home (up to / elsewhere) must belong to the user or root and must not be writable
+    by anybody else. Source: openssh misc.c, safe_path().
     """
     home = os.path.realpath(account.pw_dir)
     path = os.path.realpath(path)
@@ -250,7 +250,7 @@ def unsafe(path, account):
 
 
 def own_address(address, name):
-    """This node's address as others see it, where the inventory gives none ("" if it cannot be told)."""
+    """This node's address for other nodes, where the inventory has none; "" if it has one or it is unknown."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(address)
         return ""
@@ -264,7 +264,11 @@ def own_address(address, name):
 
 
 class Node:
-    """This node: its user, its sshd and its keys. `account` is the user's passwd entry, `etc` ssh's folder."""
+    """This node: its user, its sshd and its keys.
+
+    `account(name)` returns the passwd entry of a user or raises KeyError, `etc` is ssh's folder. Raises Stop where the
+    user does not exist or sshd's settings cannot be read or used.
+    """
 
     def __init__(self, phase, account, etc):
         self.phase, self.etc = phase, etc
@@ -273,12 +277,12 @@ class Node:
             self.account = account(want["user"])
         except KeyError:
             remedy = "create the user, or set ssh_mesh_user"
-            raise Stop(f"user {want['user']}", "there", "no such user", remedy) from None
+            raise Stop(f"user {want['user']}", "present", "no such user", remedy) from None
         self.name = want["name"]
         self.members = {row[0]: Member(row[0], row[1], row[2], int(row[3]), row[4]) for row in want["nodes"]}
         if self.name not in self.members:
             raise Stop(
-                "ssh_mesh_members", f"{self.name} among them", "not there", "add the node to the inventory's group"
+                "ssh_mesh_members", f"{self.name} among them", "missing", "add the node to the inventory's group"
             )
         self.member = self.members[self.name]
         self.home = self.account.pw_dir
@@ -303,7 +307,7 @@ class Node:
 
     @contextlib.contextmanager
     def as_user(self):
-        """Touch the user's files as the user: right owner, no links to foreign files, and NFS that squashes root."""
+        """Run the block as the user: for the right owner, without following links to others' files, and on NFS."""
         # Nothing to do for root itself, for tests of an ordinary user, and inside another such block.
         if os.geteuid() != 0 or self.account.pw_uid == 0:
             yield
@@ -318,11 +322,11 @@ class Node:
             os.setegid(own_group)
 
     def in_home(self, path):
-        """Whose right it is to write `path`: the user's in the home, root's elsewhere."""
+        """A context for writing `path`: as the user in the home, as root elsewhere."""
         return self.as_user() if path.startswith(f"{self.home.rstrip('/')}/") else contextlib.nullcontext()
 
     def host_keys(self):
-        """The public halves of the keys that sshd offers, sorted. Never asked over the network."""
+        """The public host keys that sshd offers, sorted; read from its files, never over the network. Raises Stop."""
         keys = set()
         for path in self.sshd.host_key_files:
             outcome = self.phase.run(["ssh-keygen", "-y", "-P", "", "-f", path], timeout_s=10)
@@ -335,13 +339,13 @@ class Node:
         return sorted(keys)
 
     def open_mode(self):
-        """The mode of the private key where others can read it, which ssh refuses; else None."""
+        """The mode of the private key if others can read it, which ssh refuses; else None."""
         with self.as_user():
             mode = stat.S_IMODE(os.stat(self.private_key).st_mode) if os.path.exists(self.private_key) else 0
         return mode if mode & 0o077 else None
 
     def public_key(self):
-        """The public half of the user's key pair; None where there is no pair, "" where it cannot be read (yet)."""
+        """The user's public key; None where there is no key pair, "" where it cannot be read (yet)."""
         with self.as_user():
             if not os.path.lexists(self.private_key):
                 return None
@@ -356,7 +360,7 @@ class Node:
         return " ".join(outcome.stdout.split()[:2])
 
     def judge_host_key(self, offered, pinned):
-        """A problem where this node is not the one that was pinned, unless new keys are accepted."""
+        """Record a problem where the host keys differ from those pinned, unless new keys are accepted."""
         gone = changed_keys(pinned, offered)
         if gone and not self.phase.want["accept_new_host_keys"]:
             remedy = "if the node was reinstalled on purpose, run once with ssh_mesh_accept_new_host_keys=true"
@@ -364,8 +368,8 @@ class Node:
             now = [key for key in offered if key.split()[0] in types] or offered
             self.phase.problem("changed host key", shown(gone), shown(now), remedy)
 
-    def mend_folder(self, path):
-        """Make the user's folder `path` what sshd's StrictModes accepts."""
+    def fix_folder(self, path):
+        """Create the user's folder `path`, or fix its mode, so that sshd's StrictModes accepts it."""
         with self.in_home(path):
             if not os.path.lexists(path):
                 if self.phase.change(path, None, "folder, mode 0700"):
@@ -376,10 +380,10 @@ class Node:
                 os.chmod(path, mode & ~0o022)
 
     def text_of(self, path):
-        """The text of a file that others write to as well."""
+        """The text of a file that others write to too, None without one. Raises Stop where it is not UTF-8."""
         text = read(path)
         if text and "\ufffd" in text:
-            raise Stop(path, "UTF-8 text", "other bytes", "mend its comments; the rest of the file is never touched")
+            raise Stop(path, "UTF-8 text", "other bytes", "fix its comments; the rest of the file is never changed")
         return text
 
 
@@ -387,6 +391,10 @@ class Node:
 
 
 def validate(phase, account=pwd.getpwnam, etc="/etc/ssh"):
+    """Check inventory, programs, sshd, home and host keys; changes nothing. facts: host_keys, pinned. Raises Stop.
+
+    `account` and `etc` as for Node, in all phases.
+    """
     for kind, value, names in shared([Member(*row) for row in phase.want["nodes"]]):
         if phase.want["name"] in names:
             phase.problem(f"{kind} {value}", "one node", " and ".join(sorted(names)), "correct the inventory")
@@ -400,7 +408,7 @@ def validate(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     node = Node(phase, account, etc)
     if node.sshd.refusal:
         remedy = "change it in sshd_config, or set ssh_mesh_user"
-        phase.problem(f"sshd for {node.account.pw_name}", "keys let in", node.sshd.refusal, remedy)
+        phase.problem(f"sshd for {node.account.pw_name}", "keys accepted", node.sshd.refusal, remedy)
     if node.sshd.ports and node.member.port not in node.sshd.ports:
         found = ", ".join(map(str, node.sshd.ports))
         phase.problem("port of sshd", node.member.port, found, "correct ansible_port or sshd's Port")
@@ -443,8 +451,9 @@ def _validate_home(phase, node):
 
 
 def install(phase, account=pwd.getpwnam, etc="/etc/ssh"):
+    """Create the user's key pair where there is none. facts: name, address, host_keys, public_key. Raises Stop."""
     node = Node(phase, account, etc)
-    node.mend_folder(os.path.dirname(node.private_key))
+    node.fix_folder(os.path.dirname(node.private_key))
     mode = node.open_mode()
     if mode and phase.change(node.private_key, f"mode {mode:04o}", "mode 0600"):
         with node.as_user():
@@ -455,7 +464,7 @@ def install(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     if public:
         path = f"{node.private_key}.pub"
         with node.as_user():
-            # ssh offers what this file says.
+            # ssh offers the key in this file.
             if " ".join((read(path) or "").split()[:2]) != public:
                 phase.write(path, f"{public} {node.account.pw_name}@{node.name}\n")
     address = own_address(node.member.address, node.name)
@@ -476,7 +485,7 @@ def _make_key_pair(phase, node):
             )
             if not outcome.ok:
                 raise Stop("ssh-keygen", "a key pair", outcome.last_line)
-            # Whole or not at all; where nodes share a home, the first one's key serves them all.
+            # Atomic; where nodes share a home, all use the key of the first one.
             with contextlib.suppress(FileExistsError):
                 os.link(made, node.private_key)
         finally:
@@ -485,6 +494,7 @@ def _make_key_pair(phase, node):
 
 
 def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
+    """Write the pinned host keys, ssh's configuration and the authorized keys of all nodes. Raises Stop."""
     node = Node(phase, account, etc)
     seen = sorted(phase.want["seen"], key=lambda one: one["name"])
     if node.name not in [one["name"] for one in seen]:
@@ -495,24 +505,25 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     pins = merged(read_pins(text), seen, node.members)
     phase.write(node.known_hosts, replaced(text, known_hosts(pins)))
     phase.write(os.path.join(etc, "ssh_config.d", "90-shakedown.conf"), client_config(pins))
-    node.mend_folder(os.path.dirname(node.authorized_keys))
+    node.fix_folder(os.path.dirname(node.authorized_keys))
     with node.in_home(node.authorized_keys):
         text = node.text_of(node.authorized_keys)
         keys = {name: entries for name, entries in ours(text).items() if name in node.members}
         keys.update({one["name"]: [one["public_key"]] for one in seen if one["name"] in node.members})
-        # Outside the home root owns the file, and sshd reads it as the user.
+        # Outside the home, root owns the file and sshd reads it as the user.
         own = node.authorized_keys.startswith(f"{node.home.rstrip('/')}/")
         phase.write(node.authorized_keys, replaced(text, keys), 0o600 if own else 0o644)
-    phase.done.append(f"{len(pins)} nodes pinned, {len(keys)} keys let in")
+    phase.done.append(f"{len(pins)} nodes pinned, {len(keys)} keys accepted")
 
 
 def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
+    """Check keys and files, and connect to other nodes; changes nothing. facts: reached, elapsed_s. Raises Stop."""
     node = Node(phase, account, etc)
     rerun = "run the phases install and configure"
     pins = read_pins(read(node.known_hosts))
     peers = [name for name in phase.want["peers"] if name in node.members]
     with node.in_home(node.authorized_keys):
-        let_in = ours(read(node.authorized_keys))
+        accepted = ours(read(node.authorized_keys))
         refused = unsafe(node.authorized_keys, node.account) if node.sshd.strict_modes else []
     for path, found in refused:
         expected = "writable by its owner alone, or sshd refuses all keys"
@@ -522,13 +533,13 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
         node.judge_host_key(offered, pins[node.name].keys)
     for what, missing in (
         (node.known_hosts, [name for name in peers if name not in pins]),
-        (node.authorized_keys, [name for name in {*peers, *pins} if name in node.members and name not in let_in]),
+        (node.authorized_keys, [name for name in {*peers, *pins} if name in node.members and name not in accepted]),
     ):
         if missing:
             phase.problem(what, "an entry of each node", f"none of {', '.join(sorted(missing))}", rerun)
     targets = chosen({*peers, node.name}, node.name, phase.want["verify_peers"])
     targets = [name for name in targets if name in pins]
-    # Itself by each of its spellings, a peer by one, another at each distance in the ring: the mesh tries them all.
+    # Itself by each of its names, a peer by one of them that depends on its distance in the ring: the mesh tries all.
     calls = {name: spellings(pins[name].hosts, step) for step, name in enumerate(targets)}
     started = time.monotonic()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -541,23 +552,23 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
 
 
 def spellings(hosts, step):
-    """By which of its `hosts` a node is called that is the `step`-th to be called; 0 is the caller itself."""
+    """The names of `hosts` by which the node at distance `step` in the ring is connected to; 0 is this node itself."""
     return hosts if step == 0 else [hosts[step % len(hosts)]]
 
 
 def _connect(phase, node, hosts):
-    """Open a session by each of `hosts`, spellings of one node; {ssh's last line: [spelling, ...]} of the failed."""
+    """Open a session by each of `hosts`, names of one node; returns {ssh's last line: [name, ...]} of the failures."""
     failures = {}
     for host in hosts:
         argv = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={phase.want['connect_timeout_s']}"]
-        # A session of its own, not one that is open already; the cheaper key exchange first, as there are many.
+        # A new session, not one that is already open; the cheaper key exchange first, since there are many.
         argv += ["-o", "ControlPath=none", "-o", "LogLevel=ERROR", "-o", "KexAlgorithms=^curve25519-sha256"]
         argv += [host, "true"]
         if os.geteuid() == 0 and node.account.pw_uid != 0:
             argv = ["runuser", "-u", node.account.pw_name, "--", *argv]
         for attempt in range(3):
             outcome = phase.run(argv, timeout_s=3 * phase.want["connect_timeout_s"])
-            # What sshd does beyond MaxStartups: worth another try.
+            # sshd's behaviour beyond MaxStartups: try again.
             if outcome.ok or attempt == 2 or not re.search("exchange_identification|closed by remote", outcome.stderr):
                 break
             time.sleep(random.uniform(0.1, 0.5))

@@ -1,11 +1,11 @@
 """`runner testbed`: N nodes on one machine, as containers with systemd and an sshd on port 44222.
 
-Nodes differ from real ones only in speed: own host name, address, sshd with pinned host key, init. The
-controller's Python is mounted into them at its own path, as a home shared over NFS would be.
+Each node has its own host name, address, init, and sshd with a pinned host key; it differs from a real one only in
+speed. The controller's Python is mounted into the nodes at the same path, as a home shared over NFS would be.
 
-What is decided (`lay_out`, `image_steps`, `container_argv`, `inventory`, ...) is pure; `up`, `down` and
-`status` act. All that a testbed starts carries a label of its own, recorded before the first container,
-so that `down` finds exactly that, whatever interrupted `up`.
+`layout` computes what to run, in pure functions; `up`, `down` and `status` here run it. Everything that a testbed
+starts has a unique label, recorded before the first container, so that `down` finds exactly these containers even if
+`up` was interrupted.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ from runner.system.wording import counted
 
 _READY_S = 90.0  # sshd took 1-3 s; 8 nodes on a busy machine of 2 cores took 10 s
 
-# What is being done, and about how many seconds are left in all.
+# Called with the current step and the estimated number of seconds left in total.
 OnProgress = Callable[[str, float], None]
-
-
-# --- decided: pure ---------------------------------------------------------------------------------
 
 
 # --- observed --------------------------------------------------------------------------------------
 
 
 def this_machine(info: Mapping[str, Any]) -> Machine:
-    """This machine, with `info` of `podman info`."""
+    """The description of this machine; `info` is the JSON of `podman info`.
+
+    Raises InfrastructureError where runc is needed and not installed.
+    """
     # crun refuses the v1 and hybrid hierarchies.
     runtime = "runc" if info["host"]["cgroupVersion"] == "v1" else None
     if runtime:
@@ -85,7 +85,7 @@ def this_machine(info: Mapping[str, Any]) -> Machine:
 
 
 def _hard_limit(kind: int) -> int:
-    """podman asks for a million by default, which is refused where the hard limit cannot be raised."""
+    """The limit to set in a container: podman's default, a million, fails where the hard limit cannot be raised."""
     hard = resource.getrlimit(kind)[1]
     return 20000 if hard == resource.RLIM_INFINITY else min(hard, 20000)
 
@@ -114,7 +114,7 @@ def _require(*programs: str) -> None:
 
 
 def _answers(address: str, timeout_s: float = 1.0) -> bool:
-    """Whether an sshd greets there. A hung node accepts connections and stays silent."""
+    """Whether an sshd sends its banner there. A hung node accepts connections and sends nothing."""
     try:
         with socket.create_connection((address, SSH_PORT), timeout=timeout_s) as connection:
             return connection.recv(4) == b"SSH-"
@@ -126,6 +126,7 @@ def _answers(address: str, timeout_s: float = 1.0) -> bool:
 
 
 def state_home() -> Path:
+    """The folder of the records of running testbeds."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "shakedown" / "testbed"
 
@@ -149,7 +150,7 @@ def _read_state(home: Path, name: str) -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Whole or not at all."""
+    """Write `text` to `path` atomically."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.touch(mode=mode)
@@ -159,13 +160,15 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
 
 @contextmanager
 def _locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """One command at a time on what `path` records; the lock ends with the process that holds it."""
+    """Lock the record `path` for one command at a time; the kernel releases the lock when its holder ends."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise InfrastructureError(f"another `runner testbed` is at work on {path.stem!r}: wait for it") from None
+            raise InfrastructureError(
+                f"another `runner testbed` is already working on {path.stem!r}: wait for it"
+            ) from None
         yield
 
 
@@ -173,16 +176,18 @@ def _locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def inventory_folder(options: Options, home: Path) -> Path:
+    """The absolute path of the folder for the generated inventory; `home` is the folder of records."""
     if options.inventory:
         return options.inventory.absolute()
     return Path("inventory/testbed").absolute() if options.name == DEFAULT_NAME else home / options.name / "inventory"
 
 
 def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *, home: Path | None = None) -> dict:
-    """Bring the testbed up as `options` say and write its inventory; nothing to do if it is so already.
+    """Start the testbed with `options` and write its inventory; does nothing if it already runs with them.
 
-    Returns the recorded state, with `already` True when nothing was done. Raises UsageError for a wrong
-    option and InfrastructureError for what is missing or failed; then nothing is left running.
+    `home` is the folder of records. Returns the recorded state, with `already` True when nothing was done. Raises
+    UsageError for an invalid option, and InfrastructureError for a missing program or a failed command; then nothing
+    is left running.
     """
     home = home or state_home()
     record = _record(home, options.name)
@@ -222,7 +227,7 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
 
 
 def _shared_folder(options: Options) -> Options:
-    """`options` with the whole path of the folder to share; podman would take a colon in it for an option."""
+    """`options` with the absolute path of the shared folder; podman would parse a colon in it as an option."""
     if options.share is None:
         return options
     share = options.share.absolute()
@@ -241,7 +246,7 @@ def _start(home: Path, state: dict, options: Options, machine: Machine, image: s
         host_keys[node.name] = _make_key(keys / node.alias / "ssh_host_ed25519_key", node.name)
         _write(keys / node.alias / "authorized_keys", f"{client_key}\n", 0o600)
         argv = container_argv(node, nodes, options, machine, image, label, str(keys))
-        # podman's monitor notes in its working directory that the kernel killed something for memory.
+        # podman's monitor writes a file to its working directory when the kernel's OOM killer ends a process.
         outcome = process.run(argv, timeout_s=120, cwd=str(keys))
         if outcome.rc != 0:
             raise InfrastructureError(f"cannot start {node.name}: {outcome.last_line}")
@@ -260,7 +265,7 @@ def _start(home: Path, state: dict, options: Options, machine: Machine, image: s
 
 
 def _hand_over(folder: Path) -> None:
-    """Give the inventory to the user behind sudo: ssh reads no key of another user."""
+    """Make the user of sudo the owner of the inventory: ssh refuses a key that belongs to another user."""
     if user := os.environ.get("SUDO_UID"):
         for path in (folder, folder / "hosts.yml", folder / ".ssh", *(folder / ".ssh").iterdir()):
             os.chown(path, int(user), int(os.environ.get("SUDO_GID", "-1")))
@@ -280,7 +285,7 @@ def _create_network(testbed: str, label: str) -> str:
 
 
 def _build(home: Path, base: Base, tag: str, on_progress: OnProgress) -> None:
-    """Build the image, unless one of the same definition is there, or is being built by another command."""
+    """Build the image, unless one of the same definition exists; waits for another command that builds it."""
     if _has_image(tag):
         return
     with _locked(home / "IMAGE", wait=True), _scratch() as folder:
@@ -302,12 +307,12 @@ def _has_image(tag: str) -> bool:
 
 @contextmanager
 def _scratch() -> Iterator[str]:
-    """An empty folder, removed afterwards, unless file systems of this machine are still mounted in it."""
+    """An empty temporary folder; kept only where file systems of this machine are still mounted in it."""
     folder = tempfile.mkdtemp(prefix="shakedown-image-", dir="/var/tmp")
     try:
         yield folder
     finally:
-        # A debootstrap that was killed leaves /proc and such mounted: what lies there must not be removed.
+        # A killed debootstrap leaves /proc and other file systems mounted, whose content must not be removed.
         for line in reversed(Path("/proc/mounts").read_text().splitlines()):
             if (target := line.split()[1]).startswith(f"{folder}/"):
                 process.run(["umount", target], timeout_s=30)
@@ -316,7 +321,7 @@ def _scratch() -> Iterator[str]:
 
 
 def _make_key(path: Path, comment: str) -> str:
-    """A new key pair at `path` (0600); returns its public half, without comment."""
+    """Create a new key pair at `path` (mode 0600); returns the public key without its comment."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for old in (path, path.with_name(f"{path.name}.pub")):
         old.unlink(missing_ok=True)
@@ -336,7 +341,7 @@ def _wait(state: Mapping[str, Any]) -> None:
         reason = process.run(["podman", "logs", "--tail", "1", node["container"]], timeout_s=30).last_line
         raise InfrastructureError(
             f"sshd of {node['name']}{others} did not answer on {node['address']}:{SSH_PORT} within {_READY_S:g} s"
-            f"{f'; last said: {reason}' if reason else ''}"
+            f"{f'; last log line: {reason}' if reason else ''}"
         )
 
 
@@ -351,6 +356,7 @@ def _check_python(node: Mapping[str, str], python: str, image: str) -> None:
 
 
 def require_root() -> None:
+    """Raise InfrastructureError unless this process runs as root."""
     if os.geteuid() != 0:
         raise InfrastructureError(
             "runner testbed must be run as root (found: an ordinary user, whose containers this machine cannot reach "
@@ -367,7 +373,7 @@ def _labelled(label: str) -> list[dict[str, Any]]:
 
 
 def _remove(home: Path, state: Mapping[str, Any]) -> None:
-    """Stop and remove all that `state` records, however much of it is left; the record itself last."""
+    """Stop and remove everything that `state` records and that still exists; the record itself last."""
     if containers := [entry["Id"] for entry in _labelled(state["label"])]:
         _podman("rm", "--force", "--time", "0", *containers)
     if networks := _podman("network", "ls", "--quiet", "--filter", f"label={LABEL}={state['label']}").split():
@@ -385,7 +391,7 @@ def _remove(home: Path, state: Mapping[str, Any]) -> None:
 
 
 def down(name: str = DEFAULT_NAME, *, home: Path | None = None) -> bool:
-    """Remove the testbed `name`, whatever state it is in. False when there was none."""
+    """Remove the testbed `name` in any state; returns False where there is none. Raises InfrastructureError."""
     home = home or state_home()
     if _read_state(home, name) is None:
         return False
@@ -397,7 +403,10 @@ def down(name: str = DEFAULT_NAME, *, home: Path | None = None) -> bool:
 
 
 def status(name: str = DEFAULT_NAME, *, home: Path | None = None) -> list[dict]:
-    """One dict a node: name, alias, address, container, state (podman's word, or missing), sshd (bool)."""
+    """One dict per node: name, alias, address, container, state (podman's, or "missing"), sshd (answers: bool).
+
+    Empty where the testbed `name` does not exist.
+    """
     state = _read_state(home or state_home(), name)
     return _observe(state) if state else []
 
@@ -411,7 +420,7 @@ def _observe(state: Mapping[str, Any]) -> list[dict]:
 
 
 def dry_run(options: Options, *, home: Path | None = None) -> list[str]:
-    """What `up` would run and write, one line each, if nothing were there yet."""
+    """The commands that `up` would run and the files it would write, one per line, starting from nothing."""
     home = home or state_home()
     options = _shared_folder(options)
     _require("podman")
@@ -427,6 +436,3 @@ def dry_run(options: Options, *, home: Path | None = None) -> list[str]:
     lines += [shlex.join(container_argv(n, nodes, options, machine, tag, "ID", keys)) for n in nodes]
     folder = inventory_folder(options, home)
     return [*lines, "# files", *(str(folder / file) for file in ("hosts.yml", ".ssh/id_ed25519", ".ssh/known_hosts"))]
-
-
-# --- the command -----------------------------------------------------------------------------------

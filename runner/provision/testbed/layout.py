@@ -1,4 +1,4 @@
-"""A testbed, as it is decided: nodes, image, containers, inventory. Pure."""
+"""The layout of a testbed: nodes, image, containers, inventory. Pure functions."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks for. `memory` as podman takes it ("4g"), `cpus` in cores, both per node.
+    """The user's options. `memory` in podman's format ("4g"), `cpus` in cores, both per node.
 
-    `share` is a folder that every node sees at its own path and may write to, as a home on NFS would be.
+    `share` is a folder that is mounted read-write into every node at the same path, as a home on NFS would be.
     """
 
     nodes: int = 8
@@ -57,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Machine:
-    """What of this machine the nodes share: its Python, folders, and limits that cannot be raised."""
+    """The properties of this machine that apply to the nodes: its Python, mounted folders, hard limits."""
 
     python: str
     mounts: tuple[str, ...]
@@ -68,7 +68,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Base:
-    """What the image is built on: `image`, made with debootstrap where `suite` and `mirror` are given."""
+    """The base image: `image`, built with debootstrap where `suite` and `mirror` are given."""
 
     image: str
     suite: str | None = None
@@ -78,6 +78,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Node:
+    """One node: its host name, its alias (node001) and its IPv4 address."""
+
     name: str
     alias: str
     address: str
@@ -85,7 +87,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Step:
-    """A command, what it does in words, and about how many seconds it takes."""
+    """A command with a description for people and its expected duration in seconds."""
 
     what: str
     expected_s: float
@@ -93,7 +95,10 @@ class Step:
 
 
 def lay_out(count: int, subnet: str) -> list[Node]:
-    """`count` nodes in `subnet`, named as the first real cluster's: after ...-0007 comes ...-0009."""
+    """`count` nodes in `subnet`, named as those of the first real cluster: ...-0007 is followed by ...-0009.
+
+    Raises UsageError for a count outside 1 to MAX_NODES.
+    """
     if not 1 <= count <= MAX_NODES:
         raise UsageError(f"--nodes {count}: a testbed has 1 to {MAX_NODES} nodes")
     network = IPv4Network(subnet)
@@ -108,9 +113,10 @@ def lay_out(count: int, subnet: str) -> list[Node]:
 
 
 def bootstrapped_base(os_release: Mapping[str, str], indexes: str) -> Base:
-    """This machine's own distribution, whose libraries its Python fits, from the mirror that it uses itself.
+    """A base image of this machine's distribution, with which its Python works, from the mirror it uses itself.
 
-    `indexes` are lines `site suite component` of `apt-get indextargets`.
+    `os_release` has the fields of /etc/os-release, `indexes` the lines `site suite component` of
+    `apt-get indextargets`. Raises InfrastructureError where no mirror is found.
     """
     suite = os_release.get("VERSION_CODENAME", "")
     mirror = next((f[0] for f in map(str.split, indexes.splitlines()) if f[1:] == [suite, "main"]), None)
@@ -125,13 +131,13 @@ def bootstrapped_base(os_release: Mapping[str, str], indexes: str) -> Base:
 
 
 def image_tag(base: Base, definition: Mapping[str, str]) -> str:
-    """The image's name, by hash of all that it is made from (`definition`: file name -> content)."""
+    """The image's name, with a hash of everything it is built from (`definition`: file name -> content)."""
     made_from = json.dumps([base.image, base.suite, base.mirror, sorted(definition.items())])
     return f"localhost/shakedown-testbed:{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
 
 
 def base_steps(base: Base, folder: str) -> list[Step]:
-    """The commands that make `base` in the empty `folder`; none where a registry has it."""
+    """The commands that build `base` in the empty `folder`; none where it comes from a registry."""
     if base.suite is None or base.mirror is None:
         return []
     root, tar = f"{folder}/root", f"{folder}/base.tar"
@@ -144,19 +150,22 @@ def base_steps(base: Base, folder: str) -> list[Step]:
 
 
 def build_step(base: Base, tag: str, definition: str = str(TESTBED)) -> Step:
-    # chroot isolation and the host's network ask the least of the kernel, and reach the mirror as the host does.
+    """The command that builds the image `tag` on `base`; `definition` is the folder of the Containerfile."""
+    # chroot isolation and the host's network require the least of the kernel, and reach the mirror as the host does.
     argv = ("podman", "build", "--network", "host", "--isolation", "chroot", "--build-arg", f"BASE={base.image}")
     return Step("installing systemd, sshd and Python's libraries", 15, (*argv, "--tag", tag, definition))
 
 
 def network_name(testbed: str) -> str:
+    """The name of the podman network of `testbed`."""
     return f"shakedown-{testbed}"
 
 
 def network_argv(testbed: str, label: str, subnet: str) -> list[str]:
-    """Internal: nothing of a test leaves the machine. Names are in /etc/hosts, so no DNS either.
+    """The command that creates the network: internal, so that no traffic leaves the machine, and without DNS.
 
-    An internal network without DNS has a gateway, the controller's own address in it, only if one is given.
+    Names are in /etc/hosts. An internal network without DNS has a gateway, the controller's own address in it, only if
+    one is given.
     """
     argv = ["podman", "network", "create", "--internal", "--disable-dns", "--subnet", subnet]
     argv += ["--gateway", str(IPv4Network(subnet)[1]), "--label", f"{LABEL}={label}"]
@@ -172,10 +181,10 @@ def container_argv(
     argv += ["--label", f"{LABEL}={label}", "--systemd=always"]
     # NET_ADMIN: routes, MTU and slow links (tc) can be set in the node, as on a real one.
     argv += ["--network", network_name(options.name), "--ip", node.address, "--cap-add", "NET_ADMIN"]
-    argv += ["--dns", "127.0.0.1"]  # nobody answers there: an unknown name fails at once instead of after 10 s
+    argv += ["--dns", "127.0.0.1"]  # no server there: an unknown name fails at once instead of after 10 s
     for other in nodes:
         argv += ["--add-host", f"{other.name}:{other.address}", "--add-host", f"{other.alias}:{other.address}"]
-    argv += ["--shm-size", "1g"]  # PyTorch's data loaders and gloo want more than the 64 MB of a container
+    argv += ["--shm-size", "1g"]  # PyTorch's data loaders and gloo need more than a container's 64 MB
     for limit, value in (("nofile", machine.max_open_files), ("nproc", machine.max_processes)):
         argv += ["--ulimit", f"{limit}={value}:{value}"]
     if options.memory:
@@ -190,7 +199,7 @@ def container_argv(
 
 
 def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path, python: str) -> dict[str, Any]:
-    """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is where it will lie."""
+    """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is the folder it is written to."""
     # For plain `ansible`; quoted twice, since ssh splits the option's value as well.
     known_hosts = shlex.quote(f'UserKnownHostsFile="{folder / ".ssh" / "known_hosts"}"')
     hosts = {
@@ -214,7 +223,7 @@ def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path,
         "runner_nics_per_node": 1,
         "runner_scratch": "/var/tmp/shakedown",
         "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
-        # For `runner setup`: the controller's environment is mounted, Slurm waits in apt's cache.
+        # For `runner setup`: the controller's environment is mounted, Slurm's packages are in apt's cache.
         "conda_env_enabled": False,
         "slurm_cluster_enabled": True,
         "slurm_cluster_proctrack": "linuxproc",
@@ -223,16 +232,16 @@ def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path,
 
 
 def generated(testbed: str) -> str:
-    """The first line of a generated inventory: what does not start with it belongs to somebody else."""
+    """The first line of a generated inventory: a file without it was not written by this testbed."""
     return f"# Written by `runner testbed up --name {testbed}`, removed by `runner testbed down --name {testbed}`.\n"
 
 
 def known_hosts(nodes: Sequence[Node], host_keys: Mapping[str, str]) -> str:
-    """The nodes' pinned keys, for the address that Ansible connects to."""
+    """The known_hosts lines of the nodes' pinned keys, by the address that Ansible connects to."""
     return "".join(f"[{node.address}]:{SSH_PORT} {host_keys[node.name]}\n" for node in nodes)
 
 
 def outermost(paths: Sequence[str]) -> tuple[str, ...]:
-    """`paths` without those that lie below another, and without /usr, which is the image's own."""
-    wanted = sorted({path.rstrip("/") for path in paths} - {"/usr", ""})
-    return tuple(p for p in wanted if not any(p != other and p.startswith(f"{other}/") for other in wanted))
+    """`paths` without those below another one, and without /usr, which the image has itself; sorted."""
+    distinct = sorted({path.rstrip("/") for path in paths} - {"/usr", ""})
+    return tuple(p for p in distinct if not any(p != other and p.startswith(f"{other}/") for other in distinct))

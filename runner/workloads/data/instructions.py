@@ -1,9 +1,9 @@
-"""The built-in instruction set: seeded, varied, answerable by rule; for machines without a hub.
+"""The built-in instruction data set: seeded, varied, answerable by rule; for machines without access to a hub.
 
-It is training data for proving that a cluster trains, not for making a useful assistant: every
-answer follows from its question or from a small table, so that even a tiny model's loss falls, and
-the lengths spread as instruction data's do (most short, a long tail). Pure: the same count and seed
-give the same rows on every machine.
+Its purpose is to show that a cluster trains, not to produce a useful assistant: every answer follows
+from its question or from a small table, so that even a tiny model's loss falls, and the lengths are
+distributed as in instruction data (most short, a long tail). Pure: the same count and seed give the
+same rows on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 
-# Raise it with any change to the rows below: prepared data is cached by it.
+# Increase it with any change to the rows below: it is part of the cache key of prepared data.
 VERSION = 1
 
 Row = dict[str, str]  # Alpaca's fields: instruction, input, output
@@ -360,7 +360,7 @@ _TASKS: dict[Callable[[random.Random], Row], int] = {  # with the weight of each
 
 
 def generate(samples: int, seed: int) -> Iterator[Row]:
-    """`samples` rows with Alpaca's fields; a longer set of the same seed begins with the shorter one."""
+    """`samples` rows with Alpaca's fields; a longer set of the same seed starts with the shorter one."""
     rng = random.Random(seed)
     tasks, weights = list(_TASKS), list(_TASKS.values())
     for _ in range(samples):

@@ -1,16 +1,16 @@
 """Training data: instruction rows from a source, tokenised, packed into full sequences, cached by content.
 
-`prepare` makes a folder that the `sft` workload reads through mmap:
+`prepare` writes a folder that the `sft` workload reads through mmap:
 
     input_ids.npy     int32 [n_sequences, seq_len]
     labels.npy        int32 [n_sequences, seq_len]   the token itself, or -100 where it is not in the loss
     position_ids.npy  int32 [n_sequences, seq_len]   0 starts a segment; attention must not cross it
     n_tokens.npy      int32 [n_sequences]            real tokens of each sequence, padding excluded
     tokenizer.json, tokenizer_config.json            load with AutoTokenizer.from_pretrained(folder)
-    manifest.json                                    what it holds; written last
+    manifest.json                                    counts and file sizes; written last
 
 Only the response and its end-of-sequence token are in the loss. The padding at the end of a sequence
-is a segment of its own. The first token of a segment is never in the loss, so the usual shift by one
+is a separate segment. The first token of a segment is never in the loss, so the usual shift by one
 inside the model predicts nothing across samples.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     pass
 
 SCHEMA = 1
-FORMAT = 1  # raise it when the same input gives other arrays: it is part of the cache's key
+FORMAT = 1  # increase it when the same input gives other arrays: it is part of the cache key
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,18 @@ def prepare(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Prepared:
-    """Tokenise and pack `source`, or return at once what an earlier call made of the same content.
+    """Tokenise and pack `source`, or return the cached result for the same content.
 
     source: "builtin", "alpaca", a .json/.jsonl/.parquet file or a folder of them, or a hub id, better
     `id@commit`. Rows hold Alpaca's `instruction`, `input`, `output`, or chat `messages`.
     tokenizer: a Hugging Face id or folder; None is the built-in byte-level BPE.
-    samples: how many rows `builtin` has; other sources have their own number.
-    seed: makes the built-in rows, and the order of the sequences.
-    on_progress: called with (samples tokenised, samples in all).
+    seq_len: tokens in a sequence, at least 8.
+    samples: the number of rows of `builtin`; other sources have their own number.
+    seed: of the built-in rows, and of the order of the sequences.
+    on_progress: called with (samples tokenised, samples in total).
 
-    Raises UsageError for a source or row that cannot be used, InfrastructureError for a hub that does
-    not answer or a disk that cannot be written.
+    Raises UsageError for an invalid source or row, InfrastructureError for a hub that does not answer or a
+    disk that cannot be written.
     """
     rows, vocabulary, key = resolve(source, seq_len, tokenizer, samples, seed)
     folder = cache_dir / key
@@ -80,7 +81,7 @@ def prepare(
         return found
     try:
         with _alone(cache_dir, key):
-            if found := cached(folder):  # made by another process while this one waited
+            if found := cached(folder):  # prepared by another process while this one waited
                 return found
             with _replacing(folder) as temporary:
                 manifest = {"schema": SCHEMA, "hash": key, "source": source, "tokenizer": tokenizer or "builtin"}
@@ -102,7 +103,10 @@ def prepare(
 
 
 def resolve(source: str, seq_len: int, tokenizer: str | None, samples: int, seed: int) -> tuple[Content, Content, str]:
-    """The source, the tokenizer, and the key of what they make together."""
+    """The source, the tokenizer, and the cache key of their result (also the name of its folder).
+
+    Raises UsageError and InfrastructureError as `prepare`.
+    """
     for name, value, least in (("seq-len", seq_len, 8), ("samples", samples, 1), ("seed", seed, 0)):
         if value < least:
             raise UsageError(f"data: {name} is {value}; give at least {least}")
@@ -112,7 +116,7 @@ def resolve(source: str, seq_len: int, tokenizer: str | None, samples: int, seed
 
 
 def cached(folder: Path) -> Prepared | None:
-    """The folder's content if it is whole: its manifest is its own and every file has its full size."""
+    """The prepared data in `folder`, None where it is incomplete: no valid manifest, or a file of another size."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["schema"] != SCHEMA or manifest["hash"] != folder.name:
@@ -126,7 +130,7 @@ def cached(folder: Path) -> Prepared | None:
 
 @contextlib.contextmanager
 def _alone(cache_dir: Path, key: str) -> Iterator[None]:
-    """One process at a time prepares one key; the kernel lets go of the lock of a killed one."""
+    """Lock `key`, so that one process at a time prepares it; the kernel releases the lock of a killed process."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with open(cache_dir / f"{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -137,11 +141,11 @@ def _alone(cache_dir: Path, key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if the block ends well, and is removed otherwise."""
+    """A temporary folder that is renamed to `folder` if the block succeeds, and removed otherwise."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         yield temporary
-        if folder.exists():  # found unfit by `cached`
+        if folder.exists():  # incomplete, according to `cached`
             folder.rename(Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent)) / "unfit")
         temporary.rename(folder)
     finally:
@@ -161,7 +165,7 @@ def _build(
     seed: int,
     on_progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write all files but the manifest; return the manifest's counts."""
+    """Write all files except the manifest; return the manifest's counts."""
     import numpy as np
 
     samples, tokens = rows.load(), vocabulary.load()
@@ -194,6 +198,3 @@ def _tokenizer_config(tokens: Tokens) -> dict[str, Any]:
     names = {"eos_token": tokens.eos, "pad_token": tokens.pad, "bos_token": tokens.bos}
     special = {name: tokens.tokenizer.id_to_token(i) for name, i in names.items() if i is not None}
     return {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-
-
-# ---- command line ----

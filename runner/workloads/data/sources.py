@@ -1,8 +1,8 @@
-"""Where training data comes from: rows as prompts and responses, and the tokenizer that reads them.
+"""Sources of training data: rows as prompts and responses, and the tokenizer that encodes them.
 
-Rows hold Alpaca's `instruction`, `input` and `output`, or chat `messages`; they come from the built-in
-set, from JSON, JSON-lines or Parquet files, or from the Hugging Face hub. Every fault of a file is one
-line that names the file, the row and what is wrong with it.
+Rows have Alpaca's `instruction`, `input` and `output`, or chat `messages`; they come from the built-in
+set, from JSON, JSON-lines or Parquet files, or from the Hugging Face hub. An error in a file is one line
+with the file, the row and the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 # Alpaca at a fixed commit, so that results of different months train on the same rows.
 _ALIASES = {"alpaca": "tatsu-lab/alpaca@dce01c9b08f87459cf36a430d809084718273017"}
 
-# The prompts that Stanford Alpaca was trained with.
+# The prompt templates of Stanford Alpaca.
 _PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
@@ -40,13 +40,13 @@ _INPUT = "### Input:\n{}\n\n"
 _ANSWER = "### Response:"
 TEMPLATE = (_PREAMBLE, _PREAMBLE_INPUT, _ASK, _INPUT, _ANSWER)
 
-# One sample: (text, whether it is a response, hence in the loss) in the order in which it is read.
+# One sample: (text, whether it is a response and so in the loss), in order.
 Sample = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
 class Content:
-    """Something with a digest that is loaded only when the cache lacks what is made from it."""
+    """Content with a digest for the cache key; `load` reads it only when the cache has no result for it."""
 
     digest: str
     load: Callable[[], Any]
@@ -54,7 +54,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer and the ids of its special tokens; `bos` is None where models go without it."""
+    """A tokenizer and the ids of its special tokens; `bos` is None for a tokenizer without it."""
 
     tokenizer: Any  # tokenizers.Tokenizer
     eos: int
@@ -66,7 +66,11 @@ class Tokens:
 
 
 def open_source(source: str, samples: int, seed: int) -> Content:
-    """What `workloads.data.prepare` calls a source; `load` gives a list of samples."""
+    """Open a source of `workloads.data.prepare`; its `load` returns a list of samples.
+
+    `samples` and `seed` apply to "builtin" only. Raises UsageError for an unknown or unreadable source, and
+    InfrastructureError for a hub that does not answer; so does `load`, for invalid rows too.
+    """
     if source == "builtin":
         return Content(
             f"builtin {instructions.VERSION} {samples} {seed}",
@@ -74,12 +78,12 @@ def open_source(source: str, samples: int, seed: int) -> Content:
         )
     source = _ALIASES.get(source, source)
     path = Path(source)
-    if os.path.exists(source):  # unlike Path.exists, False for what cannot be a name of a file
+    if os.path.exists(source):  # unlike Path.exists, False for an invalid file name
         files = _files(path)
         return Content(_digest(files), lambda: [s for file in files for s in _samples_of_file(file)])
     if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
         raise UsageError(
-            f"data source {source!r}: no such file or folder, nor a hub id; give one, 'alpaca' or 'builtin'"
+            f"data source {source!r}: neither a file or folder nor a hub id; give one, 'alpaca' or 'builtin'"
         )
     repo, commit = _pinned("data set", source)
     return Content(f"hub {repo} {commit}", lambda: _samples_of_hub(repo, commit))
@@ -100,7 +104,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """SHA-256 of names' endings and contents: the name itself changes nothing that is made of it."""
+    """SHA-256 of the suffixes and contents of `files`; their names do not affect the result."""
     total = hashlib.sha256()
     for file in files:
         try:
@@ -138,9 +142,9 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
         hint = "; name it .jsonl if it has one object a line" if error.msg == "Extra data" else ""
         raise UsageError(f"{file}: line {error.lineno} is not JSON: {error.msg}{hint}") from error
     except RecursionError as error:
-        raise UsageError(f"{file}: nested too deep to be rows of data") from error
+        raise UsageError(f"{file}: nested too deeply to be rows of data") from error
     if not isinstance(rows, list):
-        raise UsageError(f"{file}: holds one {type(rows).__name__}; a .json file is one array of rows")
+        raise UsageError(f"{file}: contains one {type(rows).__name__}; a .json file must be one array of rows")
     for number, row in enumerate(rows, 1):
         yield f"row {number}", row
 
@@ -153,7 +157,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield f"line {number}", json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deep")
+            reason = getattr(error, "msg", "nested too deeply")
             raise UsageError(f"{file}: line {number} is not JSON: {reason}") from error
 
 
@@ -182,17 +186,17 @@ def _samples_of_hub(repo: str, commit: str) -> list[Sample]:
 
 
 def _pinned(kind: str, source: str) -> tuple[str, str]:
-    """The repository and commit of `id` or `id@revision`; the hub is asked unless it is a full commit."""
+    """The repository and commit of `id` or `id@revision`; queries the hub unless the revision is a full commit."""
     repo, _, revision = source.partition("@")
     return repo, revision if _COMMIT.fullmatch(revision) else _ask_hub(kind, repo, revision or None)
 
 
 def _ask_hub(kind: str, repo: str, revision: str | None) -> str:
-    """The commit of a revision. One request, since the loaders spend a minute on retries without a network."""
+    """The commit of a revision, by one request: without a network, the loaders would retry for a minute."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE and revision and _COMMIT.fullmatch(revision):
-        return revision  # the loaders find it in their own cache, or say that they do not
+        return revision  # the loaders find it in their own cache, or report that it is missing
     try:
         ask = HfApi().dataset_info if kind == "data set" else HfApi().model_info
         return str(ask(repo, revision=revision, timeout=20).sha)
@@ -201,11 +205,11 @@ def _ask_hub(kind: str, repo: str, revision: str | None) -> str:
 
 
 def _hub_error(kind: str, repo: str, error: Exception) -> RunnerError:
-    """The hub's libraries raise dozens of types; a user needs to know only whether it answered."""
+    """InfrastructureError where the hub did not answer, else UsageError; the hub's libraries raise many types."""
     instead = "give a local file or folder, or use 'builtin'"
     link: BaseException | None = error
     while link is not None:
-        # by name: which HTTP library lies beneath, and its types, differ between releases
+        # by name: the HTTP library that is used, and its types, differ between releases
         if re.search("Connect|Timeout|Offline|LocalEntryNotFound", type(link).__name__):
             return InfrastructureError(f"{kind} {repo!r}: the Hugging Face hub does not answer; {instead}")
         link = link.__cause__ or link.__context__
@@ -217,7 +221,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _sample(row: Any, where: str) -> Sample:
-    """The prompts and responses of one row; `where` names it in errors."""
+    """The prompts and responses of one row; `where` names the row in errors. Raises UsageError."""
     if not isinstance(row, dict):
         raise UsageError(f"{where} is a {type(row).__name__}; it must be an object")
     if row.get("messages") is not None:
@@ -234,7 +238,7 @@ def _sample(row: Any, where: str) -> Sample:
 
 
 def _builtin_sample(row: instructions.Row) -> Sample:
-    """Without Alpaca's preamble, which is half of a short sample: a tiny model has better things to read."""
+    """A built-in row without Alpaca's preamble, which would be half of a short sample."""
     return [(_prompt(row["instruction"], row["input"]), False), (row["output"], True)]
 
 
@@ -243,7 +247,7 @@ def _prompt(ask: str, context: str = "") -> str:
 
 
 def _chat(messages: Any, where: str) -> Sample:
-    """Alpaca's headings for any number of turns; a system message stands where Alpaca has its preamble."""
+    """A chat with Alpaca's headings, for any number of turns; a system message replaces Alpaca's preamble."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UsageError(f"{where}: messages must be a list of objects with role and content")
     sample: Sample = []
@@ -259,7 +263,7 @@ def _chat(messages: Any, where: str) -> Sample:
         else:
             raise UsageError(f"{where}: message {number} has the role {role!r}; use system, user or assistant")
     if not any(in_loss for _, in_loss in sample):
-        raise UsageError(f"{where}: messages hold no assistant's turn, so there is nothing to learn")
+        raise UsageError(f"{where}: messages have no turn of the assistant, so there is nothing to learn")
     return sample
 
 
@@ -279,7 +283,11 @@ def _string(value: Any, where: str, name: str) -> str:
 
 
 def open_tokenizer(tokenizer: str | None) -> Content:
-    """A Hugging Face folder or id, or the built-in tokenizer; `load` gives `Tokens`."""
+    """Open a Hugging Face folder or id, or the built-in tokenizer (None or "builtin"); its `load` returns `Tokens`.
+
+    Raises UsageError for an unknown or incomplete tokenizer, InfrastructureError for a hub that does not answer; so
+    does `load`.
+    """
     if tokenizer is None or tokenizer == "builtin":
         return Content(f"builtin {instructions.VERSION} {BUILTIN_VOCAB_SIZE}", _builtin_tokens)
     folder = Path(tokenizer)
@@ -294,14 +302,14 @@ def open_tokenizer(tokenizer: str | None) -> Content:
             )
         return Content(_digest(files), lambda: _huggingface_tokens(str(folder)))
     if not _HUB_ID.fullmatch(tokenizer):
-        raise UsageError(f"tokenizer {tokenizer!r}: no such folder, nor a hub id; give one, or 'builtin'")
+        raise UsageError(f"tokenizer {tokenizer!r}: neither a folder nor a hub id; give one, or 'builtin'")
     repo, commit = _pinned("tokenizer", tokenizer)
     return Content(f"hub {repo} {commit}", lambda: _huggingface_tokens(repo, commit))
 
 
 @functools.cache
 def _builtin_tokens() -> Tokens:
-    """A byte-level BPE trained on fixed rows, so every seed and length has the same vocabulary."""
+    """A byte-level BPE trained on fixed rows, so that every seed and length uses the same vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -323,7 +331,7 @@ def _builtin_tokens() -> Tokens:
 
 
 def _huggingface_tokens(name: str, commit: str | None = None) -> Tokens:
-    """From a hub id at a commit, or from a folder."""
+    """The tokenizer of a hub id at `commit`, or of a folder (`commit` None)."""
     if commit:
         _ask_hub("tokenizer", name, commit)
     from transformers import AutoTokenizer

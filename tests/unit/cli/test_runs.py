@@ -296,7 +296,7 @@ def test_ctrl_c_ends_the_look_and_not_the_run(tmp_path, controller):
         time.sleep(1.5)
         look.send_signal(2)
         _, said = look.communicate(timeout=20)
-        assert (look.returncode, said) == (130, f"runner: no longer watching; run {RUN} goes on\n")
+        assert (look.returncode, said) == (130, f"runner: no longer watching; run {RUN} continues\n")
     assert run.controller() == held.pid
 
 
@@ -527,7 +527,7 @@ def test_stop_of_a_run_whose_controller_died_cancels_its_job(tmp_path):
     assert Path(f"{queue}.said").read_text() == "41\n"
     done = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (
-        2, f"runner: run {RUN} is not running: its state is incomplete; none of its jobs waits or runs\n",
+        2, f"runner: run {RUN} is not running: its state is incomplete; none of its jobs is waiting or running\n",
     )  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_a_damaged_cache_is_read_anew(tmp_path):
     ("variables", "said"),
     [
         ({"runner_env": {"HF_TOKEN": "hf_x"}}, "leave secrets out of the inventory"),
-        ({"runner_env": {"A;B": "x"}}, "no name of an environment variable"),
+        ({"runner_env": {"A;B": "x"}}, "not a valid name of an environment variable"),
         ({"ansible_ssh_private_key_file": '/k"\n ProxyCommand touch /tmp/x'}, "not allowed"),
         ({"ansible_ssh_private_key_file": "{{ inventory_dir }}/key"}, "not allowed"),
         ({"runner_scratch": "/var/tmp/../../etc"}, "not allowed"),

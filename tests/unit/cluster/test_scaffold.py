@@ -235,7 +235,7 @@ def test_ansible_itself_gives_the_same_answers(tmp_path_factory, given_):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (Answers(("all", "b")), "Ansible takes all"),
+        (Answers(("all", "b")), "Ansible does not read all"),
         (Answers(("a",), user="x y"), "ansible_user 'x y' has characters that are not allowed"),
         (Answers(("a",), key_file='a"b'), "ansible_ssh_private_key_file"),
         (Answers(("a",), key_file="{{ x }}"), "ansible_ssh_private_key_file"),
@@ -261,7 +261,7 @@ def test_a_file_that_is_there_is_kept_unless_forced(tmp_path):
     assert "gpu01" not in (tmp_path / "hosts.yml").read_text() and (tmp_path / "known_hosts").exists()
     (tmp_path / "hosts.yml").write_text("")
     scaffold.create(tmp_path, GPUS)
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         scaffold.create(tmp_path / "hosts.yml", GPUS)
 
 
@@ -322,16 +322,16 @@ def test_json_is_the_path_and_the_nodes(tmp_path):
         (["init", "mine"], "--hosts is missing"),
         (["init"], "Missing argument 'DIR'"),
         (["init", "mine", "--backend", "slm"], "did you mean 'slurm'"),
-        (["init", "mine", "--hosts", "gpu["], "no set of hosts"),
+        (["init", "mine", "--hosts", "gpu["], "not a set of hosts"),
         (["init", "mine", "--hosts", "a", "--hardware", "h200"], "did you mean 'h200-sxm'"),
         (["init", "mine", "--hosts", "a", "--gpus", "0"], "--gpus"),
         (["init", "mine", "--hosts", "a", "--port", "0"], "--port"),
         (["init", "mine", "--hosts", "a", "--nic-gbit", "nan"], "nan"),
-        (["init", "mine", "--hosts", "a", "--partition", "gpu"], "--partition goes with --backend slurm"),
-        (["init", "mine", "--backend", "local", "--hosts", "a"], "--hosts goes with --backend ssh or slurm"),
+        (["init", "mine", "--hosts", "a", "--partition", "gpu"], "--partition requires --backend slurm"),
+        (["init", "mine", "--backend", "local", "--hosts", "a"], "--hosts requires --backend ssh or slurm"),
         (["init", "mine", "--hosts", "a,b", "--address", "10.0.0.1"], "--address has 1 addresses, --hosts 2"),
         (["init", "mine", "--hosts", "a", "--user", "x;y"], "ansible_user 'x;y'"),
-        (["--hosts", "a", "init", "mine"], "--hosts is an option of `runner inventory` alone"),
+        (["--hosts", "a", "init", "mine"], "--hosts is an option of `runner inventory` only"),
         (["initt"], "initt"),
     ],
 )
@@ -388,7 +388,7 @@ def test_on_a_terminal_it_asks_for_what_was_not_given(tmp_path):
         terminal.answer(question, text)
     code, stdout = terminal.end()
     assert code == 0 and "Port" not in terminal.seen
-    assert terminal.seen.count("no set of hosts") == 1 and terminal.seen.count("neither a number") == 1
+    assert terminal.seen.count("not a set of hosts") == 1 and terminal.seen.count("neither a number") == 1
     nodes = json.loads(stdout)["nodes"]
     told = ("name", "port", "user", "key_file", "gpus", "device", "hardware", "nics", "nic_gbit_per_s")
     assert [nodes[0][key] for key in told] == ["gpu01", 44222, "admin", None, 8, "cuda", "h200-sxm", 2, 400.0]

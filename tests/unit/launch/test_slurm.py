@@ -86,7 +86,7 @@ def test_settings_are_taken_as_yaml_gives_them():
         ({"wait_s": True}, "expected seconds above 0"),
         ({"stuck_s": None}, "expected seconds above 0"),
         ({"shared": "yes"}, "expected true or false"),
-        ({"exclude": "node[001"}, "no list of nodes"),
+        ({"exclude": "node[001"}, "not a list of nodes"),
         ({"extra": ["reservation=maint"]}, "write each option as --name=value"),
         ({"extra": ["-N", "2"]}, "write each option as --name=value"),
         ({"extra": ["--comment=a --nodes=1"]}, "write each option as --name=value"),
@@ -380,7 +380,7 @@ def test_node_lists_keep_slurms_order(nodelist, names):
     "nodelist", ["", "(null)", "node[001", "node[a-b]", "node[]", "a,,b", "a b", "node[1-]", "a;b"]
 )
 def test_what_is_no_node_list_is_said(nodelist):
-    with pytest.raises(ValueError, match="no list of nodes"):
+    with pytest.raises(ValueError, match="not a list of nodes"):
         nodeset.expand(nodelist)
 
 
@@ -399,7 +399,7 @@ def test_a_task_finds_its_place_in_what_slurm_tells_it():
         ({"SLURM_STEP_NODELIST": "node[1-2]"}, "neither SLURMD_NODENAME nor SLURM_NODEID"),
         ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NODEID": "2"}, "neither SLURMD_NODENAME nor SLURM_NODEID"),
         ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node3", "SLURM_NODEID": "0"}, "node3 is not in"),
-        ({"SLURM_STEP_NODELIST": "node[1-"}, "no list of nodes"),
+        ({"SLURM_STEP_NODELIST": "node[1-"}, "not a list of nodes"),
     ],
 )
 def test_a_task_that_slurm_told_too_little_says_what_is_missing(environ, said):

@@ -139,12 +139,12 @@ def test_a_dry_run_of_the_example_inventory_shows_what_slurm_would_be_asked():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--tags", "verify"), "--tags chooses roles"),
+        (("--tags", "verify"), "--tags selects roles"),
         (("--set", "slurm.partion=gpu"), "did you mean 'partition'"),
         (("--set", "sft.steps=3"), "unknown setting"),
         (("--backend", "slum"), "did you mean 'slurm'"),
         (("--backend", "local"), "unknown backend 'local'"),
-        (("--backend", "ssh", "--set", "slurm.partition=gpu"), "goes with --backend slurm, this backend is ssh"),
+        (("--backend", "ssh", "--set", "slurm.partition=gpu"), "requires --backend slurm, this backend is ssh"),
         (("--hosts", "gpu009"), "unknown node 'gpu009'"),
         (("--set", "slurm.login=elsewhere"), "slurm.login: unknown host 'elsewhere'"),
     ],

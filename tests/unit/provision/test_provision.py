@@ -75,7 +75,7 @@ def test_a_failure_that_the_playbook_expects_is_none():
         ({"msg": "Module result deserialization failed: No start of json char found",
           "module_stderr": "pyenv: python3.13: command not found\n\nThe command exists in these versions:\n  3.13.0\n"},
          "the module gave no answer: pyenv: python3.13: command not found"),
-        ({}, "failed without a word"),
+        ({}, "failed without output"),
     ],
 )  # fmt: skip
 def test_the_reason_of_a_failure_is_one_line_without_ansibles_own_words(result, said):
@@ -184,6 +184,6 @@ def test_a_phase_that_is_not_played_is_no_tag():
 def test_variables_are_the_roles_and_typed_as_yaml():
     name = "cuda_check_driver_min"
     assert roles.variables_of([f"{name}='560'"]) == {name: "560"}
-    for setting, said in ((f"{name}x=1", "did you mean"), (name, "NAME=VALUE"), (f"{name}=[", "no YAML")):
+    for setting, said in ((f"{name}x=1", "did you mean"), (name, "NAME=VALUE"), (f"{name}=[", "not a YAML value")):
         with pytest.raises(UsageError, match=said):
             roles.variables_of([setting])

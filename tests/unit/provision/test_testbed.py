@@ -211,7 +211,7 @@ def test_only_one_command_works_on_a_testbed_at_a_time(tmp_path):
         with containers._locked(tmp_path / "y.json"):
             pass
         with (
-            pytest.raises(InfrastructureError, match="another `runner testbed` is at work on 'x'"),
+            pytest.raises(InfrastructureError, match="another `runner testbed` is already working on 'x'"),
             containers._locked(tmp_path / "x.json"),
         ):
             pass

@@ -397,10 +397,10 @@ GOOD = json.dumps(ROWS[0])
         ("a.csv", "instruction,output\n", "a.csv: data files end in .json, .jsonl, .parquet; rename or convert it"),
         ("a.json", "[{", "a.json: line 1 is not JSON: "),
         ("a.json", f"{GOOD}\n{GOOD}\n", "line 2 is not JSON: Extra data; name it .jsonl if it has one object a line"),
-        ("a.json", GOOD, "a.json: holds one dict; a .json file is one array of rows"),
-        ("a.json", "[" * 100_000, "a.json: nested too deep to be rows of data"),
+        ("a.json", GOOD, "a.json: contains one dict; a .json file must be one array of rows"),
+        ("a.json", "[" * 100_000, "a.json: nested too deeply to be rows of data"),
         ("a.jsonl", f"{GOOD}\n\n{{'a'}}\n", "a.jsonl: line 3 is not JSON: "),
-        ("a.jsonl", f"{GOOD}\n" + "[" * 100_000, "a.jsonl: line 2 is not JSON: nested too deep"),
+        ("a.jsonl", f"{GOOD}\n" + "[" * 100_000, "a.jsonl: line 2 is not JSON: nested too deeply"),
         ("a.jsonl", f"{GOOD}\n".encode() + b'{"instruction": "\xff"}', "a.jsonl: line 2 is not UTF-8 (byte "),
         ("a.json", f"[{GOOD}, 7]", "a.json: row 2 is a int; it must be an object"),
         (
@@ -435,7 +435,7 @@ GOOD = json.dumps(ROWS[0])
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "hi"}]}',
-            "a.jsonl: line 1: messages hold no assistant's turn, so there is nothing to learn",
+            "a.jsonl: line 1: messages have no turn of the assistant, so there is nothing to learn",
         ),
     ],
 )
@@ -451,12 +451,12 @@ def test_a_bad_file_is_one_line_with_its_name_and_row(tmp_path, name, content, s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"source": "no/such/file.json"}, "data source 'no/such/file.json': no such file or folder, nor a hub id"),
-        ({"source": "buitlin"}, "data source 'buitlin': no such file or folder, nor a hub id"),
-        ({"source": "$(touch x); rm"}, "no such file or folder, nor a hub id"),
-        ({"source": "a" * 5000}, "no such file or folder, nor a hub id"),
+        ({"source": "no/such/file.json"}, "data source 'no/such/file.json': neither a file or folder nor a hub id"),
+        ({"source": "buitlin"}, "data source 'buitlin': neither a file or folder nor a hub id"),
+        ({"source": "$(touch x); rm"}, "neither a file or folder nor a hub id"),
+        ({"source": "a" * 5000}, "neither a file or folder nor a hub id"),
         ({"source": "."}, ".: the folder has no .json, .jsonl, .parquet file"),
-        ({"tokenizer": "no such folder"}, "tokenizer 'no such folder': no such folder, nor a hub id"),
+        ({"tokenizer": "no such folder"}, "tokenizer 'no such folder': neither a folder nor a hub id"),
         ({"tokenizer": "."}, "tokenizer '.': the folder has no tokenizer.json"),
         ({"seq_len": 4}, "data: seq-len is 4; give at least 8"),
         ({"samples": 0}, "data: samples is 0; give at least 1"),
