@@ -9,7 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is made from: every name and value checked against the files, and how the nodes are reached."""
+    """What a plan is made from: names and values that were checked against the files, and how nodes are reached.
+
+    `run_dir` and `ssh_config` are paths on the controller; `node_counts` are the sweep, `hardware` and `model` the
+    contents of their files in configs/.
+    """
 
     run_id: str
     created: str
@@ -31,10 +35,10 @@ class Request:
     ssh_config: str | None
     weights: str | None = None
     seed: int = 0
-    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `kinds.node_lines`
+    passed_over: tuple[Mapping[str, str], ...] = ()  # as in `failures.node_lines`
     spares: bool = False  # whether nodes beyond those needed may take the place of bad ones
     slurm: Mapping[str, Any] | None = None
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
     job_array: bool = False
-    deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # those that it could use instead
+    deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name
