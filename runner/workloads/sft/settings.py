@@ -13,7 +13,10 @@ from runner.system.schema import ConfigFile, PositiveInt
 
 
 class SftTest(ConfigFile):
-    """DeepSpeed supervised fine-tuning. What is left out comes from the model's DeepSpeed file."""
+    """configs/tests/sft.yaml. A null is taken from the model or its DeepSpeed file.
+
+    `seq_len` is in tokens; `global_batch`, `micro_batch` and `samples` in sequences or samples; `timeout_s` in seconds.
+    """
 
     steps: PositiveInt
     warmup_steps: Annotated[int, Field(ge=0)]
