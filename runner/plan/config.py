@@ -169,7 +169,10 @@ def deepspeed_files(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def load_targets() -> list[dict[str, Any]]:
-    """The targets of configs/targets/default.yaml as dicts of the given keys. Raises UsageError for an invalid one."""
+    """The targets of configs/targets/default.yaml, as dicts with the keys that the file gives.
+
+    Raises UsageError for an unknown key or an invalid value.
+    """
     path = CONFIGS / "targets" / "default.yaml"
     targets = check(Targets, read_yaml(path), str(path)).targets
     return [target.model_dump(exclude_unset=True) for target in targets]

@@ -15,7 +15,7 @@ from runner.system.schema import ConfigFile, PositiveInt
 class SftTest(ConfigFile):
     """configs/tests/sft.yaml. A null is taken from the model or its DeepSpeed file.
 
-    `seq_len` is in tokens; `global_batch`, `micro_batch` and `samples` in sequences or samples; `timeout_s` in seconds.
+    `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences.
     """
 
     steps: PositiveInt
