@@ -1,9 +1,9 @@
-"""What the product adds to `torchrun` by hand, in seconds to the first training step on one node.
+"""The time that Shakedown adds to plain `torchrun`, in seconds to the first training step on one node.
 
     .venv/bin/python benchmarks/layer_cost.py --pairs 5
 
 Each pair runs the same job twice, in alternating order: `runner bench` on this machine, and plain
-torchrun on a copy of the very job.json that it wrote. Both are timed from the start of the command to
+torchrun on a copy of the job.json that it wrote. Both are timed from the start of the command to
 the end of the first optimizer step, as rank 0 recorded it.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def first_step(folder: Path) -> float:
-    """Wall-clock time at which rank 0 finished its first optimizer step."""
+    """The time (Unix, s) at which rank 0 finished its first optimizer step; exits where `folder` has no step."""
     for line in (folder / "rank0.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event.get("metric") == "step_time_s":
@@ -35,6 +35,7 @@ def first_step(folder: Path) -> float:
 
 
 def with_runner(results: Path) -> tuple[float, Path]:
+    """(seconds to the first step with `runner bench`, the cell's folder)."""
     command = [BIN / "runner", "bench", "-i", "inventory/local", "--test", "sft", "--model", "tiny"]
     started = time.time()
     subprocess.run([*command, "--set", "sft.steps=2", "--results", results], cwd=ROOT, check=True, capture_output=True)
@@ -43,6 +44,7 @@ def with_runner(results: Path) -> tuple[float, Path]:
 
 
 def by_hand(cell: Path, folder: Path) -> float:
+    """Seconds to the first step with plain torchrun, in a new `folder` with the job.json of `cell`."""
     folder.mkdir()
     shutil.copy(cell / "job.json", folder)
     ranks = json.loads((cell / "job.json").read_text())["gpus_per_node"]
@@ -53,6 +55,7 @@ def by_hand(cell: Path, folder: Path) -> float:
 
 
 def main() -> None:
+    """Measure the pairs, and print each and the median difference in seconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     pairs = parser.parse_args().pairs

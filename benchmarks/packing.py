@@ -1,4 +1,4 @@
-"""How fast and how full samples are packed: `python benchmarks/packing.py [--samples N] [--repeats R]`.
+"""Speed and utilisation of packing: `python benchmarks/packing.py [--samples N] [--repeats R]`.
 
 One process, no GPU, no network. Two seeded distributions of lengths in tokens, prompt included, cut at
 the sequence's length:
@@ -6,10 +6,10 @@ the sequence's length:
     alpaca   45 + lognormal(median 60, sigma 0.9)    short answers behind Alpaca's long preamble
     chat     30 + lognormal(median 400, sigma 1.0)   conversations with a long tail, some cut
 
-The constant is the shortest sample there can be (template and a few words); it is what makes gaps
-that a greedy packer cannot fill, so best-fit decreasing is shown beside `pack`. `least` is
+The constant is the length of the shortest sample (template and a few words); it leads to gaps that a
+greedy packer cannot fill, so best-fit decreasing is shown next to `pack`. `least` is
 ceil(tokens / seq_len): no packing needs fewer sequences. `pack s` is the assignment alone; `write s`
-is that plus building and writing all arrays to a temporary folder, for the first `--write-samples`
+also includes building and writing all arrays to a temporary folder, for the first `--write-samples`
 samples. Times are the median of the repeats (least–most).
 """
 
@@ -32,14 +32,15 @@ DISTRIBUTIONS = {"alpaca": (45, 60, 0.9), "chat": (30, 400, 1.0)}
 
 
 def lengths_of(name: str, samples: int, seq_len: int) -> np.ndarray:
+    """int64 [samples]: lengths in tokens of a distribution's samples, at most `seq_len`; the same on each call."""
     shortest, median, sigma = DISTRIBUTIONS[name]
     drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, samples)
     return np.minimum(shortest + drawn.astype(np.int64), seq_len)
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
-    """The number of bins that the usual greedy packing needs: each sample into the fullest bin that takes it."""
-    bins_with = [0] * (capacity + 1)  # by remaining space; a set bit of `open_` says that there are some
+    """The number of bins of the usual greedy packing: each sample goes into the fullest bin that has room for it."""
+    bins_with = [0] * (capacity + 1)  # by remaining space; a set bit of `open_` marks a space that some bin has
     n_bins = open_ = 0
     for length in np.sort(lengths)[::-1].tolist():
         fitting = open_ >> length
@@ -56,7 +57,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
 
 
 def timed(call: Callable[[], object], repeats: int) -> str:
-    call()  # the first one pays for imports and page faults
+    """The time of `call` in s over `repeats` calls, as text: `median (least–most)`."""
+    call()  # the first call includes imports and page faults
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -66,6 +68,7 @@ def timed(call: Callable[[], object], repeats: int) -> str:
 
 
 def write(lengths: np.ndarray, seq_len: int) -> None:
+    """Pack samples of these lengths, and build and write all arrays to a temporary folder."""
     n_tokens = int(lengths.sum())
     flat = Flat(np.zeros(n_tokens, np.int32), np.ones(n_tokens, np.bool_), lengths)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +76,7 @@ def write(lengths: np.ndarray, seq_len: int) -> None:
 
 
 def machine() -> str:
+    """Processor, cores, load and versions of this machine, in one line."""
     cpu = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -85,6 +89,7 @@ def machine() -> str:
 
 
 def main() -> None:
+    """Measure every distribution at every sequence length, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--write-samples", type=int, default=100_000)

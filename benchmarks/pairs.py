@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/pairs.py --pairs 200
 
 `runner bench` is started twice, the second as soon as the first has ended, on this machine: two ranks, one collective,
-one size. Runs have locks and scratch of their own, so that others on this machine are not in their way. With
-`--at-once` both of a pair are started at the same time in the same second: one of them may then be refused, since the
-other has the node, and must say so in one line.
+one size. Runs have separate locks and scratch folders, so that other runs on this machine do not interfere. With
+`--at-once` both of a pair are started within the same second: one of them may then be refused, since the other one
+uses the node, with a message of one line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INVENTORY = """all: {children: {gpu_nodes: {hosts: {localhost: {
 
 @dataclass
 class Pairs:
-    """Pairs of runs in the folder `work`, and what became of each run."""
+    """Pairs of runs in the folder `work`: how often each final state occurred, and the problems found."""
 
     work: Path
     states: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -51,7 +51,7 @@ class Pairs:
         self.env = os.environ | {"XDG_STATE_HOME": str(self.work / "state")}
 
     def pair(self, number: int, at_once: bool) -> None:
-        """Two runs, and what is wrong with what they leave."""
+        """Run one pair, and record the states and problems of the run directories that it leaves."""
         before = self._directories()
         if at_once:
             started = [self._start() for _ in range(2)]
@@ -88,7 +88,7 @@ class Pairs:
 
 
 def main() -> None:
-    """Run the pairs, print what became of them; the exit code is 1 where anything is wrong."""
+    """Run the pairs and print the final states and problems; the exit code is 1 if there is a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--at-once", action="store_true", help="start both runs of a pair at the same time")

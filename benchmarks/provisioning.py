@@ -1,4 +1,4 @@
-"""What provisioning costs with the product's roles and settings, and with Ansible as it comes, in pairs.
+"""The time of provisioning with Shakedown's roles and settings, and with stock Ansible, in pairs.
 
     .venv/bin/python benchmarks/provisioning.py --pairs 3 --nodes 8 --sizes 1,2,4
 
@@ -8,8 +8,8 @@ provisioning/stock/site.yml, ordinary tasks with Ansible's own settings. Each si
 nodes (files with owner, mode and content, services, packages) must be the same on both, and the second run must change
 nothing. The order alternates. `--sizes` measures `ours` alone with fewer nodes.
 
-Beside wall-clock time stands the processor time of the controller and all nodes: other work on the machine lengthens
-the first and leaves the second nearly as it is. Nodes that share their cores cannot be faster than the second allows.
+Both wall-clock time and the processor time of the controller and all nodes are reported: other work on the machine
+increases the first and hardly affects the second. Nodes that share cores cannot be faster than the second allows.
 
 `--tags ssh_mesh` measures one role alone. Needs root and podman, as the testbed does.
 """
@@ -68,15 +68,15 @@ services = [words("systemctl", what, *units).split() for what in ("is-active", "
 packages = words("dpkg-query", "--show").splitlines()
 print(json.dumps({"files": files, "services": services, "packages": packages}))
 """
-# What is left out of the comparison, and why.
+# Files that are not compared, with the reason.
 LEFT_OUT = re.compile(
     "|".join(
         (
-            r"/root/\.(ansible|pyenv)(/.*)?",  # Ansible's scratch folder without pipelining; the controller's Python
-            r"/etc/(hosts|hostname|resolv\.conf|machine-id|mtab|ld\.so\.cache|\.pwd\.lock)",  # the container's own
+            r"/root/\.(ansible|pyenv)(/.*)?",  # Ansible's temporary folder without pipelining; the controller's Python
+            r"/etc/(hosts|hostname|resolv\.conf|machine-id|mtab|ld\.so\.cache|\.pwd\.lock)",  # of the container
             r"/etc/ssh/testbed(/.*)?",  # the testbed's keys
             r"/etc/ansible(/.*)?",  # the roles publish facts, which ordinary tasks do not
-            r"/var/lib/slurm/slurm(ctld|d)/.*",  # what the daemons write
+            r"/var/lib/slurm/slurm(ctld|d)/.*",  # state of the daemons
             r"/var/lib/munge/.*",
         )
     )
@@ -86,11 +86,12 @@ SECRETS = ("/etc/munge/munge.key", "/root/.ssh/id_ed25519")
 
 
 def testbed(*arguments: str) -> None:
+    """Run `runner testbed`. Raises CalledProcessError where it fails."""
     subprocess.run([BIN / "runner", "testbed", *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
 def manifest(inventory: Path) -> dict[str, dict]:
-    """The end state of every node, by alias, with the testbed's addresses and keys replaced by whose they are."""
+    """Alias -> end state of the node, in which addresses and keys are replaced by the alias of their node."""
     group = yaml.safe_load((inventory / "hosts.yml").read_text())["all"]["children"]["gpu_nodes"]
     known, key = inventory / ".ssh" / "known_hosts", inventory / ".ssh" / "id_ed25519"
 
@@ -114,6 +115,10 @@ def manifest(inventory: Path) -> dict[str, dict]:
 
 
 def readable(state: dict, whose: re.Pattern[str], names: dict[str, str]) -> dict:
+    """The output of LOOK on one node as {path: (kind, mode, owner, content), "services", "packages"}.
+
+    Text that matches `whose` is replaced by `names`, and the content of SECRETS by its size.
+    """
     files = {}
     for path, (kind, mode, owner, content) in state["files"].items():
         if LEFT_OUT.fullmatch(path):
@@ -127,6 +132,7 @@ def readable(state: dict, whose: re.Pattern[str], names: dict[str, str]) -> dict
 
 
 def differences(ours: dict, stock: dict) -> list[str]:
+    """A line for each path, service or package list that differs between two manifests; content is cut at 400."""
     lines = []
     for node in sorted({*ours, *stock}):
         mine, theirs = ours.get(node, {}), stock.get(node, {})
@@ -139,7 +145,7 @@ def differences(ours: dict, stock: dict) -> list[str]:
 
 
 def processor_s(name: str) -> float:
-    """Processor seconds so far, of the testbed's containers and of the commands that this one has run."""
+    """Processor time in s used so far by the testbed's containers and by this process's ended children."""
     ids = subprocess.run(["podman", "ps", "-q", "--filter", f"name=^shakedown-{name}-"], capture_output=True, text=True)
     argv = ["podman", "stats", "--no-stream", "--format", "json", *ids.stdout.split()]
     stats = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
@@ -152,9 +158,12 @@ def processor_s(name: str) -> float:
 
 
 def converge(side: str, name: str, inventory: Path, control: Path, tags: list[str]) -> tuple[float, float, int]:
-    """Seconds of one ansible-playbook, processor seconds of it and the nodes, and how many tasks said changed."""
+    """(wall-clock s of one ansible-playbook, processor s of it and the nodes, number of changed tasks).
+
+    Exits with Ansible's output where it fails.
+    """
     config, playbook = SIDES[side]
-    # Connections of a testbed that is gone must not be taken up by the next one at the same address.
+    # Connections to a removed testbed must not be reused for the next one at the same address.
     env = {**os.environ, "ANSIBLE_CONFIG": str(config), "ANSIBLE_SSH_CONTROL_PATH_DIR": str(control)}
     env = {**env, "ANSIBLE_NOCOLOR": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     argv = [
@@ -173,7 +182,7 @@ def converge(side: str, name: str, inventory: Path, control: Path, tags: list[st
 
 
 def measure(side: str, nodes: int, tags: list[str]) -> dict:
-    """One fresh testbed: two runs of `side`, and what it left."""
+    """Times (s), changed tasks, load and manifest of two runs of `side` on a fresh testbed."""
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         inventory, control = Path(scratch, "inventory"), Path(scratch, "cp")
         name = f"bench-{os.getpid()}"
@@ -204,11 +213,12 @@ def interval(ratios: list[float]) -> str:
 
 
 def spread(values: list[float]) -> str:
+    """`median (least–most)` of the values."""
     return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
 def report(pairs: list[dict[str, dict]], alone: dict[int, list[dict]], nodes: int) -> list[str]:
-    """Markdown: both sides, their ratios, and what each number of nodes costs."""
+    """Markdown tables: both sides, their ratios, and the times for each number of nodes; as lines."""
     columns = ("first_s", "first_cpu_s", "second_s", "second_cpu_s")
     heads = "first s | processor s | second s | processor s |"
     ours, stock = [pair["ours"] for pair in pairs], [pair["stock"] for pair in pairs]
@@ -235,6 +245,7 @@ def report(pairs: list[dict[str, dict]], alone: dict[int, list[dict]], nodes: in
 
 
 def main() -> int:
+    """Measure all pairs and print the report; returns 1 where the end states of the sides differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=8)

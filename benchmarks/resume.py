@@ -1,11 +1,11 @@
-"""Runs whose controller is killed at a random moment, and what --resume makes of them.
+"""Runs whose controller is killed at a random moment, and the result of --resume.
 
     .venv/bin/python benchmarks/resume.py --runs 50
     .venv/bin/python benchmarks/resume.py --runs 10 -i inventory/testbed --nodes 2
 
 Each run is started, its controller is killed with SIGKILL after a random time, and it is resumed; one time in three
 the resumed one is killed as well. Every run must end complete with the cells and the records (by cell, rank, metric and
-context) of a run that nobody disturbed, each once, every JSON file of its directory whole, and no process left.
+context) of an undisturbed run, each once, every JSON file of its directory valid, and no process left.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ MOST_ATTEMPTS = 20
 
 @dataclass
 class Soak:
-    """`arguments` choose the inventory and the nodes; `repeats` is the number of cells of each run."""
+    """Runs in the folder `results`, and the times in s after which controllers were killed.
+
+    `arguments` choose the inventory and the nodes; `repeats` is the number of cells of each run.
+    """
 
     arguments: Sequence[str]
     results: Path
@@ -42,7 +45,7 @@ class Soak:
     kills: list[float] = field(default_factory=list)
 
     def undisturbed(self) -> None:
-        """Measure how long a run takes and what it leaves."""
+        """Run once without a kill, and keep its duration in s and its fingerprint."""
         started = time.monotonic()
         code = self._start("calm", "--repeats", str(self.repeats)).wait()
         self.seconds = time.monotonic() - started
@@ -50,12 +53,12 @@ class Soak:
         self.expected = fingerprint(RunDir.find(self.results / "calm", None))
 
     def disturbed(self, number: int) -> list[str]:
-        """One run that is killed and resumed until it is complete; what is wrong with it then."""
+        """Kill and resume one run until it is complete; returns its problems, none if all is well."""
         chance = random.Random(f"{self.seed}/{number}")
         name = f"run{number:03d}"
         self._kill_after(self._start(name, "--repeats", str(self.repeats)), chance.uniform(0, self.seconds))
         for _ in range(MOST_ATTEMPTS):
-            if not (self.results / name).is_dir() or not RunDir.all(self.results / name):  # killed before it had begun
+            if not (self.results / name).is_dir() or not RunDir.all(self.results / name):  # no directory yet
                 started = self._start(name, "--repeats", str(self.repeats))
             else:
                 started = self._start(name, "--resume", "latest")
@@ -68,6 +71,7 @@ class Soak:
         return self.problems(RunDir.find(self.results / name, None))
 
     def problems(self, run: RunDir) -> list[str]:
+        """What differs from a complete, undisturbed run; empty if nothing does."""
         found = []
         if run.read_status()["state"] != "complete":
             found.append(f"its state is {run.read_status()['state']}")
@@ -77,8 +81,8 @@ class Soak:
             try:
                 json.loads(path.read_text())
             except ValueError:
-                if "attempts" not in path.parts:  # what a killed attempt left is kept as it is
-                    found.append(f"{path} is not whole")
+                if "attempts" not in path.parts:  # files of a killed attempt are kept unchanged
+                    found.append(f"{path} is not valid JSON")
         if leftovers := [path for path in run.path.rglob("*.partial") if "attempts" not in path.parts]:
             found.append(f"half-written {leftovers[0]}")
         if left := [c for c in run.read_status()["cells"] if process.marked(f"{run.run_id}/{c}")]:
@@ -103,7 +107,7 @@ class Soak:
 
 
 def fingerprint(run: RunDir) -> collections.Counter[tuple[str, str, str, str]]:
-    """How often each value was recorded, whatever it was."""
+    """The number of records by (cell, rank, metric, context as JSON); their values are not compared."""
     return collections.Counter(
         (record.cell, str(record.rank), record.metric, json.dumps(dict(record.context), sort_keys=True))
         for record in run.read_records()
@@ -111,6 +115,7 @@ def fingerprint(run: RunDir) -> collections.Counter[tuple[str, str, str, str]]:
 
 
 def main() -> int:
+    """Run all of them and print the problems of each; returns 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=2)
@@ -129,8 +134,8 @@ def main() -> int:
         problems = soak.disturbed(number)
         bad += bool(problems)
         left = (time.monotonic() - started) / number * (chosen.runs - number)
-        said = "; ".join(problems) or "complete"
-        print(f"{number}/{chosen.runs}: {said}; {len(soak.kills)} kills so far, {left / 60:.0f} min left", flush=True)
+        result = "; ".join(problems) or "complete"
+        print(f"{number}/{chosen.runs}: {result}; {len(soak.kills)} kills so far, {left / 60:.0f} min left", flush=True)
     print(f"{chosen.runs - bad} of {chosen.runs} runs complete and equal, {len(soak.kills)} controllers killed")
     return 1 if bad else 0
 

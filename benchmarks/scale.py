@@ -1,19 +1,19 @@
-"""What many nodes cost the controller: planned on paper, and heard from in a simulation.
+"""The cost of many nodes for the controller: planning them, and receiving their output in a simulation.
 
     .venv/bin/python benchmarks/scale.py plan --nodes 512
     .venv/bin/python benchmarks/scale.py fleet --agents 25,50,100,200
 
 `plan` takes each step from an inventory's listing to the commands, job files, Slurm scripts and gather
 targets of a sweep 1,2,4,…,N with the tests torch and sft, and times it. Every repeat is a fresh process, so
-nothing is warm; imports are a row of their own. Half of the nodes are measured too: what grows by 2 is linear,
-what grows by 4 is quadratic.
+nothing is cached; imports are a separate row. Half of the nodes are measured too: a step that grows by 2 is linear,
+one that grows by 4 is quadratic.
 
-`fleet` starts N agents (`python -m runner.node`) on this machine under one controller: `backends.converse` with
-`cells.CellRun`, lines written to files as a run over ssh does. Below each agent one small program writes what
+`fleet` starts N agents (`python -m runner.node`) on this machine under one controller: `talk.converse` with
+`watch.CellRun`, lines written to files as a run over ssh does. Below each agent one small program writes what
 8 ranks of a fine-tuning cell write: per step and rank four values and on rank 0 also loss and progress, and
 per rank a line of log each tenth step. All nodes step at the same moment, as synchronous training does, so
 lines come in bursts. The agents' sampler takes a sample a second. Lag is the time from a line's own time stamp
-to the call of the handler; it holds up to 0.1 s of the agent's own polling.
+to the call of the handler; it includes up to 0.1 s of the agent's polling.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ LIMIT_S = 600
 RUN_ID = "20261121-120000-abcd"
 
 
-# --- planned on paper -------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------
 
 
 def listing(num_nodes: int) -> dict[str, Any]:
-    """`ansible-inventory --list` of hosts whose numbers have gaps: every eighth is missing."""
+    """The output of `ansible-inventory --list` for hosts whose numbers have gaps: every eighth is missing."""
     numbers = [n for n in range(1, 2 * num_nodes + 2) if n % 8][:num_nodes]
     hostvars = {
         f"fukushimadc-02-hgx-{number:04d}": {
@@ -66,7 +66,7 @@ def listing(num_nodes: int) -> dict[str, Any]:
 
 
 def request(num_nodes: int) -> Any:
-    """A sweep over the powers of two up to `num_nodes`; the global batch is one that divides at each."""
+    """A request for a sweep over the powers of two up to `num_nodes`; the global batch divides at each."""
     from runner.plan import config
     from runner.plan.request import Request
 
@@ -99,7 +99,7 @@ def request(num_nodes: int) -> Any:
 
 
 def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
-    """Where the artefacts of each (cell, host) go."""
+    """(cell id, host) -> the controller's folder for its artefacts."""
     from runner.results.rundir import RunDir
 
     run = RunDir(Path(planned.run_dir))
@@ -107,7 +107,7 @@ def gather_targets(planned: Any) -> dict[tuple[str, str], Path]:
 
 
 def jobs(planned: Any) -> dict[tuple[str, str], str]:
-    """`job.json` of each (cell, host), as sent to its agent."""
+    """(cell id, host) -> the text of its job.json, as sent to the agent."""
     from runner.plan import plan
 
     return {
@@ -118,7 +118,7 @@ def jobs(planned: Any) -> dict[tuple[str, str], str]:
 
 
 def sbatch_files(planned: Any) -> dict[str, str]:
-    """The Slurm script of each cell of a plan for backend slurm, on named hosts: the longest kind of request."""
+    """Cell id -> its Slurm script, for a plan for backend slurm; named hosts give the longest kind of script."""
     from runner.cluster import slurm as slurm_settings
     from runner.launch.slurm import allocations
     from runner.launch.slurm import script as slurm
@@ -135,7 +135,7 @@ def sbatch_files(planned: Any) -> dict[str, str]:
 
 
 def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Talks and outcomes of the largest cell after one rank died and every other rank lost its peers."""
+    """(talks, outcomes by host) of the largest cell after one rank died and all other ranks lost their peers."""
     from runner.launch.talk import Talk
     from runner.node.protocol import Outcome, RankEnd
 
@@ -150,7 +150,7 @@ def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, Any]]:
 
 
 class Steps:
-    """Everything between a listing and the first connection, step by step; keeps what each gave and took."""
+    """All steps from a listing to the first connection; keeps each result, and its time in `seconds`."""
 
     def __init__(self, num_nodes: int) -> None:
         self.seconds: dict[str, float] = {}
@@ -161,18 +161,18 @@ class Steps:
         from runner.plan import build, describe
         from runner.system import nodeset
 
-        asked = self._timed("configuration files", lambda: request(num_nodes))
+        requested = self._timed("configuration files", lambda: request(num_nodes))
         self.inventory = self._timed("inventory.parse", lambda: inventory.parse("inventory/large", given))
         self._timed("ssh_config", lambda: ssh.ssh_config(self.inventory, "/run/known_hosts"))
         self._timed("known_hosts", lambda: ssh.known_hosts(self.inventory))
         folded = self._timed("fold: names and aliases", self._fold)
         nodes = self._timed("select: the folded set", lambda: inventory.select(self.inventory, folded))
-        self.plan = self._timed("plan.build", lambda: build.build(asked, nodes))
+        self.plan = self._timed("plan.build", lambda: build.build(requested, nodes))
         self.json = self._timed("plan.json: to_dict and dumps", lambda: json.dumps(self.plan.to_dict()))
         self.text = self._timed("describe", lambda: describe.describe(self.plan, nodeset.fold))
         self.jobs = self._timed("job.json of each cell and node", lambda: jobs(self.plan))
         self.targets = self._timed("gather targets of each cell and node", lambda: gather_targets(self.plan))
-        by_slurm = replace(asked, backend="slurm", slurm={"shared": True})
+        by_slurm = replace(requested, backend="slurm", slurm={"shared": True})
         slurm_plan = self._timed("plan.build for Slurm", lambda: build.build(by_slurm, nodes))
         self.scripts = self._timed("sbatch files of all cells", lambda: sbatch_files(slurm_plan))
         talks, outcomes = failed_everywhere(self.plan)
@@ -197,6 +197,7 @@ class Steps:
 
 
 def plan_command(options: argparse.Namespace) -> None:
+    """Time each step of planning in fresh processes, and print a Markdown table in ms."""
     if options.once:
         print(json.dumps(Steps(options.nodes).seconds))
         return
@@ -234,9 +235,9 @@ def _row(name: str, seconds: Sequence[Sequence[float]]) -> str:
     return f"| {name} | {' | '.join(cells)} | {medians[0] / medians[1]:.1f} |"
 
 
-# --- heard from in a simulation ---------------------------------------------------------------------
+# --- receiving output -------------------------------------------------------------------------------
 
-# What 8 ranks write, without torch. It dies of INT at once, as the agents end it.
+# Writes what 8 ranks write, without torch. SIGINT, with which the agents stop it, ends it immediately.
 RANKS = r"""
 import json, signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -266,7 +267,7 @@ LOG_TIME = re.compile(r"([0-9]+\.[0-9]{6}) step ")
 
 
 class Files:
-    """Keeps the agents' lines as a run over ssh does: a file for each node and file name, and one log."""
+    """Writes the agents' lines as a run over ssh does: a file for each node and file name, and one log."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -274,6 +275,7 @@ class Files:
         self._log = open(folder / "benchmark.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def write(self, host: str, file: str, line: str) -> None:
+        """Append a line to a node's file, and to the log unless the file holds events."""
         if (host, file) not in self._streams:
             folder = self._folder / "nodes" / host
             folder.mkdir(parents=True, exist_ok=True)
@@ -283,14 +285,14 @@ class Files:
             self._log.write(f"{host} {file}: {line}\n")
 
     def close(self) -> int:
-        """Closes them; returns how many were open."""
+        """Close all files; returns their number."""
         for stream in (*self._streams.values(), self._log):
             stream.close()
         return len(self._streams) + 1
 
 
 class Moment(NamedTuple):
-    """Wall clock, processor time of the controller and of its agents in s, lines heard until then."""
+    """Wall clock, processor time of the controller and of its agents (all in s), and lines received so far."""
 
     clock_s: float
     controller_s: float
@@ -299,7 +301,10 @@ class Moment(NamedTuple):
 
 
 class Fleet:
-    """One controller with `num_agents` agents, measured while all of them stream."""
+    """One controller with `num_agents` agents, measured for `window_s` seconds while all of them send lines.
+
+    With `leave` it ends by an exception instead of a request to stop.
+    """
 
     def __init__(self, num_agents: int, step_s: float, window_s: float, leave: bool, folder: Path) -> None:
         from runner.cluster import inventory
@@ -310,7 +315,7 @@ class Fleet:
 
         self.num_agents, self.window_s, self.leave, self.folder = num_agents, window_s, leave, folder
         source = inventory.parse("inventory/fleet", listing(num_agents))
-        # The cell is only asked for its limit and its launcher; the agents get requests of their own.
+        # The cell only provides its time limit and launcher; the agents get separate requests.
         cell = build.build(_only(request(1), num_agents), source.nodes).cells[0]
         self.files = Files(folder)
         self.stop = signals.Stop(Display(quiet=True))
@@ -331,7 +336,7 @@ class Fleet:
         return CellRequest(
             run_id=RUN_ID,
             cell="fleet",
-            # A marker each: all agents share this machine, and each ends whatever carries its own.
+            # One marker per agent: all agents share this machine, and each ends the processes with its marker.
             marker=f"{RUN_ID}-{os.getpid()}/{host}",
             host=host,
             scratch=str(self.folder / "scratch" / host),
@@ -364,7 +369,10 @@ class Fleet:
         return self.cell.word(talk)
 
     def run(self) -> dict[str, Any]:
-        """Start all, stream for the window, stop all; what each phase took."""
+        """Start all agents, measure for the window, stop all; returns the durations, rates and peaks by name.
+
+        Exits where an agent failed or the run was interrupted before the window ended.
+        """
         from runner.launch import talk as backends
         from runner.node.protocol import PATIENCE_S
 
@@ -376,7 +384,7 @@ class Fleet:
             raise SystemExit(f"left before all was measured: {self.cell.reason or 'interrupted, or an agent failed'}")
         seconds, lines = ended.clock_s - began.clock_s, ended.lines - began.lines
         controller_s = ended.controller_s - began.controller_s
-        told = [outcome.stopped for outcome in self.cell.outcomes.values()]
+        stop_reasons = [outcome.stopped for outcome in self.cell.outcomes.values()]
         lags = sorted(self.lags)
         inside = [moment for moment in self.rounds if began.clock_s <= moment <= ended.clock_s]
         return {
@@ -394,15 +402,15 @@ class Fleet:
             "rss_mib": _peak_mib(),
             "rss_before_mib": before_mib,
             "files": self.files.close(),
-            "silent": sum(1 for reason in told if reason not in ("stop", None)),
-            "unheard": self.num_agents - len(told),
+            "silent": sum(1 for reason in stop_reasons if reason not in ("stop", None)),
+            "unheard": self.num_agents - len(stop_reasons),
             "left_over": _left_over(),
         }
 
 
-def _only(asked: Any, num_nodes: int) -> Any:
+def _only(requested: Any, num_nodes: int) -> Any:
     """The request for one cell of test torch on `num_nodes` nodes."""
-    return replace(asked, tests={"torch": asked.tests["torch"]}, node_counts=(num_nodes,))
+    return replace(requested, tests={"torch": requested.tests["torch"]}, node_counts=(num_nodes,))
 
 
 def _peak_mib() -> float:
@@ -413,7 +421,7 @@ def _peak_mib() -> float:
 
 
 def _children_s() -> float:
-    """Processor time of the agents that run, without the ranks below them."""
+    """Processor time in s of the running agents, without their ranks."""
     import psutil
 
     total = 0.0
@@ -425,15 +433,15 @@ def _children_s() -> float:
 
 
 def _left_over() -> int:
-    """Processes that this controller's agents started and that still run, and agents themselves."""
+    """The number of agents, and of processes started by them, that are still running."""
     import psutil
 
-    wanted = f"SHAKEDOWN_CELL={RUN_ID}-{os.getpid()}/".encode()
+    marker = f"SHAKEDOWN_CELL={RUN_ID}-{os.getpid()}/".encode()
     found = {child.pid for child in psutil.Process().children(recursive=True)}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if any(word.startswith(wanted) for word in (entry / "environ").read_bytes().split(b"\0")):
+                if any(word.startswith(marker) for word in (entry / "environ").read_bytes().split(b"\0")):
                     found.add(int(entry.name))
     return len(found)
 
@@ -457,11 +465,12 @@ COLUMNS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
 
 
 def fleet_command(options: argparse.Namespace) -> None:
-    if options.folder:  # the controller of one size, in a process of its own
+    """Measure each number of agents in a fresh controller process, and print a Markdown table."""
+    if options.folder:  # the controller of one size, in a separate process
         fleet = Fleet(int(options.agents), options.step_s, options.seconds, options.leave, options.folder)
         print(json.dumps(fleet.run()))
         return
-    how = "left at once, as by a second Ctrl-C" if options.leave else "asked to stop"
+    how = "left immediately, as by a second Ctrl-C" if options.leave else "asked to stop"
     print(f"{machine()}\na step each {options.step_s:g} s, {options.seconds:g} s measured, then {how}\n")
     print(f"| {' | '.join(name for name, _ in COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
     for size in options.agents.split(","):
@@ -474,7 +483,7 @@ def fleet_command(options: argparse.Namespace) -> None:
 
 
 def _controller(argv: list[str]) -> dict[str, Any]:
-    """The result of one controller; ended early, it gets the chance to end its agents first."""
+    """The result of one controller, from its output. On an interruption it gets 120 s to end its agents."""
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         out, _ = child.communicate(timeout=LIMIT_S)
@@ -483,7 +492,7 @@ def _controller(argv: list[str]) -> dict[str, Any]:
         try:
             child.wait(120)
         except subprocess.TimeoutExpired:
-            child.kill()  # its agents notice by themselves: their end of the leash is closed
+            child.kill()  # its agents end on their own, since their connection is closed
             child.wait()
         raise
     if child.returncode:
@@ -495,6 +504,7 @@ def _controller(argv: list[str]) -> dict[str, Any]:
 
 
 def machine() -> str:
+    """Processor, cores, load and Python version of this machine, in one line."""
     cpu = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -504,6 +514,7 @@ def machine() -> str:
 
 
 def main() -> None:
+    """Parse the command line and run `plan` or `fleet`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     plan = commands.add_parser("plan", help="time each step of planning")
@@ -520,7 +531,7 @@ def main() -> None:
     fleet.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     fleet.set_defaults(command=fleet_command)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open is cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that open resources are cleaned up
     options.command(options)
 
 

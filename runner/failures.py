@@ -1,6 +1,6 @@
 """Kinds of failure: what each means, whose fault it is, and what to do. Pure.
 
-Whatever goes wrong has one of these kinds: a cell's error, a bad node, a command's error with `--json`.
+Every failure has one of these kinds: a cell's error, a bad node, a command's error with `--json`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of failure: whose fault it is, whether another try may end better, and what to do.
+    """A kind of failure: its title, whose fault it is, whether a retry may succeed, and what to do.
 
-    `retry` is for what infrastructure may do better the next time, never for a user's or a configuration's fault.
-    `headline` heads the report of a run in which all cells completed and nothing of another kind was found.
+    `retry` is for infrastructure, which may work the next time, never for a user's or a configuration's fault.
+    `headline` is that of a run in which all cells completed and all findings are of this kind.
     """
 
     title: str
@@ -27,7 +27,7 @@ class Kind:
 
 NODE, CONFIGURATION, USER, TOOL, NOBODY = "node", "configuration", "user", "tool", "not identifiable"
 
-# Every kind that agents, backends and `blame` report, and that is found in what a run measured.
+# Every kind that agents, backends and `blame` report, and every kind found in a run's measurements.
 KINDS: Mapping[str, Kind] = {
     # reaching a node
     "unreachable": Kind("A node cannot be reached", NODE, True, "check that it is up and its sshd and network answer"),
@@ -105,7 +105,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "unknown": Kind(
         "A cell failed", NOBODY, False, "read benchmark.log"
-    ),  # also what runs say that recorded no kinds yet
+    ),  # also of runs of versions that recorded no kinds
 }
 
 # Kinds of earlier versions -> the kinds that replaced them.
@@ -113,23 +113,23 @@ _FORMER = {"rank_died": "rank_crashed", "node_unreachable": "hung"}
 
 
 def current(kind: object) -> str:
-    """The name in KINDS of a kind that a run recorded, by whatever version: `unknown` for what is none."""
+    """The name in KINDS of a kind that a run of any version recorded; `unknown` for any other value."""
     name = _FORMER.get(str(kind), str(kind))
     return name if name in KINDS else "unknown"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a node cannot be used: a kind of KINDS, and one line for people."""
+    """Why a node cannot be used: a kind in KINDS, and a message of one line."""
 
     kind: str
     message: str
 
 
 def node_lines(bad: Iterable[Mapping[str, str] | str]) -> list[str]:
-    """A line for each node in `bad`, which has {"host", "alias", "kind", "message"} for each problem of each.
+    """One line per node with all its problems, from {"host", "alias", "kind", "message"} of each problem in `bad`.
 
-    Plans of earlier versions have such lines already.
+    An entry may be such a line already, as in plans of earlier versions.
     """
     nodes: dict[str, list[str]] = defaultdict(list)
     for one in bad:

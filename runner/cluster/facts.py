@@ -1,4 +1,4 @@
-"""Facts: what a node is, as observed on it. Versions come from package metadata: importing torch costs a second."""
+"""Facts: a node as observed on it. Versions come from package metadata, since importing torch takes a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sha
 
 
 def collect(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The contents of facts.json; `environment` is what the ranks get on top of this process's."""
+    """The contents of facts.json, observed on this machine.
+
+    `environment` are the variables that the ranks get in addition to those of this process.
+    """
     uname = platform.uname()
     return {
         "hostname": uname.node,
@@ -35,13 +38,13 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 _SETTINGS = ("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE")
-# Variables of container images, module files and builds that begin alike, and that NCCL does not read: its version
-# there and where it is installed. What is loaded is recorded as `nccl`.
+# Variables of container images, module files and builds with the same prefix that NCCL does not read: its version there
+# and where it is installed. The version that is loaded is recorded as `nccl`.
 _NO_SETTINGS = re.compile(r"NCCL_(VERSION|HOME|ROOT|DIR|(ROOT|INCLUDE|LIB|LIBRARY)_(DIR|PATH)|TESTS_\w+)")
 
 
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change what is measured: settings of NCCL, gloo and OpenMP, and the GPUs that are visible."""
+    """The variables that affect measurements, sorted: settings of NCCL, gloo and OpenMP, and the visible GPUs."""
     return {
         key: value
         for key, value in sorted(environment.items())
@@ -50,9 +53,10 @@ def relevant(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def environment(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What of facts.json a measurement depends on: property -> text. Pure.
+    """The properties in facts.json that a measurement depends on, as property -> text. Pure.
 
-    What is unique to a node (host name, boot id, addresses, UUIDs) is left out, so that nodes and moments compare.
+    Properties that are unique to a node (host name, boot id, addresses, UUIDs) are left out, so that the environments
+    of two nodes, or of one node at two times, are comparable.
     """
     cpu = facts.get("cpu") or {}
     flat: dict[str, Any] = {
@@ -78,13 +82,16 @@ def environment(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str | None], now: Mapping[str, str]) -> list[str]:
-    """What differs between two environments, such as `torch 2.13.0 -> 2.12.1`; None before: it may be anything."""
-    open_to_any = {name for name, value in before.items() if value is None}
+    """The differences between two environments, such as `torch 2.13.0 -> 2.12.1`.
+
+    A property that is None in `before` may have any value now.
+    """
+    accepted = {name for name, value in before.items() if value is None}
     names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     return [
         f"{name.removeprefix('packages.')} {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
         for name in names
-        if name not in open_to_any
+        if name not in accepted
     ]
 
 
@@ -110,6 +117,7 @@ def _cpu_model() -> str | None:
 
 
 def version_of(package: str | None) -> str | None:
+    """The version of an installed Python package; None where it is not installed, and for None."""
     if package is None:
         return None
     try:
@@ -123,7 +131,10 @@ def _first_package(*names: str) -> str | None:
 
 
 def gpus() -> dict[str, Any]:
-    """Driver and CUDA version and the GPUs that NVML shows; None and empty without a driver."""
+    """{"driver", "cuda", "gpus"}: the driver's version, the CUDA version it supports, and the GPUs that NVML lists.
+
+    Without a driver the versions are None and the list is empty. `memory_gib` of a GPU is in GiB.
+    """
     none: dict[str, Any] = {"driver": None, "cuda": None, "gpus": []}
     try:
         import pynvml

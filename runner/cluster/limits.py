@@ -1,7 +1,7 @@
 """Physical ceilings ("speed of light") and the arithmetic behind every rate. Pure, standard library only.
 
 Every bandwidth is in GB/s (1 GB = 1e9 B), every memory in GiB, every rate of arithmetic in TFLOP/s.
-A ceiling names the resource that binds it, so that a report can say *what* is at its limit.
+A ceiling names the resource that sets it, so that a report can show *what* is at its limit.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ COLLECTIVES = (
 
 
 def busbw_factor(collective: str, world_size: int) -> float:
-    """busbw ÷ algbw, where algbw = size_bytes ÷ time. One rank moves nothing: 0 but for 1-factor operations.
+    """The ratio busbw ÷ algbw of a collective, where algbw = size_bytes ÷ time.
 
-    Source: nccl-tests, PERFORMANCE.md. `size_bytes` is the larger of an operation's two buffers.
-    Raises ValueError for a collective that has no bandwidth (`barrier`) or is not known.
+    `size_bytes` is the larger of an operation's two buffers. For one rank it is 0, except where the factor is always 1.
+    Raises ValueError for a collective without a bandwidth (`barrier`) and for an unknown one.
+    Source: nccl-tests, PERFORMANCE.md.
     """
     if collective == "all_reduce":
         return 2 * (world_size - 1) / world_size
@@ -47,7 +48,10 @@ class Limit:
 
 
 def nic_gb_per_s(nics: int, gbit_per_s: float) -> float:
-    """One-way wire rate of all NICs of a node, GB/s. Headers and congestion control take 4–8 % of it."""
+    """One-way wire rate in GB/s of a node's `nics` NICs of `gbit_per_s` Gbit/s each.
+
+    Headers and congestion control take 4–8 % of it.
+    """
     return nics * gbit_per_s / 8
 
 
@@ -58,9 +62,10 @@ def busbw_ceilings(
     nic_gb_per_s: float | None,
     nvlink_busbw_gb_per_s: float | None,
 ) -> dict[str, Limit]:
-    """The ceilings of a collective's busbw by algorithm: `ring`, `tree` (or hierarchical), `nvlink`.
+    """The ceilings of a collective's busbw in GB/s by algorithm: `ring`, `tree` (or hierarchical), `nvlink`.
 
-    `nic_gb_per_s` is the one-way rate of all NICs of one node. An unknown rate (None or 0) gives no entry.
+    `nic_gb_per_s` is the one-way rate of all NICs of one node. An unknown rate (None or 0) gives no entry. One rank
+    has no ceilings.
 
     With k nodes, n GPUs and B GB/s a node:
     - ring: each byte of busbw crosses every node boundary once, so busbw ≤ B;
@@ -100,9 +105,12 @@ def busbw_ceiling(
     nic_gb_per_s: float | None,
     nvlink_busbw_gb_per_s: float | None,
 ) -> Limit | None:
-    """The highest busbw that any algorithm can reach, or None where the hardware's rates are unknown."""
+    """The highest busbw that any algorithm can reach, in GB/s; None where the hardware's rates are unknown.
+
+    The arguments are those of `busbw_ceilings`.
+    """
     found = busbw_ceilings(collective, num_nodes, gpus_per_node, nic_gb_per_s, nvlink_busbw_gb_per_s)
-    if num_nodes > 1:  # NVLink alone is no ceiling of an operation that leaves the node
+    if num_nodes > 1:  # NVLink alone does not limit an operation across nodes
         found.pop("nvlink", None)
     return max(found.values(), key=lambda limit: limit.gb_per_s, default=None)
 
@@ -123,12 +131,12 @@ class Parameters:
 
     @property
     def non_embedding(self) -> int:
-        """N of the FLOP formula: all that takes part in a matrix product, which the output head does."""
+        """N of the FLOP formula: all parameters of matrix products, including those of the output head."""
         return self.total - self.embedding if self.head else self.total
 
 
 def parameters(model: Mapping[str, Any]) -> Parameters:
-    """Counts from the fields of configs/models/<model>.yaml: Llama without biases, SwiGLU, RMSNorm."""
+    """Parameter counts from the fields of configs/models/<model>.yaml: Llama without biases, SwiGLU, RMSNorm."""
     hidden, layers, vocab = model["hidden_size"], model["num_layers"], model["vocab_size"]
     kv = hidden * model["num_kv_heads"] // model["num_heads"]
     attention = 2 * hidden * hidden + 2 * hidden * kv
@@ -139,11 +147,11 @@ def parameters(model: Mapping[str, Any]) -> Parameters:
 
 
 def flops_per_token(model: Mapping[str, Any], seq_len: int, recompute: bool = False, causal: bool = False) -> float:
-    """Training FLOP of one token: 6N + 12·L·H·S, N without the input embedding.
+    """Training FLOP of one token: 6N + 12·L·H·S, with N parameters without the input embedding, L layers of width H.
 
-    `causal` counts only the half of attention that a causal mask leaves (the flash kernels do no more);
-    `recompute` adds 2N for a second forward pass. MFU uses neither, by convention (PaLM, appendix B), so that
-    a figure does not rise because more work was wasted. `seq_len` is the length that attention sees.
+    `seq_len` S is the length over which attention is computed, in tokens. `causal` counts only the half of attention
+    that a causal mask leaves (flash kernels compute no more); `recompute` adds 2N for a second forward pass. MFU uses
+    neither, by convention, so that wasted work does not raise it. Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
     n = parameters(model).non_embedding
     attention = 12 * model["num_layers"] * model["hidden_size"] * seq_len
@@ -151,7 +159,10 @@ def flops_per_token(model: Mapping[str, Any], seq_len: int, recompute: bool = Fa
 
 
 def mfu(tokens_per_s: float, flop_per_token: float, world_size: int, peak_tflop_per_s: float) -> float:
-    """Model FLOP utilisation, 0…1: useful arithmetic ÷ what all GPUs could do. `peak` is of one GPU, dense."""
+    """Model FLOP utilisation, 0…1: useful FLOP/s ÷ the peak of all GPUs.
+
+    `flop_per_token` is from `flops_per_token`; `peak_tflop_per_s` is the dense peak of one GPU in TFLOP/s.
+    """
     return tokens_per_s * flop_per_token / (world_size * peak_tflop_per_s * 1e12)
 
 
@@ -164,11 +175,12 @@ def model_state_gib(
     gradient: int = 4,
     optimizer: int = 12,
 ) -> float:
-    """Memory of weights, gradients and optimizer on one GPU, GiB.
+    """Memory of weights, gradients and optimizer states on one GPU, in GiB.
 
-    18 B a parameter with Adam in mixed precision: 2 (bf16 weight) + 4 (fp32 gradient) + 12 (fp32 weight and two
-    moments); 0 for what is in host memory. ZeRO-1 divides the optimizer's 12 by the world, ZeRO-2 the gradients' 4 too,
-    ZeRO-3 all. Source: Rajbhandari et al. 2020, "ZeRO", §3, with gradients accumulated in fp32.
+    `weight`, `gradient` and `optimizer` are bytes per parameter, 0 for what is in host memory. Adam in mixed precision
+    has 18: 2 (bf16 weight) + 4 (fp32 gradient) + 12 (fp32 weight and two moments). ZeRO-1 divides the optimizer states
+    by the world size, ZeRO-2 the gradients too, ZeRO-3 all. Source: Rajbhandari et al. 2020, "ZeRO", §3, with gradients
+    accumulated in fp32.
     """
     shares = ((optimizer, 1), (gradient, 2), (weight, 3))
     held = sum(size / world_size if zero_stage >= stage else size for size, stage in shares)
@@ -177,7 +189,7 @@ def model_state_gib(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one GPU would hold, GiB, by cause. `fits` is None where the GPU's memory is unknown."""
+    """Estimated memory need of one GPU by cause, and its `available` memory (None: unknown), in GiB."""
 
     states: float
     activations: float
@@ -187,10 +199,12 @@ class MemoryEstimate:
 
     @property
     def needed(self) -> float:
+        """The total need in GiB."""
         return self.states + self.activations + self.logits + self.working
 
     @property
     def fits(self) -> bool | None:
+        """Whether the need is at most the available memory; None where that is unknown."""
         return None if not self.available else self.needed <= self.available
 
 
@@ -209,13 +223,14 @@ def memory_estimate(
     optimizer_offloaded: bool = False,
     weights_offloaded: bool = False,
 ) -> MemoryEstimate:
-    """Memory of SFT on one GPU; an estimate, good to about 15 %.
+    """The memory that SFT needs on one GPU, accurate to about 15 %.
 
-    states: `model_state_gib`, with `gradient` bytes a parameter; an offloaded optimizer takes its gradients along.
-    activations: with activation checkpointing (`recompute`) one bf16 input a layer is kept (2·T·H·L; in host memory
-    with `inputs_offloaded`), plus one layer's inside while it is recomputed (about 34·T·H without attention scores;
-    Korthikanti et al. 2022, §4); without it every layer's inside: 24·T·H·L, since 26 was measured with fused kernels.
-    logits: T·V in bf16 and fp32 (6 B), none where the loss is fused with the projection (Liger).
+    T = `micro_batch` (sequences) × `seq_len` (tokens), H hidden size, L layers, V vocabulary; the terms below in bytes.
+    states: `model_state_gib` with `gradient` bytes per parameter; an offloaded optimizer offloads its gradients too.
+    activations: with activation checkpointing (`recompute`) one bf16 input per layer is kept (2·T·H·L; in host memory
+    with `inputs_offloaded`), plus the activations of one layer during its recomputation (about 34·T·H without attention
+    scores; Korthikanti et al. 2022, §4); without it those of every layer: 24·T·H·L, as 26 was measured with fused
+    kernels. logits: T·V in bf16 and fp32 (6 B), none where the loss is fused with the projection (Liger).
     working: two gathered layers and the gathered input table in bf16, and 2 GiB for NCCL, CUDA and fragmentation.
     """
     tokens = micro_batch * seq_len

@@ -1,4 +1,4 @@
-"""How jobs are submitted on this cluster: the settings of Slurm, checked."""
+"""The settings for submitting jobs to this cluster's Slurm, and their validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.system.schema import ConfigFile, check
 WORD = re.compile(r"[\w\[(*/][\w.,:;@%+=/|&*\[\]()-]*", re.ASCII)  # no blank, quote, $ or #
 _EXTRA = re.compile(rf"--([a-z][a-z0-9-]*)(={WORD.pattern})?", re.ASCII)
 _GRES = re.compile(r"[a-z]\w*(:[a-z][\w.-]*)?(:\d+[kmg]?)?", re.ASCII | re.IGNORECASE)
-# What render sets itself, or what would undo it. Slurm takes any unambiguous beginning of a name as well.
+# Options that the job script sets itself, or that would undo them. Slurm accepts any unambiguous prefix as well.
 _OWN = (
     " account array batch chdir clusters constraint cpus-per-gpu cpus-per-task error exclude exclusive export "
     "export-file get-user-env gpus gpus-per-node gpus-per-socket gpus-per-task gres help hold input job-name mem "
@@ -31,13 +31,13 @@ _PLACEHOLDER = re.compile(
 
 
 def placeholder(script: str) -> str | None:
-    """The first thing that somebody was meant to replace (`<account>`, `CHANGEME`, `${X}`), or None."""
+    """The first placeholder in `script` (`<account>`, `CHANGEME`, `${X}`), or None."""
     found = _PLACEHOLDER.search(script)
     return found[0] if found else None
 
 
 def seconds_of(text: str) -> int | None:
-    """Seconds of Slurm's M, M:S, H:M:S, D-H, D-H:M and D-H:M:S; None for UNLIMITED and whatever is no time."""
+    """Seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for UNLIMITED and for any other text."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not match:
         return None
@@ -48,7 +48,7 @@ def seconds_of(text: str) -> int | None:
 
 
 def clock(seconds: int) -> str:
-    """D-HH:MM:SS"""
+    """Seconds as Slurm's D-HH:MM:SS."""
     return f"{seconds // 86400}-{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
@@ -108,11 +108,11 @@ Seconds = Annotated[int, BeforeValidator(_seconds)]
 class Settings(ConfigFile):
     """How jobs are submitted: the inventory's runner_slurm_* variables and `--set slurm.KEY=VALUE`.
 
-    `time_limit_s` None is computed from the cells' own limits; `gres` None asks for the cell's GPUs.
-    `exclude` are Slurm names of nodes that must not be used, `extra` whole option lines such as
-    "--reservation=maint", `login` the inventory host on which Slurm's commands run (None: this machine),
-    `shared` whether nodes see the run directory at the same path. A job that waits longer than `wait_s`,
-    or longer than `stuck_s` for something that waiting will not bring, is given up.
+    `time_limit_s` None: computed from the cells' own limits; `gres` None: the cell's GPUs. `exclude` are Slurm
+    names of nodes that must not be used, `extra` whole options such as "--reservation=maint", `login` the inventory
+    host on which Slurm's commands run (None: this machine), `shared` whether nodes see the run directory at the same
+    path. A job is cancelled when it has waited for `wait_s` (None: no limit), or for `stuck_s` for a reason that does
+    not resolve by itself.
     """
 
     partition: Word | None = None
@@ -137,5 +137,8 @@ class Settings(ConfigFile):
 
 
 def settings(values: Mapping[str, Any], where: str) -> Settings:
-    """`values` checked. Raises UsageError with `where`, the key, and the nearest name or what is expected."""
+    """The settings in `values`, validated. `where` names their source in errors.
+
+    Raises UsageError with `where`, the key, and the nearest valid name or the expected value.
+    """
     return check(Settings, {str(key): value for key, value in values.items()}, where)

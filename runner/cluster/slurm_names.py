@@ -1,7 +1,7 @@
-"""What a run's jobs and their logs are called under Slurm. Standard library only: the node's agent reads it too."""
+"""Names of a run's Slurm jobs and their logs. Standard library only, since the node's agent imports it too."""
 
 from __future__ import annotations
 
-NAME = "shakedown"  # with which the names of jobs begin: after it comes the run's id
+NAME = "shakedown"  # the prefix of job names; the run's id follows it
 
-LOGS = "/var/tmp"  # where a job's output goes on nodes that do not see the run directory; it is always there
+LOGS = "/var/tmp"  # the folder of job output on nodes that do not see the run directory; it always exists

@@ -1,8 +1,8 @@
 """From records to summary.json: rates, scaling, verdicts and findings. Pure.
 
-A summary says for each number what it depends on, and for each verdict why. Three rules hold everywhere:
+A summary gives for each number what it depends on, and for each verdict the reason. Three rules apply everywhere:
 what was not measured is absent, never zero; a speed that would be meaningless is `not_judged` with its
-reason; noise that could turn a verdict over makes it `inconclusive`, with the repeats that would settle it.
+reason; noise that could reverse a verdict makes it `inconclusive`, with the number of repeats that would decide.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The contents of summary.json (docs/metrics.md names every metric, unit and formula).
 
-    `telemetry` rows are the node's samples; utilisation is taken from those within measured steps.
+    `plan` and `status` are the contents of their JSON files, `facts` is cell id -> host -> facts.json. `telemetry`
+    rows are the nodes' samples; utilisation is computed from those taken during measured steps.
     """
     by_cell: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -96,7 +97,7 @@ def _overall(
         if open_:
             return "pass", f"{counted(met, 'target')} met, {open_} not judged"
         return "pass", f"all {met} targets met" if met > 1 else "the target is met"
-    # The reason that covers most nodes says most.
+    # The reason of the cell with the most nodes is the most informative.
     for cell in sorted(cells, key=lambda cell: -cell["num_nodes"]):
         if unfair[cell["id"]]:
             return "not_judged", str(unfair[cell["id"]])

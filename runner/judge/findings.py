@@ -1,7 +1,7 @@
-"""Findings: faults attributed to a node, a setting or nobody, each with its evidence. Pure.
+"""Findings: faults attributed to a node, a setting, or to nothing identifiable, each with its evidence. Pure.
 
 A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}. `kind` is one of `failures.KINDS`, which
-gives the fault and the advice that ends the evidence; `host` is None where no single node can be named.
+gives the fault and the advice at the end of the evidence; `host` is None where no single node can be named.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ def find(
     by_cell: Mapping[str, Sequence[Record]],
     facts: Facts,
 ) -> list[dict[str, Any]]:
-    """Every finding of a run, the gravest first. `cells` are those of summary.json."""
+    """Every finding of a run, the most serious first.
+
+    `cells` are those of summary.json, `status` is the contents of status.json, `by_cell` maps cell ids to records.
+    """
     return [
         *_failures(cells, status),
         *_wrong_values(by_cell),
-        *_silent(cells),
+        *_without_records(cells),
         *_environment_findings(environment(facts)),
     ]
 
@@ -49,7 +52,7 @@ def _finding(
 
 
 def _fault(kind: str, host: str | None) -> str:
-    """Whose fault a kind is; a node that is not known is not blamed."""
+    """The fault of a kind: `not identifiable` instead of `node` where the node is unknown."""
     fault = KINDS[kind].fault
     return NOBODY if fault == NODE and not host else fault
 
@@ -86,7 +89,7 @@ def _wrong_values(by_cell: Mapping[str, Sequence[Record]]) -> Iterable[dict[str,
             )
 
 
-def _silent(cells: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+def _without_records(cells: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
     for cell in cells:
         if cell["state"] == "complete" and not cell["metrics"]:
             yield _finding(
@@ -97,7 +100,7 @@ def _silent(cells: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
             )
 
 
-# A difference in these changes what is measured or breaks it; any other difference is only marked.
+# A difference in these changes or breaks a measurement; any other difference is only highlighted.
 JUDGED_PROPERTIES = frozenset(
     {"driver", "cuda", "nccl"}
     | {f"packages.{name}" for name in ("torch", "deepspeed", "transformers", "accelerate", "shakedown")}
@@ -106,8 +109,10 @@ JUDGED_PROPERTIES = frozenset(
 
 def environment(facts: Facts) -> list[dict[str, Any]]:
     """One row per observed property: {"property", "values": {host: text or None}, "differs", "majority",
-    "minority": [hosts]}. The majority is what more than half of the hosts have; without one, `majority` is
-    None and nobody is the odd one out. What must be unique (hostname, boot id, addresses, UUIDs) is left out.
+    "minority": [hosts]}.
+
+    The majority is the value of more than half of the hosts; without one, `majority` is None and `minority` is empty.
+    Properties that are unique to a node (hostname, boot id, addresses, UUIDs) are left out.
     """
     hosts: dict[str, dict[str, str]] = {}
     for per_host in facts.values():
@@ -133,8 +138,8 @@ def environment(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One finding per odd node with all that it differs in, and one per property that has no majority."""
-    odd: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    """One finding per deviating node with all its differences, and one per property without a majority."""
+    deviating: dict[str, list[tuple[str, str]]] = defaultdict(list)
     findings = []
     hosts: set[str] = set()
     for row in rows:
@@ -146,7 +151,7 @@ def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
             rest = len(row["values"]) - len(row["minority"])
             for host in row["minority"]:
                 mine, theirs = row["values"][host] or "absent", row["majority"] or "absent"
-                odd[host].append((name, f"{name} is {mine} here, {theirs} on {counted(rest, 'other node')}"))
+                deviating[host].append((name, f"{name} is {mine} here, {theirs} on {counted(rest, 'other node')}"))
             continue
         groups: dict[str, list[str]] = defaultdict(list)
         for host, value in row["values"].items():
@@ -160,13 +165,13 @@ def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
                 confidence=NOBODY,
             )
         )
-    for host, differences in sorted(odd.items()):
+    for host, differences in sorted(deviating.items()):
         findings.append(
             _finding(
                 "environment",
                 where=", ".join(name for name, _ in differences),
                 evidence="; ".join(text for _, text in differences),
-                confidence="high" if 4 * len(odd) <= len(hosts) else "medium",
+                confidence="high" if 4 * len(deviating) <= len(hosts) else "medium",
                 host=host,
             )
         )

@@ -1,6 +1,6 @@
 """From the records of one cell to its metrics. Pure; docs/metrics.md names every metric, unit and formula.
 
-What was not measured is absent, never zero: a step without all its ranks is no step.
+What was not measured is absent, never zero: a step that lacks a rank's values is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runner.results.records import Record
 from runner.workloads.registry import TESTS
 
 GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
-# The unit that a metric's name carries, by the part of the name that says so.
+# The unit of a metric by the part of its name that gives it.
 UNITS = (
     ("tokens_per_s", "tokens/s"),
     ("gb_per_s", "GB/s"),
@@ -29,7 +29,7 @@ UNITS = (
 
 
 def unit(metric: str) -> str:
-    """The unit in a metric's name, as people write it; empty for a count or a ratio."""
+    """The unit in a metric's name, as people write it (`GB/s`, `µs`); empty for a count or a ratio."""
     return next((text for part, text in UNITS if part in metric), "")
 
 
@@ -40,6 +40,11 @@ def summarise_cell(
     records: Sequence[Record],
     telemetry: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
+    """The entry of one cell in summary.json.
+
+    `plan` and `cell` are the contents of plan.json and its entry, `records` those of the cell, and `telemetry` is
+    host -> samples. `metrics` and `limits` are empty for a test that this version does not have.
+    """
     state = status.get("cells", {}).get(cell["id"], {}).get("state", "incomplete")
     result: dict[str, Any] = {
         "id": cell["id"],
@@ -65,8 +70,8 @@ def _add_utilisation(
 ) -> None:
     """Mean utilisation of the cell's GPUs while its measured steps ran, and the least used GPU by name.
 
-    The window is each host's own, from `started_s` (its clock) of its measured steps: loading and warming up
-    say nothing about training. Without a window nothing is said.
+    The window of each host runs from its first to its last measured step, by `started_s` on its clock: loading and
+    warm-up are not training. Without a window nothing is added.
     """
     windows: dict[str, tuple[float, float]] = {}
     for record in records:

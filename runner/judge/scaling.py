@@ -18,10 +18,11 @@ def judge_scaling(
     by_cell: Mapping[str, Sequence[Record]],
     unfair: Mapping[str, str | None],
 ) -> list[dict[str, Any]]:
-    """Efficiency of tokens/s per GPU at each node count against the smallest one, per model.
+    """The rows of `scaling` in summary.json: efficiency of tokens/s per GPU at each node count, per model.
 
-    Weak scaling: per-GPU rate ÷ base's per-GPU rate. Strong scaling: speedup ÷ ideal speedup, which is the same
-    quotient; only weak scaling has targets.
+    Efficiency is a ratio to the smallest node count, the base. Weak scaling: per-GPU rate ÷ the base's per-GPU rate.
+    Strong scaling: speedup ÷ ideal speedup, which is the same quotient. `unfair` maps cell ids to the reason why
+    their speed is not judged, or to None.
     """
     mode = plan.get("scaling", "weak")
     targets = [
@@ -78,7 +79,7 @@ def judge_scaling(
 
 
 def _target(targets: Sequence[Mapping[str, Any]], num_nodes: int) -> Mapping[str, Any] | None:
-    """The target for this node count, or else the one for every node count."""
+    """The target for this node count, else the one for every node count, else None."""
     fitting = [target for target in targets if target.get("num_nodes") in (None, num_nodes)]
     return min(fitting, key=lambda target: target.get("num_nodes") is None, default=None)
 
@@ -86,7 +87,10 @@ def _target(targets: Sequence[Mapping[str, Any]], num_nodes: int) -> Mapping[str
 def judge_efficiency(
     efficiency: float, interval: tuple[float, float], repeats: int, target: Mapping[str, Any]
 ) -> Judgement:
-    """An efficiency, a ratio, against a target in percent; `repeats` is the smaller number of both node counts."""
+    """Judge an efficiency and its interval (ratios) against a target in percent.
+
+    `repeats` is the smaller number of repeats of the two node counts.
+    """
     low, high = interval
     return judge(100 * efficiency, (100 * low, 100 * high), repeats, target["value"], "min", "%")
 

@@ -1,4 +1,4 @@
-"""Targets: what was measured against what must be reached. Pure."""
+"""Targets: measured values compared with required values. Pure."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def judge_targets(
     by_cell: Mapping[str, Sequence[Record]],
     unfair: Mapping[str, str | None],
 ) -> list[dict[str, Any]]:
+    """The rows of `targets` in summary.json: each target with what was measured and its verdict.
+
+    A target gives one row per (model, node count) that it applies to, and one `not_judged` row where nothing was
+    measured. `scaling` are the rows of `judge_scaling`; `unfair` maps cell ids to the reason why their speed is not
+    judged, or to None. Values are in the unit of the target's metric.
+    """
     rows = []
     for target in plan.get("targets", []):
         if target["metric"] == "scaling_efficiency_pct":
@@ -43,8 +49,8 @@ def judge_targets(
             if why:
                 judged = Judgement("not_judged", why)
             else:
-                wanted, name = target["value"], target["metric"]
-                judged = judge(value, (low, high), len(values), wanted, target["direction"], metrics.unit(name))
+                required, name = target["value"], target["metric"]
+                judged = judge(value, (low, high), len(values), required, target["direction"], metrics.unit(name))
             slowest = [cell["slowest_gpu"] for cell, _ in found if "slowest_gpu" in cell]
             if slowest and target["metric"] == "gpu_util_pct_mean":
                 gpu = min(slowest, key=lambda gpu: gpu["gpu_util_pct"])
@@ -92,7 +98,7 @@ def _scaling_target(target: Mapping[str, Any], scaling: Sequence[Mapping[str, An
 def _judged_efficiency(
     target: Mapping[str, Any], row: Mapping[str, Any], scaling: Sequence[Mapping[str, Any]]
 ) -> Judgement:
-    """`row` of the scaling against `target`, which need not be the one that the row was judged against."""
+    """Judge a scaling row against `target`, which may differ from the target that the row itself was judged by."""
     if row["verdict"] == "not_judged":
         return Judgement("not_judged", row["reason"])
     compared = (row["num_nodes"], row["base_nodes"])

@@ -1,4 +1,4 @@
-"""How a value is judged against a target: with its spread, or not at all where it would be meaningless. Pure."""
+"""Judging a value against a target by its confidence interval, or not at all where that is meaningless. Pure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ MAX_REPEATS_NEEDED = 100
 def not_judged_reason(
     cell: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]], model: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why the speed of this cell says nothing about a cluster, or None where it does."""
+    """Why the speed of this cell cannot be judged, or None where it can.
+
+    `facts` is host -> facts.json; `model` is the model of a cell that trains.
+    """
     hosts = list(cell["hosts"])
     boots = {host: facts.get(host, {}).get("boot_id") for host in hosts}
     shared = max(Counter(boot for boot in boots.values() if boot).values(), default=0)
@@ -49,6 +52,8 @@ def not_judged_reason(
 
 @dataclass(frozen=True)
 class Judgement:
+    """A verdict (`pass`, `fail`, `inconclusive`, `not_judged`), its reason, and the repeats that would decide."""
+
     verdict: str
     reason: str
     repeats_needed: int | None = None
@@ -57,10 +62,10 @@ class Judgement:
 def judge(
     value: float, ci: tuple[float, float], repeats: int, target: float, direction: str, unit: str = ""
 ) -> Judgement:
-    """`pass` or `fail` only where the whole confidence interval lies on one side of the target.
+    """`pass` or `fail` only where the whole confidence interval is on one side of the target, else `inconclusive`.
 
-    `direction` is `min` (at least the target) or `max` (at most). The repeats needed follow from the interval's
-    width shrinking with the square root of their number.
+    `value`, `ci` (low, high) and `target` are in `unit`; `direction` is `min` (at least the target) or `max` (at most).
+    The repeats needed are estimated from the interval's width, which shrinks with the square root of their number.
     """
     low, high = ci
     unit = f" {unit}" if unit else ""
@@ -79,7 +84,7 @@ def judge(
     needed = MAX_REPEATS_NEEDED if gap == 0 else math.ceil(repeats * (half / gap) ** 2)
     needed = min(max(needed, repeats + 1), MAX_REPEATS_NEEDED)
     about = "more than " if needed == MAX_REPEATS_NEEDED else "about "
-    reason = f"{text}; {required}, which lies in the interval; {about}{needed} repeats would decide"
+    reason = f"{text}; {required}, which is inside the interval; {about}{needed} repeats would decide"
     return Judgement("inconclusive", reason, needed)
 
 
@@ -92,7 +97,8 @@ def bootstrap(
 
     `samples` is one list per repeat of (amount, seconds) per step; a repeat's rate is Σ amount ÷ Σ seconds and
     the value is the median over repeats. Each of the 1000 resamples draws repeats with replacement and, within
-    each drawn repeat, steps with replacement (a two-level bootstrap: steps of one repeat share its luck).
+    each drawn repeat, steps with replacement (a two-level bootstrap: steps of one repeat are correlated). `seed` makes
+    the interval reproducible.
     """
 
     def rate(repeats: Sequence[Sequence[tuple[float, float]]]) -> float:
@@ -113,5 +119,5 @@ def _number(value: float) -> str:
 
 
 def _measured(value: float) -> str:
-    """With four digits, also where the last are zeros: 94.00 beside 94.01."""
+    """Four digits, trailing zeros included, so that 94.00 and 94.01 compare."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")

@@ -12,10 +12,11 @@ from runner.system.wording import counted
 
 
 def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_size: int) -> Batch:
-    """The batch of one cell.
+    """The batch of one cell, in sequences, from the test's settings `params` or else the DeepSpeed configuration.
 
-    Weak scaling keeps the work per GPU: the configured global batch is that of the sweep's largest
-    node count and shrinks with the nodes. Strong scaling keeps the global batch.
+    Weak scaling keeps the work per GPU: the configured global batch applies to the sweep's largest node count and
+    shrinks with the number of nodes. Strong scaling keeps the global batch. Raises UsageError, with values that work,
+    where the batch does not divide.
     """
     configured = request.deepspeed
     global_batch = params["global_batch"] or _number(configured, "train_batch_size")
@@ -42,7 +43,11 @@ def _number(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulation: int, world_size: int) -> Batch:
-    """The batch sizes that satisfy micro × accumulation × world = global, or the nearest that would."""
+    """The batch that satisfies micro-batch × accumulation × world size = global batch, in sequences.
+
+    A None is derived from the other sizes (the micro-batch is 1 where both are None). Raises UsageError, with the
+    nearest values that work, where the sizes contradict each other.
+    """
     if global_batch is None:
         micro_batch = micro_batch or 1
         return Batch(micro_batch * accumulation * world_size, micro_batch, accumulation)
@@ -74,7 +79,7 @@ def _nearest_multiple(value: int, step: int) -> int:
 
 
 def with_batch(config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
-    """The DeepSpeed configuration with the batch filled in."""
+    """A copy of a DeepSpeed configuration with the three batch sizes set."""
     return {
         **config,
         "train_batch_size": batch.global_batch,

@@ -1,4 +1,4 @@
-"""From a request to a plan: its cells, on which nodes each runs, and how. Pure."""
+"""From a request to a plan: its cells, the nodes of each, and the commands that start it. Pure."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
-    """The plan of `request` on `nodes` (chosen and in inventory order).
+    """The plan of `request` on `nodes`, which are those to choose from, in inventory order.
 
-    Raises UsageError when there are too few nodes, a batch does not divide, or a model does not fit into its GPUs.
+    Raises UsageError when there are too few nodes, the engine cannot run on them or over this backend, a batch does
+    not divide, a sequence is longer than the model allows, or a model does not fit into the GPUs' memory.
     """
     most = max(request.node_counts)
     if most > len(nodes):
@@ -112,7 +113,12 @@ def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[
 
 
 def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: str | None) -> Cell:
-    """`cell` on `nodes`, with all that depends on them. Under Slurm the agents ask the engine, once they are placed."""
+    """A copy of `cell` with its hosts, folder and commands set for `nodes`.
+
+    `where` gives run id, run directory, backend and engine; `ssh_config` is the path of the OpenSSH configuration that
+    reaches the nodes, None on this machine. Under Slurm there are no commands yet: the agents get them from the engine
+    once Slurm has placed the job.
+    """
     hosts = tuple(node.name for node in nodes)
     first = nodes[0]
     if BACKENDS[where.backend].scheduled:

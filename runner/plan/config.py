@@ -1,4 +1,4 @@
-"""Configuration files under configs/: read, checked, and refused with the file, the field and the nearest name."""
+"""Reading and checking the files under configs/. Errors name the file, the field and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in Y
 
 
 class ModelConfig(ConfigFile):
-    """The architecture of a Llama-style decoder, and how it is fine-tuned by default."""
+    """configs/models/<name>.yaml: the architecture of a Llama-style decoder, and its defaults for fine-tuning."""
 
     name: str
     hf_id: str | None = None
@@ -51,7 +51,7 @@ class ModelConfig(ConfigFile):
 
 
 class Hardware(ConfigFile):
-    """Ceilings of one node; None where there is nothing to judge against."""
+    """configs/hardware/<name>.yaml: rated limits of a GPU, in the unit of each name; None: unknown, not judged."""
 
     gpu: str
     gpu_memory_gib: float
@@ -68,7 +68,7 @@ else:
 
 
 class Target(ConfigFile):
-    """A value that a metric must reach; num_nodes None: at every node count that was measured."""
+    """A value that a metric must reach, in the metric's unit; `num_nodes` None: at every measured node count."""
 
     name: str
     test: TestName
@@ -84,10 +84,12 @@ class Target(ConfigFile):
 
 
 class Targets(ConfigFile):
+    """configs/targets/<name>.yaml."""
+
     targets: tuple[Target, ...]
 
 
-# What DeepSpeed reads beside what the shipped files hold.
+# Sections that DeepSpeed knows and the shipped files do not use.
 DEEPSPEED_SECTIONS = (
     "aio", "amp", "comms_logger", "communication_data_type", "compression_training", "csv_monitor", "data_efficiency",
     "data_types", "disable_allgather", "dump_state", "flops_profiler", "fp16", "memory_breakdown",
@@ -97,10 +99,12 @@ DEEPSPEED_SECTIONS = (
 
 
 def names(kind: str, suffix: str = ".yaml") -> list[str]:
+    """The names of the files in configs/<kind>/, without `suffix`, sorted."""
     return sorted(path.name.removesuffix(suffix) for path in (CONFIGS / kind).glob(f"*{suffix}"))
 
 
 def load_model(name: str) -> ModelConfig:
+    """The model of configs/models/<name>.yaml. Raises UsageError where it does not exist or is invalid."""
     if name not in names("models"):
         raise unknown("model", name, names("models"))
     path = CONFIGS / "models" / f"{name}.yaml"
@@ -108,6 +112,7 @@ def load_model(name: str) -> ModelConfig:
 
 
 def load_hardware(name: str) -> Hardware:
+    """The hardware of configs/hardware/<name>.yaml. Raises UsageError where it does not exist or is invalid."""
     if name not in names("hardware"):
         raise unknown("hardware", name, names("hardware"))
     path = CONFIGS / "hardware" / f"{name}.yaml"
@@ -115,7 +120,10 @@ def load_hardware(name: str) -> Hardware:
 
 
 def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
-    """The settings of a test after `--set`; an instance of its class of settings."""
+    """The settings of a test: configs/tests/<name>.yaml with `overrides` (key -> value) from `--set` applied.
+
+    Returns an instance of the test's settings class. Raises UsageError for an unknown test, key or value.
+    """
     if name not in TESTS:
         raise unknown("test", name, TESTS)
     path, settings = CONFIGS / "tests" / f"{name}.yaml", TESTS[name].load_settings()
@@ -124,7 +132,10 @@ def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration with dotted `overrides` (zero_optimization.stage) applied."""
+    """configs/deepspeed/<name>.json with `overrides` (dotted keys such as zero_optimization.stage) applied.
+
+    Raises UsageError where the file does not exist or is no JSON object, or where a key names no known section.
+    """
     if name not in names("deepspeed", ".json"):
         raise unknown("DeepSpeed configuration", name, names("deepspeed", ".json"))
     path = CONFIGS / "deepspeed" / f"{name}.json"
@@ -135,7 +146,7 @@ def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path}: expected a JSON object, found {type(config).__name__}")
     for key, value in overrides.items():
-        # DeepSpeed takes an unknown section without a word, and without effect.
+        # DeepSpeed silently ignores an unknown section.
         if key.partition(".")[0] not in {*config, *DEEPSPEED_SECTIONS}:
             raise unknown("DeepSpeed setting", key, {*config, *DEEPSPEED_SECTIONS}, "--set deepspeed")
         *parents, last = key.split(".")
@@ -149,7 +160,7 @@ def load_deepspeed(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def deepspeed_files(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every DeepSpeed configuration with `overrides`, by name; one that cannot be read is left out."""
+    """Name -> DeepSpeed configuration with `overrides` applied, for every file; unreadable files are left out."""
     found = {}
     for name in names("deepspeed", ".json"):
         with contextlib.suppress(UsageError):
@@ -158,13 +169,20 @@ def deepspeed_files(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def load_targets() -> list[dict[str, Any]]:
+    """The targets of configs/targets/default.yaml, as dicts with the keys that the file gives.
+
+    Raises UsageError for an unknown key or an invalid value.
+    """
     path = CONFIGS / "targets" / "default.yaml"
     targets = check(Targets, read_yaml(path), str(path)).targets
     return [target.model_dump(exclude_unset=True) for target in targets]
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`--set sft.steps=20` as {"sft": {"steps": 20}}; values are read as YAML."""
+    """Settings of `--set` by section: `sft.steps=20` gives {"sft": {"steps": 20}}. Values are read as YAML.
+
+    Raises UsageError for a setting without section, key or value, and for an unknown section.
+    """
     import yaml
 
     parsed: dict[str, dict[str, Any]] = {}

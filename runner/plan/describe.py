@@ -1,4 +1,4 @@
-"""A plan for a person. Pure."""
+"""A plan as text, for `--dry-run`. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from runner.system.wording import counted
 
 
 def describe(plan: Plan, fold: Any) -> str:
-    """The plan for a person: cells, hosts, the exact command of each node, and what would be written.
+    """The plan as text: cells, hosts, the exact command of each node, and what would be written.
 
-    `fold` turns a list of host names into a folded set.
+    `fold` turns a list of host names into a folded set such as `node[001-008]`.
     """
     lines = [f"run {plan.run_id}: {counted(len(plan.cells), 'cell')}, backend {plan.backend}, engine {plan.engine}"]
     lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
@@ -53,7 +53,7 @@ def describe(plan: Plan, fold: Any) -> str:
             lines.append(f"  controller runs  {shlex.join([*extra, *cell.launch.head])}")
             for name, content in cell.launch.files.items():
                 lines += [f"  {name}:", *(f"    {line}" for line in content.splitlines())]
-        for host, argv in zip(cell.hosts, cell.launch.argv, strict=False):  # under Slurm the agents ask the engine
+        for host, argv in zip(cell.hosts, cell.launch.argv, strict=False):  # empty under Slurm
             lines.append(f"  {aliases[host]}  {shlex.join(argv) if argv else '(ranks started by the controller)'}")
         lines.append(f"  writes {cell.cell_dir} on each node")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Whether a model fits into the memory of the GPUs that are to train it. Pure.
 
-Only what is certainly too much is refused. So every choice here that depends on what the nodes have (fused kernels,
-for example) is taken as the one that needs less, and what is not understood is not judged.
+Only what certainly needs too much is refused. Where the need depends on what the nodes have installed (fused kernels,
+for example), the smaller need is assumed, and an unknown kind of configuration is not judged.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from runner.plan.batch import batch_of
 from runner.plan.plan import Batch, Cell, Plan
 from runner.plan.request import Request
 
-# By which factor what is needed may exceed what is there before it is refused. By so much was the estimate too high
-# where it could be compared (7B on one H200: 117 GiB, 106.5 measured): of the 18 B a parameter that it counts under
-# ZeRO-3, DeepSpeed holds 16 all the time. A wider margin would let a 70B start on one node of 8 H200 (111 %).
+# The ratio of needed to available memory above which a cell is refused. The estimate was too high by this factor where
+# it was compared with a measurement (7B on one H200: 117 GiB estimated, 106.5 measured): of the 18 B per parameter
+# that it counts under ZeRO-3, DeepSpeed holds 16 permanently. A wider margin would let a 70B start on 8 H200 (111 %).
 MARGIN = 1.1
-MOST_NODES = 1024  # up to which a number of nodes that fits is looked for
+MOST_NODES = 1024  # the largest number of nodes that is tried as one that fits
 _ADAM = ("adam", "adamw")
 _SPLIT = {"tensor_parallel", "sequence_parallel_size"}  # sections that divide a model or a sequence in other ways
 
@@ -33,9 +33,10 @@ def estimate(
     world_size: int,
     micro_batch: int,
 ) -> MemoryEstimate | None:
-    """What one GPU holds while it trains `model`, or None where the DeepSpeed configuration is none that is known here.
+    """The memory in GiB that one GPU needs to train `model`; None for an unknown kind of DeepSpeed configuration.
 
-    `params` are the settings of the test, `seq_len` among them; `hardware` has `gpu_memory_gib` (0: unknown).
+    `params` are the settings of the test, including `seq_len` in tokens; `hardware` has `gpu_memory_gib` (0: unknown);
+    `micro_batch` is in sequences.
     """
     zero = _section(deepspeed, "zero_optimization")
     stage = zero.get("stage", 0)
@@ -68,7 +69,7 @@ def estimate(
 
 
 def of_cell(plan: Plan, cell: Cell) -> MemoryEstimate | None:
-    """The estimate of a cell of `plan`; None where it trains nothing on a GPU."""
+    """The estimate for a cell of `plan`; None where the cell does not train on a GPU."""
     if cell.batch is None or cell.model is None or cell.deepspeed is None or cell.device != "cuda":
         return None
     model = plan.models[cell.model]
@@ -78,8 +79,8 @@ def of_cell(plan: Plan, cell: Cell) -> MemoryEstimate | None:
 def refuse(request: Request, params: Mapping[str, Any], num_nodes: int, batch: Batch) -> None:
     """Raise UsageError where a cell of `request` on `num_nodes` nodes needs more memory than its GPUs have.
 
-    The error has what is needed by cause, and what would fit. Without a GPU, or where its memory is not known,
-    nothing is refused.
+    The error gives the need in GiB by cause and the options that would fit. Nothing is refused without a GPU or where
+    its memory is unknown.
     """
     found = _estimate(request, params, num_nodes, batch)
     if found is None or not found.available or found.needed <= MARGIN * found.available:
@@ -95,7 +96,7 @@ def refuse(request: Request, params: Mapping[str, Any], num_nodes: int, batch: B
 
 
 def causes(found: MemoryEstimate) -> str:
-    """The parts of an estimate, largest first: `model states 14.1, working 3.4`, in GiB."""
+    """The parts of an estimate as text, largest first, in GiB: `model states 14.1, working 3.4`."""
     parts = {
         "model states": found.states,
         "activations": found.activations,
@@ -136,7 +137,7 @@ def _fits(request: Request, params: Mapping[str, Any]) -> bool:
 
 
 def _ways(request: Request, params: Mapping[str, Any], num_nodes: int, batch: Batch) -> Iterator[str]:
-    """Changes of the request, each of which has a batch and fits by itself."""
+    """Options that change the request so that it fits; each one suffices alone."""
     if counts := _counts_that_fit(request, params, num_nodes):
         yield f"--sweep {','.join(map(str, counts))}" if len(counts) > 1 else f"--nodes {counts[0]}"
     sequences = batch.micro_batch * batch.gradient_accumulation
@@ -161,7 +162,7 @@ def _ways(request: Request, params: Mapping[str, Any], num_nodes: int, batch: Ba
 
 
 def _counts_that_fit(request: Request, params: Mapping[str, Any], num_nodes: int) -> tuple[int, ...]:
-    """The larger counts of the sweep, from where on it fits; else the smallest number of nodes; () for none."""
+    """The node counts of the sweep from the first that fits; else the smallest single count that fits; else ()."""
     larger = [count for count in request.node_counts if count > num_nodes]
     sweeps = [tuple(larger[first:]) for first in range(len(larger))]
     most = max(request.node_counts)

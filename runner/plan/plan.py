@@ -15,9 +15,9 @@ from runner.errors import UsageError
 from runner.plan.engines import ranks
 
 SCHEMA = 1
-# Rendezvous ports lie below the kernel's ephemeral range and differ between runs, cells and attempts.
+# Rendezvous ports are below the kernel's ephemeral range and differ between runs, cells and attempts.
 PORTS = range(20000, 30000)
-# What every rank gets beside its node's own environment.
+# Environment of every rank, in addition to its node's.
 CELL_ENV = {"OMP_NUM_THREADS": "1"}
 
 
@@ -32,9 +32,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cell:
-    """One (test, model, num_nodes, repeat). `hosts[0]` is the rendezvous.
+    """One (test, model, num_nodes, repeat) of a plan. Ranks rendezvous on `hosts[0]`, port `master_port`.
 
-    Where Slurm places a cell, `hosts` is empty until it has.
+    `hosts` is empty as long as Slurm has not placed the cell. `params` are the test's settings, `cell_dir` is the
+    cell's folder on every node, and `attempt` counts from 1.
     """
 
     id: str
@@ -58,7 +59,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. What its execution decides, such as another node for a bad one, is written back into it."""
+    """All that is decided about a run before it starts; the contents of plan.json.
+
+    A decision during the run, such as a spare for a bad node, is made in a changed copy.
+    """
 
     run_id: str
     created: str
@@ -85,13 +89,14 @@ class Plan:
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
+        """The plan as dicts and sequences that JSON can hold: the contents of plan.json."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` gave, after a way through JSON.
+        """The plan from the contents of plan.json; unknown keys are ignored.
 
-        Raises UsageError where it was written by a version that plans otherwise.
+        Raises UsageError where another version wrote it and a key that this version needs is missing.
         """
 
         def made(kind: Any, values: Mapping[str, Any], **given: Any) -> Any:
@@ -119,7 +124,7 @@ class Plan:
         except (KeyError, TypeError) as error:
             raise UsageError(
                 f"run {data.get('run_id')} was planned by shakedown {data.get('version')}, whose plans this version "
-                f"({__version__}) cannot take up ({error}): start a new run"
+                f"({__version__}) cannot read ({error}): start a new run"
             ) from None
 
     @cached_property
@@ -127,12 +132,12 @@ class Plan:
         return {node.name: node for node in (*self.nodes, *self.spares)}
 
     def node(self, name: str) -> Node:
-        """The node or spare of that name."""
+        """The node or spare with this name. Raises KeyError if there is none."""
         return self._by_name[name]
 
 
 def fingerprint(plan: Plan, cell: Cell) -> str:
-    """A hash of all that defines what this cell measures; where it runs and when are not part of it."""
+    """16 hexadecimal digits of a SHA-256 over all that defines what this cell measures, not where or when it runs."""
     measured = {
         "test": cell.test,
         "model": plan.models.get(cell.model) if cell.model else None,
@@ -149,12 +154,15 @@ def fingerprint(plan: Plan, cell: Cell) -> str:
 
 
 def rank_environment(cell: Cell, node: Node) -> dict[str, str]:
-    """What the ranks of a cell get on this node: NICs and the like may be named differently on each."""
+    """Environment variables of the cell's ranks on this node; the node's own replace those of the cell."""
     return {**cell.env, **node.env}
 
 
 def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
-    """`job.json` of a cell on a node: what its ranks read (runner.workloads.job.RankJob)."""
+    """The contents of a cell's job.json on `node`, which its ranks read (runner.workloads.job.RankJob).
+
+    `data` is the folder of the prepared data on that node, None for a test that needs none.
+    """
     return {
         "run_id": plan.run_id,
         "cell": cell.id,

@@ -9,7 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is made from: every name and value checked against the files, and how the nodes are reached."""
+    """What a plan is made from: names and values that were checked against the files, and how nodes are reached.
+
+    `run_dir` and `ssh_config` are paths on the controller; `node_counts` are the sweep, `hardware` and `model` the
+    contents of their files in configs/.
+    """
 
     run_id: str
     created: str
@@ -37,4 +41,4 @@ class Request:
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
     job_array: bool = False
-    deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # those that it could use instead
+    deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name

@@ -1,4 +1,4 @@
-"""Static SVG charts for the report: lines with intervals, and strips of points. Pure strings, no dependency.
+"""Static SVG charts for the report: lines with intervals, and strips of points. Pure: they return SVG text.
 
 A chart is drawn for a column of 340 to 600 px: its text stays at least 11 px high on a phone. Colours are CSS
 classes (`c0` … `c6`, `ink`, `grid`) of the page, so that one drawing serves light and dark. Every point
@@ -25,7 +25,7 @@ DOT = 3.4  # radius of a point on a line
 
 @dataclass(frozen=True)
 class Point:
-    """`low` and `high` draw an interval; `title` is shown on hover."""
+    """A point in data coordinates. `low` and `high` draw an interval on y; `title` is shown on hover."""
 
     x: float
     y: float
@@ -36,6 +36,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
+    """A named line through `points`, in colour number `colour` of the page (modulo COLOURS)."""
+
     name: str
     points: Sequence[Point]
     colour: int = 0
@@ -44,7 +46,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Rule:
-    """A dashed level: across the chart, or only around `x`."""
+    """A dashed horizontal line at `y`: across the chart, or only around `x`."""
 
     y: float
     title: str
@@ -54,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Axis:
-    """`ticks` are (value, text); a logarithmic axis needs positive values."""
+    """An axis from `low` to `high`. `ticks` are (value, text); a logarithmic axis needs positive values."""
 
     label: str
     low: float
@@ -63,14 +65,17 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at the low end, 1 at the high end."""
+        """The relative position of a value: 0 at the low end, 1 at the high end, 0.5 on an axis without extent."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = math.log(value) if self.log else value
         return (value - low) / (high - low) if high > low else 0.5
 
 
 def linear(label: str, values: Sequence[float], from_zero: bool = False, pad: float = 0.08) -> Axis:
-    """An axis around `values` with ticks at round numbers."""
+    """An axis around `values` with ticks at round numbers, extended by the fraction `pad` of its length at each end.
+
+    `from_zero` starts it at 0 (or at the lowest negative value).
+    """
     low, high = min(values, default=0.0), max(values, default=1.0)
     if from_zero:
         low = min(low, 0.0)
@@ -89,13 +94,13 @@ def _nice(step: float) -> float:
 
 
 def nodes_axis(counts: Sequence[int]) -> Axis:
-    """Node counts, equally far apart for each doubling."""
+    """A logarithmic axis of node counts: each doubling takes the same length. `counts` must not be empty."""
     low, high = min(counts), max(counts)
     return Axis("nodes", low / 1.25, high * 1.25, [(n, str(n)) for n in counts], log=True)
 
 
 def bytes_axis(label: str, sizes: Sequence[float]) -> Axis:
-    """Message sizes on a logarithmic axis, labelled B, KiB, MiB, GiB; about five labels."""
+    """A logarithmic axis of message sizes in bytes, labelled B, KiB, MiB, GiB; about five labels."""
     low, high = min(sizes), max(sizes)
     exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
     every = next(n for n in (1, 2, 5, 10) if len(exponents) / n <= 6 or n == 10)
@@ -104,7 +109,7 @@ def bytes_axis(label: str, sizes: Sequence[float]) -> Axis:
 
 
 def size_text(size: float) -> str:
-    """8 B, 64 KiB, 1.5 GiB."""
+    """A number of bytes as text: `8 B`, `64 KiB`, `1.5 GiB`."""
     for name in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or name == "TiB":
             break
@@ -121,8 +126,11 @@ def lines(
     value_text: Callable[[float], str] | None = None,
     name_ends: bool = True,
 ) -> str:
-    """An SVG of `series` over `x`. `value_text` writes a value beside each point of the first series that has room for
-    it, `name_ends` each series' name at its end where there are several."""
+    """A line chart as an SVG element. `description` is its accessible name.
+
+    `value_text` formats the value that is written next to each point of the first series where there is room;
+    `name_ends` labels each line at its end where there are several.
+    """
     named = name_ends and len(series) > 1
     plot = _Plot(x, y, RIGHT + (max(len(s.name) for s in series) * 7.2 + 4 if named else 0))
     parts = [*_frame(plot)]
@@ -143,7 +151,7 @@ def lines(
 
 @dataclass(frozen=True)
 class _Plot:
-    """The rectangle of a chart in which lines are drawn, and where values lie in it."""
+    """The rectangle of a chart in which lines are drawn, and the position of values in it, in SVG units."""
 
     x: Axis
     y: Axis
@@ -151,7 +159,7 @@ class _Plot:
 
     @property
     def left(self) -> float:
-        """Beside the values of the y axis, however long."""
+        """The left edge, to the right of the longest tick text of the y axis."""
         return max(LEFT, 11 + max((labels.width(text, TEXT, bold=False) for _, text in self.y.ticks), default=0.0))
 
     @property
@@ -173,14 +181,14 @@ class _Plot:
         return labels.Segment(begin, self.py(rule.y), end, self.py(rule.y))
 
     def interval(self, point: Point) -> labels.Segment:
-        """From a point's high end to its low one; without an interval only the point."""
+        """The segment from a point's high end to its low end; the point itself if it has no interval."""
         high = point.y if point.high is None else point.high
         low = point.y if point.low is None else point.low
         return labels.Segment(self.px(point.x), self.py(high), self.px(point.x), self.py(low))
 
 
 def _curve(one: Series, plot: _Plot) -> list[str]:
-    """A series: its intervals, its line, and its points unless it is an ideal."""
+    """The SVG of a series: its intervals, its line, and its points unless it is dashed."""
     colour = f"c{one.colour % COLOURS}"
     parts = []
     for point in one.points:
@@ -200,7 +208,10 @@ def _curve(one: Series, plot: _Plot) -> list[str]:
 def _values(
     series: Sequence[Series], rules: Sequence[Rule], plot: _Plot, value_text: Callable[[float], str]
 ) -> list[str]:
-    """The values of the first series, off what is drawn if that can be; one without room is only in its hover title."""
+    """The values of the first series, placed clear of lines and dots where possible.
+
+    A value without room is only in its point's hover title.
+    """
     drawn = [plot.rule(rule) for rule in rules]
     drawn.append(labels.Segment(plot.left, plot.bottom, plot.right, plot.bottom))
     dots = []
@@ -210,14 +221,14 @@ def _values(
         if not one.dashed:
             drawn += [plot.interval(p) for p in one.points]
             dots += [labels.Box(at - DOT, height - DOT, at + DOT, height + DOT) for at, height in spots]
-    wanted = []
+    texts = []
     for p in series[0].points:
         bar = plot.interval(p)
-        wanted.append(labels.Label(value_text(p.y), bar.x1, bar.y1, bar.y2))
+        texts.append(labels.Label(value_text(p.y), bar.x1, bar.y1, bar.y2))
     frame = labels.Box(plot.left + 1, 1.0, plot.right + min(plot.margin, RIGHT) - 1, plot.bottom - 2)
     return [
         _text((box.left + box.right) / 2, box.bottom - labels.DESCENT_EM * TEXT, label.text, "middle", "value")
-        for label, box in zip(wanted, labels.place(wanted, drawn, dots, frame, TEXT), strict=True)
+        for label, box in zip(texts, labels.place(texts, drawn, dots, frame, TEXT), strict=True)
         if box
     ]
 
@@ -228,7 +239,10 @@ def strips(
     description: str,
     limit: Rule | None = None,
 ) -> str:
-    """One row of points a name (a point's `x` is its value), with the row's median as a bar."""
+    """A strip chart as an SVG element: one row of points per name, with the row's median as a bar.
+
+    A point's `x` is its value; `limit` draws a dashed vertical line at its `y`.
+    """
     left = min(LEFT + 90, 16 + 7.4 * max((len(name) for name, _ in rows), default=0))
     height = TOP + BOTTOM + 22 * max(len(rows), 2)
     width = WIDTH - left - RIGHT
@@ -268,7 +282,7 @@ def _frame(plot: _Plot) -> list[str]:
 
 
 def _spaced(ticks: Sequence[tuple[float, str]], px: Callable[[float], float]) -> list[tuple[float, str]]:
-    """Where the values of an x axis are written: all but those that would touch the one before."""
+    """(position, text) of the tick labels of an x axis, without those that would touch the previous one."""
     written: list[tuple[float, str]] = []
     edge = -math.inf
     for value, text in sorted(ticks):
@@ -280,7 +294,7 @@ def _spaced(ticks: Sequence[tuple[float, str]], px: Callable[[float], float]) ->
 
 
 def _apart(items: Sequence[tuple[float, Any]], gap: float) -> list[tuple[float, Any]]:
-    """The same items in order of height, moved down where they would overlap, and back up off the axis."""
+    """The items in order of height, moved down where they overlap, and up again where they cross the axis."""
     placed: list[tuple[float, Any]] = []
     for at, item in sorted(items, key=lambda pair: pair[0]):
         placed.append((max(at, placed[-1][0] + gap) if placed else at, item))

@@ -56,7 +56,7 @@ ALONE = "Collectives need two ranks: with one, only the device's own copies are 
 
 
 def tables(cells: Sequence[Row]) -> list[Table]:
-    """One row per cell; columns in which no cell has anything to say are left out. Cells of one rank are apart."""
+    """One row per cell, without columns that are empty in every cell. Cells of one rank are in a second table."""
     together = [cell for cell in cells if cell["world_size"] > 1]
     alone = [cell for cell in cells if cell["world_size"] == 1]
     found = []
@@ -114,7 +114,7 @@ def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def tiles(run: Measured) -> list[Tile]:
-    """Bandwidth on the largest node count, and the latency between nodes; of one rank alone its copies."""
+    """Bandwidth on the largest node count and latency between nodes; for a single rank the rate of its copies."""
     tiles: list[Tile] = []
     measured = run.groups()
     if not measured:
@@ -133,7 +133,7 @@ def tiles(run: Measured) -> list[Tile]:
 
 
 def charts(run: Measured) -> Charts:
-    """busbw against message size, and why no ceiling is drawn where none is."""
+    """busbw against message size; `note` gives the reason where no ceiling is drawn."""
     figures = _busbw(run)
     if not figures:
         return Charts()
@@ -142,8 +142,11 @@ def charts(run: Measured) -> Charts:
 
 
 def _busbw(run: Measured) -> list[Figure]:
-    """busbw against message size (median over repeats): per collective one line for each node count, and one
-    figure for all collectives inside one node, whose links are so much faster that they would flatten the rest."""
+    """busbw in GB/s against message size in bytes (median over repeats).
+
+    One figure per collective with a line for each node count, and one figure for all collectives inside one node:
+    links there are so much faster that they would flatten the other lines.
+    """
     curves: dict[str, dict[int, chart.Series]] = defaultdict(dict)
     ceilings: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     groups = {nodes: cells for (_, nodes), cells in run.groups().items()}
@@ -157,14 +160,16 @@ def _busbw(run: Measured) -> list[Figure]:
         for place, collective in enumerate(limits.COLLECTIVES):
             points = [
                 chart.Point(
-                    size, y, f"{_spoken(collective)}, {nodes_text(nodes)}, {chart.size_text(size)}: {number(y)} GB/s"
+                    size,
+                    y,
+                    f"{_label(collective)}, {nodes_text(nodes)}, {chart.size_text(size)}: {number(y)} GB/s",
                 )
                 for (name, size), found in sorted(values.items())
                 if name == collective and (y := statistics.median(found)) is not None
             ]
             if points:
                 inside = nodes == 1
-                name, colour = (_spoken(collective), place) if inside else (f"{nodes}n", colours[nodes])
+                name, colour = (_label(collective), place) if inside else (f"{nodes}n", colours[nodes])
                 curves["" if inside else collective][place if inside else nodes] = chart.Series(name, points, colour)
                 if collective in cells[0]["limits"]:
                     ceilings["" if inside else collective][nodes] = cells[0]["limits"][collective]
@@ -184,7 +189,7 @@ def _busbw(run: Measured) -> list[Figure]:
             f"{', '.join(map(str, counts))} {'node' if counts == [1] else 'nodes'} {value} ({binds})"
             for (value, binds), counts in alike.items()
         ]
-        title = f"{_spoken(collective).capitalize()} across nodes, GB/s" if collective else "Inside one node, GB/s"
+        title = f"{_label(collective).capitalize()} across nodes, GB/s" if collective else "Inside one node, GB/s"
         x_axis = chart.bytes_axis("message size", [p.x for line in lines for p in line.points])
         y_axis = chart.linear("", [p.y for line in lines for p in line.points] + [r.y for r in rules], from_zero=True)
         svg = chart.lines(lines, x_axis, y_axis, f"{title} against message size", rules, name_ends=bool(collective))
@@ -193,7 +198,7 @@ def _busbw(run: Measured) -> list[Figure]:
     return figures
 
 
-def _spoken(collective: str) -> str:
+def _label(collective: str) -> str:
     return collective.replace("_", "-")
 
 

@@ -1,4 +1,4 @@
-"""A run judged, and its report written, from what its directory holds."""
+"""Judging a run and writing its report from its run directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from runner.system.files import disk_errors, write_json_atomic
 
 
 def judge(run: RunDir) -> dict[str, Any]:
-    """Summary and report of a run from what its directory holds; repeatable at any time."""
+    """Write summary.json, report.md and report.html of a run from its directory, and return the summary.
+
+    It can be repeated at any time. Raises UsageError where the directory's plan or status cannot be read, and
+    InfrastructureError where its disk is full or not writable.
+    """
     from runner.judge import analysis
     from runner.report import page  # not on the way to the first step
 

@@ -16,7 +16,11 @@ from runner.system.wording import counted
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what stands around it. `legend` is (colour number, name)."""
+    """A chart as SVG with the texts around it.
+
+    `about` is the caption, `legend` pairs of (colour number, name), `stamp` a label in the corner, and `ceilings` one
+    text per ceiling that is drawn.
+    """
 
     title: str
     svg: str
@@ -27,7 +31,10 @@ class Figure:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, thousands separated, never a power of ten for what people measure."""
+    """A number with `digits` significant digits and separated thousands; `–` for None.
+
+    Powers of ten appear only below 0.001.
+    """
     if value is None:
         return "–"
     if value == 0:
@@ -38,6 +45,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def nodes_text(count: int) -> str:
+    """A node count as text: `1 node`, `8 nodes`."""
     return counted(count, "node")
 
 
@@ -45,7 +53,7 @@ Row = Mapping[str, Any]  # an entry of summary.json's lists
 
 
 def complete_cells(cells: Iterable[Row], test: str) -> dict[tuple[str | None, int], list[Row]]:
-    """(model, num_nodes) -> complete cells of a test, smallest first."""
+    """(model, num_nodes) -> the test's complete cells, by model name and then from the smallest node count up."""
     groups: dict[tuple[str | None, int], list[Row]] = defaultdict(list)
     for cell in cells:
         if cell["test"] == test and cell["state"] == "complete":
@@ -54,7 +62,10 @@ def complete_cells(cells: Iterable[Row], test: str) -> dict[tuple[str | None, in
 
 
 def scaling(summary: Mapping[str, Any]) -> list[Figure]:
-    """Efficiency, total rate against the ideal, and rate per GPU, over node counts; none for a single count."""
+    """Three charts over node counts: efficiency in %, total tokens/s with the ideal line, tokens/s per GPU.
+
+    Empty for a single node count.
+    """
     rows = summary["scaling"]
     counts = sorted({row["num_nodes"] for row in rows})
     if len(counts) < 2:
@@ -109,5 +120,5 @@ def scaling(summary: Mapping[str, Any]) -> list[Figure]:
 
 
 def node_colours(summary: Row) -> dict[int, int]:
-    """One colour a node count, the same in every figure."""
+    """Node count -> colour number, the same in every figure."""
     return {n: index for index, n in enumerate(sorted({cell["num_nodes"] for cell in summary["cells"]}))}

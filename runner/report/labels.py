@@ -1,7 +1,7 @@
-"""Where the labels of a chart go: beside their points, off lines and dots, and never on each other. Pure.
+"""Placing the labels of a chart: next to their points, clear of lines and dots, never over each other. Pure.
 
-Lengths are in units of the drawing, y grows downwards. How wide a text is depends on the reader's fonts: it is taken as
-wide as in DejaVu Sans, the widest of those that the page asks for.
+Lengths are in units of the drawing, y grows downwards. The width of a text depends on the reader's fonts: that of
+DejaVu Sans is assumed, the widest in the page's font list.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ _LETTER_EM, _REGULAR = 0.70, 0.92
 ASCENT_EM, DESCENT_EM = 0.78, 0.16  # of digits and commas
 # Distances of a label from its point, the nearest first.
 _GAPS = (5.0, 10.0, 16.0)
-# What it costs to lie on a line, besides the length that is covered; on a dot; and for each unit away from the point.
+# Cost of covering a line (plus the covered length), of covering a dot, and of each unit of distance from the point.
 _ON_LINE, _ON_DOT, _AWAY = 4.0, 16.0, 0.3
 
 
 @dataclass(frozen=True)
 class Box:
+    """A rectangle whose edges are parallel to the axes; `top` < `bottom`."""
+
     left: float
     top: float
     right: float
     bottom: float
 
     def meets(self, other: Box) -> bool:
-        """Whether the two share more than an edge."""
+        """Whether the two boxes overlap in more than an edge."""
         return (
             self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
         )
 
     def inside(self, frame: Box) -> Box | None:
-        """Moved as little as possible to lie in `frame`; None if it is larger."""
+        """This box moved by as little as possible so that it is inside `frame`; None if it is larger than `frame`."""
         if self.right - self.left > frame.right - frame.left or self.bottom - self.top > frame.bottom - frame.top:
             return None
         x = max(frame.left - self.left, 0.0) + min(frame.right - self.right, 0.0)
@@ -43,13 +45,15 @@ class Box:
 
 @dataclass(frozen=True)
 class Segment:
+    """A straight line from (x1, y1) to (x2, y2)."""
+
     x1: float
     y1: float
     x2: float
     y2: float
 
     def within(self, box: Box) -> float | None:
-        """How much of the segment lies in `box`; None if they do not meet (Liang–Barsky clipping)."""
+        """The length of the part inside `box`; None if they do not meet (Liang–Barsky clipping)."""
         dx, dy = self.x2 - self.x1, self.y2 - self.y1
         begin, end = 0.0, 1.0
         for step, room in (
@@ -70,7 +74,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Label:
-    """A text that belongs to what is drawn at `x` from `top` to `bottom`: a point with its interval."""
+    """A text for what is drawn at `x` from `top` to `bottom`: a point with its interval."""
 
     text: str
     x: float
@@ -79,16 +83,17 @@ class Label:
 
 
 def width(text: str, size: float, bold: bool = True) -> float:
-    """How wide a text of a font size is, at most."""
+    """The largest width of a text at font size `size`."""
     return sum(_EM.get(char, _LETTER_EM) for char in text) * size * (1.0 if bold else _REGULAR)
 
 
 def place(
     labels: Sequence[Label], lines: Sequence[Segment], dots: Sequence[Box], frame: Box, size: float
 ) -> list[Box | None]:
-    """A box in `frame` for each label, in their order, that meets no other one; None where there is no room for it.
+    """For each label, in order, a box inside `frame` that overlaps no other label; None where there is no room.
 
-    Of the places around a point the one is taken that covers least of `lines` and `dots`, and then the nearest.
+    `size` is the font size. Of the positions around a point, the one that covers least of `lines` and `dots` is taken,
+    then the nearest.
     """
     placed: list[Box | None] = []
     for label in labels:
@@ -102,7 +107,7 @@ def place(
 
 
 def _places(label: Label, frame: Box, size: float) -> Iterator[tuple[float, Box]]:
-    """Boxes for a label and what each costs by itself: above, below, beside and between these, nearest first."""
+    """(cost of the distance, box) for each position around a label's point, the nearest first."""
     wide, high = width(label.text, size), (ASCENT_EM + DESCENT_EM) * size
     middle = (label.top + label.bottom) / 2
     for gap in _GAPS:

@@ -1,8 +1,8 @@
-"""report.html, report.md and the terminal's summary: what a run says, for people.
+"""report.html and report.md: the results of a run, for people.
 
-The page is one file without scripts or network: charts are inline SVG, and everything that came from a
+The page is one file without scripts or network access: charts are inline SVG, and everything that came from a
 node (host names, log lines, versions) is escaped. It shows the numbers of summary.json and computes
-none but medians over repeats.
+nothing but medians over repeats.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def write(
     facts: findings.Facts,
     telemetry: analysis.Telemetry | None = None,
 ) -> None:
-    """Write report.md and report.html of a run, each as a whole or not at all."""
+    """Write report.md and report.html into `run_dir`, each completely or not at all.
+
+    `plan`, `status` and `summary` are the contents of the JSON files of these names, `facts` is cell id -> host ->
+    facts.json. Raises OSError where a file cannot be written.
+    """
     page = _page(plan, status, summary, list(records), facts)
     run = RunDir(run_dir)
     write_text_atomic(run.report_md, _render("report.md.j2", page, _markdown_text))
@@ -57,7 +61,7 @@ def _render(template: str, page: Mapping[str, Any], finalize: Callable[[Any], An
 
 
 def _markdown_text(value: Any) -> Any:
-    """Text of a run as plain text of Markdown: no tag, cell border, link or emphasis comes from outside."""
+    """A text of a run escaped for Markdown: it can add no tag, cell border, link or emphasis."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
 
 
@@ -66,17 +70,20 @@ def _markdown_text(value: Any) -> Any:
 
 @dataclass
 class Naming:
-    """Aliases of nodes, since names are long, and their folded lists."""
+    """How the page names nodes: by alias, since names are long, and in folded lists. `alias` is name -> alias."""
 
     alias: Mapping[str, str] = field(default_factory=dict)
 
     def short(self, host: str | None) -> str:
+        """The node's alias; the name itself where it has none, and an empty text for None."""
         return self.alias.get(host or "", host or "")
 
     def long(self, host: str | None) -> str:
+        """`alias (name)`; the name alone where it has no alias, and an empty text for None."""
         return f"{self.alias[host]} ({host})" if host and host in self.alias else host or ""
 
     def fold(self, hosts: Iterable[str]) -> str:
+        """The nodes' aliases as a folded set, `node[001-008]`; a comma-separated list where names cannot be folded."""
         from runner.system.nodeset import fold
 
         names = sorted(self.short(host) for host in hosts)
@@ -130,14 +137,14 @@ def _page(
 
 
 def _with_aliases(text: str, naming: Naming) -> str:
-    """Long node names in a sentence as aliases, longest first so that no name is cut inside another."""
+    """`text` with node names replaced by aliases, the longest first so that no name is cut inside another."""
     for name in sorted(naming.alias, key=len, reverse=True):
         text = text.replace(name, naming.alias[name])
     return text
 
 
 def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) -> list[tuple[str, str]]:
-    """What, when, where, and the command that does it again."""
+    """(name, value) of each row that describes the run: id, start, nodes, hardware, model, engine."""
     hardware = plan.get("hardware", {})
     used = {host for cell in plan["cells"] for host in cell["hosts"]}  # of those that Slurm had to choose from
     hosts = [node["name"] for node in plan["nodes"] if node["name"] in used or not used]
@@ -169,7 +176,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
 
 
 def _sections(runs: Mapping[str, sections.Measured], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the page shows of each test that the run has cells of."""
+    """The page's section of each test that the run has cells of."""
     shown = []
     for name, tables in sections.tables(summary).items():
         section = sections.sections()[name]
@@ -188,7 +195,7 @@ def _sections(runs: Mapping[str, sections.Measured], summary: Mapping[str, Any])
 
 
 def _environment(facts: findings.Facts, naming: Naming) -> dict[str, Any]:
-    """Properties that differ, each with its values and who has them; and those that are the same, folded."""
+    """Properties that differ, each with its values and the nodes that have them; and properties that are the same."""
     differing, same = [], []
     hosts: set[str] = set()
     for row in findings.environment(facts):

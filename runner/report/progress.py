@@ -1,4 +1,4 @@
-"""What a person sees while a command works: progress with an ETA on stderr, plain lines without a terminal."""
+"""Output while a command runs: progress with an ETA on stderr, plain lines where stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PLAIN_INTERVAL_S = 10.0
 
 
 def remaining_s(elapsed_s: float, done: float, total: float) -> float | None:
-    """Seconds left if it goes on as it did so far; None before anything is done."""
+    """Whole seconds left at the mean rate so far; None before anything is done."""
     return int(elapsed_s * (total - done) / done) if done > 0 else None
 
 
 class Display:
-    """Notes and one progress bar over a number of steps; `quiet` shows nothing."""
+    """Notes and one progress bar on stderr; `quiet` prints nothing. Errors of a closed terminal are ignored."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -28,10 +28,10 @@ class Display:
         self._started = self._shown = time.monotonic()
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that remains after the progress bar is gone."""
         if self.quiet:
             return
-        with contextlib.suppress(OSError):  # nobody looks any more: the terminal was closed, or `| head` is done
+        with contextlib.suppress(OSError):  # the terminal was closed, or the reader of a pipe has ended
             if self._live is not None:
                 self._live.console.print(text, markup=False, highlight=False)
             else:
@@ -39,7 +39,7 @@ class Display:
 
     @contextmanager
     def progress(self, total: float) -> Iterator[None]:
-        """Show a bar from 0 to `total`, moved by `at`."""
+        """Show a bar from 0 to `total` inside the `with` block; `at` moves it."""
         self._started = self._shown = time.monotonic()
         self._total = total
         if self.quiet or not sys.stderr.isatty():
@@ -51,16 +51,16 @@ class Display:
         from rich.text import Text
 
         class Eta(ProgressColumn):
-            """From the mean rate so far: rich's own follows the last moments, and cells come in bursts."""
+            """ETA by the mean rate so far: rich's own follows the most recent rate, and cells finish in bursts."""
 
             def render(self, task: Task) -> Text:
                 left = remaining_s(task.elapsed or 0.0, task.completed, task.total or 1.0)
                 return Text(f"ETA {left // 60:.0f}:{left % 60:02.0f}" if left is not None else "ETA –")
 
-        # In a narrow terminal the text, never the numbers.
-        gives_way = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        # In a narrow terminal the text is cut, never the numbers.
+        shrinks = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description}", markup=False, table_column=gives_way),
+            TextColumn("{task.description}", markup=False, table_column=shrinks),
             BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
@@ -74,7 +74,7 @@ class Display:
                 self._live = None
 
     def at(self, done: float, total: float, text: str) -> None:
-        """The bar's position and what is being done."""
+        """Set the bar to `done` of `total` (in any unit) and its text; without a terminal print it every 10 s."""
         if self._live is not None:
             # In units of the bar, whatever `total` counts.
             self._live.update(self._task, completed=done * self._total / total, description=text)

@@ -1,4 +1,4 @@
-"""Runs in a terminal: the list, one run with its cells and nodes, and what changes."""
+"""Runs as text for a terminal: the list, one run with its cells and nodes, and changes of state."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def _moment(text: str | None) -> datetime | None:
 
 
 def _took(entry: Mapping[str, Any], now: datetime) -> float | None:
-    """Seconds from `started` to `ended`, or to now."""
+    """Seconds from `started` to `ended`, or to `now`; None before the start."""
     started = _moment(entry["started"])
     return ((_moment(entry["ended"]) or now) - started).total_seconds() if started else None
 
 
 def span_text(seconds: float | None) -> str:
+    """A duration in s, min or h with its unit; empty for None."""
     if seconds is None:
         return ""
     if seconds < 120:
@@ -35,18 +36,19 @@ def span_text(seconds: float | None) -> str:
 
 
 def done_text(status: Mapping[str, Any]) -> str:
+    """`3 of 8 cells complete`, from the contents of status.json."""
     states = [cell["state"] for cell in status["cells"].values()]
     return f"{states.count('complete')} of {counted(len(states), 'cell')} complete"
 
 
 def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
-    """When the run started and, if it has, ended: with its last cell."""
+    """ISO times at which the run started and, with its last cell, ended; None: not ended."""
     from runner.results.status import FINAL_STATES
 
     ends = [cell["ended"] for cell in status["cells"].values() if cell["ended"]]
     starts = [cell["started"] for cell in status["cells"].values() if cell["started"]]
     final = status["state"] in FINAL_STATES
-    # Killed, it left no end: the last that is known of it.
+    # A killed run recorded no end: the last known time is used.
     return {
         "started": plan.get("created"),
         "ended": max([*ends, *starts], default=plan.get("created")) if final else None,
@@ -54,14 +56,17 @@ def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str 
 
 
 def verdict_text(run: RunDir) -> str | None:
+    """The verdict in summary.json (`pass`, `fail`, …); None where there is none."""
     try:
         return json.loads(run.summary.read_text())["verdict"]
-    except (OSError, ValueError, KeyError, TypeError):  # not judged yet, or not by a version that says it
+    except (OSError, ValueError, KeyError, TypeError):  # not judged yet, or by a version without verdicts
         return None
 
 
 def overview(run: RunDir, now: datetime) -> dict[str, Any]:
-    """One row of `list`. Times are ISO, `duration_s` goes up to `now` while it runs; None: not known."""
+    """One row of `runner runs list` as a dict: state, verdict, cells, times (ISO), `duration_s` (until `now` while the
+    run is active), nodes, engine and inventory; None: unknown. A run whose files cannot be read is `unreadable`.
+    """
     try:
         plan, status = run.read_plan(), run.read_status()
     except errors.UsageError:
@@ -82,7 +87,7 @@ def overview(run: RunDir, now: datetime) -> dict[str, Any]:
 
 
 def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
-    """The rows of `list` in at most `width` columns if that can be: what matters least gives way."""
+    """Rows of `overview` as a table. Columns are dropped from the right until it fits `width` or three are left."""
     from tabulate import tabulate
 
     table = [
@@ -108,7 +113,10 @@ def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
 
 
 def node_states_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[str, str], now: datetime | None) -> str:
-    """`node[001-003] running, node004 silent for 12 s`; without `now` how long is left out."""
+    """States of a cell's nodes, folded: `node[001-003] running, node004 silent for 12 s`.
+
+    `aliases` is name -> alias. Without `now` the duration is left out.
+    """
     from runner.system.nodeset import fold
 
     states: dict[str, list[str]] = {}
@@ -118,9 +126,9 @@ def node_states_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[st
     parts = []
     for state in sorted(states, key=lambda s: order.index(s) if s in order else len(order)):
         text = f"{fold([aliases.get(host, host) for host in states[state]])} {state}"
-        heard = [moment for host in states[state] if (moment := _moment(nodes[host].get("heard")))]
-        if state == "silent" and now and heard:
-            text += f" for {span_text((now - min(heard)).total_seconds())}"
+        last_output = [moment for host in states[state] if (moment := _moment(nodes[host].get("heard")))]
+        if state == "silent" and now and last_output:
+            text += f" for {span_text((now - min(last_output)).total_seconds())}"
         parts.append(text)
     return ", ".join(parts)
 
@@ -142,7 +150,10 @@ def _job_text(job: Mapping[str, Any], waits: bool) -> str:
 
 
 def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime | None) -> list[str]:
-    """What a cell's entry in status.json says beyond its state; without `now` only what does not change by itself."""
+    """Lines with all that a cell's entry in status.json has besides its state: attempts, job, progress, nodes, error.
+
+    Without `now`, progress and durations are left out.
+    """
     lines = []
     for number, attempt in enumerate(cell.get("attempts") or (), start=1):
         why = f": {_error_text(attempt['error'], aliases)}" if attempt.get("error") else ""
@@ -167,9 +178,9 @@ def _state_text(cell: Mapping[str, Any]) -> str:
 
 
 def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, width: int, brief: bool = False) -> str:
-    """The state of a run for people, in lines of at most `width` columns where words allow it.
+    """The state of a run as text, in lines of at most `width` columns where words allow it.
 
-    `brief` leaves out the cells of which there is nothing to say: those complete and those planned.
+    `plan` and `status` are the contents of their JSON files. `brief` leaves out complete and planned cells.
     """
     import textwrap
 
@@ -213,15 +224,16 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
 
 
 def aliases_of(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> alias of a plan's nodes and spares; the name itself where a plan has no alias."""
     return {node["name"]: node.get("alias", node["name"]) for node in [*plan["nodes"], *plan.get("spares", ())]}
 
 
 def changes(plan: Mapping[str, Any], statuses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """One line for each change of a cell; what moves by itself, as progress and times, is left out."""
-    aliases, told = aliases_of(plan), dict[str, str]()
+    """One line for each change of a cell between successive `statuses`; progress and times are left out."""
+    aliases, reported = aliases_of(plan), dict[str, str]()
     for status in statuses:
         for name, cell in status["cells"].items():
             text = "; ".join([_state_text(cell), *details(cell, aliases, None)])
-            if text != told.get(name, "planned"):
+            if text != reported.get(name, "planned"):
                 yield printable(f"{name}: {text}")
-            told[name] = text
+            reported[name] = text

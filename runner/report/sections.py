@@ -1,4 +1,4 @@
-"""The report's sections, one a test: what a test's report module offers, and what it is given."""
+"""The report's sections, one per test: the interface of a test's report module, and its input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runner.workloads.registry import TESTS
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the numbers at the head of the page."""
+    """One of the numbers at the top of the page, as texts; `verdict` adds a badge."""
 
     label: str
     value: str
@@ -25,7 +25,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run, as the section of one of its tests sees it. `short` gives a node's alias."""
+    """A run as input of one test's section: plan.json, summary.json, and records by cell id.
+
+    `short` returns the alias of a node's name.
+    """
 
     test: str
     plan: Mapping[str, Any]
@@ -34,13 +37,13 @@ class Measured:
     short: Callable[[str], str]
 
     def groups(self) -> dict[tuple[str | None, int], list[Row]]:
-        """(model, num_nodes) -> complete cells of the test, smallest first."""
+        """(model, num_nodes) -> the test's complete cells, from the smallest node count up."""
         return complete_cells(self.summary["cells"], self.test)
 
 
 @dataclass(frozen=True)
 class Charts:
-    """A section's charts. `subject` follows the section's title; a `note` stands above them."""
+    """A section's charts. `subject` is appended to the section's title; `note` is printed above the charts."""
 
     figures: Sequence[Figure] = ()
     subject: str = ""
@@ -48,29 +51,29 @@ class Charts:
 
 
 class Section(Protocol):
-    """What a test's report module offers. `GLOSSARY` is term -> what it means."""
+    """The interface of a test's report module. `GLOSSARY` is term -> explanation."""
 
     TITLE: str
     ANCHOR: str
     GLOSSARY: Mapping[str, str]
 
     def tables(self, cells: Sequence[Row]) -> list[Table]:
-        """Tables of the test's cells, complete or not; `cells` are those of summary.json, and not empty."""
+        """Tables of the test's cells, complete or not; `cells` are entries of summary.json, at least one."""
 
     def tiles(self, run: Measured) -> list[Tile]:
-        """The test's most telling numbers, from its largest node count."""
+        """The test's most important numbers, from its largest node count."""
 
     def charts(self, run: Measured) -> Charts:
-        """The test's charts, of complete cells only."""
+        """The test's charts, drawn from complete cells only."""
 
 
 def sections() -> dict[str, Section]:
-    """The section of every test by the test's name, in the order of the page."""
+    """Test name -> its section, in the order of the page."""
     return {name: cast(Section, import_module(TESTS[name].report)) for name in reversed(tuple(TESTS))}
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
-    """The tables of every test that the run has cells of, in the order of the page."""
+    """Test name -> its tables, for every test that the run has cells of, in the order of the page."""
     found = {}
     for name, section in sections().items():
         if cells := [cell for cell in summary["cells"] if cell["test"] == name]:
@@ -79,5 +82,5 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
 
 
 def glossary() -> dict[str, str]:
-    """What every term of the report means; docs/metrics.md has the formulas and sources."""
+    """Term -> explanation, for every term in the report; docs/metrics.md has the formulas and sources."""
     return {term: text for section in sections().values() for term, text in section.GLOSSARY.items()}

@@ -21,9 +21,9 @@ GLOSSARY = {
     "with a 95 % bootstrap interval over repeats and steps.",
     "step_time_s": "One optimizer step, all accumulation included; p50, p95 and MAD (median absolute deviation) "
     "over measured steps.",
-    "mfu": "Model FLOP utilisation: useful arithmetic ÷ the GPUs' dense bf16 peak. Recomputation counts for nothing.",
+    "mfu": "Model FLOP utilisation: useful arithmetic ÷ the GPUs' dense bf16 peak. Recomputation is not counted.",
     "gpu_util_pct_mean": "Share of time in which NVML saw a kernel on the GPU, over measured steps. "
-    "It does not say how well the kernel used the GPU: read MFU beside it.",
+    "It does not show how well the kernel used the GPU: compare it with MFU.",
     "peak_memory_gib": "Largest memory of any rank: allocated GPU memory, or resident memory on a CPU.",
     "packing_utilisation_pct": "Real tokens ÷ positions of the packed sequences.",
 }
@@ -52,7 +52,7 @@ TERMS = (
 
 
 def tables(cells: Sequence[Row]) -> list[Table]:
-    """One row per cell; columns in which no cell has anything to say are left out."""
+    """One row per cell, without columns that are empty in every cell."""
     return [Table(_rows(cells), COLUMNS, TERMS)]
 
 
@@ -82,7 +82,7 @@ def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def tiles(run: Measured) -> list[Tile]:
-    """Rates, efficiency and utilisation on the largest node count."""
+    """Rates (tokens/s), efficiency, MFU and GPU utilisation (%) on the largest node count."""
     tiles: list[Tile] = []
     trained = run.groups()
     if not trained:
@@ -105,7 +105,7 @@ def tiles(run: Measured) -> list[Tile]:
 
 
 def charts(run: Measured) -> Charts:
-    """Step times and memory per node on the largest node count, and the loss of every node count."""
+    """Step times (s) and peak memory (GiB) per node on the largest node count, and the loss of every node count."""
     groups = run.groups()
     return Charts(_figures(run, groups)) if groups else Charts()
 

@@ -1,4 +1,4 @@
-"""What the tables of all tests share."""
+"""The table type and the cell texts that all tests' tables share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from runner.report.figures import number
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a test's cells: `rows` are texts by column, whose names have their units.
+    """A table of a test's cells: `rows` are texts by column name, which includes the unit.
 
-    `columns` are those that a terminal shows as well, with their shorter names there. `terms` are the columns that the
-    glossary explains, as (term, text); `remark` follows them. A `note` stands above the table. In the columns
-    `faults`, anything but 0 is marked.
+    `columns` maps the columns that a terminal shows too to their shorter names there. `terms` are (glossary term,
+    text) of the columns that the glossary explains; `remark` follows them. `note` is printed above the table. In the
+    columns `faults`, any value but 0 is highlighted.
     """
 
     rows: Sequence[Mapping[str, str]]
@@ -29,24 +29,28 @@ class Table:
 
 
 def plus_minus(value: float, spread: float) -> str:
-    """A value with as many decimals as its spread has meaning."""
+    """`value ± spread`, with as many decimals as the spread's two leading digits need, at most three."""
     decimals = max(0, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
     return f"{value:.{min(decimals, 3)}f} ± {spread:.{min(decimals, 3)}f}"
 
 
 def median(cells: Iterable[Mapping[str, Any]], metric: str) -> float | None:
+    """The median of a metric over the cells that have it, in the metric's unit; None where none has it."""
     values = [cell["metrics"][metric] for cell in cells if metric in cell["metrics"]]
     return statistics.median(values) if values else None
 
 
 def state(cell: Mapping[str, Any]) -> str:
+    """The cell's state; empty for `complete`, so that only other states need a column."""
     return "" if cell["state"] == "complete" else cell["state"]
 
 
 def cell_number(values: Mapping[str, float], metric: str) -> str:
+    """A metric as text with three significant digits; empty where it was not measured."""
     return number(values[metric]) if metric in values else ""
 
 
 def without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows without the columns that are empty in every row."""
     used = {key for row in rows for key, value in row.items() if value}
     return [{key: value for key, value in row.items() if key in used} for row in rows]

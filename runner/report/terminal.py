@@ -11,7 +11,7 @@ from runner.report.words import SIGNS, VERDICTS, headline, title
 
 
 def terminal(summary: Mapping[str, Any]) -> str:
-    """The summary as tables of at most 100 columns, free of control characters."""
+    """The contents of summary.json as tables of at most 100 columns, without control characters."""
     from tabulate import tabulate
 
     def table(rows: list[dict[str, str]]) -> str:
@@ -44,7 +44,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
     for finding in summary["findings"]:
         who = f"{finding['host']}: " if finding["host"] else ""
         parts.append(_wrapped(f"✕ {title(finding['kind'])}: {who}{finding['evidence']}"))
-    # The findings above say it already, or nothing was judged yet.
+    # The findings above give the reason already, or nothing was judged yet.
     why = "" if summary["findings"] or summary["state"] == "cancelled" else f": {summary['reason']}"
     parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))
     text = "\n\n".join(parts)
@@ -52,7 +52,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
 
 
 def _cut(text: str, width: int = 28) -> str:
-    """The end of a long text: a cell's node count and repeat stand there."""
+    """The end of a long text, since a cell's id ends with its node count and repeat."""
     return text if len(text) <= width else "…" + text[1 - width :]
 
 

@@ -1,4 +1,4 @@
-"""What the report says in words: signs, headlines and titles."""
+"""The report's signs, headlines and titles."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ HEADLINES = {
 
 
 def title(kind: str) -> str:
-    """What a finding of this kind is called."""
+    """The title of a finding of this kind; that of `unknown` for a kind that no version defined."""
     return failures.KINDS[failures.current(kind)].title
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The verdict in plain words."""
+    """The headline of a run from the contents of summary.json: its state, its findings, or its verdict."""
     every = len(summary["cells"])
     lost = sum(cell["state"] != "complete" for cell in summary["cells"])
     unfinished = f"{lost} of {counted(every, 'cell')} did not finish"
@@ -42,12 +42,12 @@ def headline(summary: Mapping[str, Any]) -> str:
     kinds = {failures.current(finding["kind"]) for finding in summary["findings"]}
     if len(kinds) > 1:
         return f"The cluster has {counted(len(summary['findings']), 'problem')}"
-    if kinds and (said := failures.KINDS[kinds.pop()].headline):
-        return said
+    if kinds and (text := failures.KINDS[kinds.pop()].headline):
+        return text
     return HEADLINES[summary["verdict"]]
 
 
 def target_text(target: Mapping[str, Any]) -> str:
-    """`at least 98 %`, `at most 50 µs`."""
+    """What a target requires, with its unit: `at least 98 %`, `at most 50 µs`."""
     word = "at least" if target["direction"] == "min" else "at most"
     return f"{word} {target['value']:g} {metrics.unit(target['metric'])}".strip()

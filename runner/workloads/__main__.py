@@ -17,16 +17,21 @@ from runner.workloads.registry import TESTS
 
 
 def main(cell_dir: Path) -> None:
+    """Run the test of the cell in `cell_dir` as one rank, and write its events there.
+
+    RANK and WORLD_SIZE come from the environment. Exits with a message where the world size is not the planned one or
+    the test is unknown; raises RunnerError where the test cannot run, and whatever the test itself raises.
+    """
     job = RankJob.load(cell_dir)
     os.environ.update(job.env)  # before torch: NCCL and gloo read it when they are loaded
     rank = rank_from_env()
-    if process.MARKER in os.environ:  # under the product; by hand, output stays on the terminal
+    if process.MARKER in os.environ:  # started by Shakedown; by hand, output stays on the terminal
         _own_output(cell_dir, rank)
     events = Events(cell_dir, rank)
     observed = int(os.environ["WORLD_SIZE"])
     events.start(world_size=observed, host=socket.gethostname(), pid=os.getpid(), device=job.device)
     if observed != job.world_size:
-        sys.exit(f"rank {rank}: world size is {observed}, the plan says {job.world_size}")
+        sys.exit(f"rank {rank}: world size is {observed}, planned: {job.world_size}")
     if job.test not in TESTS:
         sys.exit(f"rank {rank}: unknown test {job.test!r}")
     TESTS[job.test].load_rank().run(job, events)
@@ -34,7 +39,7 @@ def main(cell_dir: Path) -> None:
 
 
 def _own_output(cell_dir: Path, rank: int) -> None:
-    """Point stdout and stderr, NCCL's own prints included, at this rank's files: the same for every engine."""
+    """Redirect stdout and stderr, including what NCCL prints, to this rank's files: the same for every engine."""
     for descriptor, stream in enumerate(STREAMS, 1):
         file = os.open(CellDir(cell_dir).stream(rank, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)
@@ -44,7 +49,7 @@ def _own_output(cell_dir: Path, rank: int) -> None:
 if __name__ == "__main__":
     # DeepSpeed's launcher puts --local_rank=K before a script's own arguments.
     cell_dir = Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][-1])
-    # Before torch, whose import may hang as well. The handler is in C: it answers while Python waits.
+    # Before torch, whose import may hang as well. The handler is in C: it works while Python is blocked.
     faulthandler.register(process.STACKS, all_threads=False)
     code = 1
     try:
@@ -56,6 +61,6 @@ if __name__ == "__main__":
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # An orderly end of the interpreter takes 1.5 s to free what the kernel frees at once, and after a
-    # failure it could wait for communicators whose other ends still compute.
+    # A regular exit of the interpreter takes 1.5 s to free what the kernel frees at once, and after a
+    # failure it could wait for communicators whose peers still compute.
     os._exit(code)

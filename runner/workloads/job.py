@@ -1,4 +1,4 @@
-"""What a cell asks of its ranks, and the events with which they answer."""
+"""The input of a cell's ranks (job.json) and their output (events)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner.results.celldir import CellDir
 
 @dataclass(frozen=True)
 class RankJob:
-    """What one cell asks of its ranks.
+    """The contents of job.json: what one cell's ranks are to measure.
 
     `params` are the test's settings (configs/tests/<test>.yaml after `--set`); `model` is the
     architecture of configs/models/<model>.yaml; `env` holds NCCL_*, GLOO_* and the like, set before
@@ -41,17 +41,20 @@ class RankJob:
 
     @property
     def comm_backend(self) -> str:
+        """The backend of torch.distributed for the device: `nccl` or `gloo`."""
         return "nccl" if self.device == "cuda" else "gloo"
 
     @classmethod
     def load(cls, cell_dir: Path) -> RankJob:
+        """The job in `cell_dir`/job.json. Raises OSError where it is missing, TypeError where its keys do not fit."""
         return cls(**json.loads(CellDir(cell_dir).job.read_text()))
 
 
 class Events:
-    """Appends one JSON object a line to `rank<K>.jsonl`; flushed so that a killed rank loses nothing.
+    """Writes events to `rank<K>.jsonl`, one JSON object per line, each flushed so that a killed rank loses none.
 
-    `start` and `end` bracket a rank's work: a file without `end` is incomplete, never zero.
+    `start` is the first event and `end` the last: a file without `end` is incomplete, never zero. Calling the object
+    writes an event with any fields; it raises ValueError for a NaN or infinite value.
     """
 
     def __init__(self, cell_dir: Path, rank: int) -> None:
@@ -63,24 +66,26 @@ class Events:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def start(self, **fields: Any) -> None:
+        """Write the first event, with what the rank observed: world size, host, process id, device."""
         self("start", **fields)
 
     def progress(self, done: int, total: int, phase: str) -> None:
-        """`done` of `total` units of work of this cell; written by rank 0 alone."""
+        """Write that `done` of `total` units of the cell's work are done; ignored on all ranks but 0."""
         if self.rank == 0:
             self("progress", done=done, total=total, phase=phase)
 
     def value(self, metric: str, value: float, **context: Any) -> None:
-        """A measured value; the metric's name carries its unit (`busbw_gb_per_s`)."""
+        """Write a measured value with its context; the metric's name includes the unit (`busbw_gb_per_s`)."""
         self("value", metric=metric, value=value, context=context)
 
     def end(self) -> None:
+        """Write the last event and close the file."""
         self("end")
         self._file.close()
 
 
 def rank_from_env() -> int:
-    """RANK, as torchrun and DeepSpeed set it."""
+    """The rank from the variable RANK, which torchrun and DeepSpeed set; exits with a message where it is missing."""
     try:
         return int(os.environ["RANK"])
     except (KeyError, ValueError):

@@ -1,8 +1,8 @@
-"""The tests, one row each: the modules that a test consists of, by dotted path, and what it needs.
+"""The tests, one row each: the modules that a test consists of, by dotted path, and its requirements.
 
-Whoever needs one of the modules loads it through its row: a rank does not import the report, nor the controller torch.
-The order is that in which a run measures them, from the network up to training. A report shows them the other way
-round, since it begins with what a cluster is bought for.
+Each module is imported only through its row: a rank does not import the report, and the controller does not import
+torch. A run measures the tests in this order, from the network up to training. A report shows them in reverse order,
+since training is what a cluster is bought for.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ if TYPE_CHECKING:
 
 
 class RankModule(Protocol):
-    """What ranks execute."""
+    """The interface of the module that ranks execute."""
 
     def run(self, job: RankJob, events: Events) -> None:
-        """Measure what `job` asks for, and write each value to `events`. Every rank of the cell calls it."""
+        """Measure what `job` describes and write each value to `events`. Every rank of the cell calls it.
+
+        Raises UsageError for a setting that cannot work on this device or with this data.
+        """
 
 
 class MetricsModule(Protocol):
-    """From the records of a cell to what summary.json holds of it. Pure."""
+    """The interface of the module that turns a cell's records into its metrics in summary.json. Pure."""
 
     def summarise(
         self, plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
     ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-        """The cell's metrics, and its ceilings by the name of what they limit; what was not measured is absent."""
+        """(metric -> value, name of what is limited -> its ceiling) of one cell; what was not measured is absent.
+
+        `plan` and `cell` are the contents of plan.json and its entry. Values are in the unit of the metric's name.
+        """
 
     def target_value(
         self, target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
@@ -50,11 +56,11 @@ class TrainingMetricsModule(MetricsModule, Protocol):
 class Test:
     """One test.
 
-    `summary` says in a few words what it measures. `settings` is MODULE:CLASS of configs/tests/<name>.yaml, `rank` and
-    `metrics` are modules as above, and `report` is one as `runner.report.sections` describes. `packages` must be
-    installed on every node. `defaults` are, by device, the values of settings that are null. A test that `trains`
-    takes a model with its DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node
-    counts.
+    `summary` is what it measures, in a few words. `settings` is MODULE:CLASS of configs/tests/<name>.yaml; `rank`,
+    `metrics` and `report` are modules with the interfaces RankModule, MetricsModule and `runner.report.sections`.
+    `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null. A test
+    that `trains` takes a model with its DeepSpeed file and weights, a batch and prepared data, and its rate is compared
+    over node counts.
     """
 
     summary: str
@@ -67,13 +73,16 @@ class Test:
     trains: bool = False
 
     def load_settings(self) -> type[ConfigFile]:
+        """Import the class of the test's settings."""
         module, _, name = self.settings.partition(":")
         return cast("type[ConfigFile]", getattr(import_module(module), name))
 
     def load_rank(self) -> RankModule:
+        """Import the module that ranks execute."""
         return cast(RankModule, import_module(self.rank))
 
     def load_metrics(self) -> MetricsModule:
+        """Import the module that computes metrics from records."""
         return cast(MetricsModule, import_module(self.metrics))
 
     def load_training_metrics(self) -> TrainingMetricsModule:
@@ -103,5 +112,5 @@ TESTS: Mapping[str, Test] = {
 
 
 def trains(name: str) -> bool:
-    """Whether the test of that name trains a model; False for a test that only another version has."""
+    """Whether the test of this name trains a model; False for a test that this version does not have."""
     return name in TESTS and TESTS[name].trains

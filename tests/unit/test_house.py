@@ -281,3 +281,110 @@ def folders_imported(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 def test_who_judges_knows_no_test() -> None:
     assert found(modules("judge", "launch", "cli"), folders_imported) == []
     assert found(modules("report"), folders_imported), "a test's own report module does"
+
+
+# --- what is public has a docstring ------------------------------------------------------------------------------
+
+# Exempt: names with an underscore, and what is inside them; nested functions, which only their function calls;
+# properties, which are read like the fields that the docstring of their class explains; @overload, whose implementation
+# has the docstring; and a method that implements one which a base class in the same module documents.
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+EXEMPT_DECORATORS = {"property", "cached_property", "setter", "overload"}
+
+
+def decorators(node: Documented) -> set[str]:
+    """The last part of each decorator's name: `setter` of `@name.setter`, `command` of `@click.command("run")`."""
+    calls = (each.func if isinstance(each, ast.Call) else each for each in node.decorator_list)
+    return {identifier(call) for call in calls}
+
+
+def public(body: list[ast.stmt]) -> Iterator[Documented]:
+    """The public classes and functions in a body, also those behind an `if` or a `try`."""
+    for node in body:
+        if isinstance(node, Documented) and not node.name.startswith("_"):
+            yield node
+        elif isinstance(node, ast.If | ast.Try):
+            handled = [statement for handler in getattr(node, "handlers", []) for statement in handler.body]
+            yield from public([*node.body, *node.orelse, *handled])
+
+
+def undocumented(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """The module, classes, functions and methods without a docstring that need one."""
+    if not ast.get_docstring(tree):
+        yield tree, "the module"
+    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in public(tree.body):
+        yield from _undocumented(node, "", classes)
+
+
+def _undocumented(node: Documented, within: str, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[ast.AST, str]]:
+    name = f"{within}{node.name}"
+    if not ast.get_docstring(node) and not decorators(node) & EXEMPT_DECORATORS:
+        yield node, name
+    if isinstance(node, ast.ClassDef):
+        inherited = {
+            method.name
+            for base in node.bases
+            if identifier(base) in classes
+            for method in public(classes[identifier(base)].body)
+            if ast.get_docstring(method)
+        }
+        for member in public(node.body):
+            if member.name not in inherited:
+                yield from _undocumented(member, f"{name}.", classes)
+
+
+def test_what_is_public_has_a_docstring() -> None:
+    places = [path for path in modules() if not path.stem.startswith("_") or path.stem in ("__init__", "__main__")]
+    assert found(places, undocumented) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "missing"),
+    [
+        ("x = 1", ["the module"]),
+        ('"m"\ndef f(): pass', ["f"]),
+        ('"m"\nasync def f(): pass', ["f"]),
+        ('"m"\ndef f():\n "f"', []),
+        ('"m"\ndef f():\n "f"\n def g(): pass', []),
+        ('"m"\ndef _f(): pass\nclass _C:\n def f(self): pass', []),
+        ('"m"\nclass C:\n def f(self): pass', ["C", "C.f"]),
+        ('"m"\nclass C:\n "C"\n def __init__(self): pass\n @property\n def p(self): pass', []),
+        ('"m"\nclass C:\n "C"\n @classmethod\n def f(cls): pass', ["C.f"]),
+        ('"m"\nclass A:\n "A"\n def f(self): "f"\nclass B(A):\n "B"\n def f(self): pass\n def g(self): pass', ["B.g"]),
+        ('"m"\n@typing.overload\ndef f(x: int): ...\n@click.command("f")\ndef f(x): pass', ["f"]),
+        ('"m"\nif x:\n def f(): pass\nelse:\n def g(): pass', ["f", "g"]),
+    ],
+)
+def test_a_missing_docstring_is_found_in_any_form(code: str, missing: list[str]) -> None:
+    assert [what for _, what in undocumented(ast.parse(code))] == missing
+
+
+# --- the words of the field: fix, gracefully, no output ----------------------------------------------------------
+
+BREAK = r"[\s#]+"  # also from one line of a comment to the next
+DIALECT = re.compile(rf"\b(mend(s|ed|ing)?|good{BREAK}order|no{BREAK}word)\b", re.IGNORECASE)
+
+
+def dialect(text: str) -> list[tuple[int, str]]:
+    """(line, words) of what is not standard English in a module: in its strings, comments and names."""
+    return [(text.count("\n", 0, match.start()) + 1, match[0]) for match in DIALECT.finditer(text)]
+
+
+def test_the_words_are_those_of_the_field() -> None:
+    assert [f"{name_of(p)}:{line}: {words}" for p in modules() for line, words in dialect(p.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('raise UsageError("mend slurm.account")', True),
+        ("x = 1  # the mended one", True),
+        ('"""Stop a run in good\norder."""', True),
+        ("# there was no\n# word from it", True),
+        ('"No word"', True),
+        ('"amend, recommended, in no order, no words"', False),
+    ],
+)
+def test_dialect_is_found_in_any_form(text: str, found: bool) -> None:
+    assert bool(dialect(text)) is found

@@ -1,1 +1,1 @@
-"""How ranks are started on the chosen nodes: one module an engine."""
+"""How ranks are started on the chosen nodes: one module per engine."""

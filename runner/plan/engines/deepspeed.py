@@ -9,11 +9,11 @@ from runner.system.process import MARKER
 
 
 def launch(ranks: Ranks) -> Launch:
-    """DeepSpeed's own launcher on the controller: hostfile, pdsh, the inventory's port through ssh_config.
+    """DeepSpeed's own launcher on the controller, with a hostfile, and pdsh where the nodes are remote.
 
-    It pastes its arguments and exports into remote shells unquoted, so it gets nothing but numbers and
-    paths that the inventory has checked; everything else travels in job.json. The nodes' environment
-    comes from a `.deepspeed_env` file, since it exports neither PATH nor most variables by itself.
+    The launcher inserts its arguments and exports into remote shells unquoted, so it gets only numbers and paths that
+    the inventory has checked; everything else is in job.json. The nodes' environment comes from a `.deepspeed_env`
+    file, since the launcher itself exports neither PATH nor most variables.
     """
     python = ranks.nodes[0].python
     hostfile = str(PurePath(ranks.launcher_dir, "hostfile"))

@@ -1,4 +1,4 @@
-"""What an engine may depend on, and what it gives."""
+"""The input of an engine, `Ranks`, and its output, `Launch`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Protocol
 
 
 class Host(Protocol):
-    """What of an inventory's node an engine needs; under Slurm the agent knows no more of its peers."""
+    """The properties of a node that an engine needs; under Slurm an agent knows no others of its peers."""
 
     @property
-    def alias(self) -> str: ...
+    def alias(self) -> str:
+        """The node's alias, such as `node001`."""
 
     @property
-    def python(self) -> str: ...
+    def python(self) -> str:
+        """The path of the Python interpreter on the node."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one cell: what an engine may depend on.
+    """The ranks of one cell: all that an engine may depend on.
 
-    `cell_dir` is the cell's folder on every node, `launcher_dir` its folder on the controller, and
-    `ssh_config` the OpenSSH configuration that reaches the nodes (None: the node is this machine).
+    `cell_dir` is the cell's folder on every node, `launcher_dir` its folder on the controller, `ssh_config` the path
+    of the OpenSSH configuration that reaches the nodes (None: the node is this machine), and `marker` the value of the
+    environment variable that marks the cell's processes.
     """
 
     nodes: Sequence[Host]
@@ -37,7 +40,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Launch:
-    """What runs where. A node without argv has its ranks started by the controller's `head` command."""
+    """The commands that start a cell: `argv` by node, and `head` with its environment `head_env` on the controller.
+
+    The ranks of a node whose argv is None are started by `head`.
+    """
 
     argv: tuple[tuple[str, ...] | None, ...]
     head: tuple[str, ...] | None = None

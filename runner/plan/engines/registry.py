@@ -1,7 +1,7 @@
 """The engines: how ranks are started on the chosen nodes, one row each.
 
-An engine is a pure function from a cell's ranks to a Launch. It knows nothing of how its commands reach the nodes; it
-says what each node runs, what (if anything) the controller runs, and which files those need.
+An engine is a pure function from a cell's ranks to a Launch: what each node runs, what (if anything) the controller
+runs, and which files those commands need. It does not know how its commands reach the nodes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from runner.plan.engines.ranks import Host, Launch, Ranks
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine: its function, and what it needs.
+    """One engine: its function, and its requirements.
 
-    `headed`: one command on the controller starts all ranks and reaches the nodes by itself, over ssh, with one Python
-    for all of them. `packages` must be installed on every node.
+    `headed`: one command on the controller starts all ranks and connects to the nodes itself, over ssh, with the same
+    Python path on all of them. `packages` must be installed on every node.
     """
 
     launch: Callable[[Ranks], Launch]

@@ -1,4 +1,4 @@
-"""Engine `torchrun`: one launcher a node."""
+"""Engine `torchrun`: one launcher per node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runner.results.celldir import TORCHRUN_LOGS
 
 
 def launch(ranks: Ranks) -> Launch:
-    """One torchrun per node, static rendezvous on the first."""
+    """One torchrun per node with static rendezvous on the first node."""
     return Launch(
         argv=tuple(
             (

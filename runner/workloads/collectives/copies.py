@@ -1,7 +1,7 @@
-"""What a rank measures that is alone: copies within its device, and between a GPU and its host.
+"""The measurement of a single rank: copies within its device, and between a GPU and its host.
 
-Each copy is made at one size, the largest that is asked for, since smaller ones measure what it costs to start a copy.
-The median time gives the rate. What was copied is compared with what should have been.
+Each copy is made at one size, the largest that is configured, since smaller ones measure the cost of starting a copy.
+The median time gives the rate. The copied bytes are compared with the expected ones.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from runner.workloads.job import Events, RankJob
 if TYPE_CHECKING:
     import torch
 
-# A larger copy between host and GPU is no faster, and its host memory is pinned: taken from everybody else on the node.
+# A larger copy between host and GPU is no faster, and its host memory is pinned: not available to others on the node.
 HOST_COPY_BYTES = 256 << 20
-# Of one copy's bytes, the number that its rate counts: within a device each byte is read and written.
+# How often the rate counts each byte of a copy: within a device each byte is both read and written.
 COUNTED = {"copy": 2, "host_to_device": 1, "device_to_host": 1}
 
 
 def run(job: RankJob, events: Events, device: torch.device) -> None:
-    """Measure each copy that `device` can make, and emit its rate in GB/s and the number of wrong bytes."""
+    """Measure each copy that `device` can make, and write its rate in GB/s and number of wrong bytes to `events`."""
     import torch
 
     params = job.params
@@ -34,14 +34,14 @@ def run(job: RankJob, events: Events, device: torch.device) -> None:
         operation = _operation(name, size_bytes, device)
         times_us, wrong = measure(operation, params["warmup"], params["iters"], device)
         emit(events, name, size_bytes, times_us, wrong)
-        del operation  # its buffers go before those of the next are made
+        del operation  # frees its buffers before those of the next are allocated
     events.progress(len(todo), len(todo), "done")
 
 
 def sizes(max_bytes: int, free_bytes: int | None) -> dict[str, int]:
-    """Bytes of each copy by its name: `max_bytes`, halved until source, target and their comparison fit on a GPU.
+    """Copy name -> its size in bytes: `max_bytes`, halved until source, target and their comparison fit on the GPU.
 
-    `free_bytes` is that GPU's free memory, None on a CPU.
+    `free_bytes` is the GPU's free memory, None on a CPU.
     """
     if free_bytes is None:
         return {"copy": max_bytes}
@@ -53,12 +53,12 @@ def sizes(max_bytes: int, free_bytes: int | None) -> dict[str, int]:
 
 
 def _operation(name: str, size_bytes: int, device: torch.device) -> Operation:
-    """The copy of that name. Its target begins with a byte that the source does not have."""
+    """The copy of this name. Its target is filled with a byte value that the source does not contain."""
     import torch
 
     def buffer(on_host: bool) -> torch.Tensor:
         where = torch.device("cpu") if on_host else device
-        pinned = on_host and device.type == "cuda"  # else a copy would first be made into memory that is
+        pinned = on_host and device.type == "cuda"  # from pageable memory, CUDA would copy to a pinned buffer first
         return torch.full((size_bytes,), 255, dtype=torch.uint8, device=where, pin_memory=pinned)
 
     source, target = buffer(name == "host_to_device"), buffer(name == "device_to_host")
@@ -75,7 +75,7 @@ def _operation(name: str, size_bytes: int, device: torch.device) -> Operation:
 
 
 def measure(operation: Operation, warmup: int, iters: int, device: torch.device) -> tuple[Sequence[float], int]:
-    """(µs of each iteration, wrong bytes), checked before and after timing."""
+    """(time of each iteration in µs, number of wrong bytes). The result is checked before and after timing."""
     on_gpu = device.type == "cuda"
     operation.run()
     wrong = _wrong_bytes(operation, on_gpu)
@@ -95,7 +95,10 @@ def _wrong_bytes(operation: Operation, on_gpu: bool) -> int:
 
 
 def emit(events: Events, name: str, size_bytes: int, times_us: Sequence[float], wrong: int) -> None:
-    """One copy's values. Wrong values carry its name as a collective's do, so that a finding can give it."""
+    """Write one copy's rate in GB/s, by the median of `times_us`, and its number of wrong bytes.
+
+    `wrong_values` has the copy's name as `collective`, so that a finding can name it.
+    """
     context = {"size_bytes": size_bytes, "iters": len(times_us)}
     nanoseconds = quantile(times_us, 0.5) * 1e3  # B per ns is GB/s
     events.value(f"{name}_gb_per_s", COUNTED[name] * size_bytes / nanoseconds, **context)

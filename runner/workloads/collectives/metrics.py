@@ -1,4 +1,4 @@
-"""From the records of one `torch` cell to its metrics and ceilings. Pure; docs/metrics.md has the formulas."""
+"""Metrics and ceilings of a `torch` cell from its records. Pure; docs/metrics.md has the formulas."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from runner.results.records import Record
 LATENCY_BYTES = 8
 
 
-COPIES = ("copy_gb_per_s", "host_to_device_gb_per_s", "device_to_host_gb_per_s")  # what one rank alone measures
+COPIES = ("copy_gb_per_s", "host_to_device_gb_per_s", "device_to_host_gb_per_s")  # measured by a single rank
 
 
 def summarise(
     plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """The metrics of one cell, and its ceilings by collective; of one rank alone only its device's copies."""
+    """(metric -> value, collective -> ceiling) of one cell; for a single rank only the rates of its copies.
+
+    Bandwidths are in GB/s, the highest over all sizes; latencies in µs, at the smallest size; shares of a limit in %.
+    """
     ceilings = cell_limits(plan, cell)
     metrics: dict[str, float] = {}
     wrong = [record.value for record in records if record.metric == "wrong_values"]
@@ -31,7 +34,7 @@ def summarise(
                 metrics[f"{collective}_busbw_pct_of_limit"] = 100 * share
         for name in ("latency_us_p50", "latency_us_p99"):
             latency = by_size(records, collective, name)
-            # Where every rank has a share, the smallest operation has one element a rank: more than 8 bytes.
+            # Where every rank has a share, the smallest operation has one element per rank: more than 8 bytes.
             smallest = min(latency, default=math.inf)
             if smallest <= LATENCY_BYTES * cell["world_size"]:
                 metrics[f"{collective}_{name}"] = latency[int(smallest)]
@@ -57,7 +60,7 @@ def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Se
 
 
 def _copies(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:
-    """The rates of a device's own copies, the size at which the one within it was made, and its share of the limit."""
+    """Rates of a single rank's copies (GB/s), and of the copy within the device its size (B) and share of the limit."""
     found = {record.metric: record for record in records if record.metric in COPIES}
     metrics = {name: found[name].value for name in COPIES if name in found}
     if copy := found.get("copy_gb_per_s"):
@@ -69,7 +72,7 @@ def _copies(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
 
 
 def by_size(records: Iterable[Record], collective: str, metric: str) -> dict[int, float]:
-    """size in bytes -> value, of one collective's metric."""
+    """Size in bytes -> value of one collective's metric, in the metric's unit."""
     return {
         int(record.context["size_bytes"]): record.value
         for record in records
@@ -78,7 +81,7 @@ def by_size(records: Iterable[Record], collective: str, metric: str) -> dict[int
 
 
 def cell_limits(plan: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """collective -> {"busbw_gb_per_s", "binds"} on the cell's nodes; empty where their rates are unknown."""
+    """Collective -> {"busbw_gb_per_s", "binds"}, its ceiling on the cell's nodes; empty where rates are unknown."""
     if cell["device"] == "cpu":
         return {}
     nodes = [node for node in plan["nodes"] if node["name"] in set(cell["hosts"])]

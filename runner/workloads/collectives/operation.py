@@ -1,4 +1,4 @@
-"""One operation that is timed, whatever it does, and the time that each iteration of it takes."""
+"""A timed operation (a collective or a copy), and the measurement of its iterations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Operation:
     """One collective, or one copy, at one size.
 
-    `reset` puts the buffers in their first state (the output poisoned), `run` is what is timed, and
-    afterwards `output` must equal `expected`. `round_trips` tells that `run` goes there and back.
+    `reset` restores the buffers (the output to invalid values), `run` is what is timed, and afterwards `output` must
+    equal `expected`. With `round_trips`, one `run` sends in both directions, one after the other.
     """
 
     collective: str
@@ -29,19 +29,19 @@ class Operation:
     round_trips: bool = False
 
     def wrong_values(self) -> int:
-        """How many elements of this rank's output are not what they must be. NaN is wrong."""
+        """The number of elements of this rank's output that differ from the expected ones. NaN is wrong."""
         if self.output is None or self.expected is None:
             return 0
         return int((self.output != self.expected).sum())
 
 
 def timed(operation: Operation, iters: int, on_gpu: bool) -> Sequence[float]:
-    """µs of each of `iters` iterations on this rank, by the GPU's clock where it runs `on_gpu`."""
+    """The time in µs of each of `iters` iterations on this rank, by the GPU's clock if `on_gpu`."""
     return (_times_on_gpu if on_gpu else _times_on_host)(operation, iters)
 
 
 def _times_on_host(operation: Operation, iters: int) -> Sequence[float]:
-    elapsed_us = array("d")  # a long measurement has millions
+    elapsed_us = array("d")  # a long measurement has millions of times
     for _ in range(iters):
         operation.reset()
         started = time.perf_counter()
@@ -51,7 +51,7 @@ def _times_on_host(operation: Operation, iters: int) -> Sequence[float]:
 
 
 def _times_on_gpu(operation: Operation, iters: int) -> Sequence[float]:
-    """By events on the stream: the host runs ahead, so that launching does not add to the time."""
+    """Times by CUDA events on the stream: the host runs ahead, so that launching does not add to them."""
     import torch
 
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(iters)]

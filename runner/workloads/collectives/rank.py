@@ -3,9 +3,9 @@
 Each collective is measured at sizes from `min_bytes` to `max_bytes`. The time of one operation is the
 slowest rank's, iteration by iteration; its median gives the bandwidths. Sizes and bandwidths follow
 nccl-tests (PERFORMANCE.md): algbw = size ÷ time, size being the larger of the two buffers, and busbw
-scales it by what the wires carry. Results are compared with exact integers, each rank's data its own.
+scales it by what the wires carry. Results are compared with exact integers; each rank contributes different data.
 
-A rank alone has no peer and sends nothing: it measures its device's own copies instead (`copies`).
+A single rank has no peer and sends nothing: it measures copies of its device instead (`copies`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=10)
 # Integers up to this are exact in the type, so sums do not depend on the order of the ranks.
 _EXACT = {"float32": 1 << 24, "bfloat16": 1 << 8, "float16": 1 << 11}
-# Odd moduli: a block that lands a power of two elements away from its place shows as wrong.
+# Odd moduli: a block that is off by a power of two elements is detected as wrong.
 _MODULI = (251, 127, 61, 31, 13, 7, 5, 3)
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place, and where its tensors live."""
+    """This rank among the others, and the device and type of its tensors."""
 
     rank: int
     size: int
@@ -45,7 +45,10 @@ class World:
 
 
 def run(job: RankJob, events: Events) -> None:
-    """Measure every collective of `job.params` at every size, or alone the device's copies; rank 0 emits the values."""
+    """Measure every collective in `job.params` at every size, or the device's copies if this is the only rank.
+
+    Rank 0 writes the values to `events`. Raises what torch.distributed raises, such as a timeout after 10 minutes.
+    """
     import torch
     import torch.distributed as dist
 
@@ -74,14 +77,14 @@ def run(job: RankJob, events: Events) -> None:
         times_us, wrong = measure(operation, params["warmup"], params["iters"], world)
         if world.rank == 0:
             emit(events, operation, times_us, wrong, world.size, params["dtype"])
-        del operation  # its buffers go before those of the next are made
+        del operation  # frees its buffers before those of the next are allocated
     events.progress(len(todo), len(todo), "done")
-    # Only after success: with an operation outstanding on some rank it would wait for it.
+    # Only after success: it would wait for an operation that is outstanding on some rank.
     dist.destroy_process_group()
 
 
 def message_sizes(min_bytes: int, max_bytes: int, factor: int) -> list[int]:
-    """min_bytes, ×factor, … and max_bytes itself."""
+    """Message sizes in bytes: `min_bytes`, each `factor` times the previous one, and `max_bytes` as the last."""
     sizes = []
     size = min_bytes
     while size < max_bytes:
@@ -91,10 +94,10 @@ def message_sizes(min_bytes: int, max_bytes: int, factor: int) -> list[int]:
 
 
 def schedule(collectives: Sequence[str], sizes: Sequence[int], world: World) -> list[tuple[str, int]]:
-    """(collective, elements of one rank's share) in the order of measuring.
+    """(collective, number of elements in one rank's share) in the order of measuring; `sizes` are in bytes.
 
-    A size is rounded down to whole elements, the same number for each rank where ranks have shares,
-    but never to none: with 8 ranks of float32, 8 bytes become 32. Operation.size_bytes is the truth.
+    A size is rounded down to whole elements, the same number for each rank where ranks have shares, but at least
+    one: with 8 ranks of float32, 8 bytes become 32. Operation.size_bytes is the actual size.
     """
     todo = []
     for name in collectives:
@@ -108,9 +111,9 @@ def schedule(collectives: Sequence[str], sizes: Sequence[int], world: World) -> 
 
 
 def pattern(world: World, rank: int, start: int, count: int) -> torch.Tensor:
-    """Elements [start, start + count) of what `rank` contributes: integers that differ by rank and place.
+    """Elements [start, start + count) of the data that `rank` contributes, as a tensor [count] of `world.dtype`.
 
-    Small enough that their sum over all ranks is exact in `world.dtype`.
+    They are integers that differ by rank and position, small enough that their sum over all ranks is exact.
     """
     import torch
 
@@ -141,7 +144,7 @@ def _all_gather(world: World, share: int) -> Operation:
     import torch
     import torch.distributed as dist
 
-    # torch 2.13 gave it a new name and warns at the old one.
+    # torch 2.13 renamed it and warns about the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     source = pattern(world, world.rank, 0, share)
     output = torch.empty(share * world.size, dtype=world.dtype, device=world.device)
@@ -207,9 +210,9 @@ def _broadcast(world: World, share: int) -> Operation:
 
 
 def _send_recv(world: World, share: int) -> Operation:
-    """Every GPU sends to the same GPU of the next node and receives from that of the one before.
+    """Every GPU sends to the same GPU of the next node and receives from that of the previous node.
 
-    Between nodes that loads all NICs in both directions at once; a ring over neighbouring ranks, as in
+    Between nodes this loads all NICs in both directions at once; a ring over neighbouring ranks, as in
     nccl-tests, crosses each node's boundary with one flow, which one NIC carries. Inside one node it is
     that ring.
     """
@@ -236,7 +239,7 @@ def _send_recv(world: World, share: int) -> Operation:
 
 
 def _ping_pong(world: World, share: int) -> Operation:
-    """Rank 0 sends to one rank on another node, which sends its own data back; other ranks look on."""
+    """Rank 0 sends to one rank on another node, which then sends its data back; other ranks do nothing."""
     import torch
     import torch.distributed as dist
 
@@ -252,14 +255,14 @@ def _ping_pong(world: World, share: int) -> Operation:
             dist.recv(theirs, ends[0])
             dist.send(mine, ends[0])
 
-    plays = world.rank in ends
+    takes_part = world.rank in ends
     return Operation(
         "ping_pong",
         mine.nbytes,
         reset=lambda: theirs.fill_(-1),
         run=there_and_back,
-        output=theirs if plays else None,
-        expected=pattern(world, ends[1] if world.rank == ends[0] else ends[0], 0, share) if plays else None,
+        output=theirs if takes_part else None,
+        expected=pattern(world, ends[1] if world.rank == ends[0] else ends[0], 0, share) if takes_part else None,
         round_trips=True,
     )
 
@@ -283,9 +286,10 @@ _BUILDERS: dict[str, Callable[[World, int], Operation]] = {
 
 
 def measure(operation: Operation, warmup: int, iters: int, world: World) -> tuple[list[float], int]:
-    """(µs of each iteration, slowest rank's; wrong elements over all ranks). Every rank gets the same.
+    """(time of each iteration in µs on its slowest rank, wrong elements over all ranks); the same on every rank.
 
-    The result is checked before and after timing, so that neither a first nor a settled fault hides.
+    A round trip counts half its time. The result is checked before and after timing, to find faults of the first
+    operation as well as those that appear under load.
     """
     import torch
     import torch.distributed as dist
@@ -300,7 +304,7 @@ def measure(operation: Operation, warmup: int, iters: int, world: World) -> tupl
     on_gpu = world.device.type == "cuda" and operation.collective != "barrier"  # a barrier ends on the host
     times_us = timed(operation, iters, on_gpu)
     wrong += operation.wrong_values()
-    # Exchanged only now: nothing but the operation itself runs between two iterations.
+    # Exchanged only after timing, so that nothing but the operation itself runs between two iterations.
     slowest = torch.tensor(times_us, dtype=torch.float64, device=world.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     wrong_everywhere = torch.tensor(wrong, dtype=torch.int64, device=world.device)
@@ -312,6 +316,10 @@ def measure(operation: Operation, warmup: int, iters: int, world: World) -> tupl
 def emit(
     events: Events, operation: Operation, times_us: Sequence[float], wrong: int, world_size: int, dtype: str
 ) -> None:
+    """Write one operation's latencies (µs), bandwidths (GB/s, by the median time) and number of wrong elements.
+
+    A barrier has only latencies. algbw = size ÷ time; busbw = algbw × `busbw_factor`.
+    """
     context = {
         "collective": operation.collective,
         "size_bytes": operation.size_bytes,

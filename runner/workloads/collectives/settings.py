@@ -18,7 +18,10 @@ Collective = Literal[
 
 
 class TorchTest(ConfigFile):
-    """Collectives over torch.distributed: the same code on NCCL and gloo."""
+    """configs/tests/torch.yaml: `min_bytes`, each size `factor` times the previous one, up to `max_bytes`.
+
+    `warmup` and `iters` are iterations per size, `timeout_s` is the time limit of a cell in seconds.
+    """
 
     collectives: Annotated[tuple[Collective, ...], Field(min_length=1)]
     min_bytes: Size

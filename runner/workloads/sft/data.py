@@ -1,4 +1,4 @@
-"""Prepared sequences as ranks read them."""
+"""Reading prepared sequences on a rank."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a rank, int32 arrays [micro_batch, seq_len], and what it counts for."""
+    """One micro-batch of a rank as int32 arrays [micro_batch, seq_len]."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
-    tokens: int  # real ones, without padding
+    tokens: int  # without padding
 
     @property
     def loss_tokens(self) -> int:
+        """The number of tokens whose label counts in the loss."""
         return int((self.labels != IGNORED).sum())
 
     @property
     def bounds(self) -> np.ndarray:
-        """int32 [segments + 1]: where segments begin and end in the flattened batch; attention crosses none."""
+        """int32 [segments + 1]: boundaries of segments in the flattened batch, which attention does not cross."""
         import numpy as np
 
         starts = (self.position_ids.reshape(-1) == 0).nonzero()[0]
@@ -39,7 +40,10 @@ class Batch:
 
 
 class PackedData:
-    """The sequences of a prepared folder, read through mmap: ranks of a node share the pages."""
+    """The sequences in a folder that `runner data prepare` wrote, read through mmap: ranks of a node share the pages.
+
+    Raises UsageError where the folder holds no prepared data.
+    """
 
     def __init__(self, folder: Path) -> None:
         import numpy as np
@@ -55,11 +59,11 @@ class PackedData:
         self.count, self.seq_len = self._ids.shape
 
     def check(self, job: RankJob) -> None:
-        """Raise UsageError where these sequences cannot feed the job's model."""
+        """Raise UsageError where the job's model cannot train on these sequences (length, vocabulary)."""
         model = job.model or {}
-        asked = job.params.get("seq_len") or self.seq_len
-        if asked != self.seq_len:
-            raise UsageError(f"data is packed to {self.seq_len} tokens, the job asks for {asked}; prepare it again")
+        expected = job.params.get("seq_len") or self.seq_len
+        if expected != self.seq_len:
+            raise UsageError(f"data is packed to {self.seq_len} tokens, the job expects {expected}; prepare it again")
         if self.seq_len > model["max_seq_len"]:
             raise UsageError(
                 f"sequences of {self.seq_len} tokens, but {model['name']} takes {model['max_seq_len']}: "
@@ -72,13 +76,13 @@ class PackedData:
             )
 
     def read(self, first: int, count: int, seed: int) -> Batch:
-        """Sequences [first, first + count) of the endless shuffled stream that all ranks share."""
+        """Sequences [first, first + count) of the endless shuffled stream that all ranks share, given by `seed`."""
         rows = [place(first + i, self.count, seed) for i in range(count)]
         return Batch(self._ids[rows], self._labels[rows], self._positions[rows], tokens=int(self._tokens[rows].sum()))
 
 
 def place(position: int, count: int, seed: int) -> int:
-    """The sequence at `position` of the stream: each epoch holds every sequence once, in an order of its own."""
+    """The index of the sequence at `position` of the stream: each epoch has all `count` once, in a different order."""
     epoch, within = divmod(position, count)
     return int(_order(count, seed, epoch)[within])
 
@@ -87,6 +91,6 @@ def place(position: int, count: int, seed: int) -> int:
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     import numpy as np
 
-    # A stream of its own: the data was shuffled with default_rng(seed), and default_rng([seed, 0]) is the
-    # same generator, which would put the sequences back into the order they were packed in.
+    # Not default_rng(seed): the data was shuffled with it, and default_rng([seed, 0]) is the same generator, which
+    # would restore the order in which the sequences were packed.
     return np.random.default_rng([0x5F7, seed, epoch]).permutation(count)

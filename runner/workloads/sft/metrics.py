@@ -1,4 +1,4 @@
-"""From the records of one `sft` cell to its metrics. Pure; docs/metrics.md has the formulas."""
+"""Metrics of an `sft` cell from its records. Pure; docs/metrics.md has the formulas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONCE_METRICS = (  # reported once, by rank 0
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of an sft cell. `time_s` is of the slowest rank: all wait for it.
+    """One optimizer step of an sft cell. `time_s` is that of the slowest rank, for which all others wait.
 
     `tokens`, `loss_tokens` and `positions` are sums over ranks; `host_time_s` is each host's slowest rank.
     """
@@ -39,7 +39,7 @@ class Step:
 
 
 def steps(records: Iterable[Record], world_size: int) -> list[Step]:
-    """The complete steps of one sft cell in order. A step that lacks a rank's time is left out, not guessed."""
+    """The complete steps of one sft cell in order. A step without the time of all `world_size` ranks is left out."""
     found: dict[int, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if "step" in record.context and record.rank is not None:
@@ -72,7 +72,10 @@ def steps(records: Iterable[Record], world_size: int) -> list[Step]:
 def summarise(
     plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """The metrics of one cell that trains; it has no ceilings, since its peak is in `mfu`."""
+    """(metric -> value, {}) of one cell: it has no ceilings, since `mfu` already relates to the hardware's peak.
+
+    Rates are Σ tokens ÷ Σ seconds over measured steps; `mfu` is 0…1 (limits.mfu), absent on CPUs.
+    """
     metrics: dict[str, float] = {}
     every = steps(records, cell["world_size"])
     measured = [step for step in every if step.measured]
@@ -101,8 +104,8 @@ def summarise(
     peak = plan.get("hardware", {}).get("bf16_peak_tflop_per_s")
     model = plan.get("models", {}).get(cell.get("model"))
     if peak and model and measured and cell["device"] != "cpu":
-        # Attention does not cross samples: its length is a sample's, not the packed sequence's. Where ranks
-        # do not report it, attention counts as nothing, so that the figure is never flattered.
+        # Attention does not cross samples: its length is that of a sample, not of the packed sequence. Where ranks
+        # do not report it, attention is not counted, so that MFU is never overstated.
         lengths = [record.value for record in records if record.metric == "sample_tokens_mean"]
         flop = limits.flops_per_token(model, round(lengths[0]) if lengths else 0)
         metrics["mfu"] = limits.mfu(metrics["processed_tokens_per_s"], flop, cell["world_size"], peak)

@@ -1,4 +1,4 @@
-"""The model of test `sft`, and what its forward pass takes."""
+"""The model of test `sft`, and the inputs of its forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def build_model(model: Mapping[str, Any], *, attention: str, dtype: torch.dtype, weights: str | None = None) -> Any:
-    """A LlamaForCausalLM of a configs/models/ architecture: random weights, or those of `weights`.
+    """A LlamaForCausalLM with the architecture `model` of configs/models/.
+
+    Its weights are random, or those of `weights`, a Hugging Face id or path. `attention` is transformers'
+    `attn_implementation`.
 
     Under ZeRO-3 (an HfDeepSpeedConfig is alive) each parameter is divided among the ranks as soon as it
     exists, so no rank ever holds the whole model.
@@ -50,18 +53,18 @@ def build_model(model: Mapping[str, Any], *, attention: str, dtype: torch.dtype,
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise UsageError(
-                f"weights {weights!r} have {field} {getattr(config, field)}, model {model['name']} says {value}: "
+                f"weights {weights!r} have {field} {getattr(config, field)}, model {model['name']} has {value}: "
                 f"choose the --model that matches"
             )
     return LlamaForCausalLM.from_pretrained(weights, config=config, attn_implementation=attention, dtype=dtype)
 
 
 def inputs(batch: Batch, *, flash: bool, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of the model's forward pass.
+    """Keyword arguments of the model's forward pass: int64 tensors [micro_batch, seq_len] on `device`.
 
-    Position ids that restart at 0 tell transformers where samples begin; without an attention mask it
-    then masks across them itself. FlashAttention wants one long row with the boundaries instead: given
-    here, it need not find them again in every layer, which would wait for the GPU each time.
+    Where position ids restart at 0, transformers assumes a new sample and, without an attention mask, masks attention
+    between samples itself. With `flash` there is one row [1, micro_batch · seq_len] and its boundaries, as
+    FlashAttention expects; otherwise it would compute them in every layer, and wait for the GPU each time.
     """
     import torch
 

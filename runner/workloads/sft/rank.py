@@ -32,11 +32,15 @@ PATIENCE = timedelta(minutes=10)
 
 
 def run(job: RankJob, events: Events) -> None:
-    """Train `warmup_steps` and then `steps` optimizer steps; every rank emits each step's values."""
+    """Train `warmup_steps` and then `steps` optimizer steps; every rank writes each step's values to `events`.
+
+    Raises UsageError for settings or data that do not fit, for GPU memory that ran out, and for a loss that is not
+    finite.
+    """
     settings = resolve(job)
     data = PackedData(Path(job.data or ""))
     data.check(job)
-    # DeepSpeed would search for accelerators, and say so.
+    # Otherwise DeepSpeed searches for accelerators, and prints what it finds.
     os.environ.setdefault("DS_ACCELERATOR", job.device)
     if not job.params.get("compile", False):
         # DeepSpeed decorates an optimizer that is not used here, which imports the whole compiler (1.3 s).
@@ -49,7 +53,7 @@ def run(job: RankJob, events: Events) -> None:
     import torch.distributed as dist
 
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed calls torch by names that torch 2.13 has renamed: nothing that a user could change.
+    # DeepSpeed uses names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if job.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -66,7 +70,7 @@ def run(job: RankJob, events: Events) -> None:
             f"{job.world_size} GPUs: lower sft.micro_batch (and raise sft.gradient_accumulation) or sft.seq_len, "
             f"use more nodes, or a DeepSpeed configuration that offloads ({str(error).splitlines()[0]})"
         ) from error
-    # Only after success: after a failure it could wait for ranks that never come.
+    # Only after success: after a failure it could wait for ranks that have ended.
     dist.destroy_process_group()
 
 
@@ -78,7 +82,7 @@ def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
 
     torch.manual_seed(job.seed)
     config = dict(settings.deepspeed)
-    alive = HfDeepSpeedConfig(config)  # transformers looks for it, weakly, to build under ZeRO-3
+    alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3
     if settings.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -88,7 +92,7 @@ def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
     )
     del alive
     if job.params.get("activation_checkpointing", True):
-        # DeepSpeed's own, so that the configuration's section of that name holds.
+        # DeepSpeed's implementation, so that the configuration's section of that name applies.
         deepspeed.checkpointing.configure(None, deepspeed_config=config)
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
     model.train()
@@ -151,7 +155,7 @@ def _train(
         if not math.isfinite(mean_loss):
             raise UsageError(f"the loss of step {step} is {mean_loss}: training diverged; lower sft.lr")
         context = {"step": step, "measured": step >= settings.warmup_steps}
-        # When it was: telemetry counts only while a measured step ran.
+        # `started_s` selects the telemetry that was taken during measured steps.
         events.value("step_time_s", step_time_s, **context, started_s=started_s)
         events.value("tokens", sum(batch.tokens for batch in batches), **context)
         events.value("loss_tokens", loss_tokens, **context)
@@ -171,7 +175,7 @@ def _train(
         for metric, value in counts.items():
             events.value(metric, value)
         events.value("packing_utilisation_pct", data.manifest["packing_utilisation_pct"])
-        # The mean over tokens, not over samples: the length of the attention that the average token takes part in.
+        # The mean over tokens, not over samples: the attention length of the average token.
         events.value("sample_tokens_mean", squares / lengths)
 
 
@@ -183,7 +187,10 @@ def process_age_s() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """This process's largest resident memory. getrusage would count what its parent had before exec."""
+    """Peak resident memory of this process in bytes; 0 where unknown.
+
+    getrusage would include the memory of its parent before exec.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

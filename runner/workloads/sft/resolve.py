@@ -1,4 +1,4 @@
-"""What the settings of test `sft` come to on this machine."""
+"""Resolving the settings of test `sft` on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a job asks for, resolved and found possible on its device."""
+    """A job's settings without `auto` values, validated for its device. `micro_batch` is in sequences."""
 
     steps: int
     warmup_steps: int
@@ -29,7 +29,7 @@ class Settings:
 
 
 def resolve(job: RankJob) -> Settings:
-    """Settings of `job`; raises UsageError for what its device or its DeepSpeed configuration cannot do."""
+    """The settings of `job`. Raises UsageError for those that do not fit its device or DeepSpeed configuration."""
     params, config = job.params, job.deepspeed
     if job.model is None or config is None or job.data is None:
         raise UsageError("test sft needs a model, a DeepSpeed configuration and prepared data")
@@ -62,7 +62,7 @@ def resolve(job: RankJob) -> Settings:
 
 
 def unresolved(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose value is still "auto"."""
+    """The dotted keys of a DeepSpeed configuration whose value is still "auto"."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from unresolved(value, f"{prefix}{key}.")
@@ -70,19 +70,19 @@ def unresolved(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def _attention(asked: str, device: str) -> str:
+def _attention(requested: str, device: str) -> str:
     installed = importlib.util.find_spec("flash_attn") is not None
-    if asked == "auto":
+    if requested == "auto":
         return "flash_attention_2" if device == "cuda" and installed else "sdpa"
-    if asked == "flash_attention_2" and not (device == "cuda" and installed):
+    if requested == "flash_attention_2" and not (device == "cuda" and installed):
         need = "the package flash-attn, which is not installed" if device == "cuda" else "a GPU"
         raise UsageError(f"sft.attention=flash_attention_2 needs {need}; sdpa works everywhere")
-    return asked
+    return requested
 
 
-def _liger(asked: str, device: str) -> bool:
+def _liger(requested: str, device: str) -> bool:
     installed = importlib.util.find_spec("liger_kernel") is not None
-    if asked == "true" and not (device == "cuda" and installed):
+    if requested == "true" and not (device == "cuda" and installed):
         need = "the package liger-kernel, which is not installed" if device == "cuda" else "a GPU"
         raise UsageError(f"sft.liger=true needs {need}; leave it on auto")
-    return asked != "false" and device == "cuda" and installed
+    return requested != "false" and device == "cuda" and installed

@@ -13,7 +13,10 @@ from runner.system.schema import ConfigFile, PositiveInt
 
 
 class SftTest(ConfigFile):
-    """DeepSpeed supervised fine-tuning. What is left out comes from the model's DeepSpeed file."""
+    """configs/tests/sft.yaml. A null is taken from the model or its DeepSpeed file.
+
+    `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences.
+    """
 
     steps: PositiveInt
     warmup_steps: Annotated[int, Field(ge=0)]

@@ -94,7 +94,7 @@ def packed(folder, seq_len: int = 32, vocab_size: int = 66) -> data.PackedData:
 
 def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
     packed(tmp_path).check(job(seq_len=32))
-    with pytest.raises(UsageError, match="packed to 32 tokens, the job asks for 64"):
+    with pytest.raises(UsageError, match="packed to 32 tokens, the job expects 64"):
         packed(tmp_path).check(job(seq_len=64))
     with pytest.raises(UsageError, match="sequences of 128 tokens, but m takes 64"):
         packed(tmp_path, seq_len=128).check(job())
