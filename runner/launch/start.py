@@ -179,21 +179,21 @@ def _over(
     slurm_only: Sequence[str],
 ) -> tuple[tuple[Node, ...], dict[str, Any] | None]:
     """The nodes with their backend, and Slurm's settings if that is Slurm. `slurm_only`: given options that need it."""
-    wanted = backend or nodes[0].backend
-    if wanted not in (nodes[0].backend, *BACKENDS[nodes[0].backend].also):
+    chosen = backend or nodes[0].backend
+    if chosen not in (nodes[0].backend, *BACKENDS[nodes[0].backend].also):
         raise UsageError(
-            f"--backend {wanted}: the inventory {inventory.source} describes nodes for backend {nodes[0].backend}"
+            f"--backend {chosen}: the inventory {inventory.source} describes nodes for backend {nodes[0].backend}"
         )
-    if not BACKENDS[wanted].scheduled:
+    if not BACKENDS[chosen].scheduled:
         if what := [*slurm_only, *(["--set slurm.…"] if "slurm" in overrides else [])]:
-            raise UsageError(f"{what[0]} goes with --backend slurm, this run's backend is {wanted}")
+            raise UsageError(f"{what[0]} goes with --backend slurm, this run's backend is {chosen}")
         return nodes, None
     from runner.cluster import slurm as slurm_settings
 
     settings = slurm_settings.settings(
         {**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}"
     )
-    return tuple(replace(node, backend=wanted) for node in nodes), settings.model_dump()
+    return tuple(replace(node, backend=chosen) for node in nodes), settings.model_dump()
 
 
 def _refuse_too_few(options: Options, inventory: Inventory, nodes: Sequence[Node], counts: Sequence[int]) -> None:

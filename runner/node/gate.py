@@ -36,7 +36,7 @@ def require_environment(request: CellRequest, observed: Mapping[str, Any]) -> No
     """Raise Refused if the environment differs from the one in which earlier cells of the run were measured."""
     before = request.environment
     if before and (changed := facts.changes(before, facts.environment(observed))):
-        raise Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to go on)", "version_mismatch")
+        raise Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to continue)", "version_mismatch")
 
 
 def require_free(port: int) -> None:
@@ -55,7 +55,7 @@ def locked(request: CellRequest) -> Iterator[None]:
 
     Raises Refused, naming the run that holds the lock.
     """
-    if request.scratch is None:  # a launcher on the controller, no node of its own
+    if request.scratch is None:  # a launcher on the controller, which is not one of the nodes
         yield
         return
     scratch = Path(request.scratch)

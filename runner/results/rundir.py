@@ -155,11 +155,11 @@ class RunDir:
 
         Raises UsageError if there is no such run, or more than one.
         """
-        wanted = name or "latest"
-        direct = Path(wanted) if "/" in wanted else results / wanted
+        selected = name or "latest"
+        direct = Path(selected) if "/" in selected else results / selected
         if (direct / "plan.json").is_file():
             return cls(direct.resolve())
-        matches = [run.path for run in cls.all(results) if run.run_id.startswith(wanted)] if name else []
+        matches = [run.path for run in cls.all(results) if run.run_id.startswith(selected)] if name else []
         if len(matches) == 1:
             return cls(matches[0].resolve())
         if matches:
@@ -240,7 +240,7 @@ class RunDir:
         """Whether a controller on any machine shows a sign of life; waits for it up to `within_s`."""
 
         def touched() -> int:
-            with open(self._alive) as file:  # opened each time: NFS looks anew only then
+            with open(self._alive) as file:  # opened each time: NFS refreshes it only then
                 return os.fstat(file.fileno()).st_mtime_ns
 
         deadline = time.monotonic() + within_s

@@ -219,9 +219,9 @@ class Allocations:
     def cancel(self, plan: Plan, job_ids: set[str] | None, *, patient: bool) -> bool:
         """Cancel these jobs of the run, or all (None); returns whether Slurm answered. `patient`: retry if not."""
         try:
-            wanted = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
+            chosen = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
             for job_id in self.cluster.of_run(plan.run_id):  # ids are reused, names are not
-                if wanted is None or job_id in wanted:
+                if chosen is None or job_id in chosen:
                     with following.left_at_once(self.cluster, job_id):
                         self.cluster.cancel(job_id, patient=patient)
         except InfrastructureError:
@@ -291,7 +291,7 @@ class Allocations:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
-        """The settings with the nodes that the plan excludes by now."""
+        """The settings with the nodes that the plan excludes now."""
         return self.cluster.settings.model_copy(update={"exclude": tuple((plan.slurm or {}).get("exclude", ()))})
 
     def exclude(self, plan: Plan, host: str) -> Plan:

@@ -73,7 +73,7 @@ _ID = re.compile(r"\d+(_\d+)?", re.ASCII)
 SEPARATOR = "|#"  # reasons contain blanks, commas, brackets, and free text of administrators
 
 
-# Ids are 123, or 123_4 in an array: such a task has a number of its own as well, but only once it runs.
+# Ids are 123, or 123_4 in an array: such a task also has its own number, but only once it runs.
 _FORMAT = SEPARATOR.join(("%i", "%T", "%S", "%N", "%j", "%r"))
 
 

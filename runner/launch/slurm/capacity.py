@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from runner.cluster.slurm import Settings, clock, seconds_of
 from runner.errors import unknown
 from runner.launch.slurm.answers import SEPARATOR, null_to_empty, pairs
-from runner.launch.slurm.script import BatchJob, limit_s, wanted_gres
+from runner.launch.slurm.script import BatchJob, limit_s, requested_gres
 from runner.system.nodeset import expand, fold
 from runner.system.wording import are, counted
 
@@ -154,7 +154,7 @@ def refusals(
         return [f"no partition is named and Slurm has no default one; set slurm.partition: {', '.join(by_name)}"]
     if strange := [name for name in names if name not in by_name]:
         return [str(unknown("partition", name, by_name, "slurm.partition")) for name in strange]
-    gres = wanted_gres(gpus_per_node, device, settings)
+    gres = requested_gres(gpus_per_node, device, settings)
 
     def refused(partition: Partition) -> list[str]:
         where, reasons = f"partition {partition.name}", []
@@ -194,13 +194,13 @@ def refusals(
     return [] if [] in every else list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
-def _holds(gres: str, wanted: str) -> bool:
+def _holds(gres: str, requested: str) -> bool:
     """Whether "gpu:h200:8(S:0-1),nvme:1" holds "gpu:8", "gpu:h200:8", "gpu:4,nvme"."""
     counts: dict[str, int] = {}
     for name, count in _counted(gres):
         for known in {name, name.partition(":")[0]}:
             counts[known] = counts.get(known, 0) + count
-    return all(counts.get(name, 0) >= count for name, count in _counted(wanted))
+    return all(counts.get(name, 0) >= count for name, count in _counted(requested))
 
 
 def _counted(gres: str) -> list[tuple[str, int]]:

@@ -75,7 +75,7 @@ def limit_s(job: BatchJob, settings: Settings) -> int:
     return math.ceil(limit / 60) * 60
 
 
-def wanted_gres(gpus_per_node: int, device: str, settings: Settings) -> str | None:
+def requested_gres(gpus_per_node: int, device: str, settings: Settings) -> str | None:
     """The GRES of each node, such as `gpu:h200:8`; None: none is requested."""
     return settings.gres or (f"gpu:{gpus_per_node}" if device == "cuda" else None)
 
@@ -104,7 +104,7 @@ def render(job: BatchJob, settings: Settings) -> str:
         "ntasks-per-node": 1,
         "exclusive": "",
         "mem": 0,
-        "gres": wanted_gres(job.gpus_per_node, job.device, settings),
+        "gres": requested_gres(job.gpus_per_node, job.device, settings),
         "constraint": settings.constraint,
         "nodelist": ",".join(hosts) or None,
         "exclude": ",".join(settings.exclude) or None,

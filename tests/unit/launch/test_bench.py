@@ -66,7 +66,7 @@ def test_good_nodes_take_the_place_of_bad_ones_and_the_report_says_so(cluster):
 
 
 def test_too_few_good_nodes_is_an_error_even_when_skipping(cluster):
-    with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 wanted") as error:
+    with pytest.raises(InfrastructureError, match="7 of 8 nodes are good, 8 required") as error:
         preflight.choose(cluster.nodes, 8, {cluster.nodes[2].name: [DOWN]}, skip_bad=True)
     assert error.value.kind == "unreachable"
 

@@ -110,7 +110,7 @@ def test_no_command_line_shows_a_secret_on_the_way_to_a_login_node(cluster_inven
 
 
 def test_a_secret_with_a_line_break_is_refused_without_being_shown():
-    with pytest.raises(UsageError, match="HF_TOKEN has a line break") as error:
+    with pytest.raises(UsageError, match="HF_TOKEN contains a line break") as error:
         cluster(Commands()).submit(SCRIPT, {"HF_TOKEN": "two\nlines"})
     assert "two" not in str(error.value)
 
