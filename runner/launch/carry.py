@@ -227,5 +227,5 @@ def carry_out(
     try:
         return carried.execute(bad)
     except KeyboardInterrupt:
-        carried.left_at_once()
+        carried.exit_at_once()
         raise Interrupted(f"exited at once; what was written is in {run.path}") from None

@@ -137,7 +137,7 @@ class Journal:
             }
         )
 
-    def left_at_once(self) -> None:
+    def exit_at_once(self) -> None:
         """Write final states when the controller exits at once: scheduled jobs may continue, other ranks end."""
         self.status["state"] = "incomplete"
         for entry in self.cells.values():

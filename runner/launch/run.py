@@ -125,9 +125,9 @@ class Run:
                 self.transport.clean(plan, [node for node in plan.nodes if node.name not in kept])
             return self._judge()
 
-    def left_at_once(self) -> None:
+    def exit_at_once(self) -> None:
         """Write the states of a run whose controller exits at once."""
-        self.journal.left_at_once()
+        self.journal.exit_at_once()
 
     # --- which cell comes next ----------------------------------------------------------------------
 

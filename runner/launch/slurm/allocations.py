@@ -222,7 +222,7 @@ class Allocations:
             chosen = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
             for job_id in self.cluster.of_run(plan.run_id):  # ids are reused, names are not
                 if chosen is None or job_id in chosen:
-                    with following.left_at_once(self.cluster, job_id):
+                    with following.cancelled_on_interrupt(self.cluster, job_id):
                         self.cluster.cancel(job_id, patient=patient)
         except InfrastructureError:
             return False

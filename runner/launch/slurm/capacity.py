@@ -159,7 +159,7 @@ def refusals(
     def refused(partition: Partition) -> list[str]:
         where, reasons = f"partition {partition.name}", []
         if partition.state != "up":
-            reasons.append(f"{where} is {partition.state}; name another, or have it set up")
+            reasons.append(f"{where} is {partition.state}; name another, or have it enabled")
         if partition.max_nodes is not None and num_nodes > partition.max_nodes:
             reasons.append(f"{counted(num_nodes, 'node')} asked for, {where} allows {partition.max_nodes} (MaxNodes)")
         if partition.max_time_s is not None and time_limit_s > partition.max_time_s:

@@ -105,7 +105,7 @@ def wait(
     settings = commands.settings
     began = answered = time.monotonic()
     stuck, before, given_up = None, None, None
-    with left_at_once(commands, job_id), _threads() as pool:
+    with cancelled_on_interrupt(commands, job_id), _threads() as pool:
         look = _Repeated(pool, ask)
         while not stopped():
             time.sleep(POLL_S)
@@ -141,7 +141,7 @@ def wait(
 
 
 @contextmanager
-def left_at_once(commands: SlurmClient, job_id: str) -> Iterator[None]:
+def cancelled_on_interrupt(commands: SlurmClient, job_id: str) -> Iterator[None]:
     """Cancel the job if KeyboardInterrupt leaves the context and Slurm answers; for an exit without waiting."""
     try:
         yield
@@ -225,7 +225,7 @@ def converse(
     """
     for folder in follow.folders.values():
         folder.create()
-    with left_at_once(follow.slurm, follow.job_id), _threads() as pool:
+    with cancelled_on_interrupt(follow.slurm, follow.job_id), _threads() as pool:
         return _Following(follow, sessions, on_message, next_word, patience_s).run(pool)
 
 
