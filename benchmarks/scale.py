@@ -135,8 +135,8 @@ def sbatch_files(planned: Any) -> dict[str, str]:
 
 
 def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, Any]]:
-    """(talks, outcomes by host) of the largest cell after one rank died and all other ranks lost their peers."""
-    from runner.launch.talk import Talk
+    """Sessions and outcomes of the largest cell after one rank died and every other rank lost its peers."""
+    from runner.launch.talk import AgentSession
     from runner.node.protocol import Outcome, RankEnd
 
     hosts = max(planned.cells, key=lambda cell: cell.num_nodes).hosts
@@ -146,7 +146,7 @@ def failed_everywhere(planned: Any) -> tuple[list[Any], dict[str, Any]]:
         last = "CUDA error: out of memory" if host == hosts[-1] else "RuntimeError: Connection reset by peer"
         ranks = {f"rank{rank}": RankEnd(started=True, stderr=[*lost, last]) for rank in range(GPUS_PER_NODE)}
         outcomes[host] = Outcome(rc=1, ranks=ranks, engine_stderr=lost)
-    return [Talk(host, (), {}) for host in hosts], outcomes
+    return [AgentSession(host, (), {}) for host in hosts], outcomes
 
 
 class Steps:
@@ -175,8 +175,8 @@ class Steps:
         by_slurm = replace(requested, backend="slurm", slurm={"shared": True})
         slurm_plan = self._timed("plan.build for Slurm", lambda: build.build(by_slurm, nodes))
         self.scripts = self._timed("sbatch files of all cells", lambda: sbatch_files(slurm_plan))
-        talks, outcomes = failed_everywhere(self.plan)
-        self.blamed = self._timed("blame: all nodes of one cell", lambda: blame.blame(talks, outcomes))
+        sessions, outcomes = failed_everywhere(self.plan)
+        self.blamed = self._timed("blame: all nodes of one cell", lambda: blame.blame(sessions, outcomes))
 
     def _timed(self, name: str, call: Callable[[], Any]) -> Any:
         started = time.perf_counter()
@@ -323,7 +323,7 @@ class Fleet:
             cell, self.stop, lambda done, phase: None, self._line, deadline=time.monotonic() + 900
         )
         argv = [sys.executable, *backends.AGENT]
-        self.cell.talks = [backends.Talk(host, argv, self._request(host, step_s)) for host in cell.hosts]
+        self.cell.sessions = [backends.AgentSession(host, argv, self._request(host, step_s)) for host in cell.hosts]
         self.lags: list[float] = []
         self.lines = 0
         self.rounds: list[float] = []
@@ -355,8 +355,8 @@ class Fleet:
     def _now(self) -> Moment:
         return Moment(time.monotonic(), time.process_time(), _children_s(), self.lines)
 
-    def _word(self, talk: Any) -> str | None:
-        if talk is self.cell.talks[0]:
+    def _next_word(self, session: Any) -> str | None:
+        if session is self.cell.sessions[0]:
             moment = time.monotonic()
             self.rounds.append(moment)
             if not self.began and len(self.cell.started) == self.num_agents:
@@ -366,7 +366,7 @@ class Fleet:
                 if self.leave:
                     raise KeyboardInterrupt
                 self.stop.asked = True
-        return self.cell.word(talk)
+        return self.cell.next_word(session)
 
     def run(self) -> dict[str, Any]:
         """Start all agents, measure for the window, stop all; returns the durations, rates and peaks by name.
@@ -378,7 +378,7 @@ class Fleet:
 
         before_mib, started, cpu_s = _peak_mib(), time.monotonic(), time.process_time()
         with contextlib.suppress(KeyboardInterrupt):
-            backends.converse(self.cell.talks, self.cell.hear, self._word, patience_s=PATIENCE_S)
+            backends.converse(self.cell.sessions, self.cell.receive, self._next_word, patience_s=PATIENCE_S)
         began, ended, stopped = self.began, self.ended, time.monotonic()
         if not (began and ended):
             raise SystemExit(f"left before all was measured: {self.cell.reason or 'interrupted, or an agent failed'}")

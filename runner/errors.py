@@ -1,4 +1,4 @@
-"""Errors that a user can act on, with the exit code each one ends the command with."""
+"""Errors that a user can act on, with the exit code of the command."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ EXIT_INTERRUPTED = 130
 
 
 class RunnerError(Exception):
-    """One line for the user: what was asked, what was found, what to do.
+    """One line for the user: what was requested, what was found, what to do.
 
-    For programs: the `kind` of failure (`failures.KINDS`) where it is one, and {"host", "alias", "kind", "message"} for
-    each problem of each bad node.
+    For programs: the `kind` of failure (`failures.KINDS`), None if it is none of them, and in `nodes` {"host", "alias",
+    "kind", "message"} for each problem of each bad node.
     """
 
     exit_code = EXIT_USAGE
@@ -39,25 +39,25 @@ class InfrastructureError(RunnerError):
 
 
 class Interrupted(RunnerError):
-    """The user stopped the command; what had been measured was kept."""
+    """The user stopped the command; measured values were kept."""
 
     exit_code = EXIT_INTERRUPTED
 
 
 def disk_kind(error: OSError) -> str | None:
-    """The kind of failure where the controller's own disk is full."""
+    """The kind of failure "controller_disk_full" if `error` says that a disk is full, else None."""
     return "controller_disk_full" if error.errno == errno.ENOSPC else None
 
 
 def os_error_text(error: OSError) -> str:
-    """One line: the file, where the system names one, and what is wrong with it."""
+    """The error as one line: the file, if the system names one, and what is wrong."""
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{(error.strerror or str(error)).lower()}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:
-    """The error for a name that is not one of `known`, with the nearest valid one."""
-    import difflib  # not on the way to the first step
+    """The error for a `name` that is not one of `known`, with the nearest valid one; `where` is a file or an option."""
+    import difflib  # not imported on the path to the first step
 
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

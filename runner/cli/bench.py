@@ -1,4 +1,4 @@
-"""`runner bench`: benchmark nodes, or finish a run."""
+"""`runner bench`: benchmarks nodes, or resumes a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _names(kind: str) -> Callable[..., list[str]]:
 @click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all.")
 @click.option("--sweep", metavar="1,2,4,8", help="Run on each of these node counts: the scaling curve.")
 @click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
-@click.option("--skip-bad-nodes", is_flag=True, help="Take the first N good nodes and say which were passed over.")
+@click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones.")
 @click.option(
     "--model", default="tiny", show_default=True, help="A model of configs/models.", shell_complete=_names("models")
 )
@@ -61,8 +61,8 @@ def _names(kind: str) -> Callable[..., list[str]]:
     metavar="K",
     help="Run a cell again, K times at most, after a failure of the infrastructure.",
 )
-@click.option("--replace-bad-nodes", is_flag=True, help="Let spare nodes take the place of those that fail, and go on.")
-@click.option("--resume", metavar="RUN", help="Finish a run: what is complete is kept.", shell_complete=run_names)
+@click.option("--replace-bad-nodes", is_flag=True, help="Replace nodes that fail by spare nodes, and continue.")
+@click.option("--resume", metavar="RUN", help="Finish a run: complete cells are kept.", shell_complete=run_names)
 @click.option("--accept-drift", is_flag=True, help="Resume in a changed environment; old cells run again.")
 @click.option("--one-allocation", is_flag=True, help="Slurm: one job for all cells instead of one each.")
 @click.option("--job-array", is_flag=True, help="Slurm: one job array for the cells of each number of nodes.")
@@ -77,15 +77,15 @@ def bench(ctx: click.Context, **options: Any) -> None:
     name, drift = options.pop("resume"), options.pop("accept_drift")
     if name is None:
         if drift:
-            raise errors.UsageError("--accept-drift goes with --resume RUN")
+            raise errors.UsageError("--accept-drift is only valid with --resume RUN")
         ctx.exit(_start(**options))
     given = [p for p in ctx.command.params if ctx.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE]
     if other := [max(p.opts, key=len) for p in given if p.name not in WITH_RESUME]:
-        raise errors.UsageError(f"--resume takes what {name} was planned with: leave out {', '.join(other)}")
+        raise errors.UsageError(f"--resume uses the options that {name} was planned with: omit {', '.join(other)}")
     ctx.exit(_resume(name, drift, **{key: options[key] for key in WITH_RESUME if key in options}))
 
 
-# What may differ from one execution of a plan to the next.
+# The options that may differ from one execution of a plan to the next.
 WITH_RESUME = ("resume", "accept_drift", "source", "results", "retries", "replace_bad_nodes", "dry_run", "as_json")
 
 
@@ -97,12 +97,12 @@ def _start(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Start a run; `options` are those that the request has under the same names. Returns the exit code."""
+    """Start a run; `options` are fields of `start.Options`. Returns the exit code."""
     from runner.launch import start
     from runner.report.progress import Display
 
     command = shlex.join(["runner", *sys.argv[1:]])
-    asked = start.Asked(command=command, inventory=source, node_counts=_counts(num_nodes, sweep), **options)
+    asked = start.Options(command=command, inventory=source, node_counts=_counts(num_nodes, sweep), **options)
     prepared = start.prepare(asked, read_inventory)
     if dry_run:
         plan = prepared.plan
@@ -115,12 +115,12 @@ def _start(
 def _resume(
     name: str, accept_drift: bool, source: str | None, results: Path, dry_run: bool, as_json: bool, **options: Any
 ) -> int:
-    """Finish the run `name`; `options` are those that the request has under the same names. Returns the exit code."""
+    """Finish the run `name`; `options` are fields of `resume.Options`. Returns the exit code."""
     from runner.launch import resume
     from runner.report.progress import Display
     from runner.results.rundir import RunDir
 
-    asked = resume.Asked(RunDir.find(results, name), inventory=source, accept_drift=accept_drift, **options)
+    asked = resume.Options(RunDir.find(results, name), inventory=source, accept_drift=accept_drift, **options)
     display = Display(quiet=as_json)
     if dry_run:
         with resume.prepared(asked, read_inventory, display) as left:
@@ -132,7 +132,7 @@ def _resume(
 
 
 def _described(plan: Plan, cells: Sequence[Cell]) -> str:
-    """The plan for a person; under Slurm with the files that would be submitted."""
+    """The plan as text; under Slurm with the sbatch files that would be submitted."""
     from runner.cluster.backends import BACKENDS
     from runner.launch.slurm import allocations
     from runner.plan import describe
@@ -144,7 +144,7 @@ def _described(plan: Plan, cells: Sequence[Cell]) -> str:
 
 
 def _counts(num_nodes: int | None, sweep: str | None) -> tuple[int, ...]:
-    """The node counts that were asked for; none means all nodes."""
+    """The requested node counts; empty means all nodes. Raises UsageError for wrong counts."""
     if sweep is None:
         return (num_nodes,) if num_nodes else ()
     if num_nodes is not None:

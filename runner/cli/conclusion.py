@@ -1,4 +1,4 @@
-"""What came out of a run, printed, and the exit code that says the same."""
+"""Prints the results of a run, and determines the exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def print_conclusion(run: RunDir, summary: Mapping[str, Any], as_json: bool) -> int:
-    """Print the summary of a run, as tables or as JSON; returns the exit code."""
+    """Print the summary of a run, as tables or as JSON.
+
+    Returns the exit code: 130 for a cancelled cell, 3 for one that is not complete, 1 for a missed target or a finding.
+    """
     from runner.report import terminal
 
     if as_json:

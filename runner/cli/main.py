@@ -1,6 +1,6 @@
-"""The command `runner`: parses, calls, and turns results into exit codes.
+"""The command `runner`: parses options, calls the commands, and converts errors into exit codes.
 
-Everything heavier than click is imported inside the command that needs it, so that `--help` answers at once.
+Everything heavier than click is imported inside the command that needs it, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runner import __version__, errors
 # Every command's module, imported when the command is used: name -> (module, attribute, short help).
 _COMMANDS = {
     "bench": ("bench", "bench", "Benchmark nodes: collectives and DeepSpeed fine-tuning, with a report."),
-    "check": ("setup", "check", "Read back what nodes are now and show where they drifted."),
+    "check": ("setup", "check", "Read the current state of nodes and show where they drifted."),
     "data": ("data", "data", "Prepare training data: tokenise, pack, cache."),
     "inventory": (
         "inventory",
@@ -30,13 +30,13 @@ _COMMANDS = {
     ),
     "report": ("report", "report", "Judge a run again and rewrite its report; default: the newest run."),
     "runs": ("runs", "runs", "Look at runs and stop them: list, show, tail, stop."),
-    "setup": ("setup", "setup", "Bring nodes to the wanted state: site.yml, with progress and a table."),
+    "setup": ("setup", "setup", "Bring nodes to the desired state: site.yml, with progress and a table."),
     "testbed": ("testbed", "testbed", "Start and stop a cluster of containers on this machine."),
 }
 
 
 class _Commands(click.Group):
-    """A group that knows its lazy members' names and help without importing them, and suggests the nearest name."""
+    """A group with the names and help of its commands, which are imported when used; it suggests the nearest name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_COMMANDS])
@@ -71,10 +71,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: one line per user error, a traceback for a bug."""
+    """Entry point: prints one line for a user's error, a traceback for a bug; exits with the command's exit code."""
 
     def leave(number: int, frame: object) -> None:
-        raise KeyboardInterrupt  # so that whatever is open is cleaned up
+        raise KeyboardInterrupt  # so that everything open is cleaned up
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
@@ -96,13 +96,13 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `runner ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.EXIT_OK
-    except OSError as error:  # a disk, a folder, a file: the environment's, not the program's
+    except OSError as error:  # a disk, a folder, a file: an error of the environment, not of the program
         failure = _failure(errors.EXIT_INFRASTRUCTURE, errors.os_error_text(error), errors.disk_kind(error))
     except (KeyboardInterrupt, click.Abort):
         failure = _failure(errors.EXIT_INTERRUPTED, "interrupted")
     click.echo(f"runner: {failure['message']}", err=True)
     if wants_json(command, arguments):
-        with suppress(OSError):  # nobody reads it
+        with suppress(OSError):  # stdout is closed
             click.echo(json.dumps({"error": failure}, indent=1))
     return int(failure["code"])
 
@@ -115,10 +115,10 @@ def _failure(
 
 
 def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
-    """Whether `--json` is an option of the command that `arguments` choose, and was given to it.
+    """Whether the command in `arguments` has an option `--json`, and it was given.
 
-    The command's own parser decides, once more and tolerant of mistakes, since the error may lie in the options: what
-    follows `--` or belongs to a script is not the command's. Where no command is chosen, `--json` before a `--` counts.
+    The command's own parser runs again, tolerant of errors, since the error may be in the options: arguments after
+    `--` or of a script do not count. Without a command, `--json` before a `--` counts.
     """
     rest, context = list(arguments), None
     while True:

@@ -1,4 +1,4 @@
-"""`runner report`: a run judged again."""
+"""`runner report`: judges a run again."""
 
 from __future__ import annotations
 

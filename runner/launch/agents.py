@@ -11,8 +11,8 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.launch import copy
 from runner.launch.slurm.ledger import Ledger
-from runner.launch.talk import AGENT, COMMANDS, Talk, ask, converse, local
-from runner.launch.watch import CellRun, Course
+from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse, local
+from runner.launch.watch import CellContext, CellRun
 from runner.node.protocol import GRACE_S, PATIENCE_S, CellRequest, CleanRequest, SweepRequest
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.celldir import LAUNCHER
@@ -24,7 +24,7 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
 def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
-    """What every node's agent is asked for a cell, whatever reaches it: fields of `CellRequest` and `StepRequest`."""
+    """The fields that `CellRequest` and `StepRequest` of a cell have in common."""
     return {
         "run_id": plan.run_id,
         "cell": cell.id,
@@ -34,7 +34,7 @@ def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 
 def secrets() -> dict[str, str]:
-    """The user's tokens, which travel beside a plan and are never part of it."""
+    """The user's tokens from the environment, by name; they are sent beside a plan and never part of it."""
     return {key: os.environ[key] for key in SECRETS if key in os.environ}
 
 
@@ -49,12 +49,12 @@ def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[
 
 
 def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
-    """Remove over ssh what the run left on `nodes`."""
+    """Remove the run's files from `nodes` over ssh."""
     ask(nodes, "ssh", ssh_config, CleanRequest(plan.nodes[0].scratch, plan.run_id), timeout_s=15)
 
 
 class Agents:
-    """The transport of backends without a scheduler: one agent per node and cell, each on a leash held here."""
+    """The transport of backends without a scheduler: one agent per node and cell, each connected to this process."""
 
     shared = False
 
@@ -66,47 +66,47 @@ class Agents:
         return BACKENDS[plan.backend].remote
 
     def refuse(self, plan: Plan, cells: Sequence[Cell]) -> None:
-        """Nothing: what nodes lack, the preflight has found."""
+        """Raises nothing: the preflight has found what nodes lack."""
 
     def together(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
-        """Each cell is started by itself."""
+        """The first cell: each is started alone."""
         return list(cells[:1])
 
     def exclude(self, plan: Plan, host: str) -> Plan:
-        """Nobody else chooses nodes."""
+        """The plan unchanged: no scheduler chooses nodes."""
         return plan
 
     def adopt(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], ledger: Ledger) -> bool:
-        """No cell has a job."""
+        """False: no cell has a job."""
         return False
 
     def cancel(self, plan: Plan, job_ids: set[str] | None, *, patient: bool) -> bool:
-        """Nothing goes on without this controller."""
+        """True: nothing continues without this controller."""
         return True
 
     def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
-        """Prepared data to each node once; rsync finds what is there already. Returns failures by node."""
+        """Copy prepared data to each node; rsync skips what is there already. Returns failures by node."""
         if not self._remote(plan):
             return {}
         return copy.send(nodes, str(self.ssh_config), data, self.data_on_nodes(plan, data), stopped=stopped)
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:
-        """Where ranks find the data that lies in `data` here."""
+        """The path on the nodes of the data that is in the folder `data` here."""
         return f"{plan.nodes[0].scratch}/data/{Path(data).name}" if self._remote(plan) else data
 
-    def converse(self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, course: Course) -> None:
-        """Run the cell to its end, told and heard by `watch`; nothing of it is left running."""
-        watch.talks = self._talks(plan, cell, data)
+    def converse(self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, context: CellContext) -> None:
+        """Run the cell to its end; `watch` receives messages and decides what is sent. No process is left running."""
+        watch.sessions = self._sessions(plan, cell, data)
         watch.begin()
         try:
-            converse(watch.talks, watch.hear, watch.word, patience_s=PATIENCE_S)
+            converse(watch.sessions, watch.receive, watch.next_word, patience_s=PATIENCE_S)
         finally:
-            self._sweep(plan, cell, [talk for talk in watch.talks if talk.name not in watch.outcomes])
+            self._sweep(plan, cell, [session for session in watch.sessions if session.name not in watch.outcomes])
 
-    def _talks(self, plan: Plan, cell: Cell, data: str | None) -> list[Talk]:
+    def _sessions(self, plan: Plan, cell: Cell, data: str | None) -> list[AgentSession]:
         common = cell_fields(plan, cell)
-        reach = COMMANDS[plan.backend]
-        talks = []
+        command = COMMANDS[plan.backend]
+        sessions = []
         for index, host in enumerate(cell.hosts):
             node = plan.node(host)
             request = CellRequest(
@@ -120,7 +120,7 @@ class Agents:
                 secrets=secrets(),
                 rendezvous_port=cell.master_port if index == 0 else None,
             )
-            talks.append(Talk(host, reach(node, AGENT, self.ssh_config), request.to_json()))
+            sessions.append(AgentSession(host, command(node, AGENT, self.ssh_config), request.to_json()))
         if cell.launch.head:
             folder = self.run.launcher(cell.id).path
             folder.mkdir(mode=0o700, parents=True)
@@ -136,26 +136,26 @@ class Agents:
                 isolated=True,
                 hold=True,
             )
-            talks.append(Talk(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request.to_json()))
-        return talks
+            sessions.append(AgentSession(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request.to_json()))
+        return sessions
 
-    def _sweep(self, plan: Plan, cell: Cell, lost: Sequence[Talk]) -> None:
-        """End what an agent that was itself killed left on its node; a node that is gone gives no answer."""
+    def _sweep(self, plan: Plan, cell: Cell, lost: Sequence[AgentSession]) -> None:
+        """End the processes that a killed agent left on its node; a node that is down does not answer."""
         marker = process.cell_marker(plan.run_id, cell.id)
-        for talk in lost:
-            if not self._remote(plan) or talk.name == LAUNCHER:
+        for session in lost:
+            if not self._remote(plan) or session.name == LAUNCHER:
                 process.stop_marked(marker, GRACE_S)
-        nodes = [plan.node(talk.name) for talk in lost if talk.name != LAUNCHER]
+        nodes = [plan.node(session.name) for session in lost if session.name != LAUNCHER]
         if nodes and self._remote(plan):
             ask(nodes, plan.backend, self.ssh_config, SweepRequest(marker), timeout_s=15)
 
     def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
-        """Bring the artefacts of a cell into the run directory; returns failures by node."""
+        """Copy the artefacts of a cell into the run directory; returns failures by node."""
         if not self._remote(plan):
             return {}
         return gather(self.run, plan, cell, self.ssh_config)
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
-        """Remove what was gathered from `nodes`."""
+        """Remove the gathered artefacts from `nodes`."""
         if self._remote(plan):
             clean(plan, nodes, self.ssh_config)

@@ -1,7 +1,7 @@
-"""Why a cell failed and whose fault it was, from what every node's agent said. Pure.
+"""Why a cell failed and on which node, from the outcomes of all agents. Pure.
 
 An error is {"kind", "message", "host", "stderr"}: `kind` is one of `KINDS`, `host` is None where no single
-node can be named. A culprit that cannot be told is not blamed.
+node can be named: a cause that cannot be determined is not assigned to a node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.cluster import reasons
 from runner.failures import KINDS, Problem
-from runner.launch.talk import Talk
+from runner.launch.talk import AgentSession
 from runner.node.protocol import LAST_WORDS, Outcome, RankEnd, Stopped
 from runner.results.celldir import LAUNCHER, rank_name
 
@@ -22,33 +22,33 @@ CLOCK_OFF_S = 60.0
 
 
 def error(kind: str, message: str, host: str | None = None, stderr: Sequence[str] = ()) -> dict[str, Any]:
-    """What status.json says of a cell that did not end well."""
+    """The error of a cell in status.json."""
     return {"kind": kind, "message": message, "host": host, "stderr": list(stderr)}
 
 
 def may_retry(found: Mapping[str, Any]) -> bool:
-    """Whether another try may end better: infrastructure failed, and neither a user nor a configuration."""
+    """Whether a retry may help: the infrastructure failed, and neither a user nor a configuration caused it."""
     return found.get("kind") in KINDS and KINDS[found["kind"]].retry
 
 
 def unusable(host: str, problems: Sequence[Problem]) -> dict[str, Any]:
-    """The error of a node that has `problems`: of the first one's kind, as its agent would say."""
+    """The error of a node that has `problems` (at least one): of the kind of the first one."""
     return error(problems[0].kind, "; ".join(problem.message for problem in problems), host)
 
 
 def clock_problem(offset_s: float) -> Problem | None:
-    """What is wrong with a node whose clock is `offset_s` ahead of the controller's; None if nothing is."""
+    """The problem of a node whose clock is `offset_s` ahead of the controller's; None up to CLOCK_OFF_S."""
     if abs(offset_s) <= CLOCK_OFF_S:
         return None
     side = "ahead of" if offset_s > 0 else "behind"
     return Problem("clock", f"its clock is {abs(offset_s):,.0f} s {side} the controller's")
 
 
-# What ended an agent under Slurm, which no controller watches, and the kind of failure that it is.
+# Why an agent under Slurm ended its ranks without a controller, and the kind of that failure.
 LATE: Mapping[str | None, str] = {Stopped.TIME_LIMIT: "time_limit", Stopped.TIMED_OUT: "timed_out"}
-# Why an agent's ranks did not end by themselves: that is no fault of theirs.
-_TOLD = (*LAST_WORDS, *LATE)
-# What a rank prints when it is another's death that it noticed.
+# Why an agent ended its ranks: these ranks have not failed.
+_STOPPED_BY_AGENT = (*LAST_WORDS, *LATE)
+# What a rank prints when it notices that another rank has died.
 _VICTIM = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -60,7 +60,7 @@ _VICTIM = (
     "DistNetworkError",
     "DistStoreError",
 )
-# What a dying rank says, and the kind of failure that it proves. Any other exception is a crash.
+# What a dying rank prints, and the kind of failure that it proves. Any other exception is a crash.
 _WORDS = (
     ("CUDA out of memory", "cuda_out_of_memory"),
     ("uncorrectable ECC", "gpu_failed"),
@@ -73,37 +73,37 @@ _WORDS = (
 )
 
 
-def blame(talks: Sequence[Talk], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The error of a cell some of whose ranks or agents failed: the host that failed first-hand.
+def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The error of a cell some of whose ranks or agents failed, with the host that caused it.
 
-    A host whose ranks only report a lost peer is a victim. One host that is none is the culprit; several
-    are not told apart, but what failed alike on all of them is still called by its kind.
+    A host whose ranks only report a lost peer is a victim. A single host that is no victim is the cause; of several
+    none is named, but a kind of failure that is the same on all of them is.
     """
     suspects: list[dict[str, Any]] = []
     victims: list[dict[str, Any]] = []
-    for talk in talks:
-        outcome = outcomes.get(talk.name)
+    for session in sessions:
+        outcome = outcomes.get(session.name)
         if outcome is None:
-            suspects.append(_unheard(talk))
+            suspects.append(_no_outcome(session))
         elif outcome.error:
-            suspects.append(error(outcome.kind or "unknown", outcome.error, talk.name))
-        elif not outcome.ended_well and outcome.stopped not in _TOLD and talk.name != LAUNCHER:
+            suspects.append(error(outcome.kind or "unknown", outcome.error, session.name))
+        elif not outcome.ended_well and outcome.stopped not in _STOPPED_BY_AGENT and session.name != LAUNCHER:
             dead = {name: rank for name, rank in outcome.ranks.items() if not rank.ended}
             direct = {n: r for n, r in dead.items() if not any(w in line for line in r.stderr for w in _VICTIM)}
             name, rank = _first_to_die(direct or dead, outcome)
-            if (outcome.rc or 0) < 0:  # the engine itself was killed; what its ranks say came after
+            if (outcome.rc or 0) < 0:  # the engine itself was killed; the output of its ranks came after
                 name, rank = None, RankEnd()
             status = _status(outcome, _seen_by_launcher(outcomes))
             kind = _kind(status, rank.stderr, outcome.oom_kills)
             message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank.stderr)}"
-            (victims if dead and not direct else suspects).append(error(kind, message, talk.name, rank.stderr))
+            (victims if dead and not direct else suspects).append(error(kind, message, session.name, rank.stderr))
     if len(suspects) == 1:
         return suspects[0]
     if suspects:
         kinds = {suspect["kind"] for suspect in suspects}
         kind, what = kinds.pop() if len(kinds) == 1 else "unknown", "failed at the same time on"
     elif late := [o.stopped for o in outcomes.values() if o.stopped in LATE]:
-        return standstill(LATE[late[0]], str(late[0]), outcomes)
+        return hang_error(LATE[late[0]], str(late[0]), outcomes)
     elif victims:
         kind, what = "lost_peers", "only lost peers were reported, by"
     else:
@@ -115,15 +115,15 @@ def blame(talks: Sequence[Talk], outcomes: Mapping[str, Outcome]) -> dict[str, A
     return error(kind, f"{what} {names}; first: {first['message']}", stderr=first["stderr"])
 
 
-def _unheard(talk: Talk) -> dict[str, Any]:
-    """Why an agent left no outcome."""
-    stderr = talk.stderr[-10:]
-    if not talk.answered:
-        kind = reasons.reason_kind(talk.rc, talk.stderr)
-        return error(kind, f"its agent did not answer{_last_words(stderr)}", talk.name, stderr)
-    if talk.rc == reasons.GIVEN_UP:
-        return error("hung", "it no longer answers", talk.name, stderr)
-    return error("lost_connection", "lost the connection to it", talk.name, stderr)
+def _no_outcome(session: AgentSession) -> dict[str, Any]:
+    """The error of an agent that sent no outcome."""
+    stderr = session.stderr[-10:]
+    if not session.answered:
+        kind = reasons.reason_kind(session.rc, session.stderr)
+        return error(kind, f"its agent did not answer{_last_words(stderr)}", session.name, stderr)
+    if session.rc == reasons.GIVEN_UP:
+        return error("hung", "it no longer answers", session.name, stderr)
+    return error("lost_connection", "lost the connection to it", session.name, stderr)
 
 
 # torchrun's table: the rank whose failure it saw first; the others it ended itself.
@@ -134,7 +134,7 @@ _EXITED = re.compile(r"^pdsh@\S+: \S+: ssh exited with exit code (2[2-4]\d|25[0-
 
 
 def _first_to_die(dead: Mapping[str, RankEnd], outcome: Outcome) -> tuple[str | None, RankEnd]:
-    """The rank that torchrun saw fail first, else one that said something; the engine where no rank started."""
+    """The rank that torchrun saw fail first, else one with output; the engine if no rank started."""
     if not dead:
         return None, RankEnd(stderr=outcome.engine_stderr)
     cause = _ROOT_CAUSE.search("\n".join(outcome.engine_stderr))
@@ -145,7 +145,7 @@ def _first_to_die(dead: Mapping[str, RankEnd], outcome: Outcome) -> tuple[str | 
 
 
 def _seen_by_launcher(outcomes: Mapping[str, Outcome]) -> int | None:
-    """The status of the one rank that a signal ended, where it ran under DeepSpeed's launcher."""
+    """The status of the only rank that a signal ended under DeepSpeed's launcher; None if there is no such rank."""
     found = _EXITED.findall("\n".join(outcomes.get(LAUNCHER, Outcome()).engine_stderr))
     return int(found[0]) - 256 if len(found) == 1 else None
 
@@ -159,13 +159,13 @@ def _status(outcome: Outcome, seen: int | None = None) -> int | None:
 
 
 def _kind(status: int | None, stderr: Sequence[str], oom_kills: int) -> str:
-    if oom_kills and status in (-signal.SIGKILL, None):  # None: nobody saw how it ended
+    if oom_kills and status in (-signal.SIGKILL, None):  # None: not known how it ended
         return "out_of_memory"
     if status == -signal.SIGKILL:
         return "rank_killed"
-    said = "\n".join(stderr)
+    text = "\n".join(stderr)
     otherwise = "unknown" if status in (0, None) else "rank_crashed"
-    return next((kind for words, kind in _WORDS if words in said), otherwise)
+    return next((kind for words, kind in _WORDS if words in text), otherwise)
 
 
 def _end(status: int | None, kind: str = "") -> str:
@@ -177,24 +177,24 @@ def _end(status: int | None, kind: str = "") -> str:
 
 
 def _last_words(stderr: Sequence[str]) -> str:
-    """The last line that is no mere warning of torch's C++ side, such as `[W1121 04:58:56 socket.cpp:207]`."""
-    said = (line.strip() for line in reversed(stderr))
-    return next((f": {line}" for line in said if line and not re.match(r"(\[rank\d+\]:)?\[W\d", line)), "")
+    """The last line that is not a warning of torch's C++ code, such as `[W1121 04:58:56 socket.cpp:207]`."""
+    lines = (line.strip() for line in reversed(stderr))
+    return next((f": {line}" for line in lines if line and not re.match(r"(\[rank\d+\]:)?\[W\d", line)), "")
 
 
-# --- ranks that stand still -----------------------------------------------------------------------
+# --- ranks that hang ------------------------------------------------------------------------------
 
-# Where a rank stands that waits for others: in a collective, or for a device on which one may be running.
-# The workloads' own lines count as well: they do nothing else that takes long without a frame of its own.
+# The innermost frame of a rank that waits for others: in a collective, or for a device on which one may be running.
+# Frames of the workloads count as well: nothing else in them takes long without another frame.
 _WAITING = ("torch/distributed/", "torch/cuda/", "torch/autograd/", "deepspeed/comm/", "runner/workloads/")
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits in the kernel", "Z": "is dead"}
 
 
-def standstill(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The error of a cell that was stopped for `reason` while its ranks were alive, from where they stood.
+def hang_error(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The error of a cell that was stopped for `reason` while its ranks were alive, from their stacks.
 
-    Ranks that wait for others are victims. A rank that cannot run, or that stands elsewhere while others
-    wait, is a suspect; if all suspects are of one host, a rank hung there. Else the error is of `kind`.
+    Ranks that wait for others are victims. A rank that cannot run, or that is elsewhere while others wait, is a
+    suspect; if all suspects are on one host, a rank hung there. Otherwise the error is of `kind`.
     """
     stuck: list[tuple[str, str, list[str]]] = []
     busy: list[tuple[str, str, list[str]]] = []

@@ -1,4 +1,4 @@
-"""A plan that was accepted, carried out: whatever ends it, its run directory says how it ended."""
+"""Carries out an accepted plan: whatever ends it, its run directory records how it ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError, Interrupted, RunnerError, UsageError, disk_kind, os_error_text
-from runner.launch.preflight import Problems, Reach
+from runner.launch.preflight import NodeAccess, Problems
 from runner.launch.run import Policy, Run
 from runner.launch.signals import deferred
 from runner.launch.slurm import commands
@@ -30,11 +30,11 @@ from runner.system.locks import hold_nodes
 from runner.system.places import cache_dir, state_dir
 from runner.workloads.registry import trains
 
-NAMES = 20  # how many names are tried before a folder of results is held to be broken
+NAMES = 20  # how many names are tried before the error is reported
 
 
 def prepare_data(plan: Plan, cells: Sequence[Cell], display: Display) -> str | None:
-    """The folder with the data of the cells that train among `cells`, prepared now if it is not cached."""
+    """The folder with the training data of `cells`, prepared now if it is not cached; None if none of them trains."""
     cell = next((cell for cell in cells if trains(cell.test)), None)
     if cell is None:
         return None
@@ -59,23 +59,23 @@ def new_id() -> str:
 
 
 @dataclass(frozen=True)
-class Means:
-    """What a run is carried out with. Each can be given, so that a test needs no node.
+class Dependencies:
+    """What a run depends on; each can be replaced, so that a test needs no node.
 
-    `make_id` names runs, `state` is where locks lie, `hold` takes them, `reach` says how nodes are asked and reached,
-    `data` prepares what cells need, and `folder` is the class of the run's directory.
+    `make_id` names runs, `state` is the folder of locks, `hold` takes them, `access` makes the access to nodes, `data`
+    prepares the cells' data, and `folder` is the class of the run's directory.
     """
 
     make_id: Callable[[], str] = new_id
     state: Path = field(default_factory=state_dir)
     hold: Callable[[Path, Mapping[str, str], str], AbstractContextManager[None]] = hold_nodes
-    reach: Callable[..., Reach] = Reach
+    access: Callable[..., NodeAccess] = NodeAccess
     data: Callable[[Plan, Sequence[Cell], Display], str | None] = prepare_data
     folder: type[RunDir] = RunDir
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunResult:
     """A run that was carried out, and its summary."""
 
     run: RunDir
@@ -86,8 +86,8 @@ class Ended:
 
 
 @contextmanager
-def unbegun() -> Iterator[None]:
-    """As long as there is no run directory: whatever is raised says why there is none."""
+def before_directory() -> Iterator[None]:
+    """While there is no run directory: every exception says that there is none."""
     try:
         yield
     except KeyboardInterrupt:
@@ -100,24 +100,26 @@ def unbegun() -> Iterator[None]:
 
 
 @contextmanager
-def begun(made: Callable[[str], Plan], run_id: str, means: Means) -> Iterator[tuple[Plan, RunDir]]:
-    """Keep others off the nodes, create the run directory, and write into it what ends the run, if an exception does.
+def run_directory(
+    made: Callable[[str], Plan], run_id: str, dependencies: Dependencies
+) -> Iterator[tuple[Plan, RunDir]]:
+    """Lock the nodes, create the run directory, and record in it an exception that ends the run.
 
-    `made` plans a run of a given name: another than `run_id` if that was taken in the same second. Raises
-    InfrastructureError where nodes are in use or the directory cannot be created; nothing is left of it then.
+    `made` plans a run of a given name, another one than `run_id` if that is taken. Raises InfrastructureError if nodes
+    are in use or the directory cannot be created; then nothing is left of it.
     """
     for _ in range(NAMES):
         plan = made(run_id)
         with ExitStack() as stack:
             with deferred():
                 try:
-                    with unbegun():
-                        stack.enter_context(means.hold(means.state, endpoints(plan), plan.run_id))
-                        run = _created(plan, means.folder)
+                    with before_directory():
+                        stack.enter_context(dependencies.hold(dependencies.state, endpoints(plan), plan.run_id))
+                        run = _created(plan, dependencies.folder)
                 except NameTaken:
-                    run_id = means.make_id()
+                    run_id = dependencies.make_id()
                     continue
-                stack.enter_context(recorded(run))
+                stack.enter_context(failures_recorded(run))
                 stack.enter_context(run.alive())
             yield plan, run
             return
@@ -134,20 +136,20 @@ def _created(plan: Plan, folder: type[RunDir]) -> RunDir:
 
 
 @contextmanager
-def recorded(run: RunDir) -> Iterator[None]:
-    """Write what ends a run into its status.json and benchmark.log, where that is an exception."""
+def failures_recorded(run: RunDir) -> Iterator[None]:
+    """Record an exception that ends a run in its status.json and benchmark.log; Ctrl-C becomes Interrupted."""
     try:
         yield
     except BaseException as error:
         with suppress(KeyboardInterrupt), deferred():  # this is the end already
             _record(run, error)
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; what was written lies in {run.path}") from None
+            raise Interrupted(f"interrupted; what was written is in {run.path}") from None
         raise
 
 
 def _record(run: RunDir, error: BaseException) -> None:
-    """Write `error` as the end of a run; a disk that takes nothing any more leaves the run incomplete."""
+    """Write `error` as the end of a run; if the disk cannot be written, the run stays incomplete."""
     interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
     kind, message = None, str(error) or type(error).__name__
     lines: list[str] = []
@@ -171,7 +173,7 @@ def _record(run: RunDir, error: BaseException) -> None:
 
 
 def endpoints(plan: Plan) -> dict[str, str]:
-    """What is held of a plan's nodes, endpoint -> name; nothing under Slurm, which keeps its jobs apart by itself."""
+    """The nodes to lock, endpoint -> name; none under Slurm, which separates its jobs itself."""
     if BACKENDS[plan.backend].scheduled:
         return {}
     return {node.endpoint: node.name for node in (*plan.nodes, *plan.spares)}
@@ -180,7 +182,10 @@ def endpoints(plan: Plan) -> dict[str, str]:
 def cluster(
     settings: Mapping[str, Any] | None, inventory: Inventory, ssh_config: str | None
 ) -> commands.SlurmClient | None:
-    """Slurm, where the run goes through it."""
+    """The client for Slurm's commands, None if the run does not use Slurm.
+
+    Raises UsageError for wrong settings.
+    """
     if settings is None:
         return None
     from runner.cluster import slurm as slurm_settings
@@ -190,11 +195,11 @@ def cluster(
 
 
 def require_launcher(plan: Plan) -> None:
-    """Raise UsageError where the engine's launcher is to run on this machine and is not here."""
+    """Raise UsageError if the engine's launcher must run on this machine and is not installed here."""
     head = plan.cells[0].launch.head
     if head and not os.access(head[0], os.X_OK):
         raise UsageError(
-            f"engine {plan.engine} starts {head[0]} on this machine, where there is none: "
+            f"engine {plan.engine} starts {head[0]} on this machine, where it is not installed: "
             "run from a machine with the nodes' environment, or use --engine torchrun"
         )
 
@@ -206,20 +211,21 @@ def carry_out(
     display: Display,
     data: str | None,
     policy: Policy,
-    reach: Reach,
+    access: NodeAccess,
     bad: Problems,
 ) -> dict[str, Any]:
-    """Run what of the plan is not complete, in the run directory that the caller holds; returns the summary.
+    """Run the cells that are not complete, in a run directory that the caller has locked; returns the summary.
 
-    `bad` are nodes to do without, and why.
+    `data` is the folder with the cells' data (None: they need none), `bad` the nodes not to use, with their problems.
+    Raises InfrastructureError where the data cannot be sent or the disk cannot be written, Interrupted on a signal.
     """
     process.allow_open_files()
     if transport.ssh_config:
         with disk_errors(run.path):
             run.keep_transport(Path(transport.ssh_config))
-    carried = Run(plan, run, transport, display, data, policy, reach)
+    carried = Run(plan, run, transport, display, data, policy, access)
     try:
         return carried.execute(bad)
     except KeyboardInterrupt:
-        carried.left_at_once()
-        raise Interrupted(f"left at once; what was written lies in {run.path}") from None
+        carried.exit_at_once()
+        raise Interrupted(f"exited at once; what was written is in {run.path}") from None

@@ -1,4 +1,4 @@
-"""Files to and from nodes: rsync over ssh, many nodes at a time."""
+"""Copies files to and from nodes: rsync over ssh, many nodes at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.system import process
 
 
 def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
-    # -s: paths reach the far side as they are, not through its shell.
+    # -s: paths are passed to the remote side unchanged, not through its shell.
     return process.run(
         ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", source, target],
         timeout_s=timeout_s,
@@ -28,23 +28,29 @@ def send(
     timeout_s: float = 1800.0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
-    """Copy the folder `source` to `target` on every node, until `stopped`; returns failures by node."""
+    """Copy the folder `source` to `target` on every node, at most `timeout_s` each; returns failures by node.
+
+    Ends early once `stopped` returns True.
+    """
     return _each(nodes, lambda node: _rsync(ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s), stopped)
 
 
 def gather(
     nodes: Sequence[Node], ssh_config: str, source: str, targets: Mapping[str, str], timeout_s: float = 600.0
 ) -> dict[str, str]:
-    """Copy the folder `source` of every node into `targets[node.name]`; returns failures by node."""
+    """Copy the folder `source` of every node into `targets[node.name]`, at most `timeout_s` each.
+
+    Returns failures by node.
+    """
     return _each(nodes, lambda node: _rsync(ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s))
 
 
 def _each(
     nodes: Sequence[Node], action: Callable[[Node], process.Outcome], stopped: Callable[[], bool] = lambda: False
 ) -> dict[str, str]:
-    """Do `action` for every node, sixteen at a time; returns failures by node.
+    """Run `action` for every node, sixteen at a time; returns failures by node.
 
-    Ended early, by `stopped` or an exception, it ends the commands that run: none is waited for.
+    If it ends early, by `stopped` or an exception, running commands are ended, not waited for.
     """
 
     def attempt(node: Node) -> str | None:

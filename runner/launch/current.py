@@ -1,4 +1,4 @@
-"""The plan as it is by now: what its execution decides is written back into it."""
+"""The current plan: decisions made during its execution are written back into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.results.rundir import RunDir
 class CurrentPlan:
     """A plan that changes while it is carried out: cells are placed and moved, nodes replaced, ports changed.
 
-    Whoever needs a cell as it is planned now asks for it by its id.
+    Callers get the current version of a cell by its id.
     """
 
     def __init__(self, plan: Plan, run: RunDir) -> None:
@@ -20,25 +20,26 @@ class CurrentPlan:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
+        """The cells as they are planned now."""
         return self.plan.cells
 
     def cell(self, cell_id: str) -> Cell:
-        """The cell as it is planned now. Raises KeyError for an id that is none."""
+        """The cell as it is planned now. Raises KeyError for an unknown id."""
         for cell in self.plan.cells:
             if cell.id == cell_id:
                 return cell
         raise KeyError(cell_id)
 
     def alias(self, host: str) -> str:
-        """What people call a node; the name of what is none, such as a launcher."""
+        """The alias of a node; `host` itself if it is not a node, such as a launcher."""
         return next((node.alias for node in self.plan.nodes if node.name == host), host)
 
     def change(self, **changes: Any) -> None:
-        """Change the plan's own fields. plan.json has them with the next cell that is amended."""
+        """Change the plan's own fields. They are written to plan.json when the next cell is amended."""
         self.plan = replace(self.plan, **changes)
 
     def amend(self, cell: Cell, **changes: Any) -> None:
-        """Plan `cell` in the place of the one with its id, and write plan.json: it always says what ran where."""
+        """Replace the cell with the same id by `cell`, and write plan.json, which always shows what ran where."""
         cells = tuple(cell if each.id == cell.id else each for each in self.plan.cells)
         self.plan = replace(self.plan, cells=cells, **changes)
         self._run.write_plan(self.plan.to_dict())

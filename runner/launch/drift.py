@@ -1,4 +1,4 @@
-"""Taking up a run again: which of its cells stand, and what has changed since they were measured."""
+"""Resuming a run: which of its cells remain valid, and what has changed since they were measured."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ Environments = Mapping[str, Mapping[str, str]]  # host -> property -> value
 
 
 def refuse_running(run: RunDir, note: Callable[[str], None]) -> None:
-    """Raise UsageError for a run that somebody carries out; `note` is told what takes some seconds.
+    """Raise UsageError for a run that another controller carries out; `note` is called if the check takes some seconds.
 
-    To be asked before the run is held: who holds it shows that he lives himself.
+    Call it before the run is locked: a controller that holds the lock shows signs of life itself.
     """
     if (pid := run.controller()) is not None:
         raise UsageError(f"run {run.run_id} is running (process {pid}): `runner runs show {run.run_id}` shows it")
     if other := run.elsewhere():
-        note(f"seeing for {PULSES_S:g} s whether {other} still carries out run {run.run_id}")
+        note(f"checking for {PULSES_S:g} s whether {other} still carries out run {run.run_id}")
         if run.beats():
             raise UsageError(f"run {run.run_id} is carried out on {other}: `runner runs stop` stops it there")
 
 
 def load(run: RunDir) -> Plan:
+    """The plan in a run's plan.json. Raises UsageError if that is missing or damaged."""
     return Plan.from_dict(run.read_plan())
 
 
 def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None) -> Plan:
-    """The plan with its nodes reached as `inventory` says today, and its cells placed anew on the same nodes.
+    """The plan with its nodes' data from the current `inventory`, and its cells placed again on the same nodes.
 
-    Raises UsageError for a node that is gone from the inventory and has work left.
+    Raises UsageError for a node that is missing from the inventory and has work left.
     """
     today = {node.name: node for node in inventory.nodes}
     states = run.read_status()["cells"]
@@ -74,7 +75,7 @@ def measured(run: RunDir, plan: Plan, status: Mapping[str, Any]) -> dict[str, di
 
 
 def common(before: Mapping[str, Environments]) -> dict[str, str | None]:
-    """What was the same wherever the complete cells ran: an agent must find it to add to them. None: it differed."""
+    """The properties that were equal wherever the complete cells ran, which a new cell must find; None: it differed."""
     seen = [environment for hosts in before.values() for environment in hosts.values()]
     values = {name: {environment.get(name) for environment in seen} for environment in seen for name in environment}
     return {name: found.pop() if len(found) == 1 else None for name, found in values.items()}
@@ -91,22 +92,22 @@ def drift(before: Mapping[str, Environments], now: Environments) -> dict[str, di
 
 
 def outdated(before: Mapping[str, Environments], now: Environments) -> dict[str, dict[str, list[str]]]:
-    """As `drift`, where `now` is what a newer cell found on its nodes, which need not be those of the older ones."""
+    """As `drift`, but `now` is what a newer cell found on its nodes, which may not be those of the older cells."""
     same = common(before)
     found = {host: lines for host, environment in now.items() if (lines := facts.changes(same, environment))}
     return (dict.fromkeys(before, found) if found else {}) | drift(before, now)
 
 
 class Comparison:
-    """The environments of complete cells, held against those that newer cells find on their nodes."""
+    """Compares the environments of complete cells with those that newer cells find on their nodes."""
 
     def __init__(self, run: RunDir, plan: Plan, status: Mapping[str, Any]) -> None:
         self._run, self._before = run, measured(run, plan, status)
 
     def reopened_by(self, plan: Plan, cell: Cell, status: dict[str, Any], own: bool) -> list[str]:
-        """The cells that do not remain valid now that `cell` is complete, marked so in `status`; each is named once.
+        """The ids of cells that are no longer valid now that `cell` is complete, marked so in `status`; each once.
 
-        `own`: this run has measured `cell` itself. What an earlier controller's job measured may be the older one.
+        `own`: this controller has measured `cell`. An earlier controller's job may have the older environment.
         """
         found = measured(self._run, replace(plan, cells=(cell,)), status).get(cell.id, {})
         opened = reopen(plan, status, outdated(self._before, found))
@@ -118,7 +119,7 @@ class Comparison:
 
 
 def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[str, str]) -> str:
-    """`torch 2.13.0 -> 2.12.1 on node[001-003]; ...`"""
+    """Changes by cell and host as text: `torch 2.13.0 -> 2.12.1 on node[001-003]; ...`."""
     where: dict[str, set[str]] = defaultdict(set)
     for hosts in changed.values():
         for host, lines in hosts.items():
@@ -128,7 +129,7 @@ def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[st
 
 
 def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
-    """Mark in `status` the complete cells that do not stand: measured by another plan, or in another environment.
+    """Mark in `status` the complete cells that are not valid any more: another plan or environment measured them.
 
     Returns their ids.
     """
@@ -150,7 +151,7 @@ def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str
 
 
 def spares(plan: Plan, inventory: Inventory) -> tuple[Node, ...]:
-    """The spares that the run was started with, or else the nodes of the inventory that it does not use."""
+    """The spares that the run was started with, or if it has none, the nodes of the inventory that it does not use."""
     used = {node.name for node in plan.nodes}
     return plan.spares or tuple(
         replace(node, backend=plan.backend) for node in inventory.nodes if node.name not in used

@@ -1,4 +1,4 @@
-"""What is written of a run while it is carried out: status.json, benchmark.log, records.jsonl."""
+"""Writes the files of a run while it is carried out: status.json, benchmark.log, records.jsonl."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from runner.results.status import LIVE_STATES, cell_status
 from runner.system.clock import now
 from runner.system.files import disk_errors, write_text_atomic
 
-STATUS_S = 1.0  # the live view of nodes is written that often at most
+STATUS_S = 1.0  # minimum interval between two writes of the live view of nodes
 
 
 class Journal:
     """The states of a run and of its cells, its notes and its records, each written as soon as it changes.
 
-    `scheduled`: jobs of this run outlive their controller, and `ledger` has those that go on.
+    `scheduled`: jobs of this run outlive their controller; `ledger` has those that continue.
     """
 
     def __init__(self, run: RunDir, display: Display, scheduled: bool) -> None:
@@ -34,14 +34,14 @@ class Journal:
         self.status = run.read_status()
         self.ledger = Ledger.from_status(self.status) if scheduled else Ledger()
         complete = {cell for cell, entry in self.cells.items() if entry["state"] == "complete"}
-        # Those of a cell that runs again are dropped.
+        # Records of a cell that runs again are dropped.
         self._records = [record for record in run.read_records() if record.cell in complete]
         self._written = 0.0
         self._log: TextIO
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """benchmark.log open for lines. Raises InfrastructureError where the disk takes none."""
+        """Keep benchmark.log open while the context lasts. Raises InfrastructureError if it cannot be written."""
         with (
             disk_errors(self.run.path),
             open(self.run.log, "a", buffering=1, encoding="utf-8", errors="replace") as self._log,
@@ -51,11 +51,11 @@ class Journal:
     # --- notes --------------------------------------------------------------------------------------
 
     def log(self, text: str) -> None:
-        """One line for benchmark.log."""
+        """Write one line to benchmark.log, with the time."""
         self._log.write(f"{now()} {text}\n")
 
     def note(self, text: str) -> None:
-        """One line for the person and for benchmark.log."""
+        """Show one line to the user, and write it to benchmark.log."""
         self._display.note(text)
         self.log(text)
 
@@ -67,9 +67,11 @@ class Journal:
         return self.status["cells"]
 
     def entry(self, cell: Cell) -> dict[str, Any]:
+        """The entry of a cell in status.json; changes are written by `write`."""
         return self.cells[cell.id]
 
     def complete(self, cell: Cell) -> bool:
+        """Whether the cell is complete."""
         return self.entry(cell)["state"] == "complete"
 
     def write(self) -> None:
@@ -79,12 +81,12 @@ class Journal:
         self.run.write_status(self.status)
 
     def save(self, state: str) -> None:
-        """The run's own state."""
+        """Change the run's own state and write status.json."""
         self.status["state"] = state
         self.write()
 
     def begin(self, command: str) -> None:
-        """The run is carried out by this process from now on."""
+        """Record this process as the run's controller, and the command line in the log."""
         self.status["controller"] = {"host": socket.gethostname(), "pid": os.getpid()}
         self.save("running")
         self.log(command)
@@ -97,7 +99,7 @@ class Journal:
     def cell_state(
         self, cell: Cell, state: str, error: dict[str, Any] | None = None, plan_hash: str | None = None
     ) -> None:
-        """A cell's new state. `plan_hash`: of the plan that a complete cell was measured by."""
+        """Change a cell's state and write status.json. `plan_hash`: fingerprint of the plan of a complete cell."""
         entry = self.entry(cell)
         entry.update(state=state, error=error)
         if plan_hash is not None:
@@ -109,7 +111,7 @@ class Journal:
         self.write()
 
     def next_attempt(self, cell: Cell) -> int:
-        """Begin a cell's entry anew, its last attempt kept among the earlier ones; returns the attempt's number."""
+        """Start a new entry for a cell; the last one is kept in `attempts`. Returns the new number."""
         entry = self.entry(cell)
         last = {key: entry[key] for key in ("state", "started", "ended", "error", "job", "hosts")}
         self.cells[cell.id] = cell_status(entry["attempt"] + 1, [*entry["attempts"], last])
@@ -117,13 +119,13 @@ class Journal:
         return entry["attempt"] + 1
 
     def live(self, cell: Cell, nodes: Mapping[str, Any]) -> None:
-        """Keep status.json's view of the cell's nodes fresh, once in STATUS_S at most."""
+        """Update the cell's nodes in status.json, at most once every STATUS_S."""
         if time.monotonic() - self._written >= STATUS_S:
             self.entry(cell)["nodes"] = dict(nodes)
             self.write()
 
     def replaced(self, host: str, by: str | None, cell: Cell, error: Mapping[str, Any]) -> None:
-        """A node was given up; written with the next state."""
+        """Record that a node was given up (`by`: its spare, if any); written with the next state."""
         self.status["replaced"].append(
             {
                 "host": host,
@@ -135,8 +137,8 @@ class Journal:
             }
         )
 
-    def left_at_once(self) -> None:
-        """The controller leaves without time for more: scheduled jobs may go on, other ranks end with it."""
+    def exit_at_once(self) -> None:
+        """Write final states when the controller exits at once: scheduled jobs may continue, other ranks end."""
         self.status["state"] = "incomplete"
         for entry in self.cells.values():
             if entry["state"] in LIVE_STATES and self._scheduled:
@@ -148,7 +150,7 @@ class Journal:
     # --- records ------------------------------------------------------------------------------------
 
     def collect(self, plan: Plan, cell: Cell) -> None:
-        """Turn the ranks' files of a cell into records."""
+        """Convert the ranks' files of a cell into records, and write records.jsonl."""
         base = {
             "run_id": plan.run_id,
             "cell": cell.id,
@@ -167,16 +169,17 @@ class Journal:
 
 
 class Streams:
-    """The lines of one cell's files as they are received: into benchmark.log, and into files of their own where nodes
-    keep theirs, so that what a dying node said is kept even if nothing can be gathered from it.
+    """Writes the received lines of one cell's files to benchmark.log, and for nodes that keep their files to a copy
+    here, so that the output of a dying node is kept even if nothing can be gathered from it.
     """
 
     def __init__(self, journal: Journal, cell: Cell, alias: Mapping[str, str], kept_from: set[str]) -> None:
-        """`alias`: what people call each node. `kept_from`: the nodes whose files do not lie here."""
+        """`alias`: name -> alias of each node. `kept_from`: the nodes whose files are not on this machine."""
         self._journal, self._cell, self._alias, self._kept_from = journal, cell, alias, kept_from
         self._files: dict[tuple[str, str], TextIO] = {}
 
     def line(self, host: str, file: str, line: str) -> None:
+        """Write one line of `file` on `host`; events are not logged."""
         if host in self._kept_from:
             self._file(host, file).write(line + "\n")
         if not holds_events(file):
@@ -190,5 +193,6 @@ class Streams:
         return self._files[host, file]
 
     def close(self) -> None:
+        """Close all files."""
         for file in self._files.values():
             file.close()

@@ -1,4 +1,4 @@
-"""Before anything starts: what nodes say of themselves, who may take part, and what carries cells to them."""
+"""Before anything starts: checks nodes, chooses those to use, and makes the transport to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runner.system.nodeset import fold
 from runner.system.wording import are, counted
 from runner.workloads.registry import TESTS
 
-# How long agents whose controller was killed may take to notice and to leave their node.
+# The time that agents whose controller was killed may take to notice and to release their node, in s.
 OWN_S = SILENCE_S + 15
 
 Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are left out
@@ -34,15 +34,18 @@ Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are le
 
 @dataclass(frozen=True)
 class Answers:
-    """What nodes say before anything starts: what is wrong with each, and what each is now."""
+    """The result of checking nodes: the problems of each, and the environment of each (property -> value)."""
 
     problems: Problems
     environments: Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How a run's nodes are asked and reached. `own` is a run that may be just about to leave them."""
+class NodeAccess:
+    """Access to a run's nodes: checks them and makes the transport.
+
+    `cluster` is None without Slurm. `own` is a run whose agents may be about to release the nodes.
+    """
 
     backend: str
     device: str
@@ -53,34 +56,37 @@ class Reach:
     own: str = ""
 
     def ask(self, nodes: Sequence[Node]) -> Answers:
-        """What would stop a cell on any of `nodes`, asked of all at once."""
+        """Check all `nodes` at once for what would stop a cell. Raises InfrastructureError if Slurm does not answer."""
         if self.cluster is not None:
             found = allocations.problems(self.cluster, nodes)
             return Answers({name: [problem] for name, problem in found.items()}, {})
         return ask_agents(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
 
     def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Transport:
-        """What carries a cell to its nodes. Under Slurm, `expected` is the environment that must be found there."""
+        """The transport to the run's nodes. Under Slurm, `expected` is the environment that must be found there."""
         if self.cluster is None:
             return Agents(run, self.ssh_config)
-        wanted = checks(first, self.device, self.engine, self.tests)
-        return Allocations(run, self.ssh_config, self.cluster, wanted, expected)
+        request = checks(first, self.device, self.engine, self.tests)
+        return Allocations(run, self.ssh_config, self.cluster, request, expected)
 
 
-def ask_agents(nodes: Sequence[Node], wanted: CheckRequest, ssh_config: str | None, own: str = "") -> Answers:
-    """Ask the agents of all nodes, at once, for whatever would stop a cell, and for what each node is."""
+def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | None, own: str = "") -> Answers:
+    """Ask the agents of all nodes, at once, what would stop a cell, and for each node's environment.
+
+    Nodes that are still in use by the run `own` are asked again for up to OWN_S.
+    """
     backend = nodes[0].backend
     by_name = {n.name: n for n in nodes}
     deadline = time.monotonic() + OWN_S
     while True:
         asked = time.time()
         if not BACKENDS[backend].remote:  # this process is on the node already
-            answers = {nodes[0].name: check.check(wanted)}
+            answers = {nodes[0].name: check.check(request)}
             failures: dict[str, Problem] = {}
         else:
-            found, failures = talk.ask(nodes, backend, ssh_config, wanted)
+            found, failures = talk.ask(nodes, backend, ssh_config, request)
             answers = {name: answer for name, answer in found.items() if isinstance(answer, Checked)}
-        heard = time.time()
+        received = time.time()
         leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer.problems)
         if not leaving or time.monotonic() > deadline:
             break
@@ -88,8 +94,8 @@ def ask_agents(nodes: Sequence[Node], wanted: CheckRequest, ssh_config: str | No
     problems = {name: [failure] for name, failure in failures.items()}
     environments = {}
     for name, answer in answers.items():
-        # It read its clock at some moment in between.
-        clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), heard))
+        # The node read its clock at some moment between request and answer.
+        clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), received))
         if bad := [*map(Problem, answer.kinds, answer.problems), *([clock] if clock else [])]:
             problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
@@ -99,7 +105,7 @@ def ask_agents(nodes: Sequence[Node], wanted: CheckRequest, ssh_config: str | No
 
 
 def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> CheckRequest:
-    """What a node must have for these tests."""
+    """The request that checks a node for these tests; `first` is any node, as all chosen ones are alike."""
     return CheckRequest(
         version=__version__,
         scratch=first.scratch,
@@ -120,7 +126,7 @@ def bad_nodes(nodes: Sequence[Node], problems: Problems) -> tuple[dict[str, str]
 
 
 def refusal(what: str, bad: Sequence[Mapping[str, str]]) -> InfrastructureError:
-    """The error that names every bad node at once, for people and for programs."""
+    """The error with the message `what` that names every bad node at once, for people and for programs."""
     kinds = {one["kind"] for one in bad}
     return InfrastructureError("\n  ".join([what, *node_lines(bad)]), kinds.pop() if len(kinds) == 1 else None, bad)
 
@@ -128,24 +134,25 @@ def refusal(what: str, bad: Sequence[Mapping[str, str]]) -> InfrastructureError:
 def choose(
     nodes: Sequence[Node], count: int, problems: Problems, skip_bad: bool
 ) -> tuple[tuple[Node, ...], tuple[dict[str, str], ...]]:
-    """The first `count` nodes, or with `skip_bad` the first good ones and what was passed over and why.
+    """The first `count` nodes, or with `skip_bad` the first good ones; and the skipped nodes with their problems.
 
     Raises InfrastructureError naming every bad node at once.
     """
-    wanted = nodes if skip_bad else nodes[:count]
-    good = tuple(n for n in wanted if n.name not in problems)[:count]
+    candidates = nodes if skip_bad else nodes[:count]
+    good = tuple(n for n in candidates if n.name not in problems)[:count]
     if len(good) < count:
-        hint = "" if skip_bad else "; mend them, or let others take their place with --skip-bad-nodes"
-        bad = len(wanted) - len(good)
+        hint = "" if skip_bad else "; fix them, or use other nodes with --skip-bad-nodes"
+        bad = len(candidates) - len(good)
         what = (
-            f"{len(good)} of {counted(len(wanted), 'node')} {are(len(good))} good, {count} wanted"
+            f"{len(good)} of {counted(len(candidates), 'node')} {are(len(good))} good, {count} required"
             if skip_bad
             else f"{bad} of {counted(count, 'node')} {are(bad)} bad"
         )
-        raise refusal(f"{what}{hint}", bad_nodes(wanted, problems))
-    last = max(wanted.index(n) for n in good)
-    return good, bad_nodes(wanted[: last + 1], problems)
+        raise refusal(f"{what}{hint}", bad_nodes(candidates, problems))
+    last = max(candidates.index(n) for n in good)
+    return good, bad_nodes(candidates[: last + 1], problems)
 
 
 def folded(nodes: Sequence[Node]) -> str:
+    """Nodes as text, by alias and by name: `2 nodes: node[001-002] = gpu[07-08]`."""
     return f"{counted(len(nodes), 'node')}: {fold([n.alias for n in nodes])} = {fold([n.name for n in nodes])}"

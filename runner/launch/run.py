@@ -1,4 +1,4 @@
-"""A plan carried out: its cells run one after the other, are tried again where that is worth it, and are judged."""
+"""Carries out a plan: runs its cells one after the other, retries them where that may help, and judges them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from runner.failures import KINDS
 from runner.launch import blame, drift
 from runner.launch.current import CurrentPlan
 from runner.launch.journal import Journal, Streams
-from runner.launch.preflight import Problems, Reach
+from runner.launch.preflight import NodeAccess, Problems
 from runner.launch.signals import Stop
 from runner.launch.slurm import answers
 from runner.launch.slurm.ledger import JobShare
 from runner.launch.spares import Roster
 from runner.launch.transport import Transport
-from runner.launch.watch import CellRun, Course, read_outcomes
+from runner.launch.watch import CellContext, CellRun, read_outcomes
 from runner.plan.build import place
 from runner.plan.plan import PORTS, Cell, Plan, fingerprint
 from runner.report.conclude import judge
@@ -35,7 +35,7 @@ RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do when a cell fails for a reason that is not the user's, and when nodes are not what they were."""
+    """What to do when the infrastructure fails a cell, and when the environment of nodes has changed."""
 
     retries: int = 0
     replace_bad_nodes: bool = False
@@ -45,13 +45,13 @@ class Policy:
 class Turn(Enum):
     """Where a cell is in this execution of the plan."""
 
-    AHEAD = "its turn is to come"
-    TAKEN = "its turn has come: it runs now, is complete, or was given up"
+    AHEAD = "it has not run yet"
+    TAKEN = "it runs now, is complete, or was given up"
 
 
 @dataclass
 class Progress:
-    """What this execution has done about one cell. `turn` holds since the monotonic time `since`.
+    """What this execution has done for one cell. `since`: the monotonic time at which `turn` began, in s.
 
     `reopened`: it was complete when the execution began, and is measured again after all others.
     """
@@ -62,11 +62,12 @@ class Progress:
     reopened: bool = False
 
     def enter(self, turn: Turn) -> None:
+        """Change `turn`, from now on."""
         self.turn, self.since = turn, time.monotonic()
 
 
 class Run:
-    """Carries out a plan in its run directory; what it decides on the way is written back into both."""
+    """Carries out a plan in its run directory; its decisions are written back into both."""
 
     def __init__(
         self,
@@ -76,21 +77,21 @@ class Run:
         display: Display,
         data: str | None,
         policy: Policy,
-        reach: Reach,
+        access: NodeAccess,
     ) -> None:
-        """`data` is the folder with the cells' prepared data here; None: they need none."""
+        """`data` is the folder with the cells' prepared data on this machine; None: they need none."""
         backend = BACKENDS[plan.backend]
         self.run, self.transport, self.display, self.policy = run, transport, display, policy
         self.backend = backend
         self.current = CurrentPlan(plan, run)
         self.journal = Journal(run, display, backend.scheduled)
         self.ledger = self.journal.ledger
-        self.roster = Roster(self.current, self.journal, transport, reach, lambda node: self._send_data([node]))
+        self.roster = Roster(self.current, self.journal, transport, access, lambda node: self._send_data([node]))
         self.stop = Stop(display)
         self.source = data
         self.data = transport.data_on_nodes(plan, data) if data else None
         self.progress = {cell.id: Progress() for cell in plan.cells}
-        # Where a scheduler starts cells, only a new one shows whether nodes have changed since.
+        # Where a scheduler starts cells, only a new cell shows whether nodes have changed since.
         compares = policy.accept_drift and backend.scheduled
         self.comparison = drift.Comparison(run, plan, self.journal.status) if compares else None
         self.not_gathered: set[str] = set()
@@ -98,8 +99,8 @@ class Run:
     def execute(self, bad: Problems) -> dict[str, Any]:
         """Run every cell that is not complete, then judge and report; returns the summary.
 
-        `bad` are nodes to do without, and why. Measured values are never lost. Raises InfrastructureError where the
-        data cannot be sent, or this machine's disk takes nothing.
+        `bad` are the nodes not to use, with their problems. Measured values are never lost. Raises InfrastructureError
+        if the data cannot be sent, or this machine's disk cannot be written.
         """
         journal = self.journal
         with self.stop.listening(), journal.opened():
@@ -118,26 +119,26 @@ class Run:
                 if self.stop.asked:
                     self._leave_rest()
             journal.save(journal.final_state())
-            if not self.ledger.any_job:  # else a job that goes on has its files there
+            if not self.ledger.any_job:  # else a job that continues has its files there
                 kept = self.not_gathered | self.roster.bad
                 plan = self.current.plan
                 self.transport.clean(plan, [node for node in plan.nodes if node.name not in kept])
             return self._judge()
 
-    def left_at_once(self) -> None:
-        """Note what a controller leaves that has no time for more."""
-        self.journal.left_at_once()
+    def exit_at_once(self) -> None:
+        """Write the states of a run whose controller exits at once."""
+        self.journal.exit_at_once()
 
     # --- which cell comes next ----------------------------------------------------------------------
 
     def _ahead(self) -> list[Cell]:
-        """The cells, as they are planned by now, that are still to run: those first that have a job which goes on
-        meanwhile, those last that were complete.
+        """The cells that are still to run, as currently planned: first those with a job that continues meanwhile, last
+        those that were complete.
         """
 
         def order(cell: Cell) -> tuple[int, bool]:
             job = self.journal.entry(cell)["job"] or {}
-            return self.ledger.standing(cell.id, job.get("id")), self.progress[cell.id].reopened
+            return self.ledger.certainty(cell.id, job.get("id")), self.progress[cell.id].reopened
 
         left = [
             cell
@@ -149,17 +150,17 @@ class Run:
         return sorted(left, key=order)
 
     def _through(self) -> int:
-        """How many cells are complete or given up, beside the one that runs now."""
+        """How many cells are complete or given up, without the one that runs now."""
         taken = (each.turn is Turn.TAKEN or self.journal.cells[cell]["state"] == "complete"
                  for cell, each in self.progress.items())  # fmt: skip
         return sum(taken) - 1
 
     def _others_go_on(self) -> bool:
-        """Whether cells that are still to be followed have a job."""
+        """Whether other cells that are still to be followed have a job."""
         return any(self.progress[cell].turn is Turn.AHEAD for cell in self.ledger.cells)
 
     def _sharing(self, cell: Cell) -> list[Cell]:
-        """The cells of the job that a cell needs: itself, and of those that have none yet all that share it."""
+        """The cells of the job to submit for `cell`: itself and others without a job that share it; else none."""
         if self.ledger.share(cell.id):
             return []
         if cell.id in self.ledger.inherited:
@@ -171,21 +172,21 @@ class Run:
     # --- data ---------------------------------------------------------------------------------------
 
     def _needed(self) -> list[Node]:
-        """The nodes that may still have work: one that was replaced may not even answer."""
+        """The nodes that may still have work; one that was replaced may not even answer."""
         left = [cell for cell in self.current.cells if not self.journal.complete(cell)]
         hosts = {host for cell in left for host in cell.hosts}
         return [node for node in self.current.plan.nodes if node.name in hosts or not all(cell.hosts for cell in left)]
 
     def _send_data(self, nodes: Sequence[Node]) -> None:
-        """Bring the data to `nodes`. Raises InfrastructureError with the reason of each that cannot be replaced."""
+        """Copy the data to `nodes`. Raises InfrastructureError with the reason for each that cannot be replaced."""
         if self.source is None:
             return
         self.display.at(0, 1, "sending data")
         plan = self.current.plan
         failures = self.transport.send(plan, nodes, self.source, lambda: self.stop.asked)
         if not plan.named and len(failures) < len(nodes):
-            for host, reason in failures.items():  # the scheduler has others to choose
-                self.journal.note(f"{plan.node(host).alias} is left out, the data cannot be sent to it: {reason}")
+            for host, reason in failures.items():  # the scheduler can choose others
+                self.journal.note(f"{plan.node(host).alias} is not used, the data cannot be sent to it: {reason}")
                 self.current.plan = self.transport.exclude(self.current.plan, host)
             return
         if failures and not self.stop.asked:
@@ -195,7 +196,7 @@ class Run:
     # --- a cell until it is settled -----------------------------------------------------------------
 
     def _settle(self, cell_id: str) -> None:
-        """Run a cell, again after a failure that is worth it, until it is complete or given up."""
+        """Run a cell, and again after a failure that may not recur, until it is complete or given up."""
         if self._recover(self.current.cell(cell_id)):
             return
         while True:
@@ -205,7 +206,7 @@ class Run:
             inherited = cell_id in self.ledger.inherited
             answered = self._run_cell(cell)
             error, share = self.journal.entry(cell)["error"], self.ledger.share(cell_id)
-            # Where Slurm does not answer the job may go on: it is followed, and the cell not given a second one.
+            # If Slurm does not answer, the job may continue: it is followed, and no second one is submitted.
             unanswered = error is not None and error["kind"] == "slurm_unreachable"
             if unanswered:
                 self.ledger.inherited.add(cell_id)
@@ -215,17 +216,17 @@ class Run:
                 self._compare(self.current.cell(cell_id), own=not inherited)
             if error is None or self.stop.asked:
                 return
-            if inherited and not unanswered:  # what became of that job is known now; own attempts begin
+            if inherited and not unanswered:  # the end of that job is known now; own attempts begin
                 self._turn_never_came(cell, share, answered)
             elif not self._worth_another(cell, error, share, answered):
                 return
-            if self._others_go_on():  # beside them it would measure their traffic: it comes after them
+            if self._others_go_on():  # at the same time it would measure their traffic: it runs after them
                 self.progress[cell_id].enter(Turn.AHEAD)
                 return
 
     def _worth_another(self, cell: Cell, error: Mapping[str, Any], share: JobShare | None, answered: bool) -> bool:
-        """Whether a cell that failed is to run again: without the node that failed it, or since its turn had not
-        come, or as a retry.
+        """Whether a failed cell is to run again: without the node that failed it, since its step had not begun, or as
+        a retry.
         """
         worth_it = blame.may_retry(error)
         if worth_it and self.policy.replace_bad_nodes and self._replace(cell, error):
@@ -236,20 +237,20 @@ class Run:
         if not worth_it or progress.retries == self.policy.retries:
             return False
         progress.retries += 1
-        later = ", after the cells whose job goes on" if self._others_go_on() else ""
+        later = ", after the cells whose job continues" if self._others_go_on() else ""
         self.journal.note(f"{cell.id}: retry {progress.retries} of {self.policy.retries}{later}")
         if not later:
             self.stop.wait(RETRY_S)
         return True
 
     def _make_room(self, cell_id: str) -> None:
-        """Set aside what earlier attempts left, also at the cells that share the job which is submitted now."""
+        """Move the files of earlier attempts aside, also those of cells that share the job which is submitted now."""
         for each in self._sharing(self.current.cell(cell_id)):
             if each.id not in self.ledger.inherited:
                 self._set_aside(self.current.cell(each.id))
 
     def _set_aside(self, cell: Cell) -> None:
-        """Make room for the next attempt; what the last one left is kept beside it."""
+        """Prepare the next attempt: keep the files of the last one elsewhere, and use another port."""
         entry = self.journal.entry(cell)
         if entry["started"] is None:
             return
@@ -265,8 +266,9 @@ class Run:
         self.current.amend(moved)
 
     def _compare(self, cell: Cell, own: bool) -> None:
-        """Have cells run again that were complete, where a newer one shows that they were measured in another
-        environment. That of one whose job was an earlier controller's (not `own`) may be the older one, too.
+        """Mark complete cells to run again if the newer `cell` shows that they were measured in another environment.
+
+        A cell whose job was an earlier controller's (not `own`) may itself have the older environment.
         """
         if self.comparison is None:
             return
@@ -283,18 +285,18 @@ class Run:
         bad = error["host"]
         if KINDS[error["kind"]].fault != "node" or not self.backend.remote:
             return False
-        if bad not in cell.hosts:  # nobody, or a launcher on the controller
+        if bad not in cell.hosts:  # no node, or a launcher on the controller
             return False
         self._give_up(bad, cell, error)
         return bad not in self.current.cell(cell.id).hosts
 
     def _give_up(self, bad: str, cell: Cell, error: Mapping[str, Any]) -> None:
-        """Do without a node in `cell` and all that are still to run.
+        """Stop using a node in `cell` and in all cells that are still to run.
 
-        A spare takes its place; where there is none, cells move to good nodes if these are enough, and fail otherwise.
+        A spare replaces it; without one, cells move to good nodes if there are enough, and fail otherwise.
         """
         self.roster.give_up(bad, cell, error)
-        self._leave_jobs()  # their steps have their nodes
+        self._leave_jobs()  # their steps are bound to their nodes
         for other in self.current.cells:
             taken = self.progress[other.id].turn is Turn.TAKEN and other.id != cell.id
             if self.journal.complete(other) or taken or self.roster.move(other):
@@ -307,17 +309,17 @@ class Run:
     # --- jobs that cells have -----------------------------------------------------------------------
 
     def _adopt(self, cell: Cell) -> None:
-        """Learn what became of a job of the cell whose id was not received."""
+        """Find the job of the cell if its id was not received."""
         before = self.ledger.cells
         has_job = self.transport.adopt(self.current.plan, cell, self.journal.entry(cell), self.ledger)
-        if has_job is not None:  # else the cell's conversation will say that nobody answers
+        if has_job is not None:  # else running the cell reports that Slurm does not answer
             complete = [each.id for each in self.current.cells if self.journal.complete(each)]
             self.ledger.reconcile(cell.id, before, has_job, complete)
 
     def _turn_never_came(self, cell: Cell, share: JobShare | None, answered: bool) -> bool:
-        """Whether the job that a cell shares ended before the cell's step; so it did for the later ones.
+        """Whether the job that a cell shares ended before the cell's step began, and so before all later ones.
 
-        They are to have another together.
+        These cells then get another job together.
         """
         job = self.journal.entry(cell)["job"] or {}
         if answered or not answers.over(job.get("state")) or not share or not share.follows_others:
@@ -326,27 +328,27 @@ class Run:
         return True
 
     def _leave_jobs(self) -> None:
-        """Cancel the jobs that cells have: those that are not complete are submitted anew."""
+        """Cancel the jobs that cells have; cells that are not complete are submitted again."""
         if self.ledger.cells:
             self._cancel(self.ledger.job_ids())
 
     def _leave_rest(self) -> None:
-        """The user stopped the run: its jobs are cancelled, and the cells whose turn had not come are so, too."""
+        """The user stopped the run: cancel its jobs and the cells that have not run."""
         going_on = {cell.id for cell in self.current.cells if self.ledger.has(cell.id)}
         received = self._cancel(None)
         for cell in self._ahead():
-            # What an earlier controller said of a cell remains valid.
+            # The state that an earlier controller gave a cell remains valid.
             if received if cell.id in going_on else self.journal.entry(cell)["state"] == "planned":
                 self.journal.cell_state(cell, "cancelled")
 
     def _cancel(self, job_ids: set[str] | None) -> bool:
-        """Cancel these jobs of the run, or all (None); returns whether that was received: then cells have none."""
+        """Cancel these jobs of the run, or all (None); returns whether the scheduler answered: then cells have none."""
         if not self.transport.cancel(self.current.plan, job_ids, patient=not self.stop.asked):
-            self.journal.note("Slurm does not answer: jobs of this run may go on; `runner runs stop` cancels them")
+            self.journal.note("Slurm does not answer: jobs of this run may continue; `runner runs stop` cancels them")
             return False
         for cell_id in self.ledger.of_jobs(job_ids):
             cell = self.current.cell(cell_id)
-            # Nobody may have followed it to its end yet; over ssh that would take too long to see.
+            # No controller may have followed it to its end; over ssh checking that would take too long.
             unfollowed = self.transport.shared and self.journal.entry(cell)["started"] is None
             if not (unfollowed and self._recover(cell)):
                 self.ledger.over(cell_id)
@@ -355,14 +357,14 @@ class Run:
         return True
 
     def _recover(self, cell: Cell) -> bool:
-        """Whether the cell had ended well without a controller; what it measured is taken then."""
+        """Whether the cell has completed without a controller; its measurements are then collected."""
         entry, share = self.journal.entry(cell), self.ledger.share(cell.id)
         unfollowed = entry["started"] is None
         if entry["state"] == "complete" or entry["error"] is not None or (unfollowed and not share):
             return False
         if cell.hosts:
-            self.transport.gather(self.current.plan, cell)  # a node without any of it has nothing to give
-        if unfollowed or not cell.hosts:  # its agents have said where it was, those of an earlier job as well
+            self.transport.gather(self.current.plan, cell)  # a node without artefacts is no failure here
+        if unfollowed or not cell.hosts:  # its agents have recorded its nodes, those of an earlier job as well
             found = self._placed_by_agents(cell, share.job_id if share else (entry["job"] or {}).get("id"))
         else:
             found = cell
@@ -372,13 +374,13 @@ class Run:
             self.current.amend(found)
         self.journal.collect(self.current.plan, found)
         self._complete(found)
-        self.journal.note(f"{cell.id}: complete, it had ended without a controller")
+        self.journal.note(f"{cell.id}: complete, it ended without a controller")
         self.ledger.over(cell.id)
         self._compare(found, own=False)
         return True
 
     def _placed_by_agents(self, cell: Cell, job_id: str | None) -> Cell | None:
-        """The cell on the nodes where its agents in that job say it was; None where they do not say."""
+        """The cell on the nodes that its agents in that job recorded; None if they recorded none."""
         nodes = {node.name: node for node in self.current.plan.nodes}
         hosts = self.run.read_placement(cell.id, job_id)
         if not hosts or not nodes.keys() >= set(hosts):
@@ -386,7 +388,7 @@ class Run:
         return cell if cell.hosts else place(cell, [nodes[name] for name in hosts], self.current.plan, None)
 
     def _ended_well(self, cell: Cell) -> bool:
-        """Whether every node has the good outcome of this attempt, and not of an earlier one."""
+        """Whether every node has a good outcome of this attempt, not of an earlier one."""
         outcomes = read_outcomes(self.run, cell)
         return all(
             host in outcomes and outcomes[host].ended_well and outcomes[host].attempt == cell.attempt
@@ -411,17 +413,17 @@ class Run:
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes())  # noqa: E731
         watch = CellRun(cell, self.stop, on_progress, streams.line, live)
         try:
-            course = self._course(cell, through)
-            fault = self.transport.converse(self.current.plan, cell, watch, self.data, course)
+            context = self._context(cell, through)
+            fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
         finally:
             streams.close()
         if self.stop.asked:
             self._leave_jobs()  # before its next step begins
         self._end_attempt(watch, fault, time.monotonic() - started)
-        return any(talk.answered for talk in watch.talks)
+        return any(session.answered for session in watch.sessions)
 
     def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, took_s: float) -> None:
-        """Gather what an attempt left, after failures too, and note how it ended."""
+        """Gather the artefacts of an attempt, after failures too, and record how it ended."""
         cell, alias = watch.cell, self.current.alias
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
@@ -448,8 +450,8 @@ class Run:
     def _complete(self, cell: Cell) -> None:
         self.journal.cell_state(cell, "complete", plan_hash=fingerprint(self.current.plan, cell))
 
-    def _course(self, cell: Cell, through: int) -> Course:
-        """What the transport of `cell` may need to know, and whom it tells what it decides."""
+    def _context(self, cell: Cell, through: int) -> CellContext:
+        """What the transport of `cell` may need to know, and the callbacks for its decisions."""
         total, journal = len(self.current.cells), self.journal
 
         def on_job(info: answers.JobInfo) -> None:
@@ -461,7 +463,7 @@ class Run:
                 self.display.at(through, total, f"{cell.id} waits: {info.reason or 'Pending'}{position}{start}")
             elif entry["state"] == "waiting":
                 self.display.at(through, total, f"{cell.id} starting as job {info.job_id}")
-            placed = self.current.cell(cell.id)  # by now perhaps
+            placed = self.current.cell(cell.id)  # perhaps placed since
             journal.cell_state(placed, "waiting" if info.state == "waiting" else "running")
 
         def on_placed(nodes: Sequence[Node]) -> Cell:
@@ -471,7 +473,7 @@ class Run:
             journal.cell_state(placed, "running")
             return placed
 
-        return Course(journal.entry(cell), self._sharing(cell), self.ledger, on_job, on_placed)
+        return CellContext(journal.entry(cell), self._sharing(cell), self.ledger, on_job, on_placed)
 
     def _judge(self) -> dict[str, Any]:
         self.display.at(1, 1, "writing the report")

@@ -1,4 +1,4 @@
-"""What the user's signals ask of a run."""
+"""Signals by which the user stops a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Finish what is done inside, which takes no time to speak of; a signal that arrives meanwhile interrupts later."""
+    """Delay signals until the body, which must be short, has finished; then raise KeyboardInterrupt if one arrived."""
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield
         return
@@ -32,7 +32,7 @@ def deferred() -> Iterator[None]:
 
 
 class Stop:
-    """What the user's signals ask for. The first asks for an orderly end, the second leaves at once."""
+    """The user's wish to stop. The first signal ends the run gracefully, the second raises KeyboardInterrupt."""
 
     def __init__(self, display: Display) -> None:
         self.asked = False
@@ -40,7 +40,8 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._heard) for number in NUMBERS}
+        """Handle the signals while the context lasts."""
+        before = {number: signal.signal(number, self._received) for number in NUMBERS}
         try:
             yield
         finally:
@@ -48,13 +49,13 @@ class Stop:
                 signal.signal(number, handler)
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but not past the user's wish to stop."""
+        """Sleep for `seconds`, or until the first signal."""
         deadline = time.monotonic() + seconds
         while not self.asked and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
-    def _heard(self, number: int, _frame: object) -> None:
+    def _received(self, number: int, _frame: object) -> None:
         again, self.asked = self.asked, True
         if again:
             raise KeyboardInterrupt
-        self._display.note("stopping the ranks and gathering what was measured; once more to leave at once")
+        self._display.note("stopping the ranks and gathering what was measured; interrupt again to exit at once")

@@ -1,4 +1,4 @@
-"""Which nodes a run may still use: those that were given up, and the spares that take their place."""
+"""Which nodes a run may still use: nodes that were given up, and the spares that replace them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runner.errors import InfrastructureError
 from runner.launch import blame
 from runner.launch.current import CurrentPlan
 from runner.launch.journal import Journal
-from runner.launch.preflight import Reach
+from runner.launch.preflight import NodeAccess
 from runner.launch.transport import Transport
 from runner.plan.build import place
 from runner.plan.plan import Cell
@@ -18,25 +18,29 @@ from runner.system.wording import are, counted
 
 
 class Roster:
-    """The nodes of a run. `send_data` brings a node what its cells need, and raises where that fails."""
+    """The nodes of a run. `send_data` copies the data to a node and raises InfrastructureError if that fails."""
 
     def __init__(
         self,
         current: CurrentPlan,
         journal: Journal,
         transport: Transport,
-        reach: Reach,
+        access: NodeAccess,
         send_data: Callable[[Node], None],
     ) -> None:
         self._current, self._journal, self._transport = current, journal, transport
-        self._reach, self._send_data = reach, send_data
+        self._access, self._send_data = access, send_data
         self.bad: set[str] = set()  # by name
 
     def good(self) -> list[Node]:
+        """The nodes of the plan that were not given up."""
         return [node for node in self._current.plan.nodes if node.name not in self.bad]
 
     def give_up(self, host: str, cell: Cell, error: Mapping[str, Any]) -> None:
-        """Do without a node that failed in `cell`: a spare takes its place, or where Slurm places, another node."""
+        """Stop using a node that failed in `cell`. A spare replaces it, or another node where Slurm chooses nodes.
+
+        `error` is the cell's error in status.json.
+        """
         self.bad.add(host)
         plan = self._current.plan
         spare = self._good_spare()
@@ -53,7 +57,7 @@ class Roster:
         self._journal.replaced(host, spare.name if spare else None, cell, error)
 
     def move(self, cell: Cell) -> bool:
-        """Place a cell on good nodes only; returns whether there are enough."""
+        """Place a cell on good nodes only; returns False, with the cell unchanged, if there are not enough."""
         if not self.bad & set(cell.hosts):
             return True
         plan = self._current.plan
@@ -65,9 +69,9 @@ class Roster:
         return len(nodes) == cell.num_nodes
 
     def _good_spare(self) -> Node | None:
-        """The first spare that is good by now and has the data; those before it are no spares any more."""
+        """The first spare that passes its checks and received the data; those before it are removed from the spares."""
         for spare in self._current.plan.spares:
-            if problems := self._reach.ask([spare]).problems.get(spare.name):
+            if problems := self._access.ask([spare]).problems.get(spare.name):
                 why = blame.unusable(spare.name, problems)["message"]
             else:
                 try:
@@ -75,7 +79,7 @@ class Roster:
                     return spare
                 except InfrastructureError as error:
                     why = str(error)
-            self._journal.note(f"spare {spare.alias} is no good: {why}")
+            self._journal.note(f"spare {spare.alias} is not usable: {why}")
             left = tuple(node for node in self._current.plan.spares if node is not spare)
             self._current.change(spares=left)
         return None

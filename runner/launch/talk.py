@@ -1,8 +1,7 @@
-"""Backends: how the agent (`runner.node`) is reached on nodes.
+"""Starts the agent (`runner.node`) on nodes, locally or over ssh, and exchanges messages with it.
 
-A backend is a function from a node and a Python argument list to the command that runs it there;
-`converse` starts one agent per node, feeds each its request, keeps the leash alive and passes on what
-they say.
+A backend is a function from a node and Python arguments to the command that runs them there; `converse` starts one
+agent per node, sends each its request and its heartbeats, and passes on the messages received.
 """
 
 from __future__ import annotations
@@ -33,10 +32,12 @@ READ_BYTES = 65536  # what a pipe holds
 
 
 def local(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[str]:
+    """The command that runs the node's Python with `arguments` on this machine; `ssh_config` is not used."""
     return [node.python, *arguments]
 
 
 def ssh(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[str]:
+    """The command that runs the node's Python with `arguments` there over ssh; `ssh_config` is a path."""
     # The remote login shell reads this string: the one place where it is quoted.
     return ["ssh", "-F", str(ssh_config), node.name, shlex.join(["exec", node.python, *arguments])]
 
@@ -45,8 +46,11 @@ COMMANDS: dict[str, Callable[[Node, Sequence[str], str | None], list[str]]] = {"
 
 
 @dataclass
-class Talk:
-    """One conversation with one agent: what starts it, what it is asked, how it ended."""
+class AgentSession:
+    """One agent: the command that starts it, its request, and how it ended.
+
+    `rc` is the command's exit status (None: it runs), `stderr` all lines of output that are not messages.
+    """
 
     name: str
     argv: Sequence[str]
@@ -54,28 +58,31 @@ class Talk:
     rc: int | None = None
     stderr: list[str] = field(default_factory=list)
     answered: bool = False  # it sent at least one message
-    heard: float = 0.0  # monotonic time of its last output
-    told: str | None = None  # the last word sent to it
+    last_output: float = 0.0  # monotonic time of its last output, in s
+    last_word: str | None = None  # the last word sent to it
 
     @property
     def alive(self) -> bool:
+        """Whether the session has not ended."""
         return self.rc is None
 
 
 def converse(
-    talks: Sequence[Talk],
-    on_message: Callable[[Talk, Message], None],
-    word: Callable[[Talk], str | None] = lambda talk: None,
+    sessions: Sequence[AgentSession],
+    on_message: Callable[[AgentSession, Message], None],
+    next_word: Callable[[AgentSession], str | None] = lambda session: None,
     patience_s: float = 20.0,
 ) -> None:
-    """Run all talks to their end, calling `on_message` for each message of an agent.
+    """Run all sessions to their end, calling `on_message` for each message of an agent.
 
-    `word(talk)` is asked ten times a second; what it returns is sent once to that agent. After "stop" or
-    "done" it has `patience_s` to end before it is given up. A talk ends with `rc`: the command's (128 + N where
-    signal N ended it), or GIVEN_UP. However this function is left, no command stays behind. It may be called from
-    any thread. Raises InfrastructureError when a command cannot be started, and what the two functions raise.
+    `next_word(session)` is called every POLL_S; the word that it returns is sent once to that agent (None: nothing).
+    After "stop" or "done" the agent has `patience_s` to end before it is given up. A session ends with an `rc`: the
+    command's exit status (128 + N if signal N ended it), or GIVEN_UP. However this function ends, no command is left
+    running. It may be called from any thread.
+
+    Raises InfrastructureError if a command cannot be started, and whatever the two functions raise.
     """
-    conversation = _Conversation(talks, on_message, word, patience_s)
+    conversation = _Conversation(sessions, on_message, next_word, patience_s)
     try:
         conversation.run()
     finally:
@@ -83,7 +90,7 @@ def converse(
 
 
 class _Lines:
-    """Puts lines together from the pieces in which a pipe delivers them; no line is too long."""
+    """Joins the pieces that a pipe delivers into lines of any length."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -105,21 +112,21 @@ class _Lines:
 
 
 class _Agent:
-    """The command of one talk while it runs, its pipes, and what is still to be done with it."""
+    """The command of one session while it runs, its pipes, and its deadlines (monotonic, in s)."""
 
-    def __init__(self, talk: Talk, child: subprocess.Popen[bytes]) -> None:
+    def __init__(self, session: AgentSession, child: subprocess.Popen[bytes]) -> None:
         assert child.stdin and child.stdout and child.stderr
-        self.talk, self.child, self.stdin = talk, child, child.stdin
+        self.session, self.child, self.stdin = session, child, child.stdin
         self.outputs = {child.stdout: _Lines(), child.stderr: _Lines()}  # those that have not ended
         self.exit_fd = process.exit_fd(child)
         self.unsent = bytearray()
-        self.writing = False  # the pipe is full: the selector tells when it takes more
+        self.writing = False  # the pipe is full: the selector reports when it can be written
         self.give_up_at = self.kill_at = math.inf
         self.exited_at: float | None = None
 
 
 class _Conversation:
-    """All agents of one `converse` and the loop that serves them, by monotonic time in s.
+    """All agents of one `converse` call and the loop that serves them. Times are monotonic, in s.
 
     Selectors, not asyncio: one flat loop costs less per line, an exception raised by a signal handler leaves it as
     any other code, and it needs neither child watchers nor an event loop's own handler of SIGINT.
@@ -127,12 +134,17 @@ class _Conversation:
 
     def __init__(
         self,
-        talks: Sequence[Talk],
-        on_message: Callable[[Talk, Message], None],
-        word: Callable[[Talk], str | None],
+        sessions: Sequence[AgentSession],
+        on_message: Callable[[AgentSession, Message], None],
+        next_word: Callable[[AgentSession], str | None],
         patience_s: float,
     ) -> None:
-        self._talks, self._on_message, self._word, self._patience_s = talks, on_message, word, patience_s
+        self._sessions, self._on_message, self._next_word, self._patience_s = (
+            sessions,
+            on_message,
+            next_word,
+            patience_s,
+        )
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
         self._beat = time.monotonic()
@@ -140,14 +152,14 @@ class _Conversation:
 
     def run(self) -> None:
         """Start all agents and serve them until the last has ended."""
-        for talk in self._talks:
-            talk.heard = time.monotonic()
-            self._start(talk)
+        for session in self._sessions:
+            session.last_output = time.monotonic()
+            self._start(session)
         while self._agents:
             self._round()
 
     def end(self) -> None:
-        """End whatever still runs: all are asked at once, and killed after AGENT_END_S or another interruption."""
+        """End all agents that still run, at once: by TERM, then by KILL after AGENT_END_S or another interruption."""
         try:
             now = time.monotonic()
             for agent in self._agents:
@@ -155,27 +167,27 @@ class _Conversation:
             while self._agents:
                 self._round()
         finally:
-            for talk in self._talks:
-                if talk.alive:
-                    talk.rc = GIVEN_UP
+            for session in self._sessions:
+                if session.alive:
+                    session.rc = GIVEN_UP
             for agent in list(self._agents):
                 process.kill_group(agent.child)
                 agent.child.wait()
                 self._forget(agent)
             self._selector.close()
 
-    def _start(self, talk: Talk) -> None:
-        agent = _Agent(talk, process.spawn(talk.argv))
+    def _start(self, session: AgentSession) -> None:
+        agent = _Agent(session, process.spawn(session.argv))
         self._agents.append(agent)
         os.set_blocking(agent.stdin.fileno(), False)
         for pipe in agent.outputs:
             self._selector.register(pipe, selectors.EVENT_READ, partial(self._read, agent, pipe))
         if agent.exit_fd is not None:
             self._selector.register(agent.exit_fd, selectors.EVENT_READ, partial(self._look, agent))
-        self._send(agent, json.dumps(talk.request).encode() + b"\n")
+        self._send(agent, json.dumps(session.request).encode() + b"\n")
 
     def _round(self) -> None:
-        """Wait for what comes next and serve it; look after all agents every POLL_S, however much they send."""
+        """Wait for the next event and handle it; check all agents every POLL_S, however much they send."""
         for key, _ in self._selector.select(max(0.0, self._tick_at - time.monotonic())):
             key.data()
             if time.monotonic() >= self._tick_at:
@@ -184,27 +196,27 @@ class _Conversation:
             self._tick()
 
     def _tick(self) -> None:
-        """Ask for the words to send, keep the leashes alive, and end those whose time is over."""
+        """Send the next words and heartbeats, and end agents whose time is over."""
         now = time.monotonic()
         self._tick_at = now + POLL_S
         beat = now - self._beat >= HEARTBEAT_S
         if beat:
             self._beat = now
         for agent in list(self._agents):
-            talk = agent.talk
-            if talk.alive:
-                say = self._word(talk)
-                if say and say != talk.told:
-                    talk.told = say
-                    if say in LAST_WORDS:
+            session = agent.session
+            if session.alive:
+                word = self._next_word(session)
+                if word and word != session.last_word:
+                    session.last_word = word
+                    if word in LAST_WORDS:
                         agent.give_up_at = min(agent.give_up_at, now + self._patience_s)
-                    self._send(agent, say.encode() + b"\n")
+                    self._send(agent, word.encode() + b"\n")
                 elif beat:
                     self._send(agent, b"\n")
                 if now > agent.give_up_at:
                     self._give_up(agent, now)
-            # Those that show no sign of an end are looked at less often: this is a system call for each.
-            if beat or len(agent.outputs) < 2 or not talk.alive or agent.exited_at:
+            # Agents that show no sign of ending are checked less often: each check is a system call.
+            if beat or len(agent.outputs) < 2 or not session.alive or agent.exited_at:
                 self._look(agent)
 
     def _send(self, agent: _Agent, data: bytes) -> None:
@@ -213,7 +225,7 @@ class _Conversation:
             self._write(agent)
 
     def _write(self, agent: _Agent) -> None:
-        """Write as much as the pipe takes; the rest follows when it takes more."""
+        """Write as much as the pipe accepts; the rest follows when it accepts more."""
         if agent.stdin.closed:
             return
         try:
@@ -240,40 +252,40 @@ class _Conversation:
             return
         data = os.read(pipe.fileno(), READ_BYTES)
         if data:
-            agent.talk.heard = time.monotonic()
-            self._hear(agent, pipe, lines.add(data))
+            agent.session.last_output = time.monotonic()
+            self._receive(agent, pipe, lines.add(data))
             return
         self._close_output(agent, pipe)
-        self._hear(agent, pipe, lines.rest())
+        self._receive(agent, pipe, lines.rest())
         if not agent.outputs:
             self._look(agent)
 
-    def _hear(self, agent: _Agent, pipe: IO[bytes], lines: Sequence[bytes]) -> None:
+    def _receive(self, agent: _Agent, pipe: IO[bytes], lines: Sequence[bytes]) -> None:
         """Pass on the messages on stdout; everything else is kept to explain a failure."""
-        talk = agent.talk
+        session = agent.session
         for line in lines:
-            if not talk.alive:  # given up: its output is read only so that it does not wait for that
+            if not session.alive:  # given up: its output is only read so that it does not block
                 return
             message = read_message(line) if pipe is agent.child.stdout else None
             if message is None:
-                talk.stderr.append(line.decode(errors="replace"))
+                session.stderr.append(line.decode(errors="replace"))
                 continue
-            talk.answered = True
+            session.answered = True
             if not isinstance(message, Alive):
-                self._on_message(talk, message)
+                self._on_message(session, message)
 
     def _give_up(self, agent: _Agent, now: float) -> None:
-        """Ask an agent to end, by TERM: ssh does at once, and the agent behind it notices; a local agent
-        needs a moment to end its ranks, which KILL would orphan.
+        """End an agent by TERM: ssh ends at once, and the remote agent notices; a local agent needs some
+        seconds to end its ranks, which KILL would orphan.
         """
-        if agent.talk.alive:
-            agent.talk.rc = GIVEN_UP
+        if agent.session.alive:
+            agent.session.rc = GIVEN_UP
         if agent.kill_at == math.inf:
             process.terminate(agent.child)
             agent.kill_at = now + AGENT_END_S
 
     def _look(self, agent: _Agent) -> None:
-        """Note whether the command has ended; end the talk once its output has, too."""
+        """Check whether the command has ended; end the session when its output has ended as well."""
         now = time.monotonic()
         status = agent.child.poll()
         if status is None:
@@ -283,16 +295,16 @@ class _Conversation:
         if agent.exited_at is None:
             agent.exited_at = now
             self._close_exit_fd(agent)
-        # Who inherited its pipes may keep them open for ever.
+        # Processes that inherited its pipes may keep them open forever.
         if agent.outputs and now - agent.exited_at < OUTPUT_END_S:
             return
         for pipe, lines in agent.outputs.items():
             os.set_blocking(pipe.fileno(), False)
             with contextlib.suppress(BlockingIOError):  # nothing came since the last look
-                self._hear(agent, pipe, lines.add(os.read(pipe.fileno(), READ_BYTES)))
-            self._hear(agent, pipe, lines.rest())
-        if agent.talk.alive:
-            agent.talk.rc = status if status >= 0 else 128 - status
+                self._receive(agent, pipe, lines.add(os.read(pipe.fileno(), READ_BYTES)))
+            self._receive(agent, pipe, lines.rest())
+        if agent.session.alive:
+            agent.session.rc = status if status >= 0 else 128 - status
         self._forget(agent)
 
     def _close_exit_fd(self, agent: _Agent) -> None:
@@ -307,12 +319,12 @@ class _Conversation:
         del agent.outputs[pipe]
 
     def _unregister(self, file: IO[bytes] | int) -> None:
-        # Not registered where an exception came between two steps: it is closed all the same.
+        # Not registered if an exception was raised between two steps: it is closed all the same.
         with contextlib.suppress(KeyError):
             self._selector.unregister(file)
 
     def _forget(self, agent: _Agent) -> None:
-        """Close what is open of an agent that has ended."""
+        """Close all pipes of an agent that has ended."""
         self._close_stdin(agent)
         self._close_exit_fd(agent)
         for pipe in list(agent.outputs):
@@ -324,20 +336,26 @@ class _Conversation:
 def ask(
     nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Request, timeout_s: float = 30.0
 ) -> tuple[dict[str, Message], dict[str, Problem]]:
-    """Put one short request to the agents of all `nodes`: (answers by name, why there is none by name)."""
-    reach = COMMANDS[backend]
-    talks = {node.name: Talk(node.name, reach(node, AGENT, ssh_config), request.to_json()) for node in nodes}
+    """Send one short request to the agents of all `nodes`, at once.
+
+    Returns the answers by node name, and the problem of each node that has not answered within `timeout_s`.
+    Raises InfrastructureError if a command cannot be started.
+    """
+    command = COMMANDS[backend]
+    sessions = {
+        node.name: AgentSession(node.name, command(node, AGENT, ssh_config), request.to_json()) for node in nodes
+    }
     answers: dict[str, Message] = {}
     deadline = time.monotonic() + timeout_s
     converse(
-        list(talks.values()),
-        lambda talk, message: answers.__setitem__(talk.name, message),
-        lambda talk: Word.STOP if time.monotonic() > deadline else None,
+        list(sessions.values()),
+        lambda session, message: answers.__setitem__(session.name, message),
+        lambda session: Word.STOP if time.monotonic() > deadline else None,
         patience_s=2.0,
     )
     failures = {}
     for node in nodes:
         if node.name not in answers:
-            rc, stderr = talks[node.name].rc, talks[node.name].stderr
+            rc, stderr = sessions[node.name].rc, sessions[node.name].stderr
             failures[node.name] = Problem(reason_kind(rc, stderr), explain(node, rc, stderr))
     return answers, failures

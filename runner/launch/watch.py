@@ -1,4 +1,4 @@
-"""One cell while it runs: what the agents say, what they are told, and how it ended."""
+"""One cell while it runs: messages from its agents, words to them, and how it ended."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.cluster.inventory import Node
-from runner.launch.blame import LATE, blame, error, standstill
+from runner.launch.blame import LATE, blame, error, hang_error
 from runner.launch.signals import Stop
 from runner.launch.slurm.ledger import Ledger
-from runner.launch.talk import Talk
+from runner.launch.talk import AgentSession
 from runner.node.protocol import ALIVE_S, POLL_S, SILENCE_S, STACKS_S, Line, Message, Outcome, Started, Word
 from runner.plan.plan import Cell
 from runner.results import records
@@ -20,22 +20,22 @@ from runner.results.celldir import LAUNCHER, holds_events
 from runner.results.rundir import RunDir
 from runner.system.clock import now
 
-# A peer notices a dead rank at once, its own node's launcher a moment later: both are heard before
-# anything is stopped, so that the guilty one can be told from its victims.
+# A peer notices a dead rank at once, the launcher on its own node a moment later: both are received before
+# anything is stopped, so that the cause can be distinguished from its victims.
 SETTLE_S = 2.0
-# Once ranks have begun to measure, none of the workloads is silent for so long.
+# Once ranks have begun to measure, every workload produces output more often.
 STALL_S = 600.0
-_ASK = ("timed_out", "rank_hung")  # what is judged by where ranks are: they are asked before they are stopped
-_NONE = Outcome()  # of an agent that gave none
+_ASK = ("timed_out", "rank_hung")  # judged by the stacks of ranks, which are read before the ranks are stopped
+_NONE = Outcome()  # of an agent that sent none
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a transport may need to know of the run a cell belongs to, and whom it tells what it decides.
+class CellContext:
+    """What a transport may need to know about the run of a cell, and the callbacks for its decisions.
 
-    `entry` is the cell's in status.json, `pending` are the cells of the job that it needs, this one first (none: it
-    has one), and `ledger` has the job of each cell that has one.
-    `on_placed` gets the nodes that Slurm chose and gives the cell as it is then planned.
+    `entry` is the cell's entry in status.json. `pending` are the cells of the job to submit, this one first (empty: it
+    has a job), and `ledger` has the job of each cell that has one. `on_job` is notified of each state of the job;
+    `on_placed` receives the nodes that Slurm chose and returns the cell planned on them.
     """
 
     entry: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Course:
 
 
 def read_outcomes(run: RunDir, cell: Cell) -> dict[str, Outcome]:
-    """What every host of a cell left in its outcome.json, where that is whole."""
+    """The outcomes by host, from each complete outcome.json of a cell."""
     found = {}
     for host, value in run.read_outcomes(cell.hosts, cell.id).items():
         with suppress(AttributeError, TypeError):
@@ -56,7 +56,10 @@ def read_outcomes(run: RunDir, cell: Cell) -> dict[str, Outcome]:
 
 @dataclass
 class CellRun:
-    """One cell while it runs: hears the agents and decides what to tell them."""
+    """One cell while it runs: receives messages of its agents and decides what is sent to them.
+
+    `on_progress` gets the fraction (0-1) and the phase, `on_line` host, file and line. Times are monotonic, in s.
+    """
 
     cell: Cell
     stop: Stop
@@ -64,32 +67,32 @@ class CellRun:
     on_line: Callable[[str, str, str], None]
     on_look: Callable[[], None] = lambda: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    talks: list[Talk] = field(default_factory=list)
+    sessions: list[AgentSession] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     first_failure: float | None = None
     reason: str | None = None
-    kind: str = "unknown"  # of the failure that `reason` tells
+    kind: str = "unknown"  # of the failure that `reason` describes
     reason_at: float = 0.0
-    silent: str | None = None  # the node that was given up for its silence
+    silent: str | None = None  # the node that was given up since nothing was received from it
     stall_s: float = STALL_S
-    stepped: float | None = None  # when a rank last said something, since the first step
+    stepped: float | None = None  # monotonic time of the last output of a rank, since the first step
     deadline: float = 0.0
     looked: float = 0.0
 
     def begin(self, more_s: float = 0.0) -> None:
-        """The cell's time starts now."""
+        """Start the cell's time limit, `more_s` longer than planned."""
         self.deadline = time.monotonic() + self.cell.params["timeout_s"] + more_s
 
-    def hear(self, talk: Talk, message: Message) -> None:
-        """Take in what an agent sends."""
+    def receive(self, session: AgentSession, message: Message) -> None:
+        """Process a message from an agent."""
         if isinstance(message, Started):
-            self.started.add(talk.name)
+            self.started.add(session.name)
         elif isinstance(message, Outcome):
-            self.outcomes[talk.name] = message
+            self.outcomes[session.name] = message
             if not message.ended_well:
                 self._failed()
         elif isinstance(message, Line):
-            self.on_line(talk.name, message.file, message.line)
+            self.on_line(session.name, message.file, message.line)
             if self.stepped:
                 self.stepped = time.monotonic()
             if holds_events(message.file):
@@ -102,8 +105,8 @@ class CellRun:
     def _failed(self) -> None:
         self.first_failure = self.first_failure or time.monotonic()
 
-    def word(self, talk: Talk) -> Word | None:
-        """What to tell this agent now."""
+    def next_word(self, session: AgentSession) -> Word | None:
+        """The word to send to this agent now, or None."""
         moment = time.monotonic()
         if moment - self.looked > POLL_S / 2:  # once for all agents of a round, not once for each
             self.looked = moment
@@ -113,60 +116,60 @@ class CellRun:
         if self.reason or (self.first_failure and moment - self.first_failure > SETTLE_S):
             return Word.STOP
         if self.cell.launch.head:
-            if talk.name == LAUNCHER:
+            if session.name == LAUNCHER:
                 return Word.GO if self.started >= set(self.cell.hosts) else None
             if LAUNCHER in self.outcomes:
                 return Word.DONE
         return None
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """The live state of each node: starting, running, ended, failed or silent, and when it was last heard."""
+        """The state of each node: starting, running, ended, failed or silent; `heard` is when its last output came."""
         moment = time.monotonic()
         states = {}
-        for talk in self.talks:
-            if talk.name == LAUNCHER:
+        for session in self.sessions:
+            if session.name == LAUNCHER:
                 continue
-            if talk.name in self.outcomes:
-                state = "ended" if self.outcomes[talk.name].ended_well else "failed"
-            elif not talk.alive:
+            if session.name in self.outcomes:
+                state = "ended" if self.outcomes[session.name].ended_well else "failed"
+            elif not session.alive:
                 state = "failed"
-            elif moment - talk.heard > 2 * ALIVE_S:
+            elif moment - session.last_output > 2 * ALIVE_S:
                 state = "silent"
             else:
-                state = "running" if talk.name in self.started else "starting"
-            states[talk.name] = {"state": state, "heard": now(moment - talk.heard)}
+                state = "running" if session.name in self.started else "starting"
+            states[session.name] = {"state": state, "heard": now(moment - session.last_output)}
         return states
 
     def _look_around(self, moment: float) -> None:
         self.on_look()
-        for talk in self.talks:
-            if talk.rc is not None and talk.name not in self.outcomes:
+        for session in self.sessions:
+            if session.rc is not None and session.name not in self.outcomes:
                 self._failed()
-            elif talk.alive and moment - talk.heard > SILENCE_S:
-                self.silent = self.silent or talk.name
+            elif session.alive and moment - session.last_output > SILENCE_S:
+                self.silent = self.silent or session.name
                 self._end("hung", f"{self.silent} has not answered for {SILENCE_S:g} s", moment)
         if moment > self.deadline:
             self._end("timed_out", f"not finished within its limit of {self.cell.params['timeout_s']:g} s", moment)
         if self.stepped and moment - self.stepped > self.stall_s:
-            self._end("rank_hung", f"no rank has said anything for {self.stall_s:g} s", moment)
+            self._end("rank_hung", f"no output from any rank for {self.stall_s:g} s", moment)
         if self.stop.asked:
             self._end("interrupted", "interrupted", moment)
 
     def _end(self, kind: str, reason: str, moment: float) -> None:
-        """The first reason to end the cell counts."""
+        """End the cell for `reason`; the first reason counts."""
         if self.reason is None:
             self.kind, self.reason, self.reason_at = kind, reason, moment
 
     def state(self) -> tuple[str, dict[str, Any] | None]:
-        """How the cell ended, and why if not well."""
-        if self.talks and all(self.outcomes.get(talk.name, _NONE).ended_well for talk in self.talks):
+        """How the cell ended (complete, failed, incomplete or cancelled), and its error, None if there is none."""
+        if self.sessions and all(self.outcomes.get(session.name, _NONE).ended_well for session in self.sessions):
             return "complete", None
         if self.stop.asked:
             return "cancelled", None
         if self.reason:
-            silent = {t.name for t in self.talks if t.name not in self.outcomes} or {self.silent} - {None}
-            if silent:  # an agent that does not even say how it ended
+            silent = {t.name for t in self.sessions if t.name not in self.outcomes} or {self.silent} - {None}
+            if silent:  # an agent that did not report how it ended
                 return "incomplete", error("hung", self.reason, silent.pop() if len(silent) == 1 else None)
-            return "incomplete", standstill(self.kind, self.reason, self.outcomes)
-        found = blame(self.talks, self.outcomes)
+            return "incomplete", hang_error(self.kind, self.reason, self.outcomes)
+        found = blame(self.sessions, self.outcomes)
         return "incomplete" if found["kind"] in LATE.values() else "failed", found

@@ -1,4 +1,4 @@
-"""The agent, the product's one process on a node.
+"""The agent: the product's only process on a node.
 
 Only the standard library and small packages are imported here: this is on the path to the first step.
 """

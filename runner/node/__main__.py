@@ -1,6 +1,6 @@
 """`python -m runner.node`: the product's one process on a node, started once per cell by any backend.
 
-It reads one JSON request from stdin, does it, and answers with one JSON message a line on stdout.
+It reads one JSON request from stdin, carries it out, and answers with one JSON message per line on stdout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.node.agent import NodeCell
 from runner.node.check import check, clean
-from runner.node.output import say
+from runner.node.output import send_message
 from runner.node.protocol import (
     CellRequest,
     CheckRequest,
@@ -27,6 +27,7 @@ from runner.system import process
 
 
 def main() -> int:
+    """Read one request from stdin and carry it out; returns the exit status, 2 for an unknown kind of request."""
     try:
         request = read_request(_object())
     except UnknownRequest as error:
@@ -35,16 +36,16 @@ def main() -> int:
     if isinstance(request, CellRequest):
         return NodeCell(request).run()
     if isinstance(request, StepRequest):
-        from runner.node import slurm_step  # the engines' functions, which only a step of Slurm's needs here
+        from runner.node import slurm_step  # imports the engines, which only a Slurm step needs
 
         return slurm_step.run(request)
     if isinstance(request, CheckRequest):
-        say(check(request))
+        send_message(check(request))
     elif isinstance(request, SweepRequest):
         process.stop_marked(request.marker, request.grace_s)
-        say(Swept())
+        send_message(Swept())
     else:
-        say(Cleaned(clean(Path(request.scratch), request.run_id)))
+        send_message(Cleaned(clean(Path(request.scratch), request.run_id)))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""One cell on a node: its engine started, watched, sampled, and ended with everything that it started.
+"""One cell on a node: starts the engine, watches and samples it, and ends it with everything that it started.
 
-After the request, stdin is a leash: empty lines are heartbeats, `stop` asks for the end, and end-of-file or
-silence means that the controller is gone. However it ends, no process of the cell survives it, and
+After the request, stdin is a leash: empty lines are heartbeats, `stop` ends the cell, and end-of-file or
+no input means that the controller is gone. However the cell ends, none of its processes survives it, and
 `outcome.json` is written last.
 
-Under Slurm (`srun` starts it) the job is the leash, so it runs on without a controller: signals ask for the
-end, and messages go to a file in the cell's folder, where a controller reads them when it can.
+Under Slurm (`srun` starts it) the job is the leash, so the cell continues without a controller: signals end
+it, and messages go to a file in the cell's folder, where a controller reads them when it can.
 
 Only the standard library and small packages are imported here: this is on the path to the first step.
 """
@@ -27,7 +27,7 @@ from runner.cluster import facts
 from runner.errors import InfrastructureError
 from runner.node import engine, gate, ranks
 from runner.node.leash import Leash
-from runner.node.output import Tail, copy, last_lines, say
+from runner.node.output import Tail, copy, last_lines, send_message
 from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, CellRequest, Outcome, RankStack, Started
 from runner.results.celldir import CellDir
 from runner.system import process
@@ -37,8 +37,8 @@ from runner.system.files import write_json_atomic
 class NodeCell:
     """Runs one node's part of a cell and reports how it ended.
 
-    In this order: prepared (the node checked and locked, the folder emptied, job and facts written), for a launcher
-    held until the word, started, watched until the ranks end or the leash gives a reason to end them, concluded.
+    In this order: prepare (check and lock the node, empty the folder, write job and facts); a launcher then waits for
+    the word "go"; start the engine; watch it until the ranks end or the leash gives a reason to end them; report.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -97,7 +97,7 @@ class NodeCell:
             signal.signal(number, on_signal)
 
     def _prepare(self) -> None:
-        """Write what ranks read and what this node is; raises Refused where it is not what it was."""
+        """Write the job that ranks read and this node's facts; raises Refused if its environment has changed."""
         if self.request.scratch is not None:
             gate.empty(self.folder)
         if self.request.job:
@@ -107,13 +107,13 @@ class NodeCell:
         gate.require_environment(self.request, observed)
 
     def _carry_out(self) -> int | None:
-        """Start the ranks and see them to their end; returns the engine's status, None where nobody knows it."""
+        """Start the ranks and wait for their end; returns the engine's exit status, None if it is not known."""
         if self.request.rendezvous_port:
             gate.require_free(self.request.rendezvous_port)
         if self.request.hold and not self._wait_for_go():
             return None
         with engine.started(self.request, self.folder) as runs, open(self.folder.telemetry, "a", buffering=1) as stream:
-            say(Started(runs.pid))
+            send_message(Started(runs.pid))
             self._watch(runs, stream)
             if self.leash.reason:
                 process.stop_marked(self.request.marker, self.request.grace_s)
@@ -121,7 +121,7 @@ class NodeCell:
             return runs.status(self.leash.reason)
 
     def _wait_for_go(self) -> bool:
-        """A launcher starts when every node has its job file. Returns False for a reason not to."""
+        """Wait until every node has its job file. Returns False if there is a reason not to start."""
         with selectors.DefaultSelector() as selector:
             selector.register(0, selectors.EVENT_READ)
             while not (self.leash.go or self.leash.reason):
@@ -145,7 +145,7 @@ class NodeCell:
                 self.leash.tick()
                 self.tail.pass_on()
                 if time.monotonic() >= next_alive:
-                    say(Alive())
+                    send_message(Alive())
                     next_alive = time.monotonic() + ALIVE_S
                 if time.monotonic() >= next_sample:
                     telemetry.write(json.dumps(sampler.sample()) + "\n")
@@ -158,7 +158,7 @@ class NodeCell:
                     return
 
     def _read(self, selector: selectors.BaseSelector) -> None:
-        """Take in what the controller and the engine have written, waiting POLL_S for it."""
+        """Read what the controller and the engine have written, waiting at most POLL_S."""
         for key, _ in selector.select(POLL_S):
             if key.data is None:
                 if not self.leash.read():
@@ -174,10 +174,10 @@ class NodeCell:
             if failure.errno == errno.ENOSPC:
                 return f"disk full: {self.folder.path}", "disk_full"
             return f"{failure.strerror}: {failure.filename or self.folder.path}", "unknown"
-        return str(failure), "environment_missing"  # its engine is not there
+        return str(failure), "environment_missing"  # the engine's program was not found
 
     def _report(self, outcome: Outcome) -> None:
         self.tail.pass_on(last=True)
-        with contextlib.suppress(OSError):  # on a full disk the message below still tells
+        with contextlib.suppress(OSError):  # on a full disk the message below is still sent
             write_json_atomic(self.folder.outcome, outcome.to_file())
-        say(outcome)
+        send_message(outcome)

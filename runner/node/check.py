@@ -1,4 +1,4 @@
-"""Everything that would stop a cell on this node, found before anything starts; and the removal of what a run left."""
+"""Checks this node for everything that would stop a cell, before anything starts; removes what a run left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runner.system.wording import counted
 
 
 def check(request: CheckRequest) -> Checked:
-    """Everything that would stop a cell on this node, found before anything starts."""
+    """Everything that would stop a cell on this node, and the node's clock and facts. Nothing is started."""
     problems: list[tuple[str, str]] = []
     scratch = Path(request.scratch)
     try:
@@ -33,7 +33,7 @@ def check(request: CheckRequest) -> Checked:
     else:
         free_gib = shutil.disk_usage(scratch).free / 2**30
         if free_gib < request.min_free_disk_gib:
-            text = f"{free_gib:.1f} GiB free in {scratch}, {request.min_free_disk_gib:g} GiB wanted"
+            text = f"{free_gib:.1f} GiB free in {scratch}, {request.min_free_disk_gib:g} GiB required"
             problems.append(("disk_full", text))
         holder = _lock_holder(scratch)
         if holder:
@@ -76,7 +76,10 @@ def _lock_holder(scratch: Path) -> str | None:
 
 
 def clean(scratch: Path, run_id: str) -> bool:
-    """Remove what a run and its Slurm jobs left on this node; its artefacts have been gathered."""
+    """Remove the files of a run and its Slurm jobs from this node, whose artefacts have been gathered.
+
+    Returns whether the run had a folder in `scratch`.
+    """
 
     folder = scratch / run_id
     if not run_id or folder.parent != scratch:

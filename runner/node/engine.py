@@ -18,9 +18,9 @@ from runner.node.protocol import CellRequest, Word
 from runner.results.celldir import CellDir
 from runner.system import process
 
-# What of its own environment an agent gives to a process that is isolated.
+# The variables of its own environment that an agent passes to an isolated process.
 PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUTH_SOCK")
-LOOK_S = 0.5  # between two looks at every process's environment, which costs milliseconds
+LOOK_S = 0.5  # between two scans of every process's environment, which cost milliseconds
 
 
 class Engine(Protocol):
@@ -37,17 +37,20 @@ class Engine(Protocol):
         ...
 
     def stop(self) -> None:
-        """End what is left when nothing carries the cell's marker any more."""
+        """End the engine's process after all processes with the cell's marker have ended."""
         ...
 
     def status(self, stopped: str | None) -> int | None:
-        """After the end, for the reason `stopped` if not by itself: its exit status, None where nobody knows it."""
+        """The exit status after the end, None if it is not known.
+
+        `stopped`: why the agent ended the ranks; None if they ended by themselves.
+        """
         ...
 
 
 @contextlib.contextmanager
 def started(request: CellRequest, folder: CellDir) -> Iterator[Engine]:
-    """The engine as `request` asks for it; raises InfrastructureError where its program is not there."""
+    """Start the engine of `request`; raises InfrastructureError if its program is not found."""
     child = _spawn(request, folder) if request.argv else None
     with open(folder.engine_stdout, "ab", buffering=0) as out, open(folder.engine_stderr, "ab", buffering=0) as err:
         yield OwnProcess(child, out, err, request.grace_s) if child else OthersRanks(request.marker, folder)
@@ -64,22 +67,26 @@ class OwnProcess:
             os.set_blocking(pipe.fileno(), False)
 
     def streams(self) -> Sequence[tuple[Any, BinaryIO]]:
+        """stdout and stderr, each with the file in which it is kept."""
         return self._streams
 
     def ended(self) -> bool:
+        """Whether the process has exited."""
         return self._child.poll() is not None
 
     def stop(self) -> None:
+        """End the process group by INT, TERM and KILL."""
         process.stop_group(self._child, self._grace_s)
 
     def status(self, stopped: str | None) -> int | None:
+        """Keep the rest of the output; returns the exit status, negative after a signal."""
         for pipe, file in self._streams:
             output.drain(pipe, file)
         return self._child.returncode
 
 
 class OthersRanks:
-    """Ranks that a launcher elsewhere starts here (DeepSpeed's, over pdsh): known by the cell's marker."""
+    """Ranks that a launcher elsewhere starts here (DeepSpeed's, over pdsh), found by the cell's marker."""
 
     def __init__(self, marker: str, folder: CellDir) -> None:
         self._marker, self._folder = marker, folder
@@ -87,9 +94,11 @@ class OthersRanks:
         self.pid: int | None = None
 
     def streams(self) -> Sequence[tuple[Any, BinaryIO]]:
+        """None: the launcher has the ranks' output."""
         return ()
 
     def ended(self) -> bool:
+        """Whether ranks were seen and none runs any more; processes are scanned every LOOK_S."""
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + LOOK_S
@@ -98,9 +107,10 @@ class OthersRanks:
         return self._seen and not alive and bool(self._folder.all_events())
 
     def stop(self) -> None:
-        """Nothing is left that does not carry the marker."""
+        """Does nothing: every process of the ranks carries the marker."""
 
     def status(self, stopped: str | None) -> int | None:
+        """0 if all ranks have ended by themselves, else None."""
         return 0 if stopped in (None, Word.DONE) and ranks.all_ended(self._folder) else None
 
 

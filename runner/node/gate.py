@@ -1,4 +1,4 @@
-"""What a cell needs of this node before it may start here, or why it may not."""
+"""What a cell requires of this node before it may start, and the reason where it may not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Refused(Exception):
 
 
 def require_good_node(request: CellRequest) -> None:
-    """Raise Refused for what would stop the cell on this node, where no preflight has asked for it."""
+    """Raise Refused for what would stop the cell on this node, if no preflight has checked it."""
     if request.check:
         found = check(request.check)
         if found.problems:
@@ -33,14 +33,14 @@ def require_good_node(request: CellRequest) -> None:
 
 
 def require_environment(request: CellRequest, observed: Mapping[str, Any]) -> None:
-    """A cell that is to be compared with what was measured before runs in that environment or not at all."""
+    """Raise Refused if the environment differs from the one in which earlier cells of the run were measured."""
     before = request.environment
     if before and (changed := facts.changes(before, facts.environment(observed))):
-        raise Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to go on)", "version_mismatch")
+        raise Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to continue)", "version_mismatch")
 
 
 def require_free(port: int) -> None:
-    """Raise Refused where somebody else has the port."""
+    """Raise Refused if another process uses the TCP port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -51,11 +51,11 @@ def require_free(port: int) -> None:
 
 @contextlib.contextmanager
 def locked(request: CellRequest) -> Iterator[None]:
-    """One cell at a time on a node; the kernel drops the lock with the process, however it ends.
+    """Hold the node's lock: one cell at a time. The kernel releases it with the process, however that ends.
 
-    Raises Refused naming the run that holds it.
+    Raises Refused, naming the run that holds the lock.
     """
-    if request.scratch is None:  # a launcher on the controller, no node of its own
+    if request.scratch is None:  # a launcher on the controller, which is not one of the nodes
         yield
         return
     scratch = Path(request.scratch)
@@ -74,7 +74,7 @@ def locked(request: CellRequest) -> Iterator[None]:
 
 
 def empty(folder: CellDir) -> None:
-    """Remove what an earlier attempt at the cell left: it was gathered, and must not be taken for this one's."""
+    """Remove the files of an earlier attempt at the cell: they were gathered and must not count for this attempt."""
     for path in folder.path.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

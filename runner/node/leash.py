@@ -1,4 +1,4 @@
-"""Who may end a cell: the controller at the other end of stdin, or Slurm's job."""
+"""What may end a cell: the controller at the other end of stdin, or the Slurm job."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from runner.node.protocol import STACKS_S, CellRequest, Stopped, Word
 
 
 class Leash:
-    """The controller's end of stdin: why to end the cell, if at all, and what else it asks for."""
+    """The connection to the controller over stdin: the reason to end the cell, if any, and the other words received.
+
+    `silence_s`: the time without input after which the controller counts as gone.
+    """
 
     stdin = True
 
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
-        self._heard = time.monotonic()
+        self._received = time.monotonic()
         self._buffer = b""
         self.reason: str | None = None  # the first reason to end the cell counts
         self.go = False
@@ -23,13 +26,13 @@ class Leash:
 
     @classmethod
     def of(cls, request: CellRequest) -> Leash:
-        """What holds this cell."""
+        """The leash of this cell: stdin, or under Slurm the job."""
         return Leash(request.heartbeat_timeout_s) if request.timeout_s is None else JobLeash(request.timeout_s)
 
     def read(self) -> bool:
-        """Take in what has come on stdin; False at its end."""
+        """Read from stdin; returns False at its end."""
         data = os.read(0, 65536)
-        self._heard = time.monotonic()
+        self._received = time.monotonic()
         if not data:
             self.end(Stopped.CONTROLLER_GONE)
         self._buffer += data
@@ -40,7 +43,7 @@ class Leash:
         return bool(data)
 
     def take(self, word: str) -> None:
-        """Do as a controller's word, or a signal, asks; what is no other word ends the cell."""
+        """Act on a controller's word or a signal; any unknown word ends the cell."""
         if word == Word.GO:
             self.go = True
         elif word == Word.STACKS:
@@ -49,22 +52,23 @@ class Leash:
             self.end(word)
 
     def end(self, reason: str) -> None:
-        """End the cell for that reason, unless there is one already."""
+        """End the cell for `reason`; the first reason counts."""
         self.reason = self.reason or reason
 
     def tick(self) -> None:
-        """Notice what has not come in time."""
-        if time.monotonic() - self._heard > self._silence_s:
-            self.end(f"no word from the controller for {self._silence_s:g} s")
+        """End the cell if nothing was received for `silence_s`."""
+        if time.monotonic() - self._received > self._silence_s:
+            self.end(f"no message from the controller for {self._silence_s:g} s")
 
 
 class JobLeash(Leash):
-    """Under Slurm nobody holds stdin: a cell runs until it ends, is signalled, or has had its time."""
+    """Under Slurm no controller is connected: a cell runs until it ends, is signalled, or reaches its time limit."""
 
     stdin = False
 
     def tick(self) -> None:
-        ran_s = time.monotonic() - self._heard
+        """Read the stacks shortly before the time limit, and end the cell at the limit."""
+        ran_s = time.monotonic() - self._received
         self.stacks = self.stacks or ran_s > self._silence_s - STACKS_S
         if ran_s > self._silence_s:
             self.end(Stopped.TIMED_OUT)

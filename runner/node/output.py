@@ -1,4 +1,4 @@
-"""What the agent passes on to its controller: messages, lines of growing files, pipes."""
+"""What the agent sends to its controller: messages, lines of growing files, contents of pipes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LAST_LINES = 20
 _BLOCK = 65536
 
 
-def say(message: Message) -> None:
+def send_message(message: Message) -> None:
     """Send one message to the controller, as one line on stdout."""
-    # A torn pipe means that the controller is gone; the leash tells that, this write need not. Under Slurm
-    # this is a file, whose full disk the outcome tells.
+    # A broken pipe means that the controller is gone, which the leash notices. Under Slurm this is a file; the
+    # outcome reports its full disk.
     with contextlib.suppress(OSError):
         sys.stdout.buffer.write(json.dumps(message.to_json()).encode() + b"\n")
         sys.stdout.buffer.flush()
@@ -32,12 +32,12 @@ class Tail:
         self._offsets: dict[Path, int] = {}
 
     def pass_on(self, last: bool = False) -> None:
-        """Send the controller what is new; an unfinished line waits for its end, unless this is the `last` call."""
+        """Send the controller all new lines; an unfinished line waits for its end, unless this is the `last` call."""
         for name, line in self.lines(last):
-            say(Line(name, line))
+            send_message(Line(name, line))
 
     def lines(self, last: bool = False) -> Iterator[tuple[str, str]]:
-        """(file name, line) pairs that are new."""
+        """The new lines as (file name, line); an unfinished one only in the `last` call."""
         for pattern in self._patterns:
             for path in sorted(self._folder.glob(pattern)):
                 with open(path, "rb") as file:
@@ -50,7 +50,7 @@ class Tail:
 
 
 def copy(pipe: Any, file: Any) -> bool:
-    """Move what the pipe holds to the file and the controller; False at its end."""
+    """Copy what the pipe holds to the file and the controller; returns False at the pipe's end."""
     try:
         data = pipe.read(_BLOCK)
     except BlockingIOError:
@@ -62,18 +62,18 @@ def copy(pipe: Any, file: Any) -> bool:
     file.write(data)
     name = Path(file.name).name
     for line in data.decode(errors="replace").splitlines():
-        say(Line(name, line))
+        send_message(Line(name, line))
     return True
 
 
 def drain(pipe: Any, file: Any) -> None:
-    """Move the rest of what the pipe holds to the file."""
+    """Copy the rest of the pipe to the file."""
     while pipe.readable() and (data := pipe.read(_BLOCK)):
         file.write(data)
 
 
 def last_lines(path: Path) -> list[str]:
-    """The last LAST_LINES lines of a file; none where it cannot be read."""
+    """The last LAST_LINES lines of a file; an empty list if it cannot be read."""
     try:
         return path.read_text(errors="replace").splitlines()[-LAST_LINES:]
     except OSError:

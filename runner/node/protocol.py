@@ -1,9 +1,9 @@
-"""What a controller and the agents on its nodes say to each other: the only module that knows how it is written.
+"""What a controller and the agents on its nodes send each other: the only module that knows its encoding.
 
-A controller sends an agent one request, then words, one a line; the agent sends messages, one JSON object a line. Under
-Slurm the request is part of the sbatch file, words are signals, and messages go to a file. Whoever reads passes over
-keys that it does not know, and what an earlier version may not have written has a default: a job may have waited in
-Slurm's queue while the controller was updated.
+A controller sends an agent one request, then words, one per line; the agent sends messages, one JSON object per line.
+Under Slurm the request is part of the sbatch file, words are signals, and messages go to a file. Readers ignore unknown
+keys, and every key that an earlier version may not have written has a default: a job may have waited in Slurm's queue
+while the controller was updated.
 
 Imported on both sides, and on the path to the first step: the standard library only.
 """
@@ -22,28 +22,28 @@ from runner.system import process
 
 # --- timings ------------------------------------------------------------------------------------------
 
-POLL_S = 0.1  # each side looks at what it waits for that often
-HEARTBEAT_S = 2.0  # a controller shows its agents that often that it lives
-ALIVE_S = 5.0  # an agent shows its controller that often that it lives
-# Either side counts as gone after that silence: several heartbeats, and several signs of life, may be lost or late.
+POLL_S = 0.1  # polling interval of both sides
+HEARTBEAT_S = 2.0  # interval of the heartbeats that a controller sends to its agents
+ALIVE_S = 5.0  # interval of the `Alive` messages that an agent sends to its controller
+# Either side counts as gone after this time without input; several heartbeats may be lost or late.
 SILENCE_S = 30.0
 SAMPLE_S = 1.0  # between two samples of telemetry
-GRACE_S = 3.0  # ranks have it to end after INT, and again after TERM, before KILL
-# An agent has it to end after "stop" or "done": INT, TERM and KILL of the ranks, the same of an engine that is still
-# there, and its outcome on the way.
+GRACE_S = 3.0  # the time ranks have to end after INT, and again after TERM, before KILL
+# The time an agent has to end after "stop" or "done": INT, TERM and KILL of the ranks, the same for an engine that
+# still runs, and the transfer of its outcome.
 PATIENCE_S = 4 * GRACE_S + 5
-STACKS_ANSWER_S = 1.0  # ranks have it to write where they are
-STACKS_S = 2 * STACKS_ANSWER_S  # after which a controller that asked for it may say "stop": it was read by then
+STACKS_ANSWER_S = 1.0  # the time ranks have to write their stacks
+STACKS_S = 2 * STACKS_ANSWER_S  # from "stacks" to "stop": the agent has read the stacks within it
 
 
 # --- words --------------------------------------------------------------------------------------------
 
 
 class Word(StrEnum):
-    """What a controller tells an agent whose cell runs. An empty line is a heartbeat."""
+    """What a controller sends an agent whose cell runs. An empty line is a heartbeat."""
 
     GO = "go"  # a launcher may start: every node has its job file
-    STACKS = "stacks"  # find out where each rank is
+    STACKS = "stacks"  # read the stack of each rank
     STOP = "stop"  # end the ranks
     DONE = "done"  # the launcher has ended, so its ranks have
 
@@ -54,13 +54,13 @@ LAST_WORDS = (Word.STOP, Word.DONE)  # after which an agent ends
 class Stopped(StrEnum):
     """Why an agent ended its ranks, beside the last words and names of signals."""
 
-    TIME_LIMIT = "time limit"  # Slurm says that the job's is near
+    TIME_LIMIT = "time limit"  # Slurm signals that the job's is near
     TIMED_OUT = "timed out"  # the cell's own, under Slurm
     CONTROLLER_GONE = "controller gone"
 
 
-# What Slurm's signals ask for. It sends them to every process of a step: scancel's own TERM ends ranks at once,
-# so the controller says "stop" by one that ranks ignore, and they are interrupted as without Slurm.
+# What Slurm's signals mean. It sends them to every process of a step: scancel's own TERM ends ranks at once, so the
+# controller sends "stop" as a signal that ranks ignore, and they are interrupted as without Slurm.
 SLURM_WORDS: Mapping[signal.Signals, Word | Stopped] = {
     signal.SIGUSR1: Stopped.TIME_LIMIT,
     signal.SIGUSR2: Word.STOP,
@@ -70,7 +70,7 @@ SLURM_WORDS: Mapping[signal.Signals, Word | Stopped] = {
 
 
 def slurm_signal(word: Word | Stopped) -> str:
-    """The name of the signal that says `word` under Slurm, as its commands take it, such as "USR2"."""
+    """The name of the signal that stands for `word` under Slurm, as its commands take it, such as "USR2"."""
     return next(number.name.removeprefix("SIG") for number, meant in SLURM_WORDS.items() if meant == word)
 
 
@@ -78,7 +78,7 @@ def slurm_signal(word: Word | Stopped) -> str:
 
 
 class Kind(StrEnum):
-    """What an agent can be asked for."""
+    """The kinds of requests."""
 
     CHECK = "check"
     CELL = "cell"
@@ -96,16 +96,16 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 
 def _known(kind: Any, value: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `value` are fields of the dataclass `kind`."""
+    """The entries of `value` that are fields of the dataclass `kind`."""
     return {name: value[name] for name in _names(kind) if name in value}
 
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """Is there anything on this node that would stop a cell? Answered by `Checked`.
+    """Check this node for anything that would stop a cell. Answered by `Checked`.
 
     `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
-    `gpus` is how many must answer (None: the inventory leaves it open).
+    `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node.
     """
 
     version: str  # of the controller
@@ -116,16 +116,18 @@ class CheckRequest:
     gpus: int | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
         return {"kind": Kind.CHECK, **vars(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckRequest:
+        """The request in a JSON object; raises TypeError if a required key is missing."""
         return cls(**_known(cls, value))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfCell:
-    """What every agent is asked for a cell, whatever reaches it. Every process of the cell carries `marker`."""
+    """The part of a cell's request that is the same over every backend. Every process of the cell carries `marker`."""
 
     run_id: str
     cell: str
@@ -135,7 +137,7 @@ class _OfCell:
     grace_s: float = GRACE_S
 
 
-# Left out of a request where it has no such thing.
+# Omitted from a request that has no such thing.
 _OF_LAUNCHERS = ("isolated", "hold")
 _OF_NODES = ("job", "secrets", "rendezvous_port")
 _OF_STEPS = ("timeout_s", "check", "environment")
@@ -146,11 +148,11 @@ class CellRequest(_OfCell):
     """Run one node's part of a cell in `cell_dir`, or a launcher on the controller (`scratch` None). Answered by
     `Started`, `Line` and `Alive` while it runs, and `Outcome`.
 
-    Without `argv` the ranks of this node are started by a launcher elsewhere: they are watched, and ended. `job` is
-    what ranks read; `env` and `secrets` they get beside the agent's own environment, a process that is `isolated`
-    instead of most of it. `hold`: start at the word "go". `rendezvous_port` must be free here.
+    Without `argv`, a launcher elsewhere starts this node's ranks: the agent only watches and ends them. `job` is what
+    ranks read; `env` and `secrets` are added to the agent's own environment, or replace most of it if `isolated`.
+    `hold`: start only at the word "go". `rendezvous_port` must be free on this node.
 
-    The last three are only set under Slurm (`StepRequest`), where nobody is at the other end of stdin.
+    The last three are only set under Slurm (`StepRequest`), where no controller is connected to stdin.
     """
 
     heartbeat_timeout_s: float = SILENCE_S
@@ -170,6 +172,7 @@ class CellRequest(_OfCell):
 
     @property
     def under_slurm(self) -> bool:
+        """Whether Slurm started the agent, so that no controller is connected to its stdin."""
         return self.timeout_s is not None
 
     def to_json(self) -> dict[str, Any]:
@@ -180,19 +183,20 @@ class CellRequest(_OfCell):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CellRequest:
+        """The request in a JSON object; raises TypeError if a required key is missing."""
         return cls(**_known(cls, value))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRequest(_OfCell):
-    """A cell as a step of Slurm's: all nodes get the same request, and each makes its `CellRequest` of it
+    """A cell as a step of a Slurm job: all nodes get the same request, and each derives its own `CellRequest` from it
     (`slurm_step.placed`).
 
     `hosts` are Slurm names in rank order (none: Slurm's order); `names`, `addresses` and `node_env` have the
     inventory's names, addresses and variables of hosts by Slurm name, where they differ from the name itself and from
     `env`. `shared_root` is the folder of all hosts' artefacts where nodes share it (else `cell_dir` is on each node).
-    `timeout_s` ends the cell. `check` is what no preflight asked, `environment` what must be found (None as a value:
-    anything).
+    `timeout_s` limits the cell. `check` is what no preflight has checked, `environment` the expected environment (a
+    value of None: any).
     """
 
     engine: str
@@ -212,12 +216,13 @@ class StepRequest(_OfCell):
     environment: Mapping[str, str | None] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in an sbatch file."""
+        """The JSON object that an sbatch file contains."""
         check = vars(self.check) if self.check else {}
         return {"kind": Kind.CELL, "slurm": True, **vars(self), "check": check}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StepRequest:
+        """The request in the JSON object of an sbatch file; raises TypeError if a required key is missing."""
         check = value.get("check")
         return cls(**_known(cls, value) | {"check": CheckRequest.from_json(check) if check else None})
 
@@ -230,10 +235,12 @@ class SweepRequest:
     grace_s: float = GRACE_S
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
         return {"kind": Kind.SWEEP, **vars(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SweepRequest:
+        """The request in a JSON object; raises TypeError if a required key is missing."""
         return cls(**_known(cls, value))
 
 
@@ -245,10 +252,12 @@ class CleanRequest:
     run_id: str
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
         return {"kind": Kind.CLEAN, **vars(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CleanRequest:
+        """The request in a JSON object; raises TypeError if a required key is missing."""
         return cls(**_known(cls, value))
 
 
@@ -256,7 +265,7 @@ Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest
 
 
 def read_request(value: Mapping[str, Any]) -> Request:
-    """The request in a JSON object. Raises UnknownRequest saying of what kind it is."""
+    """The request in a JSON object. Raises UnknownRequest, with the kind in its message."""
     kind = value.get("kind")
     if kind == Kind.CHECK:
         return CheckRequest.from_json(value)
@@ -274,21 +283,23 @@ def read_request(value: Mapping[str, Any]) -> Request:
 
 @dataclass(frozen=True)
 class Message:
-    """What an agent says. One of a kind that this version does not know is a plain `Message`."""
+    """What an agent sends. A kind that this version does not know is read as a plain `Message`."""
 
     MESSAGE: ClassVar[str] = ""
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
         return {"message": self.MESSAGE, **vars(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Message:
+        """The message in a JSON object; missing keys have their defaults."""
         return cls(**_known(cls, value))
 
 
 @dataclass(frozen=True)
 class Placed(Message):
-    """Which node of which job of Slurm's this is: the first line of a file of messages."""
+    """The Slurm job and the node that this agent runs in: the first line of a file of messages."""
 
     MESSAGE: ClassVar[str] = "placed"
     job: str | None = None
@@ -298,7 +309,7 @@ class Placed(Message):
 
 @dataclass(frozen=True)
 class Started(Message):
-    """The engine's process runs; None where another launcher starts this node's ranks."""
+    """The engine's process runs as `pid`; None where another launcher starts this node's ranks."""
 
     MESSAGE: ClassVar[str] = "started"
     pid: int | None = None
@@ -315,14 +326,14 @@ class Line(Message):
 
 @dataclass(frozen=True)
 class Alive(Message):
-    """A sign of life, every ALIVE_S."""
+    """Sent every ALIVE_S while the agent runs."""
 
     MESSAGE: ClassVar[str] = "alive"
 
 
 @dataclass(frozen=True)
 class RankEnd:
-    """What a rank's file says of it; `stderr` are its last lines, if it did not end."""
+    """What a rank's file of events shows; `stderr` holds its last lines if the rank did not end."""
 
     started: bool = False
     ended: bool = False
@@ -331,7 +342,7 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class RankStack:
-    """Where a rank was when it was asked: its state as the kernel names it (None: gone), the seconds since its last
+    """Where a rank was when its stack was read: its state as the kernel names it (None: gone), `age_s` since its last
     event, and its innermost Python frames, innermost first.
     """
 
@@ -344,9 +355,9 @@ class RankStack:
 class Outcome(Message):
     """How one node's part of a cell ended: the last message, and all of outcome.json.
 
-    `rc` is the engine's status, negative after a signal; None where nobody saw it. `stopped` is why the agent ended
-    the ranks, `error` why it could not run them, `kind` what kind of failure that is. `oom_kills` counts what the
-    kernel killed meanwhile for memory.
+    `rc` is the engine's exit status, negative after a signal; None if it is not known. `stopped` is why the agent ended
+    the ranks, `error` why it could not run them, `kind` the kind of that failure. `oom_kills` counts the processes
+    that the kernel killed meanwhile because memory was exhausted.
     """
 
     MESSAGE: ClassVar[str] = "outcome"
@@ -366,18 +377,20 @@ class Outcome(Message):
 
     @property
     def ended_well(self) -> bool:
+        """Whether the engine exited with status 0 and there was no error."""
         return self.rc == 0 and not self.error
 
     def to_file(self) -> dict[str, Any]:
-        """What outcome.json holds."""
+        """The JSON object of outcome.json."""
         return asdict(self)
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
         return {"message": self.MESSAGE, **self.to_file()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Outcome:
-        """The outcome in a message or in outcome.json. Raises AttributeError or TypeError for what is none."""
+        """The outcome in a message or in outcome.json. Raises AttributeError or TypeError for any other value."""
         known = _known(cls, value)
         ranks = {name: RankEnd(**_known(RankEnd, rank)) for name, rank in (value.get("ranks") or {}).items()}
         stacks = {name: RankStack(**_known(RankStack, rank)) for name, rank in (value.get("stacks") or {}).items()}
@@ -386,7 +399,9 @@ class Outcome(Message):
 
 @dataclass(frozen=True)
 class Checked(Message):
-    """What would stop a cell on this node: `problems`, one line each, and their `kinds`; its clock and its facts."""
+    """What would stop a cell on this node: `problems`, one line each, and their `kinds`; the node's clock (`time_s`,
+    seconds since the epoch) and its facts.
+    """
 
     MESSAGE: ClassVar[str] = "check"
     problems: Sequence[str] = ()
@@ -397,14 +412,14 @@ class Checked(Message):
 
 @dataclass(frozen=True)
 class Swept(Message):
-    """Nothing carries the marker any more."""
+    """No process with the marker is left."""
 
     MESSAGE: ClassVar[str] = "sweep"
 
 
 @dataclass(frozen=True)
 class Cleaned(Message):
-    """Whether there was anything of the run."""
+    """Whether files of the run were found and removed."""
 
     MESSAGE: ClassVar[str] = "clean"
     removed: bool = False
@@ -416,7 +431,7 @@ _MESSAGES: Mapping[str, type[Message]] = {
 
 
 def read_message(line: str | bytes) -> Message | None:
-    """The message in one line of an agent's; None for what is none, such as a banner or half a line."""
+    """The message in one line of an agent's output; None for any other line, such as a banner or half a line."""
     try:
         value = json.loads(line)
         return _MESSAGES.get(value["message"], Message).from_json(value)

@@ -1,4 +1,4 @@
-"""What the ranks of this node left in their files: how each ended, and where one is that still runs."""
+"""The files of this node's ranks: how each rank ended, and where a running one is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FRAMES = 10
 
 
 def ends(folder: CellDir) -> dict[str, RankEnd]:
-    """What each rank's file shows: whether it started and ended, and its last lines of stderr if not."""
+    """By rank: whether it started and ended, and if not, the last lines of its stderr."""
     found = {}
     for path in folder.all_events():
         with path.open(errors="replace") as lines:
@@ -27,13 +27,13 @@ def ends(folder: CellDir) -> dict[str, RankEnd]:
 
 
 def all_ended(folder: CellDir) -> bool:
-    """Whether there are ranks, and each has done its work."""
+    """Whether there are ranks and all of them have ended."""
     found = ends(folder)
     return bool(found) and all(rank.ended for rank in found.values())
 
 
 class Stacks:
-    """Where each rank of this node is: asked of all at once by a signal, read STACKS_ANSWER_S later."""
+    """The stacks of this node's ranks: requested from all at once by a signal, read STACKS_ANSWER_S later."""
 
     def __init__(self, folder: CellDir, marker: str) -> None:
         alive = set(process.marked(marker))
@@ -41,18 +41,18 @@ class Stacks:
         for path in folder.all_events():
             with open(path, "rb") as file:
                 pid = json.loads(file.readline() or b"{}").get("pid")
-            if pid in alive:  # neither ended, nor torchrun's own agent, nor somebody who got an old number
+            if pid in alive:  # neither ended, nor torchrun's own agent, nor another process with a reused id
                 stderr = stderr_of(path)
                 self._asked[path] = (pid, stderr.stat().st_size if stderr.exists() else 0)
         process.signal_all([pid for pid, _ in self._asked.values()], process.STACKS)
         self._due = time.monotonic() + STACKS_ANSWER_S
 
     def due(self) -> bool:
-        """Whether the ranks have had their time to answer."""
+        """Whether STACKS_ANSWER_S have passed since the signal."""
         return time.monotonic() >= self._due
 
     def read(self) -> dict[str, RankStack]:
-        """By rank: where it was."""
+        """The stacks by rank; a rank that wrote nothing has no frames."""
         found = {}
         for path, (pid, size) in self._asked.items():
             try:
@@ -71,5 +71,5 @@ _ROOT = re.compile(r".*/(?:site-packages/|(?=runner/workloads/))")
 
 
 def frames(text: str) -> list[str]:
-    """The frames in what faulthandler wrote, such as `torch/cuda/__init__.py:1083 synchronize`."""
+    """The frames in the output of faulthandler, innermost first, such as `torch/cuda/__init__.py:1083 synchronize`."""
     return [f"{_ROOT.sub('', path)}:{line} {function}" for path, line, function in _FRAME.findall(text)]

@@ -1,7 +1,7 @@
-"""Telemetry: what a node's GPUs, CPUs, memory and NICs did while a cell ran.
+"""Telemetry: samples of a node's GPUs, CPUs, memory and NICs while a cell runs.
 
-The node's sampler appends one JSON object a sample to `telemetry.jsonl` (a killed node keeps what it
-had); the controller compacts the streams of a run into one Parquet file.
+The agent appends one JSON object per sample to `telemetry.jsonl` (a killed node keeps what was written);
+the controller compacts the streams of a run into one Parquet file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RDMA = Path("/sys/class/infiniband")
 class Sampler:
     """Takes samples of this machine; `sample()` costs well under a millisecond per GPU.
 
-    NVML's process list is never asked for: it costs 4.5 ms a call against 2.5 µs for utilisation.
+    NVML's process list is never read: it costs 4.5 ms a call against 2.5 µs for utilisation.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Sampler:
 
 
 def gpu_names() -> list[str]:
-    """NVML's names of the GPUs that a process started here may use; none without a driver."""
+    """NVML's names of the GPUs that a process started here may use; empty without a driver."""
     names = []
     for _, handle in _nvml_handles():
         import pynvml

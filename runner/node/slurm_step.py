@@ -1,4 +1,4 @@
-"""One cell under Slurm: this node's part of it, from what Slurm says of the step."""
+"""One cell under Slurm: this node's part of it, derived from the environment of the step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.node.agent import NodeCell
-from runner.node.output import say
+from runner.node.output import send_message
 from runner.node.protocol import CellRequest, Placed, StepRequest
 from runner.plan.engines.ranks import Ranks
 from runner.plan.engines.registry import ENGINES
@@ -18,7 +18,7 @@ from runner.system.nodeset import expand
 
 
 def run(step: StepRequest) -> int:
-    """Run this node's part of the cell, with its messages in a file of the cell's folder; returns the exit status."""
+    """Run this node's part of the cell; its messages go to a file in the cell's folder. Returns the exit status."""
     try:
         request, hosts = placed(step, os.environ)
         folder = CellDir(Path(request.cell_dir))
@@ -30,21 +30,21 @@ def run(step: StepRequest) -> int:
         return 1
     os.dup2(stream, 1)
     os.close(stream)
-    say(Placed(own_id(os.environ), hosts, request.host))
+    send_message(Placed(own_id(os.environ), hosts, request.host))
     return NodeCell(request).run()
 
 
 def placed(step: StepRequest, environ: Mapping[str, str]) -> tuple[CellRequest, list[str]]:
-    """A node's own request, from the one that all nodes of a step get and the environment of this task; and the
-    names of all the cell's nodes in rank order.
+    """This node's own request, from the step's request (the same for all nodes) and the environment of this task; and
+    the names of all the cell's nodes in rank order.
 
-    Raises ValueError saying what Slurm's environment lacks.
+    Raises ValueError, naming what is missing from Slurm's environment.
     """
     in_order, index = placement(environ)
     own = in_order[index]
     hosts = tuple(step.hosts or in_order)
     if own not in hosts:
-        raise ValueError(f"Slurm started it on {own}, which is none of {', '.join(hosts)}")
+        raise ValueError(f"Slurm started it on {own}, which is not one of {', '.join(hosts)}")
     index = hosts.index(own)
     names = [step.names.get(host, host) for host in hosts]
     cell_dir = str(Path(step.shared_root, names[index], step.cell)) if step.shared_root else step.cell_dir
@@ -89,7 +89,7 @@ class _Host:
 
 
 def own_id(environ: Mapping[str, str]) -> str | None:
-    """The id of the job that this is a task of, as Slurm tells it to others: "123", or "123_4" in an array."""
+    """The id of the job of this task, as squeue shows it: "123", or "123_4" in an array."""
     array, number = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{number}" if array and number else environ.get("SLURM_JOB_ID")
 
@@ -97,16 +97,16 @@ def own_id(environ: Mapping[str, str]) -> str | None:
 def placement(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
     """The hosts of this step in Slurm's order, and which of them this is, from the environment of a task.
 
-    Raises ValueError saying what is missing.
+    Raises ValueError, naming what is missing.
     """
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not nodelist:
-        raise ValueError("SLURM_STEP_NODELIST is not set: this is no task of srun")
+        raise ValueError("SLURM_STEP_NODELIST is not set: this is not a task of srun")
     hosts, name, index = expand(nodelist), environ.get("SLURMD_NODENAME"), environ.get("SLURM_NODEID", "")
     if name in hosts:
         return hosts, hosts.index(name)
     if name:
         raise ValueError(f"SLURMD_NODENAME {name} is not in the step's node list {nodelist}")
     if not index.isdigit() or int(index) >= len(hosts):
-        raise ValueError(f"neither SLURMD_NODENAME nor SLURM_NODEID says which of {nodelist} this is")
+        raise ValueError(f"neither SLURMD_NODENAME nor SLURM_NODEID tells which of {nodelist} this node is")
     return hosts, int(index)

@@ -1,7 +1,7 @@
-"""The run directory: the only module that knows the paths inside it, and how they are written.
+"""The run directory: the only module that knows the paths inside it, and how its files are written.
 
-Every file is written under a temporary name and renamed; directories are private (0700). A run that
-has no end marker (a final state in status.json) is incomplete, never zero.
+Every file is written under a temporary name and renamed; directories are private (0700). A run without
+an end marker (a final state in status.json) is incomplete.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from runner.results.celldir import LAUNCHER, CellDir
 from runner.results.status import FINAL_STATES, LIVE_STATES, cell_status
 from runner.system.files import disk_errors, write_json_atomic, write_text_atomic
 
-PULSE_S = 5.0  # a controller shows that often that it lives: not every file system tells another machine of a lock
-PULSES_S = 3 * PULSE_S  # who has shown nothing for so long is dead
+PULSE_S = 5.0  # interval of a controller's signs of life: not every file system shows locks of other machines
+PULSES_S = 3 * PULSE_S  # a controller without a sign of life for so long counts as dead
 
 
 class NameTaken(InfrastructureError):
-    """Another run has the name already."""
+    """Another run already has the name."""
 
 
 class RunDir:
-    """Paths and states of one run."""
+    """The paths of one run, and its files read and written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,6 +49,7 @@ class RunDir:
 
     @property
     def run_id(self) -> str:
+        """The name of the run, which is that of its directory."""
         return self.path.name
 
     def cell(self, host: str, cell: str) -> CellDir:
@@ -60,15 +61,15 @@ class RunDir:
         return CellDir(self.path / LAUNCHER / cell)
 
     def earlier(self, cell: str, attempt: int) -> Path:
-        """The artefacts of an attempt at a cell that was given up, below them one folder for each host."""
+        """The folder with the artefacts of an earlier attempt at a cell, one folder in it for each host."""
         return self.path / "attempts" / f"{cell}.{attempt}"
 
     def slurm(self, name: str) -> Path:
-        """The sbatch file of a job; its log lies beside it."""
+        """The sbatch file of a job; its log is in the same folder."""
         return self.path / "slurm" / f"{name}.sbatch"
 
     def set_aside(self, cell: str, attempt: int) -> None:
-        """Move what an attempt at a cell left out of the way of the next one. Nothing is deleted."""
+        """Move the artefacts of an attempt at a cell to `earlier`. Nothing is deleted."""
         target = self.earlier(cell, attempt)
         left = {folder.parent.name: folder for folder in sorted(self.path.glob(f"nodes/*/{cell}"))}
         if (launcher := self.launcher(cell).path).is_dir():
@@ -76,12 +77,12 @@ class RunDir:
         for name, folder in left.items():
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
             place = target / name
-            while place.exists():  # a controller that died here had moved it, and it was gathered once more
+            while place.exists():  # a controller that died here had moved it, and it was gathered again
                 place = place.with_name(f"{place.name}~")
             folder.rename(place)
 
     def read_outcomes(self, hosts: Iterable[str], cell: str) -> dict[str, dict[str, Any]]:
-        """The outcome (as node.protocol.Outcome is written) of every host that wrote a whole one."""
+        """The outcomes (JSON of node.protocol.Outcome) by host; hosts without a complete one are left out."""
         outcomes = {}
         for host in hosts:
             with contextlib.suppress(OSError, ValueError):
@@ -89,7 +90,7 @@ class RunDir:
         return outcomes
 
     def read_placement(self, cell: str, job_id: str | None) -> list[str]:
-        """The hosts of a cell in rank order, as its agents in that job of Slurm's told; none where none has told it."""
+        """The hosts of a cell in rank order, as its agents in that Slurm job recorded them; empty if none did."""
         for folder in map(CellDir, sorted(self.path.glob(f"nodes/*/{cell}"))):
             with (
                 contextlib.suppress(OSError, ValueError, KeyError, TypeError),
@@ -101,7 +102,7 @@ class RunDir:
         return []
 
     def keep_transport(self, ssh_config: Path) -> None:
-        """Keep how the nodes were reached, pinned host keys included, for what is done to them later."""
+        """Copy the ssh_config and its pinned host keys into the directory, for later commands."""
         pinned = ssh_config.with_name("known_hosts")
         kept = self.path / pinned.name
         write_text_atomic(kept, pinned.read_text())
@@ -109,9 +110,9 @@ class RunDir:
 
     @classmethod
     def create(cls, results: Path, plan: Mapping[str, Any]) -> Self:
-        """Make the directory, save the plan, and point `latest` at it: all of it, or nothing is left.
+        """Create the directory, save the plan, and point `latest` at it. If a step fails, nothing is left.
 
-        Raises NameTaken where the name of the run is taken, InfrastructureError where the disk does not take it.
+        Raises NameTaken if the name of the run is taken, InfrastructureError if the disk cannot be written.
         """
         run = cls(results / plan["run_id"])
         with disk_errors(results):
@@ -131,14 +132,14 @@ class RunDir:
         return run
 
     def reserve(self) -> None:
-        """Make the directory, empty; raises NameTaken where there is one."""
+        """Create the empty directory; raises NameTaken if it exists."""
         try:
             self.path.mkdir(mode=0o700)
         except FileExistsError:
             raise NameTaken(f"a run {self.run_id} is in {self.path.parent} already") from None
 
     def become_latest(self) -> None:
-        """Point `latest` at this run, in one step: another run may do the same at the same time."""
+        """Point `latest` at this run, atomically: another run may do the same at the same time."""
         link = self.path.with_name(f".latest.{self.run_id}")  # no other run has that name
         try:
             link.symlink_to(self.run_id)
@@ -150,12 +151,15 @@ class RunDir:
 
     @classmethod
     def find(cls, results: Path, name: str | None) -> RunDir:
-        """The named run (id, unique beginning of one, or path), or the newest."""
-        wanted = name or "latest"
-        direct = Path(wanted) if "/" in wanted else results / wanted
+        """The named run (id, unique beginning of an id, or path), or the newest one for None.
+
+        Raises UsageError if there is no such run, or more than one.
+        """
+        selected = name or "latest"
+        direct = Path(selected) if "/" in selected else results / selected
         if (direct / "plan.json").is_file():
             return cls(direct.resolve())
-        matches = [run.path for run in cls.all(results) if run.run_id.startswith(wanted)] if name else []
+        matches = [run.path for run in cls.all(results) if run.run_id.startswith(selected)] if name else []
         if len(matches) == 1:
             return cls(matches[0].resolve())
         if matches:
@@ -166,14 +170,14 @@ class RunDir:
 
     @classmethod
     def all(cls, results: Path) -> list[RunDir]:
-        """Every run of a results directory, oldest first."""
+        """All runs of a results directory, oldest first."""
         return [cls(p.parent) for p in sorted(results.glob("*/plan.json")) if not p.parent.is_symlink()]
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """Hold the mark of a running controller; the kernel drops it when the controller dies.
+        """Hold the lock of a running controller; the kernel releases it when the controller dies.
 
-        Raises UsageError where another one holds it.
+        Raises UsageError if another controller holds it, InfrastructureError if the disk cannot be written.
         """
         with disk_errors(self.path):
             file = open(self._alive, "a")  # noqa: SIM115
@@ -182,7 +186,7 @@ class RunDir:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:  # somebody who only looks has it for a moment
+                except BlockingIOError:  # a process that only checks holds it for a moment
                     if not left:
                         what = f"run {self.run_id} is running: `runner runs show {self.run_id}` shows it"
                         raise UsageError(what) from None
@@ -200,7 +204,9 @@ class RunDir:
                 over.set()
                 pulse.join()
                 with contextlib.suppress(OSError):
-                    file.truncate(0)  # and not removed: who waits for its lock would have one that nobody sees
+                    file.truncate(
+                        0
+                    )  # not removed: a process that waits for its lock would get one that others do not see
 
     def _pulse(self, over: threading.Event) -> None:
         while not over.wait(PULSE_S):
@@ -208,7 +214,7 @@ class RunDir:
                 os.utime(self._alive)
 
     def controller(self) -> int | None:
-        """The process id of the controller that runs this now, or None."""
+        """The id of the controller's process on this machine, None if none runs here."""
         try:
             with open(self._alive) as file:
                 try:
@@ -220,9 +226,9 @@ class RunDir:
         return None
 
     def elsewhere(self) -> str | None:
-        """Machine and process of a controller that is not on this machine and wrote no final state; else None."""
+        """Host and process of a controller on another machine that wrote no final state; else None."""
         try:
-            written = json.loads(self.status.read_text())  # as written: a lock may tell nothing of another machine
+            written = json.loads(self.status.read_text())  # as written: a lock on another machine may not be visible
         except (OSError, ValueError):
             return None
         controller = written.get("controller")
@@ -231,10 +237,10 @@ class RunDir:
         return f"{controller['host']} (process {controller['pid']})"
 
     def beats(self, within_s: float = PULSES_S) -> bool:
-        """Whether a controller, on whatever machine, shows within that time that it lives."""
+        """Whether a controller on any machine shows a sign of life; waits for it up to `within_s`."""
 
         def touched() -> int:
-            with open(self._alive) as file:  # opened each time: NFS looks anew only then
+            with open(self._alive) as file:  # opened each time: NFS refreshes it only then
                 return os.fstat(file.fileno()).st_mtime_ns
 
         deadline = time.monotonic() + within_s
@@ -256,12 +262,15 @@ class RunDir:
         return value
 
     def read_plan(self) -> dict[str, Any]:
+        """The JSON object of plan.json. Raises UsageError if it is missing or damaged."""
         return self._read(self.plan, "run_id", "cells", "nodes")
 
     def read_status(self) -> dict[str, Any]:
-        """The states; a run whose controller died without a final state is `incomplete`, and so are its cells.
+        """The JSON object of status.json; a run whose controller died without a final state is `incomplete`, and so
+        are its running cells.
 
-        To whoever holds the mark itself, what is written there is a dead one's.
+        If this process holds the lock, the written state is an earlier controller's. Raises UsageError if the file is
+        missing or damaged.
         """
         status = self._read(self.status, "state", "cells")
         if status["state"] not in FINAL_STATES and self.controller() in (None, os.getpid()):
@@ -274,19 +283,22 @@ class RunDir:
         return status
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write plan.json. Raises OSError if the disk cannot be written."""
         write_json_atomic(self.plan, json.loads(json.dumps(plan)))
 
     def read_records(self) -> list[records.Record]:
+        """The records of all cells; empty if there is no file yet."""
         return records.load(self.records.read_text(errors="replace")) if self.records.exists() else []
 
     def write_status(self, status: Mapping[str, Any]) -> None:
+        """Write status.json. Raises OSError if the disk cannot be written."""
         write_json_atomic(self.status, status)
 
     def write_end(self, state: str, error: Mapping[str, Any]) -> None:
-        """Write that `error` ended the run: in `state`, unless its cells have given it a final one already.
+        """Write that `error` ended the run in `state`, unless it already has a final state.
 
-        A run that leaves cells in the middle is incomplete, and so are they. Raises UsageError where status.json cannot
-        be read, OSError where it cannot be written.
+        A run with cells that still run is incomplete, and so are these. Raises UsageError if status.json cannot be
+        read, OSError if it cannot be written.
         """
         written = self._read(self.status, "state", "cells")
         live = [cell for cell in written["cells"].values() if cell["state"] in LIVE_STATES]
@@ -297,7 +309,7 @@ class RunDir:
         self.write_status(written | {"error": dict(error)})
 
     def read_facts(self, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Facts by cell and host; a host that wrote none, or not all of it, is left out."""
+        """Facts by cell and host; hosts without a complete file are left out."""
         facts: dict[str, dict[str, Any]] = {}
         for cell in plan["cells"]:
             for host in cell["hosts"]:
@@ -307,7 +319,7 @@ class RunDir:
         return facts
 
     def telemetry_streams(self, plan: Mapping[str, Any]) -> dict[tuple[str, str], Path]:
-        """The append-only telemetry stream of every (cell, host)."""
+        """The telemetry file of every (cell, host), one sample per line."""
         return {
             (cell["id"], host): self.cell(host, cell["id"]).telemetry
             for cell in plan["cells"]

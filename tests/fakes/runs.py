@@ -44,7 +44,7 @@ class Nodes(Agents):
         self.sent += [node.name for node in nodes]
         return {}
 
-    def converse(self, planned, cell, watch, data, course):
+    def converse(self, planned, cell, watch, data, context):
         self.tried.append((cell.id, cell.hosts, cell.master_port))
         for host in cell.hosts:
             folder = self.run.cell(host, cell.id).path
@@ -58,7 +58,7 @@ class Nodes(Agents):
                 if host is None:  # once
                     del self.faults[number]
                 return blame.error(kind, f"planted {kind}", host)
-        watch.talks = [bench_talk(host) for host in cell.hosts]
+        watch.sessions = [ended_session(host) for host in cell.hosts]
         watch.outcomes = {host: Outcome(rc=0) for host in cell.hosts}
         return None
 
@@ -69,13 +69,13 @@ class Nodes(Agents):
         pass
 
 
-def bench_talk(host: str):
-    from runner.launch.talk import Talk
+def ended_session(host: str):
+    from runner.launch.talk import AgentSession
 
-    return Talk(host, (), {}, rc=0)
+    return AgentSession(host, (), {}, rc=0)
 
 
-class Reach:
+class NodeAccess:
     """A stand-in for the preflight: says which nodes are no good."""
 
     def __init__(self, **problems: Problem) -> None:
@@ -105,14 +105,14 @@ def plan_settings() -> dict:
 
 
 def carry_out(
-    built: plan.Plan, *faults, retries: int = 0, replace_bad: bool = False, reach: Reach | None = None, bad=None
+    built: plan.Plan, *faults, retries: int = 0, replace_bad: bool = False, access: NodeAccess | None = None, bad=None
 ) -> tuple[Nodes, dict, plan.Plan]:
     run = RunDir(Path(built.run_dir))
     if not run.plan.exists():
         RunDir.create(run.path.parent, built.to_dict())
     nodes = Nodes(run, *faults)
     policy = bench.Policy(retries, replace_bad)
-    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy, reach or Reach())
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy, access or NodeAccess())
     carried.stop.wait = lambda seconds: None  # nobody waits in a test
     carried.execute(bad or {})
     return nodes, run.read_status(), plan.Plan.from_dict(run.read_plan())

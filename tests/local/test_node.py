@@ -143,7 +143,7 @@ def test_no_process_survives_a_controller_that_dies(tmp_path, deaf):
 def test_no_process_survives_a_silent_controller(tmp_path):
     agent = Agent(tmp_path, python("time.sleep(60)"), heartbeat_timeout_s=1)
     outcome = agent.close()
-    assert outcome["stopped"] == "no word from the controller for 1 s"
+    assert outcome["stopped"] == "no message from the controller for 1 s"
     assert agent.alive() == []
 
 
@@ -448,7 +448,7 @@ def test_named_hosts_give_the_order_of_ranks_whatever_slurm_sorts(tmp_path):
     assert "--master-addr=10.0.0.2" in first.argv and "--master-addr=10.0.0.2" in second.argv
     assert (first.rendezvous_port, second.rendezvous_port) == (23456, None)
     assert hosts == ["gpu-0009", "gpu-0001"]
-    with pytest.raises(ValueError, match="a2, which is none of a1, a3"):
+    with pytest.raises(ValueError, match="a2, which is not one of a1, a3"):
         slurm_step.placed(replace(request, hosts=["a1", "a3"]), {**SLURM, "SLURMD_NODENAME": "a2"})
 
 

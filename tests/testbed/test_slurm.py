@@ -18,7 +18,7 @@ from runner.errors import UsageError
 from runner.launch.slurm import answers, commands
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.script import BatchJob, Step, render
-from runner.launch.talk import Talk
+from runner.launch.talk import AgentSession
 from runner.node.protocol import Line, Message, Outcome, Placed
 from runner.provision.testbed import containers as provision_testbed
 from runner.provision.testbed import layout
@@ -90,7 +90,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     hosts: tuple[str, ...] = ()
     job_id: str = ""
-    talks: list[Talk] = field(default_factory=list)
+    sessions: list[AgentSession] = field(default_factory=list)
     heard: list[tuple[str, Message]] = field(default_factory=list)
     waited: list[answers.JobInfo] = field(default_factory=list)
 
@@ -154,11 +154,11 @@ class Run:
         self.job_id = self.cluster.slurm.submit(self.script(), {"HF_TOKEN": "a 's3cret' $(x)"})
         return following.wait(self.cluster.slurm, self.job_id, self.waited.append)
 
-    def follow(self, info: answers.JobInfo, step: int | None = None, word=lambda talk: None) -> answers.JobInfo:
+    def follow(self, info: answers.JobInfo, step: int | None = None, word=lambda session: None) -> answers.JobInfo:
         cell, count, _ = self.cells[step or 0]
         words = inventory.by_word(self.cluster.nodes)
         nodes = [words[name] for name in info.nodes[:count]]
-        self.talks = [Talk(node.name, (), {}) for node in nodes]
+        self.sessions = [AgentSession(node.name, (), {}) for node in nodes]
         follow = following.Follow(
             self.cluster.slurm,
             self.job_id,
@@ -171,7 +171,7 @@ class Run:
             lag_s=0.5,
         )
         return following.converse(
-            follow, self.talks, lambda talk, m: self.heard.append((talk.name, m)), word, patience_s=20
+            follow, self.sessions, lambda session, m: self.heard.append((session.name, m)), word, patience_s=20
         )
 
     def outcomes(self) -> dict[str, Outcome]:
@@ -229,10 +229,10 @@ def test_a_cell_of_real_ranks_runs_with_and_without_a_shared_file_system(cluster
     one = run(shared=shared)
     submitted = one.submit()
     info = one.follow(submitted)
-    assert info.state == "complete" and [talk.rc for talk in one.talks] == [0, 0]
+    assert info.state == "complete" and [session.rc for session in one.sessions] == [0, 0]
     assert cluster.slurm.find(one.name) == one.job_id
-    assert [talk.name for talk in one.talks] == [node.name for node in cluster.nodes[:2]]
-    assert one.outcomes().keys() == {talk.name for talk in one.talks}
+    assert [session.name for session in one.sessions] == [node.name for node in cluster.nodes[:2]]
+    assert one.outcomes().keys() == {session.name for session in one.sessions}
     events = [json.loads(m.line) for _, m in one.heard if isinstance(m, Line) and m.file == "rank0.jsonl"]
     assert {"start", "value", "end"} <= {event["event"] for event in events}
     for host in one.outcomes():
@@ -263,7 +263,7 @@ def test_hosts_that_are_named_have_their_ranks_in_that_order(cluster, run):
 def test_a_job_that_is_cancelled_by_hand_says_so_and_leaves_nothing(cluster, run):
     one, done = run(300), []
 
-    def word(talk):
+    def word(session):
         if one.rank_started() and not done:
             done.append(cluster.inside("node002", "scancel", one.job_id))
 
@@ -274,7 +274,7 @@ def test_a_job_that_is_cancelled_by_hand_says_so_and_leaves_nothing(cluster, run
 def test_words_reach_every_agent_and_ranks_have_time_to_flush(cluster, run):
     one, asked = run(300), []
 
-    def word(talk):
+    def word(session):
         if one.rank_started():
             asked.append(time.monotonic())
         return None if not asked else "stacks" if time.monotonic() - asked[0] < 3 else "stop"
@@ -292,8 +292,8 @@ def test_in_one_allocation_cells_follow_each_other_and_one_that_is_stopped_does_
     for step in range(len(one.cells)):
         one.heard = []
         stop = "stop" if step == 1 else None
-        one.follow(info, step=step, word=lambda talk, stop=stop: stop if one.rank_started() else None)
-        hosts.append([talk.name for talk in one.talks])
+        one.follow(info, step=step, word=lambda session, stop=stop: stop if one.rank_started() else None)
+        hosts.append([session.name for session in one.sessions])
         ends.append((one.stopped(), len(one.outcomes())))
     assert ends == [({None}, 1), ({"stop"}, 3), ({None}, 1)]
     assert hosts[0] == hosts[2] == hosts[1][:1]
@@ -319,5 +319,5 @@ def test_a_step_that_cannot_start_is_told_by_the_jobs_log(cluster, run):
     one = run(0.0)
     one.job_id = cluster.slurm.submit(one.script().replace(sys.executable, "/nosuch/python"))
     info = one.follow(following.wait(cluster.slurm, one.job_id, one.waited.append))
-    assert info.state == "failed" and {talk.rc for talk in one.talks} == {-1}
-    assert any("/nosuch/python" in said for said in one.talks[0].stderr)
+    assert info.state == "failed" and {session.rc for session in one.sessions} == {-1}
+    assert any("/nosuch/python" in said for said in one.sessions[0].stderr)

@@ -1,4 +1,4 @@
-"""Cells as Slurm jobs: rendered, submitted, waited for, followed, gathered."""
+"""Runs cells as Slurm jobs: renders, submits, waits, follows, gathers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from runner.launch.slurm import follow as following
 from runner.launch.slurm.capacity import node_kind, refused
 from runner.launch.slurm.ledger import JobShare, Ledger
 from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, render
-from runner.launch.talk import Talk
-from runner.launch.watch import CellRun, Course
+from runner.launch.talk import AgentSession
+from runner.launch.watch import CellContext, CellRun
 from runner.node.protocol import CheckRequest, StepRequest, Stopped
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.rundir import RunDir
@@ -30,7 +30,7 @@ from runner.system import process
 from runner.system.files import write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
-# What a job's log says of a node on which the agent could not even be started, and the kind of failure that it is.
+# Lines of a job's log about a node on which the agent could not be started, and the kind of that failure.
 _LAUNCH = {
     "prolog_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*prolog failed.*)", re.I),
     "node_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*)"),
@@ -39,11 +39,12 @@ _LAUNCH = {
 
 
 def settings_of(plan: Plan) -> slurm_settings.Settings:
+    """Slurm's settings in the plan. Raises UsageError for wrong ones."""
     return slurm_settings.settings(dict(plan.slurm or {}), f"slurm of run {plan.run_id}")
 
 
 def slurm_name(node: Node, known: Sequence[str]) -> str:
-    """What Slurm calls the node: its name, the first word of that, or its alias.
+    """Slurm's name of the node, one of `known` if possible: its name, the first word of that, or its alias.
 
     The alias comes last: it is a position in the inventory, which Slurm may have as another node's name.
     """
@@ -55,7 +56,10 @@ def _words(node: Node) -> tuple[str, ...]:
 
 
 def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config: str | None) -> commands.SlurmClient:
-    """Slurm's commands, here or on the login node that the settings name."""
+    """The client for Slurm's commands, here or on the login node of the settings.
+
+    Raises UsageError if that is not one of `nodes`.
+    """
     login = None
     if settings.login is not None:
         login = by_word(nodes).get(settings.login)
@@ -65,7 +69,7 @@ def cluster(settings: slurm_settings.Settings, nodes: Sequence[Node], ssh_config
 
 
 def problems(cluster: commands.SlurmClient, nodes: Sequence[Node]) -> dict[str, Problem]:
-    """Why Slurm would not use each of `nodes`; good ones are left out."""
+    """Why Slurm would not use each of `nodes`, by name; only nodes with a problem."""
     known = {node.name: node for node in cluster.look()[1]}
     found = {}
     for node in nodes:
@@ -78,8 +82,10 @@ def problems(cluster: commands.SlurmClient, nodes: Sequence[Node]) -> dict[str, 
     return found
 
 
-def told_by_slurm(error: Mapping[str, Any], found: Mapping[str, Problem]) -> dict[str, Any]:
-    """`error` with what Slurm says of its nodes: the only bad one is named, and it is a prolog's if all say so."""
+def with_slurm_state(error: Mapping[str, Any], found: Mapping[str, Problem]) -> dict[str, Any]:
+    """`error` with the problems of its nodes in its message: a single bad node becomes its host, and its kind is
+    prolog_failed if all problems are.
+    """
     return {
         **error,
         "kind": "prolog_failed" if {one.kind for one in found.values()} == {"prolog_failed"} else error["kind"],
@@ -89,8 +95,8 @@ def told_by_slurm(error: Mapping[str, Any], found: Mapping[str, Problem]) -> dic
 
 
 def together(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
-    """Which of `cells` share the job of the first: all of one allocation; of an array, whose tasks are alike, those of
-    its size, and of its nodes if these are named.
+    """Those of `cells` that share the job of the first one: all cells in one allocation; in an array those with the
+    same number of nodes, and the same nodes if these are named.
     """
     if plan.job_array:
         return [cell for cell in cells if _shape(plan, cell) == _shape(plan, cells[0])]
@@ -104,7 +110,7 @@ def _shape(plan: Plan, cell: Cell) -> tuple[int, tuple[str, ...]]:
 class Allocations:
     """One job per cell, one array per number of nodes, or one job for all.
 
-    Slurm holds the job, so a controller may die and follow it again.
+    Slurm owns the job, so another controller can follow it if this one dies.
     """
 
     def __init__(
@@ -122,9 +128,9 @@ class Allocations:
     # --- before anything starts ---------------------------------------------------------------------
 
     def refuse(self, plan: Plan, cells: Sequence[Cell]) -> None:
-        """Raise for what Slurm could never start, with every reason, before anything is submitted.
+        """Raise, with every reason, for cells that Slurm could never start, before anything is submitted.
 
-        UsageError for a request that is wrong, InfrastructureError for one that only nodes which are down prevent.
+        UsageError for a wrong request, InfrastructureError where only nodes that are down prevent it.
         """
         settings = self.settings(plan)
         partitions, nodes = self.cluster.look()
@@ -139,13 +145,13 @@ class Allocations:
             raise UsageError(f"Slurm refuses this: {why}")
 
     def together(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
-        """Which of `cells` share the job of the first."""
+        """Those of `cells` that share the job of the first one."""
         return together(plan, cells)
 
     # --- data ---------------------------------------------------------------------------------------
 
     def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
-        """Prepared data to where every node sees it. Returns failures by node."""
+        """Copy prepared data to a folder that every node sees, or to each node. Returns failures by node."""
         target = self.data_on_nodes(plan, data)
         if not self.shared:
             return copy.send(nodes, str(self.ssh_config), data, target, stopped=stopped)
@@ -154,39 +160,41 @@ class Allocations:
         return {} if outcome.rc == 0 else {"the run's folder": outcome.last_line}
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:
-        """Where ranks find the data that lies in `data` here."""
+        """The path on the nodes of the data that is in the folder `data` here."""
         folder = self.run.path.parent / ".data" if self.shared else Path(plan.nodes[0].scratch, "data")
         return str(folder / Path(data).name)
 
     # --- one cell -----------------------------------------------------------------------------------
 
     def converse(
-        self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, course: Course
+        self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, context: CellContext
     ) -> dict[str, Any] | None:
-        """Run the cell to its end, told and heard by `watch`; returns what Slurm did to it, or None.
+        """Run the cell to its end; `watch` receives messages and decides what is sent.
+
+        Returns the error if Slurm caused one, else None.
 
         A job that an earlier controller submitted is followed from its beginning.
         """
         try:
-            job_id, step, script = self._submit(plan, cell, data, course)
-            info = following.wait(self.cluster, job_id, course.on_job, stopped=lambda: watch.stop.asked)
+            job_id, step, script = self._submit(plan, cell, data, context)
+            info = following.wait(self.cluster, job_id, context.on_job, stopped=lambda: watch.stop.asked)
             every = [self._node(plan, name) for name in info.nodes]
         except commands.NotStarted as error:
             return self._not_started(cell, str(error), plan)
-        except commands.Silent as error:
+        except commands.SlurmUnreachable as error:
             return blame.error("slurm_unreachable", str(error))
-        except InfrastructureError as error:  # sbatch refuses by now what it would have taken at the beginning
+        except InfrastructureError as error:  # sbatch now refuses what it accepted at the beginning
             return blame.error("not_started", str(error))
-        course.on_job(info)
+        context.on_job(info)
         if not info.nodes:  # cancelled while it waited, or forgotten
             return None if watch.stop.asked else self._fault(info, watch, plan)
         placed = every[: cell.num_nodes]
-        share = course.ledger.share(cell.id)
+        share = context.ledger.share(cell.id)
         asked = share.hosts if share else cell.hosts  # since then the cell may have moved
         if asked and {node.name for node in every} >= set(asked):
             placed = [plan.node(name) for name in asked]
-        watch.cell = course.on_placed(placed)
-        watch.talks = [Talk(node.name, (), {}) for node in placed]
+        watch.cell = context.on_placed(placed)
+        watch.sessions = [AgentSession(node.name, (), {}) for node in placed]
         watch.begin(STARTUP_S)
         log = log_path(plan, script.stem, self.shared, job_id)
         follow = following.Follow(
@@ -198,10 +206,10 @@ class Allocations:
             nodes=() if self.shared else placed,
             ssh_config=self.ssh_config,
             log=Path(log) if self.shared else None,
-            on_job=course.on_job,
+            on_job=context.on_job,
         )
         try:
-            info = following.converse(follow, watch.talks, watch.hear, watch.word, patience_s=END_S)
+            info = following.converse(follow, watch.sessions, watch.receive, watch.next_word, patience_s=END_S)
         except InfrastructureError as error:
             return blame.error("slurm_unreachable", str(error))
         if not self.shared and info.nodes:
@@ -209,28 +217,31 @@ class Allocations:
         return None if watch.stop.asked else self._fault(info, watch, plan)
 
     def cancel(self, plan: Plan, job_ids: set[str] | None, *, patient: bool) -> bool:
-        """Cancel these jobs of the run that wait or run, or all (None); returns whether Slurm answered."""
+        """Cancel these jobs of the run, or all (None); returns whether Slurm answered. `patient`: retry if not."""
         try:
-            wanted = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
-            for job_id in self.cluster.of_run(plan.run_id):  # ids are used again, names are not
-                if wanted is None or job_id in wanted:
-                    with following.left_at_once(self.cluster, job_id):
+            chosen = None if job_ids is None else {answers.whole(job_id) for job_id in job_ids}
+            for job_id in self.cluster.of_run(plan.run_id):  # ids are reused, names are not
+                if chosen is None or job_id in chosen:
+                    with following.cancelled_on_interrupt(self.cluster, job_id):
                         self.cluster.cancel(job_id, patient=patient)
         except InfrastructureError:
             return False
         return True
 
     def adopt(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], ledger: Ledger) -> bool | None:
-        """Whether the cell has a job; None where Slurm does not answer. See `_find`."""
+        """Whether the cell has a job, searched for by name if its id is not known; None if Slurm does not answer.
+
+        `ledger` is updated with what was found.
+        """
         try:
             return self._find(plan, cell, entry, ledger)
-        except commands.Silent:
+        except commands.SlurmUnreachable:
             return None
 
     def _find(self, plan: Plan, cell: Cell, entry: Mapping[str, Any], ledger: Ledger) -> bool:
-        """Whether the cell has a job; one whose id was never received is looked for by its name.
+        """Whether the cell has a job; one whose id was never received is searched for by its name.
 
-        Its cells are then noted in `ledger`, or, where Slurm has no such job, no longer. Raises Silent.
+        Its cells are then recorded in `ledger`, or removed if there is no such job. Raises SlurmUnreachable.
         """
         share = ledger.share(cell.id)
         if share.job_id if share else (entry["job"] or {}).get("id"):
@@ -244,41 +255,43 @@ class Allocations:
         cells = {each.id: each for each in plan.cells}
         for number, each in enumerate(cells_of(path.read_text())):
             other = ledger.share(each)
-            if other is None or other.name == name:  # else it has another by now
+            if other is None or other.name == name:  # else it has another job
                 ledger.note({each: _share(plan, cells[each], name, found, number)})
         return True
 
-    def _submit(self, plan: Plan, cell: Cell, data: str | None, course: Course) -> tuple[str, int | None, Path]:
+    def _submit(self, plan: Plan, cell: Cell, data: str | None, context: CellContext) -> tuple[str, int | None, Path]:
         """The id of the cell's job, submitted now unless it was already, its step in that, and the sbatch file."""
-        ledger = course.ledger
-        name = job_name(plan, cell, course.entry["attempt"])
-        if not self._find(plan, cell, course.entry, ledger):
-            cells = course.pending or [cell]
+        ledger = context.ledger
+        name = job_name(plan, cell, context.entry["attempt"])
+        if not self._find(plan, cell, context.entry, ledger):
+            cells = context.pending or [cell]
             script = render(self.job(plan, name, cells, data), self.settings(plan))
             path = self.run.slurm(name)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_text_atomic(path, script)
-            # Until Slurm answers nobody else may submit these.
+            # Until Slurm answers, these cells must not be submitted again.
             ledger.note({each.id: JobShare(None, None, name, each.hosts) for each in cells})
             try:
                 job_id = self.cluster.submit(script, agents.secrets())
-            except commands.Silent:
+            except commands.SlurmUnreachable:
                 raise
             except InfrastructureError:  # refused
                 ledger.drop(each.id for each in cells)
                 raise
             ledger.note({each.id: _share(plan, each, name, job_id, number) for number, each in enumerate(cells)})
-        known = (course.entry["job"] or {}).get("id")
+        known = (context.entry["job"] or {}).get("id")
         share = ledger.share(cell.id) or JobShare(known, None, name)
         assert share.job_id is not None
-        if share.job_id != known:  # said before Slurm is asked for anything else
-            course.on_job(answers.JobInfo(share.job_id, share.name, "waiting", "PENDING", "", (), None))
+        if share.job_id != known:  # recorded before the next query to Slurm
+            context.on_job(answers.JobInfo(share.job_id, share.name, "waiting", "PENDING", "", (), None))
         return share.job_id, share.step, self.run.slurm(share.name)
 
     def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> BatchJob:
+        """The job `name` of `cells`, with Slurm's names of nodes. Raises SlurmUnreachable."""
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
+        """The settings with the nodes that the plan excludes now."""
         return self.cluster.settings.model_copy(update={"exclude": tuple((plan.slurm or {}).get("exclude", ()))})
 
     def exclude(self, plan: Plan, host: str) -> Plan:
@@ -293,7 +306,7 @@ class Allocations:
         return self._known
 
     def _node(self, plan: Plan, name: str) -> Node:
-        """The inventory's node that Slurm calls `name`; one like the others where the inventory has none."""
+        """The inventory's node with the name `name` in Slurm; a copy of the first node if the inventory has none."""
         for node in (*plan.nodes, *plan.spares):
             if name in _words(node) and slurm_name(node, self._slurm_names()) == name:
                 return node
@@ -302,65 +315,65 @@ class Allocations:
     # --- what became of it --------------------------------------------------------------------------
 
     def _fault(self, info: answers.JobInfo, watch: CellRun, plan: Plan) -> dict[str, Any] | None:
-        """What Slurm did to the job, where that is why the cell did not end well."""
-        said = {
+        """The error if Slurm is the reason why the cell failed, else None."""
+        causes = {
             "time_limit": ("time_limit", "reached its time limit"),
             "cancelled": ("job_cancelled", f"was cancelled ({info.raw})"),
             "node_failed": ("node_failed", "lost a node"),
             "preempted": ("preempted", "was preempted"),
             "out_of_memory": ("out_of_memory", "ran out of memory"),
         }
-        mute = [talk.name for talk in watch.talks if talk.name not in watch.outcomes]
-        stderr = next((talk.stderr for talk in watch.talks if talk.stderr), [])
+        silent = [session.name for session in watch.sessions if session.name not in watch.outcomes]
+        stderr = next((session.stderr for session in watch.sessions if session.stderr), [])
         for kind, words in _LAUNCH.items():
-            if mute and (found := words.search("\n".join(stderr))):
+            if silent and (found := words.search("\n".join(stderr))):
                 named = self._node(plan, found["node"]).name
                 return blame.error(kind, f"job {info.job_id} cannot start its agent: {found['why']}", named, stderr)
         if any(outcome.stopped == Stopped.TIME_LIMIT for outcome in watch.outcomes.values()):
-            kind, message = said["time_limit"]
-        elif info.state in said and watch.reason is None:
-            kind, message = said[info.state]
+            kind, message = causes["time_limit"]
+        elif info.state in causes and watch.reason is None:
+            kind, message = causes[info.state]
         elif not watch.outcomes and info.state in ("failed", "unknown", "complete", "ending"):
             forgotten = "is not known to Slurm any more: cancelled while it waited, or it ended long ago"
             kind, message = "not_started", f"ended as {info.raw} before any node answered" if info.raw else forgotten
         else:
             return None
-        host = mute[0] if kind in ("node_failed", "out_of_memory") and len(mute) == 1 else None
+        host = silent[0] if kind in ("node_failed", "out_of_memory") and len(silent) == 1 else None
         error = blame.error(kind, f"job {info.job_id} {message}", host, stderr)
         if kind in ("node_failed", "not_started"):
             nodes = [self._node(plan, name) for name in info.nodes]
-            return self._told(error, [node for node in nodes if node.name in mute])
+            return self._with_slurm_state(error, [node for node in nodes if node.name in silent])
         return error
 
     def _fetch_log(self, log: str, first: Node, watch: CellRun) -> None:
-        """Bring the job's log from its first node; its end is what an agent says that could not be started."""
+        """Copy the job's log from its first node; its end explains why an agent could not be started."""
         with suppress(InfrastructureError):
             command = ["ssh", "-F", str(self.ssh_config), first.name, shlex.join(["tail", "--bytes=1M", log])]
             outcome = process.run(command, timeout_s=20)
             if outcome.rc == 0:
                 write_text_atomic(self.run.path / "slurm" / Path(log).name, outcome.stdout)
-                for talk in [talk for talk in watch.talks if not talk.answered][:1]:
-                    talk.stderr += outcome.stdout.splitlines()[-following.LOG_LINES :]
+                for session in [session for session in watch.sessions if not session.answered][:1]:
+                    session.stderr += outcome.stdout.splitlines()[-following.LOG_LINES :]
 
     def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
-        return self._told(blame.error("not_started", message), [plan.node(name) for name in cell.hosts])
+        return self._with_slurm_state(blame.error("not_started", message), [plan.node(name) for name in cell.hosts])
 
-    def _told(self, error: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
-        """`error` with what Slurm says of those `nodes`, if it answers."""
+    def _with_slurm_state(self, error: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
+        """`error` with the problems that Slurm reports for `nodes`, if it answers."""
         with suppress(InfrastructureError):
-            return told_by_slurm(error, problems(self.cluster, nodes) if nodes else {})
+            return with_slurm_state(error, problems(self.cluster, nodes) if nodes else {})
         return error
 
     # --- after it -----------------------------------------------------------------------------------
 
     def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
-        """Bring the artefacts of a cell into the run directory; returns failures by node."""
+        """Copy the artefacts of a cell into the run directory; returns failures by node."""
         if self.shared or not cell.hosts:
             return {}
         return agents.gather(self.run, plan, cell, self.ssh_config)
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
-        """Remove what was gathered from `nodes`."""
+        """Remove the gathered artefacts from `nodes`."""
         used = {name for cell in plan.cells for name in cell.hosts}
         nodes = [node for node in nodes if node.name in used]
         if not self.shared and nodes:
@@ -368,7 +381,7 @@ class Allocations:
 
 
 def job_name(plan: Plan, cell: Cell, attempt: int) -> str:
-    """The name of the job that is submitted for `cell`, which no other has."""
+    """The unique name of the job that is submitted for `cell`."""
     kind = "array-" if plan.job_array else "all-" if plan.one_allocation else ""
     return f"{slurm_names.NAME}-{plan.run_id}-{kind}{cell.id}-{attempt}"
 
@@ -380,9 +393,9 @@ def _share(plan: Plan, cell: Cell, name: str, job_id: str, number: int) -> JobSh
 
 
 def log_path(plan: Plan, name: str, shared: bool, job_id: str = "") -> str:
-    """Where a job's output goes: in the run directory, or on the job's first node, in a folder that is always there.
+    """The path of a job's output: in the run directory, or on the job's first node, in a folder that always exists.
 
-    That of an array's task has its number at the end.
+    That of an array's task ends with its number.
     """
     number = job_id.partition("_")[2]
     folder = f"{plan.run_dir}/slurm" if shared else slurm_names.LOGS
@@ -399,7 +412,9 @@ def prepare(
     checks: CheckRequest | None,
     expected: Mapping[str, str | None],
 ) -> BatchJob:
-    """The job of `cells`. `known` are Slurm's names of nodes."""
+    """The job of `cells`. `known` are Slurm's names of nodes, `expected` is the environment required there (empty:
+    any), `data` the folder with prepared data on the nodes.
+    """
     names = {slurm_name(node, known): node for node in plan.nodes}
     first = plan.nodes[0]
     steps = []
@@ -438,7 +453,7 @@ def prepare(
 
 
 def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
-    """The sbatch files of `cells` as far as they are known before Slurm has been asked for the names of nodes."""
+    """The sbatch files of `cells` as texts, with the inventory's aliases for Slurm's names of nodes."""
     settings = settings_of(plan)
     known = tuple(node.alias for node in plan.nodes)
     left, shown = list(cells), []

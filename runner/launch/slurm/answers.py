@@ -1,4 +1,4 @@
-"""Slurm's answers read: states, reasons and jobs in our words. Text in, values out."""
+"""Parses Slurm's output: states, reasons and jobs in our terms. Text in, values out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.system.nodeset import expand
 
 
 def whole(job_id: str) -> str:
-    """The id of all of a job: of the array that it is a task of."""
+    """The id of the whole job: for a task of an array ("12_3") that of the array ("12")."""
     return job_id.partition("_")[0]
 
 
@@ -35,19 +35,19 @@ STATES: Mapping[str, str] = {word: ours for ours, words in _WORDS.items() for wo
 
 
 def state(word: str) -> str:
-    """Our word for one of Slurm's ("CANCELLED by 1000", "CANCELLED+", "cg"); "unknown" for what is new."""
+    """Our state for one of Slurm's ("CANCELLED by 1000", "CANCELLED+", "cg"); "unknown" for any other."""
     found = re.match(r"\s*(\w+)", word)
     return STATES.get(found[1].upper(), "unknown") if found else "unknown"
 
 
 def over(state: str | None) -> bool:
-    """Whether a job in this state of ours has ended, or is forgotten; None: there was no job."""
+    """Whether a job in this state of ours has ended or is forgotten; False for None (no job)."""
     return state in (*ENDED, "unknown")
 
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as Slurm tells it. `start` is ISO time, expected while it waits; `position` counts from 1."""
+    """One job as Slurm reports it. `start` is ISO time, the expected one while it waits; `position` counts from 1."""
 
     job_id: str
     name: str
@@ -62,7 +62,7 @@ class JobInfo:
 
 
 def as_status(info: JobInfo) -> dict[str, Any]:
-    """A job as status.json keeps it."""
+    """The job as a JSON object for status.json."""
     kept = asdict(info)
     return {"id": kept["job_id"], **{key: kept[key] for key in ("state", "raw", "reason", "position", "start")}}
 
@@ -70,10 +70,10 @@ def as_status(info: JobInfo) -> dict[str, Any]:
 _ID = re.compile(r"\d+(_\d+)?", re.ASCII)
 
 
-SEPARATOR = "|#"  # reasons hold blanks, commas, brackets, and whatever an administrator typed
+SEPARATOR = "|#"  # reasons contain blanks, commas, brackets, and free text of administrators
 
 
-# Ids are 123, or 123_4 in an array: such a task has a number of its own as well, but only once it runs.
+# Ids are 123, or 123_4 in an array: such a task also has its own number, but only once it runs.
 _FORMAT = SEPARATOR.join(("%i", "%T", "%S", "%N", "%j", "%r"))
 
 
@@ -87,33 +87,40 @@ SACCT = ("sacct", "--parsable2", f"--delimiter={SEPARATOR}", "--allocations", f"
 
 
 def squeue_argv(ids: Iterable[str]) -> list[str]:
+    """The command whose output `parse_squeue` reads, for the jobs `ids`."""
     return [*SQUEUE, f"--jobs={','.join(ids)}"]
 
 
 def sacct_argv(ids: Iterable[str]) -> list[str]:
+    """The command whose output `parse_sacct` reads, for the jobs `ids`."""
     return [*SACCT, f"--jobs={','.join(ids)}"]
 
 
 def scontrol_argv(job_id: str) -> list[str]:
+    """The command whose output `parse_scontrol_job` reads."""
     return ["scontrol", "--oneliner", "show", "job", job_id]
 
 
 def queue_argv(partition: str | None) -> list[str]:
-    """What `position` reads: the waiting jobs of a partition (None: of all), the next to start first; an array once."""
+    """The command whose output `position` reads: the waiting jobs of a partition (None: of all) in order of start."""
     only = [f"--partition={partition}"] if partition else []
     return ["squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%F", *only]
 
 
 def client_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` for Slurm's commands, without the variables that win over a job's lines, change formats, or
-    come from a job in which Shakedown itself was started."""
+    """`environ` for Slurm's commands, without the variables that override a job's lines, change formats, or
+    come from a job in which Shakedown itself was started.
+    """
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     ours = re.compile(r"(SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM|SALLOC|SRUN)_")
     return {key: value for key, value in environ.items() if key in kept or not ours.match(key)}
 
 
 def submitted_id(stdout: str) -> str:
-    """The job id that `sbatch --parsable` answered: "123", or "123;cluster"."""
+    """The job id in the output of `sbatch --parsable`: "123", or "123;cluster".
+
+    Raises InfrastructureError for output without an id.
+    """
     match = re.search(r"^(\d+)(;\S+)?\s*\Z", stdout, re.MULTILINE)
     if not match:
         raise InfrastructureError(f"sbatch answered {stdout.strip()!r}, no job id; see whether it was submitted")
@@ -121,13 +128,13 @@ def submitted_id(stdout: str) -> str:
 
 
 def position(text: str, job_id: str) -> int | None:
-    """The place of a job, or of its array, in the answer to `queue_argv`, from 1; None: it does not wait."""
+    """The place of a job, or of its array, in the output of `queue_argv`, from 1; None: it does not wait."""
     waiting, job_id = list(dict.fromkeys(text.split())), whole(job_id)
     return waiting.index(job_id) + 1 if job_id in waiting else None
 
 
 def parse_squeue(text: str) -> dict[str, JobInfo]:
-    """Jobs by id, from the answer to `squeue_argv`; lines that are not whole are left out."""
+    """Jobs by id, from the output of `squeue_argv`; incomplete lines are skipped."""
     rows = (line.split(SEPARATOR, 5) for line in text.splitlines())
     return {
         row[0]: _job(row[0], name=row[4], raw=row[1], reason=row[5], nodes=row[3], start=row[2])
@@ -137,8 +144,9 @@ def parse_squeue(text: str) -> dict[str, JobInfo]:
 
 
 def parse_sacct(text: str, separator: str = SEPARATOR) -> dict[str, JobInfo]:
-    """Jobs by id, from the answer to `sacct_argv` with its header. Steps and broken lines are left out; of
-    several lines of one job, which a requeue makes, the last one counts."""
+    """Jobs by id, from the output of `sacct_argv` with its header. Steps and incomplete lines are skipped; of
+    several lines of one job, which a requeue causes, the last one counts.
+    """
     header, *lines = [line.split(separator) for line in text.splitlines()] or [[]]
     jobs = {}
     for words in lines:
@@ -150,14 +158,14 @@ def parse_sacct(text: str, separator: str = SEPARATOR) -> dict[str, JobInfo]:
 
 
 def parse_scontrol_job(text: str) -> JobInfo | None:
-    """The job of `scontrol show job`, on one line or many; None: no job."""
+    """The job in the output of `scontrol show job`, on one line or many; None if there is no job."""
     row = pairs(text)
     columns = ("JobName", "JobState", "Reason", "NodeList", "StartTime", "ExitCode")
     return _job(row["JobId"], *(row.get(column, "") for column in columns)) if "JobId" in row else None
 
 
 def pairs(text: str) -> dict[str, str]:
-    """scontrol's `Key=value Key=value`, where values may hold blanks; the first of each key."""
+    """The pairs of scontrol's `Key=value Key=value`; values may contain blanks, the first one of each key counts."""
     found = re.findall(r"(?<!\S)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*\Z)", text, re.DOTALL)
     return dict(reversed(found))
 
@@ -167,15 +175,15 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
     codes = re.fullmatch(r"(\d+):(\d+)", exit_code)
     over = codes and word not in ("waiting", "running", "ending", "unknown")  # until then Slurm says 0:0
     try:
-        hosts = expand(nodes) if said(nodes) else ()
-    except ValueError:  # cut off, or a word for none that is new
+        hosts = expand(nodes) if null_to_empty(nodes) else ()
+    except ValueError:  # cut off, or an unknown word for no nodes
         hosts = ()
     return JobInfo(
         job_id=job_id,
         name=name,
         state=word,
         raw=raw.strip(),
-        reason=said(reason),
+        reason=null_to_empty(reason),
         nodes=hosts,
         start=start if start[:4].isdigit() else None,
         exit_code=int(codes[1]) if codes and over else None,
@@ -183,8 +191,8 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
     )
 
 
-def said(text: str) -> str:
-    """Slurm has several words for nothing."""
+def null_to_empty(text: str) -> str:
+    """`text` without surrounding blanks; empty for Slurm's words for no value ("(null)", "N/A" …)."""
     return "" if text.strip().lower() in ("(null)", "none", "n/a", "none assigned") else text.strip()
 
 
@@ -192,30 +200,30 @@ _STUCK = {
     r"ReqNodeNotAvail.*Unavailable\w*:[ (]*\w|Nodes required for job are DOWN|NodeDown": (
         "nodes it needs are down, drained or kept for others; see `sinfo -R`, or name other nodes"
     ),
-    r"PartitionDown|PartitionInactive": "the partition starts no jobs; mend slurm.partition",
+    r"PartitionDown|PartitionInactive": "the partition starts no jobs; fix slurm.partition",
     r"PartitionNodeLimit": "the partition does not allow that many nodes; ask for another number",
     r"(Partition|QOS|Association)TimeLimit": "its time limit is above the allowed one; lower slurm.time_limit_s",
-    r"BadConstraints|PartitionConfig": "no node may give what it asks for; mend slurm.constraint or slurm.gres",
-    r"InvalidAccount|AccountNotAllowed": "the account cannot be used here; mend slurm.account",
-    r"InvalidQOS|QOSNotAllowed": "the QoS cannot be used here; mend slurm.qos",
+    r"BadConstraints|PartitionConfig": "no node may give what it asks for; fix slurm.constraint or slurm.gres",
+    r"InvalidAccount|AccountNotAllowed": "the account cannot be used here; fix slurm.account",
+    r"InvalidQOS|QOSNotAllowed": "the QoS cannot be used here; fix slurm.qos",
     r"(Assoc|QOS)\w*(PerJob|PerNode|Wall|Min(Cpu|GRES|Memory|Node))": (
         "one job may not have that much or that little; ask for another size or time, or another account or QoS"
     ),
-    r"(Assoc|QOS)\w*Minutes": "the time granted to the account or QoS is spent; ask for another",
+    r"(Assoc|QOS)\w*Minutes": "the time granted to the account or QoS is used up; ask for another",
     r"JobHeldUser": "it is held; `scontrol release` it",
     r"JobHeldAdmin": "an administrator holds it; ask them",
     r"JobHoldMaxRequeue|.*requeued ?held|.*requeued in held state": (
         "it could not be started on its nodes; see slurmd's log there, then `scontrol release` it"
     ),
     r"DependencyNeverSatisfied": "what it depends on has failed; cancel it",
-    r"Reserv\w*(Deleted|Invalid)|Invalid ?Reservation": "its reservation is gone; mend slurm.extra",
+    r"Reserv\w*(Deleted|Invalid)|Invalid ?Reservation": "its reservation is gone; fix slurm.extra",
 }
 
 
 def why_stuck(reason: str) -> str | None:
-    """Why waiting will not end what a job waits for, and what to do; None for what ends by itself.
+    """Why a job would wait forever for this reason, and what to do; None for a reason that ends by itself.
 
-    Limits that other jobs fill (AssocGrp…, …PerUser) end with those jobs; what one job may have does not change.
+    Limits that other jobs use up (AssocGrp…, …PerUser) end with those jobs; a limit for one job does not.
     """
     plain = reason.strip().lstrip("(").replace("_", " ")
     words = next((words for pattern, words in _STUCK.items() if re.match(pattern, plain, re.IGNORECASE)), None)

@@ -1,4 +1,4 @@
-"""The Slurm jobs that a controller left behind, cancelled."""
+"""Cancels the Slurm jobs that a controller left behind."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 POLL_S = 2.0
 
 
-ANSWER_S = 120.0  # what Slurm may take to end a cancelled job
+ANSWER_S = 120.0  # the time Slurm may take to end a cancelled job
 
 
 def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> SlurmClient:
-    """Slurm's commands where the run gave them."""
+    """The client for Slurm's commands, on the same machine as the run used.
+
+    Raises UsageError if the run kept no ssh_config for its login node.
+    """
     from dataclasses import replace
 
     from runner.cluster import slurm as slurm_settings
@@ -47,9 +50,9 @@ def slurm_of(run: RunDir, plan: Mapping[str, Any]) -> SlurmClient:
 def cancel_jobs(
     commands: SlurmClient, run_id: str, wait: bool, sleep: Callable[[float], None] = time.sleep
 ) -> list[str]:
-    """Cancel the jobs that Slurm still has of a run; returns their ids.
+    """Cancel the jobs of a run that Slurm still has; returns their ids.
 
-    With `wait` it returns when they have ended; raises InfrastructureError when Slurm does not get that done.
+    With `wait` it returns when they have ended; raises InfrastructureError if they have not after ANSWER_S.
     """
     cancelled = commands.of_run(run_id)
     for job_id in cancelled:

@@ -1,4 +1,4 @@
-"""What Slurm has, its partitions and nodes, and what it could never start. Text in, values out."""
+"""Slurm's partitions and nodes, and why it could never start a job. Text in, values out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from runner.cluster.slurm import Settings, clock, seconds_of
 from runner.errors import unknown
-from runner.launch.slurm.answers import SEPARATOR, pairs, said
-from runner.launch.slurm.script import BatchJob, limit_s, wanted_gres
+from runner.launch.slurm.answers import SEPARATOR, null_to_empty, pairs
+from runner.launch.slurm.script import BatchJob, limit_s, requested_gres
 from runner.system.nodeset import expand, fold
 from runner.system.wording import are, counted
 
@@ -23,7 +23,7 @@ NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition; a limit of None: there is none."""
+    """A partition; a limit of None means no limit."""
 
     name: str
     state: str
@@ -35,7 +35,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class SlurmNode:
-    """A node as Slurm sees it: `state` in words without flags, `usable` whether jobs can come to run there."""
+    """A node as Slurm sees it: `state` in words without flags, `usable` whether jobs can run there."""
 
     name: str
     state: str
@@ -45,7 +45,7 @@ class SlurmNode:
 
 
 def parse_partitions(text: str) -> dict[str, Partition]:
-    """Partitions by name, from the answer to PARTITIONS."""
+    """Partitions by name, from the output of PARTITIONS."""
     return {
         row["PartitionName"]: Partition(
             name=row["PartitionName"],
@@ -53,7 +53,7 @@ def parse_partitions(text: str) -> dict[str, Partition]:
             default=row.get("Default") == "YES",
             max_time_s=seconds_of(row.get("MaxTime", "")),
             max_nodes=int(row["MaxNodes"]) if row.get("MaxNodes", "").isdigit() else None,
-            nodes=expand(row["Nodes"]) if said(row.get("Nodes", "")) else (),
+            nodes=expand(row["Nodes"]) if null_to_empty(row.get("Nodes", "")) else (),
         )
         for row in map(pairs, text.splitlines())
         if "PartitionName" in row
@@ -64,7 +64,7 @@ _UNUSABLE = re.compile(r"down|drain|drng|fail|error|inval|fut|unk|no_resp")
 
 
 def node_state(word: str) -> tuple[str, bool]:
-    """sinfo's word without its flags, and whether jobs can run there. `*` is a slurmd that does not answer."""
+    """sinfo's state without its flags, and whether jobs can run there. `*` marks a slurmd that does not answer."""
     plain = re.sub(r"[^a-z_+]", "", word.lower()).strip("+")
     powered = plain.startswith("power")  # saving power is no fault: Slurm wakes the node for a job
     silent = "*" in word
@@ -72,15 +72,17 @@ def node_state(word: str) -> tuple[str, bool]:
 
 
 def parse_nodes(text: str) -> dict[str, SlurmNode]:
-    """Nodes by name, from the answer to NODES, which tells each node once a partition."""
+    """Nodes by name, from the output of NODES, which lists each node once per partition."""
     nodes = {}
     for name, *rest in (line.split(SEPARATOR, 3) for line in text.splitlines()):
         if len(rest) == 3:
-            nodes[name] = SlurmNode(name, *node_state(rest[0]), reason=said(rest[2]), gres=said(rest[1]))
+            nodes[name] = SlurmNode(
+                name, *node_state(rest[0]), reason=null_to_empty(rest[2]), gres=null_to_empty(rest[1])
+            )
     return nodes
 
 
-# What slurmctld drains a node with, the driver of role slurm_prolog before it, and what srun says.
+# The reasons with which slurmctld and the driver of role slurm_prolog drain a node, and srun's message.
 _PROLOG = re.compile(r"(job )?prolog (error|failed|\S+:)", re.IGNORECASE)
 
 
@@ -90,13 +92,13 @@ def node_kind(reason: str) -> str:
 
 
 def destinations(settings: Settings, partitions: Iterable[Partition]) -> list[str]:
-    """The names of the partitions that jobs go to: those set, or the default one."""
+    """The names of the partitions that jobs are submitted to: those set, or the default one."""
     names = settings.partition.split(",") if settings.partition else []
     return names or [partition.name for partition in partitions if partition.default]
 
 
 def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settings: Settings) -> list[str]:
-    """A line for each partition, and below those that jobs go to their nodes, folded by what is said of them."""
+    """A line for each partition; below those that jobs are submitted to, their nodes, grouped by state."""
     partitions, known, lines = list(partitions), {node.name: node for node in nodes}, []
     names = destinations(settings, partitions)
     for partition in sorted(partitions, key=lambda partition: partition.name not in names):
@@ -107,11 +109,11 @@ def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settin
         lines.append(f"partition {partition.name}{default}: {has}; a job: {most} of them, {limit}")
         if partition.name in names:
             there = [known[host] for host in partition.nodes if host in known]
-            told = {
+            states = {
                 node.name: f"{node.state}, {node.gres or 'no GRES'}" + f": {node.reason}" * bool(node.reason)
                 for node in there
             }
-            lines += (f"  {fold(hosts)} {words}" for words, hosts in _alike(told).items())
+            lines += (f"  {fold(hosts)} {words}" for words, hosts in _alike(states).items())
     return lines
 
 
@@ -121,8 +123,8 @@ def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settin
 def refused(
     job: BatchJob, settings: Settings, partitions: Sequence[Partition], nodes: Sequence[SlurmNode]
 ) -> tuple[list[str], list[str]]:
-    """Every reason why Slurm could not run the largest cell of `job`, and every one that would be left if all nodes
-    came back.
+    """Every reason why Slurm could not run the largest cell of `job`, and every reason that would remain if all nodes
+    were usable.
     """
     largest = max(job.steps, key=lambda step: step.num_nodes)
 
@@ -145,19 +147,19 @@ def refusals(
     nodes: Iterable[SlurmNode],
     time_limit_s: int,
 ) -> list[str]:
-    """Every reason why Slurm could not run this, at once and before anything is submitted; none: it can."""
+    """Every reason why Slurm could not run this, before anything is submitted; empty if it can."""
     by_name, known = {p.name: p for p in partitions}, {node.name: node for node in nodes}
     names = destinations(settings, by_name.values())
     if not names:
         return [f"no partition is named and Slurm has no default one; set slurm.partition: {', '.join(by_name)}"]
     if strange := [name for name in names if name not in by_name]:
         return [str(unknown("partition", name, by_name, "slurm.partition")) for name in strange]
-    gres = wanted_gres(gpus_per_node, device, settings)
+    gres = requested_gres(gpus_per_node, device, settings)
 
     def refused(partition: Partition) -> list[str]:
         where, reasons = f"partition {partition.name}", []
         if partition.state != "up":
-            reasons.append(f"{where} is {partition.state}; name another, or have it brought up")
+            reasons.append(f"{where} is {partition.state}; name another, or have it enabled")
         if partition.max_nodes is not None and num_nodes > partition.max_nodes:
             reasons.append(f"{counted(num_nodes, 'node')} asked for, {where} allows {partition.max_nodes} (MaxNodes)")
         if partition.max_time_s is not None and time_limit_s > partition.max_time_s:
@@ -165,10 +167,10 @@ def refusals(
             reasons.append(
                 f"{clock(time_limit_s)} asked for, {where} allows {allowed} (MaxTime); set slurm.time_limit_s"
             )
-        if unheard := [host for host in hosts if host not in known]:
-            reasons.append(f"Slurm knows no {fold(unheard)}; it has {fold(known) or 'no node'}")
+        if missing := [host for host in hosts if host not in known]:
+            reasons.append(f"Slurm does not know {fold(missing)}; it has {fold(known) or 'no node'}")
         if outside := [host for host in hosts if host in known and host not in partition.nodes]:
-            reasons.append(f"{where} does not hold {fold(outside)}; it holds {fold(partition.nodes) or 'no node'}")
+            reasons.append(f"{where} does not have {fold(outside)}; it has {fold(partition.nodes) or 'no node'}")
         if barred := [host for host in hosts if host in settings.exclude]:
             reasons.append(f"{fold(barred)} is named, and excluded by slurm.exclude; leave it out of one")
         there = [known[host] for host in hosts or partition.nodes if host in known and host in partition.nodes]
@@ -184,7 +186,7 @@ def refusals(
         lacking = {node.name: node.gres or "none" for node in good if gres and not _holds(node.gres, gres)}
         if len(good) - len(lacking) < min(num_nodes, len(good)):
             reasons.append(
-                f"{gres} asked for on each node, found: {_grouped(lacking)}; mend slurm.gres or the partition"
+                f"{gres} asked for on each node, found: {_grouped(lacking)}; fix slurm.gres or the partition"
             )
         return reasons
 
@@ -192,13 +194,13 @@ def refusals(
     return [] if [] in every else list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
-def _holds(gres: str, wanted: str) -> bool:
+def _holds(gres: str, requested: str) -> bool:
     """Whether "gpu:h200:8(S:0-1),nvme:1" holds "gpu:8", "gpu:h200:8", "gpu:4,nvme"."""
     counts: dict[str, int] = {}
     for name, count in _counted(gres):
         for known in {name, name.partition(":")[0]}:
             counts[known] = counts.get(known, 0) + count
-    return all(counts.get(name, 0) >= count for name, count in _counted(wanted))
+    return all(counts.get(name, 0) >= count for name, count in _counted(requested))
 
 
 def _counted(gres: str) -> list[tuple[str, int]]:
@@ -208,12 +210,12 @@ def _counted(gres: str) -> list[tuple[str, int]]:
 
 
 def _grouped(states: Mapping[str, str]) -> str:
-    """`node[001-002] drained (bad cable), node007 down`: hosts folded by what is said of them."""
+    """Hosts grouped by state, as text: `node[001-002] drained (bad cable), node007 down`."""
     return ", ".join(f"{fold(hosts)} {words}" for words, hosts in _alike(states).items())
 
 
 def _alike(states: Mapping[str, str]) -> dict[str, list[str]]:
-    """Hosts by what is said of them, in the order in which it is first said."""
+    """Hosts by state, in the order in which each state first occurs."""
     alike: dict[str, list[str]] = {}
     for host, words in states.items():
         alike.setdefault(words, []).append(host)

@@ -1,6 +1,6 @@
-"""Jobs: Slurm's commands, run here or on a login node, with patience for a slurmctld that does not answer.
+"""Runs Slurm's commands, here or on a login node, with retries while slurmctld does not answer.
 
-What is said to Slurm and how its answers read is in `slurm`; how a job is followed is in `following`.
+Arguments and parsers of the commands are in `answers` and `capacity`; how a job is followed is in `follow`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ T = TypeVar("T")
 _SILENT = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Connection timed out",
            "backup controller", "Zero Bytes were transmitted", "gave no result within", "Connection closed",
            "No route to host")  # fmt: skip
-# What a profile of the login node may set: it would win over a job's lines, or change formats.
+# Variables that a profile of the login node may set: they would override a job's lines, or change formats.
 _CLEAN = (
     "unset $(env | sed -nE 's/^((SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM_TIME)_[A-Z0-9_]*)=.*/\\1/p') LINES"
 )
 _OVER = ("Invalid job id", "already comp")
-_ALREADY_DONE = 2021 & 0xFF  # ESLURM_ALREADY_DONE: that a task of an array is over scancel tells by its status alone
+_ALREADY_DONE = 2021 & 0xFF  # ESLURM_ALREADY_DONE: for an ended array task scancel sets only this status
 _GONE = re.compile(r"Invalid job (array )?id|^Job \S+ not found$", re.MULTILINE)
 
 
@@ -45,7 +45,7 @@ class NotStarted(InfrastructureError):
     """A job was given up before it ran."""
 
 
-class Silent(InfrastructureError):
+class SlurmUnreachable(InfrastructureError):
     """Slurm's controller does not answer."""
 
     kind = "slurm_unreachable"
@@ -54,7 +54,7 @@ class Silent(InfrastructureError):
 class SlurmClient:
     """Slurm's commands, on this machine or over ssh on a login node.
 
-    A slurmctld that does not answer is asked again for `patience_s` before a call raises Silent.
+    A command is retried for `patience_s` while slurmctld does not answer; then the call raises SlurmUnreachable.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class SlurmClient:
         self._silent_since: float | None = None
 
     def _run(self, argv: Sequence[str], input: str = "", secrets: Mapping[str, str] | None = None) -> process.Outcome:
-        """Raises Silent where no slurmctld, or no login node, answered."""
+        """Run a command once. Raises SlurmUnreachable if slurmctld or the login node did not answer."""
         secrets = secrets or {}
         try:
             if self._login is None:
                 env = {**answers.client_environment(os.environ), **secrets}
                 outcome = self._execute(argv, timeout_s=COMMAND_S, input=input, env=env, cwd="/")
             else:
-                # The far shell reads secrets from its stdin, so that no command line ever shows one.
+                # The remote shell reads secrets from its stdin, so that no command line shows one.
                 reads = [f"IFS= read -r {name}; export {name}" for name in secrets]
                 script = "; ".join([_CLEAN, "cd /", *reads, f"exec {shlex.join(argv)}"])
                 command = ["ssh", "-F", str(self._ssh_config), self._login.name]
@@ -90,14 +90,14 @@ class SlurmClient:
         except InfrastructureError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise _lacking("this machine", argv[0]) from None
-            raise Silent(str(error)) from None
+            raise SlurmUnreachable(str(error)) from None
         if self._login is not None and outcome.rc == 255:
             reason = reasons.explain(self._login, 255, outcome.stderr.splitlines())
-            raise Silent(f"login node {self._login.name}: {reason}")
+            raise SlurmUnreachable(f"login node {self._login.name}: {reason}")
         if self._login is not None and outcome.rc == 127:
             raise _lacking(f"login node {self._login.name}", argv[0])
         if outcome.rc != 0 and any(word in outcome.stderr for word in _SILENT):
-            raise Silent(f"{argv[0]}: {_reason(outcome)}")
+            raise SlurmUnreachable(f"{argv[0]}: {_reason(outcome)}")
         return outcome
 
     def _patiently(self, ask: Callable[[], T]) -> T:
@@ -105,20 +105,20 @@ class SlurmClient:
         while True:
             try:
                 return ask()
-            except Silent:
+            except SlurmUnreachable:
                 pause = next(pauses)
                 if time.monotonic() + pause > deadline:
                     raise
             time.sleep(pause)
 
     def submit(self, script: str, secrets: Mapping[str, str] | None = None) -> str:
-        """Submit the sbatch file and return the job's id.
+        """Submit the text of an sbatch file, with `secrets` in its environment; returns the job's id.
 
-        Raises InfrastructureError with sbatch's own reason.
+        Raises InfrastructureError with sbatch's own reason, UsageError for a secret with a line break.
         """
         for key, value in (secrets or {}).items():
             if "\n" in value or not key.isidentifier():
-                raise UsageError(f"{key} has a line break in it, which cannot be handed to a job: set it without")
+                raise UsageError(f"{key} contains a line break and cannot be passed to a job: set it without")
         name = next(line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --job-name="))
         tries = itertools.count()
 
@@ -133,7 +133,7 @@ class SlurmClient:
 
         try:
             return self._patiently(attempt)
-        except KeyboardInterrupt:  # whoever leaves at once must not leave a job whose id nobody knows
+        except KeyboardInterrupt:  # a controller that exits at once must not leave a job whose id is unknown
             with suppress(InfrastructureError):
                 if found := self.find(name):
                     self.cancel(found, patient=False)
@@ -146,23 +146,23 @@ class SlurmClient:
         return sorted(found, key=int)
 
     def test_only(self, script: str) -> str | None:
-        """Why Slurm would refuse the sbatch file, or None."""
+        """The reason why Slurm would refuse the sbatch file, None if it would accept it."""
         outcome = self._run(["sbatch", "--test-only"], script)
         return None if outcome.rc == 0 else _reason(outcome)
 
     def poll(self, job_ids: Sequence[str]) -> dict[str, JobInfo]:
-        """What became of the jobs, by id; "unknown" for one that Slurm has forgotten.
+        """The state of the jobs, by id; "unknown" for one that Slurm has forgotten.
 
-        While slurmctld does not answer, what was last known is given, for `patience_s`. Raises Silent after that,
-        and where nothing was known.
+        While slurmctld does not answer, the last known state is returned, for `patience_s`. Raises SlurmUnreachable
+        after that, and if no state is known.
         """
         try:
             found = self._ask(job_ids)
-        except Silent as error:
+        except SlurmUnreachable as error:
             self._silent_since = self._silent_since or time.monotonic()
             silent_s = time.monotonic() - self._silent_since
             if silent_s > self.patience_s or not all(job_id in self._known for job_id in job_ids):
-                raise Silent(f"Slurm has not answered for {silent_s:.0f} s: {error}") from None
+                raise SlurmUnreachable(f"Slurm has not answered for {silent_s:.0f} s: {error}") from None
         else:
             self._silent_since = None
             self._known |= {job_id: found.get(job_id, forgotten(job_id)) for job_id in job_ids}
@@ -175,20 +175,22 @@ class SlurmClient:
                 found |= answers.parse_sacct(self._run(answers.sacct_argv(missing)).stdout)
         for job_id in job_ids:
             if job_id not in found and (info := answers.parse_scontrol_job(self._jobs(answers.scontrol_argv(job_id)))):
-                found[job_id] = replace(info, job_id=job_id)  # it has another one for a task of an array
+                found[job_id] = replace(info, job_id=job_id)  # scontrol shows another id for a task of an array
         return {job_id: info for job_id, info in found.items() if job_id in job_ids}
 
     def _jobs(self, argv: Sequence[str]) -> str:
-        """What a query prints; nothing where Slurm has forgotten the job."""
+        """The output of a query; empty if Slurm has forgotten the job."""
         outcome = self._run(argv)
         if outcome.rc == 0:
             return outcome.stdout
         if _GONE.search(outcome.stdout) or _GONE.search(outcome.stderr):
             return ""
-        raise Silent(f"{argv[0]}: {_reason(outcome)}")  # whatever it is, a query that worked may work again
+        raise SlurmUnreachable(
+            f"{argv[0]}: {_reason(outcome)}"
+        )  # whatever the cause, a query that worked before may work again
 
     def find(self, name: str) -> str | None:
-        """The id of the newest job, or array, of that name, or None: for a controller that died before it noted it."""
+        """The id of the newest job or array of that name, None if there is none: it finds a job whose id was lost."""
         queued = self._jobs(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%F"]).split()
         if not queued:
             with suppress(InfrastructureError):
@@ -198,9 +200,10 @@ class SlurmClient:
         return max((job_id for job_id in queued if job_id.isdigit()), key=int, default=None)
 
     def cancel(self, job_id: str, signal: str | None = None, step: int | None = None, *, patient: bool = True) -> None:
-        """End a job or one of its steps; with `signal` ("USR2") only its tasks are told. One that is over is no error.
+        """Cancel a job or one of its steps, or with `signal` ("USR2") only send that signal to its tasks.
 
-        Raises Silent at once where Slurm does not answer, unless `patient`.
+        A job that has ended is no error. Raises SlurmUnreachable if Slurm does not answer, at once unless `patient`;
+        InfrastructureError for any other failure.
         """
         target = job_id if step is None else f"{job_id}.{step}"
         argv = ["scancel", *([f"--signal={signal}"] if signal else []), target]
@@ -209,7 +212,7 @@ class SlurmClient:
             raise InfrastructureError(f"cannot cancel job {target}: {_reason(outcome)}")
 
     def position(self, job_id: str) -> int | None:
-        """The job's place among those that wait in its partition, from 1."""
+        """The job's place among those that wait in its partition, from 1; None if it does not wait."""
         return answers.position(self._jobs(answers.queue_argv(self.settings.partition)), job_id)
 
     def steps(self, job_id: str) -> set[int]:
@@ -219,15 +222,15 @@ class SlurmClient:
         return {int(number) for number in numbers if number.isdigit()}
 
     def look(self) -> tuple[list[Partition], list[SlurmNode]]:
-        """The cluster's partitions and nodes, for `cluster.refusals`."""
+        """The cluster's partitions and nodes. Raises SlurmUnreachable if Slurm does not answer."""
         partitions, nodes = (self._patiently(partial(self._jobs, argv)) for argv in (PARTITIONS, NODES))
         return list(parse_partitions(partitions).values()), list(parse_nodes(nodes).values())
 
 
 def _reason(outcome: process.Outcome) -> str:
-    """Slurm's own words, without `sbatch: error:`."""
-    said = [line.partition("error: ")[2] or line for line in outcome.stderr.splitlines() if line.strip()]
-    return "; ".join(dict.fromkeys(line.strip() for line in said)) or f"status {outcome.rc} and no word"
+    """Slurm's own message, without `sbatch: error:`."""
+    lines = [line.partition("error: ")[2] or line for line in outcome.stderr.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(line.strip() for line in lines)) or f"status {outcome.rc} and no output"
 
 
 def _lacking(where: str, program: str) -> InfrastructureError:
@@ -235,16 +238,17 @@ def _lacking(where: str, program: str) -> InfrastructureError:
 
 
 def forgotten(job_id: str) -> JobInfo:
+    """The state of a job that Slurm does not know any more: "unknown", everything else empty."""
     return JobInfo(job_id, "", "unknown", "", "", (), None)
 
 
 def gone(info: JobInfo) -> bool:
-    """Whether a job has ended or is forgotten. A state that only a newer Slurm knows is neither."""
+    """Whether a job has ended or Slurm has forgotten it; False for the unknown state of a newer Slurm."""
     return info.state in answers.ENDED or not info.raw
 
 
 def intervals(first_s: float = 1.0, longest_s: float = 15.0) -> Iterator[float]:
-    """Seconds to wait between questions, ever longer; begun anew when something changes."""
+    """The pauses between queries in s: each half as long again as the one before, up to `longest_s`."""
     while True:
         yield first_s
         first_s = min(longest_s, first_s * 1.5)

@@ -1,7 +1,7 @@
-"""A job followed to its end: waited for while it is in the queue, heard while it runs.
+"""Follows a job to its end: waits while it is in the queue, then reads its agents' messages.
 
-Slurm is asked in threads and ever more seldom, so that nobody waits for it. What agents say is read from the files that
-they write, so that a controller which comes later hears all of it.
+Slurm is queried in threads with growing pauses, so that nothing blocks. Messages are read from the files that agents
+write, so that a controller which starts later receives all of them.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from runner.errors import InfrastructureError
 from runner.launch import copy
 from runner.launch.slurm import answers
 from runner.launch.slurm.answers import JobInfo
-from runner.launch.slurm.commands import NotStarted, Silent, SlurmClient, forgotten, gone, intervals
-from runner.launch.talk import Talk
+from runner.launch.slurm.commands import NotStarted, SlurmClient, SlurmUnreachable, forgotten, gone, intervals
+from runner.launch.talk import AgentSession
 from runner.node.protocol import POLL_S, SILENCE_S, Alive, Message, Outcome, Placed, Word, read_message, slurm_signal
 from runner.results.celldir import CellDir
 from runner.system import process
 
-FIRST_WORD_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
+FIRST_MESSAGE_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
 END_S = 20.0  # from the agents' outcomes, or scancel, to the job's end
 ENDING_S = 40.0  # Slurm's KillWait is 30 s: what ends for longer waits for a node that does not answer
-FIRST_END_S = 10.0  # where no agent has said a word: srun has ended by then, since the job's script has
-LAG_S = 3.0  # until the last words written on a node are seen through NFS
+FIRST_END_S = 10.0  # where no agent has sent a message: srun has ended by then, since the job's script has
+LAG_S = 3.0  # until the last message written on a node is visible through NFS
 FETCH_S = 60.0
-FETCH_LONGEST_S = 10.0  # between copies: an agent that is not heard for SILENCE_S counts as lost
+FETCH_LONGEST_S = 10.0  # between copies: an agent without messages for SILENCE_S counts as lost
 SILENT_PAUSE_S = 2.0
-HEAR_S = 0.002  # spent on each agent's file: five hundred are asked once a second, not ten times
+READ_S = 0.002  # per agent's file: five hundred files are read once a second, not ten times
 AT_ONCE = 4 << 20
 LOG_LINES = 20
-CANCEL = "cancel"  # what is told to Slurm alone, after the words to the agents
+CANCEL = "cancel"  # sent to Slurm only, after the words to the agents
 T = TypeVar("T")
 
 
 class _Repeated(Generic[T]):
-    """Calls `action` in a thread, again and again with growing pauses, so that nobody waits for Slurm."""
+    """Calls `action` in a thread repeatedly, with growing pauses up to `longest_s`, so that nothing blocks."""
 
     def __init__(self, pool: ThreadPoolExecutor, action: Callable[[], T], longest_s: float = 15.0) -> None:
         self._pool, self._action, self._longest_s = pool, action, longest_s
@@ -51,11 +51,11 @@ class _Repeated(Generic[T]):
         self.soon()
 
     def soon(self) -> None:
-        """Ask again now, and often at first."""
+        """Call it again now, and restart the pauses."""
         self._pauses, self._due = intervals(longest_s=self._longest_s), 0.0
 
     def take(self) -> T | None:
-        """The newest answer, once; None in between. Raises what the action raised."""
+        """The newest result, once; None in between. Raises what the action raised."""
         if self._future is None:
             if time.monotonic() >= self._due:
                 self._future = self._pool.submit(self._action)
@@ -67,7 +67,7 @@ class _Repeated(Generic[T]):
         return future.result()
 
     def once_more(self) -> T:
-        """The answer to a question that is asked now; waits for it."""
+        """The result of a new call; blocks until it returns."""
         if self._future is not None:
             wait_for([self._future])
         return self._action()
@@ -75,7 +75,7 @@ class _Repeated(Generic[T]):
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for commands; however this is left, no command stays behind."""
+    """Threads for commands; however the context ends, no command is left running."""
     pool = ThreadPoolExecutor(2)
     try:
         yield pool
@@ -88,29 +88,31 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 def wait(
     commands: SlurmClient, job_id: str, on_wait: Callable[[JobInfo], None], stopped: Callable[[], bool] = lambda: False
 ) -> JobInfo:
-    """Wait until the job runs, or has ended, or Slurm has forgotten it; `on_wait` hears each answer meanwhile.
+    """Wait until the job runs, or has ended, or Slurm has forgotten it; `on_wait` receives each state
+    meanwhile.
 
-    Once `stopped`, it cancels the job, of a task the whole array, and returns what it then is. Raises NotStarted for a
-    job that it gave up (settings.wait_s, settings.stuck_s), and cancelled, saying why.
+    Once `stopped` returns True, it cancels the job (the whole array of a task) and returns its state then. Raises
+    NotStarted, with the reason, for a job that it cancelled because it waited too long (settings.wait_s,
+    settings.stuck_s), and SlurmUnreachable.
     """
 
     def ask() -> JobInfo:
         info = commands.poll([job_id])[job_id]
-        with suppress(Silent):
+        with suppress(SlurmUnreachable):
             return replace(info, position=commands.position(job_id)) if info.state == "waiting" else info
         return info
 
     settings = commands.settings
     began = answered = time.monotonic()
     stuck, before, given_up = None, None, None
-    with left_at_once(commands, job_id), _threads() as pool:
+    with cancelled_on_interrupt(commands, job_id), _threads() as pool:
         look = _Repeated(pool, ask)
         while not stopped():
             time.sleep(POLL_S)
             now = time.monotonic()
             try:
                 info = look.take()
-            except Silent:
+            except SlurmUnreachable:
                 if now - answered > commands.patience_s:
                     raise
                 continue
@@ -139,8 +141,8 @@ def wait(
 
 
 @contextmanager
-def left_at_once(commands: SlurmClient, job_id: str) -> Iterator[None]:
-    """Whoever leaves without waiting for an orderly end leaves no job behind, if Slurm answers."""
+def cancelled_on_interrupt(commands: SlurmClient, job_id: str) -> Iterator[None]:
+    """Cancel the job if KeyboardInterrupt leaves the context and Slurm answers; for an exit without waiting."""
     try:
         yield
     except KeyboardInterrupt:
@@ -149,15 +151,15 @@ def left_at_once(commands: SlurmClient, job_id: str) -> Iterator[None]:
         raise
 
 
-# --- listening ------------------------------------------------------------------------------------
+# --- while it runs --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Follow:
-    """One cell of a job, as a controller follows it.
+    """One cell of a job that is to be followed.
 
-    `folders` are the cell's folders here, by host (the talks' names). `source` is its folder on each of
-    `nodes` where those do not see this machine's files (None: they do). `step` is the cell's number in a job
+    `folders` are the cell's folders here, by host (the sessions' names). `source` is its folder on each of
+    `nodes` if those do not see this machine's files (None: they do). `step` is the cell's number in a job
     of several. `log` is the job's output, if it can be read here.
     """
 
@@ -173,24 +175,25 @@ class Follow:
     lag_s: float = LAG_S
 
     def look(self) -> tuple[JobInfo, set[int]]:
+        """The job's state, and its running steps if the cell is one of several. Raises SlurmUnreachable."""
         info = self.slurm.poll([self.job_id])[self.job_id]
         running = self.step is not None and info.state == "running"
         return info, self.slurm.steps(self.job_id) if running else set()
 
     def fetch(self) -> dict[str, str]:
-        """Copy what the nodes have by now; one that cannot be reached is merely not heard."""
+        """Copy the cell's files from the nodes; returns failures by node, which are no error here."""
         targets = {name: str(folder.path) for name, folder in self.folders.items()}
         return copy.gather(self.nodes, str(self.ssh_config), str(self.source), targets, timeout_s=FETCH_S)
 
 
-class _Ear:
-    """Reads what one agent has said, while its file grows or is replaced by a longer copy."""
+class _MessageReader:
+    """Reads the messages of one agent, while its file grows or is replaced by a longer copy."""
 
     def __init__(self, path: Path, job_id: str) -> None:
         self._path, self._job_id, self._offset = path, job_id, 0
 
     def messages(self) -> list[Message]:
-        """What is new; nothing of an earlier job in the same folder."""
+        """The new messages; none of an earlier job in the same folder."""
         try:
             with open(self._path, "rb") as file:
                 first = read_message(file.readline())
@@ -208,26 +211,26 @@ class _Ear:
 
 def converse(
     follow: Follow,
-    talks: Sequence[Talk],
-    on_message: Callable[[Talk, Message], None],
-    word: Callable[[Talk], str | None] = lambda talk: None,
+    sessions: Sequence[AgentSession],
+    on_message: Callable[[AgentSession, Message], None],
+    next_word: Callable[[AgentSession], str | None] = lambda session: None,
     patience_s: float = 20.0,
 ) -> JobInfo:
-    """Listen to the agents of one cell until all have ended or its job has; returns what Slurm last said of the job.
+    """Receive messages of a cell's agents until all have ended or its job has; returns the job's last known state.
 
-    As `backends.converse`: `word(talk)` is asked ten times a second, and the first "stop" is told to all agents
-    by Slurm; after `patience_s` more, the job (or step) is cancelled. A talk's `rc` is 0 or 1 by the agent's
-    outcome, -1 where there is none, with the end of the job's log as its `stderr`. Raises Silent when neither
-    Slurm nor any agent is heard any more.
+    As `talk.converse`: `next_word(session)` is called every POLL_S. The first "stop" is sent to all agents as a signal
+    of Slurm; after another `patience_s` the job (or step) is cancelled. A session's `rc` is 0 or 1 by the agent's
+    outcome, -1 without one, with the end of the job's log as its `stderr`. Raises SlurmUnreachable if neither Slurm nor
+    any agent answers any more.
     """
     for folder in follow.folders.values():
         folder.create()
-    with left_at_once(follow.slurm, follow.job_id), _threads() as pool:
-        return _Following(follow, talks, on_message, word, patience_s).run(pool)
+    with cancelled_on_interrupt(follow.slurm, follow.job_id), _threads() as pool:
+        return _Following(follow, sessions, on_message, next_word, patience_s).run(pool)
 
 
 class _Job(Enum):
-    """The job, or the cell's step in it, as Slurm describes it."""
+    """The state of the job, or of the cell's step in it."""
 
     OPEN = "it waits or runs"
     ENDING = "Slurm is ending it"
@@ -235,17 +238,17 @@ class _Job(Enum):
 
 
 class _Agents(Enum):
-    SPEAKING = "at least one has not sent its outcome"
+    RUNNING = "at least one has not sent its outcome"
     ENDED = "all have"
 
 
 class _Stop(Enum):
-    NOT_ASKED = "the cell is to go on"
-    ASKED = "its agents are to end"
+    NOT_ASKED = "the cell continues"
+    ASKED = "its agents were asked to end"
 
 
 class _Since(Generic[T]):
-    """A state, and the monotonic time since when it holds."""
+    """A state, and the monotonic time in s at which it began."""
 
     def __init__(self, state: T) -> None:
         self.state, self.since = state, time.monotonic()
@@ -255,29 +258,31 @@ class _Since(Generic[T]):
             self.state, self.since = state, now
 
     def seconds(self, state: T, now: float) -> float | None:
-        """How long it has been in this state; None where it is in another."""
+        """How long it has been in this state, in s; None if it is in another."""
         return now - self.since if self.state is state else None
 
 
 class _Following:
-    """One cell of a job, followed until its agents and its job have ended."""
+    """Follows one cell of a job until its agents and its job have ended."""
 
     def __init__(
         self,
         follow: Follow,
-        talks: Sequence[Talk],
-        on_message: Callable[[Talk, Message], None],
-        word: Callable[[Talk], str | None],
+        sessions: Sequence[AgentSession],
+        on_message: Callable[[AgentSession, Message], None],
+        next_word: Callable[[AgentSession], str | None],
         patience_s: float,
     ) -> None:
-        self.follow, self.talks, self.on_message, self.word = follow, talks, on_message, word
+        self.follow, self.sessions, self.on_message, self.next_word = follow, sessions, on_message, next_word
         self.patience_s = patience_s
-        self.ears = [(talk, _Ear(follow.folders[talk.name].messages, follow.job_id)) for talk in talks]
+        self.readers = [
+            (session, _MessageReader(follow.folders[session.name].messages, follow.job_id)) for session in sessions
+        ]
         self.info = forgotten(follow.job_id)
         self.step_seen = False  # running, in Slurm's list of steps
-        self.job, self.agents, self.stop = _Since(_Job.OPEN), _Since(_Agents.SPEAKING), _Since(_Stop.NOT_ASKED)
-        self.sent = ""  # the last word that Slurm passed on
-        self.began = self.heard = time.monotonic()
+        self.job, self.agents, self.stop = _Since(_Job.OPEN), _Since(_Agents.RUNNING), _Since(_Stop.NOT_ASKED)
+        self.sent = ""  # the last word sent through Slurm
+        self.began = self.last_message = time.monotonic()
         self.send_from = self.read_from = 0.0  # no word is sent, no file read, before these times
 
     def run(self, pool: ThreadPoolExecutor) -> JobInfo:
@@ -292,63 +297,63 @@ class _Following:
             if now >= self.read_from:
                 self._read(now)
             self._look(look, now)
-            if self.job.state is _Job.OVER and fetch:  # what they said last is not here yet
+            if self.job.state is _Job.OVER and fetch:  # their last messages are not here yet
                 fetch.once_more()
                 while self._read(now):
                     pass
-            alive = [talk for talk in self.talks if talk.alive]
-            if self._all_said(now, alive, fetched=fetch is not None):
+            alive = [session for session in self.sessions if session.alive]
+            if self._all_received(now, alive, fetched=fetch is not None):
                 return self._end(alive)
             if alive:
                 self._send(alive, now)
-            elif follow.step is not None:  # the job goes on without this cell
+            elif follow.step is not None:  # the job continues without this cell
                 return self.info
-            elif self.agents.state is _Agents.SPEAKING:
+            elif self.agents.state is _Agents.RUNNING:
                 self.agents.enter(_Agents.ENDED, now)
                 look.soon()
-            if self.sent == CANCEL and self._mute(alive, now):  # Slurm goes on ending it
+            if self.sent == CANCEL and self._unresponsive(alive, now):  # Slurm continues to end it
                 return self._end(alive)
             if self._overdue(now):
                 self._end(alive)
                 try:
                     self._cancel()
-                except Silent:
-                    if alive:  # nobody could tell them, so they go on
+                except SlurmUnreachable:
+                    if alive:  # they were not notified, so they continue
                         raise
                 return self.info
 
-    def _all_said(self, now: float, alive: Sequence[Talk], fetched: bool) -> bool:
-        """Whether the job has ended and nothing more can come: not even what NFS shows late."""
+    def _all_received(self, now: float, alive: Sequence[AgentSession], fetched: bool) -> bool:
+        """Whether the job has ended and no message can arrive any more, not even late through NFS."""
         if self.job.state is not _Job.OVER:
             return False
-        return not alive or fetched or now - max(self.job.since, self.heard) > self.follow.lag_s
+        return not alive or fetched or now - max(self.job.since, self.last_message) > self.follow.lag_s
 
     def _overdue(self, now: float) -> bool:
-        """Whether agents that are to end have not, or the job has not after them."""
+        """Whether agents have not ended in time, or the job has not after them."""
         asked_s, ended_s = self.stop.seconds(_Stop.ASKED, now), self.agents.seconds(_Agents.ENDED, now)
         given_up = asked_s is not None and asked_s > self.patience_s + END_S
         return given_up or (ended_s is not None and ended_s > END_S)
 
     def _read(self, now: float) -> bool:
-        """Pass on what is new; False when nothing was."""
-        self.read_from, heard = now + HEAR_S * len(self.ears), False
-        for talk, ear in self.ears:
-            for message in ear.messages() if talk.alive else []:
-                talk.answered, talk.heard, self.heard, heard = True, now, now, True
+        """Pass on new messages; returns whether there were any."""
+        self.read_from, received = now + READ_S * len(self.readers), False
+        for session, reader in self.readers:
+            for message in reader.messages() if session.alive else []:
+                session.answered, session.last_output, self.last_message, received = True, now, now, True
                 if isinstance(message, Outcome):
-                    talk.rc = 0 if message.ended_well else 1
+                    session.rc = 0 if message.ended_well else 1
                 if not isinstance(message, Alive):
-                    self.on_message(talk, message)
-            if not talk.answered and now - self.began < FIRST_WORD_S:
-                talk.heard = now
-        return heard
+                    self.on_message(session, message)
+            if not session.answered and now - self.began < FIRST_MESSAGE_S:
+                session.last_output = now
+        return received
 
     def _look(self, look: _Repeated[tuple[JobInfo, set[int]]], now: float) -> None:
-        """Take Slurm's newest answer, if there is one. Raises Silent when neither it nor any agent is heard."""
+        """Process Slurm's newest answer, if any. Raises SlurmUnreachable if neither Slurm nor any agent answers."""
         try:
             seen = look.take()
-        except Silent:
-            if now - self.heard > SILENCE_S:
+        except SlurmUnreachable:
+            if now - self.last_message > SILENCE_S:
                 raise
             return
         if seen is None:
@@ -364,47 +369,47 @@ class _Following:
         if self.job.state is not _Job.OVER:
             self.job.enter(_Job.ENDING if info.state == "ending" else _Job.OPEN, now)
             ending_s = self.job.seconds(_Job.ENDING, now)
-            patience_s = ENDING_S if any(talk.answered for talk in self.talks) else FIRST_END_S
+            patience_s = ENDING_S if any(session.answered for session in self.sessions) else FIRST_END_S
             if passed or gone(info) or (ending_s is not None and ending_s > patience_s):
                 self.job.enter(_Job.OVER, now)
 
-    def _send(self, alive: Sequence[Talk], now: float) -> None:
-        """Slurm's signals reach all agents of a step at once, so what one is to be sent, all are."""
-        for talk in alive:
-            talk.told = self.word(talk) or talk.told
-        words = {talk.told for talk in alive}
+    def _send(self, alive: Sequence[AgentSession], now: float) -> None:
+        """Send the next word. Slurm's signals reach all agents of a step, so a word for one is sent to all."""
+        for session in alive:
+            session.last_word = self.next_word(session) or session.last_word
+        words = {session.last_word for session in alive}
         if Word.STOP in words:
             self.stop.enter(_Stop.ASKED, now)
         asked_s = self.stop.seconds(_Stop.ASKED, now)
         if asked_s is not None:
-            wanted = CANCEL if asked_s > self.patience_s or self._mute(alive, now) else Word.STOP
+            next_sent = CANCEL if asked_s > self.patience_s or self._unresponsive(alive, now) else Word.STOP
         else:
-            wanted = Word.STACKS if Word.STACKS in words else ""
-        if wanted and wanted != self.sent and now >= self.send_from:
+            next_sent = Word.STACKS if Word.STACKS in words else ""
+        if next_sent and next_sent != self.sent and now >= self.send_from:
             try:
-                self._cancel(None if wanted == CANCEL else slurm_signal(Word(wanted)))
-                self.sent = wanted
-            except Silent:
+                self._cancel(None if next_sent == CANCEL else slurm_signal(Word(next_sent)))
+                self.sent = next_sent
+            except SlurmUnreachable:
                 self.send_from = now + SILENT_PAUSE_S
 
-    def _mute(self, alive: Sequence[Talk], now: float) -> bool:
-        """Whether only agents are left that do not answer: they will not by being waited for."""
-        return bool(alive) and all(now - talk.heard > SILENCE_S for talk in alive)
+    def _unresponsive(self, alive: Sequence[AgentSession], now: float) -> bool:
+        """Whether all agents left have sent nothing for SILENCE_S: waiting for them is useless."""
+        return bool(alive) and all(now - session.last_output > SILENCE_S for session in alive)
 
     def _cancel(self, signal: str | None = None) -> None:
         self.follow.slurm.cancel(self.follow.job_id, signal, self.follow.step, patient=False)
 
-    def _end(self, alive: Sequence[Talk]) -> JobInfo:
-        """Agents that are left have no outcome; the end of the job's log may say why."""
+    def _end(self, alive: Sequence[AgentSession]) -> JobInfo:
+        """Mark the remaining agents as lost; the end of the job's log may say why."""
         last = _last_lines(self.follow.log)
-        for talk in alive:
-            talk.rc = -1
-            talk.stderr += last
+        for session in alive:
+            session.rc = -1
+            session.stderr += last
         return self.info
 
 
 def _last_lines(log: Path | None) -> list[str]:
-    """The end of a job's output, where srun and Slurm say why a step did not start."""
+    """The last lines of a job's output, in which srun and Slurm report why a step did not start."""
     if log is None:
         return []
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Which cells have a job: each cell's share of one, from its submission until its end was seen.
+"""Which cells have a job: each cell's share of one, from its submission until its end was observed.
 
 status.json keeps the ledger under `allocation`, so that a later controller follows the same jobs.
 """
@@ -27,20 +27,22 @@ class JobShare:
 
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> JobShare:
+        """The share in an entry of `allocation` in status.json."""
         job_id, step, name, *hosts = values
         return cls(job_id, step, name, tuple(hosts))
 
     def to_json(self) -> list[Any]:
+        """The entry of `allocation` in status.json: job id, step, name, hosts."""
         return [self.job_id, self.step, self.name, *self.hosts]
 
     @property
     def follows_others(self) -> bool:
-        """Whether other cells come before it in the same job. Step 0, or a task of an array, is why there is a job."""
+        """Whether other cells run before it in the same job; not for step 0 or a task of an array."""
         return bool(self.step)
 
 
-class Standing(IntEnum):
-    """How sure it is that a cell has a job that goes on meanwhile; the surer, the sooner it is followed."""
+class Certainty(IntEnum):
+    """How certain it is that a cell has a job that continues; the most certain ones are followed first."""
 
     HAS_JOB = 0
     MAY_HAVE_JOB = 1
@@ -58,7 +60,7 @@ class Ledger:
     def from_status(cls, status: Mapping[str, Any]) -> Ledger:
         """The ledger that an earlier controller left in status.json.
 
-        Inherited are the jobs whose end it did not see: they go on without a controller and are followed first.
+        Inherited are the jobs whose end it did not observe: they continue without a controller and are followed first.
         """
         shares = {cell: JobShare.from_json(values) for cell, values in status.get("allocation", {}).items()}
         inherited = {
@@ -71,6 +73,7 @@ class Ledger:
         return cls({cell: share for cell, share in shares.items() if cell in inherited}, inherited)
 
     def to_json(self) -> dict[str, list[Any]]:
+        """The shares by cell, as `allocation` in status.json."""
         return {cell: share.to_json() for cell, share in self._shares.items()}
 
     @property
@@ -80,25 +83,26 @@ class Ledger:
 
     @property
     def any_job(self) -> bool:
-        """Whether a job of this run may go on."""
+        """Whether a job of this run may still exist."""
         return bool(self._shares or self.inherited)
 
     def share(self, cell: str) -> JobShare | None:
+        """The cell's share of a job, None if it has none."""
         return self._shares.get(cell)
 
     def has(self, cell: str) -> bool:
-        """Whether the cell has a job, a share of one, or one that an earlier controller left."""
+        """Whether the cell has a share of a job, or a job that an earlier controller left."""
         return cell in self._shares or cell in self.inherited
 
-    def standing(self, cell: str, job_id: str | None) -> Standing:
-        """`job_id` is that of the cell's last job, as status.json has it."""
+    def certainty(self, cell: str, job_id: str | None) -> Certainty:
+        """How certain it is that the cell has a job; `job_id` is that of its last job in status.json."""
         if not self.has(cell):
-            return Standing.NO_JOB
+            return Certainty.NO_JOB
         share = self._shares.get(cell)
-        return Standing.HAS_JOB if (share.job_id if share else job_id) else Standing.MAY_HAVE_JOB
+        return Certainty.HAS_JOB if (share.job_id if share else job_id) else Certainty.MAY_HAVE_JOB
 
     def job_ids(self) -> set[str] | None:
-        """The ids of all jobs that cells share; None where one is not known yet."""
+        """The ids of all jobs that cells share; None if one of them is not known yet."""
         ids = {share.job_id for share in self._shares.values()}
         return None if None in ids else {job_id for job_id in ids if job_id}
 
@@ -111,23 +115,24 @@ class Ledger:
         return [cell for cell, share in self._shares.items() if share.name == name]
 
     def note(self, shares: Mapping[str, JobShare]) -> None:
+        """Record shares by cell, in place of earlier ones."""
         self._shares |= shares
 
     def drop(self, cells: Iterable[str]) -> None:
-        """These cells have no share any more; what was inherited stays so."""
+        """Remove the shares of these cells; inherited jobs remain inherited."""
         for cell in list(cells):
             self._shares.pop(cell, None)
 
     def over(self, cell: str) -> None:
-        """The end of the cell's job, or step, was seen."""
+        """Record that the cell's job, or step, has ended."""
         self.inherited.discard(cell)
         self._shares.pop(cell, None)
 
     def reconcile(self, cell: str, before: set[str], has_job: bool, complete: Iterable[str]) -> None:
-        """Take in what was learnt of the job of `cell` whose id was not known.
+        """Record what was found out about the job of `cell` whose id was not known.
 
-        `before` are the cells that had a share until then; `has_job` says whether the job exists; `complete` are cells
-        that need none.
+        `before` are the cells that had a share until then, `has_job` is whether the job exists, and `complete` are the
+        cells that need none.
         """
         found = self._shares.keys() - before
         self.drop(found & set(complete))
@@ -139,7 +144,7 @@ class Ledger:
 
 
 def jobs_left(status: Mapping[str, Any]) -> list[str]:
-    """The ids of the jobs, tasks of arrays as well, whose end no controller has seen, from status.json."""
+    """The ids of the jobs and array tasks in status.json whose end no controller has observed."""
 
     def unseen(cell: Mapping[str, Any]) -> bool:
         return not cell["ended"] or (cell["error"] or {}).get("kind") == "slurm_unreachable"

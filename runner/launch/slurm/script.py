@@ -1,7 +1,6 @@
-"""Slurm in words: jobs rendered, its answers about them read. Text in, values out.
+"""Renders jobs as sbatch files. Values in, text out.
 
-Written for Slurm 20.11 and later. Answers are asked for as text with a separator of our own: the JSON of
-those versions is missing, or differs from one to the next.
+Written for Slurm 20.11 and later.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from runner.system.wording import counted
 # --- settings -------------------------------------------------------------------------------------
 
 
-_UNBREAKABLE = re.compile(r"[^\x00-\x1f\x7f\"'\\`$#]*")  # stays one value between double quotes
+_UNBREAKABLE = re.compile(r"[^\x00-\x1f\x7f\"'\\`$#]*")  # remains one value between double quotes
 
 
 # --- one job --------------------------------------------------------------------------------------
 
-STARTUP_S = 120  # allowed to every cell beside its own limit: imports from a cold file system, gathering
-# So long before its time limit, or up to a minute earlier, every process of a job's tasks gets SIGUSR1 and SIGCONT,
-# sessions of their own included: one that does not catch or ignore it dies of it. After the limit: SIGTERM, KillWait.
+STARTUP_S = 120  # added to the time limit of every cell: imports from a cold file system, gathering
+# At this time before its limit, or up to a minute earlier, every process of a job's tasks gets SIGUSR1 and SIGCONT,
+# including those in other sessions; one that does not catch or ignore it dies. After the limit: SIGTERM, KillWait.
 NOTICE_S = 60
 
 
@@ -39,8 +38,8 @@ NOTICE_S = 60
 class Step:
     """One cell in a job. `hosts` are Slurm names in rank order; none: Slurm places.
 
-    srun starts tasks in Slurm's own order of nodes whatever the order of `hosts`, so an agent whose request
-    says in which order ranks are must follow that, and `placement` where it says nothing.
+    srun starts tasks in Slurm's own order of nodes whatever the order of `hosts`, so an agent takes the rank order
+    from its request, or without one from `slurm_step.placement`.
     """
 
     cell: str
@@ -56,7 +55,7 @@ class BatchJob:
 
     `name` is unique, so that a job can be found again by it. `python` is the agent's interpreter on the nodes,
     `log` the path of the job's output in a folder that exists on the batch host; `secrets` are names of
-    environment variables to hand on, never values.
+    environment variables to pass on, never values.
     """
 
     name: str
@@ -70,14 +69,14 @@ class BatchJob:
 
 
 def limit_s(job: BatchJob, settings: Settings) -> int:
-    """The time limit that `job` is submitted with: the one set, or what its cells may take; whole minutes."""
+    """The time limit of `job` in s: the one set, or what its cells may take; rounded up to whole minutes."""
     limits = [step.timeout_s + STARTUP_S for step in job.steps]
     limit = settings.time_limit_s or (max(limits) if job.array else sum(limits))
     return math.ceil(limit / 60) * 60
 
 
-def wanted_gres(gpus_per_node: int, device: str, settings: Settings) -> str | None:
-    """What each node must have, such as `gpu:h200:8`; None: nothing."""
+def requested_gres(gpus_per_node: int, device: str, settings: Settings) -> str | None:
+    """The GRES of each node, such as `gpu:h200:8`; None: none is requested."""
     return settings.gres or (f"gpu:{gpus_per_node}" if device == "cuda" else None)
 
 
@@ -87,7 +86,7 @@ def cells_of(script: str) -> list[str]:
 
 
 def render(job: BatchJob, settings: Settings) -> str:
-    """The job as one sbatch file. Nothing in it is expanded by the batch shell but exit statuses.
+    """The text of the job's sbatch file. The batch shell expands nothing in it except exit statuses.
 
     Raises UsageError for a value that would break a line or hide an option, and for a placeholder.
     """
@@ -105,7 +104,7 @@ def render(job: BatchJob, settings: Settings) -> str:
         "ntasks-per-node": 1,
         "exclusive": "",
         "mem": 0,
-        "gres": wanted_gres(job.gpus_per_node, job.device, settings),
+        "gres": requested_gres(job.gpus_per_node, job.device, settings),
         "constraint": settings.constraint,
         "nodelist": ",".join(hosts) or None,
         "exclude": ",".join(settings.exclude) or None,
@@ -119,7 +118,7 @@ def render(job: BatchJob, settings: Settings) -> str:
         "#!/bin/bash",
         f"# {job.name}: Shakedown's agent on every node of each cell, one cell after the other"
         + (", each a task of an array." if job.array else "."),
-        *(f"#   {_told(step)}" for step in job.steps),
+        *(f"#   {_summary(step)}" for step in job.steps),
         "# By hand: `sbatch THIS_FILE`, with no SBATCH_* variable set, since those win over the lines below.",
         *([needs] if needs else []),
         *(_directive(name, value) for name, value in _unbroken(options)),
@@ -139,7 +138,7 @@ def render(job: BatchJob, settings: Settings) -> str:
     return text
 
 
-def _told(step: Step) -> str:
+def _summary(step: Step) -> str:
     where = f"on {fold(step.hosts)}" if step.hosts else "placed by Slurm"
     return f"cell {step.cell}: {counted(step.num_nodes, 'node')} {where}, at most {step.timeout_s:g} s"
 
@@ -161,7 +160,7 @@ def _srun(job: BatchJob, step: Step) -> list[str]:
         "ntasks": step.num_nodes,
         "ntasks-per-node": 1,
         "nodelist": ",".join(step.hosts) or None,
-        # The first nodes of the allocation, which the controller counts on.
+        # The first nodes of the allocation, as the controller expects.
         "relative": 0 if together and not step.hosts else None,
         # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
         "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if together else None,
@@ -170,9 +169,9 @@ def _srun(job: BatchJob, step: Step) -> list[str]:
     ((_, python),) = _unbroken({"python": job.python})
     return [
         "",
-        f"# {_told(step)}",
+        f"# {_summary(step)}",
         f"srun {' '.join(words)} \\",
-        # export: all that the job's own --export let in; without it, that one would hold here as well.
+        # export: everything that the job's own --export allowed; without it, that option would apply here as well.
         "  --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \\",
         f"  {shlex.quote(python)} -P -u -m runner.node <<'{delimiter}'",
         request,
@@ -182,7 +181,7 @@ def _srun(job: BatchJob, step: Step) -> list[str]:
 
 
 def _unbroken(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The options that are set, as texts; raises UsageError for one that would not stay one value."""
+    """The options that are set, as texts; raises UsageError for one that would not remain one value."""
     texts = [(name, str(value)) for name, value in options.items() if value is not None]
     for name, text in texts:
         if not _UNBREAKABLE.fullmatch(text):
@@ -195,9 +194,3 @@ def _directive(name: str, value: str) -> str:
     if not value:
         return f"#SBATCH --{name}"
     return f"#SBATCH --{name}={value}" if WORD.fullmatch(value) else f'#SBATCH --{name}="{value}"'
-
-
-# --- inside a step --------------------------------------------------------------------------------
-
-
-# --- what became of jobs --------------------------------------------------------------------------

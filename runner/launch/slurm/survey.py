@@ -1,4 +1,4 @@
-"""What Slurm has for a benchmark, in seconds and read-only: `runner check` where nodes are reached through Slurm."""
+"""Checks in seconds, read-only, whether Slurm can start a benchmark: `runner check` for nodes under Slurm."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from runner.workloads import registry
 
 @dataclass(frozen=True)
 class Survey:
-    """What Slurm has, and why it could not start one cell on `num_nodes` nodes.
+    """Slurm's partitions and nodes, and why it could not start one cell on `num_nodes` nodes.
 
-    `state` is "usable", "down" where nodes are (one of the inventory's, or so many that nothing could start), or
-    "refused" for what no node that comes back would change. `down` and `unknown` are nodes of the inventory.
+    `state` is "usable", "down" where nodes are down (one of the inventory's, or so many that nothing could start), or
+    "refused" for a request that could not start with all nodes up. `down` and `unknown` are nodes of the inventory.
     """
 
     state: str
@@ -35,9 +35,9 @@ class Survey:
 
 
 def ask(commands: SlurmClient, nodes: Sequence[Node], named: bool) -> Survey:
-    """Ask Slurm for what it has for a cell on all of `nodes`; `named`: on these and no others.
+    """Ask Slurm whether it can start a cell on as many nodes as `nodes`; `named`: on exactly these.
 
-    Raises InfrastructureError where Slurm does not answer.
+    Raises InfrastructureError if Slurm does not answer.
     """
     partitions, seen = commands.look()
     settings, first = commands.settings, nodes[0]
@@ -62,7 +62,7 @@ def ask(commands: SlurmClient, nodes: Sequence[Node], named: bool) -> Survey:
 
 
 def describe(found: Survey, settings: Settings, width: int) -> str:
-    """A survey for people, in lines of `width` columns where words allow it."""
+    """The survey as text, in lines of at most `width` columns unless a word is longer."""
     lines = capacity.describe(found.partitions, found.nodes, settings)
     for what, names in (("not usable", found.down), ("unknown to Slurm", found.unknown)):
         lines += [f"in the inventory, {what}: {fold(names)}"] if names else []

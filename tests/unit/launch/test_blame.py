@@ -12,7 +12,7 @@ from conftest import ROOT
 from runner.cluster import reasons
 from runner.failures import KINDS, Problem, node_lines
 from runner.launch import blame
-from runner.launch.talk import Talk
+from runner.launch.talk import AgentSession
 from runner.node import ranks as node
 from runner.node.protocol import Outcome, RankStack
 from runner.results import celldir
@@ -24,14 +24,14 @@ def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = F
     return Outcome.from_json({**plain, **more})
 
 
-def talks(*names: str, rc: int = 0, answered: bool = True, stderr: tuple[str, ...] = ()) -> list[Talk]:
-    return [Talk(name, (), {}, rc=rc, answered=answered, stderr=list(stderr)) for name in names]
+def sessions(*names: str, rc: int = 0, answered: bool = True, stderr: tuple[str, ...] = ()) -> list[AgentSession]:
+    return [AgentSession(name, (), {}, rc=rc, answered=answered, stderr=list(stderr)) for name in names]
 
 
 def test_the_rank_that_died_first_hand_is_blamed_not_those_that_lost_it():
     lost = ["RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"]
     said = blame.blame(
-        talks("a", "b", "c"),
+        sessions("a", "b", "c"),
         {
             "a": outcome(stderr=lost),
             "b": outcome(rc=-9, stderr=["[rank1]: KeyboardInterrupt"]),
@@ -48,56 +48,56 @@ def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():
     ).splitlines()
     warning = "[W1121 04:58:56.598321713 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved."
     ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [warning]} for i in range(2)}
-    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
+    said = blame.blame(sessions("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
     assert said["message"] == "rank1 was killed by SIGKILL"
 
 
 def test_without_such_a_table_the_rank_that_said_something_is_shown():
     ranks = {"rank0": {"started": True, "ended": False, "stderr": []}}
     ranks["rank1"] = {"started": True, "ended": False, "stderr": ["ImportError: no accelerate"]}
-    said = blame.blame(talks("a"), {"a": outcome(rc=None, ranks=ranks)})
+    said = blame.blame(sessions("a"), {"a": outcome(rc=None, ranks=ranks)})
     assert said["message"] == "rank1 ended too soon: ImportError: no accelerate"
 
 
 def test_an_engine_that_never_started_a_rank_is_quoted():
-    said = blame.blame(talks("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
+    said = blame.blame(sessions("a"), {"a": outcome(rc=1, ranks={}, engine_stderr=["No module named torch"])})
     assert said["message"] == "the engine died with status 1: No module named torch" and said["host"] == "a"
 
 
 def test_a_launcher_that_fails_alone_is_quoted():
     pdsh = outcome(rc=2, ranks={}, engine_stderr=["pdsh@x: node001: ssh exited with exit code 2"])
     nodes = {"a": outcome(rc=None, stopped="done", ranks={})}
-    said = blame.blame(talks("a", celldir.LAUNCHER), {**nodes, celldir.LAUNCHER: pdsh})
+    said = blame.blame(sessions("a", celldir.LAUNCHER), {**nodes, celldir.LAUNCHER: pdsh})
     assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
 
 
 def test_a_traceback_names_its_host_and_is_shown():
     trace = ["Traceback (most recent call last):", "ValueError: bad"]
-    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
+    said = blame.blame(sessions("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})
     message = "rank0 died with status 1: ValueError: bad"
     assert said == {"kind": "rank_crashed", "message": message, "host": "a", "stderr": trace}
 
 
 def test_two_first_hand_failures_are_not_told_apart():
-    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
+    said = blame.blame(sessions("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
     assert said["host"] is None and "a, b" in said["message"]
 
 
 def test_lost_peers_alone_blame_nobody():
     said = blame.blame(
-        talks("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
+        sessions("a", "b"), {"a": outcome(stderr=["Connection closed by peer"]), "b": outcome(stopped="stop")}
     )
     assert said["host"] is None and "only lost peers were reported, by a" in said["message"]
 
 
 def test_a_node_whose_agent_answered_and_left_no_outcome_is_a_lost_connection():
     lost = ["Connection reset by peer"]
-    said = blame.blame(talks("a", "b"), {"a": outcome(stderr=lost)})
+    said = blame.blame(sessions("a", "b"), {"a": outcome(stderr=lost)})
     assert (said["kind"], said["host"], said["message"]) == ("lost_connection", "b", "lost the connection to it")
 
 
 def test_an_agent_that_does_not_end_when_told_to_hangs():
-    said = blame.blame(talks("a", rc=reasons.GIVEN_UP), {})
+    said = blame.blame(sessions("a", rc=reasons.GIVEN_UP), {})
     assert (said["kind"], said["host"]) == ("hung", "a")
 
 
@@ -119,7 +119,7 @@ NO_AGENT = [
 
 @pytest.mark.parametrize(("said", "rc", "kind"), NO_AGENT)
 def test_a_node_whose_agent_never_answered_is_called_by_what_ssh_says(said, rc, kind):
-    found = blame.blame(talks("a", rc=rc, answered=False, stderr=(said,)), {})
+    found = blame.blame(sessions("a", rc=rc, answered=False, stderr=(said,)), {})
     assert (found["kind"], found["host"]) == (kind, "a")
     assert found["message"] == f"its agent did not answer{f': {said}' if said else ''}"
 
@@ -142,7 +142,7 @@ RANK = [
 
 @pytest.mark.parametrize(("status", "stderr", "oom_kills", "kind"), RANK)
 def test_how_a_rank_ends_tells_the_kind(status, stderr, oom_kills, kind):
-    found = blame.blame(talks("a"), {"a": outcome(rc=status, stderr=stderr, oom_kills=oom_kills)})
+    found = blame.blame(sessions("a"), {"a": outcome(rc=status, stderr=stderr, oom_kills=oom_kills)})
     assert (found["kind"], found["host"]) == (kind, "a")
 
 
@@ -150,7 +150,7 @@ def test_pdsh_tells_how_a_rank_ended_under_deepspeeds_launcher():
     ends = ["pdsh@c: node002: ssh exited with exit code 247", "pdsh@c: node001: ssh exited with exit code 1"]
     launcher = outcome(rc=-2, stopped="stop", ranks={}, engine_stderr=ends)
     found = blame.blame(
-        talks("a", "b", celldir.LAUNCHER),
+        sessions("a", "b", celldir.LAUNCHER),
         {
             "a": outcome(rc=None, stderr=["Connection closed by peer"]),
             "b": outcome(rc=None),
@@ -162,15 +162,15 @@ def test_pdsh_tells_how_a_rank_ended_under_deepspeeds_launcher():
 
 def test_what_an_agent_refuses_comes_with_its_kind():
     refused = outcome(rc=None, error="port 20000 for the rendezvous is taken by another process", kind="port_taken")
-    found = blame.blame(talks("a", "b"), {"a": refused, "b": outcome(rc=None, stopped="stop")})
+    found = blame.blame(sessions("a", "b"), {"a": refused, "b": outcome(rc=None, stopped="stop")})
     assert (found["kind"], found["host"]) == ("port_taken", "a")
 
 
 def test_what_fails_alike_everywhere_keeps_its_kind_and_names_nobody():
     gone = ["ModuleNotFoundError: No module named 'torch'"]
-    found = blame.blame(talks("a", "b"), {"a": outcome(stderr=gone), "b": outcome(stderr=gone)})
+    found = blame.blame(sessions("a", "b"), {"a": outcome(stderr=gone), "b": outcome(stderr=gone)})
     assert (found["kind"], found["host"]) == ("environment_missing", None)
-    found = blame.blame(talks("a", "b"), {"a": outcome(stderr=gone), "b": outcome(rc=-9)})
+    found = blame.blame(sessions("a", "b"), {"a": outcome(stderr=gone), "b": outcome(rc=-9)})
     assert (found["kind"], found["host"]) == ("unknown", None)
 
 
@@ -184,11 +184,11 @@ def stands(frame: str | None = WAITS, state: str = "S") -> RankStack:
     return RankStack(state, 60.0, [frame] if frame else [])
 
 
-def standstill(**hosts: list[RankStack]) -> dict:
+def hang_error(**hosts: list[RankStack]) -> dict:
     """Of ranks by host, in the order of their numbers."""
     numbers = iter(range(99))
     stacks = {host: {f"rank{next(numbers)}": rank for rank in ranks} for host, ranks in hosts.items()}
-    return blame.standstill("timed_out", REASON, {host: Outcome(stacks=ranks) for host, ranks in stacks.items()})
+    return blame.hang_error("timed_out", REASON, {host: Outcome(stacks=ranks) for host, ranks in stacks.items()})
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def standstill(**hosts: list[RankStack]) -> dict:
     ],
 )
 def test_the_rank_that_others_wait_for_names_its_host(rank, evidence):
-    found = standstill(a=[stands()], b=[rank], c=[stands()])
+    found = hang_error(a=[stands()], b=[rank], c=[stands()])
     assert (found["kind"], found["host"]) == ("rank_hung", "b")
     assert found["message"] == f"{REASON}: {evidence}, while 2 wait for others (first: rank0 in {WAITS})"
     assert found["stderr"] == rank.frames
@@ -218,7 +218,7 @@ def test_the_rank_that_others_wait_for_names_its_host(rank, evidence):
     ],
 )
 def test_without_exactly_one_suspected_host_nobody_is_blamed(hosts):
-    assert standstill(**hosts) == {"kind": "timed_out", "message": REASON, "host": None, "stderr": []}
+    assert hang_error(**hosts) == {"kind": "timed_out", "message": REASON, "host": None, "stderr": []}
 
 
 @given(
@@ -226,7 +226,7 @@ def test_without_exactly_one_suspected_host_nobody_is_blamed(hosts):
 )
 def test_a_host_is_named_only_with_a_suspect_on_it_and_on_no_other(ranks):
     hosts = {f"n{index}": of_host for index, of_host in enumerate(ranks)}
-    found = standstill(**hosts)
+    found = hang_error(**hosts)
     stopped = {host for host, of_host in hosts.items() if any(rank.state == "T" for rank in of_host)}
     if found["host"] is None:
         assert len(stopped) != 1 or any(stands("user.py:1 f") in of_host for of_host in hosts.values())
@@ -258,7 +258,7 @@ def test_every_kind_that_the_code_tells_is_in_the_table():
 
 def test_every_kind_that_the_code_writes_is_in_the_table():
     """Whatever is the first argument where an error, a problem or a finding is made."""
-    makers = {"error", "Problem", "_finding", "standstill"}
+    makers = {"error", "Problem", "_finding", "hang_error"}
     written = set()
     for path in (ROOT / "runner").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):

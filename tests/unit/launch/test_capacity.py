@@ -173,10 +173,10 @@ def test_what_can_run_is_not_refused():
         ({"settings": Settings(gres="gpu:a100:8")}, "gpu:a100:8 asked for on each node, found: node[001-008] gpu:h200:8(S:0-1)"),
         ({"gpus_per_node": 16}, "gpu:16 asked for on each node, found: node[001-008] gpu:h200:8(S:0-1)"),
         ({"nodes": [SlurmNode(n.name, "idle", True, "", "") for n in H200_NODES]}, "gpu:8 asked for on each node, found: node[001-008] none"),
-        ({"hosts": ("node001", "node099")}, "Slurm knows no node099; it has node[001-008]"),
+        ({"hosts": ("node001", "node099")}, "Slurm does not know node099; it has node[001-008]"),
         (
             {"hosts": ("node001", "other"), "nodes": [*H200_NODES, SlurmNode("other", "idle", True, "", "gpu:8")]},
-            "partition gpu does not hold other; it holds node[001-008]",
+            "partition gpu does not have other; it has node[001-008]",
         ),
         (
             {"hosts": ("node001", "node003"), "nodes": altered(node003=("draining", "firmware"))},

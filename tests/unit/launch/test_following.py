@@ -12,7 +12,7 @@ from slurm_commands import DOWN, Commands, cluster, for_ever, line
 from runner.cluster import slurm as slurm_settings
 from runner.launch.slurm import commands as jobs
 from runner.launch.slurm import follow as following
-from runner.launch.talk import Talk
+from runner.launch.talk import AgentSession
 from runner.results.celldir import CellDir
 from runner.system.process import Outcome
 
@@ -77,27 +77,27 @@ def said(folder: Path, *messages: dict, job: str = "7") -> None:
 GOOD = {"message": "outcome", "rc": 0, "error": None}
 
 
-def conversation(tmp_path, commands, hosts, word=lambda talk: None, patience_s=1.0, **follow):
-    talks = [Talk(host, (), {}) for host in hosts]
+def conversation(tmp_path, commands, hosts, word=lambda session: None, patience_s=1.0, **follow):
+    sessions = [AgentSession(host, (), {}) for host in hosts]
     heard: list[tuple[str, str]] = []
     info = following.converse(
         following.Follow(
             cluster(commands), "7", {host: CellDir(tmp_path / host) for host in hosts}, lag_s=0.1, **follow
         ),
-        talks,
-        lambda talk, message: heard.append((talk.name, message.MESSAGE)),
+        sessions,
+        lambda session, message: heard.append((session.name, message.MESSAGE)),
         word,
         patience_s,
     )
-    return info, talks, heard
+    return info, sessions, heard
 
 
 def test_every_agent_is_heard_and_the_jobs_end_awaited(tmp_path):
     said(tmp_path / "a", {"message": "alive"}, {"message": "line", "file": "x", "line": "y"}, GOOD)
     said(tmp_path / "b", {"message": "outcome", "rc": 1, "error": None})
     commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), line("7", "COMPLETED", nodes="a")])
-    info, talks, heard = conversation(tmp_path, commands, ["a", "b"])
-    assert info.state == "complete" and [talk.rc for talk in talks] == [0, 1]
+    info, sessions, heard = conversation(tmp_path, commands, ["a", "b"])
+    assert info.state == "complete" and [session.rc for session in sessions] == [0, 1]
     assert heard == [("a", "placed"), ("a", "line"), ("a", "outcome"), ("b", "placed"), ("b", "outcome")]
 
 
@@ -105,32 +105,32 @@ def test_a_job_that_ends_leaves_its_silent_agents_without_outcome_but_with_its_l
     said(tmp_path / "a", GOOD)
     (tmp_path / "job.log").write_text("srun: error: b: task 1: Killed\n")
     commands = Commands(squeue=[line("7", "NODE_FAIL", nodes="a,b")])
-    info, talks, _ = conversation(tmp_path, commands, ["a", "b"], log=tmp_path / "job.log")
-    assert (info.state, talks[0].rc, talks[1].rc) == ("node_failed", 0, -1)
-    assert talks[1].stderr == ["srun: error: b: task 1: Killed"] and talks[0].stderr == []
+    info, sessions, _ = conversation(tmp_path, commands, ["a", "b"], log=tmp_path / "job.log")
+    assert (info.state, sessions[0].rc, sessions[1].rc) == ("node_failed", 0, -1)
+    assert sessions[1].stderr == ["srun: error: b: task 1: Killed"] and sessions[0].stderr == []
 
 
 def test_what_an_earlier_job_left_in_the_folder_is_not_heard(tmp_path):
     said(tmp_path / "a", GOOD, job="6")
-    info, talks, heard = conversation(tmp_path, Commands(squeue=[line("7", "FAILED")]), ["a"])
-    assert heard == [] and talks[0].rc == -1 and info.state == "failed"
+    info, sessions, heard = conversation(tmp_path, Commands(squeue=[line("7", "FAILED")]), ["a"])
+    assert heard == [] and sessions[0].rc == -1 and info.state == "failed"
 
 
 def test_a_growing_file_is_read_once_and_only_in_whole_lines(tmp_path):
     path = tmp_path / "messages.jsonl"
-    ear = following._Ear(path, "7")
-    assert ear.messages() == []
+    reader = following._MessageReader(path, "7")
+    assert reader.messages() == []
     path.write_bytes(b'{"message": "placed", "jo')
-    assert ear.messages() == []
+    assert reader.messages() == []
     path.write_bytes(b'{"message": "placed", "job": "7"}\n{"message": "alive"}\n\0\0\0\n{"message": "out')
-    assert [m.MESSAGE for m in ear.messages()] == ["placed", "alive"]
+    assert [m.MESSAGE for m in reader.messages()] == ["placed", "alive"]
     longer = path.read_bytes() + b'come"}\n'
     path.with_name("copy").write_bytes(longer)
     path.with_name("copy").replace(path)  # as rsync does
-    assert [m.MESSAGE for m in ear.messages()] == ["outcome"]
-    assert ear.messages() == []
+    assert [m.MESSAGE for m in reader.messages()] == ["outcome"]
+    assert reader.messages() == []
     path.write_bytes(b'{"message": "placed", "job": "8"}\n' + longer)
-    assert ear.messages() == []
+    assert reader.messages() == []
 
 
 def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_path):
@@ -146,35 +146,35 @@ def test_stop_is_told_once_by_slurm_and_insisted_on_when_it_is_not_heeded(tmp_pa
             commands.calls.append((argv, {}))
             return Outcome(tuple(argv), 0, 0.0, "", "")
 
-    talks = [Talk("a", (), {})]
+    sessions = [AgentSession("a", (), {})]
     follow = following.Follow(
         jobs.SlurmClient(slurm_settings.Settings(), run=Deaf()), "7", {"a": CellDir(tmp_path / "a")}, lag_s=0.1
     )
-    info = following.converse(follow, talks, lambda talk, message: None, lambda talk: "stop", patience_s=0.5)
+    info = following.converse(follow, sessions, lambda session, message: None, lambda session: "stop", patience_s=0.5)
     assert commands.named("scancel") == [["scancel", "--signal=USR2", "7"], ["scancel", "7"]]
-    assert info.state == "cancelled" and talks[0].rc == -1
+    assert info.state == "cancelled" and sessions[0].rc == -1
 
 
 def test_a_stop_that_nobody_could_pass_on_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(following, "END_S", 0.3)
     said(tmp_path / "a", {"message": "started"})
     commands = Commands(squeue=[line("7", "RUNNING", nodes="a")], scancel=[(1, DOWN)])
-    with pytest.raises(jobs.Silent, match="scancel: Unable to contact"):
-        conversation(tmp_path, commands, ["a"], word=lambda talk: "stop", patience_s=0.3)
+    with pytest.raises(jobs.SlurmUnreachable, match="scancel: Unable to contact"):
+        conversation(tmp_path, commands, ["a"], word=lambda session: "stop", patience_s=0.3)
 
 
 def test_in_one_allocation_a_cell_ends_with_its_step_and_the_job_goes_on(tmp_path):
     said(tmp_path / "a", GOOD)
     commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), "7.0\n7.batch\n"])
-    _, talks, _ = conversation(tmp_path, commands, ["a"], step=0)
-    assert talks[0].rc == 0
+    _, sessions, _ = conversation(tmp_path, commands, ["a"], step=0)
+    assert sessions[0].rc == 0
 
-    # A step whose agents left no word is over when the next one runs.
+    # A step whose agents sent no message is over when the next one runs.
     running = line("7", "RUNNING", nodes="b")
     commands = Commands(squeue=[running, "7.1\n7.batch\n"])
     started = time.monotonic()
-    info, talks, _ = conversation(tmp_path, commands, ["b"], step=0)
-    assert talks[0].rc == -1 and info.state == "running" and time.monotonic() - started < 10
+    info, sessions, _ = conversation(tmp_path, commands, ["b"], step=0)
+    assert sessions[0].rc == -1 and info.state == "running" and time.monotonic() - started < 10
     assert not commands.named("scancel")
 
 
@@ -182,11 +182,11 @@ def test_slurm_may_be_silent_as_long_as_agents_are_heard(tmp_path):
     said(tmp_path / "a", {"message": "started"})
     commands = Commands(squeue=[(1, DOWN), (1, DOWN), line("7", "COMPLETED", nodes="a")])
     follow = following.Follow(cluster(commands, patience_s=0), "7", {"a": CellDir(tmp_path / "a")})
-    talks = [Talk("a", (), {})]
+    sessions = [AgentSession("a", (), {})]
 
-    def word(talk):
+    def word(session):
         if len(commands.named("squeue")) > 1:
             said(tmp_path / "a", {"message": "started"}, GOOD)
 
-    assert following.converse(follow, talks, lambda talk, message: None, word).state == "complete"
-    assert talks[0].rc == 0
+    assert following.converse(follow, sessions, lambda session, message: None, word).state == "complete"
+    assert sessions[0].rc == 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.launch.slurm.ledger import JobShare, Ledger, Standing
+from runner.launch.slurm.ledger import Certainty, JobShare, Ledger
 from runner.results.status import cell_status
 
 IDS = st.none() | st.from_regex(r"[0-9]{1,6}(_[0-9]{1,3})?", fullmatch=True)
@@ -59,15 +59,15 @@ def test_a_share_of_a_cell_that_needs_none_is_dropped():
 @pytest.mark.parametrize(
     ("ledger", "job_id", "standing"),
     [
-        (Ledger(), "7", Standing.NO_JOB),
-        (Ledger({"c": JobShare("7", None, "c-1")}), None, Standing.HAS_JOB),
-        (Ledger({"c": JobShare(None, None, "c-1")}), "7", Standing.MAY_HAVE_JOB),
-        (Ledger(inherited=["c"]), "7", Standing.HAS_JOB),
-        (Ledger(inherited=["c"]), None, Standing.MAY_HAVE_JOB),
+        (Ledger(), "7", Certainty.NO_JOB),
+        (Ledger({"c": JobShare("7", None, "c-1")}), None, Certainty.HAS_JOB),
+        (Ledger({"c": JobShare(None, None, "c-1")}), "7", Certainty.MAY_HAVE_JOB),
+        (Ledger(inherited=["c"]), "7", Certainty.HAS_JOB),
+        (Ledger(inherited=["c"]), None, Certainty.MAY_HAVE_JOB),
     ],
 )
 def test_how_sure_a_job_is(ledger, job_id, standing):
-    assert ledger.standing("c", job_id) is standing
+    assert ledger.certainty("c", job_id) is standing
 
 
 def test_one_job_whose_id_is_unknown_makes_all_ids_unknown():

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import FACTS, NAMES, Nodes, Reach, bench_talk, carry_out, missing, planned, states
+from runs import FACTS, NAMES, NodeAccess, Nodes, carry_out, ended_session, missing, planned, states
 from slurm_commands import Commands, line
 from slurm_commands import cluster as slurm_cluster
 
@@ -22,7 +22,7 @@ from runner.launch import blame, drift
 from runner.launch import run as bench
 from runner.launch.signals import Stop
 from runner.launch.slurm import allocations, answers, ledger
-from runner.launch.watch import CellRun, Course
+from runner.launch.watch import CellContext, CellRun
 from runner.plan import build, plan
 from runner.report.progress import Display
 from runner.results import celldir
@@ -80,8 +80,8 @@ def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
 
 def test_a_spare_that_is_no_good_is_passed_over(cluster, tmp_path):
     built = planned(cluster, tmp_path, spares=2)
-    reach = Reach(node003=Problem("unreachable", "nothing listens on its SSH port"))
-    nodes, status, _ = carry_out(built, ("torch", "hung", NAMES[0]), replace_bad=True, reach=reach)
+    access = NodeAccess(node003=Problem("unreachable", "nothing listens on its SSH port"))
+    nodes, status, _ = carry_out(built, ("torch", "hung", NAMES[0]), replace_bad=True, access=access)
     assert status["replaced"][0]["by"] == NAMES[3]
     assert nodes.tried[-1][1] == (NAMES[1], NAMES[3])
 
@@ -167,7 +167,7 @@ def test_a_run_that_is_carried_out_on_another_machine_is_refused_while_that_live
     notes: list[str] = []
     with beating(run), pytest.raises(UsageError, match=r"carried out on login2 \(process 4711\)"):
         drift.refuse_running(run, notes.append)
-    assert notes == [f"seeing for 15 s whether login2 (process 4711) still carries out run {run.run_id}"]
+    assert notes == [f"checking for 15 s whether login2 (process 4711) still carries out run {run.run_id}"]
     drift.refuse_running(run, notes.append)  # it died there
 
 
@@ -186,12 +186,12 @@ class Measured(Nodes):
 
     stopped_in: str | None = None
 
-    def converse(self, planned, cell, watch, data, course):
+    def converse(self, planned, cell, watch, data, context):
         if cell.id == self.stopped_in:
             self.tried.append((cell.id, cell.hosts, cell.master_port))
             watch.stop.asked = True
             return None
-        fault = super().converse(planned, cell, watch, data, course)
+        fault = super().converse(planned, cell, watch, data, context)
         for host in cell.hosts:
             outcome = {"rc": 0, "error": None, "attempt": cell.attempt}
             (self.run.cell(host, cell.id).path / "outcome.json").write_text(json.dumps(outcome))
@@ -202,7 +202,7 @@ def measure(built, run, policy=None, faults=(), stopped_in=None, torch="2.13.0")
     """Carry out what is missing; the cells that ran."""
     nodes = Measured(run, *faults)
     nodes.stopped_in, nodes.facts = stopped_in, {**FACTS, "packages": {"torch": torch}}
-    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy or bench.Policy(), Reach())
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, policy or bench.Policy(), NodeAccess())
     carried.stop.wait = lambda seconds: None
     carried.execute({})
     return [cell.removeprefix("torch-").removesuffix("-r1") for cell, *_ in nodes.tried]
@@ -286,7 +286,7 @@ def test_nodes_without_work_get_no_data(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     built = replace(drift.load(run), nodes=cluster.nodes[:4])
     nodes = Nodes(run)
-    again = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", bench.Policy(), Reach())
+    again = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", bench.Policy(), NodeAccess())
     again.execute({})
     assert nodes.sent == NAMES[:2]
 
@@ -295,7 +295,7 @@ def test_a_launcher_is_no_node_that_a_spare_could_replace(cluster, tmp_path):
     built = planned(cluster, tmp_path, spares=1)
     run = RunDir.create(tmp_path, built.to_dict())
     nodes = Nodes(run)
-    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), Reach())
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), NodeAccess())
     assert not carried._replace(
         built.cells[0], blame.error("lost_connection", "lost the connection to it", celldir.LAUNCHER)
     )
@@ -356,7 +356,9 @@ def test_a_job_is_followed_where_its_end_is_not_known(cluster, tmp_path, kind, s
     status.update(state="incomplete", allocation=shared)
     run.write_status(status)
     nodes = Nodes(run)
-    again = bench.Run(replace(built, backend="slurm"), run, nodes, Display(quiet=True), None, bench.Policy(), Reach())
+    again = bench.Run(
+        replace(built, backend="slurm"), run, nodes, Display(quiet=True), None, bench.Policy(), NodeAccess()
+    )
     for host in NAMES[:2]:
         shutil.rmtree(run.cell(host, "torch-2n-r1").path)
     again.execute({})
@@ -368,14 +370,14 @@ def test_slurm_that_does_not_answer_is_no_reason_for_a_second_job(cluster, tmp_p
     built = replace(planned(cluster, tmp_path), backend="slurm")
 
     class Again(Nodes):
-        def converse(self, planned, cell, watch, data, course):
+        def converse(self, planned, cell, watch, data, context):
             for host in cell.hosts:  # the stand-in makes them anew
                 shutil.rmtree(self.run.cell(host, cell.id).path, ignore_errors=True)
-            return super().converse(planned, cell, watch, data, course)
+            return super().converse(planned, cell, watch, data, context)
 
     run = RunDir.create(tmp_path, built.to_dict())
     nodes = Again(run, ("torch", "slurm_unreachable", None))
-    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(1), Reach())
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(1), NodeAccess())
     carried.stop.wait = lambda seconds: None
     carried.execute({})
     entry = run.read_status()["cells"]["torch-2n-r1"]
@@ -432,7 +434,7 @@ BROKEN = Problem("node_failed", "Slurm says drained (fan broken)")
     ],
 )
 def test_what_slurm_says_of_its_nodes_tells_why_a_job_did_not_start(found, kind, host):
-    error = allocations.told_by_slurm(blame.error("not_started", "given up"), found)
+    error = allocations.with_slurm_state(blame.error("not_started", "given up"), found)
     assert (error["kind"], error["host"]) == (kind, host)
     assert error["message"] == "; ".join(["given up", *(f"{name}: {one.message}" for name, one in found.items())])
 
@@ -441,8 +443,8 @@ def test_a_prolog_that_failed_under_srun_is_told_of_its_node(cluster, tmp_path):
     built = replace(planned(cluster, tmp_path), backend="slurm")
     carrier, _ = through_slurm(built, RunDir.create(tmp_path, built.to_dict()))
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
-    watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
-    watch.talks[0].stderr = ["srun: error: Task launch for 23.0 failed on node node002: Job prolog failed"]
+    watch.sessions = [ended_session(host) for host in built.cells[0].hosts]
+    watch.sessions[0].stderr = ["srun: error: Task launch for 23.0 failed on node node002: Job prolog failed"]
     info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
     error = carrier._fault(info, watch, built)
     assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
@@ -456,7 +458,7 @@ def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(clust
     commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     carrier = allocations.Allocations(run, None, commands, {}, {})
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
-    watch.talks = [bench_talk(host) for host in built.cells[0].hosts]
+    watch.sessions = [ended_session(host) for host in built.cells[0].hosts]
     info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
     error = carrier._fault(info, watch, built)
     assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
@@ -471,11 +473,11 @@ def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp
     heard: list[tuple[str, str, ledger.JobShare | None]] = []
 
     def on_job(info: answers.JobInfo) -> None:
-        heard.append((info.job_id, info.state, course.ledger.share(cell.id)))
+        heard.append((info.job_id, info.state, context.ledger.share(cell.id)))
         assert not commands.named("squeue")
 
-    course = Course({"attempt": 1, "job": None}, [cell], ledger.Ledger(), on_job, lambda nodes: cell)
-    assert carrier._submit(built, cell, None, course)[:2] == ("7", 0)
+    context = CellContext({"attempt": 1, "job": None}, [cell], ledger.Ledger(), on_job, lambda nodes: cell)
+    assert carrier._submit(built, cell, None, context)[:2] == ("7", 0)
     [(job_id, state, share)] = heard
     assert (job_id, state, share.job_id, share.step) == ("7", "waiting", "7", 0)
 
@@ -495,10 +497,10 @@ def test_a_step_is_heard_on_the_hosts_that_it_was_given_not_on_the_first_of_its_
         raise Placed(*(node.name for node in nodes))
 
     shared = ledger.Ledger({cell.id: ledger.JobShare("7", 1, "all", given)})
-    course = Course({"attempt": 1, "job": None}, [cell], shared, lambda info: None, on_placed)
+    context = CellContext({"attempt": 1, "job": None}, [cell], shared, lambda info: None, on_placed)
     watch = CellRun(cell, Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
     with pytest.raises(Placed) as placed:
-        carrier.converse(built, cell, watch, None, course)
+        carrier.converse(built, cell, watch, None, context)
     assert placed.value.args == given
 
 
@@ -530,7 +532,7 @@ def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(clust
             return {nodes[1].name: "no route to it"}
 
     carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
-    carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), Reach())
+    carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), NodeAccess())
     with carried.journal.opened():
         carried._send_data(list(built.nodes))
     assert carried.current.plan.slurm["exclude"] == ["node002"]
@@ -545,7 +547,9 @@ def test_cells_of_an_older_environment_run_again_once_a_newer_one_has_shown_that
     nodes = Nodes(run)
     nodes.facts = {**FACTS, "packages": {"torch": "2.12.1"}}
     for accepted, tried in ((True, ["torch-2n-r1", "torch-1n-r1"]), (True, [])):
-        again = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(accept_drift=accepted), Reach())
+        again = bench.Run(
+            built, run, nodes, Display(quiet=True), None, bench.Policy(accept_drift=accepted), NodeAccess()
+        )
         again.execute({})
         assert [cell for cell, *_ in nodes.tried] == tried
         nodes.tried.clear()
@@ -624,12 +628,12 @@ def test_a_job_that_may_go_on_is_not_called_cancelled(cluster, tmp_path):
     run = RunDir.create(tmp_path, built.to_dict())
 
     class Unheard(Nodes):
-        def converse(self, planned, cell, watch, data, course):
+        def converse(self, planned, cell, watch, data, context):
             watch.stop.asked = True
-            course.on_job(answers.JobInfo("7", "x", "running", "RUNNING", "", (), None))
+            context.on_job(answers.JobInfo("7", "x", "running", "RUNNING", "", (), None))
             return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
 
-    bench.Run(built, run, Unheard(run), Display(quiet=True), None, bench.Policy(), Reach()).execute({})
+    bench.Run(built, run, Unheard(run), Display(quiet=True), None, bench.Policy(), NodeAccess()).execute({})
     status = run.read_status()
     assert states(status) == {"torch-2n-r1": "incomplete"}
     assert ledger.jobs_left(status) == ["7"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import FACTS, Reach, bench_talk, missing, planned, states
+from runs import FACTS, NodeAccess, ended_session, missing, planned, states
 from slurm_commands import DOWN, Commands, for_ever
 from slurm_commands import cluster as slurm_cluster
 
@@ -38,15 +38,15 @@ class Together(allocations.Allocations):
         super().__init__(run, None, slurm_cluster(commands), {}, {})
         self.faults, self.tried = faults, []
 
-    def converse(self, planned, cell, watch, data, course):
-        job_id, step, script = self._submit(planned, cell, data, course)
+    def converse(self, planned, cell, watch, data, context):
+        job_id, step, script = self._submit(planned, cell, data, context)
         self.tried.append((cell.num_nodes, job_id, step))
         fault = self.faults.get((job_id, step))
         if isinstance(fault, dict) and fault["kind"].startswith("rank_"):  # the job goes on
-            watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
+            watch.sessions = [replace(ended_session(host), answered=True) for host in cell.hosts]
             return fault
         if isinstance(fault, dict):
-            course.on_job(answers.JobInfo(job_id, script.stem, "time_limit", "TIMEOUT", "", (), None))
+            context.on_job(answers.JobInfo(job_id, script.stem, "time_limit", "TIMEOUT", "", (), None))
             return fault
         if fault == "stop":
             watch.stop.asked = True
@@ -54,7 +54,7 @@ class Together(allocations.Allocations):
         if fault == "silent":
             watch.stop.asked = True
             return blame.error("slurm_unreachable", "scancel: Unable to contact slurm controller")
-        watch.talks = [replace(bench_talk(host), answered=True) for host in cell.hosts]
+        watch.sessions = [replace(ended_session(host), answered=True) for host in cell.hosts]
         watch.outcomes = {host: Outcome(rc=0) for host in cell.hosts}
         return None
 
@@ -118,7 +118,7 @@ def of_sizes(
     queue = Queue(cluster, 7 + len(list(run.path.glob("slurm/*.sbatch"))))
     carrier = kind(run, queue, faults)
     policy = bench.Policy(retries, spares > 0, drift)
-    carried = bench.Run(built, run, carrier, Display(quiet=True), None, policy, Reach())
+    carried = bench.Run(built, run, carrier, Display(quiet=True), None, policy, NodeAccess())
     carried.stop.wait = lambda seconds: None  # nobody waits in a test
     return carrier, queue, carried
 
@@ -233,7 +233,7 @@ def test_a_job_that_could_not_be_cancelled_is_followed_again(cluster, tmp_path):
     carrier, commands, carried = together(cluster, tmp_path, {("7", 1): "silent"})
     commands.silent = True
     carried.execute({})
-    assert "jobs of this run may go on" in carrier.run.log.read_text()
+    assert "jobs of this run may continue" in carrier.run.log.read_text()
     assert list(states(carrier.run.read_status()).values()) == ["complete", "incomplete", "planned"]
     carrier, _, carried = together(cluster, tmp_path, {})
     carried.execute({})
@@ -295,7 +295,7 @@ def test_a_job_that_an_earlier_controller_left_is_cancelled_by_a_stop_as_well(cl
     status["cells"]["torch-2n-r1"].update(state="incomplete", started="2026-01-01T00:00:00Z", job=job)
     run.write_status({**status, "state": "incomplete"})
     carried = bench.Run(
-        carried.current.plan, run, carried.transport, Display(quiet=True), None, bench.Policy(), Reach()
+        carried.current.plan, run, carried.transport, Display(quiet=True), None, bench.Policy(), NodeAccess()
     )
     queue.jobs["6"] = f"shakedown-{run.run_id}-torch-2n-r1-1"
     carried.execute({})
@@ -348,8 +348,8 @@ class Facts(Together):
 
     torch = "2.13.0"
 
-    def converse(self, planned, cell, watch, data, course):
-        fault = super().converse(planned, cell, watch, data, course)
+    def converse(self, planned, cell, watch, data, context):
+        fault = super().converse(planned, cell, watch, data, context)
         if fault is None:
             for host in cell.hosts:
                 folder = self.run.cell(host, cell.id).path
@@ -361,16 +361,16 @@ class Facts(Together):
 class Placing(Together):
     """Slurm chooses: the n-th conversation is on the n-th node and those after it. `not_started` is before that."""
 
-    def converse(self, planned, cell, watch, data, course):
+    def converse(self, planned, cell, watch, data, context):
         begin = len(self.tried)
         nodes = [planned.nodes[(begin + n) % len(planned.nodes)] for n in range(cell.num_nodes)]
-        job_id, step, _ = self._submit(planned, cell, data, course)
+        job_id, step, _ = self._submit(planned, cell, data, context)
         self.tried.append((cell.num_nodes, job_id, step))
         fault = self.faults.get((job_id, step))
         if isinstance(fault, dict) and fault["kind"] == "not_started":
             return fault
-        watch.cell = course.on_placed(nodes)
-        watch.talks = [replace(bench_talk(host), answered=True) for host in watch.cell.hosts]
+        watch.cell = context.on_placed(nodes)
+        watch.sessions = [replace(ended_session(host), answered=True) for host in watch.cell.hosts]
         if fault is None:
             watch.outcomes = {host: Outcome(rc=0) for host in watch.cell.hosts}
         return fault
@@ -448,8 +448,8 @@ def test_a_task_whose_controller_died_is_followed_and_not_submitted_twice(cluste
     cancelled_while_one_waited(cluster, tmp_path)
 
     class Killed(Placing):
-        def converse(self, planned, cell, watch, data, course):
-            super().converse(planned, cell, watch, data, course)
+        def converse(self, planned, cell, watch, data, context):
+            super().converse(planned, cell, watch, data, context)
             raise SystemExit("killed")
 
     carrier, _, carried = of_sizes(cluster, tmp_path, {}, (1,), 2, named=False, kind=Killed)
@@ -477,7 +477,7 @@ def test_who_leaves_at_once_leaves_no_job_behind(cluster, tmp_path, array):
     run = RunDir.create(tmp_path, built.to_dict())
     queue = Interrupted(cluster, 7)
     carrier = allocations.Allocations(run, None, slurm_cluster(queue), {}, {})
-    carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(), Reach())
+    carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(), NodeAccess())
     with pytest.raises(KeyboardInterrupt):
         carried.execute({})
     assert queue.jobs == {}, queue.named("scancel")
@@ -546,7 +546,7 @@ def test_a_task_that_ended_well_without_a_controller_is_taken_even_if_slurm_has_
     queue.answers["scontrol"] = iter(for_ever(["PartitionName=p"]))
     carrier = allocations.Allocations(run, None, slurm_cluster(queue), {}, {})
     carrier.cluster.poll = lambda ids: {one: jobs.forgotten(one) for one in ids}
-    carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(), Reach())
+    carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(), NodeAccess())
     carried.execute({})
     assert set(states(run.read_status()).values()) == {"complete"}
 
@@ -622,7 +622,7 @@ def silent_is_said(carrier: Together) -> None:
     def converse(*args):
         try:
             return inner(*args)
-        except jobs.Silent as error:
+        except jobs.SlurmUnreachable as error:
             return blame.error("slurm_unreachable", str(error))
 
     carrier.converse = converse  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import click
 import pytest
-from runs import NAMES, Nodes, Reach
+from runs import NAMES, NodeAccess, Nodes
 
 from runner.cli import main
 from runner.cluster.inventory import Inventory
@@ -76,7 +76,7 @@ class Bench:
     def make_id(self) -> str:
         return next(self.ids)
 
-    def reach(self, *_: object, **__: object) -> SimpleNamespace:
+    def access(self, *_: object, **__: object) -> SimpleNamespace:
         asked = 0
 
         def transport(run: RunDir, first: object, expected: object) -> Nodes:
@@ -89,35 +89,35 @@ class Bench:
                 setattr(nodes, self.step, self.fails)
             return nodes
 
-        return SimpleNamespace(ask=self.fails if self.step == "preflight" else Reach().ask, transport=transport)
+        return SimpleNamespace(ask=self.fails if self.step == "preflight" else NodeAccess().ask, transport=transport)
 
     @property
-    def means(self) -> carry.Means:
-        return carry.Means(
+    def dependencies(self) -> carry.Dependencies:
+        return carry.Dependencies(
             make_id=self.make_id,
             state=self.state,
             hold=self.fails if self.step == "hold" else locks.hold_nodes,
-            reach=self.reach,
+            access=self.access,
             data=self.fails if self.step == "data" else lambda *_: "/data/x",
             folder=self.folder,
         )
 
-    def asked(self) -> start.Asked:
-        return start.Asked(self.results, "runner bench", node_counts=(2,), tests=("torch",))
+    def asked(self) -> start.Options:
+        return start.Options(self.results, "runner bench", node_counts=(2,), tests=("torch",))
 
     def run(self) -> int:
         """The exit code."""
 
         def bench() -> None:
             prepared = start.prepare(self.asked(), self.read, self.make_id)
-            start.start(prepared, Display(quiet=True), self.means)
+            start.start(prepared, Display(quiet=True), self.dependencies)
 
         return main.run(click.Command("bench", callback=bench), [])
 
     def resume(self) -> int:
         def bench() -> None:
-            asked = resume.Asked(self.folder(RunDir.find(self.results, None).path))
-            resume.resume(asked, self.read, Display(quiet=True), self.means)
+            asked = resume.Options(self.folder(RunDir.find(self.results, None).path))
+            resume.resume(asked, self.read, Display(quiet=True), self.dependencies)
 
         return main.run(click.Command("bench", callback=bench), [])
 
@@ -177,7 +177,7 @@ def test_after_it_the_run_directory_says_what_ended_the_run(cluster, tmp_path, c
     assert status["state"] in FINAL_STATES and status == run.read_status() | {"error": status["error"]}
     assert not {cell["state"] for cell in status["cells"].values()} & {"waiting", "running"}
     message = status["error"]["message"]
-    said = {"signal": "what was written lies in", "full disk": "planted: no space left"}.get(kind, "planted")
+    said = {"signal": "what was written is in", "full disk": "planted: no space left"}.get(kind, "planted")
     assert said in message or message == "interrupted" or "is full: free some space" in message
     assert message.splitlines()[-1] in run.log.read_text()
     assert len(capsys.readouterr().err.splitlines()) == (0 if kind == "bug" else 1)
@@ -251,7 +251,7 @@ def test_a_signal_while_the_directory_is_created_finds_it_whole(cluster, tmp_pat
             signal.signal(each, handler)
     [path] = bench.runs()
     assert RunDir(path).read_status()["state"] == "cancelled"
-    assert capsys.readouterr().err == f"runner: interrupted; what was written lies in {path}\n"
+    assert capsys.readouterr().err == f"runner: interrupted; what was written is in {path}\n"
 
 
 def test_a_disk_that_is_full_from_some_moment_on_is_one_line_and_an_incomplete_run(cluster, tmp_path, capsys):

@@ -17,7 +17,7 @@ import pytest
 from runner.cluster.reasons import GIVEN_UP
 from runner.errors import InfrastructureError
 from runner.launch import talk as talk_module
-from runner.launch.talk import Talk, converse
+from runner.launch.talk import AgentSession, converse
 from runner.node.protocol import Line, Message
 
 # What every script starts with: `say` sends a message, `request` is what it was asked.
@@ -31,17 +31,17 @@ request = json.loads(sys.stdin.readline())
 IGNORES_TERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN); say('ready'); time.sleep(60)"
 
 
-def agent(script: str, name: str = "a", **request: Any) -> Talk:
-    """A talk with a Python program."""
-    return Talk(name, [sys.executable, "-I", "-S", "-c", PRELUDE + script], request)
+def agent(script: str, name: str = "a", **request: Any) -> AgentSession:
+    """A session with a Python program."""
+    return AgentSession(name, [sys.executable, "-I", "-S", "-c", PRELUDE + script], request)
 
 
 def messages_of(
-    *talks: Talk, word: Callable[[Talk], str | None] = lambda talk: None, patience_s: float = 20.0
+    *sessions: AgentSession, word: Callable[[AgentSession], str | None] = lambda session: None, patience_s: float = 20.0
 ) -> list[Any]:
-    """The text of each line that these talks report, and each other message whole."""
+    """The text of each line that these sessions report, and each other message whole."""
     messages: list[Any] = []
-    converse(talks, lambda talk, message: messages.append(message), word, patience_s)
+    converse(sessions, lambda session, message: messages.append(message), word, patience_s)
     return [message.line if isinstance(message, Line) else message for message in messages]
 
 
@@ -55,9 +55,9 @@ def nothing_left():
 
 
 def test_an_agent_gets_its_request_and_its_messages_are_passed_on():
-    talk = agent("say('line', file='out', line=request['text']); say('alive'); sys.exit(3)", text="é\n")
-    assert messages_of(talk) == ["é\n"]
-    assert (talk.rc, talk.answered, talk.stderr, talk.told) == (3, True, [], None)
+    session = agent("say('line', file='out', line=request['text']); say('alive'); sys.exit(3)", text="é\n")
+    assert messages_of(session) == ["é\n"]
+    assert (session.rc, session.answered, session.stderr, session.last_word) == (3, True, [], None)
 
 
 def test_without_talks_it_returns_at_once():
@@ -66,19 +66,19 @@ def test_without_talks_it_returns_at_once():
 
 @pytest.mark.parametrize("length", [65_535, 65_536, 10_000_000])
 def test_lines_and_requests_may_have_any_length(length):
-    talk = agent(
+    session = agent(
         "say('line', file='out', line=request['text']); print('e' * len(request['text']), file=sys.stderr)",
         text="x" * length,
     )
-    assert messages_of(talk) == ["x" * length]
-    assert talk.stderr == ["e" * length] and talk.rc == 0
+    assert messages_of(session) == ["x" * length]
+    assert session.stderr == ["e" * length] and session.rc == 0
 
 
 def test_a_line_that_arrives_byte_by_byte_is_one_message():
     script = "for byte in json.dumps({'message': 'line', 'file': 'out', 'line': 1}).encode() + b'\\n\\n': os.write(1, bytes([byte]))"
-    talk = agent(script)
-    assert messages_of(talk) == [1]
-    assert talk.stderr == [""]
+    session = agent(script)
+    assert messages_of(session) == [1]
+    assert session.stderr == [""]
 
 
 def test_output_that_is_no_message_is_kept_with_stderr():
@@ -86,9 +86,9 @@ def test_output_that_is_no_message_is_kept_with_stderr():
 os.write(1, b'Welcome to \xff\r\n{"message": "line", "file": "out", "line": 1}\n[1]\n{"other": 2}\n"message"\n7\nunfinished')
 os.write(2, b'bad \xfe key\r\n10 %\r20 %\nno end')
 """
-    talk = agent(script)
-    assert messages_of(talk) == [1]
-    assert sorted(talk.stderr) == sorted(
+    session = agent(script)
+    assert messages_of(session) == [1]
+    assert sorted(session.stderr) == sorted(
         [
             "Welcome to \ufffd",
             "[1]",
@@ -108,24 +108,24 @@ def test_a_last_message_without_a_newline_counts():
 
 
 def test_a_banner_is_not_an_answer():
-    talk = agent("print('Welcome')")
-    assert messages_of(talk) == []
-    assert not talk.answered and talk.stderr == ["Welcome"]
+    session = agent("print('Welcome')")
+    assert messages_of(session) == []
+    assert not session.answered and session.stderr == ["Welcome"]
 
 
 def test_a_signal_that_ended_the_command_is_in_its_status():
-    talk = agent("os.kill(os.getpid(), signal.SIGKILL)")
-    messages_of(talk)
-    assert talk.rc == 128 + signal.SIGKILL
+    session = agent("os.kill(os.getpid(), signal.SIGKILL)")
+    messages_of(session)
+    assert session.rc == 128 + signal.SIGKILL
 
 
 def test_a_word_is_sent_once_and_obeyed():
-    talk = agent(
+    session = agent(
         "say('line', file='out', line=sys.stdin.readline()); say('line', file='out', line=sys.stdin.readline()); sys.exit(4)"
     )
-    messages = messages_of(talk, word=lambda talk: "stop" if talk.told else "go")
+    messages = messages_of(session, word=lambda session: "stop" if session.last_word else "go")
     assert messages == ["go\n", "stop\n"]
-    assert (talk.rc, talk.told) == (4, "stop")
+    assert (session.rc, session.last_word) == (4, "stop")
 
 
 def test_heartbeats_are_empty_lines(monkeypatch):
@@ -139,11 +139,11 @@ def test_words_are_asked_for_while_another_agent_floods():
     flood = agent("\nwhile True: say('line', file='out', line='x' * 1000)", "flood")
     asked: list[float] = []
 
-    def word(talk: Talk) -> str | None:
+    def word(session: AgentSession) -> str | None:
         asked.append(time.monotonic())
         return "stop" if len(asked) > 10 else None
 
-    converse([flood], lambda talk, message: time.sleep(0.001), word, patience_s=0.1)
+    converse([flood], lambda session, message: time.sleep(0.001), word, patience_s=0.1)
     assert flood.rc == GIVEN_UP
     assert max(later - earlier for earlier, later in itertools.pairwise(asked)) < 2
 
@@ -153,16 +153,16 @@ def test_a_silent_agent_is_given_up_while_others_go_on(word):
     silent = agent("time.sleep(60)", "silent")
     other = agent("time.sleep(1.5); say('line', file='out', line='other')", "other")
     started = time.monotonic()
-    messages = messages_of(silent, other, word=lambda talk: word if talk is silent else None, patience_s=0.3)
+    messages = messages_of(silent, other, word=lambda session: word if session is silent else None, patience_s=0.3)
     assert messages == ["other"]
-    assert (silent.rc, silent.told, other.rc) == (GIVEN_UP, word, 0)
+    assert (silent.rc, silent.last_word, other.rc) == (GIVEN_UP, word, 0)
     assert time.monotonic() - started < 10
 
 
 def test_only_stop_and_done_limit_the_time_to_end():
-    talk = agent("time.sleep(1)")
-    messages_of(talk, word=lambda talk: "stacks", patience_s=0.0)
-    assert (talk.rc, talk.told) == (0, "stacks")
+    session = agent("time.sleep(1)")
+    messages_of(session, word=lambda session: "stacks", patience_s=0.0)
+    assert (session.rc, session.last_word) == (0, "stacks")
 
 
 def test_a_command_that_ignores_term_is_killed_and_others_are_served_meanwhile(monkeypatch):
@@ -173,8 +173,8 @@ def test_a_command_that_ignores_term_is_killed_and_others_are_served_meanwhile(m
     messages: list[dict[str, Any]] = []
     converse(
         [deaf, other],
-        lambda talk, message: messages.append(message),
-        lambda talk: "stop" if talk is deaf and talk.answered else None,
+        lambda session, message: messages.append(message),
+        lambda session: "stop" if session is deaf and session.answered else None,
         patience_s=0.0,
     )
     assert [type(message) for message in messages].count(Line) == 8
@@ -192,11 +192,11 @@ signal.signal(signal.SIGTERM, end)
 say('ready')
 time.sleep(60)
 """
-    talk = agent(script, file=str(tmp_path / "file"))
+    session = agent(script, file=str(tmp_path / "file"))
     with pytest.raises(RuntimeError):
-        converse([talk], lambda talk, message: raise_(RuntimeError()))
+        converse([session], lambda session, message: raise_(RuntimeError()))
     assert (tmp_path / "file").read_text() == "ended"
-    assert talk.rc == GIVEN_UP
+    assert session.rc == GIVEN_UP
 
 
 def raise_(error: BaseException) -> Any:
@@ -206,21 +206,21 @@ def raise_(error: BaseException) -> Any:
 @pytest.mark.parametrize("where", ["message", "word"])
 def test_an_exception_ends_all_agents_at_the_same_time(where):
     script = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(0))); say('ready'); time.sleep(60)"
-    talks = [agent(script, str(number)) for number in range(20)]
+    sessions = [agent(script, str(number)) for number in range(20)]
 
     def all_ready(*_: Any) -> None:
-        if all(talk.answered for talk in talks):
+        if all(session.answered for session in sessions):
             ready.append(time.monotonic())
             raise KeyboardInterrupt
 
     ready: list[float] = []
     with pytest.raises(KeyboardInterrupt):
         if where == "message":
-            converse(talks, all_ready)
+            converse(sessions, all_ready)
         else:
-            converse(talks, lambda talk, message: None, all_ready)
+            converse(sessions, lambda session, message: None, all_ready)
     assert time.monotonic() - ready[0] < 6
-    assert {talk.rc for talk in talks} == {GIVEN_UP}
+    assert {session.rc for session in sessions} == {GIVEN_UP}
 
 
 def test_a_signal_handler_that_raises_ends_it_and_a_second_time_kills():
@@ -230,7 +230,7 @@ def test_a_signal_handler_that_raises_ends_it_and_a_second_time_kills():
         signals.append(time.monotonic())
         raise KeyboardInterrupt
 
-    def on_message(talk: Talk, message: Message) -> None:
+    def on_message(session: AgentSession, message: Message) -> None:
         for after in (0.2, 1.0):
             timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGUSR1))
             timer.start()
@@ -256,76 +256,80 @@ def test_a_signal_handler_that_returns_stays_installed_and_the_agents_go_on():
     def on_signal(number: int, frame: object) -> None:
         numbers.append(number)
 
-    talk = agent("say('ready'); sys.exit(5 if sys.stdin.readline() == 'stop\\n' else 6)")
+    session = agent("say('ready'); sys.exit(5 if sys.stdin.readline() == 'stop\\n' else 6)")
     before = signal.signal(signal.SIGINT, on_signal)
     try:
         converse(
-            [talk],
-            lambda talk, message: os.kill(os.getpid(), signal.SIGINT),
-            lambda talk: "stop" if numbers else None,
+            [session],
+            lambda session, message: os.kill(os.getpid(), signal.SIGINT),
+            lambda session: "stop" if numbers else None,
         )
         assert signal.getsignal(signal.SIGINT) is on_signal
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (numbers, talk.rc) == ([signal.SIGINT], 5)
+    assert (numbers, session.rc) == ([signal.SIGINT], 5)
 
 
 def test_a_hundred_agents():
-    talks = [agent("say('line', file='out', line=request['n']); sys.stdin.readline()", str(n), n=n) for n in range(100)]
-    messages = messages_of(*talks, word=lambda talk: "stop" if all(talk.answered for talk in talks) else None)
+    sessions = [
+        agent("say('line', file='out', line=request['n']); sys.stdin.readline()", str(n), n=n) for n in range(100)
+    ]
+    messages = messages_of(
+        *sessions, word=lambda session: "stop" if all(session.answered for session in sessions) else None
+    )
     assert sorted(messages) == list(range(100))
-    assert {talk.rc for talk in talks} == {0}
+    assert {session.rc for session in sessions} == {0}
 
 
 def test_a_command_may_close_its_stdin_early(monkeypatch):
     monkeypatch.setattr(talk_module, "HEARTBEAT_S", 0.1)
     closes = agent("os.close(0); say('ready'); time.sleep(1); say('line', file='out', line='still here')", "closes")
-    never_reads = Talk("never reads", ["sleep", "1"], {"text": "x" * 1_000_000})
-    gone = Talk("gone", ["true"], {"text": "x" * 1_000_000})
-    messages = messages_of(closes, never_reads, gone, word=lambda talk: "go" if closes.answered else None)
+    never_reads = AgentSession("never reads", ["sleep", "1"], {"text": "x" * 1_000_000})
+    gone = AgentSession("gone", ["true"], {"text": "x" * 1_000_000})
+    messages = messages_of(closes, never_reads, gone, word=lambda session: "go" if closes.answered else None)
     assert messages[-1] == "still here"
     assert (closes.rc, never_reads.rc, gone.rc) == (0, 0, 0)
 
 
 def test_a_command_may_close_its_output_early():
-    talk = agent("os.close(1); os.close(2); time.sleep(0.5); os._exit(7)")
-    messages_of(talk)
-    assert talk.rc == 7
+    session = agent("os.close(1); os.close(2); time.sleep(0.5); os._exit(7)")
+    messages_of(session)
+    assert session.rc == 7
 
 
 def test_a_process_that_inherited_the_output_does_not_keep_a_talk_alive(tmp_path):
     script = "say('line', file='out', line=1)\nif os.fork(): os._exit(0)\nopen(request['file'], 'w').write(str(os.getpid())); time.sleep(60)"
-    talk = agent(script, file=str(tmp_path / "pid"))
+    session = agent(script, file=str(tmp_path / "pid"))
     started = time.monotonic()
-    assert messages_of(talk) == [1]
-    assert talk.rc == 0 and time.monotonic() - started < 20
+    assert messages_of(session) == [1]
+    assert session.rc == 0 and time.monotonic() - started < 20
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 def test_what_a_command_wrote_before_it_ended_is_read_however_late(monkeypatch):
     monkeypatch.setattr(talk_module, "OUTPUT_END_S", 0.0)
-    talks = [
+    sessions = [
         agent('os.write(1, b\'{"message": "line", "file": "out", "line": 1}\\n\' * 1000); os._exit(0)', str(n))
         for n in range(10)
     ]
-    assert messages_of(*talks) == [1] * 10_000
-    assert {talk.rc for talk in talks} == {0}
+    assert messages_of(*sessions) == [1] * 10_000
+    assert {session.rc for session in sessions} == {0}
 
 
 def test_a_missing_program_is_named_and_the_other_commands_are_ended():
-    talks = [agent("time.sleep(60)"), Talk("b", ["/nowhere/program"], {}), agent("time.sleep(60)", "c")]
+    sessions = [agent("time.sleep(60)"), AgentSession("b", ["/nowhere/program"], {}), agent("time.sleep(60)", "c")]
     with pytest.raises(InfrastructureError, match="'/nowhere/program' is not installed"):
-        messages_of(*talks)
-    assert {talk.rc for talk in talks} == {GIVEN_UP}
+        messages_of(*sessions)
+    assert {session.rc for session in sessions} == {GIVEN_UP}
 
 
 def test_it_may_be_called_from_another_thread():
-    talk = agent("say('line', file='out', line=1); sys.exit(2)")
+    session = agent("say('line', file='out', line=1); sys.exit(2)")
     messages: list[Any] = []
-    thread = threading.Thread(target=lambda: messages.extend(messages_of(talk)))
+    thread = threading.Thread(target=lambda: messages.extend(messages_of(session)))
     thread.start()
     thread.join(30)
-    assert (messages, talk.rc) == ([1], 2)
+    assert (messages, session.rc) == ([1], 2)
 
 
 def test_it_works_without_descriptors_of_processes(monkeypatch):
@@ -334,7 +338,7 @@ def test_it_works_without_descriptors_of_processes(monkeypatch):
     monkeypatch.setattr(talk_module, "AGENT_END_S", 0.5)
     stubborn, quick = agent(IGNORES_TERM, "stubborn"), agent("say('line', file='out', line=1); sys.exit(2)", "quick")
     messages_of(
-        stubborn, quick, word=lambda talk: "stop" if stubborn.answered and not quick.alive else None, patience_s=0
+        stubborn, quick, word=lambda session: "stop" if stubborn.answered and not quick.alive else None, patience_s=0
     )
     assert (stubborn.rc, quick.rc) == (GIVEN_UP, 2)
 
@@ -344,13 +348,13 @@ def test_a_talk_ends_as_soon_as_its_command():
     taken = []
     for _ in range(10):
         started = time.monotonic()
-        converse([Talk("a", ["true"], {})], lambda talk, message: None)
+        converse([AgentSession("a", ["true"], {})], lambda session, message: None)
         taken.append(time.monotonic() - started)
     assert min(taken) < talk_module.POLL_S / 2
 
 
 def test_messages_of_an_agent_keep_their_order():
-    talks = [agent("for n in range(2000): say('line', file='out', line=n)", str(number)) for number in range(5)]
-    messages: dict[str, list[int]] = {talk.name: [] for talk in talks}
-    converse(talks, lambda talk, message: messages[talk.name].append(message.line))
+    sessions = [agent("for n in range(2000): say('line', file='out', line=n)", str(number)) for number in range(5)]
+    messages: dict[str, list[int]] = {session.name: [] for session in sessions}
+    converse(sessions, lambda session, message: messages[session.name].append(message.line))
     assert all(numbers == list(range(2000)) for numbers in messages.values())
