@@ -97,17 +97,19 @@ def _start(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Start a run; `options` are fields of `start.Options`. Returns the exit code."""
-    from runner.launch import start
+    """Start a run; `options` are fields of `prepare.Options`. Returns the exit code."""
+    from runner.launch import prepare
     from runner.report.progress import Display
 
     command = shlex.join(["runner", *sys.argv[1:]])
-    asked = start.Options(command=command, inventory=source, node_counts=_counts(num_nodes, sweep), **options)
-    prepared = start.prepare(asked, read_inventory)
+    asked = prepare.Options(command=command, inventory=source, node_counts=_counts(num_nodes, sweep), **options)
+    prepared = prepare.prepare(asked, read_inventory)
     if dry_run:
         plan = prepared.plan
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else _described(plan, plan.cells))
         return errors.EXIT_OK
+    from runner.launch import start  # not on the way of a dry run
+
     ended = start.start(prepared, Display(quiet=as_json))
     return print_conclusion(ended.run, ended.summary, as_json)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from runner.launch.slurm import commands
 from runner.launch.transport import Transport
 from runner.plan.plan import Cell, Plan
 from runner.report.progress import Display
-from runner.results.rundir import NameTaken, RunDir
+from runner.results.rundir import NameTaken, RunDir, new_id
 from runner.system import process
 from runner.system.clock import now
 from runner.system.files import disk_errors
@@ -51,11 +49,6 @@ def prepare_data(plan: Plan, cells: Sequence[Cell], display: Display) -> str | N
         on_progress=lambda done, total: display.at(done, total, "preparing data"),
     )
     return str(prepared.path)
-
-
-def new_id() -> str:
-    """A name for a run: the time (UTC, to the second) and two random bytes."""
-    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 @dataclass(frozen=True)

@@ -1,85 +1,23 @@
-"""Starts a run: `prepare` checks the options and plans, `start` carries the plan out and writes the report.
-
-`prepare` contacts no node. What it returns holds the plan that a dry run shows and that `start` takes.
-"""
+"""Starts a run that `prepare` has planned: nodes are chosen, the plan is carried out, and the report written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from runner import failures
 from runner.cluster.backends import BACKENDS
-from runner.cluster.inventory import Inventory, Node, select
+from runner.cluster.inventory import Node
 from runner.cluster.ssh import rendered
-from runner.errors import UsageError, unknown
 from runner.launch import carry, preflight
-from runner.launch.carry import Dependencies, RunResult, new_id
+from runner.launch.carry import Dependencies, RunResult
+from runner.launch.prepare import Prepared, run_dir
 from runner.launch.run import Policy
-from runner.plan import build, config
-from runner.plan.engines.registry import ENGINES
+from runner.plan import build
 from runner.plan.plan import Plan
-from runner.plan.request import Request
 from runner.report.progress import Display
-from runner.system.clock import now
-from runner.workloads.registry import TESTS
-
-SCALING = ("weak", "strong")
-# What all chosen nodes must agree on: the node's field and the inventory's variable.
-RESOURCES = (
-    ("gpus", "runner_gpus_per_node"),
-    ("device", "runner_device"),
-    ("hardware", "runner_hardware"),
-    ("scratch", "runner_scratch"),
-    ("min_free_disk_gib", "runner_min_free_disk_gib"),
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of `runner bench`, not checked yet; `prepare` checks them.
-
-    `inventory` is a path, or None for Ansible's default. Empty `node_counts` mean all nodes that are chosen, empty
-    `tests` all tests, and a `backend` of None what the inventory says. `settings` are `TEST.KEY=VALUE`. `command` is
-    the command line as text, for plan.json and the report.
-    """
-
-    results: Path
-    command: str
-    inventory: str | None = None
-    node_counts: tuple[int, ...] = ()
-    hosts: str | None = None
-    skip_bad_nodes: bool = False
-    model: str = "tiny"
-    weights: str | None = None
-    tests: tuple[str, ...] = ()
-    engine: str = "torchrun"
-    backend: str | None = None
-    scaling: str = "weak"
-    retries: int = 0
-    replace_bad_nodes: bool = False
-    one_allocation: bool = False
-    job_array: bool = False
-    repeats: int = 1
-    seed: int = 0
-    settings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Checked options: the planner's input, and the nodes to choose among.
-
-    `plan` is the plan on the first of these nodes, before any of them was contacted.
-    """
-
-    options: Options
-    inventory: Inventory
-    nodes: tuple[Node, ...]
-    request: Request
-    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -90,150 +28,6 @@ class Chosen:
     nodes: tuple[Node, ...]
     spares: tuple[Node, ...] = ()
     passed_over: tuple[Mapping[str, str], ...] = ()
-
-
-# --- what is known without a node ---------------------------------------------------------------------
-
-
-def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: Callable[[], str] = new_id) -> Prepared:
-    """Check every name and value, and plan; no node is contacted.
-
-    `read` returns the inventory at a path. Raises UsageError for options that cannot be planned.
-    """
-    tests, overrides = _checked(options)
-    loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
-    architecture = config.load_model(options.model).model_dump()
-    deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
-    slurm_only = [
-        f for f, on in (("--one-allocation", options.one_allocation), ("--job-array", options.job_array)) if on
-    ]
-    if len(slurm_only) > 1:
-        raise UsageError(f"{' and '.join(slurm_only)} exclude each other: give one of them")
-
-    inventory = read(options.inventory)
-    nodes = select(inventory, options.hosts)
-    counts = options.node_counts or (len(nodes),)
-    nodes, slurm = _over(options.backend, nodes, inventory, overrides, slurm_only)
-    _refuse_too_few(options, inventory, nodes, counts)
-    gpus_per_node, device, hardware = _resources(nodes)
-    run_id = make_id()
-    request = Request(
-        run_id=run_id,
-        created=now(),
-        command=options.command,
-        inventory=inventory.source,
-        run_dir=_run_dir(options, run_id),
-        tests=loaded,
-        model=architecture,
-        deepspeed=deepspeed,
-        deepspeed_files=config.deepspeed_files(overrides.get("deepspeed", {})),
-        hardware={"name": hardware, **config.load_hardware(hardware).model_dump()},
-        targets=config.load_targets(),
-        node_counts=counts,
-        engine=options.engine,
-        backend=nodes[0].backend,
-        scaling=options.scaling,
-        repeats=options.repeats,
-        gpus_per_node=gpus_per_node,
-        device=device,
-        ssh_config="SSH_CONFIG"
-        if BACKENDS[nodes[0].backend].remote
-        else None,  # a placeholder: the real file does not exist yet
-        weights=options.weights,
-        seed=options.seed,
-        spares=options.replace_bad_nodes,
-        slurm=slurm,
-        named=slurm is None or options.hosts is not None,
-        one_allocation=options.one_allocation,
-        job_array=options.job_array,
-    )
-    return Prepared(options, inventory, nodes, request, build.build(request, nodes))
-
-
-def _run_dir(options: Options, run_id: str) -> str:
-    return str((options.results / run_id).absolute())
-
-
-def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
-    """The names of the tests, and the settings; raises UsageError for an unknown name."""
-    if options.engine not in ENGINES:
-        raise unknown("engine", options.engine, ENGINES)
-    if options.backend is not None and options.backend not in BACKENDS:
-        raise unknown("backend", options.backend, BACKENDS)
-    if options.scaling not in SCALING:
-        raise unknown("scaling", options.scaling, SCALING)
-    overrides = config.parse_settings(options.settings)
-    for name in overrides.keys() - {
-        "deepspeed",
-        "slurm",
-    }:  # an error in the settings of a test that is not run is an error, too
-        config.load_test(name, overrides[name])
-    return tuple(dict.fromkeys(options.tests)) or tuple(TESTS), overrides
-
-
-def _over(
-    backend: str | None,
-    nodes: tuple[Node, ...],
-    inventory: Inventory,
-    overrides: dict[str, dict[str, Any]],
-    slurm_only: Sequence[str],
-) -> tuple[tuple[Node, ...], dict[str, Any] | None]:
-    """The nodes with their backend, and Slurm's settings if that is Slurm. `slurm_only`: given options that need it."""
-    chosen = backend or nodes[0].backend
-    if chosen not in (nodes[0].backend, *BACKENDS[nodes[0].backend].also):
-        raise UsageError(
-            f"--backend {chosen}: the inventory {inventory.source} describes nodes for backend {nodes[0].backend}"
-        )
-    if not BACKENDS[chosen].scheduled:
-        if what := [*slurm_only, *(["--set slurm.…"] if "slurm" in overrides else [])]:
-            raise UsageError(f"{what[0]} goes with --backend slurm, this run's backend is {chosen}")
-        return nodes, None
-    from runner.cluster import slurm as slurm_settings
-
-    settings = slurm_settings.settings(
-        {**inventory.slurm, **overrides.get("slurm", {})}, f"slurm of {inventory.source}"
-    )
-    return tuple(replace(node, backend=chosen) for node in nodes), settings.model_dump()
-
-
-def _refuse_too_few(options: Options, inventory: Inventory, nodes: Sequence[Node], counts: Sequence[int]) -> None:
-    if max(counts) > len(nodes):
-        limit = (
-            f"--hosts {options.hosts} names {len(nodes)}"
-            if options.hosts
-            else f"the inventory {inventory.source} has {len(nodes)}"
-        )
-        raise UsageError(f"{max(counts)} nodes asked for: {limit}")
-
-
-def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:
-    """Ranks per node, device and hardware name: one value each for the chosen nodes."""
-    first = nodes[0]
-    for field, variable in RESOURCES:
-        odd = [n.alias for n in nodes if getattr(n, field) != getattr(first, field)]
-        if odd:
-            raise UsageError(f"{variable} differs between {first.alias} and {odd[0]}: choose alike nodes with --hosts")
-    if not BACKENDS[first.backend].remote:
-        return _observed(first, first.device)
-    if first.gpus is None or first.device == "auto":
-        raise UsageError(f"{first.name}: set runner_gpus_per_node and runner_device in the inventory")
-    return first.gpus, first.device, first.hardware
-
-
-def _observed(node: Node, device: str) -> tuple[int, str, str]:
-    """GPUs per node, device and hardware of this machine where the inventory says `auto`."""
-    from runner.node import sampler
-
-    names = sampler.gpu_names()
-    if device == "auto":
-        device = "cuda" if names else "cpu"
-    hardware = node.hardware
-    if device == "cuda" and hardware == "cpu":  # the inventory does not say
-        hardware = "h200-sxm" if names and "H200" in names[0] and "NVL" not in names[0] else "unknown"
-    return node.gpus or (len(names) if device == "cuda" else 2), device, hardware
-
-
-# --- carried out --------------------------------------------------------------------------------------
 
 
 def start(prepared: Prepared, display: Display, dependencies: Dependencies | None = None) -> RunResult:
@@ -256,7 +50,7 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
                 request = replace(
                     prepared.request,
                     run_id=run_id,
-                    run_dir=_run_dir(options, run_id),
+                    run_dir=run_dir(options, run_id),
                     ssh_config=ssh_config,
                     passed_over=chosen.passed_over,
                 )

@@ -10,11 +10,13 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +32,11 @@ PULSES_S = 3 * PULSE_S  # a controller without a sign of life for so long counts
 
 class NameTaken(InfrastructureError):
     """Another run already has the name."""
+
+
+def new_id() -> str:
+    """A name for a run: the time (UTC, to the second) and two random bytes."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 class RunDir:

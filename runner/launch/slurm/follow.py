@@ -283,7 +283,7 @@ class _Following:
         self.job, self.agents, self.stop = _Since(_Job.OPEN), _Since(_Agents.RUNNING), _Since(_Stop.NOT_ASKED)
         self.sent = ""  # the last word sent through Slurm
         self.began = self.last_message = time.monotonic()
-        self.send_from = self.read_from = 0.0  # no word is sent, no file read, before these times
+        self.send_from = self.read_from = 0.0  # nothing is sent, no file read, before these times
 
     def run(self, pool: ThreadPoolExecutor) -> JobInfo:
         follow = self.follow

@@ -21,7 +21,7 @@ from runs import NAMES, NodeAccess, Nodes
 from runner.cli import main
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError, UsageError
-from runner.launch import carry, resume, start
+from runner.launch import carry, prepare, resume, start
 from runner.report import page
 from runner.report.progress import Display
 from runner.report.runs import describe
@@ -102,14 +102,14 @@ class Bench:
             folder=self.folder,
         )
 
-    def asked(self) -> start.Options:
-        return start.Options(self.results, "runner bench", node_counts=(2,), tests=("torch",))
+    def asked(self) -> prepare.Options:
+        return prepare.Options(self.results, "runner bench", node_counts=(2,), tests=("torch",))
 
     def run(self) -> int:
         """The exit code."""
 
         def bench() -> None:
-            prepared = start.prepare(self.asked(), self.read, self.make_id)
+            prepared = prepare.prepare(self.asked(), self.read, self.make_id)
             start.start(prepared, Display(quiet=True), self.dependencies)
 
         return main.run(click.Command("bench", callback=bench), [])
