@@ -283,7 +283,7 @@ class Run:
         bad = error["host"]
         if KINDS[error["kind"]].fault != "node" or not self.backend.remote:
             return False
-        if bad not in cell.hosts:  # nobody, or a launcher on the controller
+        if bad not in self.current.cell(cell.id).hosts:  # nobody, or a launcher on the controller
             return False
         self._give_up(bad, cell, error)
         return bad not in self.current.cell(cell.id).hosts

@@ -94,6 +94,31 @@ def test_without_a_spare_cells_that_can_still_run_do(cluster, tmp_path):
     assert [len(hosts) for cell, hosts, _ in nodes.tried if NAMES[0] not in hosts] == [1, 2]
 
 
+def test_a_node_that_slurm_chose_is_given_up_too(cluster, tmp_path):
+    """The cell has its nodes only since its job runs: before, Slurm was to choose them."""
+    built = replace(planned(cluster, tmp_path), backend="slurm", named=False)
+    built = replace(built, cells=tuple(replace(cell, hosts=()) for cell in built.cells))
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Chosen(Nodes):
+        def converse(self, planned, cell, watch, data, course):
+            excluded = (planned.slurm or {}).get("exclude", ())
+            watch.cell = course.on_placed([node for node in planned.nodes if node.alias not in excluded][:2])
+            return super().converse(planned, watch.cell, watch, data, course)
+
+        def exclude(self, planned, host):
+            nodes = (*planned.nodes, cluster.nodes[2])  # whom Slurm may choose instead
+            return replace(planned, nodes=nodes, slurm={"exclude": [planned.node(host).alias]})
+
+    nodes = Chosen(run, ("torch", "node_failed", NAMES[1]))
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), Reach())
+    carried.execute({})
+    status = run.read_status()
+    assert [swap["host"] for swap in status["replaced"]] == [NAMES[1]]
+    assert [hosts for _, hosts, _ in nodes.tried] == [(NAMES[0], NAMES[1]), (NAMES[0], NAMES[2])]
+    assert states(status) == {"torch-2n-r1": "complete"}
+
+
 def test_a_node_is_not_given_up_for_a_failure_that_names_nobody(cluster, tmp_path):
     _, status, _ = carry_out(planned(cluster, tmp_path, spares=1), ("torch", "lost_peers", None), replace_bad=True)
     assert status["replaced"] == []
