@@ -125,7 +125,7 @@ def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
         tolerant = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
         context = click.Context(command, context, **{**command.context_settings, **tolerant})
         given, rest, _ = command.make_parser(context).parse_args(rest)
-        if not isinstance(command, click.Group):
+        if given.get("as_json") or not isinstance(command, click.Group):
             return bool(given.get("as_json"))
         chosen = None
         if rest:

@@ -66,8 +66,6 @@ def known_hosts(inventory: Inventory) -> str:
 @contextmanager
 def rendered(inventory: Inventory) -> Iterator[str]:
     """A private folder with the rendered ssh_config, on a path that pdsh and rsync can take unquoted."""
-    pass
-
     # TMPDIR may hold spaces, which PDSH_SSH_ARGS cannot carry.
     with tempfile.TemporaryDirectory(prefix="shakedown-", dir="/tmp") as folder:
         pinned = Path(folder, "known_hosts")

@@ -408,7 +408,7 @@ class Run:
 
         self.journal.cell_state(cell, "running")
         self.display.at(through, total, f"{cell.id} starting")
-        live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes())  # noqa: E731
+        live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
         watch = CellRun(cell, self.stop, on_progress, streams.line, live)
         try:
             course = self._course(cell, through)
@@ -417,11 +417,11 @@ class Run:
             streams.close()
         if self.stop.asked:
             self._leave_jobs()  # before its next step begins
-        self._end_attempt(watch, fault, time.monotonic() - started)
+        self._end_attempt(watch, fault, started)
         return any(talk.answered for talk in watch.talks)
 
-    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, took_s: float) -> None:
-        """Gather what an attempt left, after failures too, and note how it ended."""
+    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, started: float) -> None:
+        """Gather what an attempt left, after failures too, and note how it ended. `started` is a monotonic time."""
         cell, alias = watch.cell, self.current.alias
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
@@ -438,7 +438,7 @@ class Run:
             self._complete(cell)
         else:
             self.journal.cell_state(cell, state, error)
-        self.journal.note(f"{cell.id}: {state} after {took_s:.0f} s")
+        self.journal.note(f"{cell.id}: {state} after {time.monotonic() - started:.0f} s")
         if error:
             where = f" on {alias(error['host'])} ({error['host']})" if error["host"] else ""
             self.journal.note(f"  {error['message']}{where}")

@@ -178,6 +178,7 @@ main()
         ("any", "runs shw --json", True),
         ("any", "runs show --json nothing", True),
         ("any", "runs tail nothing --json", False),
+        ("any", "inventory --json init x", True),  # the group's own option, given in the wrong place
     ],
 )
 def test_only_a_commands_own_json_decides_how_an_error_is_printed(kind, arguments, as_json):

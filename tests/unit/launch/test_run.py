@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_a_users_mistake_is_not_tried_again(cluster, tmp_path):
 def test_retries_end(cluster, tmp_path):
     nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "hung", NAMES[1]), retries=2)
     assert len(nodes.tried) == 3 and status["cells"]["torch-2n-r1"]["error"]["host"] == NAMES[1]
+
+
+def test_the_time_that_an_attempt_took_ends_with_its_gathering(cluster, tmp_path, monkeypatch):
+    def slow(self, planned, cell):
+        time.sleep(1.1)
+        return {}
+
+    monkeypatch.setattr(Nodes, "gather", slow)
+    nodes, _, _ = carry_out(planned(cluster, tmp_path))
+    assert "torch-2n-r1: complete after 1 s" in nodes.run.log.read_text()
 
 
 def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
