@@ -78,7 +78,10 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
-    sys.exit(run(cli, sys.argv[1:]))
+    code = run(cli, sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the end is known: Python's own way out must not become another
+    sys.exit(code)
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:
