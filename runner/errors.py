@@ -50,9 +50,9 @@ def disk_kind(error: OSError) -> str | None:
 
 
 def os_error_text(error: OSError) -> str:
-    """The error as one line: the file, if the system names one, and what is wrong."""
+    """The error as one line: the file, if the system names one, what is wrong, and the notes that were added to it."""
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{(error.strerror or str(error)).lower()}"
+    return "; ".join([f"{place}{(error.strerror or str(error)).lower()}", *getattr(error, "__notes__", ())])
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:

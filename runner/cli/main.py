@@ -78,7 +78,10 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
-    sys.exit(run(cli, sys.argv[1:]))
+    code = run(cli, sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the end is known: Python's own way out must not become another
+    sys.exit(code)
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:
@@ -125,7 +128,7 @@ def wants_json(command: click.Command, arguments: Sequence[str]) -> bool:
         tolerant = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
         context = click.Context(command, context, **{**command.context_settings, **tolerant})
         given, rest, _ = command.make_parser(context).parse_args(rest)
-        if not isinstance(command, click.Group):
+        if given.get("as_json") or not isinstance(command, click.Group):
             return bool(given.get("as_json"))
         chosen = None
         if rest:

@@ -51,7 +51,7 @@ def summarise(
     scaling = judge_scaling(plan, cells, by_cell, unfair)
     targets = judge_targets(plan, cells, scaling, by_cell, unfair)
     faults = findings.find(cells, status, by_cell, facts)
-    verdict, reason = _overall(targets, faults, unfair, cells)
+    verdict, reason = _overall(targets, faults, unfair, cells, status)
     return {
         "schema": SCHEMA,
         "run_id": plan["run_id"],
@@ -77,6 +77,7 @@ def _overall(
     faults: Sequence[Mapping[str, Any]],
     unfair: Mapping[str, str | None],
     cells: Sequence[Mapping[str, Any]],
+    status: Mapping[str, Any],
 ) -> tuple[str, str]:
     by_verdict: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for target in targets:
@@ -97,6 +98,8 @@ def _overall(
         if open_:
             return "pass", f"{counted(met, 'target')} met, {open_} not judged"
         return "pass", f"all {met} targets met" if met > 1 else "the target is met"
+    if ended_by := status.get("error"):
+        return "not_judged", f"ended by: {ended_by['message']}"
     # The reason of the cell with the most nodes is the most informative.
     for cell in sorted(cells, key=lambda cell: -cell["num_nodes"]):
         if unfair[cell["id"]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -118,10 +118,10 @@ class Journal:
         self._records = [record for record in self._records if record.cell != cell.id]
         return entry["attempt"] + 1
 
-    def live(self, cell: Cell, nodes: Mapping[str, Any]) -> None:
-        """Update the cell's nodes in status.json, at most once every STATUS_S."""
+    def live(self, cell: Cell, nodes: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep status.json's view of the cell's nodes fresh, once in STATUS_S at most; only then are they looked at."""
         if time.monotonic() - self._written >= STATUS_S:
-            self.entry(cell)["nodes"] = dict(nodes)
+            self.entry(cell)["nodes"] = dict(nodes())
             self.write()
 
     def replaced(self, host: str, by: str | None, cell: Cell, error: Mapping[str, Any]) -> None:

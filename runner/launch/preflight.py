@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 
 from runner import __version__
 from runner.cluster import facts
@@ -92,11 +93,14 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
             break
         time.sleep(1)
     problems = {name: [failure] for name, failure in failures.items()}
+    for name in by_name.keys() - answers.keys() - failures.keys():
+        problems[name] = [Problem("version_mismatch", "its agent answered in a form that this version cannot read")]
     environments = {}
     for name, answer in answers.items():
         # The node read its clock at some moment between request and answer.
         clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), received))
-        if bad := [*map(Problem, answer.kinds, answer.problems), *([clock] if clock else [])]:
+        pairs = zip_longest(answer.kinds, answer.problems, fillvalue="unknown")
+        if bad := [*(Problem(kind, text) for kind, text in pairs), *([clock] if clock else [])]:
             problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}

@@ -285,7 +285,7 @@ class Run:
         bad = error["host"]
         if KINDS[error["kind"]].fault != "node" or not self.backend.remote:
             return False
-        if bad not in cell.hosts:  # no node, or a launcher on the controller
+        if bad not in self.current.cell(cell.id).hosts:  # no node, or a launcher on the controller
             return False
         self._give_up(bad, cell, error)
         return bad not in self.current.cell(cell.id).hosts
@@ -410,7 +410,7 @@ class Run:
 
         self.journal.cell_state(cell, "running")
         self.display.at(through, total, f"{cell.id} starting")
-        live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes())  # noqa: E731
+        live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
         watch = CellRun(cell, self.stop, on_progress, streams.line, live)
         try:
             context = self._context(cell, through)
@@ -419,11 +419,11 @@ class Run:
             streams.close()
         if self.stop.asked:
             self._leave_jobs()  # before its next step begins
-        self._end_attempt(watch, fault, time.monotonic() - started)
+        self._end_attempt(watch, fault, started)
         return any(session.answered for session in watch.sessions)
 
-    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, took_s: float) -> None:
-        """Gather the artefacts of an attempt, after failures too, and record how it ended."""
+    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, started: float) -> None:
+        """Gather the artefacts of an attempt, after failures too, and record how it ended (`started`: monotonic, s)."""
         cell, alias = watch.cell, self.current.alias
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
@@ -440,7 +440,7 @@ class Run:
             self._complete(cell)
         else:
             self.journal.cell_state(cell, state, error)
-        self.journal.note(f"{cell.id}: {state} after {took_s:.0f} s")
+        self.journal.note(f"{cell.id}: {state} after {time.monotonic() - started:.0f} s")
         if error:
             where = f" on {alias(error['host'])} ({error['host']})" if error["host"] else ""
             self.journal.note(f"  {error['message']}{where}")

@@ -6,6 +6,8 @@ It reads one JSON request from stdin, carries it out, and answers with one JSON 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,20 @@ from runner.node.protocol import (
 )
 from runner.system import process
 
+_BLOCK = 65536
+_LAST_LINE = re.compile(rb"^\}[ \t\r]*\n", re.MULTILINE)
+
 
 def main() -> int:
     """Read one request from stdin and carry it out; returns the exit status, 2 for an unknown kind of request."""
     try:
-        request = read_request(_object())
+        asked, early = _asked()
+        request = read_request(asked)
     except UnknownRequest as error:
         print(f"runner.node: {error}", file=sys.stderr)
         return 2
     if isinstance(request, CellRequest):
-        return NodeCell(request).run()
+        return NodeCell(request, early).run()
     if isinstance(request, StepRequest):
         from runner.node import slurm_step  # imports the engines, which only a Slurm step needs
 
@@ -49,15 +55,24 @@ def main() -> int:
     return 0
 
 
-def _object() -> dict[str, Any]:
-    """One JSON object from stdin: on one line, or indented, when a brace alone at the margin ends it."""
-    lines = [sys.stdin.buffer.readline()]
-    if lines[0].strip() == b"{":
-        for line in sys.stdin.buffer:
-            lines.append(line)
-            if line.rstrip() == b"}":
-                break
-    return json.loads(b"".join(lines) or b"{}")
+def _asked() -> tuple[dict[str, Any], bytes]:
+    """One JSON object from stdin, and what had come after it: words of a controller that did not wait.
+
+    Read unbuffered, since the leash reads on from there.
+    """
+    data = b""
+    while (end := _end(data)) is None and (more := os.read(0, _BLOCK)):
+        data += more
+    return json.loads(data[:end] or b"{}"), data[end:] if end else b""
+
+
+def _end(data: bytes) -> int | None:
+    """Where the object ends: after its line, or, if it is indented, after a brace alone at the margin."""
+    line = data.find(b"\n") + 1
+    if not line or data[:line].strip() != b"{":
+        return line or None
+    last = _LAST_LINE.search(data, line)
+    return last.end() if last else None
 
 
 if __name__ == "__main__":

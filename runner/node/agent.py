@@ -41,10 +41,12 @@ class NodeCell:
     the word "go"; start the engine; watch it until the ranks end or the leash gives a reason to end them; report.
     """
 
-    def __init__(self, request: CellRequest) -> None:
+    def __init__(self, request: CellRequest, early: bytes = b"") -> None:
+        """`early` are words that came together with the request."""
         self.request = request
         self.folder = CellDir(Path(request.cell_dir))
         self.leash = Leash.of(request)
+        self.leash.receive(early)
         self.tail = Tail(self.folder.path, CellDir.RANK_FILES)
         self.stacks: Mapping[str, RankStack] = {}  # where ranks were when that was asked for
 

@@ -35,12 +35,16 @@ class Leash:
         self._received = time.monotonic()
         if not data:
             self.end(Stopped.CONTROLLER_GONE)
+        self.receive(data)
+        return bool(data)
+
+    def receive(self, data: bytes) -> None:
+        """Do as the words ask whose lines `data` completes."""
         self._buffer += data
         *lines, self._buffer = self._buffer.split(b"\n")
         for line in lines:
             if word := line.decode(errors="replace").strip():  # an empty line is a heartbeat
                 self.take(word)
-        return bool(data)
 
     def take(self, word: str) -> None:
         """Act on a controller's word or a signal; any unknown word ends the cell."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner import errors
 from runner.system.places import ROLES
-
-if TYPE_CHECKING:
-    pass
 
 
 def roles() -> list[str]:

@@ -140,6 +140,19 @@ def test_no_process_survives_a_controller_that_dies(tmp_path, deaf):
     agent.child.wait(10)
 
 
+def test_a_word_that_comes_with_the_request_is_not_lost(tmp_path):
+    """An agent takes a moment to start, and a user who interrupts then does not wait for that."""
+    agent = Agent(tmp_path, python("time.sleep(60)"))
+    agent.say("stop")
+    assert agent.close()["stopped"] == "stop"
+
+
+def test_a_launcher_that_may_start_before_it_has_asked_does(tmp_path):
+    agent = Agent(tmp_path, python("pass"), hold=True)
+    agent.say("go")
+    assert agent.close()["rc"] == 0
+
+
 def test_no_process_survives_a_silent_controller(tmp_path):
     agent = Agent(tmp_path, python("time.sleep(60)"), heartbeat_timeout_s=1)
     outcome = agent.close()

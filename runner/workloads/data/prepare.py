@@ -26,14 +26,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.errors import InfrastructureError, UsageError, disk_kind
 from runner.workloads.data.pack import Progress, assemble, pack, tokenise
 from runner.workloads.data.sources import TEMPLATE, Content, Tokens, open_source, open_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 FORMAT = 1  # increase it when the same input gives other arrays: it is part of the cache key

@@ -15,16 +15,13 @@ import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.errors import UsageError
 from runner.workloads.job import Events, RankJob
 from runner.workloads.sft.data import PackedData
 from runner.workloads.sft.model import build_model, inputs
 from runner.workloads.sft.resolve import Settings, resolve
-
-if TYPE_CHECKING:
-    pass
 
 GIB = 1 << 30
 # The first collective of a rank waits for the slowest rank to read its weights.

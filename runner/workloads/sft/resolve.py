@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.errors import UsageError
 from runner.workloads.job import RankJob
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ main()
         ("any", "runs shw --json", True),
         ("any", "runs show --json nothing", True),
         ("any", "runs tail nothing --json", False),
+        ("any", "inventory --json init x", True),  # the group's own option, given in the wrong place
     ],
 )
 def test_only_a_commands_own_json_decides_how_an_error_is_printed(kind, arguments, as_json):
@@ -188,3 +189,14 @@ def test_only_a_commands_own_json_decides_how_an_error_is_printed(kind, argument
     assert bool(done.stdout) is as_json
     if as_json:
         assert json.loads(done.stdout)["error"]["code"] == done.returncode
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_comes_after_the_end_changes_nothing(tmp_path, number):
+    """Python takes a moment to leave; what a command has printed and its exit code remain valid."""
+    script = (
+        "import atexit, os, signal, sys; from runner.cli.main import main; "
+        f"atexit.register(os.kill, os.getpid(), signal.{number}); sys.argv[1:] = ['runs', 'list']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

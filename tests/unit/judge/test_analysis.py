@@ -493,3 +493,13 @@ def test_every_shipped_target_can_be_judged(healthy_summary: dict[str, Any]) -> 
         assert fields <= set(one) <= fields | optional, one["name"]
         assert one["direction"] in ("min", "max")
         assert target(healthy_summary, one["name"])["measured"] is not None
+
+
+def test_a_run_that_ended_before_its_first_cell_says_what_ended_it() -> None:
+    fixture = report_fixture.testbed((2,))
+    for entry in fixture.status["cells"].values():
+        entry["state"] = "planned"
+    fixture.status |= {"state": "failed", "error": {"kind": None, "message": "no data set /nope", "at": "now"}}
+    fixture.records = []
+    summary = summary_of(fixture)
+    assert (summary["verdict"], summary["reason"]) == ("not_judged", "ended by: no data set /nope")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_retries_end(cluster, tmp_path):
     assert len(nodes.tried) == 3 and status["cells"]["torch-2n-r1"]["error"]["host"] == NAMES[1]
 
 
+def test_the_time_that_an_attempt_took_ends_with_its_gathering(cluster, tmp_path, monkeypatch):
+    def slow(self, planned, cell):
+        time.sleep(1.1)
+        return {}
+
+    monkeypatch.setattr(Nodes, "gather", slow)
+    nodes, _, _ = carry_out(planned(cluster, tmp_path))
+    assert "torch-2n-r1: complete after 1 s" in nodes.run.log.read_text()
+
+
 def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
     built = planned(cluster, tmp_path, counts=(1, 2), spares=2)
     nodes, status, after = carry_out(built, ("2n", "lost_connection", NAMES[1]), replace_bad=True)
@@ -92,6 +103,31 @@ def test_without_a_spare_cells_that_can_still_run_do(cluster, tmp_path):
     assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "complete", "torch-3n-r1": "failed"}
     assert "needs 3 nodes, 2 are good" in status["cells"]["torch-3n-r1"]["error"]["message"]
     assert [len(hosts) for cell, hosts, _ in nodes.tried if NAMES[0] not in hosts] == [1, 2]
+
+
+def test_a_node_that_slurm_chose_is_given_up_too(cluster, tmp_path):
+    """The cell has its nodes only since its job runs: before, Slurm was to choose them."""
+    built = replace(planned(cluster, tmp_path), backend="slurm", named=False)
+    built = replace(built, cells=tuple(replace(cell, hosts=()) for cell in built.cells))
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Chosen(Nodes):
+        def converse(self, planned, cell, watch, data, course):
+            excluded = (planned.slurm or {}).get("exclude", ())
+            watch.cell = course.on_placed([node for node in planned.nodes if node.alias not in excluded][:2])
+            return super().converse(planned, watch.cell, watch, data, course)
+
+        def exclude(self, planned, host):
+            nodes = (*planned.nodes, cluster.nodes[2])  # whom Slurm may choose instead
+            return replace(planned, nodes=nodes, slurm={"exclude": [planned.node(host).alias]})
+
+    nodes = Chosen(run, ("torch", "node_failed", NAMES[1]))
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(0, True), NodeAccess())
+    carried.execute({})
+    status = run.read_status()
+    assert [swap["host"] for swap in status["replaced"]] == [NAMES[1]]
+    assert [hosts for _, hosts, _ in nodes.tried] == [(NAMES[0], NAMES[1]), (NAMES[0], NAMES[2])]
+    assert states(status) == {"torch-2n-r1": "complete"}
 
 
 def test_a_node_is_not_given_up_for_a_failure_that_names_nobody(cluster, tmp_path):
