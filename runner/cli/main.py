@@ -92,6 +92,9 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         failure = _failure(error.exit_code, str(error), error.kind, error.nodes)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:  # the whole help, not one line
+        click.echo(error.format_message(), err=True)
+        return errors.EXIT_USAGE
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""

@@ -126,6 +126,13 @@ def test_the_inventory_of_ansible_cfg_holds_without_i():
     assert [n["name"] for n in nodes] == NAMES
 
 
+@pytest.mark.parametrize("arguments", [[], ["runs"], ["data"]])
+def test_a_group_without_a_command_shows_its_help_and_nothing_else(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("Usage: runner") and "--help`)" not in done.stderr
+
+
 def test_every_command_has_help():
     for name in cli.list_commands(click.Context(cli)):
         done = run(name, "--help")
