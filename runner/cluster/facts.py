@@ -52,7 +52,7 @@ def relevant(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def environment(facts: Mapping[str, Any]) -> dict[str, str]:
+def comparable(facts: Mapping[str, Any]) -> dict[str, str]:
     """The properties in facts.json that a measurement depends on, as property -> text. Pure.
 
     Properties that are unique to a node (host name, boot id, addresses, UUIDs) are left out, so that the environments

@@ -32,7 +32,7 @@ def find(
         *_failures(cells, status),
         *_wrong_values(by_cell),
         *_without_records(cells),
-        *_environment_findings(environment(facts)),
+        *_differences(properties(facts)),
     ]
 
 
@@ -107,7 +107,7 @@ JUDGED_PROPERTIES = frozenset(
 )
 
 
-def environment(facts: Facts) -> list[dict[str, Any]]:
+def properties(facts: Facts) -> list[dict[str, Any]]:
     """One row per observed property: {"property", "values": {host: text or None}, "differs", "majority",
     "minority": [hosts]}.
 
@@ -117,7 +117,7 @@ def environment(facts: Facts) -> list[dict[str, Any]]:
     hosts: dict[str, dict[str, str]] = {}
     for per_host in facts.values():
         for host, observed in per_host.items():
-            hosts.setdefault(host, facts_of.environment(observed))
+            hosts.setdefault(host, facts_of.comparable(observed))
     names = sorted(hosts)
     rows = []
     for prop in dict.fromkeys(key for name in names for key in hosts[name]):
@@ -137,7 +137,7 @@ def environment(facts: Facts) -> list[dict[str, Any]]:
     return rows
 
 
-def _environment_findings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One finding per deviating node with all its differences, and one per property without a majority."""
     deviating: dict[str, list[tuple[str, str]]] = defaultdict(list)
     findings = []

@@ -68,7 +68,7 @@ def measured(run: RunDir, plan: Plan, status: Mapping[str, Any]) -> dict[str, di
     complete = {cell for cell, entry in status["cells"].items() if entry["state"] == "complete"}
     seen = run.read_facts(plan.to_dict())
     return {
-        cell: {host: facts.environment(observed) for host, observed in hosts.items()}
+        cell: {host: facts.comparable(observed) for host, observed in hosts.items()}
         for cell, hosts in seen.items()
         if cell in complete
     }

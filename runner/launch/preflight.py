@@ -104,7 +104,7 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
             problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}
-        environments[name] = facts.environment(seen)
+        environments[name] = facts.comparable(seen)
     return Answers(problems, environments)
 
 

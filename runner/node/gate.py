@@ -35,7 +35,7 @@ def require_good_node(request: CellRequest) -> None:
 def require_environment(request: CellRequest, observed: Mapping[str, Any]) -> None:
     """Raise Refused if the environment differs from the one in which earlier cells of the run were measured."""
     before = request.environment
-    if before and (changed := facts.changes(before, facts.environment(observed))):
+    if before and (changed := facts.changes(before, facts.comparable(observed))):
         raise Refused(f"environment changed: {'; '.join(changed)} (--accept-drift to continue)", "version_mismatch")
 
 

@@ -198,7 +198,7 @@ def _environment(facts: findings.Facts, naming: Naming) -> dict[str, Any]:
     """Properties that differ, each with its values and the nodes that have them; and properties that are the same."""
     differing, same = [], []
     hosts: set[str] = set()
-    for row in findings.environment(facts):
+    for row in findings.properties(facts):
         hosts |= set(row["values"])
         name = row["property"].removeprefix("packages.").removeprefix("env.")
         if not row["differs"]:

@@ -438,7 +438,7 @@ def test_no_preflight_reached_the_node_so_the_agent_checks_it_before_it_starts(t
 
 
 def test_a_changed_environment_is_named_and_nothing_starts(tmp_path):
-    before = facts.environment(facts.collect({})) | {"packages.torch": "1.0"}
+    before = facts.comparable(facts.collect({})) | {"packages.torch": "1.0"}
     task = Task(tmp_path, environment=before)
     outcome = task.end()
     assert outcome["error"].startswith("environment changed: ") and "torch 1.0 -> " in outcome["error"]

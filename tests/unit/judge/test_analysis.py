@@ -434,7 +434,7 @@ def with_driver(*versions: str | None) -> dict[str, dict[str, Any]]:
 
 def test_what_an_image_sets_and_nccl_does_not_read_is_no_difference() -> None:
     facts = {"cell": {"n1": {"env": {"NCCL_VERSION": "2.19.3-1"}}, "n2": {"env": {}}, "n3": {"env": {}}}}
-    assert (findings.environment(facts), findings.find([], {}, {}, facts)) == ([], [])
+    assert (findings.properties(facts), findings.find([], {}, {}, facts)) == ([], [])
 
 
 def test_the_odd_one_out_is_named() -> None:
@@ -458,7 +458,7 @@ def test_without_a_majority_nobody_is_blamed() -> None:
 
 def test_other_differences_are_marked_but_are_no_finding() -> None:
     facts = {"cell": {f"n{i}": {"kernel": "6.8" if i else "6.5"} for i in range(3)}}
-    (row,) = findings.environment(facts)
+    (row,) = findings.properties(facts)
     assert row == {
         "property": "kernel",
         "values": {"n0": "6.5", "n1": "6.8", "n2": "6.8"},
@@ -470,7 +470,7 @@ def test_other_differences_are_marked_but_are_no_finding() -> None:
 
 
 def test_what_must_be_unique_is_not_compared(healthy: Fixture) -> None:
-    rows = findings.environment(healthy.facts)
+    rows = findings.properties(healthy.facts)
     assert not [row for row in rows if row["differs"]]
     assert {"driver", "kernel", "packages.torch", "nic ens1f0np0", "env.NCCL_IB_HCA", "gpus"} <= {
         row["property"] for row in rows

@@ -275,12 +275,12 @@ def test_a_changed_environment_is_named_by_property_and_nodes(cluster, tmp_path)
     built, run = interrupted(cluster, tmp_path)
     before = drift.measured(run, built, run.read_status())
     assert list(before) == ["torch-1n-r1"]
-    now = {name: facts.environment({**FACTS, "packages": {"torch": "2.12.1"}}) for name in NAMES}
+    now = {name: facts.comparable({**FACTS, "packages": {"torch": "2.12.1"}}) for name in NAMES}
     changed = drift.drift({**before, "other": {NAMES[1]: before["torch-1n-r1"][NAMES[0]]}}, now)
     aliases = {node.name: node.alias for node in cluster.nodes}
     assert drift.describe(changed, aliases) == "torch 2.13.0 -> 2.12.1 on node[001-002]"
     veth = {"name": "veth1", "speed_mbit_per_s": 10000, "mtu": 1500, "driver": None}
-    same = facts.environment({**FACTS, "boot_id": "another", "hostname": "m", "nics": [veth]})
+    same = facts.comparable({**FACTS, "boot_id": "another", "hostname": "m", "nics": [veth]})
     assert drift.drift(before, {name: same for name in NAMES}) == {}, "neither a reboot nor a container is one"
 
 
