@@ -72,7 +72,7 @@ def test_the_table_says_what_was_made_and_where(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--source", "missing.json"], "runner: data source 'missing.json': no such file or folder"),
+        (["--source", "missing.json"], "runner: data source 'missing.json': neither a file or folder nor a hub id"),
         (["--source", "alpaca", "--samples", "5"], "runner: --samples is for builtin; 'alpaca' has its own number"),
         (["--seq-len", "many"], "runner: Invalid value for '--seq-len': 'many' is not a valid integer"),
     ],

@@ -192,7 +192,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
     build_model(MODEL, attention="sdpa", dtype=torch.float32).save_pretrained(tmp_path)
     other = {**MODEL, "num_layers": 3}
-    with pytest.raises(UsageError, match="num_hidden_layers 2, model test says 3"):
+    with pytest.raises(UsageError, match="num_hidden_layers 2, model test has 3"):
         build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path))
     with pytest.raises(UsageError, match="cannot read weights"):
         build_model(other, attention="sdpa", dtype=torch.float32, weights=str(tmp_path / "none"))
