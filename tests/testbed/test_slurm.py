@@ -201,8 +201,11 @@ def run(cluster):
 
 @pytest.fixture(scope="module")
 def limited(run):
-    """A job on the third node with a limit of a minute: Slurm's notice of it comes within half of that."""
-    one = run(300, hosts=("node003",), settings={"time_limit_s": 60})
+    """A job on the third node with a limit of two minutes: Slurm's notice comes 30 to 90 s after its start.
+
+    With a limit of one minute it may come at once, before the step has begun, and is then lost.
+    """
+    one = run(300, hosts=("node003",), settings={"time_limit_s": 120})
     return one, one.submit()
 
 
