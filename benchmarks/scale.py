@@ -187,6 +187,11 @@ class Steps:
     def _imports(self) -> None:
         from ClusterShell.NodeSet import NodeSet  # noqa: F401
 
+        from runner.cluster import inventory, ssh  # noqa: F401
+        from runner.launch import blame  # noqa: F401
+        from runner.launch.slurm import allocations, script  # noqa: F401
+        from runner.plan import build, config, describe, plan  # noqa: F401
+        from runner.results import rundir  # noqa: F401
         from runner.system import nodeset  # noqa: F401
 
     def _fold(self) -> str:
