@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from runner.node.protocol import POLL_S
 from runner.report.progress import Display
-
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from runner.system import process
 
 
 @contextmanager
@@ -21,12 +19,8 @@ def deferred() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda got, _frame: came.append(got)) for number in NUMBERS}
-    try:
+    with process.handling(process.STOPS, lambda number, _frame: came.append(number)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
 
@@ -38,15 +32,9 @@ class Stop:
         self.asked = False
         self._display = display
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Handle the signals while the context lasts."""
-        before = {number: signal.signal(number, self._received) for number in NUMBERS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return process.handling(process.STOPS, self._received)
 
     def wait(self, seconds: float) -> None:
         """Sleep for `seconds`, or until the first signal."""

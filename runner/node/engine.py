@@ -121,22 +121,12 @@ def _spawn(request: CellRequest, folder: CellDir) -> subprocess.Popen[bytes]:
     env = {**kept, **request.env, process.MARKER: request.marker, **request.secrets}
     env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
     assert request.argv
-    with _ignored(signal.SIGUSR1, signal.SIGUSR2):
+    # What is ignored here, a child ignores too, unless it asks for the signal.
+    with process.handling((signal.SIGUSR1, signal.SIGUSR2), signal.SIG_IGN):
         child = process.spawn(request.argv, env=env, cwd="/" if request.isolated else str(folder.path))
     if child.stdin:
         child.stdin.close()
     return child
-
-
-@contextlib.contextmanager
-def _ignored(*numbers: int) -> Iterator[None]:
-    """A process that is started here ignores these signals, unless it asks for them."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def register(engine: Engine, selector: selectors.BaseSelector) -> None:

@@ -7,12 +7,10 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,7 +148,7 @@ def play(
         def overdue() -> bool:
             return cancelled_at is not None and time.monotonic() - cancelled_at > _GRACE_S
 
-        with _signals(cancel):
+        with process.handling(process.STOPS, cancel):
             done = ansible_runner.run(
                 private_data_dir=private,
                 project_dir=str(ROOT),
@@ -189,17 +187,6 @@ def _ansible_environment(base: Mapping[str, str] | None = None) -> dict[str, str
         "PATH": path,
     }
     return {**(os.environ if base is None else base), **own}
-
-
-@contextmanager
-def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def parse(raw: Mapping[str, Any]) -> Event | None:

@@ -12,9 +12,10 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from runner.errors import InfrastructureError
 
@@ -24,6 +25,8 @@ MARKER = "SHAKEDOWN_CELL"
 # Requests the stacks of a rank. Of the signals that torch, NCCL and Slurm do not use, its default action is to be
 # ignored, so that it does not kill a process without a handler.
 STACKS = signal.SIGURG
+# The signals by which the user stops a command.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def cell_marker(run_id: str, cell: str) -> str:
@@ -46,6 +49,19 @@ class Outcome:
         """The last line of stderr, or of stdout where stderr is empty: usually the reason of a failure."""
         lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
         return lines[-1].strip() if lines else ""
+
+
+@contextlib.contextmanager
+def handling(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    """Give the signals this handler while the context lasts, then their former ones; in the main thread only."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def allow_open_files() -> None:
