@@ -13,6 +13,7 @@ from typing import Any
 from runner.cluster import facts as facts_of
 from runner.failures import KINDS, NOBODY, NODE, current
 from runner.results.records import Record
+from runner.results.status import each_error
 from runner.system.wording import counted
 
 Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json
@@ -62,15 +63,16 @@ def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> 
         error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
         if cell["state"] != "failed" and not (cell["state"] == "incomplete" and error):
             continue
-        kind, host = current(error.get("kind")), error.get("host")
-        yield _finding(
-            kind,
-            where=cell["id"],
-            evidence=str(error.get("message") or "failed without an error message"),
-            confidence=NOBODY if _fault(kind, host) == NOBODY else "high",
-            host=host,
-            stderr=[str(line) for line in error.get("stderr") or []],
-        )
+        for one in each_error(error) or [{}]:
+            kind, host = current(one.get("kind")), one.get("host")
+            yield _finding(
+                kind,
+                where=cell["id"],
+                evidence=str(one.get("message") or "failed without an error message"),
+                confidence=NOBODY if _fault(kind, host) == NOBODY else "high",
+                host=host,
+                stderr=[str(line) for line in one.get("stderr") or []],
+            )
 
 
 def _wrong_values(by_cell: Mapping[str, Sequence[Record]]) -> Iterable[dict[str, Any]]:

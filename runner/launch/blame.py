@@ -1,7 +1,8 @@
 """Why a cell failed and on which node, from the outcomes of all agents. Pure.
 
 An error is {"kind", "message", "host", "stderr"}: `kind` is one of `KINDS`, `host` is None where no single
-node can be named: a cause that cannot be determined is not assigned to a node.
+node can be named: a cause that cannot be determined is not assigned to a node. Where several nodes failed, it is the
+first one's, and `also` has the errors of the others (`results.status.each_error`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from runner.failures import KINDS, Problem
 from runner.launch.talk import AgentSession
 from runner.node.protocol import LAST_WORDS, Outcome, RankEnd, Stopped
 from runner.results.celldir import LAUNCHER, rank_name
+from runner.results.status import joined
 
 # Clocks that differ by more make logs and time limits misleading; NTP keeps them within milliseconds.
 CLOCK_OFF_S = 60.0
@@ -74,10 +76,46 @@ _WORDS = (
 
 
 def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The error of a cell some of whose ranks or agents failed, with the host that caused it.
+    """The error of a cell some of whose ranks or agents failed: one for each host that failed first-hand.
 
-    A host whose ranks only report a lost peer is a victim. A single host that is no victim is the cause; of several
-    none is named, but a kind of failure that is the same on all of them is.
+    A host whose ranks only report a lost peer is a victim, and is blamed for nothing while another host has failed.
+    What no other try can change, and what fails alike on several hosts, is no fault of theirs: none is named.
+    """
+    suspects, victims = _told_apart(sessions, outcomes)
+    if suspects:
+        return _alike(suspects) or joined(suspects)
+    if late := [o.stopped for o in outcomes.values() if o.stopped in LATE]:
+        return hang_error(LATE[late[0]], str(late[0]), outcomes)
+    if victims:
+        names = ", ".join(one["host"] for one in victims)
+        message = f"only lost peers were reported, by {names}; first: {victims[0]['message']}"
+        return error("lost_peers", message, stderr=victims[0]["stderr"])
+    launcher = outcomes.get(LAUNCHER, Outcome())
+    tail = launcher.engine_stderr
+    return error("launcher_failed", f"the launcher {_end(_status(launcher))}{_last_words(tail)}", stderr=tail)
+
+
+def _alike(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The one error of several hosts that fail alike for good; None if they do not."""
+    texts = {(one["kind"], re.sub(r"\d+", "", one["message"])) for one in suspects}
+    if len(suspects) == 1 or len(texts) > 1 or may_retry(suspects[0]):
+        return None
+    names = ", ".join(one["host"] for one in suspects)
+    message = f"failed at the same time on {names}; first: {suspects[0]['message']}"
+    return error(suspects[0]["kind"], message, stderr=suspects[0]["stderr"])
+
+
+def first_hand(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    """The errors of the hosts among `sessions` that failed first-hand, one for each."""
+    return _told_apart(sessions, outcomes)[0]
+
+
+def _told_apart(
+    sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The errors of the hosts that failed first-hand, and of those that only lost a peer.
+
+    A launcher on this machine that fails together with nodes is a victim of them.
     """
     suspects: list[dict[str, Any]] = []
     victims: list[dict[str, Any]] = []
@@ -97,22 +135,8 @@ def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> 
             kind = _kind(status, rank.stderr, outcome.oom_kills)
             message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank.stderr)}"
             (victims if dead and not direct else suspects).append(error(kind, message, session.name, rank.stderr))
-    if len(suspects) == 1:
-        return suspects[0]
-    if suspects:
-        kinds = {suspect["kind"] for suspect in suspects}
-        kind, what = kinds.pop() if len(kinds) == 1 else "unknown", "failed at the same time on"
-    elif late := [o.stopped for o in outcomes.values() if o.stopped in LATE]:
-        return hang_error(LATE[late[0]], str(late[0]), outcomes)
-    elif victims:
-        kind, what = "lost_peers", "only lost peers were reported, by"
-    else:
-        launcher = outcomes.get(LAUNCHER, Outcome())
-        tail = launcher.engine_stderr
-        return error("launcher_failed", f"the launcher {_end(_status(launcher))}{_last_words(tail)}", stderr=tail)
-    first = (suspects or victims)[0]
-    names = ", ".join(one["host"] for one in suspects or victims)
-    return error(kind, f"{what} {names}; first: {first['message']}", stderr=first["stderr"])
+    of_nodes = [suspect for suspect in suspects if suspect["host"] != LAUNCHER]
+    return of_nodes or suspects, victims
 
 
 def _no_outcome(session: AgentSession) -> dict[str, Any]:

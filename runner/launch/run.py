@@ -28,6 +28,7 @@ from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import telemetry
 from runner.results.rundir import RunDir
+from runner.results.status import each_error
 from runner.system.wording import are, counted
 
 RETRY_S = 5.0
@@ -225,11 +226,13 @@ class Run:
                 return
 
     def _worth_another(self, cell: Cell, error: Mapping[str, Any], share: JobShare | None, answered: bool) -> bool:
-        """Whether a failed cell is to run again: without the node that failed it, since its step had not begun, or as
-        a retry.
+        """Whether a failed cell is to run again: without the nodes that failed it, since its step had not begun, or as
+        a retry. Of several failures each counts: all of them must be such that another try may help.
         """
-        worth_it = blame.may_retry(error)
-        if worth_it and self.policy.replace_bad_nodes and self._replace(cell, error):
+        failed = each_error(error)
+        left = [one for one in failed if not (blame.may_retry(one) and self._replace(cell, one))]
+        worth_it = all(map(blame.may_retry, failed))
+        if worth_it and not left:
             return True
         if error["kind"] != "job_cancelled" and self._turn_never_came(cell, share, answered):
             return True
@@ -283,7 +286,7 @@ class Run:
     def _replace(self, cell: Cell, error: Mapping[str, Any]) -> bool:
         """Whether the cell can run again without the node that failed it."""
         bad = error["host"]
-        if KINDS[error["kind"]].fault != "node" or not self.backend.remote:
+        if not self.policy.replace_bad_nodes or KINDS[error["kind"]].fault != "node" or not self.backend.remote:
             return False
         if bad not in self.current.cell(cell.id).hosts:  # no node, or a launcher on the controller
             return False
@@ -410,8 +413,12 @@ class Run:
 
         self.journal.cell_state(cell, "running")
         self.display.at(through, total, f"{cell.id} starting")
+
+        def on_failure(error: Mapping[str, Any]) -> None:
+            self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")
+
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
-        watch = CellRun(cell, self.stop, on_progress, streams.line, live)
+        watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure)
         try:
             context = self._context(cell, through)
             fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
@@ -441,11 +448,15 @@ class Run:
         else:
             self.journal.cell_state(cell, state, error)
         self.journal.note(f"{cell.id}: {state} after {time.monotonic() - started:.0f} s")
-        if error:
-            where = f" on {alias(error['host'])} ({error['host']})" if error["host"] else ""
-            self.journal.note(f"  {error['message']}{where}")
-            for line in error["stderr"][-8:]:
+        for one in each_error(error):
+            self.journal.note(f"  {self._described(one)}")
+            for line in one["stderr"][-8:]:
                 self.display.note(f"    {line}")
+
+    def _described(self, error: Mapping[str, Any]) -> str:
+        """The error of one node as text, with the node."""
+        host = error["host"]
+        return error["message"] + (f" on {self.current.alias(host)} ({host})" if host else "")
 
     def _complete(self, cell: Cell) -> None:
         self.journal.cell_state(cell, "complete", plan_hash=fingerprint(self.current.plan, cell))

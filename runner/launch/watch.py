@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.cluster.inventory import Node
-from runner.launch.blame import LATE, blame, error, hang_error
+from runner.launch.blame import LATE, blame, error, first_hand, hang_error
 from runner.launch.signals import Stop
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AgentSession
@@ -18,6 +18,7 @@ from runner.plan.plan import Cell
 from runner.results import records
 from runner.results.celldir import LAUNCHER, holds_events
 from runner.results.rundir import RunDir
+from runner.results.status import each_error, joined
 from runner.system.clock import now
 
 # A peer notices a dead rank at once, the launcher on its own node a moment later: both are received before
@@ -58,7 +59,8 @@ def read_outcomes(run: RunDir, cell: Cell) -> dict[str, Outcome]:
 class CellRun:
     """One cell while it runs: receives messages of its agents and decides what is sent to them.
 
-    `on_progress` gets the fraction (0-1) and the phase, `on_line` host, file and line. Times are monotonic, in s.
+    `on_progress` gets the fraction (0-1) and the phase, `on_line` host, file and line, `on_failure` the error of a node
+    as soon as it is known, while the others are still being stopped. Times are monotonic, in s.
     """
 
     cell: Cell
@@ -66,6 +68,7 @@ class CellRun:
     on_progress: Callable[[float, str], None]
     on_line: Callable[[str, str, str], None]
     on_look: Callable[[], None] = lambda: None
+    on_failure: Callable[[Mapping[str, Any]], None] = lambda error: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sessions: list[AgentSession] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
@@ -73,7 +76,8 @@ class CellRun:
     reason: str | None = None
     kind: str = "unknown"  # of the failure that `reason` describes
     reason_at: float = 0.0
-    silent: str | None = None  # the node that was given up since nothing was received from it
+    silent: set[str] = field(default_factory=set)  # nodes that were given up since nothing was received from them
+    told: set[str | None] = field(default_factory=set)  # the hosts whose errors `on_failure` was notified of
     stall_s: float = STALL_S
     stepped: float | None = None  # monotonic time of the last output of a rank, since the first step
     deadline: float = 0.0
@@ -146,14 +150,31 @@ class CellRun:
             if session.rc is not None and session.name not in self.outcomes:
                 self._failed()
             elif session.alive and moment - session.last_output > SILENCE_S:
-                self.silent = self.silent or session.name
-                self._end("hung", f"{self.silent} has not answered for {SILENCE_S:g} s", moment)
+                self.silent.add(session.name)
+                self._tell(_silent(session.name))
+                self._end("hung", _silent(session.name)["message"], moment)
+        if self.first_failure and moment - self.first_failure > SETTLE_S:
+            for found in self._failures_so_far():
+                self._tell(found)
         if moment > self.deadline:
             self._end("timed_out", f"not finished within its limit of {self.cell.params['timeout_s']:g} s", moment)
         if self.stepped and moment - self.stepped > self.stall_s:
             self._end("rank_hung", f"no output from any rank for {self.stall_s:g} s", moment)
         if self.stop.asked:
             self._end("interrupted", "interrupted", moment)
+
+    def _failures_so_far(self) -> list[dict[str, Any]]:
+        """The errors that are known while some agents still run, of which a silent one ends half a minute later."""
+        over = [session for session in self.sessions if session.name in self.outcomes or not session.alive]
+        if all(self.outcomes.get(session.name, _NONE).ended_well for session in over):
+            return []
+        return each_error(blame(over, self.outcomes))
+
+    def _tell(self, found: Mapping[str, Any]) -> None:
+        """Notify of the error of a host, once."""
+        if found["host"] not in self.told and not self.stop.asked:
+            self.told.add(found["host"])
+            self.on_failure(found)
 
     def _end(self, kind: str, reason: str, moment: float) -> None:
         """End the cell for `reason`; the first reason counts."""
@@ -167,9 +188,14 @@ class CellRun:
         if self.stop.asked:
             return "cancelled", None
         if self.reason:
-            silent = {t.name for t in self.sessions if t.name not in self.outcomes} or {self.silent} - {None}
-            if silent:  # an agent that did not report how it ended
-                return "incomplete", error("hung", self.reason, silent.pop() if len(silent) == 1 else None)
-            return "incomplete", hang_error(self.kind, self.reason, self.outcomes)
+            silent = [_silent(session.name) for session in self.sessions if session.name in self.silent]
+            others = [session for session in self.sessions if session.name not in self.silent]
+            failed = [*silent, *first_hand(others, self.outcomes)]
+            return "incomplete", joined(failed) if failed else hang_error(self.kind, self.reason, self.outcomes)
         found = blame(self.sessions, self.outcomes)
         return "incomplete" if found["kind"] in LATE.values() else "failed", found
+
+
+def _silent(host: str) -> dict[str, Any]:
+    """The error of a node from which nothing was received."""
+    return error("hung", f"{host} has not answered for {SILENCE_S:g} s", host)

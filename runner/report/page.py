@@ -21,6 +21,7 @@ from runner.report.figures import number
 from runner.report.words import SIGNS, VERDICTS, headline, target_text, title
 from runner.results.records import Record
 from runner.results.rundir import RunDir
+from runner.results.status import each_error
 from runner.system.files import write_text_atomic
 from runner.system.wording import counted
 
@@ -220,14 +221,15 @@ def _unfinished(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any], n
     for cell in cells:
         if cell["state"] == "complete":
             continue
-        error = status.get("cells", {}).get(cell["id"], {}).get("error") or {}
-        found.append(
-            {
-                "id": cell["id"],
-                "state": cell["state"],
-                "message": error.get("message") or "",
-                "who": naming.long(error.get("host")),
-                "stderr": list(error.get("stderr") or [])[-12:],
-            }
-        )
+        error = status.get("cells", {}).get(cell["id"], {}).get("error")
+        for one in each_error(error) or [{}]:
+            found.append(
+                {
+                    "id": cell["id"],
+                    "state": cell["state"],
+                    "message": one.get("message") or "",
+                    "who": naming.long(one.get("host")),
+                    "stderr": list(one.get("stderr") or [])[-12:],
+                }
+            )
     return found

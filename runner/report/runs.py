@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 from runner.report.progress import remaining_s
 from runner.results.logs import printable
+from runner.results.status import each_error
 from runner.system.wording import counted
 
 if TYPE_CHECKING:
@@ -134,11 +135,14 @@ def node_states_text(nodes: Mapping[str, Mapping[str, Any]], aliases: Mapping[st
 
 
 def _error_text(error: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
-    host = error.get("host")
-    where = f" on {aliases.get(host, host)}" if host else ""
-    if kind := error.get("kind"):  # runs of earlier versions have none
-        return f"{kind.replace('_', ' ')}{where}: {error['message']}"
-    return f"{error['message']}{where}"
+    """The errors of all nodes that failed, as one text."""
+    parts = []
+    for one in each_error(error):
+        host = one.get("host")
+        where = f" on {aliases.get(host, host)}" if host else ""
+        kind = one.get("kind")  # runs of earlier versions have none
+        parts.append(f"{kind.replace('_', ' ')}{where}: {one['message']}" if kind else f"{one['message']}{where}")
+    return "; ".join(parts)
 
 
 def _job_text(job: Mapping[str, Any], waits: bool) -> str:

@@ -30,3 +30,17 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
         "nodes": {},
         "progress": None,
     }
+
+
+def joined(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One error of `errors`, at least one, each of another node: the first, with the others in `also`."""
+    first, *others = (alone for one in errors for alone in each_error(one))
+    return {**first, "also": others} if others else first
+
+
+def each_error(error: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The errors in an error of a cell, one for each node that failed; empty for None."""
+    if not error:
+        return []
+    alone = {key: value for key, value in error.items() if key != "also"}
+    return [alone, *(dict(other) for other in error.get("also", ()))]

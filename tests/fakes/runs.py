@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import plans
 
@@ -27,9 +28,11 @@ FACTS = {"hostname": "n", "boot_id": "b", "kernel": "6.1", "packages": {"torch":
 class Nodes(Agents):
     """A stand-in for the nodes: fails what it is told to fail, and writes what ranks would have written."""
 
-    def __init__(self, run: RunDir, *faults: tuple[str, str, str | None]) -> None:
+    def __init__(self, run: RunDir, *faults: tuple[str, str, str | None] | dict[str, Any]) -> None:
         super().__init__(run, "/tmp/ssh_config")
-        self.faults = list(faults)  # (part of a cell's id, kind, host or None)
+        # (part of a cell's id, kind, host or None), or the whole error of the next attempt
+        self.faults = [fault for fault in faults if isinstance(fault, tuple)]
+        self.errors = [fault for fault in faults if isinstance(fault, dict)]
         self.tried: list[tuple[str, tuple[str, ...], int]] = []
         self.sent: list[str] = []
         self.facts = FACTS
@@ -58,6 +61,8 @@ class Nodes(Agents):
                 if host is None:  # once
                     del self.faults[number]
                 return blame.error(kind, f"planted {kind}", host)
+        if self.errors:
+            return self.errors.pop()
         watch.sessions = [ended_session(host) for host in cell.hosts]
         watch.outcomes = {host: Outcome(rc=0) for host in cell.hosts}
         return None

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from runner.cluster.reasons import GIVEN_UP
 from runner.errors import InfrastructureError
 from runner.failures import Problem
 from runner.launch import preflight, watch
 from runner.launch.talk import AgentSession
 from runner.node.protocol import STACKS_S, Line, Outcome, Started
 from runner.results import celldir
+from runner.results.status import each_error
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> Outcome:
@@ -123,6 +125,38 @@ def test_a_silent_node_ends_the_cell_and_is_named(cluster):
     assert run.state() == ("incomplete", error)
     run.receive(run.sessions[1], outcome(rc=None, stopped="stop"))  # awake again, too late
     assert run.state() == ("incomplete", error)
+
+
+def test_two_nodes_that_fail_together_both_have_an_error(cluster):
+    """One is paused, and a rank is killed on the other: the first to be known is told at once."""
+    run = cell_run(cluster)
+    told: list[tuple[str, str]] = []
+    run.on_failure = lambda error: told.append((error["host"], error["kind"]))
+    run.receive(run.sessions[1], outcome(rc=-9))
+    run.first_failure -= watch.SETTLE_S + 0.1
+    run.sessions[1].rc = 0
+    for _ in range(3):
+        run.looked = 0
+        assert run.next_word(run.sessions[0]) == "stop"
+    assert told == [("b", "rank_killed")], "within seconds, once, whatever else is silent"
+    run.sessions[0].rc = GIVEN_UP
+    state, error = run.state()
+    assert (state, [(one["host"], one["kind"]) for one in each_error(error)]) == (
+        "failed",
+        [("a", "hung"), ("b", "rank_killed")],
+    )
+
+
+def test_a_rank_that_dies_beside_a_silent_node_is_not_lost(cluster):
+    run = cell_run(cluster)
+    told: list[str] = []
+    run.on_failure = lambda error: told.append(error["host"])
+    run.sessions[0].last_output -= 100
+    assert run.next_word(run.sessions[0]) == "stop"
+    run.receive(run.sessions[1], outcome(rc=-9))
+    state, error = run.state()
+    assert (state, told) == ("incomplete", ["a"])
+    assert [(one["host"], one["kind"]) for one in each_error(error)] == [("a", "hung"), ("b", "rank_killed")]
 
 
 def progress(run, done: int) -> None:

@@ -16,6 +16,7 @@ from runner.launch.talk import AgentSession
 from runner.node import ranks as node
 from runner.node.protocol import Outcome, RankStack
 from runner.results import celldir
+from runner.results.status import each_error
 
 
 def outcome(rc: int | None = 1, stderr: list[str] | None = None, ended: bool = False, **more) -> Outcome:
@@ -78,9 +79,22 @@ def test_a_traceback_names_its_host_and_is_shown():
     assert said == {"kind": "rank_crashed", "message": message, "host": "a", "stderr": trace}
 
 
-def test_two_first_hand_failures_are_not_told_apart():
-    said = blame.blame(sessions("a", "b"), {"a": outcome(stderr=["x"]), "b": outcome(stderr=["y"])})
-    assert said["host"] is None and "a, b" in said["message"]
+def test_each_node_that_fails_first_hand_has_its_own_error():
+    said = blame.blame(
+        [*sessions("a", "b"), *sessions("c", rc=reasons.GIVEN_UP), *sessions("d")],
+        {"a": outcome(stderr=["ValueError: x"]), "b": outcome(rc=-9), "d": outcome(rc=None, stopped="stop")},
+    )
+    assert [(one["host"], one["kind"]) for one in each_error(said)] == [
+        ("a", "rank_crashed"),
+        ("b", "rank_killed"),
+        ("c", "hung"),
+    ]
+
+
+def test_a_launcher_that_is_lost_with_a_node_is_no_failure_of_its_own():
+    launcher = outcome(error="the launcher was lost", ranks={})
+    said = blame.blame(sessions("a", celldir.LAUNCHER), {"a": outcome(rc=-9), celldir.LAUNCHER: launcher})
+    assert [one["host"] for one in each_error(said)] == ["a"]
 
 
 def test_lost_peers_alone_blame_nobody():
@@ -171,7 +185,7 @@ def test_what_fails_alike_everywhere_keeps_its_kind_and_names_nobody():
     found = blame.blame(sessions("a", "b"), {"a": outcome(stderr=gone), "b": outcome(stderr=gone)})
     assert (found["kind"], found["host"]) == ("environment_missing", None)
     found = blame.blame(sessions("a", "b"), {"a": outcome(stderr=gone), "b": outcome(rc=-9)})
-    assert (found["kind"], found["host"]) == ("unknown", None)
+    assert [one["kind"] for one in each_error(found)] == ["environment_missing", "rank_killed"]
 
 
 # --- ranks that stand still -----------------------------------------------------------------------

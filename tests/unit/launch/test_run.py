@@ -28,6 +28,7 @@ from runner.plan import build, plan
 from runner.report.progress import Display
 from runner.results import celldir
 from runner.results.rundir import RunDir
+from runner.results.status import each_error, joined
 
 
 def test_the_plan_comes_back_from_its_file(cluster, tmp_path):
@@ -128,6 +129,32 @@ def test_a_node_that_slurm_chose_is_given_up_too(cluster, tmp_path):
     assert [swap["host"] for swap in status["replaced"]] == [NAMES[1]]
     assert [hosts for _, hosts, _ in nodes.tried] == [(NAMES[0], NAMES[1]), (NAMES[0], NAMES[2])]
     assert states(status) == {"torch-2n-r1": "complete"}
+
+
+BOTH = (("hung", NAMES[0]), ("rank_killed", NAMES[1]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "retries", "replace_bad", "given_up", "tried"),
+    [
+        (BOTH, 1, True, [NAMES[0]], 2),  # as many as each alone would have
+        (BOTH, 1, False, [], 2),
+        (BOTH, 0, True, [NAMES[0]], 1),  # a rank that was killed is tried again only where retries are left
+        ((("hung", NAMES[0]), ("lost_connection", NAMES[1])), 0, True, [NAMES[0], NAMES[1]], 2),
+        ((("hung", NAMES[0]), ("rank_crashed", NAMES[1])), 1, True, [NAMES[0]], 1),  # it would crash again
+    ],
+)
+def test_of_nodes_that_fail_together_each_has_what_it_would_have_alone(
+    cluster, tmp_path, kinds, retries, replace_bad, given_up, tried
+):
+    error = joined([blame.error(kind, f"planted {kind}", host) for kind, host in kinds])
+    built = planned(cluster, tmp_path, spares=2)
+    nodes, status, _ = carry_out(built, error, retries=retries, replace_bad=replace_bad)
+    assert [swap["host"] for swap in status["replaced"]] == given_up
+    assert len(nodes.tried) == tried
+    first = status["cells"]["torch-2n-r1"]
+    first = first["attempts"][0] if first["attempts"] else first
+    assert [(one["kind"], one["host"]) for one in each_error(first["error"])] == list(kinds)
 
 
 def test_a_node_is_not_given_up_for_a_failure_that_names_nobody(cluster, tmp_path):
