@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
+import glob
 import io
 import json
+import os
 import re
 
 CUDA_FACT = "/etc/ansible/facts.d/cuda.fact"  # written by the role cuda_check
@@ -36,6 +38,26 @@ def driver(phase):
         pass  # the first run, or a damaged file: ask the driver itself
     rows, reason = query(phase, ["driver_version"])
     return (rows[0]["driver_version"], "") if rows else ("", reason or "no GPU")
+
+
+def is_there(phase, root="/"):
+    """Whether this machine has an NVIDIA GPU, with or without a driver: as its PCI bus says, or else nvidia-smi.
+
+    Where a GPU is passed through without its bus (WSL, some containers), only the driver knows it.
+    """
+    for path in glob.glob(os.path.join(root, "sys/bus/pci/devices/*/class")):
+        words = []
+        for name in ("class", "vendor"):
+            try:
+                with open(os.path.join(os.path.dirname(path), name), encoding="ascii") as file:
+                    words.append(file.read().strip())
+            except (OSError, ValueError):
+                words.append("")
+        if words[0].startswith("0x03") and words[1] == "0x10de":  # a display controller of NVIDIA
+            return True
+    outcome = phase.run(["nvidia-smi", "-L"], 20)
+    # 15: a GPU fell off the bus. 18: driver and library differ, so there is a driver. One that hangs is loaded as well.
+    return "GPU 0:" in outcome.stdout or outcome.rc in (15, 18) or "gave no answer" in outcome.reason
 
 
 def version(text):

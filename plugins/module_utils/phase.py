@@ -12,6 +12,7 @@ Result of a module (`module.exit_json` / `fail_json`):
     facts     the observed values by name; units in the names
     also      bool: whether the phase that the parameter `also` names has nothing to do here (see `also`)
     warnings  what does not fail the node, such as checks whose result is `unknown`
+    off       only where the role has nothing to do on this node: the reason (see `Off`)
     diff      [{"before", "after", "before_header", "after_header"}]   one per setting or file
 """
 
@@ -34,6 +35,10 @@ class Stop(Exception):
     def __init__(self, what, expected, found, remedy=""):
         super().__init__(what)
         self.problem = (what, expected, found, remedy)
+
+
+class Off(Exception):
+    """Ends the phase at once, since the role has nothing to do on this node; its text is the reason, for people."""
 
 
 class Outcome:
@@ -253,6 +258,8 @@ def main(module_class, phases, needs_root=True):
             phase.also = also(phase, module.params["also"], phases)
     except Stop as stop:
         phase.problem(*stop.problem)
+    except Off as off:
+        module.exit_json(changed=False, msg=str(off), off=str(off), facts=phase.facts)
     except OSError as error:
         remedies = {
             errno.ENOSPC: "free some space there",

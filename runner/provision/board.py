@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,11 @@ class Board:
     def bad(self) -> set[str]:
         """The inventory names of the nodes with a failed task or without a connection."""
         return {event.host for event in self.events if event.status in ("failed", "unreachable")}
+
+    def off(self, host: str) -> dict[str, str]:
+        """{role: reason} of the roles that are switched off on a node."""
+        reasons = {role: reason for event in self.events if event.host == host for role, reason in event.off.items()}
+        return {role: reason for role, reason in reasons.items() if self.state(host, role) == "skipped"}
 
     def unreachable(self) -> set[str]:
         """The inventory names of the nodes that could not be reached."""
@@ -107,7 +112,7 @@ def warnings(board: Board) -> list[tuple[str, str, str]]:
 
 
 def table(board: Board) -> str:
-    """A table of nodes × roles for 80 columns; roles that are off on all nodes are listed in one line below it."""
+    """A table of nodes × roles for 80 columns; below it the roles that are off on all nodes, and why any is off."""
     from tabulate import tabulate
 
     states = {role: {host: board.state(host, role) for host in board.nodes} for role in board.roles()}
@@ -118,7 +123,19 @@ def table(board: Board) -> str:
     ]
     headers = ["node", *(role.replace("_", "\n") for role in states if role not in off)]
     lines = [tabulate(rows, headers=headers)] if len(headers) > 1 else []
-    return "\n".join([*lines, *([f"off: {', '.join(off)}"] if off else [])])
+    return "\n".join([*lines, *_off_lines(board, off)])
+
+
+def _off_lines(board: Board, off: Sequence[str]) -> list[str]:
+    """Lines of "where: roles: reason", folded over nodes and roles; `off` are the roles that are off on all nodes."""
+    pairs = ((host, one) for host in board.nodes for one in board.off(host).items())
+    where = {role: "off" for role in off}
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for nodes, (role, reason) in _folded(board, pairs):
+        reasons.setdefault((where.get(role, f"off on {nodes}"), reason), {})[role] = None
+    told = {role for roles in reasons.values() for role in roles}
+    lines = [f"{place}: {', '.join(roles)}: {reason}" for (place, reason), roles in reasons.items()]
+    return [*lines, *([f"off: {', '.join(rest)}"] if (rest := [role for role in off if role not in told]) else [])]
 
 
 def summary(board: Board, state: str, elapsed_s: float, error: str) -> dict[str, Any]:
@@ -132,6 +149,7 @@ def summary(board: Board, state: str, elapsed_s: float, error: str) -> dict[str,
             for host, alias in board.nodes.items()
         },
         "failures": [asdict(failure) for failure in failures(board)],
+        "off": {alias: board.off(host) for host, alias in board.nodes.items()},
         "warnings": [{"nodes": nodes, "role": role, "text": text} for nodes, role, text in warnings(board)],
         "error": error or None,
     }

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,8 @@ _PHASE = re.compile(r"/roles/(?P<role>[a-z_]+)/tasks/(?P<phase>[a-z_]+)\.yml")
 class Event:
     """The result of one task on one host. `role` and `phase` are "" for a playbook's own tasks.
 
-    `problems` have the keys `what`, `expected`, `found` and `remedy`; `diff` is the module's, unchanged.
+    `problems` have the keys `what`, `expected`, `found` and `remedy`; `diff` is the module's, unchanged. `off` has the
+    reason of each role that the inventory or its own defaults switch off for the host, in the one event that tells it.
     """
 
     time: str
@@ -53,6 +54,7 @@ class Event:
     problems: tuple[Mapping[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     diff: Any = None
+    off: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,15 @@ def parse(raw: Mapping[str, Any]) -> Event | None:
     elif status == "failed" and data.get("ignore_errors"):
         status = "ok"
     place = _PHASE.search(data.get("task_path") or "")
+    role = data.get("role", "")
+    off = (result.get("ansible_facts") or {}).get("site_off") or {}
+    if role and result.get("off"):  # what its module found
+        status, off = "skipped", {role: result["off"]}
     return Event(
         time=raw.get("created", ""),
         host=data["host"],
         play=data.get("play", ""),
-        role=data.get("role", ""),
+        role=role,
         phase=place["phase"] if place else "",
         task=data.get("task", ""),
         status=status,
@@ -217,6 +223,7 @@ def parse(raw: Mapping[str, Any]) -> Event | None:
         problems=tuple(p for p in result.get("problems") or () if isinstance(p, Mapping)),
         warnings=tuple(str(w) for w in result.get("warnings") or ()),
         diff=result.get("diff") or None,
+        off={str(name): str(reason) for name, reason in off.items()},
     )
 
 

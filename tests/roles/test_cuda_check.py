@@ -31,6 +31,8 @@ WANT = {
     "cuda_min": "12.5",
     "toolkit_min": "",
     "cuda_home": "/nowhere",
+    "required": True,
+    "published": True,
     "gpus": 8,
     "gpu_model": "H200",
     "ecc": True,
@@ -455,7 +457,52 @@ def test_a_damaged_fact_is_drift_and_no_crash(node, text):
     assert told(node.run("validate")) == {"GPUs": ("8", "7")}
 
 
+def test_without_a_number_there_must_be_as_many_gpus_as_were_published(node):
+    assert node.run("configure", gpus=0).ok and node.run("verify", gpus=0).ok
+    node.gpus(missing=[3])
+    assert told(node.run("verify", gpus=0)) == {"GPUs": ("at least 8", "7 (gone: 0000:61:00.0)")}
+    node.gpus(count=9)
+    assert "GPUs" not in told(node.run("validate", gpus=0))
+
+
+@pytest.mark.parametrize("phase", module.PHASES)
+def test_a_machine_that_needs_no_gpu_and_has_none_has_nothing_to_check(node, phase, monkeypatch):
+    monkeypatch.setattr(module, "is_there", lambda phase: False)
+    answer = node.run(phase, required=False, gpus=0)
+    assert answer.ok and answer.off == answer.msg == "no NVIDIA GPU here" and not answer.changed
+    monkeypatch.setattr(module, "is_there", lambda phase: True)
+    (node.bin / "nvidia-smi").unlink()
+    assert told(node.run(phase, required=False, gpus=0))["nvidia-smi"][0] == "the driver's tools"
+
+
+@pytest.mark.parametrize(
+    ("devices", "smi", "there"),
+    [
+        ({"01:00.0": ("0x030000", "0x10de")}, "", True),  # with no driver yet
+        ({"00:02.0": ("0x030000", "0x8086"), "01:00.1": ("0x040300", "0x10de")}, "", False),  # its sound only
+        ({"1b:00.0": ("0x030200", "0x10de")}, "", True),  # without a display
+        ({"01:00.0": ("0x068000", "0x10de")}, "", False),  # an NVSwitch
+        ({}, "GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)", True),  # WSL
+        ({}, "No devices were found", False),
+        ({}, None, False),
+    ],
+)
+def test_a_gpu_is_there_as_the_bus_or_the_driver_says(node, tmp_path, devices, smi, there):
+    for address, (kind, vendor) in devices.items():
+        folder = tmp_path / "sys/bus/pci/devices" / f"0000:{address}"
+        folder.mkdir(parents=True)
+        (folder / "class").write_text(f"{kind}\n")
+        (folder / "vendor").write_text(f"{vendor}\n")
+    (node.bin / "nvidia-smi").unlink()
+    if smi is not None:
+        node.command("nvidia-smi", f"echo '{smi}'")
+    found = []
+    carry_out({"verify": lambda phase: found.append(nvidia.is_there(phase, str(tmp_path)))}, "verify", {})
+    assert found == [there]
+
+
 def test_without_a_fact_verify_says_what_to_run(node):
+    assert node.run("verify", published=False).ok
     assert told(node.run("verify")) == {str(node.fact): ("a published fact", "none")}
 
 

@@ -170,6 +170,23 @@ def test_virtual_functions_are_not_ports_of_the_node(node):
     assert node.phase("validate").ok
 
 
+def test_without_a_number_the_fastest_ports_are_taken_as_many_as_there_are(node):
+    answer = node.phase("validate", nics_per_node=0, nic_gbit_per_s=0)
+    assert answer.ok and answer.facts["roce"]["hca"] == ["mlx5_0:1", "mlx5_1:1"]
+    node.plant({"mlx5_0": {"state": "1: DOWN"}, "mlx5_1": {"state": "1: DOWN"}})
+    assert node.phase("validate", nics_per_node=0, nic_gbit_per_s=0).facts["roce"]["hca"] == ["mlx5_2:1"]
+    assert _found(node.phase("validate", nic_gbit_per_s=0), "RoCE ports at 100 Gb/s")[0][0] == "2"
+
+
+@pytest.mark.parametrize("phase", ["validate", "configure", "verify"])
+def test_without_a_number_a_node_without_a_port_has_nothing_to_set(node, phase):
+    node.plant(nics=[])
+    assert node.phase(phase, nics_per_node=0, nic_gbit_per_s=0).off == "no RoCE port here"
+    node.plant({name: {"link_layer": "InfiniBand"} for name in ("mlx5_0", "mlx5_1", "mlx5_2")})
+    reason = node.phase(phase, nics_per_node=0, nic_gbit_per_s=0).off
+    assert reason.startswith("no RoCE port here: mlx5_0:1 link layer InfiniBand, ")
+
+
 def test_a_node_without_rdma_devices_is_told_to_load_the_driver(node):
     node.plant(nics=[])
     answer = node.phase("validate")

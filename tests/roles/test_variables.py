@@ -70,6 +70,23 @@ def test_a_role_of_all_nodes_is_on_or_off_for_all():
     assert site.differing_roles(["b", "c"], hostvars) == []
 
 
+OFF = {"ssh_mesh_enabled": "false", "ssh_mesh_off": "there is one node"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "reasons"),
+    [
+        ({}, {}),
+        (OFF, {"ssh_mesh": "there is one node"}),
+        ({**OFF, "ssh_mesh_enabled": True}, {}),  # the inventory has the last word
+        ({"slurm_cluster_enabled": False}, {"slurm_cluster": "not enabled in the inventory"}),
+        ({"roce_qos_enabled": "no", "roce_qos_off": "", "foreign_enabled": False}, {"roce_qos": "not enabled in the inventory"}),
+    ],
+)  # fmt: skip
+def test_a_role_that_is_off_says_why(variables, reasons):
+    assert plugin("lookup/roles_off").roles_off(variables) == reasons
+
+
 def test_why_is_one_line_without_ansibles_chain():
     chain = "Task failed: Finalization of task args for 'roce_qos' failed: Error while resolving value for 'settings': "
     assert site.why({"msg": f"{chain}The lookup plugin 'role_settings' failed: roce_qos:\n wrong"}) == "roce_qos: wrong"

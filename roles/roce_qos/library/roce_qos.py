@@ -10,7 +10,7 @@ import sys
 
 from ansible.module_utils import roce
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.phase import main, read
+from ansible.module_utils.phase import Off, main, read
 
 PROGRAM = "/usr/local/lib/shakedown/roce_apply.py"
 WANTED = "/etc/shakedown/roce.json"
@@ -31,12 +31,22 @@ CHANGED_BY = "something else set it: a network manager, lldpad or a driver reloa
 
 
 def choose(phase):
-    """The Ports that carry RoCE on this node; records a problem for each that is missing, down or slow."""
-    want, gbit = phase.want, phase.want["nic_gbit_per_s"]
+    """The Ports that carry RoCE on this node; records a problem for each that is missing, down or slow.
+
+    Raises Off where there is none, and the settings name none and give no number.
+    """
+    want = phase.want
     ports = roce.find(want["root"])
+    # Where no rate is given, that of the fastest port: the others are for management.
+    gbit = want["nic_gbit_per_s"] or max([round(p.rate_gbit_per_s) for p in ports if not p.unusable(0)], default=0)
     reasons = {port.name: port.unusable(gbit) for port in ports}
     usable = [port for port in ports if not reasons[port.name]]
-    count, named = want["nics_per_node"], [full_name(name) for name in want["hca"]]
+    named = [full_name(name) for name in want["hca"]]
+    count = want["nics_per_node"] or len(named) or len(usable)
+    if not count:
+        raise Off(
+            f"no RoCE port here{': ' if ports else ''}{', '.join(f'{name} {why}' for name, why in reasons.items())}"
+        )
     if not ports:
         remedy = "load the NIC's RDMA driver (mlx5_ib), or install it: rdma-core or DOCA-OFED"
         phase.problem("RDMA devices", f"{count} RoCE ports", "none", remedy)

@@ -133,6 +133,35 @@ def test_the_table_shows_the_worst_of_each_role_on_each_node():
     assert rows[-1] == ["off:", "nccl_build"]
 
 
+def told_off(reasons, host=NAMES[0]):
+    return raw(host, role="", ansible_facts={"site_off": reasons})
+
+
+def skipped(role, host=NAMES[0]):
+    return raw(host, "runner_on_skipped", role)
+
+
+def test_a_role_that_is_off_says_why_once_for_all_nodes_and_roles():
+    reasons = {"nccl_build": "this machine is the only node", "roce_qos": "this machine is the only node"}
+    events = [one for name in NAMES for one in (told_off(reasons, name), *(skipped(role, name) for role in reasons))]
+    events += [raw(NAMES[0], role="cuda_check", off="no NVIDIA GPU here", msg="no NVIDIA GPU here")]
+    events += [raw(name, role="cuda_check") for name in NAMES[1:]]
+    events += [raw(name, role="ssh_mesh", event="runner_on_skipped") for name in NAMES]
+    told = board(*events)
+    lines = provision_board.table(told).splitlines()
+    assert lines[-3:] == [
+        "off: nccl_build, roce_qos: this machine is the only node",
+        "off on node001: cuda_check: no NVIDIA GPU here",
+        "off: ssh_mesh",
+    ]
+    assert "node001  off" in lines and not told.bad()
+    assert provision_board.summary(told, "complete", 1.0, "")["off"]["node001"]["cuda_check"] == "no NVIDIA GPU here"
+
+
+def test_a_role_that_was_to_be_off_and_ran_is_not_called_off():
+    assert "off" not in provision_board.table(board(told_off({"roce_qos": "one node"}), raw()))
+
+
 def test_the_table_of_all_roles_fits_into_80_columns():
     told = board(*(raw(name, role=role, changed=True) for name in NAMES for role in roles.roles()))
     assert max(map(len, provision_board.table(told).splitlines())) <= 80
