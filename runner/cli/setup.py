@@ -237,7 +237,9 @@ def _ask_slurm(inventory: Inventory, hosts: str | None, settings: Sequence[str],
     )
     nodes = select(inventory, hosts)
     if dry_run:
-        argvs = [list(capacity.PARTITIONS), list(capacity.NODES), ["sbatch", "--test-only"]]
+        asked = [capacity.PARTITIONS, capacity.NODES, capacity.CONFIG]
+        asked += [capacity.RESERVATIONS] if requested.reservation else []
+        argvs = [*map(list, asked), ["sbatch", "--test-only"]]
         where = requested.login or "this machine"
         plan = {"host": where, "commands": argvs}
         text = "\n".join([f"# on {where}", *(shlex.join(argv) for argv in argvs)])

@@ -6,21 +6,22 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
+from runner.cluster import slurm_gres
 from runner.system.nodeset import expand
 from runner.system.schema import ConfigFile, check
 
+MOST_GPUS = 256  # of a node: a larger number is a GPU's model, as in gpu:4090
 WORD = re.compile(r"[\w\[(*/][\w.,:;@%+=/|&*\[\]()-]*", re.ASCII)  # no blank, quote, $ or #
 _EXTRA = re.compile(rf"--([a-z][a-z0-9-]*)(={WORD.pattern})?", re.ASCII)
-_GRES = re.compile(r"[a-z]\w*(:[a-z][\w.-]*)?(:\d+[kmg]?)?", re.ASCII | re.IGNORECASE)
 # Options that the job script sets itself, or that would undo them. Slurm accepts any unambiguous prefix as well.
 _OWN = (
     " account array batch chdir clusters constraint cpus-per-gpu cpus-per-task error exclude exclusive export "
     "export-file get-user-env gpus gpus-per-node gpus-per-socket gpus-per-task gres help hold input job-name mem "
     "mem-per-cpu mem-per-gpu no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu "
     "ntasks-per-node ntasks-per-socket open-mode output overcommit oversubscribe parsable partition qos quiet "
-    "requeue share signal test-only time time-min tres-per-task uid gid usage version wait wrap"
+    "requeue reservation share signal test-only time time-min tres-per-task uid gid usage version wait wrap"
 )
 
 _PLACEHOLDER = re.compile(
@@ -67,9 +68,21 @@ def _word(value: Any) -> str:
 
 
 def _gres(value: Any) -> str:
-    text = _word(value)
-    if not all(_GRES.fullmatch(part) for part in text.split(",")):
+    """The resources as sbatch's --gres takes them: TRES's own spelling (`gres/gpu:h100=8`) is rewritten."""
+    text = re.sub(r"(^|,)gres[/:]", r"\1", _word(value)).replace("=", ":")
+    found, strange = slurm_gres.parse(text)
+    if strange or "(" in text or not found:
         raise ValueError("write it as gpu:8 or gpu:h200:8")
+    for one in found:
+        if one.name == "gpu" and one.type is None and one.count > MOST_GPUS:
+            raise ValueError(f"{text} asks each node for {one.count} GPUs; with their number, as gpu:{one.count}:8")
+    return text
+
+
+def _mem(value: Any) -> str:
+    text = str(value) if type(value) in (str, int) else ""
+    if not re.fullmatch(r"0|[1-9]\d*[KMGT]", text, re.IGNORECASE):
+        raise ValueError("write it with its unit, as 1900G, or 0 for all memory of a node")
     return text
 
 
@@ -97,7 +110,8 @@ def _options(value: Any) -> tuple[str, ...]:
         if not match:
             raise ValueError("write each option as --name=value, without blanks, quotes, $ or #")
         if f" {match[1]}" in _OWN:
-            raise ValueError(f"--{match[1]} is set by Shakedown; leave it out")
+            instead = f"use slurm.{match[1]}" if match[1] in Settings.model_fields else "leave it out"
+            raise ValueError(f"--{match[1]} is set by Shakedown; {instead}")
     return lines
 
 
@@ -108,11 +122,11 @@ Seconds = Annotated[int, BeforeValidator(_seconds)]
 class Settings(ConfigFile):
     """How jobs are submitted: the inventory's runner_slurm_* variables and `--set slurm.KEY=VALUE`.
 
-    `time_limit_s` None: computed from the cells' own limits; `gres` None: the cell's GPUs. `exclude` are Slurm
-    names of nodes that must not be used, `extra` whole options such as "--reservation=maint", `login` the inventory
-    host on which Slurm's commands run (None: this machine), `shared` whether nodes see the run directory at the same
-    path. A job is cancelled when it has waited for `wait_s` (None: no limit), or for `stuck_s` for a reason that does
-    not resolve by itself.
+    `time_limit_s` None: computed from the cells' own limits; `gres` None: the cell's GPUs; `mem` of each node, as
+    sbatch's --mem, None: as much as Slurm allows. `exclude` are Slurm names of nodes that must not be used, `extra`
+    whole options such as "--switches=1", `login` the inventory host on which Slurm's commands run (None: this
+    machine), `shared` whether nodes see the run directory at the same path. A job is cancelled when it has waited for
+    `wait_s` (None: no limit), or for `stuck_s` for a reason that does not resolve by itself.
     """
 
     partition: Word | None = None
@@ -120,13 +134,26 @@ class Settings(ConfigFile):
     qos: Word | None = None
     time_limit_s: Seconds | None = None
     gres: Annotated[str, BeforeValidator(_gres)] | None = None
+    mem: Annotated[str, BeforeValidator(_mem)] | None = None
     constraint: Word | None = None
+    reservation: Word | None = None
     exclude: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = ()
     extra: Annotated[tuple[str, ...], BeforeValidator(_options)] = ()
     login: Word | None = None
     shared: Annotated[bool, BeforeValidator(_flag)] = True
     wait_s: Seconds | None = None
     stuck_s: Seconds = 300
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_own(cls, values: Any) -> Any:
+        """`--reservation` among the further options is the setting; it was given there before it was one."""
+        prefix, extra = "--reservation=", values.get("extra") if isinstance(values, Mapping) else None
+        extra = [extra] if isinstance(extra, str) else extra if isinstance(extra, list | tuple) else []
+        own = [one for one in extra if isinstance(one, str) and one.startswith(prefix)]
+        if not own or values.get("reservation") is not None:
+            return values
+        return {**values, "extra": [one for one in extra if one not in own], "reservation": own[-1][len(prefix) :]}
 
     @field_validator("*", mode="before")
     @classmethod

@@ -25,6 +25,7 @@ import socket
 import tempfile
 import time
 
+from ansible.module_utils import slurm_states
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.phase import Stop, main, read
 from ansible.module_utils.slurm_conf import MARK, cgroup_conf, gres_conf, hardware, how_to_apply, slurm_conf
@@ -34,16 +35,12 @@ MUNGE_KEY = "/etc/munge/munge.key"
 PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld"}  # Debian's
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
-# Source: sinfo(1), "NODE STATE CODES".
-STATES_UP = {"idle", "allocated", "mixed", "completing", "planned", "reserved", "blocked"}
-STATE_FLAGS = "~#!%$@^-+"  # powering, rebooting, planned, in a reservation; `*` is handled separately
-
 
 # --- pure ------------------------------------------------------------------------------------------
 
 
 def states(text):
-    """`sinfo -h -N -o '%N|%T|%E'` as {node: (state, flags, reason)}; a node of two partitions has one entry.
+    """`sinfo -h -N -o '%N|%T|%E'` as {node: (state with its flags, reason)}; a node of two partitions has one entry.
 
     Raises ValueError on a line of another form.
     """
@@ -52,19 +49,17 @@ def states(text):
         if not line.strip():
             continue
         name, state, reason = ([part.strip() for part in line.split("|", 2)] + ["", ""])[:3]
-        bare = state.rstrip("*" + STATE_FLAGS)
-        if not name or not bare.isalpha():
+        if not name or not re.match(r"[A-Za-z][A-Za-z_+]*\W?$", state):
             raise ValueError(f"no node|state|reason in {line[:60]!r}")
-        nodes[name] = (bare.lower(), state[len(bare) :], "" if reason in ("none", "N/A") else reason)
+        nodes[name] = (state.lower(), "" if reason in ("none", "N/A") else reason)
     return nodes
 
 
-def judge(state, flags, reason):
-    """The reason why a node in this state accepts no jobs, "" where it does."""
-    if state in STATES_UP and "*" not in flags:
-        return ""
-    silent = ", not responding" if "*" in flags else ""
-    return f"{state}{silent}" + (f", reason: {reason}" if reason else "")
+def judge(state, reason):
+    """(the reason why a node in this state accepts no jobs, "" where it does; whether only a reservation's)."""
+    plain, verdict = slurm_states.read(state)
+    shown = plain + (f", reason: {reason}" if reason else "")
+    return (shown if verdict == slurm_states.UNUSABLE else ""), verdict == slurm_states.RESERVED
 
 
 def config(text):
@@ -135,7 +130,7 @@ def last_error(phase, unit):
 
 
 def state_of(phase, name):
-    """((state, flags, reason), "") of a node in slurmctld, or (None, reason) where it is unknown."""
+    """((state, reason), "") of a node in slurmctld, or (None, reason) where it is unknown."""
     outcome = phase.run(["sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%N|%T|%E"], 20)
     if not outcome.ok:
         return None, outcome.last_line
@@ -381,11 +376,11 @@ def start(phase, want, action):
 
 
 def settled(phase, want, is_so):
-    """The result of `state_of` once `is_so(state, flags)` is True, or after the time limit `settle_s`."""
+    """The result of `state_of` once `is_so(state)` is True, or after the time limit `settle_s`."""
     end = time.monotonic() + want["settle_s"]
     while True:
         found, reason = state_of(phase, want["node"])
-        if (found and is_so(*found[:2])) or time.monotonic() > end:
+        if (found and is_so(found[0])) or time.monotonic() > end:
             return found, reason
         time.sleep(0.5)
 
@@ -393,17 +388,17 @@ def settled(phase, want, is_so):
 def wait_until_registered(phase, want):
     """Wait until slurmd is registered with slurmctld; records a problem after the time limit."""
 
-    def registered(state, flags):
-        return state != "unknown" and "*" not in flags
+    def registered(state):
+        return not state.startswith("unk") and "*" not in state
 
     found, reason = settled(phase, want, registered)
-    if found and registered(*found[:2]):
+    if found and registered(found[0]):
         return
     detail = last_error(phase, "slurmd") or (last_error(phase, "slurmctld") if is_controller(want) else "")
     phase.problem(
         "registration with slurmctld",
         f"within {want['settle_s']} s",
-        (judge(*found) if found else reason) + (f"; last error: {detail}" if detail else ""),
+        (judge(*found)[0] if found else reason) + (f"; last error: {detail}" if detail else ""),
         "see `journalctl -u slurmd`; is another munge key or a firewall in the way (ports 6817, 6818)?",
     )
 
@@ -502,11 +497,11 @@ def cluster_answers(phase, want):
 def node_is_up(phase, want):
     """Record a problem where the node accepts no jobs in Slurm; else run a job if asked for. facts: state."""
     # After a restart, slurmctld needs a few seconds until it knows the state of its nodes.
-    found, reason = settled(phase, want, lambda state, _: state != "unknown")
-    shown = judge(*found) if found else reason
-    phase.facts["state"] = found[0] if found else "unknown"
-    if found and found[0] in ("maint", "maintenance"):
-        phase.warn(f"in a maintenance reservation{': ' + found[2] if found[2] else ''}")
+    found, reason = settled(phase, want, lambda state: not state.startswith("unk"))
+    shown, reserved = judge(*found) if found else (reason, False)
+    phase.facts["state"] = slurm_states.read(found[0])[0] if found else "unknown"
+    if reserved:
+        phase.warn(f"in a reservation ({found[0]}): only its jobs start here{': ' + found[1] if found[1] else ''}")
         return
     if shown:
         phase.problem(

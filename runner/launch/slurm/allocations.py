@@ -18,7 +18,7 @@ from runner.failures import Problem
 from runner.launch import agents, blame, copy
 from runner.launch.slurm import answers, commands
 from runner.launch.slurm import follow as following
-from runner.launch.slurm.capacity import node_kind, refused
+from runner.launch.slurm.capacity import Partition, SlurmNode, memory, node_kind, refused
 from runner.launch.slurm.ledger import JobShare, Ledger
 from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, render
 from runner.launch.talk import AgentSession
@@ -123,7 +123,7 @@ class Allocations:
     ) -> None:
         self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
         self.shared = cluster.settings.shared
-        self._known: tuple[str, ...] | None = None
+        self._seen: tuple[list[Partition], list[SlurmNode]] | None = None
 
     # --- before anything starts ---------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Allocations:
         UsageError for a wrong request, InfrastructureError where only nodes that are down prevent it.
         """
         settings = self.settings(plan)
-        partitions, nodes = self.cluster.look()
+        partitions, nodes = self._look()
         largest = max(cells, key=lambda cell: cell.num_nodes)
         first = [largest, *(cell for cell in cells if cell is not largest)]
         ready = self.job(plan, "shakedown-test", together(plan, first), None)
@@ -291,8 +291,13 @@ class Allocations:
         return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
-        """The settings with the nodes that the plan excludes now."""
-        return self.cluster.settings.model_copy(update={"exclude": tuple((plan.slurm or {}).get("exclude", ()))})
+        """The settings with the nodes that the plan excludes now, and the memory that a job may ask for.
+
+        Raises SlurmUnreachable.
+        """
+        own = self.cluster.settings
+        found = {"exclude": tuple((plan.slurm or {}).get("exclude", ())), "mem": memory(own, *self._look())}
+        return own.model_copy(update=found)
 
     def exclude(self, plan: Plan, host: str) -> Plan:
         """The plan with `host` among the nodes that Slurm may not choose."""
@@ -301,9 +306,13 @@ class Allocations:
         return replace(plan, slurm={**settings, "exclude": [*settings.get("exclude", ()), name]})
 
     def _slurm_names(self) -> tuple[str, ...]:
-        if self._known is None:
-            self._known = tuple(node.name for node in self.cluster.look()[1])
-        return self._known
+        return tuple(node.name for node in self._look()[1])
+
+    def _look(self) -> tuple[list[Partition], list[SlurmNode]]:
+        """Slurm's partitions and nodes as they were when they were first asked for."""
+        if self._seen is None:
+            self._seen = self.cluster.look()
+        return self._seen
 
     def _node(self, plan: Plan, name: str) -> Node:
         """The inventory's node with the name `name` in Slurm; a copy of the first node if the inventory has none."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from runner.cluster import slurm_states
 from runner.cluster.slurm import Settings, clock, seconds_of
+from runner.cluster.slurm_gres import holds
 from runner.errors import unknown
 from runner.launch.slurm.answers import SEPARATOR, null_to_empty, pairs
 from runner.launch.slurm.script import BatchJob, limit_s, requested_gres
@@ -15,7 +17,9 @@ from runner.system.nodeset import expand, fold
 from runner.system.wording import are, counted
 
 PARTITIONS = ("scontrol", "--oneliner", "--all", "show", "partition")
-NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%E'))}")
+NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('%N', '%T', '%G', '%c', '%m', '%E'))}")
+CONFIG = ("scontrol", "show", "config")
+RESERVATIONS = ("scontrol", "--oneliner", "--all", "show", "reservation")
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -23,7 +27,7 @@ NODES = ("sinfo", "--all", "--Node", "--noheader", f"--format={SEPARATOR.join(('
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition; a limit of None means no limit."""
+    """A partition; a limit of None means no limit. Memory is in MiB, of a node or of each of its CPUs."""
 
     name: str
     state: str
@@ -31,21 +35,35 @@ class Partition:
     max_time_s: int | None
     max_nodes: int | None
     nodes: tuple[str, ...]
+    max_mem_mib: int | None = None
+    max_mem_per_cpu_mib: int | None = None
 
 
 @dataclass(frozen=True)
 class SlurmNode:
-    """A node as Slurm sees it: `state` in words without flags, `usable` whether jobs can run there."""
+    """A node as Slurm sees it: `state` in words without flags, `usable` whether our jobs can run there.
+
+    `cpus` and `mem_mib` are what Slurm counts with; None: not known.
+    """
 
     name: str
     state: str
     usable: bool
     reason: str
     gres: str
+    cpus: int | None = None
+    mem_mib: int | None = None
 
 
-def parse_partitions(text: str) -> dict[str, Partition]:
-    """Partitions by name, from the output of PARTITIONS."""
+def parse_partitions(text: str, config: str = "") -> dict[str, Partition]:
+    """Partitions by name, from the output of PARTITIONS; limits that are not their own from that of CONFIG."""
+    of_all = {words[0]: words[2] for line in config.splitlines() if len(words := line.split(maxsplit=2)) == 3}
+
+    def limits(row: Mapping[str, str]) -> dict[str, int | None]:
+        own = [_number(row.get(key, "")) for key in ("MaxMemPerNode", "MaxMemPerCPU")]
+        both = own if any(own) else [_number(of_all.get(key, "")) for key in ("MaxMemPerNode", "MaxMemPerCPU")]
+        return dict(zip(("max_mem_mib", "max_mem_per_cpu_mib"), both, strict=True))
+
     return {
         row["PartitionName"]: Partition(
             name=row["PartitionName"],
@@ -54,32 +72,63 @@ def parse_partitions(text: str) -> dict[str, Partition]:
             max_time_s=seconds_of(row.get("MaxTime", "")),
             max_nodes=int(row["MaxNodes"]) if row.get("MaxNodes", "").isdigit() else None,
             nodes=expand(row["Nodes"]) if null_to_empty(row.get("Nodes", "")) else (),
+            **limits(row),
         )
         for row in map(pairs, text.splitlines())
         if "PartitionName" in row
     }
 
 
-_UNUSABLE = re.compile(r"down|drain|drng|fail|error|inval|fut|unk|no_resp")
+def _number(text: str) -> int | None:
+    """The number of a limit or a size, None for UNLIMITED and what is no number."""
+    found = re.fullmatch(r"(\d+)\+?", text.strip())
+    return int(found[1]) if found and int(found[1]) else None
 
 
-def node_state(word: str) -> tuple[str, bool]:
-    """sinfo's state without its flags, and whether jobs can run there. `*` marks a slurmd that does not answer."""
-    plain = re.sub(r"[^a-z_+]", "", word.lower()).strip("+")
-    powered = plain.startswith("power")  # saving power is no fault: Slurm wakes the node for a job
-    silent = "*" in word
-    return plain + (", not answering" if silent else ""), powered or not (silent or _UNUSABLE.search(plain))
+def node_state(text: str, reserved: bool | None = None) -> tuple[str, bool]:
+    """sinfo's or scontrol's state without its flags, and whether our jobs can run there.
+
+    `reserved`: whether the node is in the reservation that our jobs use, None if they use none. A word that is not
+    known is no reason against a node.
+    """
+    plain, verdict = slurm_states.read(text)
+    if verdict == slurm_states.UNUSABLE:
+        return plain, False
+    if reserved is False:
+        return f"{plain}, not in the reservation", False
+    if reserved is None and verdict == slurm_states.RESERVED:
+        return f"{plain}, in a reservation (see slurm.reservation)", False
+    return plain, True
 
 
-def parse_nodes(text: str) -> dict[str, SlurmNode]:
-    """Nodes by name, from the output of NODES, which lists each node once per partition."""
+def parse_nodes(text: str, reservation: Collection[str] | None = None) -> dict[str, SlurmNode]:
+    """Nodes by name, from the output of NODES, which lists each node once per partition.
+
+    `reservation` are the nodes of the one that our jobs use; None: they use none.
+    """
     nodes = {}
-    for name, *rest in (line.split(SEPARATOR, 3) for line in text.splitlines()):
-        if len(rest) == 3:
+    for name, *rest in (line.split(SEPARATOR, 5) for line in text.splitlines()):
+        if len(rest) == 5:
+            state, gres, cpus, mem_mib, reason = rest
+            reserved = None if reservation is None else name in reservation
+            gres, reason = null_to_empty(gres), null_to_empty(reason)
             nodes[name] = SlurmNode(
-                name, *node_state(rest[0]), reason=null_to_empty(rest[2]), gres=null_to_empty(rest[1])
+                name, *node_state(state, reserved), reason, gres, cpus=_number(cpus), mem_mib=_number(mem_mib)
             )
     return nodes
+
+
+def nodes_of_reservation(text: str, name: str) -> tuple[str, ...] | None:
+    """The nodes of a reservation, or of several separated by commas, from the output of RESERVATIONS.
+
+    None where that does not bind a job to nodes: it is unknown (sbatch says so), has no nodes of its own, or is
+    flexible.
+    """
+    rows = {row.get("ReservationName"): row for row in map(pairs, text.splitlines())}
+    found = [rows.get(word, {}) for word in name.split(",")]
+    if any(not null_to_empty(row.get("Nodes", "")) or "FLEX" in row.get("Flags", "").split(",") for row in found):
+        return None
+    return tuple(host for row in found for host in expand(row["Nodes"]))
 
 
 # The reasons with which slurmctld and the driver of role slurm_prolog drain a node, and srun's message.
@@ -95,6 +144,40 @@ def destinations(settings: Settings, partitions: Iterable[Partition]) -> list[st
     """The names of the partitions that jobs are submitted to: those set, or the default one."""
     names = settings.partition.split(",") if settings.partition else []
     return names or [partition.name for partition in partitions if partition.default]
+
+
+def memory(settings: Settings, partitions: Iterable[Partition], nodes: Iterable[SlurmNode]) -> str:
+    """What a job asks for as memory of each node, as sbatch's --mem: what is set, or as much as is allowed.
+
+    "0", all memory of a node, is refused where that is more than a limit (MaxMemPerNode, or MaxMemPerCPU of all its
+    CPUs). Then it is that limit, or the memory of the smallest node.
+    """
+    if settings.mem is not None:
+        return settings.mem
+    partitions, nodes = list(partitions), list(nodes)
+    names = destinations(settings, partitions)
+    found = []
+    for partition in (each for each in partitions if each.name in names):
+        there = [node for node in nodes if node.name in partition.nodes and node.mem_mib]
+        sizes = [node.mem_mib for node in there if node.mem_mib]
+        limit = _most_mem_mib(partition, there)
+        found += [min(limit, *sizes)] if limit is not None and sizes and limit < max(sizes) else []
+    return f"{min(found)}M" if found else "0"
+
+
+def _most_mem_mib(partition: Partition, nodes: Iterable[SlurmNode]) -> int | None:
+    """The largest memory of a node in MiB that a job may ask for; None: no limit."""
+    if partition.max_mem_mib is not None or partition.max_mem_per_cpu_mib is None:
+        return partition.max_mem_mib
+    cpus = [node.cpus for node in nodes if node.cpus]
+    return partition.max_mem_per_cpu_mib * min(cpus) if cpus else None
+
+
+def _asked_mib(settings: Settings, nodes: Iterable[SlurmNode]) -> float:
+    """The memory of a node in MiB that is asked for by slurm.mem; 0 where it is not set."""
+    if settings.mem == "0":
+        return max((node.mem_mib or 0 for node in nodes), default=0)
+    return int(settings.mem[:-1]) * 1024.0 ** ("KMGT".index(settings.mem[-1].upper()) - 1) if settings.mem else 0
 
 
 def describe(partitions: Iterable[Partition], nodes: Iterable[SlurmNode], settings: Settings) -> list[str]:
@@ -167,6 +250,10 @@ def refusals(
             reasons.append(
                 f"{clock(time_limit_s)} asked for, {where} allows {allowed} (MaxTime); set slurm.time_limit_s"
             )
+        of_it = [known[host] for host in partition.nodes if host in known]
+        if (most := _most_mem_mib(partition, of_it)) is not None and _asked_mib(settings, of_it) > most:
+            asked = settings.mem if settings.mem != "0" else "all"
+            reasons.append(f"{asked} of a node's memory asked for, {where} allows {most}M; set slurm.mem: {most}M")
         if missing := [host for host in hosts if host not in known]:
             reasons.append(f"Slurm does not know {fold(missing)}; it has {fold(known) or 'no node'}")
         if outside := [host for host in hosts if host in known and host not in partition.nodes]:
@@ -183,7 +270,8 @@ def refusals(
             without = " without the excluded ones" if settings.exclude else ""
             unusable = f", of which {len(good)} {are(len(good))} usable: {_grouped(bad)}" if bad else ""
             reasons.append(f"{counted(num_nodes, 'node')} asked for, {where} has {len(there)}{without}{unusable}")
-        lacking = {node.name: node.gres or "none" for node in good if gres and not _holds(node.gres, gres)}
+        # What cannot be read is not lacking: sbatch --test-only knows.
+        lacking = {node.name: node.gres or "none" for node in good if gres and holds(node.gres, gres) is False}
         if len(good) - len(lacking) < min(num_nodes, len(good)):
             reasons.append(
                 f"{gres} asked for on each node, found: {_grouped(lacking)}; fix slurm.gres or the partition"
@@ -192,21 +280,6 @@ def refusals(
 
     every = [refused(by_name[name]) for name in names]  # of several, Slurm takes the first that can start the job
     return [] if [] in every else list(dict.fromkeys(itertools.chain.from_iterable(every)))
-
-
-def _holds(gres: str, requested: str) -> bool:
-    """Whether "gpu:h200:8(S:0-1),nvme:1" holds "gpu:8", "gpu:h200:8", "gpu:4,nvme"."""
-    counts: dict[str, int] = {}
-    for name, count in _counted(gres):
-        for known in {name, name.partition(":")[0]}:
-            counts[known] = counts.get(known, 0) + count
-    return all(counts.get(name, 0) >= count for name, count in _counted(requested))
-
-
-def _counted(gres: str) -> list[tuple[str, int]]:
-    """("gpu:h200", 8) of each part of a GRES list; without a number, 1."""
-    parts = re.findall(r"([a-z]\w*(?::[a-z_][\w.-]*)?)(?::(\d+)([kmg]?))?(?:\([^)]*\))?(?:,|$)", gres.lower())
-    return [(name, int(count or 1) * 1024 ** " kmg".index(unit or " ")) for name, count, unit in parts]
 
 
 def _grouped(states: Mapping[str, str]) -> str:

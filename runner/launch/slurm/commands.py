@@ -20,9 +20,9 @@ from runner.cluster import reasons, slurm_names
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, UsageError
-from runner.launch.slurm import answers
+from runner.launch.slurm import answers, capacity
 from runner.launch.slurm.answers import JobInfo
-from runner.launch.slurm.capacity import NODES, PARTITIONS, Partition, SlurmNode, parse_nodes, parse_partitions
+from runner.launch.slurm.capacity import Partition, SlurmNode
 from runner.system import process
 
 COMMAND_S = 60.0  # Slurm's own commands give up sooner
@@ -223,8 +223,18 @@ class SlurmClient:
 
     def look(self) -> tuple[list[Partition], list[SlurmNode]]:
         """The cluster's partitions and nodes. Raises SlurmUnreachable if Slurm does not answer."""
-        partitions, nodes = (self._patiently(partial(self._jobs, argv)) for argv in (PARTITIONS, NODES))
-        return list(parse_partitions(partitions).values()), list(parse_nodes(nodes).values())
+        ask = [capacity.PARTITIONS, capacity.NODES, capacity.CONFIG]
+        name = self.settings.reservation
+        answered = [self._patiently(partial(self._jobs, argv)) for argv in ask]
+        reserved = self._patiently(partial(self._jobs, capacity.RESERVATIONS)) if name else ""
+        partitions, nodes, config = answered
+        within = capacity.nodes_of_reservation(reserved, name) if name else None
+        if name and within is None:  # it does not bind jobs to nodes
+            within = tuple(capacity.parse_nodes(nodes))
+        return (
+            list(capacity.parse_partitions(partitions, config).values()),
+            list(capacity.parse_nodes(nodes, within).values()),
+        )
 
 
 def _reason(outcome: process.Outcome) -> str:

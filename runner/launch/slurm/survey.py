@@ -40,7 +40,8 @@ def ask(commands: SlurmClient, nodes: Sequence[Node], named: bool) -> Survey:
     Raises InfrastructureError if Slurm does not answer.
     """
     partitions, seen = commands.look()
-    settings, first = commands.settings, nodes[0]
+    mem = capacity.memory(commands.settings, partitions, seen)
+    settings, first = commands.settings.model_copy(update={"mem": mem}), nodes[0]
     known = {node.name: node for node in seen}
     names = [slurm_name(node, tuple(known)) for node in nodes]
     longest_s = max(config.load_test(test, {}).timeout_s for test in registry.TESTS)

@@ -15,12 +15,12 @@
 #SBATCH --mem=0
 #SBATCH --gres=gpu:h200:8
 #SBATCH --constraint=roce&hgx
+#SBATCH --reservation=acceptance
 #SBATCH --exclude=hgx-0003,hgx-0008
 #SBATCH --time=0-01:02:00
 #SBATCH --signal=USR1@60
 #SBATCH --no-requeue
 #SBATCH --export=HF_TOKEN,WANDB_API_KEY
-#SBATCH --reservation=acceptance
 #SBATCH --comment=shakedown
 
 # Rank, node list and master address come from Slurm inside each task, not from this shell. A cell that

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from runner.cluster import slurm_gres, slurm_states
 from runner.cluster.slurm import Settings
 from runner.launch.slurm import capacity
 from runner.launch.slurm.answers import SEPARATOR
@@ -45,27 +49,83 @@ def test_a_partition_without_nodes():
 
 def test_nodes_once_each_with_reason_and_gres():
     text = (
-        "node001|#idle|#gpu:h200:8(S:0-1)|#none\n"
-        "node001|#idle|#gpu:h200:8(S:0-1)|#none\n"
-        "node002|#drained*|#gpu:h200:8|#bad cable | port 3\n"
-        "node003|#allocated|#(null)|#none\nnode004|#broken"
+        "node001|#idle|#gpu:h200:8(S:0-1)|#224|#2063937|#none\n"
+        "node001|#idle|#gpu:h200:8(S:0-1)|#224|#2063937|#none\n"
+        "node002|#drained*|#gpu:h200:8|#224+|#1|#bad cable | port 3\n"
+        "node003|#allocated|#(null)|#?|#N/A|#none\nnode004|#broken"
     )
     assert capacity.parse_nodes(text) == {
-        "node001": SlurmNode("node001", "idle", True, "", "gpu:h200:8(S:0-1)"),
-        "node002": SlurmNode("node002", "drained, not answering", False, "bad cable | port 3", "gpu:h200:8"),
+        "node001": SlurmNode("node001", "idle", True, "", "gpu:h200:8(S:0-1)", 224, 2063937),
+        "node002": SlurmNode("node002", "drained, not answering", False, "bad cable | port 3", "gpu:h200:8", 224, 1),
         "node003": SlurmNode("node003", "allocated", True, "", ""),
     }
 
 
+# As sinfo's long and short columns and scontrol's State= have them, of Slurm 20.11 to 24.11.
 @pytest.mark.parametrize(
-    ("word", "usable"),
-    [(word, True) for word in ("idle", "allocated", "mixed", "completing", "reserved", "maint", "planned", "idle~", "idle#",
-                               "mixed-", "powered_down", "powering_down", "idle@", "IDLE+CLOUD")]
-    + [(word, False) for word in ("down", "down*", "idle*", "drained", "draining", "drng", "fail*", "failing", "inval", "unknown",
-                                  "unk", "error", "IDLE+DRAIN", "future")],
+    ("text", "verdict"),
+    [(text, slurm_states.USABLE) for text in (
+        "idle", "allocated", "alloc", "mixed", "mix-", "completing", "comp", "planned", "plnd", "allocated+", "mixed-",
+        "idle~", "idle#", "idle%", "idle!", "idle@", "idle^", "reboot^", "alloc#", "blocked", "powered_down", "pow_dn",
+        "powering_down", "POWERING_UP", "IDLE+CLOUD", "IDLE+CLOUD+POWERED_DOWN", "IDLE+DYNAMIC_NORM", "MIXED+PLANNED",
+        "ALLOCATED+COMPLETING", "IDLE+CLOUD+NOT_RESPONDING+POWERING_UP", "IDLE+REBOOT_ISSUED+NOT_RESPONDING",
+        "IDLE+SOMETHING_NEW",
+    )]
+    + [(text, slurm_states.RESERVED) for text in (
+        "maint", "MAINT", "reserved", "resv", "allocated$", "mixed$", "idle$", "IDLE+MAINTENANCE", "ALLOCATED+RESERVED",
+        "IDLE+MAINTENANCE+RESERVED",
+    )]
+    + [(text, slurm_states.UNUSABLE) for text in (
+        "down", "down*", "down~", "down$", "idle*", "alloc*", "mixed*", "maint*", "reboot*", "drained", "drained$",
+        "draining", "draining@", "drng", "drain*", "fail", "fail*", "failing", "failg", "inval", "unknown", "unk*",
+        "error", "future", "futr", "IDLE+DRAIN", "DOWN+DRAIN", "MIXED+DRAIN", "IDLE+MAINTENANCE+DRAIN",
+        "IDLE+INVALID_REG", "IDLE+FAIL", "DOWN+NOT_RESPONDING", "DOWN+CLOUD+POWERED_DOWN", "IDLE+NOT_RESPONDING",
+        "FUTURE+DYNAMIC_FUTURE", "DOWN+REBOOT_ISSUED",
+    )]
+    + [(text, slurm_states.UNKNOWN) for text in ("?", "", "frobnicated", "EXTERNAL")],
 )  # fmt: skip
-def test_which_nodes_can_be_used(word, usable):
-    assert capacity.node_state(word)[1] is usable
+def test_which_states_a_node_can_be_used_in(text, verdict):
+    assert slurm_states.read(text)[1] == verdict
+    usable = {slurm_states.USABLE: True, slurm_states.UNKNOWN: True}
+    assert capacity.node_state(text)[1] is usable.get(verdict, False)
+    assert capacity.node_state(text, reserved=True)[1] is (verdict != slurm_states.UNUSABLE)
+    assert capacity.node_state(text, reserved=False)[1] is False
+
+
+RESERVATIONS = """\
+ReservationName=acceptance StartTime=2026-11-27T10:00:00 EndTime=2026-11-28T10:00:00 Duration=1-00:00:00 \
+Nodes=node[001-002] NodeCnt=2 CoreCnt=448 Features=(null) PartitionName=(null) Flags=MAINT,SPEC_NODES TRES=cpu=448 \
+Users=root Groups=(null) Accounts=(null) Licenses=(null) State=ACTIVE BurstBuffer=(null)
+ReservationName=spare StartTime=2026-11-27T10:00:00 Nodes=node003 NodeCnt=1 Flags= Users=root State=INACTIVE
+ReservationName=flexible Nodes=node004 NodeCnt=1 Flags=FLEX,SPEC_NODES State=ACTIVE
+ReservationName=licences Nodes=(null) NodeCnt=0 Flags=ANY_NODES Licenses=matlab:4 State=ACTIVE
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "nodes"),
+    [
+        (RESERVATIONS, "acceptance", ("node001", "node002")),
+        (RESERVATIONS, "acceptance,spare", ("node001", "node002", "node003")),
+        (RESERVATIONS, "flexible", None),
+        (RESERVATIONS, "licences", None),
+        (RESERVATIONS, "nosuch", None),
+        ("No reservations in the system\n", "acceptance", None),
+    ],
+)
+def test_the_nodes_that_a_reservation_binds_its_jobs_to(text, name, nodes):
+    assert capacity.nodes_of_reservation(text, name) == nodes
+
+
+def test_with_a_reservation_its_nodes_are_used_and_no_others():
+    text = "".join(f"{name}|#{state}|#gpu:8|#8|#1|#none\n" for name, state in (
+        ("node001", "maint"), ("node002", "allocated$"), ("node003", "idle"), ("node004", "drained$"),
+    ))  # fmt: skip
+    without, within = capacity.parse_nodes(text), capacity.parse_nodes(text, ("node001", "node002", "node004"))
+    assert [node.usable for node in without.values()] == [False, False, True, False]
+    assert [node.usable for node in within.values()] == [True, True, False, False]
+    assert without["node002"].state == "allocated, in a reservation (see slurm.reservation)"
+    assert within["node003"].state == "idle, not in the reservation"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +168,7 @@ def test_nodes_of_other_versions_have_known_states_and_gres(name):
     text = json.loads(captured(name))
     for node in text.get("nodes", [text]):
         states = node["state"] if isinstance(node["state"], list) else [node["state"], *node["state_flags"]]
-        line = SEPARATOR.join((node["name"], "+".join(states), node["gres"], node["reason"]))
+        line = SEPARATOR.join((node["name"], "+".join(states), node["gres"], "8", "1", node["reason"]))
         (found,) = capacity.parse_nodes(line).values()
         assert found.usable == (not {"down", "drain"} & {word.lower() for word in states})
     if "h100" in name:
@@ -122,6 +182,7 @@ def test_nodes_of_other_versions_have_known_states_and_gres(name):
 
 H200_NODES = [SlurmNode(f"node{n:03}", "idle", True, "", "gpu:h200:8(S:0-1)") for n in range(1, 9)]
 GPU = Partition("gpu", "up", True, 86400, 16, tuple(node.name for node in H200_NODES))
+LIMITED = replace(GPU, max_mem_mib=512000)
 
 
 def refusals(
@@ -171,6 +232,9 @@ def test_what_can_run_is_not_refused():
         ({"partitions": [Partition("gpu", "up", True, None, 4, GPU.nodes)]}, "8 nodes asked for, partition gpu allows 4 (MaxNodes)"),
         ({"time_limit_s": 90000}, "1-01:00:00 asked for, partition gpu allows 1-00:00:00 (MaxTime)"),
         ({"settings": Settings(gres="gpu:a100:8")}, "gpu:a100:8 asked for on each node, found: node[001-008] gpu:h200:8(S:0-1)"),
+        ({"settings": Settings(mem="2T"), "partitions": [LIMITED]}, "2T of a node's memory asked for, partition gpu allows 512000M; set slurm.mem"),
+        ({"settings": Settings(mem="0"), "partitions": [LIMITED], "nodes": [replace(n, mem_mib=2063937) for n in H200_NODES]},
+         "all of a node's memory asked for, partition gpu allows 512000M"),
         ({"gpus_per_node": 16}, "gpu:16 asked for on each node, found: node[001-008] gpu:h200:8(S:0-1)"),
         ({"nodes": [SlurmNode(n.name, "idle", True, "", "") for n in H200_NODES]}, "gpu:8 asked for on each node, found: node[001-008] none"),
         ({"hosts": ("node001", "node099")}, "Slurm does not know node099; it has node[001-008]"),
@@ -211,10 +275,70 @@ def test_of_several_partitions_one_that_can_is_enough():
         ("gpu:h200:4,gpu:a100:4", "gpu:8", True), ("gpu:h200:4,gpu:a100:4", "gpu:h200:8", False), ("gpu:4,nic:2", "gpu:4,nic:2", True),
         ("gpu:4,nic:2(S:0,1)", "nic:3", False), ("", "gpu:1", False), ("gpu:nvidia_h100_80gb_hbm3:1(S:0)", "gpu:1", True),
         ("shard:1K", "shard:1024", True), ("gpu:H200:8", "gpu:h200:8", True),
+        ("gpu:4090:8(S:0-1)", "gpu:8", True), ("gpu:4090:8(S:0-1)", "gpu:4090:8", True), ("gpu:4090:8", "gpu:3090:8", False),
+        ("gpu:2080ti:4(S:0),gpu:2080ti:4(S:1)", "gpu:2080ti:8", True), ("gpu:1g.10gb:7", "gpu:1g.10gb:7", True),
+        ("gpu:a100_1g.5gb:7(S:0,2-3)", "gpu:7", True), ("gpu:3g.20gb:2(S:0),gpu:1g.5gb+me:1(S:0)", "gpu:3g.20gb:2", True),
+        ("gpu:3g.20gb:2(S:0),gpu:1g.5gb+me:1(S:0)", "gpu:1g.5gb+me:2", False), ("gpu:8(IDX:0-7)", "gpu:8", True),
+        ("gpu:7g.80gb:8", "gpu:nvidia_h100_80gb_hbm3:8", False), ("gpu:tesla_v100-sxm2-32gb:8(IDX:0-3,5-7)", "gpu:8", True),
+        ("gpu:(null):0", "gpu:1", False), ("gpu:(null):8(S:0-1)", "gpu:8", True), ("(null)", "gpu:1", False), ("gpu:tesla:2,mps:400", "mps:400", True),
+        ("gpu:a10:2,shard:a10:1K(2)", "shard:1024", True), ("gpu:no_consume:8", "gpu:8", True), ("lustre:scratch:no_consume:4G", "lustre:scratch:2G", True),
+        ("gpu:4090:8", "gres/gpu:4090=8", True), ("gpu:8", "none", True),
     ],
 )  # fmt: skip
 def test_gres_are_counted_with_and_without_their_type(there, wanted, enough):
+    assert slurm_gres.holds(there, wanted) is enough
     node = SlurmNode("node001", "idle", True, "", there)
     partition = Partition("gpu", "up", True, None, None, ("node001",))
     found = refusals(1, settings=Settings(gres=wanted), partitions=[partition], nodes=[node])
     assert (found == []) is enough
+
+
+@pytest.mark.parametrize("there", ["gpu:8(S:0", "gpu:h200 sxm:8", "gpu:a:b:8", "8", "gpu:h200:8)", "gpu::x y", "*"])
+def test_resources_that_cannot_be_read_are_not_lacking(there):
+    assert slurm_gres.holds(there, "gpu:8") is None
+    assert slurm_gres.holds(f"{there},gpu:8", "gpu:8") in (None, True)
+    node = SlurmNode("node001", "idle", True, "", there)
+    partition = Partition("gpu", "up", True, None, None, ("node001",))
+    assert refusals(1, partitions=[partition], nodes=[node]) == []
+
+
+@given(st.text(max_size=40))
+def test_any_text_of_resources_is_read(text):
+    assert slurm_gres.holds(text, "gpu:8") in (True, False, None)
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+HGX_MIB = 2063937
+
+
+@pytest.mark.parametrize(
+    ("partition", "config", "sizes", "asked"),
+    [
+        ("MaxMemPerNode=UNLIMITED", "", [HGX_MIB], "0"),
+        ("DefMemPerCPU=4000 MaxMemPerNode=UNLIMITED", "MaxMemPerNode           = UNLIMITED", [HGX_MIB], "0"),
+        ("MaxMemPerNode=512000", "", [HGX_MIB], "512000M"),
+        ("DefMemPerNode=64000 MaxMemPerNode=2063937", "", [HGX_MIB], "0"),
+        ("DefMemPerNode=64000 MaxMemPerNode=2000000", "", [HGX_MIB, 515000], "515000M"),
+        ("DefMemPerCPU=1000 MaxMemPerCPU=8000", "", [HGX_MIB], f"{8000 * 224}M"),
+        ("MaxMemPerCPU=16000", "", [HGX_MIB], "0"),
+        ("MaxMemPerNode=UNLIMITED", "MaxMemPerNode           = 1000000", [HGX_MIB], "1000000M"),
+        ("MaxMemPerNode=1500000", "MaxMemPerNode           = 1000000", [HGX_MIB], "1500000M"),
+        ("MaxMemPerNode=UNLIMITED", "MaxMemPerCPU            = 4096", [HGX_MIB], f"{4096 * 224}M"),
+        ("MaxMemPerNode=512000", "", [1], "0"),  # RealMemory is not set: Slurm does not count with it
+        ("MaxMemPerNode=512000", "", [], "0"),
+    ],
+)
+def test_as_much_memory_is_asked_for_as_the_partition_allows(partition, config, sizes, asked):
+    text = f"PartitionName=gpu Default=YES Nodes=node[001-008] State=UP {partition}\n"
+    partitions = list(capacity.parse_partitions(text, config).values())
+    nodes = [SlurmNode(f"node{n:03}", "idle", True, "", "", 224, mib) for n, mib in enumerate(sizes, 1)]
+    assert capacity.memory(Settings(), partitions, nodes) == asked
+    assert capacity.memory(Settings(mem="64G"), partitions, nodes) == "64G"
+
+
+def test_of_several_partitions_the_smallest_limit_is_asked_for():
+    partitions = [LIMITED, replace(GPU, name="large", max_mem_mib=1000000), replace(GPU, name="free")]
+    nodes = [replace(node, mem_mib=HGX_MIB) for node in H200_NODES]
+    assert capacity.memory(Settings(partition="large,gpu"), partitions, nodes) == "512000M"
+    assert capacity.memory(Settings(partition="free"), partitions, nodes) == "0"

@@ -457,7 +457,7 @@ def test_slurms_own_name_of_a_node_wins_over_its_place_in_the_inventory():
 
 def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:
     """Slurm's commands that know the run's nodes by their aliases, and job 7, which runs on `placed`."""
-    nodes = "".join(answers.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in built.nodes)
+    nodes = "".join(answers.SEPARATOR.join((node.alias, "idle", "", "8", "1", "none")) + "\n" for node in built.nodes)
     commands = Commands(
         sbatch=["7\n"], sinfo=[nodes], scontrol=["PartitionName=p"], squeue=[line("7", "RUNNING", nodes=placed)]
     )
@@ -475,7 +475,7 @@ def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allo
 )
 def test_a_node_that_slurm_does_not_use_has_a_kind(cluster, state, reason, kind):
     listed = [("node001", "idle", "none"), ("node002", state, reason or "none")]
-    sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    sinfo = "".join(answers.SEPARATOR.join((name, word, "", "8", "1", why)) + "\n" for name, word, why in listed)
     commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     found = allocations.problems(commands, cluster.nodes[:3])
     assert {name: one.kind for name, one in found.items()} == {NAMES[1]: kind, NAMES[2]: "not_in_slurm"}
@@ -517,7 +517,7 @@ def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(clust
     built = replace(planned(cluster, tmp_path), backend="slurm")
     run = RunDir.create(tmp_path, built.to_dict())
     listed = [("node001", "idle", "none"), ("node002", "drained", "Prolog error")]
-    sinfo = "".join(answers.SEPARATOR.join((name, word, "", why)) + "\n" for name, word, why in listed)
+    sinfo = "".join(answers.SEPARATOR.join((name, word, "", "8", "1", why)) + "\n" for name, word, why in listed)
     commands = slurm_cluster(Commands(sinfo=[sinfo], scontrol=["PartitionName=p"]))
     carrier = allocations.Allocations(run, None, commands, {}, {})
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)

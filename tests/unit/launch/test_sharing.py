@@ -63,7 +63,9 @@ class Queue(Commands):
     """A Slurm that numbers jobs from `first` on and has them in its queue until they are cancelled."""
 
     def __init__(self, cluster: Inventory, first: int) -> None:
-        names = "".join(answers.SEPARATOR.join((node.alias, "idle", "", "none")) + "\n" for node in cluster.nodes)
+        names = "".join(
+            answers.SEPARATOR.join((node.alias, "idle", "", "8", "1", "none")) + "\n" for node in cluster.nodes
+        )
         super().__init__(sinfo=[names], scontrol=["PartitionName=p"], squeue=[""], scancel=[""], sbatch=[""])
         self.jobs: dict[str, str] = {}
         self.next = first

@@ -42,9 +42,11 @@ def test_settings_are_taken_as_yaml_gives_them():
         "qos": None,
         "time_limit_s": "1-12:00:00",
         "gres": "gpu:h200:8",
+        "mem": 0,
         "constraint": "[rack1|rack2]&ib",
+        "reservation": "maint",
         "exclude": ["node[001-002]", "spare"],
-        "extra": "--reservation=maint",
+        "extra": "--switches=1",
         "shared": False,
         "wait_s": 3600,
     }
@@ -53,14 +55,44 @@ def test_settings_are_taken_as_yaml_gives_them():
         account="1234",
         time_limit_s=129600,
         gres="gpu:h200:8",
+        mem="0",
         constraint="[rack1|rack2]&ib",
+        reservation="maint",
         exclude=("node001", "node002", "spare"),
-        extra=("--reservation=maint",),
+        extra=("--switches=1",),
         shared=False,
         wait_s=3600,
     )
     assert slurm_settings.settings({}, "here") == Settings()
     assert slurm_settings.settings(H200.model_dump(), "a saved plan") == H200
+
+
+@pytest.mark.parametrize(
+    ("given", "submitted"),
+    [
+        ("gpu:8", "gpu:8"),
+        ("gpu:4090:8", "gpu:4090:8"),
+        ("gpu:1g.10gb:7", "gpu:1g.10gb:7"),
+        ("gpu:1g.10gb+me:7", "gpu:1g.10gb+me:7"),
+        ("gpu:a100_1g.5gb:7", "gpu:a100_1g.5gb:7"),
+        ("gpu:nvidia_h100_80gb_hbm3:8", "gpu:nvidia_h100_80gb_hbm3:8"),
+        ("gpu:tesla_v100-sxm2-32gb:8", "gpu:tesla_v100-sxm2-32gb:8"),
+        ("gpu:a100:4,nic-ib:2", "gpu:a100:4,nic-ib:2"),
+        ("mps:400", "mps:400"),
+        ("gres/gpu:h100:8", "gpu:h100:8"),
+        ("gres/gpu:6000_ada=8", "gpu:6000_ada:8"),
+        ("gres:gpu:2080ti:8", "gpu:2080ti:8"),
+        ("none", "none"),
+    ],
+)
+def test_resources_are_taken_as_slurm_names_them(given, submitted):
+    assert slurm_settings.settings({"gres": given}, "inv").gres == submitted
+    assert f"--gres={submitted}" in options(render(cell(), Settings(gres=given)))
+
+
+def test_a_reservation_among_the_further_options_is_the_setting():
+    given = {"extra": ["--reservation=maint", "--switches=1"]}
+    assert slurm_settings.settings(given, "inv") == Settings(reservation="maint", extra=("--switches=1",))
 
 
 @pytest.mark.parametrize(
@@ -81,13 +113,19 @@ def test_settings_are_taken_as_yaml_gives_them():
         ({"extra": ["--reservation=CHANGEME"]}, "'CHANGEME' is a placeholder"),
         ({"gres": "8"}, "write it as gpu:8 or gpu:h200:8"),
         ({"gres": "gpu:h200:many:8"}, "write it as gpu:8 or gpu:h200:8"),
+        ({"gres": "gpu:8(S:0-1)"}, "write it as gpu:8 or gpu:h200:8"),
+        ({"gres": "gpu:4090"}, "asks each node for 4090 GPUs; with their number, as gpu:4090:8"),
+        ({"mem": 512}, "write it with its unit, as 1900G, or 0 for all memory of a node"),
+        ({"mem": "all"}, "write it with its unit"),
+        ({"mem": "1.5T"}, "write it with its unit"),
+        ({"extra": ["--mem=0"]}, "--mem is set by Shakedown; use slurm.mem"),
         ({"time_limit_s": 0}, "expected seconds above 0"),
         ({"time_limit_s": "UNLIMITED"}, "expected seconds above 0"),
         ({"wait_s": True}, "expected seconds above 0"),
         ({"stuck_s": None}, "expected seconds above 0"),
         ({"shared": "yes"}, "expected true or false"),
         ({"exclude": "node[001"}, "not a list of nodes"),
-        ({"extra": ["reservation=maint"]}, "write each option as --name=value"),
+        ({"extra": ["switches=1"]}, "write each option as --name=value"),
         ({"extra": ["-N", "2"]}, "write each option as --name=value"),
         ({"extra": ["--comment=a --nodes=1"]}, "write each option as --name=value"),
         ({"extra": ["--comment=a\n#SBATCH --nodes=1"]}, "write each option as --name=value"),
@@ -158,7 +196,8 @@ H200 = Settings(
     gres="gpu:h200:8",
     constraint="roce&hgx",
     exclude=("hgx-0003", "hgx-0008"),
-    extra=("--reservation=acceptance", "--comment=shakedown"),
+    reservation="acceptance",
+    extra=("--comment=shakedown",),
 )
 SWEEP = tuple(Step(f"sft-llama-2-7b-{n}n-r0", n, {**REQUEST, "num_nodes": n}, timeout_s=3600) for n in (1, 2, 4, 8))
 

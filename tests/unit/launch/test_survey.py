@@ -32,7 +32,10 @@ DRAINED = ("drained", "bad cable on mlx5_3 | port 2, seen by the night shift")
 
 def sinfo(count=8, **states):
     rows = ((f"node{n:03d}", *states.get(f"node{n:03d}", ("idle", "none"))) for n in range(1, count + 1))
-    return "".join(slurm.SEPARATOR.join((name, state, "gpu:h200:8", reason)) + "\n" for name, state, reason in rows)
+    return "".join(
+        slurm.SEPARATOR.join((name, state, "gpu:h200:8", "224", "2063937", reason)) + "\n"
+        for name, state, reason in rows
+    )
 
 
 class Commands:
@@ -132,7 +135,7 @@ def test_a_dry_run_of_the_example_inventory_shows_what_slurm_would_be_asked():
     done = check("--dry-run", "--json")
     plan = json.loads(done.stdout)
     assert plan["host"] == "this machine"
-    assert [argv[0] for argv in plan["commands"]] == ["scontrol", "sinfo", "sbatch"]
+    assert [argv[0] for argv in plan["commands"]] == ["scontrol", "sinfo", "scontrol", "sbatch"]
     assert json.loads(check("--dry-run", "--json", "--set", "slurm.login=gpu001").stdout)["host"] == "gpu001"
 
 

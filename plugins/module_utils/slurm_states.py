@@ -1,0 +1,1 @@
+../../runner/cluster/slurm_states.py
