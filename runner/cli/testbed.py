@@ -62,6 +62,8 @@ def testbed() -> None:
 @click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 4g.")
 @click.option("--cpus", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Processors of each node.")
 @click.option("--image", metavar="IMAGE", help="Build on this image of a registry instead of debootstrap.")
+@click.option("--release", metavar="NAME",
+              help="Code name of the nodes' release, e.g. trixie.  [default: this machine's]")  # fmt: skip
 @click.option("--share", type=click.Path(path_type=Path), metavar="DIR",
               help="A folder that all nodes see at the same path and may write to.")  # fmt: skip
 @click.option("--dry-run", "dry", is_flag=True, help="Print what would be run and written.")

@@ -90,16 +90,19 @@ def _hard_limit(kind: int) -> int:
     return 20000 if hard == resource.RLIM_INFINITY else min(hard, 20000)
 
 
-def _this_base(image: str | None) -> Base:
-    if image:
-        return Base(image)
+def requested_base(options: Options) -> Base:
+    """The base image for `options` on this machine. Raises UsageError for options that exclude each other."""
+    if options.image and options.release:
+        raise UsageError("--image and --release: an image has its own release, give one of them")
+    if options.image:
+        return Base(options.image)
     lines = Path("/etc/os-release").read_text().splitlines() if Path("/etc/os-release").exists() else []
     os_release = {key: value.strip('"') for key, _, value in (line.partition("=") for line in lines)}
     indexes = ""
     if shutil.which("apt-get"):
         argv = ["apt-get", "indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)", "Identifier: Packages"]
         indexes = process.run(argv, timeout_s=30).stdout
-    return bootstrapped_base(os_release, indexes)
+    return bootstrapped_base(os_release, indexes, options.release)
 
 
 def _definition() -> dict[str, str]:
@@ -199,7 +202,7 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
     _require("podman", "ssh-keygen", "iptables|nft")
     options = _shared_folder(options)
     machine = this_machine(json.loads(_podman("info", "--format", "json")))
-    base = _this_base(options.image)
+    base = requested_base(options)
     tag = image_tag(base, _definition())
     wanted = {
         "nodes": options.nodes, "memory": options.memory, "cpus": options.cpus, "image": tag,
@@ -351,7 +354,8 @@ def _check_python(node: Mapping[str, str], python: str, image: str) -> None:
     if outcome.rc != 0:
         raise InfrastructureError(
             f"{python} does not run inside {image}: {outcome.last_line}; the image must be of this machine's "
-            "distribution (leave --image out), and a system Python needs its packages in a virtual environment"
+            "distribution and not older (leave --image and --release out), and a system Python needs its packages in a "
+            "virtual environment"
         )
 
 
@@ -425,7 +429,7 @@ def dry_run(options: Options, *, home: Path | None = None) -> list[str]:
     options = _shared_folder(options)
     _require("podman")
     info = json.loads(_podman("info", "--format", "json"))
-    machine, base = this_machine(info), _this_base(options.image)
+    machine, base = this_machine(info), requested_base(options)
     tag = image_tag(base, _definition())
     nodes = lay_out(options.nodes, SUBNETS[0])
     steps = [*base_steps(base, "/var/tmp/shakedown-image"), build_step(base, tag)]

@@ -44,6 +44,7 @@ class Options:
     """The user's options. `memory` in podman's format ("4g"), `cpus` in cores, both per node.
 
     `share` is a folder that is mounted read-write into every node at the same path, as a home on NFS would be.
+    `release` is the nodes' release of this machine's distribution by its code name ("trixie"); None: this machine's.
     """
 
     nodes: int = 8
@@ -52,6 +53,7 @@ class Options:
     memory: str | None = None
     cpus: float | None = None
     image: str | None = None
+    release: str | None = None
     share: Path | None = None
 
 
@@ -112,19 +114,23 @@ def lay_out(count: int, subnet: str) -> list[Node]:
     ]
 
 
-def bootstrapped_base(os_release: Mapping[str, str], indexes: str) -> Base:
+def bootstrapped_base(os_release: Mapping[str, str], indexes: str, release: str | None = None) -> Base:
     """A base image of this machine's distribution, with which its Python works, from the mirror it uses itself.
 
     `os_release` has the fields of /etc/os-release, `indexes` the lines `site suite component` of
-    `apt-get indextargets`. Raises InfrastructureError where no mirror is found.
+    `apt-get indextargets`; `release` is another release of the distribution, which the same mirror has. Raises
+    UsageError for a name that is none, InfrastructureError where no mirror is found.
     """
-    suite = os_release.get("VERSION_CODENAME", "")
-    mirror = next((f[0] for f in map(str.split, indexes.splitlines()) if f[1:] == [suite, "main"]), None)
-    if not suite or mirror is None:
-        found = os_release.get("PRETTYNAME", "an unknown system")
+    if release is not None and not re.fullmatch(r"[a-z]+", release):
+        raise UsageError(f"--release {release!r}: give the code name of a release, e.g. trixie")
+    own = os_release.get("VERSION_CODENAME", "")
+    mirror = next((f[0] for f in map(str.split, indexes.splitlines()) if f[1:] == [own, "main"]), None)
+    if not own or mirror is None:
+        found = os_release.get("PRETTY_NAME", "an unknown system")
         raise InfrastructureError(
             f"no Debian or Ubuntu package mirror found for {found}: give an image with --image, e.g. debian:12"
         )
+    suite = release or own
     # Ubuntu keeps pdsh in universe.
     components = "main,universe" if os_release.get("ID") == "ubuntu" else "main"
     return Base(f"localhost/shakedown-base:{suite}", suite, mirror.rstrip("/"), components)

@@ -31,6 +31,11 @@ MACHINE = layout.Machine(
     max_processes=20000,
 )
 DEBIAN = {"ID": "debian", "VERSION_CODENAME": "bookworm", "PRETTY_NAME": "Debian GNU/Linux 12"}
+INDEXES = """http://mirror.example/debian bookworm-updates main
+http://security.example/debian-security bookworm-security main
+http://third.example/packages stable main
+http://mirror.example/debian/ bookworm main
+"""
 UBUNTU = {"ID": "ubuntu", "VERSION_CODENAME": "noble", "PRETTY_NAME": "Ubuntu 24.04"}
 
 
@@ -129,18 +134,33 @@ def test_sshd_takes_keys_only_on_the_port_of_the_inventory():
 
 
 def test_the_image_is_this_distribution_from_the_mirror_that_the_machine_uses():
-    indexes = """http://mirror.example/debian bookworm-updates main
-http://security.example/debian-security bookworm-security main
-http://third.example/packages stable main
-http://mirror.example/debian/ bookworm main
-"""
-    base = layout.bootstrapped_base(DEBIAN, indexes)
+    base = layout.bootstrapped_base(DEBIAN, INDEXES)
     assert (base.suite, base.mirror, base.components) == ("bookworm", "http://mirror.example/debian", "main")
     argv = layout.base_steps(base, "/scratch")[0].argv
     assert argv == (
         "debootstrap", "--variant=minbase", "--components=main",
         "bookworm", "/scratch/root", "http://mirror.example/debian",
     )  # fmt: skip
+
+
+def test_another_release_comes_from_the_same_mirror_and_makes_another_image():
+    own = layout.bootstrapped_base(DEBIAN, INDEXES)
+    other = layout.bootstrapped_base(DEBIAN, INDEXES, "trixie")
+    assert (other.suite, other.mirror, other.components) == ("trixie", own.mirror, own.components)
+    assert other.image != own.image
+    assert layout.image_tag(other, {}) != layout.image_tag(own, {})
+    assert layout.bootstrapped_base(DEBIAN, INDEXES, "bookworm") == own
+
+
+@pytest.mark.parametrize("name", ["", "13", "../x", "trixie; id", "trixie --help"])
+def test_a_release_is_a_code_name(name):
+    with pytest.raises(UsageError, match=r"--release .*: give the code name of a release, e.g. trixie"):
+        layout.bootstrapped_base(DEBIAN, INDEXES, name)
+
+
+def test_an_image_has_its_own_release():
+    with pytest.raises(UsageError, match=r"--image and --release: an image has its own release, give one of them"):
+        containers.requested_base(layout.Options(image="debian:12", release="trixie"))
 
 
 def test_ubuntu_needs_universe_for_pdsh():
