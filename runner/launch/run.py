@@ -464,6 +464,7 @@ class Run:
     def _context(self, cell: Cell, through: int) -> CellContext:
         """What the transport of `cell` may need to know, and the callbacks for its decisions."""
         total, journal = len(self.current.cells), self.journal
+        reasons = set[str]()
 
         def on_job(info: answers.JobInfo) -> None:
             entry = journal.entry(cell)
@@ -471,7 +472,11 @@ class Run:
             if info.state == "waiting":
                 position = f", place {info.position}" if info.position else ""
                 start = f", expected {info.start}" if info.start else ""
-                self.display.at(through, total, f"{cell.id} waits: {info.reason or 'Pending'}{position}{start}")
+                # The bar's text is cut in a narrow terminal: Slurm's own reason has a line of its own.
+                if info.reason and info.reason not in reasons:
+                    journal.note(f"{cell.id} waits as job {info.job_id}: {info.advice or info.reason}")
+                reasons.add(info.reason)
+                self.display.at(through, total, f"{cell.id} waits in Slurm's queue{position}{start}", eta=False)
             elif entry["state"] == "waiting":
                 self.display.at(through, total, f"{cell.id} starting as job {info.job_id}")
             placed = self.current.cell(cell.id)  # perhaps placed since

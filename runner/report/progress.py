@@ -25,6 +25,7 @@ class Display:
         self._live: Any = None
         self._task: Any = None
         self._total = 1.0
+        self._eta = True
         self._started = self._shown = time.monotonic()
 
     def note(self, text: str) -> None:
@@ -50,11 +51,13 @@ class Display:
         from rich.table import Column
         from rich.text import Text
 
+        display = self
+
         class Eta(ProgressColumn):
             """ETA by the mean rate so far: rich's own follows the most recent rate, and cells finish in bursts."""
 
             def render(self, task: Task) -> Text:
-                left = remaining_s(task.elapsed or 0.0, task.completed, task.total or 1.0)
+                left = remaining_s(task.elapsed or 0.0, task.completed, task.total or 1.0) if display._eta else None
                 return Text(f"ETA {left // 60:.0f}:{left % 60:02.0f}" if left is not None else "ETA –")
 
         # In a narrow terminal the text is cut, never the numbers.
@@ -73,14 +76,18 @@ class Display:
             finally:
                 self._live = None
 
-    def at(self, done: float, total: float, text: str) -> None:
-        """Set the bar to `done` of `total` (in any unit) and its text; without a terminal print it every 10 s."""
+    def at(self, done: float, total: float, text: str, *, eta: bool = True) -> None:
+        """Set the bar to `done` of `total` (in any unit) and its text; without a terminal print it every 10 s.
+
+        `eta` False: nobody knows how long this takes, such as the wait in a queue.
+        """
+        self._eta = eta
         if self._live is not None:
             # In units of the bar, whatever `total` counts.
             self._live.update(self._task, completed=done * self._total / total, description=text)
         elif not self.quiet and time.monotonic() - self._shown > PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
-            left = remaining_s(self._shown - self._started, done, total)
-            eta = f", ETA {left:.0f} s" if left is not None else ""
+            left = remaining_s(self._shown - self._started, done, total) if eta else None
+            end = f", ETA {left:.0f} s" if left is not None else ""
             with contextlib.suppress(OSError):
-                print(f"{text}: {100 * done / total:.0f} %{eta}", file=sys.stderr, flush=True)
+                print(f"{text}: {100 * done / total:.0f} %{end}", file=sys.stderr, flush=True)

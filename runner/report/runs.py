@@ -147,7 +147,7 @@ def _error_text(error: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
 
 def _job_text(job: Mapping[str, Any], waits: bool) -> str:
     text = f"job {job['id']} {str(job.get('state') or 'unknown').lower()}"
-    reason = job.get("reason")
+    reason = job.get("advice") or job.get("reason")
     text += f": {reason}" if reason and reason != "None" else ""
     text += f", position {job['position']} in the queue" if job.get("position") else ""
     return text + (f", expected to start {job['start']}" if waits and job.get("start") else "")
@@ -165,7 +165,7 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
     if cell["state"] in ("waiting", "running"):
         if job := cell.get("job"):
             lines.append(_job_text(job, waits=cell["state"] == "waiting"))
-        if now and (progress := cell.get("progress")):
+        if now and cell["state"] == "running" and (progress := cell.get("progress")):  # a queue has none
             fraction = progress["fraction"]
             left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
             lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {span_text(left)} left" if left else ""))

@@ -47,7 +47,10 @@ def over(state: str | None) -> bool:
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as Slurm reports it. `start` is ISO time, the expected one while it waits; `position` counts from 1."""
+    """One job as Slurm reports it. `start` is ISO time, the expected one while it waits; `position` counts from 1.
+
+    `advice` is what to do where waiting alone may not end the wait.
+    """
 
     job_id: str
     name: str
@@ -59,6 +62,7 @@ class JobInfo:
     exit_code: int | None = None
     signal: int | None = None
     position: int | None = None
+    advice: str | None = None
 
 
 def as_status(info: JobInfo) -> dict[str, Any]:
@@ -194,37 +198,3 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
 def null_to_empty(text: str) -> str:
     """`text` without surrounding blanks; empty for Slurm's words for no value ("(null)", "N/A" …)."""
     return "" if text.strip().lower() in ("(null)", "none", "n/a", "none assigned") else text.strip()
-
-
-_STUCK = {
-    r"ReqNodeNotAvail.*Unavailable\w*:[ (]*\w|Nodes required for job are DOWN|NodeDown": (
-        "nodes it needs are down, drained or kept for others; see `sinfo -R`, or name other nodes"
-    ),
-    r"PartitionDown|PartitionInactive": "the partition starts no jobs; fix slurm.partition",
-    r"PartitionNodeLimit": "the partition does not allow that many nodes; ask for another number",
-    r"(Partition|QOS|Association)TimeLimit": "its time limit is above the allowed one; lower slurm.time_limit_s",
-    r"BadConstraints|PartitionConfig": "no node may give what it asks for; fix slurm.constraint or slurm.gres",
-    r"InvalidAccount|AccountNotAllowed": "the account cannot be used here; fix slurm.account",
-    r"InvalidQOS|QOSNotAllowed": "the QoS cannot be used here; fix slurm.qos",
-    r"(Assoc|QOS)\w*(PerJob|PerNode|Wall|Min(Cpu|GRES|Memory|Node))": (
-        "one job may not have that much or that little; ask for another size or time, or another account or QoS"
-    ),
-    r"(Assoc|QOS)\w*Minutes": "the time granted to the account or QoS is used up; ask for another",
-    r"JobHeldUser": "it is held; `scontrol release` it",
-    r"JobHeldAdmin": "an administrator holds it; ask them",
-    r"JobHoldMaxRequeue|.*requeued ?held|.*requeued in held state": (
-        "it could not be started on its nodes; see slurmd's log there, then `scontrol release` it"
-    ),
-    r"DependencyNeverSatisfied": "what it depends on has failed; cancel it",
-    r"Reserv\w*(Deleted|Invalid)|Invalid ?Reservation": "its reservation is gone; fix slurm.extra",
-}
-
-
-def why_stuck(reason: str) -> str | None:
-    """Why a job would wait forever for this reason, and what to do; None for a reason that ends by itself.
-
-    Limits that other jobs use up (AssocGrp…, …PerUser) end with those jobs; a limit for one job does not.
-    """
-    plain = reason.strip().lstrip("(").replace("_", " ")
-    words = next((words for pattern, words in _STUCK.items() if re.match(pattern, plain, re.IGNORECASE)), None)
-    return f"{plain.rstrip(')')}: {words}" if words else None

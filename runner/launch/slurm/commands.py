@@ -36,6 +36,7 @@ _SILENT = ("Unable to contact slurm controller", "Socket timed out", "Connection
 _CLEAN = (
     "unset $(env | sed -nE 's/^((SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL|SLURM_TIME)_[A-Z0-9_]*)=.*/\\1/p') LINES"
 )
+_HAVE_NODES = "CONFIGURING,RUNNING,SUSPENDED,STOPPED,SIGNALING,COMPLETING"
 _OVER = ("Invalid job id", "already comp")
 _ALREADY_DONE = 2021 & 0xFF  # ESLURM_ALREADY_DONE: for an ended array task scancel sets only this status
 _GONE = re.compile(r"Invalid job (array )?id|^Job \S+ not found$", re.MULTILINE)
@@ -214,6 +215,11 @@ class SlurmClient:
     def position(self, job_id: str) -> int | None:
         """The job's place among those that wait in its partition, from 1; None if it does not wait."""
         return answers.position(self._jobs(answers.queue_argv(self.settings.partition)), job_id)
+
+    def others_run(self, job_id: str) -> bool:
+        """Whether the same user has another job that has nodes."""
+        rows = self._jobs(["squeue", "--noheader", "--me", "--array", f"--states={_HAVE_NODES}", "--format=%i"])
+        return any(other != job_id for other in rows.split())
 
     def steps(self, job_id: str) -> set[int]:
         """The numbers of the job's steps that run now."""

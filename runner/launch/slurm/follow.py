@@ -22,6 +22,7 @@ from runner.launch import copy
 from runner.launch.slurm import answers
 from runner.launch.slurm.answers import JobInfo
 from runner.launch.slurm.commands import NotStarted, SlurmClient, SlurmUnreachable, forgotten, gone, intervals
+from runner.launch.slurm.waiting import Wait, judge
 from runner.launch.talk import AgentSession
 from runner.node.protocol import POLL_S, SILENCE_S, Alive, Message, Outcome, Placed, Word, read_message, slurm_signal
 from runner.results.celldir import CellDir
@@ -92,17 +93,26 @@ def wait(
     meanwhile.
 
     Once `stopped` returns True, it cancels the job (the whole array of a task) and returns its state then. Raises
-    NotStarted, with the reason, for a job that it cancelled because it waited too long (settings.wait_s,
-    settings.stuck_s), and SlurmUnreachable.
+    NotStarted, with the reason, for a job that it cancelled: one that can never start, at once; one that waits for
+    somebody to act, after settings.stuck_s; any, after settings.wait_s. Raises SlurmUnreachable.
     """
-
-    def ask() -> JobInfo:
-        info = commands.poll([job_id])[job_id]
-        with suppress(SlurmUnreachable):
-            return replace(info, position=commands.position(job_id)) if info.state == "waiting" else info
-        return info
-
     settings = commands.settings
+    several = "," in (settings.partition or "")
+
+    def ask() -> tuple[JobInfo, Wait, str | None]:
+        info = commands.poll([job_id])[job_id]
+        if info.state != "waiting":
+            return info, Wait.TIME, None
+        wait, why = judge(info.reason, several=several)
+        alone = False
+        with suppress(SlurmUnreachable):
+            info = replace(info, position=commands.position(job_id))
+            alone = wait is Wait.OWN and not commands.others_run(job_id)
+        if wait is Wait.OWN:
+            wait, why = (Wait.SOMEBODY, why) if alone else (Wait.TIME, None)
+        bound = f"; cancelled after {settings.stuck_s:g} s of this (slurm.stuck_s)" if wait is Wait.SOMEBODY else ""
+        return replace(info, advice=why and f"{why}{bound}"), wait, why
+
     began = answered = time.monotonic()
     stuck, before, given_up = None, None, None
     with cancelled_on_interrupt(commands, job_id), _threads() as pool:
@@ -111,13 +121,14 @@ def wait(
             time.sleep(POLL_S)
             now = time.monotonic()
             try:
-                info = look.take()
+                answer = look.take()
             except SlurmUnreachable:
                 if now - answered > commands.patience_s:
                     raise
                 continue
-            if info is None:
+            if answer is None:
                 continue
+            info, wait, why = answer
             if info.state in ("running", "ending") or gone(info):
                 return info
             answered = now
@@ -125,11 +136,13 @@ def wait(
             if (info.raw, info.reason) != before:
                 before = (info.raw, info.reason)
                 look.soon()
-            why = answers.why_stuck(info.reason)
-            stuck = (stuck or now) if why else None
-            if stuck and now - stuck >= settings.stuck_s:
+            if wait is Wait.TIME:
+                stuck = None
+            elif stuck is None:  # slurmctld may say so for a moment: it is asked once more in any case
+                stuck = now
+            elif wait is Wait.NEVER or now - stuck >= settings.stuck_s:
                 given_up = why
-            elif settings.wait_s and now - began >= settings.wait_s:
+            if given_up is None and settings.wait_s and now - began >= settings.wait_s:
                 given_up = f"its reason is {info.reason or 'not given'}; allow it longer with slurm.wait_s"
             if given_up:
                 break

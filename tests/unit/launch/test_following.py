@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,32 @@ class Held(Commands):
 
 @pytest.mark.parametrize(
     ("reason", "settings", "said"),
-    [("PartitionDown", {"stuck_s": 0}, "partition"), ("Priority", {"wait_s": 1}, "Priority; allow it longer")],
+    [
+        ("PartitionDown", {"stuck_s": 0}, "partition"),
+        ("Priority", {"wait_s": 1}, "Priority; allow it longer"),
+        ("MaxMemPerLimit", {"stuck_s": 300}, "MaxMemPerLimit: .*slurm.mem"),
+        ("InvalidQOS", {"stuck_s": 300}, "InvalidQOS: .*slurm.qos"),
+    ],
 )
 def test_a_job_that_would_wait_in_vain_is_cancelled_and_the_reason_told(reason, settings, said):
     commands = Held(reason)
     with pytest.raises(jobs.NotStarted, match=f"job 7 waited . s and was cancelled: .*{said}"):
         following.wait(cluster(commands, **settings), "7", lambda info: None)
     assert commands.named("scancel") == [["scancel", "7"]]
+
+
+@pytest.mark.parametrize(("others", "ends"), [("", True), ("7\n", True), ("7\n9\n", False), ("8_3\n", False)])
+def test_a_limit_of_the_user_is_waited_for_while_another_job_of_theirs_runs(others, ends):
+    class Limited(Held):
+        def __call__(self, argv, **options):
+            outcome = super().__call__(argv, **options)
+            return replace(outcome, stdout=others) if "--me" in argv else outcome
+
+    commands, heard = Limited("QOSMaxGRESPerUser"), []
+    client = cluster(commands, stuck_s=0, wait_s=2)
+    with pytest.raises(jobs.NotStarted, match="no other job of yours runs" if ends else "slurm.wait_s"):
+        following.wait(client, "7", heard.append)
+    assert all(("above what one user may have" in str(info.advice)) is ends for info in heard)
 
 
 def test_what_ends_by_itself_is_waited_for_until_the_user_stops():

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from runner.launch.signals import Stop
 from runner.launch.slurm import allocations, answers, ledger
 from runner.launch.watch import CellContext, CellRun
 from runner.plan import build, plan
+from runner.report import runs as reported
 from runner.report.progress import Display
 from runner.results import celldir
 from runner.results.rundir import RunDir
@@ -453,6 +455,41 @@ def test_slurms_own_name_of_a_node_wins_over_its_place_in_the_inventory():
     assert [node.alias for node in nodes] == ["node001", "node002"]
     known = ("node001", "node002", "node003")
     assert [allocations.slurm_name(node, known) for node in nodes] == ["node001", "node003"]
+
+
+def test_slurms_reason_has_a_line_of_its_own_and_a_queue_no_eta(cluster, tmp_path):
+    """A bar's text is cut in a narrow terminal, and an ETA in a queue is a number that grows."""
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    notes, bars = [], []
+
+    class Seen(Display):
+        def note(self, text):
+            notes.append(text)
+
+        def at(self, done, total, text, *, eta=True):
+            bars.append((text, eta))
+
+    class Queue(Nodes):
+        def converse(self, planned, cell, watch, data, context):
+            waits = answers.JobInfo("7", "x", "waiting", "PENDING", "Priority", (), "2026-11-27T18:00:00", position=3)
+            why = "PartitionDown: the partition starts no jobs"
+            for info in (waits, waits, replace(waits, reason="PartitionDown", advice=why), waits):
+                context.on_job(info)
+            self.shown = reported.details(context.entry, {}, datetime.now(UTC))
+            context.on_job(replace(waits, state="running", raw="RUNNING"))
+            return super().converse(planned, cell, watch, data, context)
+
+    nodes = Queue(run)
+    bench.Run(built, run, nodes, Seen(), None, bench.Policy(), NodeAccess()).execute({})
+    said = [note for note in notes if "waits as job" in note]
+    assert said == [
+        "torch-2n-r1 waits as job 7: Priority",
+        "torch-2n-r1 waits as job 7: PartitionDown: the partition starts no jobs",
+    ]
+    queued = [eta for text, eta in bars if "waits in Slurm's queue, place 3" in text]
+    assert queued == [False] * 4 and not any("Priority" in text for text, _ in bars)
+    assert nodes.shown == ["job 7 waiting: Priority, position 3 in the queue, expected to start 2026-11-27T18:00:00"]
 
 
 def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:

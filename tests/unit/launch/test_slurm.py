@@ -18,7 +18,7 @@ from golden_files import check as golden
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.slurm import Settings
 from runner.errors import InfrastructureError, UsageError
-from runner.launch.slurm import answers
+from runner.launch.slurm import answers, waiting
 from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, limit_s, render
 from runner.node import slurm_step
 from runner.system import nodeset
@@ -271,7 +271,6 @@ def test_a_task_of_an_array_is_known_by_the_id_that_it_has_before_it_starts():
     line = answers.SEPARATOR.join(("12_2", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
     rest = answers.SEPARATOR.join(("12_[3-4%1]", "PENDING", "N/A", "", "x", "JobArrayTaskLimit"))
     assert answers.parse_squeue(f"{line}\n{rest}\n").keys() == {"12_2"}
-    assert answers.why_stuck("JobArrayTaskLimit") is None
 
 
 def test_every_cell_gets_its_request_as_it_is():
@@ -508,9 +507,9 @@ def test_reasons_as_squeue_really_gives_them_survive_our_format():
     )
     jobs = answers.parse_squeue(ours)
     assert jobs["26515966"].nodes == ("cs10",) and jobs["18804"].start is None
-    stuck = {job_id: answers.why_stuck(job.reason) for job_id, job in jobs.items() if job.state == "waiting"}
+    stuck = {job_id: waiting.judge(job.reason)[1] for job_id, job in jobs.items() if job.state == "waiting"}
     assert {job_id for job_id, why in stuck.items() if why} == {"51447052", "51447053"}
-    assert "cs[100,101,102]" in stuck["51447052"] and set(stuck) == {"51447051", "51447052", "51447053", "18804"}
+    assert "cs[100,101,102]" in str(stuck["51447052"]) and set(stuck) == {"51447051", "51447052", "51447053", "18804"}
 
 
 @real_output
@@ -611,52 +610,6 @@ def test_slurms_commands_get_no_variable_that_changes_them():
     environ = {"PATH": "/bin", "SLURM_CONF": "/etc/s", "SBATCH_PARTITION": "x", "SQUEUE_FORMAT": "y", "SLURM_JOB_ID": "1",
                "SLURM_TIME_FORMAT": "relative", "HF_TOKEN": "t"}  # fmt: skip
     assert answers.client_environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s", "HF_TOKEN": "t"}
-
-
-@pytest.mark.parametrize(
-    ("reason", "todo"),
-    [
-        ("((ReqNodeNotAvail, UnavailableNodes:cs[100,101]))", "name other nodes"),
-        ("ReqNodeNotAvail,_UnavailableNodes:node003", "name other nodes"),
-        ("(Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions)", "sinfo -R"),
-        ("PartitionDown", "slurm.partition"),
-        ("PartitionInactive", "slurm.partition"),
-        ("PartitionNodeLimit", "another number"),
-        ("PartitionTimeLimit", "slurm.time_limit_s"),
-        ("QOSTimeLimit", "slurm.time_limit_s"),
-        ("BadConstraints", "slurm.constraint"),
-        ("InvalidAccount", "slurm.account"),
-        ("InvalidQOS", "slurm.qos"),
-        ("QOSNotAllowed", "slurm.qos"),
-        ("AssocMaxNodePerJobLimit", "ask for another size"),
-        ("AssocMaxWallDurationPerJobLimit", "ask for another size"),
-        ("QOSMaxGRESPerNode", "ask for another size"),
-        ("QOSMinGRES", "ask for another size"),
-        ("AssocGrpCPUMinutesLimit", "is used up"),
-        ("QOSGrpCPURunMinutesLimit", "is used up"),
-        ("JobHeldUser", "scontrol release"),
-        ("JobHeldAdmin", "administrator"),
-        ("launch failed requeued held", "slurmd's log"),
-        ("launch_failed_requeued_held", "slurmd's log"),
-        ("LaunchFailedRequeuedHeld", "slurmd's log"),
-        ("job requeued in held state", "slurmd's log"),
-        ("DependencyNeverSatisfied", "cancel it"),
-        ("ReservationDeleted", "slurm.extra"),
-    ],
-)
-def test_what_waiting_will_not_end_is_said_with_what_to_do(reason, todo):
-    why = answers.why_stuck(reason)
-    assert todo in why and "\n" not in why
-
-
-@pytest.mark.parametrize(
-    "reason",
-    ["Priority", "Resources", "Dependency", "BeginTime", "None", "", "(Priority)", "JobArrayTaskLimit", "Licenses", "Reservation",
-     "ReqNodeNotAvail, May be reserved for other job", "ReqNodeNotAvail, UnavailableNodes:", "(ReqNodeNotAvail, UnavailableNodes:)",
-     "AssocGrpNodeLimit", "QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "Cleaning", "Prolog", "never heard of"],
-)  # fmt: skip
-def test_what_ends_by_itself_is_waited_for(reason):
-    assert answers.why_stuck(reason) is None
 
 
 @real_output
