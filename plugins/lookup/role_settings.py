@@ -59,7 +59,10 @@ class LookupModule(LookupBase):
     """The plugin, as Ansible loads it."""
 
     def run(self, terms, variables=None, **kwargs):
-        """[{variable without the role's prefix: value}] of the one role in `terms`. Raises AnsibleLookupError."""
+        """[{variable without the role's prefix: value}] of the one role in `terms`. Raises AnsibleLookupError.
+
+        Beside them `inventory`, the path of the one in use, which remedies name.
+        """
         (role,) = terms
         options = specification(role)
         roles = [path.name for path in ROLES.iterdir()]
@@ -73,4 +76,6 @@ class LookupModule(LookupBase):
         if errors:
             raise AnsibleLookupError("; ".join(errors))
         settings = result.validated_parameters
-        return [{name.removeprefix(f"{role}_"): settings.get(name) for name in options}]
+        sources = variables.get("ansible_inventory_sources") or [""]
+        chosen = {name.removeprefix(f"{role}_"): settings.get(name) for name in options}
+        return [{"inventory": str(sources[0]), **chosen}]

@@ -21,12 +21,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
 
 PHASES = ("validate", "install", "configure", "verify")
+SETUP = "`runner setup"
 
 
 class Stop(Exception):
@@ -84,8 +86,11 @@ class Phase:
     def problem(self, what, expected, found, remedy=""):
         """Record a problem: `what` is not as `expected` but as `found`; `remedy` tells how to fix it.
 
+        A remedy `runner setup …` gets the inventory in use: without one, it would set up the default inventory's nodes.
         The phase continues, and fails at its end.
         """
+        if inventory := self.want.get("inventory"):
+            remedy = remedy.replace(SETUP, f"{SETUP} -i {shlex.quote(inventory)}")
         self.problems.append({"what": what, "expected": str(expected), "found": str(found), "remedy": remedy})
 
     def warn(self, text):

@@ -18,7 +18,7 @@ from runner.cli.options import inventory_option, read_inventory
 from runner.cluster.backends import BACKENDS, LOCAL, SLURM, SSH
 
 if TYPE_CHECKING:
-    from runner.cluster.inventory import Inventory
+    from runner.cluster.inventory import Inventory, Node
     from runner.cluster.scaffold import Answers
 
 
@@ -62,7 +62,7 @@ def _show(source: str | None, hosts: str | None, folder: Path | None, as_json: b
             write_text_atomic(folder / "ssh_config", ssh_config(inventory, str(pinned)))
         click.echo(f"ssh -F {shlex.quote(str(folder / 'ssh_config'))} {nodes[0].alias}")
     elif as_json:
-        click.echo(json.dumps([asdict(node) for node in nodes], indent=1))
+        click.echo(json.dumps([_described(node) for node in nodes], indent=1))
     else:
         rows = [
             {
@@ -92,6 +92,11 @@ class _Checked(click.ParamType):
             return self._check(value)
         except errors.UsageError as error:
             raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _described(node: Node) -> dict[str, Any]:
+    """What the inventory says of a node: where that is, the user has said."""
+    return {name: value for name, value in asdict(node).items() if name != "inventory"}
 
 
 def _backend(text: str) -> str:
@@ -163,7 +168,7 @@ def init(ctx: click.Context, folder: Path, force: bool, as_json: bool, **values:
     read = scaffold.create(folder, answers, force)
     path = folder / scaffold.FILE
     if as_json:
-        click.echo(json.dumps({"path": str(path), "nodes": [asdict(node) for node in read.nodes]}, indent=1))
+        click.echo(json.dumps({"path": str(path), "nodes": [_described(node) for node in read.nodes]}, indent=1))
         return
     click.echo(f"wrote {path}: {fold([node.name for node in read.nodes])}")
     if answers.reached.remote and answers.gpus is None:

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory
 
 
-def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bool, check: bool) -> int:
+def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bool, check: bool, source: str) -> int:
     """Print the results of a play and return its exit code.
 
-    `state` is the play's, `error` Ansible's own or "". Raises InfrastructureError where Ansible failed and no node did.
+    `state` is the play's, `error` Ansible's own or "", `source` the inventory. Raises InfrastructureError where Ansible
+    failed and no node did.
     """
     if as_json:
         click.echo(json.dumps(summary(board, state, elapsed_s, error), indent=1))
@@ -46,7 +47,9 @@ def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bo
     for nodes, role, text in warnings(board):
         click.echo(f"{nodes}: {role + ': ' if role else ''}warning: {text}")
     for failure in failures(board):
-        click.echo(f"{failure.nodes}: {failure.line()}")
+        # Modules know the inventory by its whole path.
+        line = f"{failure.nodes}: {failure.line()}"
+        click.echo(line.replace(f"-i {shlex.quote(whole_path(source))}", f"-i {shlex.quote(source)}"))
     if board.roles():
         click.echo(f"\n{table(board)}\n")
     code = exit_code(board, state)
@@ -188,7 +191,7 @@ def _play(
     with nullcontext("SSH_CONFIG") if dry_run else rendered(inventory) as ssh_config:
         call = playbook.Call(
             playbook=playbook_file,
-            inventory=str(Path(inventory.source).absolute()),
+            inventory=whole_path(inventory.source),
             hosts=names,
             ssh_config=ssh_config if remote else None,
             tags=tags,
@@ -208,7 +211,12 @@ def _play(
     if folder is not None:
         write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, error))
         display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
-    return conclude(board, state, error, elapsed_s, as_json, check)
+    return conclude(board, state, error, elapsed_s, as_json, check, inventory.source)
+
+
+def whole_path(source: str) -> str:
+    """The path of an inventory as it is passed to Ansible, which runs elsewhere."""
+    return str(Path(source).absolute())
 
 
 def _described(plan: Mapping[str, Any]) -> str:

@@ -45,7 +45,8 @@ _HOST_KEY = re.compile(r"(?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+(?: .*)
 class Node:
     """One host. `alias` is its position (node008 may be ...-0009); `gpus` is the number per node, None until observed.
 
-    `nic_gbit_per_s` is the rate of one NIC, one way; `python` and `scratch` are paths on the node.
+    `nic_gbit_per_s` is the rate of one NIC, one way; `python` and `scratch` are paths on the node. `inventory` is where
+    it is declared, which remedies name.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Node:
     min_free_disk_gib: float
     backend: str
     env: Mapping[str, str] = field(default_factory=dict)
+    inventory: str = ""
 
     @property
     def endpoint(self) -> str:
@@ -162,8 +164,9 @@ def read(source: str, cache: Path) -> Inventory:
     if static and kept.is_file():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged cache is ignored
             data = json.loads(kept.read_text())
-            login = Node(**data["login"]) if data["login"] else None
-            nodes = tuple(Node(**node) for node in data["nodes"])
+            # The same inventory may be named by another spelling of its path now.
+            login = Node(**{**data["login"], "inventory": source}) if data["login"] else None
+            nodes = tuple(Node(**{**node, "inventory": source}) for node in data["nodes"])
             return Inventory(source, nodes, tuple(data["known_hosts"]), data["slurm"], login)
     inventory = parse(source, _list(source), _known_hosts(path))
     if static:
@@ -313,6 +316,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         min_free_disk_gib=values.runner_min_free_disk_gib,
         backend=values.runner_backend or (LOCAL if values.ansible_connection == "local" else SSH),
         env={key: str(value) for key, value in values.runner_env.items()},
+        inventory=source,
     )
 
 

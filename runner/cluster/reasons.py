@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from runner.cluster.backends import BACKENDS
@@ -54,6 +55,11 @@ def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
     return {GIVEN_UP: "hung", _SSH_FAILED: "unreachable"}.get(rc or 0, "unknown")
 
 
+def setup_command(node: Node, role: str) -> str:
+    """The command that brings the node's inventory to the state of `role`; never that of the default inventory."""
+    return shlex.join(["runner", "setup", *(["-i", node.inventory] if node.inventory else []), "--tags", role])
+
+
 def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
     """Why `node` did not answer, in one line; `rc` is the exit status (None if unknown), `stderr` are the lines."""
     text = "\n".join(stderr)
@@ -65,7 +71,7 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
                 else meaning
             )
     if rc in _NOT_FOUND:
-        return f"has no {node.python}: provision it with `ansible-playbook site.yml`"
+        return f"has no {node.python}: provision it with `{setup_command(node, 'conda_env')}`"
     if rc == GIVEN_UP:
         return "is up but does not answer in time"
     lines = [line.strip() for line in stderr if line.strip()]

@@ -28,7 +28,7 @@ WORKSTATION = {
 }
 
 
-def check(tmp_path, gpus=None):
+def check(tmp_path, gpus=None, source="local"):
     """The exit code and the output of the command; with `gpus`, of a machine on which nvidia-smi answers so."""
     path = os.environ["PATH"]
     if gpus is not None:
@@ -41,7 +41,7 @@ def check(tmp_path, gpus=None):
         (tmp_path / "nvidia-smi").chmod(0o755)
         path = f"{tmp_path}:{path}"
     env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
-    done = process.run([str(RUNNER), "check", "-i", "local"], timeout_s=120, env=env, cwd=str(tmp_path))
+    done = process.run([str(RUNNER), "check", "-i", source], timeout_s=120, env=env, cwd=str(tmp_path))
     return done.rc, done.stdout
 
 
@@ -69,3 +69,12 @@ def test_a_bad_machine_is_told_what_is_really_wrong_and_nothing_else(tmp_path, b
     code, printed = check(tmp_path, {**WORKSTATION, **broken})
     lines = [line for line in printed.splitlines() if line.startswith("node001: ") and "warning" not in line]
     assert code == 1 and len(lines) == 1 and said in lines[0]
+
+
+def test_a_remedy_can_be_pasted_and_names_this_inventory(tmp_path):
+    (tmp_path / "my lab").mkdir()
+    hosts = "all: {children: {gpu_nodes: {hosts: {localhost: {ansible_connection: local, ansible_host: 127.0.0.1, "
+    hosts += "ansible_python_interpreter: '{{ ansible_playbook_python }}', conda_env_enabled: true, "
+    (tmp_path / "my lab" / "hosts.yml").write_text(f"{hosts} conda_env_prefix: {tmp_path}/env }}}}}}}}}}\n")
+    code, printed = check(tmp_path, source="my lab")
+    assert code == 1 and "(run `runner setup -i 'my lab' --tags conda_env`)" in printed

@@ -628,7 +628,7 @@ def test_a_damaged_wheel_is_refused_sent_anew_and_leaves_nothing(world, tmp_path
     damaged.write_bytes(bytes(kept.st_size))
     os.utime(damaged, ns=(kept.st_atime_ns, kept.st_mtime_ns))
     answer = carry_out(node.PHASES, "install", want)
-    assert "run again" in problem(answer, "sha256 of alpha==1.0")["remedy"]
+    assert "the wheels are then sent again" in problem(answer, "sha256 of alpha==1.0")["remedy"]
     assert os.listdir(tmp_path / "opt") == ["wheels"]
     whole(world)
     assert damaged.stat().st_size and any(damaged.read_bytes())

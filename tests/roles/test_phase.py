@@ -29,6 +29,23 @@ def test_all_problems_are_told_at_once_in_one_line():
     assert answer.msg == "driver: expected 560, found 535 (upgrade it); GPUs: expected 8, found 7"
 
 
+@pytest.mark.parametrize(
+    ("inventory", "remedy"),
+    [
+        ("/srv/lab", "run `runner setup -i /srv/lab --tags roce_qos`, then `runner setup -i /srv/lab`"),
+        ("/srv/my lab", "run `runner setup -i '/srv/my lab' --tags roce_qos`, then `runner setup -i '/srv/my lab'`"),
+        ("", "run `runner setup --tags roce_qos`, then `runner setup`"),
+    ],
+)
+def test_a_remedy_names_the_inventory_in_use_and_never_the_default_one(inventory, remedy):
+    def body(phase):
+        phase.problem("mtu", 9000, 1500, "run `runner setup --tags roce_qos`, then `runner setup`")
+        raise Stop("gid", "one", "none", "run `runner setup --tags roce_qos`, then `runner setup`")
+
+    answer = call(body, settings={"inventory": inventory})
+    assert [problem["remedy"] for problem in answer.problems] == [remedy] * 2
+
+
 def test_what_cannot_go_on_keeps_what_was_found_before():
     def body(phase):
         phase.problem("disk", "10 GiB", "2 GiB")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 
 import pytest
@@ -61,6 +63,17 @@ def test_modules_run_with_the_interpreter_that_the_inventory_names():
 def test_each_role_has_its_scenario_with_a_broken_node(role):
     for file in ("molecule.yml", "prepare.yml", "converge.yml", "side_effect.yml", "tests"):
         assert (ROOT / "molecule" / role / file).exists(), file
+
+
+def test_remedies_name_commands_that_can_be_pasted():
+    # "run the role's phase install" is no command, and would be typed without the inventory in use.
+    vague = re.compile(r"run (?:the (?:role|phase)|configure|once with|again\b)")
+    for path in sorted([*ROOT.glob("roles/*/library/*.py"), *ROOT.glob("roles/*/*/*.py")]):
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(ast.parse(path.read_text()))
+                      if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))}  # fmt: skip
+        found = [text for text in texts if isinstance(text, str) and text not in docstrings and vague.search(text)]
+        assert not found, (path, found)
 
 
 def test_the_readmes_tables_are_those_of_the_specifications():

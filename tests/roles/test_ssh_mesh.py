@@ -193,7 +193,7 @@ def test_what_a_killed_run_left_does_not_stop_the_next(node):
 
 
 def test_configure_without_install_says_what_to_run(node):
-    assert "run the phases install and configure" in node("configure", seen=[]).msg
+    assert "run `runner setup --tags ssh_mesh`" in node("configure", seen=[]).msg
 
 
 # --- files that belong to others too ---

@@ -39,6 +39,7 @@ sys.executable, sys.prefix = _pin(sys.executable), _place
 if sys.exec_prefix == _link:
     sys.exec_prefix = _place
 """
+SETUP = "run `runner setup --tags conda_env`"
 NO_ANSWER_S = 180  # a first import of torch from a cold disk took half a minute
 
 
@@ -376,7 +377,7 @@ def pip(phase, place, words):
     if "sha256" in problem[0] and "--no-index" in words:
         # rsync compares size and time only; without the damaged folder the next run sends it again.
         shutil.rmtree(words[words.index("--find-links") + 1], ignore_errors=True)
-        problem = (*problem[:3], "run again: the wheels are then sent again")
+        problem = (*problem[:3], f"{SETUP} again: the wheels are then sent again")
     raise Stop(*problem)
 
 
@@ -427,7 +428,7 @@ def miniforge(phase, root, installer):
         found = hashlib.sha256(file.read()).hexdigest()
     if found != want["sha256"].lower():
         shutil.rmtree(os.path.dirname(installer), ignore_errors=True)
-        raise Stop("sha256 of Miniforge's installer", want["sha256"], found, "run again: it is then sent again")
+        raise Stop("sha256 of Miniforge's installer", want["sha256"], found, f"{SETUP} again: it is then sent again")
     if foreign_miniforge(phase.want["prefix"]):
         raise Stop(root, "this role's Miniforge, or nothing", "another's", "move it away, or set conda_env_prefix")
     write(f"{root}{BEGUN}", "")  # marks an incomplete folder, which has no stamp, as this role's
@@ -456,7 +457,7 @@ def configure(phase):
     present = stamp(want["prefix"])
     if not present:
         if not phase.check:
-            raise Stop("environment", f"a complete one at {want['prefix']}", "none", "run the phase install")
+            raise Stop("environment", f"a complete one at {want['prefix']}", "none", SETUP)
         return
     versions = {name: present["packages"][name] for name in KEY_PACKAGES if name in present["packages"]}
     fact = {"lock_sha256": present["lock_sha256"], "prefix": want["prefix"], "profile": present["profile"]}
@@ -495,31 +496,31 @@ def verify(phase):
     present = stamp(prefix)
     if not present:
         found = "an incomplete one" if os.path.exists(prefix) else "none"
-        raise Stop("environment", f"a complete one at {prefix}", found, "run the role's phase install")
+        raise Stop("environment", f"a complete one at {prefix}", found, SETUP)
     expected = {**present["packages"], **{n: v for n, v in lock.pins.items() if n not in lock.conditional}}
     modules = [n for n in want["imports"] if canonical(MODULE_OF.get(n, n)) in expected]
     outcome = phase.run([os.path.join(prefix, "bin/python"), "-c", PROBE, *modules], NO_ANSWER_S)
     try:
         answer = json.loads(outcome.stdout)
     except ValueError:
-        raise Stop(f"python of {prefix}", "an answer", outcome.last_line, "run the role's phase install") from None
+        raise Stop(f"python of {prefix}", "an answer", outcome.last_line, SETUP) from None
     if present["lock_sha256"] != lock.sha256:
         phase.problem(
             "lock of the environment",
             f"{profile(want['lock'])} {lock.sha256[:12]}",
             f"{present['profile']} {present['lock_sha256'][:12]}",
-            "run the role's phase install",
+            SETUP,
         )
     if not is_version(answer["python"], want["python"]):
-        phase.problem("python", want["python"], answer["python"], "run the role's phase install")
+        phase.problem("python", want["python"], answer["python"], SETUP)
     found = {canonical(name): version for name, version in answer["packages"].items()}
     for name, pinned_version, found_version in drift(expected, found):
-        phase.problem(f"package {name}", pinned_version, found_version, "run the role's phase install")
+        phase.problem(f"package {name}", pinned_version, found_version, SETUP)
     for name, error in answer["errors"].items():
         phase.problem(f"import {name}", "no error", error, "see its message; then the role's phase install")
     built_for = answer["cuda"]
     if built_for and lock.cuda and built_for != lock.cuda:
-        phase.problem("CUDA of the PyTorch build", lock.cuda, built_for, "run the role's phase install")
+        phase.problem("CUDA of the PyTorch build", lock.cuda, built_for, SETUP)
     if built_for:
         check_driver(phase, built_for)
     phase.facts.update(prefix=prefix, python=answer["python"], packages=len(found), imported=modules)

@@ -28,6 +28,7 @@ from ansible.module_utils.nvidia import (
 from ansible.module_utils.phase import Off, Stop, main, read
 
 REPLACE = "replace the GPU; NVIDIA's field diagnostic decides on the RMA"
+SETUP = "run `runner setup --tags cuda_check`"
 LATER = "{}: expected {}, found {}; install comes next"
 
 # The remedies for nvidia-smi's return codes. Source: its man page, RETURN VALUE.
@@ -314,7 +315,7 @@ def judge_drift(published, observed):
     Unknown values are not compared. A missing GPU is reported by judge_count.
     """
     problems = []
-    remedy = "if the change is intended, publish it: run the role's configure phase"
+    remedy = f"if the change is intended, publish it: {SETUP}"
     for key, value in observed.items():
         before = published.get(key)
         if key != "gpus" and None not in (value, before) and value != before:
@@ -530,7 +531,7 @@ def configure(phase, fact=CUDA_FACT):
         raise
     if report.attached != len(report.gpus) + len(report.twice):
         expected = "their number" if report.attached is None else report.attached
-        raise Stop("GPUs in nvidia-smi -q", expected, len(report.gpus), "its output was truncated: run again")
+        raise Stop("GPUs in nvidia-smi -q", expected, len(report.gpus), f"its output was truncated: {SETUP} again")
     if phase.want["set_persistence"]:
         set_persistence(phase, report.gpus)
     facts = describe(report, ask_nvlink(phase, report), capabilities(phase))
@@ -555,7 +556,7 @@ def verify(phase, fact=CUDA_FACT):
     before = published(fact)
     if before is None:
         if phase.want["published"]:
-            phase.problem(fact, "a published fact", "none", "run the role's configure phase")
+            phase.problem(fact, "a published fact", "none", SETUP)
         return
     record(phase, judge_drift(before, describe(report, links, capabilities(phase))), [])
 

@@ -58,6 +58,7 @@ from ansible.module_utils.nccl_prefix import (
 from ansible.module_utils.nvidia import query, version
 from ansible.module_utils.phase import Stop, main, read
 
+SETUP = "run `runner setup --tags nccl_build`"
 NAMED_FILES = 5  # the number of differing files that are listed; a wrong copy differs in all
 
 
@@ -242,7 +243,7 @@ def _make_all(phase, work, prefix, partial, home, archs, lock):
         if rc > 0 and words[0].endswith(".o") and "No rule to make target" in text:
             return  # this version has no such file: there is no early check
         found = f"signal {-rc}" if rc < 0 else first_error(text) or f"status {rc}"
-        raise Stop(f"build of {what}", "make succeeds", found, f"see {log} on the node, then run again")
+        raise Stop(f"build of {what}", "make succeeds", found, f"see {log} on the node, then {SETUP} again")
 
     nccl, objects = f"{work}/nccl", f"{work}/nccl/build"
     # One file that includes nearly all headers: a NCCL that is incompatible with CUDA fails here in seconds, instead
@@ -311,7 +312,7 @@ def roce_fact(phase):
         fact = json.loads(read(path) or "{}")
         return fact if isinstance(fact, dict) else {}
     except ValueError:
-        raise Stop(path, "JSON of the role roce_qos", "a damaged file", "run the role roce_qos again") from None
+        raise Stop(path, "JSON of the role roce_qos", "a damaged file", "run `runner setup --tags roce_qos`") from None
 
 
 def files(phase):
@@ -322,7 +323,7 @@ def files(phase):
     root, etc = phase.want["root"], phase.want["etc"]
     stamp = stamp_of(f"{root}/current")
     if not stamp:
-        remedy = "run the role's phase install"
+        remedy = SETUP
         raise Stop(f"{root}/current", f"a build of NCCL {phase.want['version']}", "none that is complete", remedy)
     values = conf(phase.want, roce_fact(phase))
     # No "=" here: NCCL reads every line with one as a setting.
@@ -375,7 +376,7 @@ def verify(phase):
     facts: library_version, all_reduce_busbw_gb_per_s.
     """
     want, current = phase.want, f"{phase.want['root']}/current"
-    again = "run the role's phases install and configure"
+    again = SETUP
     written = files(phase)
     for path, content in written.items():
         found = read(path)
@@ -421,7 +422,7 @@ def _verify_library(phase, library):
     answer = outcome.stdout.strip()
     found = library_version(int(answer)) if outcome.ok and answer.isdigit() else outcome.last_line
     if found != phase.want["version"]:
-        phase.problem(f"ncclGetVersion of {library}", phase.want["version"], found, "run the role's phase install")
+        phase.problem(f"ncclGetVersion of {library}", phase.want["version"], found, SETUP)
     phase.facts["library_version"] = found
 
 
@@ -439,7 +440,7 @@ def _verify_links(phase, binary):
     before = len(phase.problems)
     outcome = phase.run(["ldd", binary], 20, env={"LD_LIBRARY_PATH": ""})
     if not outcome.ok:
-        phase.problem(binary, "a program whose libraries are found", outcome.last_line, "run the role's phase install")
+        phase.problem(binary, "a program whose libraries are found", outcome.last_line, SETUP)
     for library in re.findall(r"^\s*(\S+) => not found", outcome.stdout, re.MULTILINE):
         phase.problem(
             f"{binary} needs {library}", "found by the loader", "not found", f"install {library} on this node"
@@ -447,7 +448,7 @@ def _verify_links(phase, binary):
     nccl = re.findall(r"^\s*libnccl\.so\.2 => (/\S+)", outcome.stdout, re.MULTILINE)
     ours = os.path.realpath(os.path.dirname(os.path.dirname(binary)))
     if nccl and not os.path.realpath(nccl[0]).startswith(f"{ours}/"):
-        phase.problem(f"NCCL of {binary}", f"{ours}/lib", nccl[0], "run the role's phase install")
+        phase.problem(f"NCCL of {binary}", f"{ours}/lib", nccl[0], SETUP)
     return len(phase.problems) == before
 
 

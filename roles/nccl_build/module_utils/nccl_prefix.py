@@ -161,7 +161,7 @@ def unpack(phase):
         size = f"{os.path.getsize(sent['archive'])} bytes, sha256 {found}"
         os.unlink(sent["archive"])
         raise Stop(f"archive of {name}", f"{sent['bytes']} bytes, sha256 {sent['sha256']}", size,
-                   "it was truncated or changed in transfer: run again")  # fmt: skip
+                   "it was truncated or changed in transfer: run `runner setup --tags nccl_build` again")  # fmt: skip
     partial = f"{root}/.{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -170,7 +170,12 @@ def unpack(phase):
     stamp = stamp_of(partial)
     if not outcome.ok or not stamp or drift(partial, stamp):
         shutil.rmtree(partial)
-        raise Stop(f"files of {name}", "as stamped", outcome.last_line if not outcome.ok else "others", "run again")
+        raise Stop(
+            f"files of {name}",
+            "as stamped",
+            outcome.last_line if not outcome.ok else "others",
+            "run `runner setup --tags nccl_build` again",
+        )
     os.unlink(f"{partial}/stamp.json")
     finish(partial, f"{root}/{name}", stamp)
     phase.change(f"{root}/{name}", None, "copied from the node that builds")

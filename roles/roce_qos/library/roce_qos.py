@@ -21,7 +21,7 @@ FACT = "/etc/ansible/facts.d/roce.fact"
 TIMEOUT_S = 20
 MELLANOX = "0x15b3"
 PCI = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-CONFIGURE = "run the role again (--tags roce_qos)"
+CONFIGURE = "run `runner setup --tags roce_qos`"
 # ACS flags that make a switch send packets between its ports up to the root complex. Source: PCI Express 5.0, 6.12.1.
 REDIRECTS = ("ReqRedir", "CmpltRedir")
 CHANGED_BY = "something else set it: a network manager, lldpad or a driver reload; " + CONFIGURE

@@ -33,6 +33,7 @@ from ansible.module_utils.slurm_conf import MARK, cgroup_conf, gres_conf, hardwa
 FACT = "/etc/ansible/facts.d/slurm.fact"
 MUNGE_KEY = "/etc/munge/munge.key"
 PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld"}  # Debian's
+SETUP = "run `runner setup --tags slurm_cluster`"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -412,7 +413,7 @@ def verify(phase):
     for name, (active, _) in services(phase, units(want)).items():
         if active != "active":
             phase.problem(
-                f"{name}.service", "active", active or "not found", f"see `journalctl -u {name}`, then run configure"
+                f"{name}.service", "active", active or "not found", f"see `journalctl -u {name}`, then {SETUP}"
             )
     if not is_controller(want) and services(phase, ["slurmctld"])["slurmctld"][0] == "active":
         phase.problem(
@@ -427,7 +428,7 @@ def verify(phase):
         text = read(os.path.join(want["conf_dir"], name))
         if text is None or sha256(text) != digest:
             found = "none" if text is None else "edited since"
-            phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, "run the phase configure")
+            phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, SETUP)
     if cluster_answers(phase, want):
         node_is_up(phase, want)
     phase.done.append("Slurm accepts jobs here")
@@ -453,7 +454,7 @@ def same_key_and_time(phase, want):
         return
     opened = phase.run(["unmunge"], 20, input=minted["stdout"])
     moments = unmunged(opened.stdout)
-    remedy = "run the phase configure: it distributes the key to all nodes"
+    remedy = f"{SETUP}: it distributes the key to all nodes"
     if not opened.ok:
         if "rewound" in opened.last_line.lower() or "expired" in opened.last_line.lower():
             remedy = "set the clock (chrony or ntp)"
@@ -488,9 +489,7 @@ def cluster_answers(phase, want):
     values = config(phase.run(["scontrol", "show", "config"], 20).stdout)
     phase.facts["version"] = values.get("SLURM_VERSION", "")
     if values.get("HASH_VAL", "Match") != "Match":
-        phase.problem(
-            "slurm.conf", "that which slurmctld has read", "another one", "run the phase configure on all nodes"
-        )
+        phase.problem("slurm.conf", "that which slurmctld has read", "another one", f"{SETUP} on all nodes")
     return True
 
 

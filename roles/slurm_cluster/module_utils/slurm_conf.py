@@ -66,7 +66,7 @@ def slurm_conf(want, old):
             "hardware of the cluster's nodes",
             "known for all",
             f"unknown for {', '.join(unknown)}",
-            "run the phases install and configure for all nodes once, without --limit",
+            "run `runner setup --tags slurm_cluster` for all nodes once, without --hosts",
         )
     by_cgroup = want["proctrack"] == "cgroup"
     head = [

@@ -15,6 +15,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.phase import main, read
 
 MARK = "# Written by the Ansible role slurm_prolog; changes made here are lost.\n"
+SETUP = "run `runner setup --tags slurm_prolog`"
 KINDS = ("prolog", "epilog")
 SPARE_S = 12  # two calls of scontrol at 5 s, and the start of the driver
 
@@ -177,9 +178,9 @@ def verify(phase):
         found = read(path)
         if found != text or (text.startswith("#!") and not os.access(path, os.X_OK)):
             state = "none" if found is None else "edited since" if found != text else "not executable"
-            phase.problem(path, "as installed", state, "run the phase install")
+            phase.problem(path, "as installed", state, SETUP)
         elif (mode := os.stat(path).st_mode & 0o7777) & 0o022:  # root runs it
-            phase.problem(path, "writable by its owner alone", f"mode {mode:04o}", "run the phase install")
+            phase.problem(path, "writable by its owner alone", f"mode {mode:04o}", SETUP)
     phase.facts["parts"] = {kind: judged(phase, kind) for kind in KINDS}
     if not want["own_cluster"]:
         lines_in_force(phase, want)
@@ -193,7 +194,7 @@ def judged(phase, kind):
     try:
         outcomes = json.loads(outcome.stdout)["parts"]
     except (ValueError, KeyError):
-        phase.problem(f"{kind} --test", "an outcome of each part", outcome.last_line, "run the phase install")
+        phase.problem(f"{kind} --test", "an outcome of each part", outcome.last_line, SETUP)
         return []
     for one in outcomes:
         if one["verdict"] == "bad":

@@ -43,6 +43,7 @@ _NOT_MADE_YET = "ssh-ed25519 (made by this run)"
 # Parallel connections from one node. Each node starts with another peer, so each gets about as many at once: sshd's
 # default MaxStartups starts to refuse at ten.
 _AT_ONCE = 4
+SETUP = "run `runner setup --tags ssh_mesh`"
 
 Member = namedtuple("Member", "name alias address port host_key")
 # How a node is reached: its names and addresses, the first of which is connected to; the port; its pinned keys.
@@ -363,7 +364,7 @@ class Node:
         """Record a problem where the host keys differ from those pinned, unless new keys are accepted."""
         gone = changed_keys(pinned, offered)
         if gone and not self.phase.want["accept_new_host_keys"]:
-            remedy = "if the node was reinstalled on purpose, run once with ssh_mesh_accept_new_host_keys=true"
+            remedy = "if the node was reinstalled on purpose, run once `runner setup --tags ssh_mesh --set ssh_mesh_accept_new_host_keys=true`"
             types = {key.split()[0] for key in gone}
             now = [key for key in offered if key.split()[0] in types] or offered
             self.phase.problem("changed host key", shown(gone), shown(now), remedy)
@@ -498,9 +499,7 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     node = Node(phase, account, etc)
     seen = sorted(phase.want["seen"], key=lambda one: one["name"])
     if node.name not in [one["name"] for one in seen]:
-        raise Stop(
-            "keys of this node", "collected by the phase install", "none", "run the phases install and configure"
-        )
+        raise Stop("keys of this node", "collected by the phase install", "none", SETUP)
     text = node.text_of(node.known_hosts)
     pins = merged(read_pins(text), seen, node.members)
     phase.write(node.known_hosts, replaced(text, known_hosts(pins)))
@@ -519,7 +518,7 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
 def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     """Check keys and files, and connect to other nodes; changes nothing. facts: reached, elapsed_s. Raises Stop."""
     node = Node(phase, account, etc)
-    rerun = "run the phases install and configure"
+    rerun = SETUP
     pins = read_pins(read(node.known_hosts))
     peers = [name for name in phase.want["peers"] if name in node.members]
     with node.in_home(node.authorized_keys):
@@ -579,9 +578,9 @@ def _connect(phase, node, hosts):
 
 def _remedy(reason):
     if "verification failed" in reason or "host key" in reason.lower():
-        return "its host key is not the pinned one: run the role's phase validate on that node"
+        return "its host key is not the pinned one: `runner setup --check --tags ssh_mesh` says which it has"
     if "Permission denied" in reason:
-        return "run the role on that node; its sshd's log says which file it refuses"
+        return f"{SETUP}; if that changes nothing, its sshd's log says which file it refuses"
     return "check that sshd runs there and that the port is open between the nodes"
 
 

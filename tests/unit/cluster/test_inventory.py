@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import NAMES, ROOT, listing
 from golden_files import check as golden
-from runner.cluster import inventory, ssh
+from runner.cluster import inventory, reasons, ssh
 from runner.errors import UsageError
 from runner.system import nodeset
 
@@ -236,3 +236,21 @@ def test_without_any_inventory_one_line_says_how_to_get_one(tmp_path, monkeypatc
         inventory.default_source(own)
     (tmp_path / "ansible.cfg").write_text("[defaults]\ninventory = here\n")
     assert inventory.default_source(own) == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ("inventory/lab", "`runner setup -i inventory/lab --tags conda_env`"),
+        ("/srv/my lab/hosts.yml", "`runner setup -i '/srv/my lab/hosts.yml' --tags conda_env`"),
+    ],
+)
+def test_a_remedy_would_set_up_the_inventory_in_use_and_no_other(source, command):
+    node = inventory.parse(source, listing({"a": {}})).nodes[0]
+    assert command in reasons.explain(node, 127, ["exec: /opt/shakedown/env/bin/python: not found"])
+
+
+def test_a_cached_inventory_is_named_as_it_was_asked_for_now(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for source in ("inventory/fukushimadc-02", str(ROOT / "inventory/fukushimadc-02"), "inventory/fukushimadc-02"):
+        assert {node.inventory for node in inventory.read(source, tmp_path).nodes} == {source}
