@@ -364,7 +364,8 @@ class Node:
         """Record a problem where the host keys differ from those pinned, unless new keys are accepted."""
         gone = changed_keys(pinned, offered)
         if gone and not self.phase.want["accept_new_host_keys"]:
-            remedy = "if the node was reinstalled on purpose, run once `runner setup --tags ssh_mesh --set ssh_mesh_accept_new_host_keys=true`"
+            command = "`runner setup --tags ssh_mesh --set ssh_mesh_accept_new_host_keys=true`"
+            remedy = f"if the node was reinstalled on purpose, run {command} once"
             types = {key.split()[0] for key in gone}
             now = [key for key in offered if key.split()[0] in types] or offered
             self.phase.problem("changed host key", shown(gone), shown(now), remedy)
