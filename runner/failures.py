@@ -39,7 +39,10 @@ KINDS: Mapping[str, Kind] = {
     "hung": Kind("A node stopped answering", NODE, True, "look at its console and its network"),
     # what is found before anything starts
     "environment_missing": Kind(
-        "Software is missing", CONFIGURATION, False, "install the environment on this node as on the others"
+        "Software is missing or does not fit",
+        CONFIGURATION,
+        False,
+        "install the environment on this node as on the others",
     ),
     "version_mismatch": Kind("Versions differ", CONFIGURATION, False, "install the controller's version there"),
     "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
@@ -47,6 +50,62 @@ KINDS: Mapping[str, Kind] = {
     "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
     "port_taken": Kind("A port is taken", NOBODY, True, "see what uses it there; another try takes the next port"),
     "gpu_failed": Kind("A GPU failed", NODE, True, "drain the node and reset the GPU"),
+    "gpu_unavailable": Kind(
+        "A GPU does not answer",
+        NODE,
+        True,
+        "see nvidia-smi there, whether the driver and its library have one version, and CUDA_VISIBLE_DEVICES",
+    ),
+    "fabric_not_ready": Kind(
+        "The NVSwitch fabric is not ready",
+        NODE,
+        True,
+        "start the node's fabric manager in the driver's version, and see its log",
+    ),
+    "driver_too_old": Kind(
+        "The driver is too old for this CUDA",
+        CONFIGURATION,
+        False,
+        "upgrade the driver, or take a PyTorch for an older CUDA (conda_env_profile)",
+    ),
+    "nic_failed": Kind("A network adapter failed", NODE, True, "see its port, its cable and the node's kernel log"),
+    "interface_missing": Kind(
+        "The network is not as it is named",
+        CONFIGURATION,
+        False,
+        "compare NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_HCA and the host names with what the node has",
+    ),
+    "file_system_failed": Kind(
+        "A file system failed", NODE, True, "see the mount and the kernel log of the node, and the server of the mount"
+    ),
+    "shared_memory_full": Kind(
+        "Shared memory ran out",
+        CONFIGURATION,
+        False,
+        "free or enlarge /dev/shm; in a container with --shm-size or --ipc=host",
+    ),
+    "limit_reached": Kind(
+        "A limit of the node was reached",
+        CONFIGURATION,
+        False,
+        "raise it: ulimit -l for RDMA, -n for files, -u for threads",
+    ),
+    "not_permitted": Kind(
+        "A permission is missing", CONFIGURATION, False, "see the owner and mode of what it names, and the run's user"
+    ),
+    # data and weights
+    "hub_unreachable": Kind(
+        "The model hub does not answer",
+        CONFIGURATION,
+        False,
+        "give --weights a folder that the nodes have, or let them reach the hub (HF_ENDPOINT, a proxy)",
+    ),
+    "weights_unusable": Kind(
+        "The weights cannot be used",
+        USER,
+        False,
+        "correct the name or the files of --weights; for gated ones accept the licence and set HF_TOKEN",
+    ),
     # how ranks end
     "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for what killed it"),
     "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.cluster import reasons
-from runner.failures import KINDS, Problem
+from runner.failures import KINDS, NODE, Problem
+from runner.launch.spellings import COMPLAINT, kind_of, waited
 from runner.launch.talk import AgentSession
-from runner.node.protocol import LAST_WORDS, Outcome, RankEnd, Stopped
+from runner.node import lastwords
+from runner.node.protocol import LAST_WORDS, Outcome, Stopped
 from runner.results.celldir import LAUNCHER, rank_name
 from runner.results.status import joined
 
@@ -50,29 +53,6 @@ def clock_problem(offset_s: float) -> Problem | None:
 LATE: Mapping[str | None, str] = {Stopped.TIME_LIMIT: "time_limit", Stopped.TIMED_OUT: "timed_out"}
 # Why an agent ended its ranks: these ranks have not failed.
 _STOPPED_BY_AGENT = (*LAST_WORDS, *LATE)
-# What a rank prints when it notices that another rank has died.
-_VICTIM = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "Socket Timeout",
-    "NCCL communicator was aborted",
-    "Connection refused",
-    "DistNetworkError",
-    "DistStoreError",
-)
-# What a dying rank prints, and the kind of failure that it proves. Any other exception is a crash.
-_WORDS = (
-    ("CUDA out of memory", "cuda_out_of_memory"),
-    ("uncorrectable ECC", "gpu_failed"),
-    ("GPU has fallen off the bus", "gpu_failed"),
-    ("No space left on device", "disk_full"),
-    ("EADDRINUSE", "port_taken"),
-    ("Address already in use", "port_taken"),
-    ("ModuleNotFoundError", "environment_missing"),
-    ("No module named", "environment_missing"),
-)
 
 
 def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -89,15 +69,15 @@ def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> 
     if victims:
         names = ", ".join(one["host"] for one in victims)
         message = f"only lost peers were reported, by {names}; first: {victims[0]['message']}"
-        return error("lost_peers", message, stderr=victims[0]["stderr"])
+        return error(COMPLAINT, message, stderr=victims[0]["stderr"])
     launcher = outcomes.get(LAUNCHER, Outcome())
-    tail = launcher.engine_stderr
-    return error("launcher_failed", f"the launcher {_end(_status(launcher))}{_last_words(tail)}", stderr=tail)
+    death = _death(None, _status(launcher), launcher.engine_stderr)
+    return error("launcher_failed", f"the launcher {death.how}", stderr=death.evidence)
 
 
 def _alike(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The one error of several hosts that fail alike for good; None if they do not."""
-    texts = {(one["kind"], re.sub(r"\d+", "", one["message"])) for one in suspects}
+    texts = {(one["kind"], one["kind"] in _UNPROVED and re.sub(r"\d+", "", one["message"])) for one in suspects}
     if len(suspects) == 1 or len(texts) > 1 or may_retry(suspects[0]):
         return None
     names = ", ".join(one["host"] for one in suspects)
@@ -105,38 +85,39 @@ def _alike(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return error(suspects[0]["kind"], message, stderr=suspects[0]["stderr"])
 
 
-def first_hand(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
-    """The errors of the hosts among `sessions` that failed first-hand, one for each."""
-    return _told_apart(sessions, outcomes)[0]
+def first_hand(
+    sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome], but: Container[str] = ()
+) -> list[dict[str, Any]]:
+    """The errors of the hosts that failed first-hand, one for each, without the hosts in `but`."""
+    return _told_apart(sessions, outcomes, but)[0]
 
 
 def _told_apart(
-    sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]
+    sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome], but: Container[str] = ()
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The errors of the hosts that failed first-hand, and of those that only lost a peer.
 
-    A launcher on this machine that fails together with nodes is a victim of them.
+    A launcher on this machine that fails together with nodes is a victim of them, and so is a rank that fails in a
+    collective without a reason.
     """
     suspects: list[dict[str, Any]] = []
+    vague: list[dict[str, Any]] = []
     victims: list[dict[str, Any]] = []
+    hosts = [session for session in sessions if session.name != LAUNCHER]
     for session in sessions:
         outcome = outcomes.get(session.name)
+        if session.name in but:
+            continue
         if outcome is None:
             suspects.append(_no_outcome(session))
         elif outcome.error:
             suspects.append(error(outcome.kind or "unknown", outcome.error, session.name))
         elif not outcome.ended_well and outcome.stopped not in _STOPPED_BY_AGENT and session.name != LAUNCHER:
-            dead = {name: rank for name, rank in outcome.ranks.items() if not rank.ended}
-            direct = {n: r for n, r in dead.items() if not any(w in line for line in r.stderr for w in _VICTIM)}
-            name, rank = _first_to_die(direct or dead, outcome)
-            if (outcome.rc or 0) < 0:  # the engine itself was killed; the output of its ranks came after
-                name, rank = None, RankEnd()
-            status = _status(outcome, _seen_by_launcher(outcomes))
-            kind = _kind(status, rank.stderr, outcome.oom_kills)
-            message = f"{name or 'the engine'} {_end(status, kind)}{_last_words(rank.stderr)}"
-            (victims if dead and not direct else suspects).append(error(kind, message, session.name, rank.stderr))
+            death = _first_to_die(outcome, _seen_by_launcher(outcomes), alone=len(hosts) == 1)
+            told = victims if death.complains else vague if death.vague else suspects
+            told.append(death.error(session.name))
     of_nodes = [suspect for suspect in suspects if suspect["host"] != LAUNCHER]
-    return of_nodes or suspects, victims
+    return of_nodes or vague or suspects, victims
 
 
 def _no_outcome(session: AgentSession) -> dict[str, Any]:
@@ -144,28 +125,147 @@ def _no_outcome(session: AgentSession) -> dict[str, Any]:
     stderr = session.stderr[-10:]
     if not session.answered:
         kind = reasons.reason_kind(session.rc, session.stderr)
-        return error(kind, f"its agent did not answer{_last_words(stderr)}", session.name, stderr)
+        last = next((f": {line.strip()}" for line in reversed(stderr) if line.strip()), "")
+        return error(kind, f"its agent did not answer{last}", session.name, stderr)
     if session.rc == reasons.GIVEN_UP:
         return error("hung", "it no longer answers", session.name, stderr)
     return error("lost_connection", "lost the connection to it", session.name, stderr)
 
 
-# torchrun's table: the rank whose failure it saw first; the others it ended itself.
-_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+# --- how a rank ended -----------------------------------------------------------------------------
+
+# Kinds that tell nothing of the cause: another node's failure may have led to them.
+_UNPROVED = ("rank_crashed", "unknown")
+_COLLECTIVE = re.compile(r"\bNCCL (?:error|communicator)|DistBackendError|ProcessGroup|\bgloo\b", re.IGNORECASE)
+# Signals by which somebody ends a process; any other is the process's own fault.
+_SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# What a signal says where the rank said nothing.
+_SIGNS = {signal.SIGBUS: "bus error", signal.SIGILL: "illegal instruction"}
+
+
+@dataclass(frozen=True)
+class _Death:
+    """How a rank ended, or the engine (`name` None): its status, what kind of failure that is, and its last words."""
+
+    name: str | None
+    status: int | None
+    kind: str
+    ending: lastwords.Ending | None
+    evidence: Sequence[str]
+
+    @property
+    def complains(self) -> bool:
+        """Whether it only reports that it has lost others."""
+        return self.kind == COMPLAINT
+
+    @property
+    def vague(self) -> bool:
+        """Whether it failed in a collective, and does not tell why: any of its ranks may have been the cause."""
+        return self.kind in _UNPROVED and bool(self.ending and _COLLECTIVE.search(self.ending.text))
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is known but that it ended, as of a rank that its launcher ended."""
+        return self.ending is None and self.status in (None, 1, -signal.SIGTERM)
+
+    @property
+    def how(self) -> str:
+        """How it ended, for people, such as "died with status 1: ValueError: x"."""
+        if self.kind == "out_of_memory" and self.status in (None, -signal.SIGKILL):
+            return "was killed by the kernel, which was out of memory"
+        words = f": {self.ending.said}" if self.ending else ""
+        if self.status is not None and self.status < 0:
+            how = f"was killed by {signal.Signals(-self.status).name}"
+            return how if -self.status in _SENT else how + words
+        return ("ended too soon" if self.status in (0, None) else f"died with status {self.status}") + words
+
+    def error(self, host: str) -> dict[str, Any]:
+        """The error of a cell that this caused on `host`."""
+        return error(self.kind, f"{self.name or 'the engine'} {self.how}", host, self.evidence)
+
+
+def _death(name: str | None, status: int | None, stderr: Sequence[str], oom_kills: int = 0) -> _Death:
+    """How the process ended that wrote `stderr`; of several that wrote it, the one that proves most."""
+    told = lastwords.endings(stderr)
+    ending = min(told, key=lambda one: _rank_of(_kind(status, one, oom_kills)), default=None)
+    kind = _kind(status, ending, oom_kills)
+    return _Death(name, status, kind, ending, lastwords.evidence(stderr, ending))
+
+
+def _kind(status: int | None, ending: lastwords.Ending | None, oom_kills: int) -> str:
+    """The kind of failure of a process that ended with `status` (None: unknown), and said `ending`."""
+    if oom_kills and status in (-signal.SIGKILL, None):
+        return "out_of_memory"
+    if status is not None and -status in _SENT:
+        return "rank_killed"
+    texts = [] if ending is None else [ending.text, *ending.also]
+    if status is not None and status < 0 and -status != signal.SIGABRT:
+        # An exception does not end a process by a signal: what was said before was handled.
+        texts = [text for text in texts if ending and ending.fatal] or [_SIGNS.get(signal.Signals(-status), "")]
+    return kind_of(texts) or ("unknown" if status in (0, None) else "rank_crashed")
+
+
+def _rank_of(kind: str) -> int:
+    """How much a kind proves, the most first: a failure of the node, another known one, a crash, a complaint."""
+    if kind == COMPLAINT:
+        return 3
+    if kind in _UNPROVED:
+        return 2
+    return 0 if KINDS[kind].fault == NODE else 1
+
+
+def _first_to_die(outcome: Outcome, seen: int | None, alone: bool) -> _Death:
+    """The rank that failed on its own on this node; the engine if it was killed or no rank started.
+
+    What proves a failure of the node counts first, then the rank that torchrun saw fail first, then what a rank says of
+    itself, then complaints about others. `alone`: no other node takes part, so no network can have lost one.
+    """
+    dead = {name: rank for name, rank in outcome.ranks.items() if not rank.ended}
+    if (outcome.rc or 0) < 0:  # the engine itself was killed; the output of its ranks came after
+        return _death(None, _status(outcome), [], outcome.oom_kills)
+    if not dead:
+        status = _status(outcome)
+        return _death(None, seen if status is None else status, outcome.engine_stderr, outcome.oom_kills)
+    table = _table(outcome)
+    root = next(iter(table), None)
+    deaths = []
+    for name, rank in dead.items():
+        status = table.get(name) if table else outcome.rc
+        death = _death(name, status, rank.stderr, outcome.oom_kills)
+        if status is None and not table and not death.complains:
+            death = _death(name, seen, rank.stderr, outcome.oom_kills)
+        deaths.append(death)
+    first = min(deaths, key=lambda one: (one.quiet and one.name != root, _rank_of(one.kind) != 0, *_order(one, root)))
+    if alone and first.complains:
+        hung = bool(first.ending and waited(first.ending.text))
+        return replace(first, kind="rank_hung" if hung else "rank_crashed")
+    return first
+
+
+def _order(death: _Death, root: str | None) -> tuple[bool, bool, int]:
+    return death.complains, death.name != root, _rank_of(death.kind)
+
+
+# torchrun's table of ranks that failed; the one below the title "Root Cause" is the one that it saw first.
+_FAILED = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+_SIGNALS = {int(number) for number in signal.Signals}
 # Under DeepSpeed's launcher a node's agent does not see how a rank ends; pdsh does: its launcher there ends as the
 # rank did, with 256 - N after signal N. 255 is ssh's own failure.
 _EXITED = re.compile(r"^pdsh@\S+: \S+: ssh exited with exit code (2[2-4]\d|25[0-4])$", re.MULTILINE)
 
 
-def _first_to_die(dead: Mapping[str, RankEnd], outcome: Outcome) -> tuple[str | None, RankEnd]:
-    """The rank that torchrun saw fail first, else one with output; the engine if no rank started."""
-    if not dead:
-        return None, RankEnd(stderr=outcome.engine_stderr)
-    cause = _ROOT_CAUSE.search("\n".join(outcome.engine_stderr))
-    name = rank_name(cause[1]) if cause else ""
-    if name not in dead:
-        name = next((n for n, rank in dead.items() if _last_words(rank.stderr)), next(iter(dead)))
-    return name, dead[name]
+def _table(outcome: Outcome) -> dict[str, int]:
+    """The status by rank of torchrun's table of failures, the first that failed first; empty without a table."""
+    others, _, first = "\n".join(outcome.engine_stderr).partition("Root Cause")
+    found = _FAILED.findall(first)[:1]
+    if found:
+        found += _FAILED.findall(others)
+    return {rank_name(rank): _signalled(int(status)) for rank, status in found}
+
+
+def _signalled(status: int) -> int:
+    """A process's status; that of a shell, 128 + N, as Python has it after signal N."""
+    return 128 - status if status - 128 in _SIGNALS else status
 
 
 def _seen_by_launcher(outcomes: Mapping[str, Outcome]) -> int | None:
@@ -174,36 +274,11 @@ def _seen_by_launcher(outcomes: Mapping[str, Outcome]) -> int | None:
     return int(found[0]) - 256 if len(found) == 1 else None
 
 
-def _status(outcome: Outcome, seen: int | None = None) -> int | None:
+def _status(outcome: Outcome) -> int | None:
     """How the first rank to die ended: torchrun reports its own status as 1 and the rank's in its table."""
-    cause = _ROOT_CAUSE.search("\n".join(outcome.engine_stderr))
-    if cause:
-        return int(cause[2])
-    return outcome.rc if outcome.rc is not None else seen
-
-
-def _kind(status: int | None, stderr: Sequence[str], oom_kills: int) -> str:
-    if oom_kills and status in (-signal.SIGKILL, None):  # None: not known how it ended
-        return "out_of_memory"
-    if status == -signal.SIGKILL:
-        return "rank_killed"
-    text = "\n".join(stderr)
-    otherwise = "unknown" if status in (0, None) else "rank_crashed"
-    return next((kind for words, kind in _WORDS if words in text), otherwise)
-
-
-def _end(status: int | None, kind: str = "") -> str:
-    if kind == "out_of_memory":
-        return "was killed by the kernel, which was out of memory"
-    if status is not None and status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return "ended too soon" if status in (0, None) else f"died with status {status}"
-
-
-def _last_words(stderr: Sequence[str]) -> str:
-    """The last line that is not a warning of torch's C++ code, such as `[W1121 04:58:56 socket.cpp:207]`."""
-    lines = (line.strip() for line in reversed(stderr))
-    return next((f": {line}" for line in lines if line and not re.match(r"(\[rank\d+\]:)?\[W\d", line)), "")
+    if table := _table(outcome):
+        return next(iter(table.values()))
+    return None if outcome.rc is None else _signalled(outcome.rc)
 
 
 # --- ranks that hang ------------------------------------------------------------------------------

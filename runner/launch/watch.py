@@ -189,8 +189,7 @@ class CellRun:
             return "cancelled", None
         if self.reason:
             silent = [_silent(session.name) for session in self.sessions if session.name in self.silent]
-            others = [session for session in self.sessions if session.name not in self.silent]
-            failed = [*silent, *first_hand(others, self.outcomes)]
+            failed = [*silent, *first_hand(self.sessions, self.outcomes, but=self.silent)]
             return "incomplete", joined(failed) if failed else hang_error(self.kind, self.reason, self.outcomes)
         found = blame(self.sessions, self.outcomes)
         return "incomplete" if found["kind"] in LATE.values() else "failed", found

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.node import lastwords
 from runner.node.protocol import Line, Message
 
-LAST_LINES = 20
 _BLOCK = 65536
+_END = 1 << 18  # bytes at the end of a file in which its writer told how it ended
 
 
 def send_message(message: Message) -> None:
@@ -73,8 +75,10 @@ def drain(pipe: Any, file: Any) -> None:
 
 
 def last_lines(path: Path) -> list[str]:
-    """The last LAST_LINES lines of a file; an empty list if it cannot be read."""
+    """The lines at the end of a file that tell how its writer ended (`lastwords.keep`); none if it cannot be read."""
     try:
-        return path.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
+            return lastwords.keep(file.read().decode(errors="replace").splitlines())
     except OSError:
         return []

@@ -12,6 +12,7 @@ from conftest import ROOT
 from runner.cluster import reasons
 from runner.failures import KINDS, Problem, node_lines
 from runner.launch import blame
+from runner.launch.spellings import SPELLINGS
 from runner.launch.talk import AgentSession
 from runner.node import ranks as node
 from runner.node.protocol import Outcome, RankStack
@@ -266,7 +267,7 @@ def test_stacks_are_read_as_faulthandler_writes_them():
 
 
 def test_every_kind_that_the_code_tells_is_in_the_table():
-    told = {kind for _, kind, _ in reasons._REASONS} | {kind for _, kind in blame._WORDS} | set(blame.LATE.values())
+    told = {kind for _, kind, _ in reasons._REASONS} | {row.kind for row in SPELLINGS} | set(blame.LATE.values())
     assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
 
 

@@ -1,0 +1,509 @@
+"""The spellings of failures: what NCCL, CUDA, loaders, kernels and libraries say, and the kind that it proves. Pure.
+
+Asked only of what ended a process (`node.lastwords`), never of other lines. The first row that matches decides, so a
+row stands above those whose words its own message contains as well: what cannot be downloaded was refused a connection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+class Spelling:
+    """A row: the `kind` of failure, who says so (`source`), and what (`words`: regular expressions, any case)."""
+
+    def __init__(self, kind: str, source: str, *words: str) -> None:
+        self.kind, self.source, self.words = kind, source, words
+        self._found = re.compile("|".join(f"(?:{each})" for each in words), re.IGNORECASE | re.MULTILINE)
+
+    def matches(self, text: str) -> bool:
+        """Whether `text` has one of the words."""
+        return bool(self._found.search(text))
+
+
+# What a rank says that has lost others: it proves that there is a failure, not where.
+COMPLAINT = "lost_peers"
+# The same where a collective did not end: on one node, no network can have lost it.
+WAITED = (
+    r"watchdog caught collective operation timeout",
+    r"NCCL watchdog thread .*(?:timed? ?out|stuck)",
+    r"heartbeat monitor timed out",
+)
+
+SPELLINGS = (
+    # What runs out of time, memory or its turn: told by Slurm, the kernel and the C library.
+    Spelling("time_limit", "slurmstepd", r"cancelled at .* due to time limit"),
+    Spelling("preempted", "slurmstepd", r"cancelled at .* due to preemption"),
+    Spelling("node_failed", "slurmstepd", r"cancelled at .* due to node failure"),
+    Spelling("out_of_memory", "slurmstepd, srun", r"oom[ _-]kill", r"task \d+: out of memory"),
+    Spelling("out_of_memory", "Linux", r"out of memory: kill", r"memory cgroup out of memory"),
+    # A GPU, its driver and its fabric. CUDA's messages: cudaGetErrorString, and the names of enum cudaError.
+    Spelling(
+        "fabric_not_ready",
+        "CUDA",
+        r"system not yet initialized",
+        r"SystemNotReady",
+        r"SYSTEM_NOT_READY",
+        r"\berror:? 802\b",
+    ),
+    Spelling(
+        "gpu_failed",
+        "CUDA",
+        r"uncorrectable (?:ECC|NVLink) error",
+        r"ECCUncorrectable",
+        r"ECC_UNCORRECTABLE",
+        r"NvlinkUncorrectable",
+        r"NVLINK_UNCORRECTABLE",
+        r"double[- ]bit (?:ECC )?error",
+        r"or a hardware error",
+        r"cudaErrorContained",
+        r"CUDA_ERROR_CONTAINED",
+    ),
+    Spelling(
+        "gpu_failed",
+        "NVIDIA's driver, NVML",
+        r"fallen off the bus",
+        r"\bGPU is lost",
+        r"GPU_IS_LOST",
+        r"RmInitAdapter failed",
+    ),
+    Spelling("gpu_failed", "NVML", r"unable to determine the device handle for gpu", r"gpu requires reset"),
+    Spelling(
+        "driver_too_old",
+        "CUDA",
+        r"driver version is insufficient",
+        r"InsufficientDriver",
+        r"unsupported toolchain",
+        r"UnsupportedPtxVersion",
+        r"UNSUPPORTED_PTX_VERSION",
+    ),
+    Spelling("driver_too_old", "PyTorch", r"nvidia driver on your system is too old"),
+    Spelling("driver_too_old", "nvidia-container-cli", r"unsatisfied condition: (?:cuda|driver|brand)"),
+    Spelling(
+        "driver_too_old", "CUDA", r"forward compatibility was attempted on non supported HW", r"CompatNotSupported"
+    ),
+    Spelling("gpu_unavailable", "NVML", r"driver/library version mismatch", r"LIB_RM_VERSION_MISMATCH"),
+    Spelling(
+        "gpu_unavailable",
+        "CUDA",
+        r"unsupported display driver",
+        r"SystemDriverMismatch",
+        r"SYSTEM_DRIVER_MISMATCH",
+        r"no cuda-capable device",
+        r"cudaErrorNoDevice",
+        r"CUDA_ERROR_NO_DEVICE",
+        r"invalid device ordinal",
+        r"cudaErrorInvalidDevice\b",
+        r"CUDA_ERROR_INVALID_DEVICE",
+    ),
+    Spelling(
+        "gpu_unavailable",
+        "PyTorch",
+        r"no cuda gpus are available",
+        r"found no nvidia driver",
+        r"cuda unknown error - this",
+        r"torch\.cuda\.is_available\(\) (?:is|returned) false",
+    ),
+    Spelling(
+        "gpu_unavailable", "nvidia-smi, NVML", r"couldn'?t communicate with the nvidia driver", r"Driver Not Loaded"
+    ),
+    Spelling("gpu_unavailable", "nvidia-container-cli", r"nvidia-container-cli: initialization error"),
+    Spelling(
+        "in_use",
+        "CUDA",
+        r"devices? (?:\(s\) |is/|are |\(s\) is/are )*(?:all )?busy or unavailable",
+        r"device\(s\) is/are busy",
+        r"cudaErrorDevicesUnavailable",
+        r"CUDA_ERROR_DEVICE_UNAVAILABLE",
+    ),
+    Spelling(
+        "cuda_out_of_memory", "PyTorch", r"\bcuda out of memory", r"cuda\.OutOfMemoryError", r"torch\.OutOfMemoryError"
+    ),
+    Spelling("cuda_out_of_memory", "CUDA, NCCL", r"cuda (?:error|failure|runtime error)\b.*out of memory"),
+    Spelling(
+        "cuda_out_of_memory", "CUDA", r"cudaErrorMemoryAllocation", r"CUDA_ERROR_OUT_OF_MEMORY", r"cudaMalloc failed"
+    ),
+    Spelling("cuda_out_of_memory", "NCCL", r"failed to cuda \w*alloc", r"failed to allocate \d+ bytes of device"),
+    Spelling("cuda_out_of_memory", "cuBLAS, cuDNN", r"CU(?:BLAS|DNN|SOLVER|SPARSE|FFT)_STATUS_(?:ALLOC_FAILED)"),
+    # The hub and the weights, before the words of connections.
+    Spelling(
+        "weights_unusable",
+        "huggingface_hub",
+        r"(?:GatedRepo|RepositoryNotFound|RevisionNotFound|HFValidation)Error",
+        r"RemoteEntryNotFoundError",
+        r"DisabledRepoError",
+        r"(?<!Local)EntryNotFoundError",
+        r"\b(?:401|403|404) Client Error",
+        r"repository not found for url",
+        r"gated repo",
+        r"is restricted\. you must",
+        r"invalid (?:user|username|credentials)",
+    ),
+    Spelling(
+        "weights_unusable",
+        "transformers",
+        r"not a local folder and is not a valid model identifier",
+        r"does not appear to have (?:a )?files? named",
+        r"no file named .* found in directory",
+        r"not a valid git identifier",
+        r"incorrect path_or_model_id",
+        r"unrecognized model in",
+        r"can't load (?:the )?(?:configuration|config|model|tokenizer|feature extractor)\b",
+        r"unable to load weights from",
+        r"size mismatch for \S+: copying a param",
+    ),
+    Spelling(
+        "weights_unusable",
+        "safetensors",
+        r"error while deserializing header",
+        r"SafetensorError: .*(?:header|metadata|incomplete)",
+    ),
+    Spelling(
+        "weights_unusable",
+        "PyTorch",
+        r"PytorchStreamReader failed",
+        r"invalid magic number; corrupt file",
+        r"weights only load failed",
+    ),
+    Spelling("hub_unreachable", "transformers", r"couldn't connect to '?https?:", r"couldn't connect to the hub"),
+    Spelling(
+        "hub_unreachable",
+        "huggingface_hub",
+        r"LocalEntryNotFoundError",
+        r"OfflineModeIsEnabled",
+        r"outgoing traffic has been disabled",
+        r"trying to locate the file on the hub",
+        r"HfHubHTTPError",
+        r"(?:429|50\d) (?:Client|Server) Error",
+        r"cannot find an appropriate cached snapshot",
+        r"consistency check failed",
+    ),
+    Spelling("hub_unreachable", "datasets", r"couldn't reach .* on the hub", r"couldn't reach https?:"),
+    Spelling(
+        "hub_unreachable",
+        "requests, urllib3",
+        r"HTTPS?Connection(?:Pool)?\(",
+        r"max retries exceeded with url",
+        r"\bMaxRetryError",
+    ),
+    Spelling(
+        "hub_unreachable",
+        "requests",
+        r"requests\.exceptions\.(?:\w*Connect\w*|\w*Timeout|SSLError|ProxyError|ChunkedEncodingError)",
+    ),
+    Spelling(
+        "hub_unreachable",
+        "httpx, urllib, aiohttp",
+        r"\bhttpx\.",
+        r"\bhttpcore\.",
+        r"urllib\.error\.",
+        r"\burlopen error",
+        r"aiohttp\.client",
+    ),
+    Spelling("hub_unreachable", "OpenSSL", r"CERTIFICATE_VERIFY_FAILED", r"certificate verify failed"),
+    # Software that is not there, or does not fit.
+    Spelling(
+        "environment_missing",
+        "Python",
+        r"ModuleNotFoundError",
+        r"no module named",
+        r"\bImportError\b",
+        r"cannot import name",
+    ),
+    Spelling(
+        "environment_missing",
+        "importlib.metadata",
+        r"PackageNotFoundError",
+        r"DistributionNotFound",
+        r"VersionConflict",
+    ),
+    Spelling(
+        "environment_missing",
+        "the dynamic loader",
+        r"cannot open shared object file",
+        r"undefined symbol:",
+        r"symbol lookup error",
+        r"version [`'‘]?(?:GLIBC|CXXABI|NCCL|OPENSSL)\w*[.\d]*['’]? not found",
+        r"wrong ELF class",
+        r"invalid ELF header",
+        r"file too short",
+        r"cannot allocate memory in static TLS",
+    ),
+    Spelling(
+        "environment_missing",
+        "shells",
+        r"command not found",
+        r"bad interpreter",
+        r"exec format error",
+        r"executable file not found",
+    ),
+    Spelling(
+        "environment_missing",
+        "shells, env, exec",
+        r"^(?:\S*/)?(?:(?:ba|da|z|k)?sh|env|exec|nohup|timeout|setsid|srun|numactl)\b.*no such file or directory",
+    ),
+    Spelling(
+        "environment_missing",
+        "Python",
+        r"can't open file .*no such file",
+        r"failed to get the python codec",
+        r"no module named encodings",
+    ),
+    Spelling("environment_missing", "srun, slurmd", r"execve\(\).*no such file", r"_find_path_in_dirs"),
+    Spelling(
+        "environment_missing",
+        "CUDA, PyTorch",
+        r"no kernel image is available",
+        r"NoKernelImageForDevice",
+        r"not compiled with cuda",
+    ),
+    Spelling(
+        "environment_missing",
+        "PyTorch",
+        r"doesn'?t have nccl built in",
+        r"built without nccl",
+        r"not compiled with nccl",
+    ),
+    Spelling(
+        "environment_missing",
+        "DeepSpeed",
+        r"MissingCUDAException",
+        r"CUDA_HOME (?:does not exist|environment variable)",
+        r"CUDAMismatchException",
+    ),
+    Spelling(
+        "environment_missing",
+        "torch.utils.cpp_extension",
+        r"ninja is required",
+        r"error building extension",
+        r"unable to jit load",
+    ),
+    Spelling(
+        "environment_missing",
+        "FlashAttention, transformers",
+        r"toggled on, but it cannot be used",
+        r"package flash_attn seems",
+    ),
+    Spelling("environment_missing", "NumPy", r"numpy\.dtype size changed", r"compiled using numpy 1\.x cannot be run"),
+    Spelling("environment_missing", "Linux (SIGILL)", r"illegal instruction"),
+    # Limits of the node. Permissions first: a folder may be /dev/shm, and a device may be of InfiniBand.
+    Spelling(
+        "not_permitted",
+        "Python, C library",
+        r"permission denied",
+        r"operation not permitted",
+        r"PermissionError",
+        r"\bEACCES\b",
+    ),
+    Spelling(
+        "file_system_failed",
+        "Python, C library",
+        r"stale (?:NFS )?file handle",
+        r"\bESTALE\b",
+        r"read-only file system",
+        r"\bEROFS\b",
+        r"\binput/output error",
+        r"remote i/o error",
+        r"structure needs cleaning",
+        r"host is down",
+    ),
+    Spelling(
+        "file_system_failed",
+        "FUSE, Lustre",
+        r"""transport endpoint is not connected: ['\"]?/""",
+        r"cannot send after transport endpoint",
+    ),
+    Spelling(
+        "limit_reached",
+        "NCCL, rdma-core",
+        r"ibv_\w+.*(?:cannot allocate memory|error: 12\b)",
+        r"locked memory",
+        r"memlock",
+    ),
+    Spelling(
+        "limit_reached",
+        "Python, C library",
+        r"too many open files",
+        r"can't start new thread",
+        r"resource temporarily unavailable",
+    ),
+    Spelling(
+        "limit_reached",
+        "OpenMP, OpenBLAS",
+        r"thread creation failed",
+        r"pthread_create failed",
+        r"cannot create thread",
+    ),
+    Spelling(
+        "shared_memory_full",
+        "NCCL",
+        r"shared memory segment",
+        r"failed to (?:extend|open|create) /dev/shm",
+        r"/dev/shm/nccl-",
+    ),
+    Spelling(
+        "shared_memory_full",
+        "PyTorch",
+        r"insufficient shared memory",
+        r"out of shared memory",
+        r"shared memory limit",
+        r"(?:write to|open|from|truncate|resize)\b.* </?(?:torch_|psm_|\w*shm)",
+        r"shared memory (?:object|file)",
+    ),
+    Spelling(
+        "shared_memory_full",
+        "C library, Python",
+        r"/dev/shm",
+        r"\bshm_open\b",
+        r"\(shm\)",
+        r"multiprocessing/shared_memory",
+    ),
+    Spelling(
+        "shared_memory_full",
+        "UCX, Open MPI",
+        r"shm_?(?:mm|seg|get|at)\b.*(?:failed|no space)",
+        r"backing file .*enough space",
+    ),
+    Spelling("shared_memory_full", "Linux (SIGBUS)", r"\bbus error\b", r"\bSIGBUS\b"),
+    Spelling(
+        "disk_full",
+        "Python, C library, Rust",
+        r"no space left on device",
+        r"\bENOSPC\b",
+        r"errno 28\b",
+        r"os error 28\b",
+        r"disk quota exceeded",
+        r"\bEDQUOT\b",
+        r"errno 122\b",
+        r"os error 122\b",
+    ),
+    Spelling("disk_full", "huggingface_hub, SQLite", r"not enough (?:free )?disk space", r"database or disk is full"),
+    Spelling(
+        "out_of_memory",
+        "Python, C library",
+        r"\bMemoryError\b",
+        r"cannot allocate memory",
+        r"\bENOMEM\b",
+        r"errno 12\b",
+    ),
+    Spelling(
+        "out_of_memory", "C++, PyTorch", r"std::bad_alloc", r"DefaultCPUAllocator", r"not enough memory: you tried"
+    ),
+    # The network: first what a node says of itself.
+    Spelling(
+        "port_taken",
+        "PyTorch, gloo, Python",
+        r"EADDRINUSE",
+        r"address already in use",
+        r"errno:? 98\b",
+        r"port is already (?:bound|in use)",
+    ),
+    Spelling(
+        "nic_failed",
+        "NCCL",
+        r"got async (?:error )?event ?: (?:port|device|local)",
+        r"IBV_EVENT_(?:PORT_ERR|DEVICE_FATAL)",
+    ),
+    Spelling("nic_failed", "rdma-core", r"ibv_open_device failed", r"failed to (?:query|open) (?:ib )?device"),
+    Spelling("interface_missing", "NCCL", r"no (?:socket )?interface found", r"no device found", r"bootstrap : no"),
+    Spelling("interface_missing", "gloo", r"unable to find (?:interface|address) for", r"ifa != nullptr"),
+    Spelling(
+        "interface_missing",
+        "C library",
+        r"name or service not known",
+        r"name resolution",
+        r"nodename nor servname",
+        r"gai error",
+        r"no such device\b",
+        r"unknown host",
+        r"could not resolve host",
+    ),
+    # What a rank says that has lost others.
+    Spelling(COMPLAINT, "PyTorch", *WAITED),
+    Spelling(
+        COMPLAINT,
+        "NCCL",
+        r"ncclRemoteError",
+        r"remote process (?:has )?exited",
+        r"connection closed by (?:remote )?peer",
+        r"socket(?:Start|Poll|Finalize)\w*: ",
+        r"socketProgress",
+        r"exceeded (?:timeouts|retries)",
+        r"connect(?:ion)? to \S+ failed",
+        r"got completion from peer",
+        r"ibv_modify_qp .*(?:timed out|110)",
+        r"communicator was aborted",
+        r"proxy call to rank",
+        r"socket recv failed",
+        r"net : call to ",
+        r"connection reset",
+        r"no route to host",
+        r"software caused connection abort",
+    ),
+    Spelling(
+        COMPLAINT,
+        "gloo",
+        r"gloo/transport",
+        r"gloo connectFullMesh",
+        r"timed out waiting \d+ms for",
+        r"application timeout caused pair",
+    ),
+    Spelling(
+        COMPLAINT,
+        "c10d",
+        r"DistNetworkError",
+        r"DistStoreError",
+        r"(?:client )?socket has (?:failed|timed out)",
+        r"socket timeout",
+        r"recvValue",
+        r"sendBytes",
+        r"remote server shutdown",
+        r"store->get",
+        r"TCPStore",
+        r"clients? joined",
+        r"wait timeout after",
+        r"monitoredBarrier",
+        r"barrier timed out",
+        r"timed out (?:initializing|waiting for)",
+    ),
+    Spelling(COMPLAINT, "torchrun", r"Rendezvous\w*Error", r"connection to the c10d store"),
+    Spelling(
+        COMPLAINT,
+        "Open MPI, UCX",
+        r"peer process has unexpectedly disconnected",
+        r"endpoint (?:is not connected|timeout)",
+        r"remote (?:access )?error",
+    ),
+    Spelling(
+        COMPLAINT,
+        "Python",
+        r"Connection(?:Refused|Reset|Aborted)Error",
+        r"BrokenPipeError",
+        r"broken pipe",
+        r"connection (?:refused|timed out)",
+        r"network is unreachable",
+        r"host is unreachable",
+        r"\bTimeoutError\b.*errno 110",
+        r"transport endpoint is not connected",
+    ),
+)
+
+
+_WAITED = Spelling(COMPLAINT, "PyTorch", *WAITED)
+
+
+def kind_of(texts: Iterable[str]) -> str | None:
+    """The kind that the first of `texts` proves; a complaint only where none proves more. None: no known spelling."""
+    complaint = None
+    for text in texts:
+        kind = next((row.kind for row in SPELLINGS if row.matches(text)), None)
+        if kind not in (None, COMPLAINT):
+            return kind
+        complaint = complaint or kind
+    return complaint
+
+
+def waited(text: str) -> bool:
+    """Whether a rank says that others did not take part in a collective."""
+    return _WAITED.matches(text)
