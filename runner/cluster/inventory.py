@@ -238,6 +238,8 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
     if len(backends) > 1:
         raise UsageError(f"inventory {source}: runner_backend differs between hosts: set it once, for {GROUP}")
     slurm = _slurm(source, [hostvars.get(n, {}) for n in names])
+    if "login" not in slurm and BACKENDS[nodes[0].backend].by_ssh and (controller := _controller(listing, names)):
+        slurm["login"] = controller
     head = slurm.get("login")
     login = None if head is None or head in by_word(nodes) else _login(source, head, hostvars)
     return Inventory(source, tuple(nodes), tuple(known_hosts), slurm, login)
@@ -247,6 +249,19 @@ def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]]) ->
     if name not in hostvars:
         raise unknown("host", name, hostvars, f"inventory {source}: runner_slurm: login")
     return _node(source, name, name, hostvars[name])
+
+
+def _controller(listing: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The host on which the role slurm_cluster runs Slurm's controller; None where it sets up no Slurm, or where only
+    a template says on which.
+    """
+    hostvars = listing.get("_meta", {}).get("hostvars", {})
+    variables = hostvars.get(names[0], {})
+    if str(variables.get("slurm_cluster_enabled", False)).lower() not in ("true", "yes", "1", "on"):
+        return None
+    members = _members(listing, str(variables.get("slurm_cluster_group", GROUP)))
+    controller = variables.get("slurm_cluster_controller", members[0] if members else None)
+    return controller if controller in hostvars else None
 
 
 def _slurm(source: str, variables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

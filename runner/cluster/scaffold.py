@@ -271,7 +271,7 @@ def _slurm(answers: Answers) -> list[str]:
     if answers.login:
         inside += [
             f"login: {scalar(answers.login)}   # Slurm's commands run there, over ssh",
-            "shared: false   # nodes do not see this folder: results are fetched over ssh. Leave it out where they do",
+            "# shared: false   # nodes do not see the results: they are fetched over ssh; default: as seen from there",
         ]
     else:
         inside += [

@@ -125,8 +125,9 @@ class Settings(ConfigFile):
     `time_limit_s` None: computed from the cells' own limits; `gres` None: the cell's GPUs; `mem` of each node, as
     sbatch's --mem, None: as much as Slurm allows. `exclude` are Slurm names of nodes that must not be used, `extra`
     whole options such as "--switches=1", `login` the inventory host on which Slurm's commands run (None: this
-    machine), `shared` whether nodes see the run directory at the same path. A job is cancelled when it has waited for
-    `wait_s` (None: no limit), or for `stuck_s` for a reason that does not resolve by itself.
+    machine), `shared` whether nodes see the run directory at the same path (None: as the login host sees it). A job is
+    cancelled when it has waited for `wait_s` (None: no limit), or for `stuck_s` for a reason that does not resolve by
+    itself.
     """
 
     partition: Word | None = None
@@ -140,9 +141,14 @@ class Settings(ConfigFile):
     exclude: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = ()
     extra: Annotated[tuple[str, ...], BeforeValidator(_options)] = ()
     login: Word | None = None
-    shared: Annotated[bool, BeforeValidator(_flag)] = True
+    shared: Annotated[bool, BeforeValidator(_flag)] | None = None
     wait_s: Seconds | None = None
     stuck_s: Seconds = 300
+
+    @property
+    def sees_files(self) -> bool:
+        """`shared`; until it was observed, True where Slurm's commands run on this machine."""
+        return self.login is None if self.shared is None else self.shared
 
     @model_validator(mode="before")
     @classmethod

@@ -187,6 +187,19 @@ def cluster(
     return allocations.cluster(slurm_settings.settings(settings, "slurm"), inventory.hosts, ssh_config)
 
 
+def observed(
+    settings: Mapping[str, Any] | None, inventory: Inventory, ssh_config: str | None, results: Path
+) -> Mapping[str, Any] | None:
+    """Slurm's settings (None: the run does not use it) with what they leave to be seen: whether nodes share `results`.
+
+    Raises InfrastructureError if the login host does not answer.
+    """
+    client = cluster(settings, inventory, ssh_config)
+    if settings is None or client is None or client.settings.shared is not None:
+        return settings
+    return {**settings, "shared": client.sees(results)}
+
+
 def require_launcher(plan: Plan) -> None:
     """Raise UsageError if the engine's launcher must run on this machine and is not installed here."""
     head = plan.cells[0].launch.head

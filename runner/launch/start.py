@@ -44,6 +44,8 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
         with carry.before_directory():
             remote = BACKENDS[prepared.request.backend].remote
             ssh_config = stack.enter_context(rendered(prepared.inventory) if remote else nullcontext())
+            slurm = carry.observed(prepared.request.slurm, prepared.inventory, ssh_config, options.results)
+            prepared = replace(prepared, request=replace(prepared.request, slurm=slurm))
             chosen = _choose(prepared, ssh_config, display, dependencies)
 
             def made(run_id: str) -> Plan:

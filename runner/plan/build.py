@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
+from runner.cluster import slurm
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
@@ -122,7 +123,7 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
     hosts = tuple(node.name for node in nodes)
     first = nodes[0]
     if BACKENDS[where.backend].scheduled:
-        shared = (where.slurm or {}).get("shared", True)
+        shared = slurm.Settings(**(where.slurm or {})).sees_files
         cell_dir = PurePath(where.run_dir, "nodes") if shared else PurePath(first.scratch, where.run_id, cell.id)
         return replace(cell, hosts=hosts, cell_dir=str(cell_dir))
     local = not BACKENDS[where.backend].remote

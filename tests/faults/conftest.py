@@ -20,7 +20,7 @@ NODES = 6
 # Small enough that a fault can fill the disk of a node.
 MIN_FREE_DISK_GIB = 0.001
 # How a run goes through the Slurm of the nodes of `slurm3`.
-SLURM = ("--backend", "slurm", "--set", "slurm.login=node001")
+SLURM = ("--backend", "slurm")
 
 
 def torch(iters: int = 2, size: str = "8", **more: object) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from testbed.conftest import Testbed
 pytestmark = pytest.mark.testbed
 
 CELLS = ("--test", "torch", "--set", "torch.max_bytes=64", "--set", "torch.collectives=[all_reduce, barrier]")
-SLURM = ("--backend", "slurm", "--set", "slurm.login=node001")
+SLURM = ("--backend", "slurm")
 # One rank on this machine, as the testbed's nodes have.
 LOCAL = """
 all:

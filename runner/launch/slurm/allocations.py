@@ -122,7 +122,7 @@ class Allocations:
         expected: Mapping[str, str | None],
     ) -> None:
         self.run, self.ssh_config, self.cluster, self.checks, self.expected = run, ssh_config, cluster, checks, expected
-        self.shared = cluster.settings.shared
+        self.shared = cluster.settings.sees_files
         self._seen: tuple[list[Partition], list[SlurmNode]] | None = None
 
     # --- before anything starts ---------------------------------------------------------------------
@@ -469,7 +469,7 @@ def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     while left:
         some = together(plan, left)
         name = job_name(plan, some[0], 1)
-        script = render(prepare(plan, name, some, None, settings.shared, known, None, {}), settings)
+        script = render(prepare(plan, name, some, None, settings.sees_files, known, None, {}), settings)
         shown.append(f"{name}.sbatch:\n{script}")
         left = [cell for cell in left if cell not in some]
     return shown

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from runner.cluster import reasons, slurm_names
@@ -226,6 +228,20 @@ class SlurmClient:
         argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={job_id}"]
         numbers = (line.strip().partition(".")[2] for line in self._jobs(argv).splitlines())
         return {int(number) for number in numbers if number.isdigit()}
+
+    def sees(self, folder: Path) -> bool:
+        """Whether the login host may write into `folder`, as this machine may; True without a login host.
+
+        A folder of a new name is made there for a moment: no cache knows it. Raises SlurmUnreachable.
+        """
+        if self._login is None:
+            return True
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        try:
+            with TemporaryDirectory(prefix=".shakedown-", dir=existing) as probe:
+                return self._patiently(partial(self._run, ["test", "-w", probe])).rc == 0
+        except OSError:  # not writable: whoever writes results there says so
+            return False
 
     def look(self) -> tuple[list[Partition], list[SlurmNode]]:
         """The cluster's partitions and nodes. Raises SlurmUnreachable if Slurm does not answer."""

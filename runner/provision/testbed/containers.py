@@ -260,7 +260,7 @@ def _start(home: Path, state: dict, options: Options, machine: Machine, image: s
     _check_python(state["nodes"][0], machine.python, image)
     import yaml
 
-    content = inventory(nodes, host_keys, folder, machine.python)
+    content = inventory(nodes, host_keys, folder, machine.python, options.share)
     _write(folder / ".ssh" / "known_hosts", known_hosts(nodes, host_keys))
     _write(folder / "hosts.yml", generated(options.name) + yaml.safe_dump(content, sort_keys=False, width=1000))
     _hand_over(folder)

@@ -204,8 +204,13 @@ def container_argv(
     return [*argv, "--volume", f"{keys}/{node.alias}:{KEYS_IN_NODE}:ro", image]
 
 
-def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path, python: str) -> dict[str, Any]:
-    """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is the folder it is written to."""
+def inventory(
+    nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path, python: str, share: Path | None = None
+) -> dict[str, Any]:
+    """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is the folder it is written to.
+
+    `share` is the folder that the nodes share with this machine.
+    """
     # For plain `ansible`; quoted twice, since ssh splits the option's value as well.
     known_hosts = shlex.quote(f'UserKnownHostsFile="{folder / ".ssh" / "known_hosts"}"')
     hosts = {
@@ -228,6 +233,9 @@ def inventory(nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path,
         "runner_hardware": "cpu",
         "runner_nics_per_node": 1,
         "runner_scratch": "/var/tmp/shakedown",
+        # Slurm's controller, and so its commands, are on the first node. With a shared folder it depends on where
+        # results are written whether nodes see them: that is observed.
+        "runner_slurm": {"login": nodes[0].name, **({} if share else {"shared": False})},
         "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
         # For `runner setup`: the controller's environment is mounted, Slurm's packages are in apt's cache.
         "conda_env_enabled": False,

@@ -216,6 +216,29 @@ def test_a_login_node_is_reached_like_the_others_and_is_none_of_them(tmp_path):
         inventory.parse("inv", told)
 
 
+@pytest.mark.parametrize(
+    ("variables", "login"),
+    [
+        ({"slurm_cluster_enabled": True}, "a"),
+        ({"slurm_cluster_enabled": "true"}, "a"),
+        ({"slurm_cluster_enabled": True, "slurm_cluster_controller": "b"}, "b"),
+        ({"slurm_cluster_enabled": True, "slurm_cluster_controller": "head", "slurm_cluster_group": "all"}, "head"),
+        ({"slurm_cluster_enabled": True, "slurm_cluster_group": "heads"}, "head"),
+        ({"slurm_cluster_enabled": True, "runner_slurm": {"login": "b"}}, "b"),
+        ({"slurm_cluster_enabled": True, "slurm_cluster_controller": "{{ groups.heads | first }}"}, None),
+        ({"slurm_cluster_enabled": False}, None),
+        ({}, None),
+        ({"slurm_cluster_enabled": True, "runner_backend": "slurm"}, None),
+    ],
+)
+def test_slurms_commands_run_where_set_up_puts_its_controller(variables, login):
+    told = listing({"a": variables, "b": variables, "head": {}})
+    told |= {"gpu_nodes": {"hosts": ["a", "b"]}, "heads": {"hosts": ["head"]}}
+    read = inventory.parse("inv", told)
+    assert read.slurm.get("login") == login
+    assert (read.login and read.login.name) == ("head" if login == "head" else None)
+
+
 def test_a_plain_word_is_an_inventory_here_or_one_that_comes_along(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inventory.read("local", tmp_path / "cache").source == str(ROOT / "inventory" / "local")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from slurm_commands import DOWN, Commands, cluster, line
@@ -11,6 +12,7 @@ from slurm_commands import DOWN, Commands, cluster, line
 from runner.cluster import inventory
 from runner.cluster import slurm as slurm_settings
 from runner.errors import InfrastructureError, UsageError
+from runner.launch import carry
 from runner.launch.slurm import commands as jobs
 from runner.system.process import Outcome
 
@@ -196,3 +198,37 @@ def test_a_mistyped_setting_is_refused_where_it_stands():
         UsageError, match="inventory/x: runner_slurm: unknown key 'partitoin'; did you mean 'partition'"
     ):
         inventory.parse("inventory/x", listing(a={"runner_slurm": {"partitoin": "gpu"}}))
+
+
+# --- whether nodes share files --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_whether_files_are_shared_is_seen_on_the_login_host(cluster_inventory, tmp_path, shared):
+    asked = []
+
+    def run(argv, **options):
+        probe = argv[-1].split("test -w ")[1].rstrip("'")
+        asked.append(probe)
+        assert Path(probe).is_dir()  # while it is asked
+        return Outcome(tuple(argv), 0 if shared else 1, 0.0, "", "")
+
+    far = jobs.SlurmClient(slurm_settings.Settings(), cluster_inventory.nodes[0], "/run/ssh_config", run=run)
+    assert far.sees(tmp_path / "results" / "not yet there") is shared
+    [probe] = asked
+    assert Path(probe).parent == tmp_path and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "sees"),
+    [({}, True), ({"login": "a"}, False), ({"login": "a", "shared": True}, True), ({"shared": False}, False)],
+)
+def test_until_it_was_seen_files_are_shared_where_there_is_no_login_host(given, sees):
+    assert slurm_settings.Settings(**given).sees_files is sees
+
+
+def test_what_the_settings_say_of_files_is_not_asked(cluster_inventory, tmp_path):
+    said = {"shared": False, "login": "a"}
+    assert carry.observed(said, cluster_inventory, "/nosuch/ssh_config", tmp_path) is said
+    assert carry.observed(None, cluster_inventory, None, tmp_path) is None
+    assert carry.observed({}, cluster_inventory, None, tmp_path) == {"shared": True}

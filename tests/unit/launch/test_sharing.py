@@ -612,7 +612,7 @@ def test_retries_are_neither_exceeded_nor_lost_in_an_array(cluster, tmp_path):
 def test_the_bar_does_not_go_back(cluster, tmp_path):
     _, _, carried = of_sizes(cluster, tmp_path, {("7_0", None): failed("rank_killed")}, (1,), 4, retries=1)
     done = []
-    carried.display.at = lambda at, total, text: done.append(at / total)
+    carried.display.at = lambda at, total, text, **_: done.append(at / total)
     carried.execute({})
     assert done == sorted(done)
 
