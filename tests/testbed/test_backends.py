@@ -52,9 +52,7 @@ def runs(slurm3: Testbed, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     ) | finished(
         {
             "slurm": Bench(slurm3.inventory, share / "slurm", *SLURM, *both),
-            "slurm unshared": Bench(
-                slurm3.inventory, folder / "unshared", *SLURM, "--set", "slurm.shared=false", *both
-            ),
+            "slurm unshared": Bench(slurm3.inventory, folder / "unshared", *SLURM, *both),
             "slurm in one allocation": Bench(slurm3.inventory, share / "one", *SLURM, "--one-allocation", *both),
             "slurm in job arrays": Bench(slurm3.inventory, share / "arrays", *SLURM, "--job-array", *both),
         }
@@ -74,6 +72,12 @@ def measured(run: RunDir, cell: str | None = None) -> Counter[str]:
 
 def summary(run: RunDir) -> dict:
     return json.loads(run.summary.read_text())
+
+
+def test_after_setup_the_inventory_says_where_slurm_is_and_files_are_looked_for(runs):
+    said = {way: runs[way].read_plan()["slurm"] for way in WAYS[1:] if "slurm" in way}
+    assert {one["login"] for one in said.values()} == {runs["ssh"].read_plan()["nodes"][0]["name"]}
+    assert {way for way, one in said.items() if not one["shared"]} == {"slurm unshared"}
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
