@@ -10,6 +10,8 @@ import json
 import os
 import re
 
+from ansible.module_utils.xids import address
+
 CUDA_FACT = "/etc/ansible/facts.d/cuda.fact"  # written by the role cuda_check
 
 
@@ -78,15 +80,6 @@ NO_VALUE = re.compile(
     r"function not found|requested functionality has been deprecated)\]?|",
     re.IGNORECASE,
 )
-
-
-def address(text):
-    """A PCI address in Linux's form, from nvidia-smi's or the driver's: "00000000:1B:00.0" -> "0000:1b:00.0".
-
-    Raises ValueError where `text` is not a PCI address.
-    """
-    domain, bus, slot = text.lower().split(":")
-    return f"{int(domain, 16):04x}:{bus}:{slot if '.' in slot else slot + '.0'}"
 
 
 class Gpu:
@@ -177,69 +170,7 @@ def parse_nvlink(text):
     return gpus
 
 
-class Xid:
-    """One Xid of one GPU, or SXid of an NVSwitch (`switch`); `count` of messages, `text` of the most severe one."""
-
-    def __init__(self, number, pci, switch, fatal, text):
-        self.number, self.pci, self.switch, self.fatal, self.text, self.count = number, pci, switch, fatal, text, 1
-
-
-XID = re.compile(r"(?:NVRM: (Xid) |nvidia-nvswitch\d+: (SXid) )\((?:PCI:)?([0-9A-Fa-f:.]+)\): (\d+), ?(.*)")
-PROCESS = re.compile(r"(pid='?[^,]*, )?(name=[^,]*, )?")
-
-
-def parse_xids(text):
-    """The Xids and SXids of a kernel log in any format (journalctl, dmesg, /dev/kmsg), one per number and device.
-
-    Of an SXid, only the lines with its severity are used; the others are details.
-    """
-    found = {}
-    for line in text.splitlines():
-        match = XID.search(line)
-        if not match:
-            continue
-        switch, number, rest = bool(match[2]), int(match[4]), match[5].strip()
-        if switch and not rest.startswith(("Fatal", "Non-fatal")):
-            continue
-        try:
-            pci = address(match[3])
-        except ValueError:
-            pci = match[3]
-        text = PROCESS.sub("", rest, count=1)
-        fatal = bool(re.search(r"\bFatal\b", text))
-        known = found.get((switch, number, pci))
-        if known is None:
-            found[switch, number, pci] = Xid(number, pci, switch, fatal, text)
-            continue
-        known.count += 1
-        if fatal and not known.fatal:
-            known.fatal, known.text = True, text
-    return list(found.values())
-
-
 # --- the kernel log ---
-
-RESET = "drain the node, then reset the GPU (nvidia-smi -r) or reboot"
-# The action for an Xid. Source: NVIDIA's Xid catalogue and the health checks of clusters in production.
-ACTIONS = {
-    54: "isolate the node: check the GPU's power cables and supply",
-    74: "check NVLink: nvidia-smi nvlink -s and -e; drain the node, then reset the GPUs",
-    79: "drain and reboot the node; if it returns, replace the GPU",
-    **dict.fromkeys((48, 64, 95, 109, 110, 119, 120, 136, 140, 143), RESET),
-}
-MONITOR = (13, 31, 43, 63, 92, 94, 121, 126)
-NVLINK5 = range(144, 151)  # their text says whether they are fatal
-
-
-def action(xid):
-    """(whether the node must not be used, the recommended action) for an Xid of parse_xids."""
-    if xid.switch:
-        return xid.fatal, "drain the node, then reset all GPUs and NVSwitches or reboot" if xid.fatal else "watch it"
-    if xid.number in ACTIONS:
-        return True, ACTIONS[xid.number]
-    if xid.number in NVLINK5:
-        return xid.fatal, ACTIONS[74] if xid.fatal else "watch it"
-    return False, "watch it" if xid.number in MONITOR else "no action is known for it: see NVIDIA's Xid catalogue"
 
 
 def kernel_log(phase, hours):

@@ -21,6 +21,7 @@ from role_modules import ROOT, carry_out, load
 
 module = load("cuda_check")
 nvidia = importlib.import_module("ansible.module_utils.nvidia")  # there since role_modules was imported
+xids = importlib.import_module("ansible.module_utils.xids")
 
 STAND_IN = ROOT / "molecule" / "resources" / "stand-ins" / "nvidia-smi"
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured"
@@ -358,19 +359,19 @@ def xid(number, pci="0000:3b:00", text="pid=1, name=python3, Something"):
      *((n, "reset the GPU") for n in (48, 64, 95, 109, 110, 119, 120, 136, 140, 143))],
 )  # fmt: skip
 def test_an_xid_that_needs_hands_is_a_problem_with_the_action(number, remedy):
-    (problem,), warnings = module.judge_xids(nvidia.parse_xids(xid(number)), 24.0)
+    (problem,), warnings = module.judge_xids(xids.parse(xid(number)), 24.0)
     assert problem[:3] == (f"Xid {number}", "none in the last 24 h", "1 on GPU 0000:3b:00.0: Something")
     assert remedy in problem[3] and warnings == []
 
 
 @pytest.mark.parametrize("number", [13, 31, 43, 63, 92, 94, 121, 126])
 def test_an_xid_to_monitor_is_a_warning(number):
-    problems, (warning,) = module.judge_xids(nvidia.parse_xids(xid(number)), 24.0)
+    problems, (warning,) = module.judge_xids(xids.parse(xid(number)), 24.0)
     assert problems == [] and "watch it" in warning
 
 
 def test_an_unknown_xid_is_a_warning_that_says_so():
-    problems, (warning,) = module.judge_xids(nvidia.parse_xids(xid(999)), 24.0)
+    problems, (warning,) = module.judge_xids(xids.parse(xid(999)), 24.0)
     assert problems == [] and "no action is known" in warning
 
 
@@ -637,7 +638,7 @@ def test_real_nvlinks_are_read(name, gpus, links, rate):
     ],
 )
 def test_real_kernel_logs_get_their_verdict(name, problems, warnings):
-    found, warned = module.judge_xids(nvidia.parse_xids(capture(f"kernel/{name}.txt")), 24)
+    found, warned = module.judge_xids(xids.parse(capture(f"kernel/{name}.txt")), 24)
     assert sorted(f"{what}: {text.partition(': ')[0]}" for what, _, text, _ in found) == sorted(problems)
     assert sorted(" ".join(text.split()[:2]) for text in warned) == sorted(warnings)
 
@@ -683,7 +684,7 @@ def test_a_list_of_nvlinks_that_is_cut_anywhere_alarms_nobody(healthy, nvlinks, 
 def test_the_readers_take_any_text(text):
     nvidia.parse_query(text)
     nvidia.parse_nvlink(text)
-    nvidia.parse_xids(text)
+    xids.parse(text)
     judge(text)
 
 

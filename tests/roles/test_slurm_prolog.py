@@ -23,6 +23,9 @@ FILES = ROOT / "roles" / "slurm_prolog" / "files"
 prolog = load("slurm_prolog")
 
 
+sys.path.insert(0, str(FILES))  # as the folder in which the role installs them all
+
+
 def program(name):
     spec = importlib.util.spec_from_file_location(name, FILES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -199,21 +202,6 @@ def test_any_text_is_judged(text):
     assert all(isinstance(line, str) for line in gpu_health.judge(text, 0))
 
 
-@real_output
-@pytest.mark.parametrize(
-    ("file", "numbers"),
-    [
-        ("xid119-gsp-timeout-h100-dmesgT.txt", {119}),
-        ("xid13-43-and-oom-decode-iso.txt", set()),
-        ("xid48-63-94-iso-with-peermem-noise.txt", {48}),
-        ("sxid20034-ltssm-h100.txt", {79}),
-    ],
-)
-def test_fatal_xids_of_real_logs(file, numbers):
-    lines = (CAPTURED / "kernel" / file).read_text(errors="replace").splitlines()
-    assert {number for _, number in gpu_health.fatal_xids(lines)} == numbers
-
-
 def test_an_old_xid_is_forgotten():
     records = [
         "4,812,1000000,-;NVRM: Xid (PCI:0000:5d:00): 79, pid=1, GPU has fallen off the bus.\n SUBSYSTEM=pci\n",
@@ -221,7 +209,19 @@ def test_an_old_xid_is_forgotten():
         "half a record",
     ]
     messages = gpu_health.recent(records, now_s=9001, window_s=3600)
-    assert gpu_health.fatal_xids(messages) == [("0000:3b:00", 48)]
+    assert [(xid.pci, xid.number) for xid in gpu_health.xids.serious("\n".join(messages))] == [("0000:3b:00.0", 48)]
+
+
+def test_a_missing_parser_is_unknown_and_drains_nothing(tmp_path):
+    part = tmp_path / "prolog.d" / "10-gpu-health"
+    part.parent.mkdir()
+    part.write_text((FILES / "gpu_health.py").read_text())
+    ended = subprocess.run([sys.executable, "-IS", part], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, f"{tmp_path}/xids.py is missing: run the role slurm_prolog again\n")
+    (tmp_path / "xids.py").write_text((FILES / "xids.py").read_text())
+    smi = {"NVIDIA_SMI": "/bin/false", "GPUS": "1", "XID_WINDOW_S": "1"}
+    ended = subprocess.run([sys.executable, "-IS", part], env=smi, capture_output=True, text=True, check=False)
+    assert ended.stdout == "nvidia-smi ended with 1\n" and not (tmp_path / "__pycache__").exists()
 
 
 # --- leftover processes ----------------------------------------------------------------------------

@@ -11,17 +11,15 @@ import json
 import re
 import typing
 
+from ansible.module_utils import xids as kernel_xids
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.nvidia import (
     CUDA_FACT,
     NO_VALUE,
-    RESET,
-    action,
     is_there,
     kernel_log,
     parse_nvlink,
     parse_query,
-    parse_xids,
     query,
     version,
 )
@@ -65,11 +63,11 @@ def clocks(name, remedy):
 PENDING = ("Remapped Rows/Pending", "Retired Pages/Pending Page Blacklist", "Retired Pages/Pending")
 RECOVERY = ("Reset", "GPU Reset", "Reboot", "Node Reboot", "Drain P2P", "Drain and Reset")
 FLAGS = (
-    Flag("pending row remap or page retirement", PENDING, "No", ("Yes",), RESET),
+    Flag("pending row remap or page retirement", PENDING, "No", ("Yes",), kernel_xids.RESET),
     Flag("row remap failure", ("Remapped Rows/Remapping Failure Occurred",), "No", ("Yes",), REPLACE, False),
     Flag("SRAM threshold exceeded", ("ECC Errors/Aggregate/SRAM Threshold Exceeded",), "No", ("Yes",), REPLACE, False),
     Flag("unrepairable memory", ("ECC Errors/Unrepairable Memory",), "No", ("Yes",), REPLACE, False),
-    Flag("reset required", ("GPU Reset Status/Reset Required",), "No", ("Yes",), RESET, False),
+    Flag("reset required", ("GPU Reset Status/Reset Required",), "No", ("Yes",), kernel_xids.RESET, False),
     Flag("recovery action", ("GPU Recovery Action",), "None", RECOVERY, "drain the node, then perform it", False),
     Flag("fabric health", ("Fabric/Health/Summary",), "Healthy", ("Unhealthy",), "see the fabric manager's log", False),
     clocks("HW Thermal Slowdown", "look at the node's cooling"),
@@ -177,7 +175,7 @@ def judge_errors(gpu, findings):
     counts.pop("Double Bit/Total", None)
     nonzero = [f"{count} {name}" for name, count in counts.items() if count]
     if nonzero:
-        remedy = f"{RESET}; if they return, {REPLACE}"
+        remedy = f"{kernel_xids.RESET}; if they return, {REPLACE}"
         findings.problem(gpu, "uncorrectable ECC errors", 0, ", ".join(nonzero), remedy)
     elif unreadable or not counts:
         findings.unknown(gpu, "uncorrectable ECC errors", unreadable or "missing")
@@ -296,16 +294,15 @@ def judge_count(report, want, before):
 
 
 def judge_xids(xids, hours):
-    """([(what, expected, found, remedy)], [warning]) of the `xids` (parse_xids) of the last `hours`."""
+    """([(what, expected, found, remedy)], [warning]) of the `xids` (xids.parse) of the last `hours`."""
     problems, warnings = [], []
     for xid in xids:
-        kind, place = ("SXid", "NVSwitch") if xid.switch else ("Xid", "GPU")
-        found = f"{xid.count} on {place} {xid.pci}: {xid.text[:60]}"
-        serious, advice = action(xid)
+        found = f"{xid.count} on {'NVSwitch' if xid.switch else 'GPU'} {xid.pci}: {xid.text[:60]}"
+        serious, advice = kernel_xids.action(xid)
         if serious:
-            problems.append((f"{kind} {xid.number}", f"none in the last {hours:g} h", found, advice))
+            problems.append((xid.name, f"none in the last {hours:g} h", found, advice))
         else:
-            warnings.append(f"{kind} {xid.number} in the last {hours:g} h: {found} ({advice})")
+            warnings.append(f"{xid.name} in the last {hours:g} h: {found} ({advice})")
     return problems, warnings
 
 
@@ -479,7 +476,7 @@ def inspect(phase, fact):
         text, reason = kernel_log(phase, want["xid_hours"])
         if reason:
             phase.warn(f"unknown: Xids ({reason})")
-        record(phase, *judge_xids(parse_xids(text), want["xid_hours"]))
+        record(phase, *judge_xids(kernel_xids.parse(text), want["xid_hours"]))
     check_toolkit(phase)
     report = ask(phase)
     problems, warnings = judge_versions(report, want)

@@ -7,10 +7,18 @@ Environment: GPUS (how many there must be), NVIDIA_SMI (its path), XID_WINDOW_S 
 
 import csv
 import os
-import re
 import subprocess
 import sys
 import time
+
+# xids.py is in the folder above the parts', where -I keeps Python from looking by itself.
+HOME = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.dont_write_bytecode = True
+sys.path.insert(0, HOME)
+try:
+    import xids
+except ImportError:
+    xids = None
 
 FIELDS = (
     "index",
@@ -18,9 +26,6 @@ FIELDS = (
     "remapped_rows.pending",
     "remapped_rows.failure",
 )
-# What needs a reset or a reboot before the next job. Source: NVIDIA, "XID Errors", column of the immediate action.
-FATAL_XIDS = {48, 54, 64, 79, 95, 109, 110, 119, 120, 136, 140, 143}
-XID = re.compile(r"NVRM: Xid \(PCI:([0-9A-Fa-f:.]+)\): (\d+)")
 
 
 def judge(text, gpus):
@@ -36,12 +41,6 @@ def judge(text, gpus):
         elif pending.lower() in ("yes", "1"):
             wrong.append(f"GPU {index}: row remapping pending, reset the GPU")
     return wrong
-
-
-def fatal_xids(lines):
-    """The fatal Xids of kernel messages, each (bus id, number) once, in order."""
-    found = [(match.group(1), int(match.group(2))) for line in lines if (match := XID.search(line))]
-    return list(dict.fromkeys(one for one in found if one[1] in FATAL_XIDS))
 
 
 def recent(records, now_s, window_s):
@@ -72,6 +71,9 @@ def kernel_records():
 
 
 def main():
+    if xids is None:
+        print(f"{HOME}/xids.py is missing: run the role slurm_prolog again")
+        return 2
     argv = [os.environ["NVIDIA_SMI"], f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
@@ -85,7 +87,7 @@ def main():
         return 1
     wrong = judge(text, int(os.environ["GPUS"]))
     messages = recent(kernel_records(), time.monotonic(), float(os.environ["XID_WINDOW_S"]))
-    wrong += [f"Xid {number} on {bus}" for bus, number in fatal_xids(messages)]
+    wrong += [f"{xid.name} on {xid.pci}" for xid in xids.serious("\n".join(messages))]
     print("; ".join(wrong))
     return 1 if wrong else 0
 

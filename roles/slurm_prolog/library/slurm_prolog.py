@@ -17,6 +17,7 @@ from ansible.module_utils.phase import main, read
 MARK = "# Written by the Ansible role slurm_prolog; changes made here are lost.\n"
 SETUP = "run `runner setup --tags slurm_prolog`"
 KINDS = ("prolog", "epilog")
+MODULE = "xids.py"  # the parser of kernel logs, which the part 10-gpu-health imports
 SPARE_S = 12  # two calls of scontrol at 5 s, and the start of the driver
 
 
@@ -46,14 +47,15 @@ OWN_PARTS = ("10-gpu-health", "20-leftover-processes", "30-huge-pages", "40-gpu-
 
 
 def programs(want, nvidia_smi):
-    """{path: text} of all programs to install; the drivers are last, since they run the parts."""
+    """{path: text} of all programs to install, each after what it needs: the drivers, which run the parts, are last."""
     home, chosen = want["dir"], parts(want, nvidia_smi)
+    module = {os.path.join(home, MODULE): want["files"][MODULE]} if want["gpu_health"] else {}
     texts = {
         os.path.join(home, f"{kind}.d", name): want["files"][file]
         for kind in KINDS
         for name, (file, _, _) in chosen[kind].items()
     }
-    return {**texts, **{os.path.join(home, kind): want["files"]["driver.py"] for kind in KINDS}}
+    return {**module, **texts, **{os.path.join(home, kind): want["files"]["driver.py"] for kind in KINDS}}
 
 
 def driver_settings(want, nvidia_smi, scontrol):
@@ -148,13 +150,12 @@ def install(phase):
     # The settings first: a driver without them does nothing, and parts without them fail.
     phase.write(os.path.join(want["dir"], "prolog.json"), driver_settings(want, tool("nvidia-smi"), tool("scontrol")))
     for path, text in texts.items():
-        phase.write(path, text, 0o755)
-    for kind in KINDS:
-        for name in OWN_PARTS:
-            path = os.path.join(want["dir"], f"{kind}.d", name)
-            if path not in texts:
-                phase.remove(path)
-    phase.done.append(f"{len(texts) - len(KINDS)} parts are installed")
+        phase.write(path, text, 0o755 if text.startswith("#!") else 0o644)
+    own = [os.path.join(f"{kind}.d", name) for kind in KINDS for name in OWN_PARTS]
+    for path in (os.path.join(want["dir"], name) for name in (*own, MODULE)):
+        if path not in texts:
+            phase.remove(path)
+    phase.done.append(f"{sum(map(len, parts(want, '').values()))} parts are installed")
 
 
 def configure(phase):
