@@ -1,4 +1,4 @@
-"""Facts: a node as observed on it. Versions come from package metadata, since importing torch takes a second."""
+"""Facts: a node as observed on it. Packages' versions come from their metadata: importing torch takes a second."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from runner.cluster import nccl
+
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "shakedown")
 
 
@@ -21,6 +23,8 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
     `environment` are the variables that the ranks get in addition to those of this process.
     """
     uname = platform.uname()
+    variables = {**os.environ, **environment}
+    library, built = nccl.to_load(variables), nccl.built()
     return {
         "hostname": uname.node,
         "kernel": uname.release,
@@ -29,11 +33,12 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         **gpus(),
-        "nccl": version_of(_first_package("nvidia-nccl-cu13", "nvidia-nccl-cu12")),
+        "nccl": nccl.version_of(library) if library else None,  # until ranks have said what they loaded
+        "nccl_built": vars(built) if built else None,
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "nics": list(_nics()),
-        "env": relevant({**os.environ, **environment}),
+        "env": relevant({**nccl.settings(variables), **variables}),
     }
 
 
@@ -44,7 +49,7 @@ _NO_SETTINGS = re.compile(r"NCCL_(VERSION|HOME|ROOT|DIR|(ROOT|INCLUDE|LIB|LIBRAR
 
 
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that affect measurements, sorted: settings of NCCL, gloo and OpenMP, and the visible GPUs."""
+    """The settings that affect measurements, sorted: those of NCCL, gloo and OpenMP, and the visible GPUs."""
     return {
         key: value
         for key, value in sorted(environment.items())
@@ -116,18 +121,12 @@ def _cpu_model() -> str | None:
     return None
 
 
-def version_of(package: str | None) -> str | None:
-    """The version of an installed Python package; None where it is not installed, and for None."""
-    if package is None:
-        return None
+def version_of(package: str) -> str | None:
+    """The version of an installed Python package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _first_package(*names: str) -> str | None:
-    return next((name for name in names if version_of(name)), None)
 
 
 def gpus() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__
+from runner.cluster import nccl as nccl_of
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.backends import BACKENDS, LOCAL, SSH
 from runner.errors import UsageError, unknown
@@ -45,8 +46,9 @@ _HOST_KEY = re.compile(r"(?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+(?: .*)
 class Node:
     """One host. `alias` is its position (node008 may be ...-0009); `gpus` is the number per node, None until observed.
 
-    `nic_gbit_per_s` is the rate of one NIC, one way; `python` and `scratch` are paths on the node. `inventory` is where
-    it is declared, which remedies name.
+    `nic_gbit_per_s` is the rate of one NIC, one way; `python`, `scratch` and `nccl_root` are paths on the node.
+    `inventory` is where it is declared, which remedies name. `nccl` is the NCCL that its ranks use, "torch" or "built"
+    (below `nccl_root`); None: the built one where there is one.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Node:
     backend: str
     env: Mapping[str, str] = field(default_factory=dict)
     inventory: str = ""
+    nccl: str | None = None
+    nccl_root: str = nccl_of.ROOT
 
     @property
     def endpoint(self) -> str:
@@ -117,6 +121,8 @@ class _Variables(BaseModel):
     runner_scratch: str = "/var/tmp/shakedown"
     runner_min_free_disk_gib: float = 1.0
     runner_env: dict[str, str | int | float] = Field(default_factory=dict)
+    runner_nccl: nccl_of.Choice | None = None
+    nccl_build_root: str = nccl_of.ROOT  # of role nccl_build
 
 
 def default_source(own: Path = places.ANSIBLE_CFG) -> str:
@@ -295,6 +301,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         ("ansible_host", address, _ADDRESS),
         ("ansible_user", values.ansible_user, _NAME),
         ("runner_scratch", values.runner_scratch, _SCRATCH),
+        ("nccl_build_root", values.nccl_build_root, _SCRATCH),
         ("ansible_ssh_private_key_file", values.ansible_ssh_private_key_file or "-", _KEY_FILE),
         (
             "runner_python",
@@ -332,6 +339,8 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         backend=values.runner_backend or (LOCAL if values.ansible_connection == "local" else SSH),
         env={key: str(value) for key, value in values.runner_env.items()},
         inventory=source,
+        nccl=values.runner_nccl,
+        nccl_root=values.nccl_build_root,
     )
 
 

@@ -226,6 +226,9 @@ _REST = (
     "# runner_env:",
     "#   NCCL_IB_HCA: mlx5_0,mlx5_1",
     "",
+    "# The NCCL of the ranks: torch's own, or the one that role nccl_build built. Left out: built, where there is one.",
+    "# runner_nccl: torch",
+    "",
     "# The roles of `runner setup` have variables of their own: docs/provisioning.md.",
 )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 
 from runner import __version__
-from runner.cluster import facts
+from runner.cluster import facts, nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
@@ -35,17 +35,21 @@ Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are le
 
 @dataclass(frozen=True)
 class Answers:
-    """The result of checking nodes: the problems of each, and the environment of each (property -> value)."""
+    """The result of checking nodes: the problems of each, the environment of each (property -> value), and what role
+    nccl_build has built on each.
+    """
 
     problems: Problems
     environments: Mapping[str, Mapping[str, str]]
+    nccl: Mapping[str, nccl.Built] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class NodeAccess:
     """Access to a run's nodes: checks them and makes the transport.
 
-    `cluster` is None without Slurm. `own` is a run whose agents may be about to release the nodes.
+    `cluster` is None without Slurm. `own` is a run whose agents may be about to release the nodes. `nccl_root` is the
+    folder of the built NCCL that ranks use, None for torch's own.
     """
 
     backend: str
@@ -55,20 +59,23 @@ class NodeAccess:
     ssh_config: str | None
     cluster: commands.SlurmClient | None = None
     own: str = ""
+    nccl_root: str | None = None
 
     def ask(self, nodes: Sequence[Node]) -> Answers:
         """Check all `nodes` at once for what would stop a cell. Raises InfrastructureError if Slurm does not answer."""
         if self.cluster is not None:
             found = allocations.problems(self.cluster, nodes)
             return Answers({name: [problem] for name, problem in found.items()}, {})
-        return ask_agents(nodes, checks(nodes[0], self.device, self.engine, self.tests), self.ssh_config, self.own)
+        return ask_agents(nodes, self._checks(nodes[0]), self.ssh_config, self.own)
+
+    def _checks(self, first: Node) -> CheckRequest:
+        return checks(first, self.device, self.engine, self.tests, self.nccl_root)
 
     def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Transport:
         """The transport to the run's nodes. Under Slurm, `expected` is the environment that must be found there."""
         if self.cluster is None:
             return Agents(run, self.ssh_config)
-        request = checks(first, self.device, self.engine, self.tests)
-        return Allocations(run, self.ssh_config, self.cluster, request, expected)
+        return Allocations(run, self.ssh_config, self.cluster, self._checks(first), expected)
 
 
 def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | None, own: str = "") -> Answers:
@@ -105,10 +112,13 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}
         environments[name] = facts.comparable(seen)
-    return Answers(problems, environments)
+    built = {
+        name: nccl.Built(**answer.facts["nccl_built"]) for name, answer in answers.items() if answer.facts["nccl_built"]
+    }
+    return Answers(problems, environments, built)
 
 
-def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> CheckRequest:
+def checks(first: Node, device: str, engine: str, tests: Sequence[str], nccl_root: str | None = None) -> CheckRequest:
     """The request that checks a node for these tests; `first` is any node, as all chosen ones are alike."""
     return CheckRequest(
         version=__version__,
@@ -117,7 +127,27 @@ def checks(first: Node, device: str, engine: str, tests: Sequence[str]) -> Check
         packages=sorted(set(ENGINES[engine].packages).union(*(TESTS[name].packages for name in tests))),
         programs=["rsync"] if BACKENDS[first.backend].by_ssh else [],
         gpus=first.gpus if device == "cuda" else 0,
+        nccl_root=nccl_root,
     )
+
+
+def built_on_all(nodes: Sequence[Node], built: Mapping[str, nccl.Built]) -> tuple[str | None, str | None]:
+    """The folder of the NCCL that all `nodes` have built, and None; or None, and why torch's own is used although
+    some node has one (None where no node has).
+    """
+    have = {node.alias: built[node.name] for node in nodes if node.name in built}
+    if not have:
+        return None, None
+    if reasons := {each.obstacle: None for each in have.values() if each.obstacle}:
+        return None, "; ".join(map(str, reasons))
+    if lacking := [node.alias for node in nodes if node.alias not in have]:
+        return None, f"{fold(lacking)} {'has' if len(lacking) == 1 else 'have'} no built one: run role nccl_build"
+    kinds = {(each.root, each.version) for each in have.values()}
+    if len(kinds) == 1:
+        return kinds.pop()[0], None
+    where = {kind: fold([alias for alias, each in have.items() if (each.root, each.version) == kind]) for kind in kinds}
+    told = ", ".join(f"{version} in {root} on {where[root, version]}" for root, version in sorted(kinds))
+    return None, f"nodes have built different ones, {told}: run role nccl_build"
 
 
 def bad_nodes(nodes: Sequence[Node], problems: Problems) -> tuple[dict[str, str], ...]:

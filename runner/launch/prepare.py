@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner.cluster import nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory, Node, select
 from runner.errors import UsageError, unknown
@@ -16,6 +17,7 @@ from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Plan
 from runner.plan.request import Request
 from runner.system.clock import now
+from runner.system.schema import check
 from runner.workloads.registry import TESTS
 
 SCALING = ("weak", "strong")
@@ -28,6 +30,8 @@ RESOURCES = (
     ("hardware", "runner_hardware"),
     ("scratch", "runner_scratch"),
     ("min_free_disk_gib", "runner_min_free_disk_gib"),
+    ("nccl", "runner_nccl"),
+    ("nccl_root", "nccl_build_root"),
 )
 
 
@@ -36,7 +40,8 @@ class Options:
     """The options of `runner bench`, not checked yet; `prepare` checks them.
 
     `inventory` is a path, or None for Ansible's default. Empty `node_counts` mean all nodes that are chosen, empty
-    `tests` all tests, and a `backend` of None what the inventory says. `settings` are `TEST.KEY=VALUE`. `command` is
+    `tests` all tests, and a `backend` of None what the inventory says. `settings` are `TEST.KEY=VALUE` or
+    `nccl=VALUE`. `command` is
     the command line as text, for plan.json and the report.
     """
 
@@ -96,6 +101,7 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
     nodes, slurm = _over(options.backend, nodes, inventory, overrides, slurm_only)
     _refuse_too_few(options, inventory, nodes, counts)
     gpus_per_node, device, hardware = _resources(nodes)
+    wanted = overrides[config.RUN].get("nccl", nodes[0].nccl)
     run_id = make_id()
     request = Request(
         run_id=run_id,
@@ -126,6 +132,8 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
         named=slurm is None or options.hosts is not None,
         one_allocation=options.one_allocation,
         job_array=options.job_array,
+        nccl=wanted,
+        nccl_root=nodes[0].nccl_root if wanted == nccl.BUILT else None,
     )
     return Prepared(options, inventory, nodes, request, build.build(request, nodes))
 
@@ -136,7 +144,7 @@ def run_dir(options: Options, run_id: str) -> str:
 
 
 def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
-    """The names of the tests, and the settings; raises UsageError for an unknown name."""
+    """The names of the tests, and the settings by section; raises UsageError for an unknown name or value."""
     if options.engine not in ENGINES:
         raise unknown("engine", options.engine, ENGINES)
     if options.backend is not None and options.backend not in BACKENDS:
@@ -144,11 +152,10 @@ def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any
     if options.scaling not in SCALING:
         raise unknown("scaling", options.scaling, SCALING)
     overrides = config.parse_settings(options.settings)
-    for name in overrides.keys() - {
-        "deepspeed",
-        "slurm",
-    }:  # an error in the settings of a test that is not run is an error, too
+    given = check(config.RunSettings, overrides.pop(config.RUN, {}), "--set").model_dump(exclude_unset=True)
+    for name in overrides.keys() & TESTS.keys():  # an error in the settings of a test that is not run is an error, too
         config.load_test(name, overrides[name])
+    overrides[config.RUN] = given
     return tuple(dict.fromkeys(options.tests)) or tuple(TESTS), overrides
 
 

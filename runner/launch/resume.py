@@ -119,7 +119,8 @@ def _left(
         tests = tuple(dict.fromkeys(cell.test for cell in plan.cells))
         slurm = carry.cluster(plan.slurm, inventory, ssh_config)
         device = plan.cells[0].device
-        access = dependencies.access(plan.backend, device, plan.engine, tests, ssh_config, slurm, own=run.run_id)
+        made = (plan.backend, device, plan.engine, tests, ssh_config, slurm)
+        access = dependencies.access(*made, own=run.run_id, nccl_root=plan.nccl_root)
         answers = access.ask(plan.nodes) if slurm is None else preflight.Answers({}, {})
         before = drift.measured(run, plan, status)
         changed = drift.drift(before, answers.environments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner import failures
+from runner.cluster import nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.cluster.ssh import rendered
@@ -22,10 +23,14 @@ from runner.report.progress import Display
 
 @dataclass(frozen=True)
 class Chosen:
-    """The nodes of a run, its spares, the skipped nodes with their problems, and the access to nodes."""
+    """The nodes of a run, its spares, the skipped nodes with their problems, the access to nodes, and the NCCL of their
+    ranks (as in Plan).
+    """
 
     access: preflight.NodeAccess
     nodes: tuple[Node, ...]
+    nccl: str | None
+    nccl_root: str | None
     spares: tuple[Node, ...] = ()
     passed_over: tuple[Mapping[str, str], ...] = ()
 
@@ -55,6 +60,8 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
                     run_dir=run_dir(options, run_id),
                     ssh_config=ssh_config,
                     passed_over=chosen.passed_over,
+                    nccl=chosen.nccl,
+                    nccl_root=chosen.nccl_root,
                 )
                 return build.build(request, (*chosen.nodes, *chosen.spares))
 
@@ -74,18 +81,26 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
     options, request, nodes = prepared.options, prepared.request, prepared.nodes
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
     tests = tuple(request.tests)
-    access = dependencies.access(request.backend, request.device, request.engine, tests, ssh_config, cluster)
+    made = (request.backend, request.device, request.engine, tests, ssh_config, cluster)
+    access = dependencies.access(*made, nccl_root=request.nccl_root)
     if not request.named:  # Slurm chooses
-        return Chosen(access, nodes)
+        return Chosen(access, nodes, request.nccl, request.nccl_root)
     skip, count = options.skip_bad_nodes or options.replace_bad_nodes, max(request.node_counts)
     candidates = nodes if skip else nodes[:count]
     display.note(f"checking {preflight.folded(candidates)}")
-    problems = access.ask(candidates).problems
-    good, passed_over = preflight.choose(nodes, count, problems, skip)
+    answers = access.ask(candidates)
+    good, passed_over = preflight.choose(nodes, count, answers.problems, skip)
     for line in failures.node_lines(passed_over):
         display.note(f"skipped {line}")
-    spares = tuple(node for node in nodes if node not in good and node.name not in problems)
-    return Chosen(access, good, spares if options.replace_bad_nodes else (), passed_over)
+    spares = tuple(node for node in nodes if node not in good and node.name not in answers.problems)
+    which, root = request.nccl, request.nccl_root
+    if which is None and not BACKENDS[request.backend].scheduled:  # else each agent sees what its node has
+        root, reason = preflight.built_on_all(good, answers.nccl)
+        which = nccl.BUILT if root else nccl.TORCH
+        if reason:
+            display.note(f"NCCL: torch's own, since {reason}")
+        access = dependencies.access(*made, nccl_root=root)
+    return Chosen(access, good, which, root, spares if options.replace_bad_nodes else (), passed_over)
 
 
 def _refuse(plan: Plan, chosen: Chosen, dependencies: Dependencies) -> None:

@@ -65,6 +65,7 @@ class NodeCell:
                     rc = self._carry_out()
                 finally:
                     process.stop_marked(self.request.marker, self.request.grace_s)
+                    self._record_nccl()
         except (OSError, gate.Refused, InfrastructureError) as failure:
             error = self._explained(failure)
         message, kind = error or (None, None)
@@ -107,6 +108,12 @@ class NodeCell:
         observed = facts.collect(dict(self.request.env))
         write_json_atomic(self.folder.facts, observed)
         gate.require_environment(self.request, observed)
+
+    def _record_nccl(self) -> None:
+        """Replace the NCCL in this node's facts by the one that its ranks have loaded."""
+        observed = json.loads(self.folder.facts.read_text())
+        if versions := ranks.nccl_versions(self.folder):
+            write_json_atomic(self.folder.facts, {**observed, "nccl": " and ".join(versions)})
 
     def _carry_out(self) -> int | None:
         """Start the ranks and wait for their end; returns the engine's exit status, None if it is not known."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from runner import __version__
-from runner.cluster import facts, slurm_names
+from runner.cluster import facts, nccl, slurm_names
 from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
 
@@ -47,7 +47,9 @@ def check(request: CheckRequest) -> Checked:
     if request.version != __version__:
         text = f"has shakedown {__version__}, this controller is {request.version}"
         problems.append(("version_mismatch", text))
-    observed = facts.collect({})
+    if request.nccl_root and (reason := nccl.obstacle(request.nccl_root)):
+        problems.append(("environment_missing", reason))
+    observed = facts.collect(nccl.environment(request.nccl_root) if request.nccl_root else {})
     if request.gpus:  # None where the inventory leaves the number open
         answering = len(observed["gpus"])
         if answering < request.gpus:

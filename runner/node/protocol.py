@@ -105,7 +105,8 @@ class CheckRequest:
     """Check this node for anything that would stop a cell. Answered by `Checked`.
 
     `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
-    `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node.
+    `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node. `nccl_root` is
+    the folder with the built NCCL that ranks are to use (None: torch's own).
     """
 
     version: str  # of the controller
@@ -114,6 +115,7 @@ class CheckRequest:
     packages: Sequence[str] = ()
     programs: Sequence[str] = ()
     gpus: int | None = None
+    nccl_root: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is sent."""
@@ -196,7 +198,7 @@ class StepRequest(_OfCell):
     inventory's names, addresses and variables of hosts by Slurm name, where they differ from the name itself and from
     `env`. `shared_root` is the folder of all hosts' artefacts where nodes share it (else `cell_dir` is on each node).
     `timeout_s` limits the cell. `check` is what no preflight has checked, `environment` the expected environment (a
-    value of None: any).
+    value of None: any). `nccl_if_built`: ranks use the NCCL that was built on their node, where there is one.
     """
 
     engine: str
@@ -214,6 +216,7 @@ class StepRequest(_OfCell):
     job: Mapping[str, Any]
     check: CheckRequest | None = None
     environment: Mapping[str, str | None] | None = None
+    nccl_if_built: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that an sbatch file contains."""

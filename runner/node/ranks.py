@@ -26,6 +26,16 @@ def ends(folder: CellDir) -> dict[str, RankEnd]:
     return found
 
 
+def nccl_versions(folder: CellDir) -> list[str]:
+    """The versions of NCCL that this node's ranks have loaded, as they said: one, unless something is wrong."""
+    found = set()
+    for path in folder.all_events():
+        for line in path.read_text(errors="replace").splitlines():
+            if '"event": "nccl"' in line:
+                found |= {version or "unknown" for version in json.loads(line)["libraries"].values()}
+    return sorted(found)
+
+
 def all_ended(folder: CellDir) -> bool:
     """Whether there are ranks and all of them have ended."""
     found = ends(folder)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.cluster import nccl
 from runner.node.agent import NodeCell
 from runner.node.output import send_message
 from runner.node.protocol import CellRequest, Placed, StepRequest
@@ -61,6 +62,8 @@ def placed(step: StepRequest, environ: Mapping[str, str]) -> tuple[CellRequest, 
         )
     )
     env = {**step.env, **step.node_env.get(own, {})}
+    if step.nccl_if_built and (built := nccl.built()) and not built.obstacle:
+        env = nccl.joined(nccl.environment(built.root), env)
     request = CellRequest(
         run_id=step.run_id,
         cell=step.cell,

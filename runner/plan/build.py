@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
-from runner.cluster import slurm
+from runner.cluster import nccl, slurm
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
@@ -69,6 +69,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         named=request.named,
         one_allocation=request.one_allocation,
         job_array=request.job_array,
+        nccl=request.nccl,
+        nccl_root=request.nccl_root,
     )
 
 
@@ -104,13 +106,17 @@ def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[
         params=params,
         batch=batch,
         deepspeed=deepspeed,
-        env=CELL_ENV,
+        env={**CELL_ENV, **_nccl_env(request)},
         cell_dir="",
         master_port=port,
         launch=Launch(argv=()),
     )
     placed = place(cell, nodes, request, request.ssh_config)
     return placed if request.named else replace(placed, hosts=())
+
+
+def _nccl_env(where: Request | Plan) -> dict[str, str]:
+    return nccl.environment(where.nccl_root) if where.nccl_root else {}
 
 
 def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: str | None) -> Cell:
@@ -137,5 +143,6 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
         launcher_dir=str(PurePath(where.run_dir, LAUNCHER, cell.id)),
         ssh_config=ssh_config,
         marker=cell_marker(where.run_id, cell.id),
+        env=_nccl_env(where),
     )
     return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[where.engine].launch(ranks))

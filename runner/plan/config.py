@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from runner.cluster.nccl import Choice
 from runner.errors import UsageError, unknown
 from runner.system.places import CONFIGS
 from runner.system.schema import ConfigFile, PositiveInt, Size, check, read_yaml
@@ -48,6 +49,15 @@ class ModelConfig(ConfigFile):
         if self.seq_len > self.max_seq_len:
             raise ValueError("seq_len must not exceed max_seq_len")
         return self
+
+
+RUN = "run"  # the section of settings of the whole run, which are written without one
+
+
+class RunSettings(ConfigFile):
+    """Settings of a whole run. `nccl`: torch's own or the built one; None: as the nodes have it."""
+
+    nccl: Choice | None = None
 
 
 class Hardware(ConfigFile):
@@ -181,7 +191,8 @@ def load_targets() -> list[dict[str, Any]]:
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Settings of `--set` by section: `sft.steps=20` gives {"sft": {"steps": 20}}. Values are read as YAML.
 
-    Raises UsageError for a setting without section, key or value, and for an unknown section.
+    `nccl=built`, a setting of the whole run, is in the section RUN. Raises UsageError for a setting without section,
+    key or value, and for an unknown section.
     """
     import yaml
 
@@ -190,9 +201,11 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, dot, name = key.partition(".")
-        if not (equals and dot and name):
+        if equals and key in RunSettings.model_fields:
+            section, name = RUN, key
+        elif not (equals and dot and name):
             raise UsageError(f"--set {setting}: write it as TEST.KEY=VALUE, for example --set sft.steps=20")
-        if section not in sections:
+        elif section not in sections:
             raise unknown("section", section, sections, f"--set {setting}")
         try:
             value = float(text) if _EXPONENT.fullmatch(text) else yaml.safe_load(text)

@@ -48,6 +48,8 @@ def describe(plan: Plan, fold: Any) -> str:
             for value, names in by_value.items():
                 where = "" if len(by_value) == 1 else f" on {fold(names)}"
                 lines.append(f"  env    {key}={value}{where}" if value is not None else f"  env    no {key}{where}")
+        if plan.nccl is None and cell.device == "cuda":
+            lines.append("  nccl   the one that role nccl_build has built, where the nodes have one, else torch's own")
         if cell.launch.head:
             extra = [f"{k}={v}" for k, v in cell.launch.head_env.items()]
             lines.append(f"  controller runs  {shlex.join([*extra, *cell.launch.head])}")

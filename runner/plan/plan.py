@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from runner import __version__
+from runner.cluster import nccl
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
 from runner.plan.engines import ranks
@@ -85,6 +86,8 @@ class Plan:
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
     job_array: bool = False
+    nccl: str | None = None  # "torch" or "built"; None: as each node has it
+    nccl_root: str | None = None  # the folder of the built one, None: torch's own
     schema: int = SCHEMA
     version: str = __version__
 
@@ -154,8 +157,10 @@ def fingerprint(plan: Plan, cell: Cell) -> str:
 
 
 def rank_environment(cell: Cell, node: Node) -> dict[str, str]:
-    """Environment variables of the cell's ranks on this node; the node's own replace those of the cell."""
-    return {**cell.env, **node.env}
+    """Environment variables of the cell's ranks on this node; the node's own replace those of the cell, or extend them
+    (`nccl.joined`).
+    """
+    return nccl.joined(cell.env, node.env)
 
 
 def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:

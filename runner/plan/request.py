@@ -41,4 +41,6 @@ class Request:
     named: bool = True  # False: Slurm chooses the nodes
     one_allocation: bool = False
     job_array: bool = False
+    nccl: str | None = None  # "torch" or "built"; None: as the nodes have it
+    nccl_root: str | None = None  # the folder of the built one, None: torch's own
     deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name

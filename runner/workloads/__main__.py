@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from runner.cluster import nccl
 from runner.errors import RunnerError
 from runner.results.celldir import STREAMS, CellDir
 from runner.system import process
@@ -34,7 +35,11 @@ def main(cell_dir: Path) -> None:
         sys.exit(f"rank {rank}: world size is {observed}, planned: {job.world_size}")
     if job.test not in TESTS:
         sys.exit(f"rank {rank}: unknown test {job.test!r}")
-    TESTS[job.test].load_rank().run(job, events)
+    try:
+        TESTS[job.test].load_rank().run(job, events)
+    finally:
+        if libraries := nccl.loaded():
+            events("nccl", libraries=libraries)
     events.end()
 
 

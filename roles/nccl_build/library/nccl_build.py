@@ -50,6 +50,7 @@ from ansible.module_utils.nccl_prefix import (
     fitting,
     manifest,
     pack,
+    point,
     put_in_use,
     receive,
     stamp_of,
@@ -59,6 +60,8 @@ from ansible.module_utils.nvidia import query, version
 from ansible.module_utils.phase import Stop, main, read
 
 SETUP = "run `runner setup --tags nccl_build`"
+# torch loads the first file of this name below a folder of sys.path: with PYTHONPATH, the library in use.
+LINK, TARGET = "python/nvidia/nccl/lib/libnccl.so.2", "../../../../current/lib/libnccl.so.2"
 NAMED_FILES = 5  # the number of differing files that are listed; a wrong copy differs in all
 
 
@@ -355,7 +358,10 @@ def files(phase):
 
 
 def configure(phase):
-    """Write nccl.conf, env.sh, the fact and the loader's configuration, for the build in use. Raises Stop."""
+    """Write nccl.conf, env.sh, torch's link, the fact and the loader's configuration, for the build in use.
+
+    Raises Stop without a complete build.
+    """
     if phase.check and not os.path.exists(f"{phase.want['root']}/current"):
         phase.change(f"{phase.want['etc']}/nccl.conf", None, "settings of the build")
         return
@@ -365,6 +371,11 @@ def configure(phase):
             outcome = phase.run(["ldconfig"], 60)
             if not outcome.ok:
                 phase.problem("ldconfig", "status 0", outcome.last_line, "run it manually")
+    link = f"{phase.want['root']}/{LINK}"
+    found = os.readlink(link) if os.path.islink(link) else "a file" if os.path.exists(link) else None
+    if found != TARGET and phase.change(link, found, TARGET):
+        os.makedirs(os.path.dirname(link), exist_ok=True)
+        point(link, TARGET)
 
 
 # --- verify ---
@@ -386,6 +397,9 @@ def verify(phase):
     if stamp["inputs"] != fixed_inputs(want):
         expected, found = (json.dumps(inputs, sort_keys=True) for inputs in (fixed_inputs(want), stamp["inputs"]))
         phase.problem("build in use", expected, found, again)
+    link = f"{want['root']}/{LINK}"
+    if not os.path.exists(link) or not os.path.samefile(link, f"{current}/lib/libnccl.so.2"):
+        phase.problem(link, f"a link to {TARGET}", "another" if os.path.lexists(link) else "nothing", again)
     differing = drift(current, stamp)
     for path, expected, found in differing[:NAMED_FILES]:
         phase.problem(f"{current}/{path}", expected, found, again)

@@ -99,16 +99,22 @@ def finish(partial, prefix, stamp):
     os.rename(partial, prefix)
 
 
+def point(link, target):
+    """Make `link` a link to `target`, atomically, whatever is there but a folder. Raises OSError."""
+    folder, name = os.path.split(link)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{folder}/.{name}")
+    os.symlink(target, f"{folder}/.{name}")
+    os.replace(f"{folder}/.{name}", link)
+
+
 def put_in_use(phase, name):
     """Point the link `current` to the build `name`, atomically; the previous build is kept."""
     root = phase.want["root"]
     link = f"{root}/current"
     before = os.readlink(link) if os.path.islink(link) else None
     if before != name and phase.change(link, before, name):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{root}/.current")
-        os.symlink(name, f"{root}/.current")
-        os.replace(f"{root}/.current", link)
+        point(link, name)
     stamp = stamp_of(f"{root}/{name}")
     phase.facts.update(ready=True, name=name, stamp=digest(f"{root}/{name}/stamp.json"), archs=stamp["archs"])
 

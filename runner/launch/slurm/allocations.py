@@ -442,10 +442,11 @@ def prepare(
             names={word: node.name for word, node in names.items() if word != node.name},
             addresses={word: node.address for word, node in names.items() if word != node.address},
             env=common,
-            node_env={word: dict(node.env) for word, node in names.items() if node.env != first.env},
+            node_env={word: rank_environment(cell, node) for word, node in names.items() if node.env != first.env},
             job=job(plan, cell, first, data),
             check=checks,
             environment=dict(expected) or None,
+            nccl_if_built=plan.nccl is None,
         )
         hosts = tuple(request.hosts)
         steps.append(Step(cell.id, cell.num_nodes, request.to_json(), hosts, cell.params["timeout_s"]))

@@ -13,15 +13,17 @@ def launch(ranks: Ranks) -> Launch:
 
     The launcher inserts its arguments and exports into remote shells unquoted, so it gets only numbers and paths that
     the inventory has checked; everything else is in job.json. The nodes' environment comes from a `.deepspeed_env`
-    file, since the launcher itself exports neither PATH nor most variables.
+    file, since the launcher itself exports neither PATH nor most variables; on this machine it passes on its own.
     """
     python = ranks.nodes[0].python
     hostfile = str(PurePath(ranks.launcher_dir, "hostfile"))
     env_file = str(PurePath(ranks.launcher_dir, "deepspeed_env"))
     remote = ["--launcher=pdsh", "--force_multi"] if ranks.ssh_config else []
-    exports = {"PATH": f"{PurePath(python).parent}:/usr/local/bin:/usr/bin:/bin", MARKER: ranks.marker}
+    exports = {"PATH": f"{PurePath(python).parent}:/usr/local/bin:/usr/bin:/bin", MARKER: ranks.marker, **ranks.env}
     head_env = {"DS_ENV_FILE": env_file}
-    if ranks.ssh_config:
+    if not ranks.ssh_config:
+        head_env |= ranks.env
+    else:
         head_env["PDSH_SSH_ARGS_APPEND"] = f"-F {ranks.ssh_config}"
     return Launch(
         argv=tuple(None for _ in ranks.nodes),

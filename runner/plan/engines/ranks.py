@@ -25,7 +25,8 @@ class Ranks:
 
     `cell_dir` is the cell's folder on every node, `launcher_dir` its folder on the controller, `ssh_config` the path
     of the OpenSSH configuration that reaches the nodes (None: the node is this machine), and `marker` the value of the
-    environment variable that marks the cell's processes.
+    environment variable that marks the cell's processes. `env` are variables that must be set before a rank's process
+    starts: an agent sets them for what it starts itself, and the job file comes too late for them.
     """
 
     nodes: Sequence[Host]
@@ -36,6 +37,7 @@ class Ranks:
     launcher_dir: str
     ssh_config: str | None
     marker: str
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
