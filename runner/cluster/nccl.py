@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from runner.errors import InfrastructureError
 from runner.system import elf, process
+from runner.system.wording import counted
 
 Choice = Literal["torch", "built"]
 TORCH, BUILT = get_args(Choice)
@@ -83,9 +84,11 @@ def obstacle(root: str) -> str | None:
         return None  # what cannot be read is unknown
     if not lacking:
         return None
+    first, more = sorted(lacking)[:3], len(lacking) - 3
+    functions = ", ".join(first) + (f" and {counted(more, 'more function')}" if more > 0 else "")
     return (
         f"NCCL {version_of(library) or 'of unknown version'} in {root} is too old for the environment's torch, which "
-        f"needs {', '.join(sorted(lacking))}: build a newer one (nccl_build_version), or use torch's with "
+        f"needs {functions}: build a newer one (nccl_build_version), or use torch's with "
         "--set nccl=torch"
     )
 

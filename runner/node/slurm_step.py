@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,11 @@ def run(step: StepRequest) -> int:
     return NodeCell(request).run()
 
 
-def placed(step: StepRequest, environ: Mapping[str, str]) -> tuple[CellRequest, list[str]]:
-    """This node's own request, from the step's request (the same for all nodes) and the environment of this task; and
-    the names of all the cell's nodes in rank order.
+def placed(
+    step: StepRequest, environ: Mapping[str, str], built: Callable[[], nccl.Built | None] = nccl.built
+) -> tuple[CellRequest, list[str]]:
+    """This node's own request, from the step's request (the same for all nodes), the environment of this task and the
+    NCCL that was `built` here; and the names of all the cell's nodes in rank order.
 
     Raises ValueError, naming what is missing from Slurm's environment.
     """
@@ -62,8 +64,8 @@ def placed(step: StepRequest, environ: Mapping[str, str]) -> tuple[CellRequest, 
         )
     )
     env = {**step.env, **step.node_env.get(own, {})}
-    if step.nccl_if_built and (built := nccl.built()) and not built.obstacle:
-        env = nccl.joined(nccl.environment(built.root), env)
+    if step.nccl_if_built and (here := built()) and not here.obstacle:
+        env = nccl.joined(nccl.environment(here.root), env)
     request = CellRequest(
         run_id=step.run_id,
         cell=step.cell,

@@ -9,6 +9,7 @@ from typing import Any
 
 import plans
 
+from runner.cluster import nccl
 from runner.cluster.inventory import Inventory, Node
 from runner.failures import Problem
 from runner.launch import blame, preflight
@@ -81,14 +82,14 @@ def ended_session(host: str):
 
 
 class NodeAccess:
-    """A stand-in for the preflight: says which nodes are no good."""
+    """A stand-in for the preflight: says which nodes are no good, and what `built` of NCCL all have."""
 
-    def __init__(self, **problems: Problem) -> None:
-        self.problems = problems
+    def __init__(self, built: nccl.Built | None = None, **problems: Problem) -> None:
+        self.built, self.problems = built, problems
 
     def ask(self, nodes: Sequence[Node]) -> preflight.Answers:
         found = {node.name: [self.problems[node.alias]] for node in nodes if node.alias in self.problems}
-        return preflight.Answers(found, {})
+        return preflight.Answers(found, {}, {node.name: self.built for node in nodes if self.built})
 
 
 def planned(cluster: Inventory, tmp_path: Path, counts=(2,), spares: int = 0, **changes) -> plan.Plan:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import stand_ins
 import yaml
 
 RUNNER = Path(sys.executable).with_name("runner")
@@ -105,6 +106,31 @@ def test_a_cell_over_ssh_leaves_its_artefacts_here_and_nothing_there(server, tmp
     )
     assert os.listdir(tmp_path / "scratch") == ["lock"]
     assert (results / "latest" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("backend", "engine"), [("local", "torchrun"), ("local", "deepspeed"), ("ssh", "deepspeed")])
+def test_ranks_load_the_built_nccl_and_its_version_is_recorded(server, tmp_path, engine, backend):
+    """With a stand-in for NCCL: gloo's ranks load what their environment tells them to, and call nothing of it."""
+    if engine == "deepspeed" and shutil.which("pdsh") is None:
+        pytest.skip("pdsh is not installed")
+    root = stand_ins.nccl(tmp_path / "nccl", 90807)
+    more = {"ansible_connection": "local"} if backend == "local" else {}
+    inventory = server.inventory(tmp_path, nccl_build_root=root, **more)
+    done = bench(inventory, "--engine", engine, "--set", "nccl=built", results=tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    cell = tmp_path / "results" / "latest" / "nodes" / "gpu-a" / "torch-1n-r1"
+    for rank in range(2):
+        events = [json.loads(line) for line in (cell / f"rank{rank}.jsonl").read_text().splitlines()]
+        (told,) = [event["libraries"] for event in events if event["event"] == "nccl"]
+        assert told == {str(Path(root, "a-build", "lib", "libnccl.so.2")): "9.8.7"}
+    assert json.loads((cell / "facts.json").read_text())["nccl"] == "9.8.7"
+
+
+def test_the_built_nccl_where_none_is_built_is_one_line_before_anything_starts(server, tmp_path):
+    done = bench(server.inventory(tmp_path), "--set", "nccl=built", results=tmp_path / "results")
+    assert done.returncode == 3
+    assert "node001 (gpu-a): no NCCL is built in /opt/nccl: run role nccl_build, or use torch's with" in done.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_the_users_own_ssh_takes_the_same_config(server, tmp_path):

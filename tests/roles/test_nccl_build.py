@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from role_modules import ROOT, carry_out, load
+from runner.cluster import nccl
 
 module = load("nccl_build")
 nccl_inputs = importlib.import_module("ansible.module_utils.nccl_inputs")
@@ -504,6 +505,29 @@ def test_a_setting_that_was_changed_by_hand_is_drift(settings, built):
     path = Path(settings["etc"], "nccl.conf")
     path.write_text(path.read_text().replace("8388608", "1"))
     assert only(carry_out(module.PHASES, "verify", settings)) == (str(path), "NCCL_BUFFSIZE=8388608", "NCCL_BUFFSIZE=1")
+
+
+@pytest.mark.parametrize("found", ["nothing", "another"])
+def test_the_link_by_which_torch_finds_it_is_made_checked_and_mended(settings, built, found):
+    link = Path(settings["root"]) / module.LINK
+    assert link.samefile(built / "lib" / "libnccl.so.2")
+    link.unlink()
+    if found == "another":
+        link.symlink_to("/usr/lib/libnccl.so.2")
+    problems = carry_out(module.PHASES, "verify", settings).problems
+    assert (str(link), f"a link to {module.TARGET}", found) in [
+        (p["what"], p["expected"], p["found"]) for p in problems
+    ]
+    assert carry_out(module.PHASES, "configure", settings).changed
+    assert link.samefile(built / "lib" / "libnccl.so.2")
+    assert not carry_out(module.PHASES, "configure", settings).changed
+
+
+def test_what_the_role_leaves_is_what_the_runner_puts_before_torchs_own(settings, built):
+    fact = Path(settings["etc"]) / "ansible" / "facts.d" / "nccl.fact"
+    told = nccl.built(fact)
+    assert told == nccl.Built(settings["root"], "2.26.2", None)
+    assert nccl.version_of(Path(nccl.environment(told.root)["LD_PRELOAD"])) == "2.26.2"
 
 
 def test_a_build_without_its_stamp_is_no_build(settings, built):

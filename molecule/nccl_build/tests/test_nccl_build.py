@@ -43,6 +43,10 @@ def test_the_environment_file_names_this_nccl(host):
     assert line.splitlines() == [f"{CURRENT}/lib", f"{CURRENT}/bin/all_reduce_perf"]
 
 
+def test_torch_finds_it_on_the_path_of_modules(host):
+    assert host.file("/opt/nccl/python/nvidia/nccl/lib/libnccl.so.2").linked_to.startswith(host.file(CURRENT).linked_to)
+
+
 def test_nccl_reads_what_was_found_of_roce_and_what_the_user_set(host):
     lines = host.file("/etc/nccl.conf").content_string.splitlines()
     settings = dict(line.split("=", 1) for line in lines if "=" in line)

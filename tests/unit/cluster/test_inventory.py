@@ -182,6 +182,8 @@ def test_a_damaged_cache_is_read_anew(tmp_path):
     ("variables", "said"),
     [
         ({"runner_env": {"HF_TOKEN": "hf_x"}}, "leave secrets out of the inventory"),
+        ({"runner_nccl": "biult"}, "unknown value 'biult'; did you mean 'built'"),
+        ({"nccl_build_root": "/opt/nccl;x"}, "nccl_build_root '/opt/nccl;x' has characters that are not allowed"),
         ({"runner_env": {"A;B": "x"}}, "not a valid name of an environment variable"),
         ({"ansible_ssh_private_key_file": '/k"\n ProxyCommand touch /tmp/x'}, "not allowed"),
         ({"ansible_ssh_private_key_file": "{{ inventory_dir }}/key"}, "not allowed"),

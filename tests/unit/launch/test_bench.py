@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from runner.cluster import nccl
 from runner.cluster.reasons import GIVEN_UP
 from runner.errors import InfrastructureError
 from runner.failures import Problem
@@ -204,3 +205,32 @@ def test_a_launcher_goes_when_every_node_is_ready_and_the_nodes_are_done_when_it
     assert run.next_word(launcher) == "go"
     run.receive(launcher, outcome(rc=0, ended=True))
     assert run.next_word(run.sessions[0]) == "done"
+
+
+# --- the NCCL of the ranks ---
+
+GOOD = nccl.Built("/opt/nccl", "2.30.7")
+NEWER = nccl.Built("/opt/nccl", "2.31.2")
+TOO_OLD = nccl.Built("/opt/nccl", "2.26.2", "NCCL 2.26.2 in /opt/nccl is too old")
+
+
+@pytest.mark.parametrize(
+    ("built", "root", "reason"),
+    [
+        ([GOOD, GOOD, GOOD], "/opt/nccl", None),
+        ([None, None, None], None, None),
+        ([GOOD, None, GOOD], None, "node002 has no built one: run role nccl_build"),
+        ([None, GOOD, None], None, "node[001,003] have no built one: run role nccl_build"),
+        ([TOO_OLD, TOO_OLD, TOO_OLD], None, "NCCL 2.26.2 in /opt/nccl is too old"),
+        (
+            [GOOD, NEWER, GOOD],
+            None,
+            "nodes have built different ones, 2.30.7 in /opt/nccl on node[001,003], 2.31.2 in /opt/nccl on node002: "
+            "run role nccl_build",
+        ),
+    ],
+)
+def test_the_built_nccl_is_the_default_where_every_node_has_the_same(cluster, built, root, reason):
+    nodes = cluster.nodes[:3]
+    have = {node.name: each for node, each in zip(nodes, built, strict=True) if each}
+    assert preflight.built_on_all(nodes, have) == (root, reason)

@@ -9,7 +9,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ import pytest
 from runs import NAMES, NodeAccess, Nodes
 
 from runner.cli import main
+from runner.cluster import nccl
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError, UsageError
 from runner.launch import carry, prepare, resume, start
@@ -60,6 +61,8 @@ class Bench:
     folder: type[RunDir] = RunDir
     fails: Callable[..., None] | None = None
     step: str = ""
+    built: nccl.Built | None = None
+    settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.ids = iter(f"20260102-030405-{number:04x}" for number in range(100))
@@ -76,8 +79,9 @@ class Bench:
     def make_id(self) -> str:
         return next(self.ids)
 
-    def access(self, *_: object, **__: object) -> SimpleNamespace:
+    def access(self, *_: object, nccl_root: str | None = None, **__: object) -> SimpleNamespace:
         asked = 0
+        self.required = nccl_root  # of the access that the run goes on with
 
         def transport(run: RunDir, first: object, expected: object) -> Nodes:
             nonlocal asked
@@ -89,7 +93,8 @@ class Bench:
                 setattr(nodes, self.step, self.fails)
             return nodes
 
-        return SimpleNamespace(ask=self.fails if self.step == "preflight" else NodeAccess().ask, transport=transport)
+        ask = self.fails if self.step == "preflight" else NodeAccess(self.built).ask
+        return SimpleNamespace(ask=ask, transport=transport)
 
     @property
     def dependencies(self) -> carry.Dependencies:
@@ -103,7 +108,7 @@ class Bench:
         )
 
     def asked(self) -> prepare.Options:
-        return prepare.Options(self.results, "runner bench", node_counts=(2,), tests=("torch",))
+        return prepare.Options(self.results, "runner bench", node_counts=(2,), tests=("torch",), settings=self.settings)
 
     def run(self) -> int:
         """The exit code."""
@@ -309,3 +314,51 @@ def test_a_run_that_cannot_be_resumed_is_left_as_it_is(cluster, tmp_path):
         assert bench.resume() == 3
     assert Bench(cluster, tmp_path, fails=failing(ERRORS["signal"][0]), step="preflight").resume() == 130
     assert (run.status.read_bytes(), run.plan.read_bytes(), run.log.read_bytes()) == before
+
+
+# --- the NCCL of the ranks ---
+
+GOOD = nccl.Built("/opt/nccl", "2.30.7")
+TOO_OLD = nccl.Built("/opt/nccl", "2.26.2", "it is too old")
+PRELOADED = {"LD_PRELOAD": "/opt/nccl/current/lib/libnccl.so.2", "PYTHONPATH": "/opt/nccl/python"}
+
+
+@pytest.mark.parametrize(
+    ("built", "setting", "which", "root"),
+    [
+        (GOOD, (), "built", "/opt/nccl"),
+        (None, (), "torch", None),
+        (TOO_OLD, (), "torch", None),
+        (GOOD, ("nccl=torch",), "torch", None),
+        (None, ("nccl=built",), "built", "/opt/nccl"),  # whether there is one is then up to the checks
+    ],
+)
+def test_the_nccl_of_the_plan_is_asked_for_or_what_the_nodes_have(cluster, tmp_path, built, setting, which, root):
+    bench = Bench(cluster, tmp_path, built=built, settings=setting)
+    assert bench.run() == 0
+    kept = json.loads((bench.runs()[0] / "plan.json").read_text())
+    assert (kept["nccl"], kept["nccl_root"]) == (which, root)
+    assert kept["cells"][0]["env"] == {"OMP_NUM_THREADS": "1"} | (PRELOADED if root else {})
+    assert bench.required == root, "spares and a resumed run are checked for it as well"
+
+
+def test_the_inventorys_choice_stands_unless_it_is_set(cluster, tmp_path):
+    chosen = replace(cluster, nodes=tuple(replace(node, nccl="built", nccl_root="/srv/nccl") for node in cluster.nodes))
+    for setting, root in (((), "/srv/nccl"), (("nccl=torch",), None)):
+        bench = Bench(chosen, tmp_path / str(root), settings=setting)
+        prepared = prepare.prepare(bench.asked(), bench.read, bench.make_id)
+        assert prepared.plan.nccl_root == root
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("nccl=biult", "--set: nccl: unknown value 'biult'; did you mean 'built'?"),
+        ("nccl=2.26.2", "--set: nccl: unknown value '2.26.2'"),
+        ("nccl=yes", "--set: nccl"),
+    ],
+)
+def test_another_nccl_is_refused_in_one_line(cluster, tmp_path, capsys, setting, said):
+    assert Bench(cluster, tmp_path, settings=(setting,)).run() == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line

@@ -60,6 +60,7 @@ def test_every_shipped_hardware_loads(name):
             lambda: config.parse_settings(["sft.steps"]),
             "--set sft.steps: write it as TEST.KEY=VALUE, for example --set sft.steps=20",
         ),
+        (lambda: config.parse_settings(["nccl"]), "--set nccl: write it as TEST.KEY=VALUE"),
         (
             lambda: config.parse_settings(["sftt.steps=1"]),
             "--set sftt.steps=1: unknown section 'sftt'; did you mean 'sft'?",
@@ -70,6 +71,10 @@ def test_a_mistake_is_one_line_with_the_nearest_name(call, message):
     with pytest.raises(UsageError) as error:
         call()
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_setting_of_the_whole_run_has_no_section():
+    assert config.parse_settings(["nccl=built", "sft.steps=20"]) == {"run": {"nccl": "built"}, "sft": {"steps": 20}}
 
 
 def test_an_unknown_key_in_a_file_names_file_and_field():

@@ -28,6 +28,34 @@ def test_every_engine_on_every_backend(cluster, machine, engine, backend):
     golden(f"plan/{engine}-{backend}.txt", describe.describe(build.build(asked, source.nodes), nodeset.fold) + "\n")
 
 
+@pytest.mark.parametrize("backend", ["local", "ssh"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_on_every_backend_with_the_built_nccl(cluster, machine, engine, backend):
+    source = machine if backend == "local" else cluster
+    counts = (1,) if backend == "local" else (2,)
+    asked = request(source, engine=engine, node_counts=counts, nccl="built", nccl_root="/opt/nccl")
+    text = describe.describe(build.build(asked, source.nodes), nodeset.fold)
+    golden(f"plan/{engine}-{backend}-built-nccl.txt", text + "\n")
+
+
+def test_the_users_own_lists_follow_the_built_nccl(cluster):
+    built = build.build(request(cluster, node_counts=(1,), nccl="built", nccl_root="/opt/nccl"), cluster.nodes)
+    node = replace(cluster.nodes[0], env={"LD_PRELOAD": "/usr/lib/libjemalloc.so.2", "OMP_NUM_THREADS": "4"})
+    assert plan.rank_environment(built.cells[0], node) == {
+        "LD_PRELOAD": "/opt/nccl/current/lib/libnccl.so.2:/usr/lib/libjemalloc.so.2",
+        "PYTHONPATH": "/opt/nccl/python",
+        "OMP_NUM_THREADS": "4",
+    }
+
+
+def test_another_nccl_is_another_measurement(cluster):
+    plans = [
+        build.build(request(cluster, node_counts=(1,), nccl=choice, nccl_root=root), cluster.nodes)
+        for choice, root in (("torch", None), ("built", "/opt/nccl"))
+    ]
+    assert len({plan.fingerprint(each, each.cells[0]) for each in plans}) == 2
+
+
 def test_the_plan_is_plain_json_and_says_the_same_twice(cluster):
     built = build.build(request(cluster), cluster.nodes)
     assert json.loads(json.dumps(built.to_dict())) == json.loads(
