@@ -23,6 +23,7 @@ TORCH, BUILT = get_args(Choice)
 ROOT = "/opt/nccl"  # as nccl_build_root
 FACT = Path("/etc/ansible/facts.d/nccl.fact")  # as role nccl_build writes it
 LIBRARY = "libnccl.so.2"
+SETUP = "run role nccl_build"  # the remedy, as a node knows it; a controller knows the inventory too
 _LOADED = re.compile(r"/libnccl\.so[.\d]*$")
 # NCCL's own answer. In a process of its own, since a broken library may end it.
 _ASK = (
@@ -74,9 +75,9 @@ def obstacle(root: str) -> str | None:
     """Why the ranks of this environment cannot use the NCCL built in `root`, in one line, or None."""
     library, link = Path(root, "current", "lib", LIBRARY), Path(root, "python", "nvidia", "nccl", "lib", LIBRARY)
     if not library.exists():
-        return f"no NCCL is built in {root}: run role nccl_build, or use torch's with --set nccl=torch"
+        return f"no NCCL is built in {root}: {SETUP}, or use torch's with --set nccl=torch"
     if not link.exists() or not link.samefile(library):
-        return f"{link} is not the NCCL built in {root}: run role nccl_build, or use torch's with --set nccl=torch"
+        return f"{link} is not the NCCL built in {root}: {SETUP}, or use torch's with --set nccl=torch"
     torch = _torch_library()
     try:
         lacking = elf.symbols(torch, "nccl")[0] - elf.symbols(library, "nccl")[1] if torch else None

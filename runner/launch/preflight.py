@@ -11,6 +11,7 @@ from runner import __version__
 from runner.cluster import facts, nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
+from runner.cluster.reasons import setup_command
 from runner.errors import InfrastructureError
 from runner.failures import Problem, node_lines
 from runner.launch import blame, talk
@@ -106,7 +107,8 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
     for name, answer in answers.items():
         # The node read its clock at some moment between request and answer.
         clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), received))
-        pairs = zip_longest(answer.kinds, answer.problems, fillvalue="unknown")
+        texts = [text.replace(nccl.SETUP, _build_nccl(by_name[name])) for text in answer.problems]
+        pairs = zip_longest(answer.kinds, texts, fillvalue="unknown")
         if bad := [*(Problem(kind, text) for kind, text in pairs), *([clock] if clock else [])]:
             problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
@@ -131,6 +133,10 @@ def checks(first: Node, device: str, engine: str, tests: Sequence[str], nccl_roo
     )
 
 
+def _build_nccl(node: Node) -> str:
+    return f"run `{setup_command(node, 'nccl_build')}`"
+
+
 def built_on_all(nodes: Sequence[Node], built: Mapping[str, nccl.Built]) -> tuple[str | None, str | None]:
     """The folder of the NCCL that all `nodes` have built, and None; or None, and why torch's own is used although
     some node has one (None where no node has).
@@ -138,16 +144,17 @@ def built_on_all(nodes: Sequence[Node], built: Mapping[str, nccl.Built]) -> tupl
     have = {node.alias: built[node.name] for node in nodes if node.name in built}
     if not have:
         return None, None
+    remedy = _build_nccl(nodes[0])
     if reasons := {each.obstacle: None for each in have.values() if each.obstacle}:
-        return None, "; ".join(map(str, reasons))
+        return None, "; ".join(map(str, reasons)).replace(nccl.SETUP, remedy)
     if lacking := [node.alias for node in nodes if node.alias not in have]:
-        return None, f"{fold(lacking)} {'has' if len(lacking) == 1 else 'have'} no built one: run role nccl_build"
+        return None, f"{fold(lacking)} {'has' if len(lacking) == 1 else 'have'} no built one: {remedy}"
     kinds = {(each.root, each.version) for each in have.values()}
     if len(kinds) == 1:
         return kinds.pop()[0], None
     where = {kind: fold([alias for alias, each in have.items() if (each.root, each.version) == kind]) for kind in kinds}
     told = ", ".join(f"{version} in {root} on {where[root, version]}" for root, version in sorted(kinds))
-    return None, f"nodes have built different ones, {told}: run role nccl_build"
+    return None, f"nodes have built different ones, {told}: {remedy}"
 
 
 def bad_nodes(nodes: Sequence[Node], problems: Problems) -> tuple[dict[str, str], ...]:

@@ -129,7 +129,8 @@ def test_ranks_load_the_built_nccl_and_its_version_is_recorded(server, tmp_path,
 def test_the_built_nccl_where_none_is_built_is_one_line_before_anything_starts(server, tmp_path):
     done = bench(server.inventory(tmp_path), "--set", "nccl=built", results=tmp_path / "results")
     assert done.returncode == 3
-    assert "node001 (gpu-a): no NCCL is built in /opt/nccl: run role nccl_build, or use torch's with" in done.stderr
+    remedy = f"run `runner setup -i {tmp_path}/inventory --tags nccl_build`, or use torch's with --set nccl=torch"
+    assert f"node001 (gpu-a): no NCCL is built in /opt/nccl: {remedy}" in done.stderr
     assert not (tmp_path / "results").exists()
 
 

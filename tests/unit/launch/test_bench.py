@@ -219,14 +219,22 @@ TOO_OLD = nccl.Built("/opt/nccl", "2.26.2", "NCCL 2.26.2 in /opt/nccl is too old
     [
         ([GOOD, GOOD, GOOD], "/opt/nccl", None),
         ([None, None, None], None, None),
-        ([GOOD, None, GOOD], None, "node002 has no built one: run role nccl_build"),
-        ([None, GOOD, None], None, "node[001,003] have no built one: run role nccl_build"),
+        (
+            [GOOD, None, GOOD],
+            None,
+            "node002 has no built one: run `runner setup -i inventory/fukushimadc-02 --tags nccl_build`",
+        ),
+        (
+            [None, GOOD, None],
+            None,
+            "node[001,003] have no built one: run `runner setup -i inventory/fukushimadc-02 --tags nccl_build`",
+        ),
         ([TOO_OLD, TOO_OLD, TOO_OLD], None, "NCCL 2.26.2 in /opt/nccl is too old"),
         (
             [GOOD, NEWER, GOOD],
             None,
             "nodes have built different ones, 2.30.7 in /opt/nccl on node[001,003], 2.31.2 in /opt/nccl on node002: "
-            "run role nccl_build",
+            "run `runner setup -i inventory/fukushimadc-02 --tags nccl_build`",
         ),
     ],
 )
