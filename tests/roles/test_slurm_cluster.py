@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from golden_files import check as golden
 from role_modules import ROOT, carry_out, load
+from runner.cluster.slurm_gres import holds
 
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured" / "slurm"
 real_output = pytest.mark.skipif(not CAPTURED.is_dir(), reason="the captured outputs are not here")
@@ -40,6 +41,11 @@ def node(number, **observed):
     return {"name": f"node{number:03}", "address": f"10.20.0.{number}", "observed": seen}
 
 
+def typed(number):
+    """A node on which the driver and NVIDIA's library were found."""
+    return node(number, gpu_type="h200", nvml=True)
+
+
 def settings(**changes):
     return {
         "node": "node001",
@@ -48,7 +54,10 @@ def settings(**changes):
         "cluster_name": "shakedown",
         "partition": "gpu",
         "gpus": 8,
+        "gpu_type": "",
         "gpu_device": "/dev/nvidia",
+        "system_memory_mib": 8192,
+        "accounting": False,
         "proctrack": "cgroup",
         "return_to_service": 1,
         "prolog": "",
@@ -66,7 +75,7 @@ def settings(**changes):
 
 
 def rendered(want, old=""):
-    parts = [conf.slurm_conf(want, old), conf.gres_conf(want), conf.cgroup_conf(want)]
+    parts = [conf.slurm_conf(want, old), conf.gres_conf(want, want["nodes"][0]["observed"]), conf.cgroup_conf(want)]
     return "\n".join(parts)
 
 
@@ -76,7 +85,8 @@ def rendered(want, old=""):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("hgx", {"prolog": "/etc/slurm/prolog", "epilog": "/etc/slurm/epilog"}),
+        ("hgx", {"prolog": "/etc/slurm/prolog", "epilog": "/etc/slurm/epilog", "nodes": [typed(1), typed(2)]}),
+        ("accounting", {"accounting": True, "gpu_type": "h200"}),
         ("containers", {"proctrack": "linuxproc", "gpu_device": "/srv/stand-in-gpus/nvidia", "controller": "node002"}),
         ("cpu", {"gpus": 0, "proctrack": "linuxproc"}),
     ],
@@ -86,7 +96,7 @@ def test_the_configuration(name, changes):
 
 
 def test_memory_is_given_in_whole_gib_so_that_a_new_kernel_does_not_drain_the_node():
-    assert "RealMemory=2063360" in conf.node_line(node(1), 8)
+    assert "RealMemory=2063360 " in conf.node_line(settings(), node(1))
 
 
 def test_a_node_that_was_not_asked_keeps_its_line():
@@ -110,12 +120,104 @@ def test_a_node_that_nobody_knows_stops_the_run_by_name():
 
 
 def test_a_node_whose_name_is_its_hosts_needs_no_second_name():
-    assert "NodeHostname" not in conf.node_line({**node(1), "name": "fukushimadc-02-hgx-0001"}, 8)
+    assert "NodeHostname" not in conf.node_line(settings(), {**node(1), "name": "fukushimadc-02-hgx-0001"})
 
 
 @pytest.mark.parametrize(("gpus", "file"), [(1, "/dev/nvidia0"), (8, "/dev/nvidia[0-7]")])
 def test_gpus_are_files_since_a_bare_count_drains_the_node(gpus, file):
-    assert f"Name=gpu File={file}\n" in conf.gres_conf(settings(gpus=gpus))
+    assert f"Name=gpu File={file}\n" in conf.gres_conf(settings(gpus=gpus), {})
+
+
+@pytest.mark.parametrize(
+    ("models", "found"),
+    [
+        (["NVIDIA H200"] * 8, "h200"),
+        (["NVIDIA H100 80GB HBM3"] * 8, "h100"),
+        (["NVIDIA H100 PCIe"], "h100"),
+        (["NVIDIA A100-SXM4-80GB"] * 4, "a100"),
+        (["Tesla V100-SXM2-32GB"], "v100"),
+        (["Tesla T4"], "t4"),
+        (["NVIDIA GeForce RTX 4090"] * 8, "4090"),
+        (["NVIDIA GeForce GTX 1080 Ti"], "1080"),
+        (["NVIDIA RTX A6000"], "a6000"),
+        (["NVIDIA RTX 6000 Ada Generation"], "6000"),
+        (["NVIDIA L40S"], "l40s"),
+        (["NVIDIA GH200 480GB"], "gh200"),
+        (["NVIDIA B200"] * 8, "b200"),
+        (["NVIDIA H200", "NVIDIA H100 80GB HBM3"], ""),
+        ([], ""),
+    ],
+)
+def test_the_type_of_gpus_is_a_word_of_the_name_that_the_driver_has_for_them(models, found):
+    assert conf.gpu_type(models) == found
+    # Slurm's own name of a detected GPU; a configured type must be a part of it.
+    assert all(found in model.lower().replace(" ", "_") for model in models)
+
+
+@pytest.mark.parametrize("wanted", ["gpu:h200:8", "gpu:8", "gpu:h200:4"])
+def test_what_the_examples_inventory_asks_for_is_what_a_node_has(wanted):
+    assert 'gres: "gpu:h200:8"' in (ROOT / "inventory" / "slurm-example" / "hosts.yml").read_text()
+    (there,) = {
+        line.partition("Gres=")[2] for line in conf.node_lines(conf.slurm_conf(settings(nodes=[typed(1)]), "")).values()
+    }
+    assert holds(there, wanted) is True
+
+
+def test_what_the_inventory_calls_the_gpus_wins_and_must_not_contradict_the_driver(tmp_path, monkeypatch):
+    assert "Gres=gpu:hopper:8" in conf.node_line(settings(gpu_type="hopper"), typed(1))
+    monkeypatch.setattr(slurm, "gpu_models", lambda: ["NVIDIA H100 80GB HBM3"] * 8)
+    answer = carry_out(
+        slurm.PHASES, "validate", settings(gpu_type="h200", conf_dir=str(tmp_path), state_dir=str(tmp_path))
+    )
+    assert "slurm_cluster_gpu_type: expected h100, as the driver names the GPUs, found h200" in answer.msg
+
+
+def test_the_drivers_names_are_read_from_its_files(tmp_path):
+    for number, name in enumerate(("0000:1b:00.0", "0000:43:00.0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "information").write_text(
+            f"Model: \t\t NVIDIA H200\nIRQ:   \t\t 12{number}\nDevice Minor: \t {number}\n"
+        )
+    assert slurm.gpu_models(str(tmp_path)) == ["NVIDIA H200", "NVIDIA H200"]
+    assert slurm.gpu_models(str(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize(
+    "folder", ["lib/slurm", "lib64/slurm", "lib/x86_64-linux-gnu/slurm-wlm", "lib/aarch64-linux-gnu/slurm"]
+)
+def test_the_driver_is_asked_where_slurms_library_can(tmp_path, folder):
+    (tmp_path / "sbin").mkdir()
+    (tmp_path / "sbin" / "slurmd").touch()
+    assert not slurm.has_nvml_plugin(str(tmp_path / "sbin" / "slurmd"))
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "gpu_nvml.so").touch()
+    assert slurm.has_nvml_plugin(str(tmp_path / "sbin" / "slurmd"))
+    assert "AutoDetect=nvml\n" in conf.gres_conf(settings(), {"nvml": True})
+    assert "AutoDetect" not in conf.gres_conf(settings(), {"nvml": False})
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def sized(number, gib, cpus, **observed):
+    return node(number, hardware={"CPUs": cpus, "RealMemory": gib * 1024}, **observed)
+
+
+def test_jobs_that_ask_for_no_memory_share_what_the_system_leaves_of_the_smallest_node():
+    text = conf.slurm_conf(settings(nodes=[sized(1, 2015, 224), sized(2, 1007, 224)]), "")
+    assert f"DefMemPerCPU={(1007 * 1024 - 8192) // 224}\n" in text
+    assert "SelectTypeParameters=CR_Core_Memory\n" in text
+
+
+@pytest.mark.parametrize(("gib", "kept_mib"), [(2015, 8192), (128, 8192), (64, 8192), (32, 4096), (4, 512)])
+def test_the_system_keeps_no_more_than_an_eighth_of_a_node(gib, kept_mib):
+    assert f"MemSpecLimit={kept_mib}" in conf.node_line(settings(), sized(1, gib, 8))
+
+
+def test_the_memory_of_a_node_that_an_earlier_version_wrote_is_read_from_its_line():
+    old = "NodeName=node002 NodeAddr=10.20.0.2 CPUs=2 RealMemory=2048\n"
+    text = conf.slurm_conf(settings(nodes=[node(1), {**node(2), "observed": {}}]), old)
+    assert "DefMemPerCPU=1024\n" in text
 
 
 # --- what a change asks for ------------------------------------------------------------------------
@@ -126,7 +228,7 @@ def changed(**changes):
         return dict(
             zip(
                 ("slurm.conf", "gres.conf", "cgroup.conf"),
-                (conf.slurm_conf(want, ""), conf.gres_conf(want), conf.cgroup_conf(want)),
+                (conf.slurm_conf(want, ""), conf.gres_conf(want, {}), conf.cgroup_conf(want)),
                 strict=True,
             )
         )
@@ -138,14 +240,17 @@ def test_no_change_asks_for_nothing():
     assert changed() == ""
 
 
-@pytest.mark.parametrize("change", [{"epilog": "/etc/slurm/epilog"}, {"return_to_service": 2}, {"partition": "all"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"prolog": "/etc/slurm/prolog"}, {"epilog": "/etc/slurm/epilog"}, {"return_to_service": 2}, {"partition": "all"}],
+)
 def test_what_slurm_reads_again_needs_no_restart(change):
     assert changed(**change) == "reload"
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"nodes": [node(1), node(2), node(4)]}, {"gpus": 4}, {"proctrack": "linuxproc"}, {"prolog": "/etc/slurm/prolog"}],
+    [{"nodes": [node(1), node(2), node(4)]}, {"gpus": 4}, {"proctrack": "linuxproc"}, {"accounting": True}],
 )
 def test_nodes_gpus_and_plugins_need_a_restart(change):
     assert changed(**change) == "restart"
@@ -374,6 +479,10 @@ def test_a_healthy_node_is_good(node_of):
     ("broken", "says"),
     [
         ({"sinfo": ("node001|drained|bad fan", 0)}, "node in Slurm: expected up, found drained, reason: bad fan"),
+        (
+            {"sinfo": ("node001|down|Not responding", 0)},
+            "node in Slurm: expected up, found down, reason: Not responding (NOT_RESPONDING) (run `runner setup --tags slurm_cluster`",
+        ),
         ({"sinfo": ("", 0)}, "node in Slurm: expected up, found no such node"),
         ({"sinfo": ("half a li", 0)}, "node in Slurm: expected up, found no node|state|reason in 'half a li'"),
         ({"scontrol": ("Slurmctld(primary) at hgx is DOWN", 1)}, "slurmctld on node001: expected UP, found DOWN"),
@@ -410,6 +519,57 @@ def test_a_controller_without_munge_is_no_riddle(node_of):
     assert "munge credential of the controller: expected one, found munge: Error: no socket" in answer.msg
 
 
+@pytest.mark.parametrize(
+    ("state", "is_hung"),
+    [
+        ("down|Not responding", True),
+        ("down*|Not responding", True),
+        ("down*|Not responding : Not responding", True),  # 24.11
+        ("down|bad fan", False),
+        ("down|Node unexpectedly rebooted", False),
+        ("drained|Not responding", False),
+        ("idle|Not responding", False),  # the reason remains after the node has come back
+        ("down|", False),
+    ],
+)
+def test_only_slurms_own_verdict_on_a_silent_node_is_taken_back(state, is_hung):
+    (found,) = slurm.states(f"node001|{state}\n").values()
+    assert slurm.hung(*found) is is_hung
+
+
+def resumed(node_of, tmp_path, **commands):
+    """(the answer of what configure does last, the commands of scontrol) on a node that Slurm has down after a hang."""
+    node_of(**healthy(sinfo=("node001|down|Not responding", 0), **commands))
+    script = Path(os.environ["PATH"].split(":")[0]) / "scontrol"
+    script.write_text(script.read_text().replace("#!/bin/sh\n", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'))
+    want = settings(credential={"rc": 0, "stdout": "MUNGE:x:"})
+    answer = carry_out({"configure": lambda phase: slurm.resume(phase, phase.want)}, "configure", want)
+    return answer, (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+
+
+def test_a_node_that_is_down_since_it_hung_is_resumed_and_the_cause_is_named(node_of, tmp_path):
+    answer, asked = resumed(node_of, tmp_path)
+    assert answer.changed and asked[-1] == "update nodename=node001 state=resume"
+    (warning,) = answer.warnings
+    assert "NOT_RESPONDING" in warning and "resumed with `scontrol update nodename=node001 state=resume`" in warning
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"unmunge": ("unmunge: Error: Invalid credential", 1)},
+        {"unmunge": ("ENCODE_TIME: x (1795245406)\nDECODE_TIME: y (1795245506)", 0)},
+        {"systemctl": ("Id=slurmd.service\nActiveState=failed\nUnitFileState=enabled", 0)},
+        {"scontrol": ("Slurmctld(primary) at hgx is DOWN", 1)},
+        {"scontrol": ("is UP\nHASH_VAL    = Different Ours=0x1 Slurmctld=0x2", 0)},
+    ],
+    ids=["another key", "clock", "slurmd", "slurmctld", "another slurm.conf"],
+)
+def test_a_node_that_is_not_good_otherwise_is_not_resumed(node_of, tmp_path, broken):
+    answer, asked = resumed(node_of, tmp_path, **broken)
+    assert not answer.changed and not any("resume" in words for words in asked)
+
+
 def test_a_busy_node_is_not_asked_to_run_a_job(node_of):
     node_of(**healthy(srun=("", 1)))
     script = Path(os.environ["PATH"].split(":")[0]) / "srun"
@@ -423,7 +583,7 @@ def test_a_busy_node_is_not_asked_to_run_a_job(node_of):
 
 def test_validate_finds_every_reason_at_once(tmp_path):
     (tmp_path / "slurm.conf").write_text("ClusterName=theirs\n")
-    (tmp_path / "clustername").write_text("other")
+    (tmp_path / "clustername").write_text("other|2761")
     want = settings(
         conf_dir=str(tmp_path),
         state_dir=str(tmp_path),
@@ -433,6 +593,27 @@ def test_validate_finds_every_reason_at_once(tmp_path):
     answer = carry_out(slurm.PHASES, "validate", want)
     what = [problem["what"] for problem in answer.problems]
     assert {"munge key", f"{tmp_path}/slurm.conf", "GPU files", f"cluster name in {tmp_path}"} <= set(what)
+
+
+@pytest.mark.parametrize("content", ["shakedown", "shakedown\n", "shakedown|2761"])
+def test_the_clusters_own_name_is_accepted_as_any_version_writes_it(tmp_path, content):
+    (tmp_path / "clustername").write_text(content)
+    answer = carry_out(slurm.PHASES, "validate", settings(conf_dir=str(tmp_path), state_dir=str(tmp_path)))
+    assert "cluster name" not in answer.msg
+
+
+@pytest.mark.parametrize(
+    ("node_name", "accounting", "packages"),
+    [
+        ("node001", False, {"munge", "slurmd", "slurm-client", "slurmctld"}),
+        ("node002", False, {"munge", "slurmd", "slurm-client"}),
+        ("node001", True, {"munge", "slurmd", "slurm-client", "slurmctld", "slurmdbd", "mariadb-server"}),
+        ("node002", True, {"munge", "slurmd", "slurm-client"}),
+    ],
+)
+def test_each_node_gets_the_packages_of_what_runs_there(node_name, accounting, packages, monkeypatch):
+    monkeypatch.setattr(slurm, "program", lambda name: None)
+    assert set(slurm.missing_packages(settings(node=node_name, accounting=accounting))) == packages
 
 
 def test_check_mode_shows_the_files_and_writes_none(tmp_path):

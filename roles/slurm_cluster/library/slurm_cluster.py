@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -27,12 +28,25 @@ import time
 
 from ansible.module_utils import slurm_states
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.phase import Stop, main, read
-from ansible.module_utils.slurm_conf import MARK, cgroup_conf, gres_conf, hardware, how_to_apply, slurm_conf
+from ansible.module_utils.phase import Stop, also, main, read
+from ansible.module_utils.slurm_conf import (
+    DATABASE,
+    MARK,
+    cgroup_conf,
+    gpu_type,
+    gres,
+    gres_conf,
+    hardware,
+    how_to_apply,
+    slurm_conf,
+    slurmdbd_conf,
+)
 
 FACT = "/etc/ansible/facts.d/slurm.fact"
 MUNGE_KEY = "/etc/munge/munge.key"
-PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld"}  # Debian's
+PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld",
+            "slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}  # Debian's  # fmt: skip
+ON_CONTROLLER, FOR_ACCOUNTING = ("slurmctld", "slurmdbd", "mariadbd"), ("slurmdbd", "mariadbd")
 SETUP = "run `runner setup --tags slurm_cluster`"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -63,6 +77,11 @@ def judge(state, reason):
     return (shown if verdict == slurm_states.UNUSABLE else ""), verdict == slurm_states.RESERVED
 
 
+def hung(state, reason):
+    """Whether Slurm set a node in this state DOWN because it did not respond. A person's reason is another one."""
+    return state.startswith("down") and re.match(r"not responding\b", reason, re.I) is not None
+
+
 def config(text):
     """The output of `scontrol show config` as {parameter: value}; headings and invalid lines are ignored."""
     pairs = (line.partition("=") for line in text.splitlines() if re.match(r"^\w+ *=", line))
@@ -88,23 +107,40 @@ def program(name):
     return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":" + SBIN)
 
 
-def observe(phase):
-    """The properties of this node that the configuration of all nodes needs: {"hostname", "hardware", "version"}.
+def gpu_models(root="/proc/driver/nvidia/gpus"):
+    """The names of this node's GPUs, as the driver has them; [] without a driver."""
+    texts = [read(path) or "" for path in sorted(glob.glob(f"{root}/*/information"))]
+    return [found.group(1).strip() for text in texts if (found := re.search(r"^Model:(.*)$", text, re.M))]
 
-    hardware is the result of slurm_conf.hardware. Raises Stop where slurmd does not report it.
+
+def has_nvml_plugin(slurmd):
+    """Whether the Slurm of this program was built with NVIDIA's library, which AutoDetect=nvml needs."""
+    prefix = os.path.dirname(os.path.dirname(os.path.realpath(slurmd)))
+    places = [
+        f"{lib}/slurm*" for above in {prefix, "/usr"} for lib in (f"{above}/lib", f"{above}/lib64", f"{above}/lib/*")
+    ]
+    return any(glob.glob(f"{place}/gpu_nvml.so") for place in places)
+
+
+def observe(phase):
+    """What the configuration needs to know of this node: {"hostname", "hardware", "version", "gpu_type", "nvml"}.
+
+    hardware is the result of slurm_conf.hardware; nvml is whether Slurm can ask the driver for its GPUs. Raises Stop
+    where slurmd does not report it.
     """
     hostname = socket.gethostname().split(".")[0]
-    slurmd = program("slurmd")
+    slurmd, models = program("slurmd"), gpu_models()
+    gpus = {"gpu_type": gpu_type(models), "nvml": bool(models and slurmd and has_nvml_plugin(slurmd))}
     if not slurmd:  # check mode on a bare node: a preview, with the operating system's values
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
-        return {"hostname": hostname, "hardware": {"CPUs": os.cpu_count(), "RealMemory": memory}, "version": ""}
+        return {"hostname": hostname, "hardware": {"CPUs": os.cpu_count(), "RealMemory": memory}, "version": "", **gpus}
     outcome = phase.run([slurmd, "-C"], 20)
     try:
         found = hardware(outcome.stdout)
     except ValueError:
         raise Stop("slurmd -C", "the node's hardware", outcome.last_line, "see `slurmd -C` on the node") from None
     version = phase.run([slurmd, "-V"], 20).stdout.split()
-    return {"hostname": hostname, "hardware": found, "version": version[-1] if version else ""}
+    return {"hostname": hostname, "hardware": found, "version": version[-1] if version else "", **gpus}
 
 
 def services(phase, names):
@@ -151,7 +187,14 @@ def cgroup_ready():
 def files(want):
     """{file name: content} of the configuration. Raises Stop where a node's hardware is unknown."""
     old = read(os.path.join(want["conf_dir"], "slurm.conf"))
-    return {"slurm.conf": slurm_conf(want, old), "gres.conf": gres_conf(want), "cgroup.conf": cgroup_conf(want)}
+    texts = {
+        "slurm.conf": slurm_conf(want, old),
+        "gres.conf": gres_conf(want, observed(want)),
+        "cgroup.conf": cgroup_conf(want),
+    }
+    if want["accounting"] and is_controller(want):
+        texts["slurmdbd.conf"] = slurmdbd_conf(observed(want)["hostname"])
+    return texts
 
 
 def fact():
@@ -169,7 +212,8 @@ def is_controller(want):
 
 def units(want):
     """The names of this node's systemd units, in the order in which they are started."""
-    return ["munge", *(["slurmctld"] if is_controller(want) else []), "slurmd"]
+    accounting = ["mariadb", "slurmdbd"] if want["accounting"] else []
+    return ["munge", *([*accounting, "slurmctld"] if is_controller(want) else []), "slurmd"]
 
 
 # --- the phases ------------------------------------------------------------------------------------
@@ -214,6 +258,14 @@ def validate(phase):
             f"{want['gpus'] - len(absent)}",
             "load the driver, or set slurm_cluster_gpus and slurm_cluster_gpu_device",
         )
+    found = gpu_type(gpu_models())
+    if want["gpus"] and want["gpu_type"] and found and want["gpu_type"].lower() != found:
+        phase.problem(
+            "slurm_cluster_gpu_type",
+            f"{found}, as the driver names the GPUs",
+            want["gpu_type"],
+            "leave it out: jobs that ask for the type would start on other GPUs than they expect",
+        )
     if want["proctrack"] == "cgroup" and not cgroup_ready():
         phase.problem(
             "cgroup hierarchy",
@@ -221,7 +273,8 @@ def validate(phase):
             "read-only or not mounted",
             "set slurm_cluster_proctrack: linuxproc (jobs are then not confined)",
         )
-    cluster = (read(os.path.join(want["state_dir"], "clustername")) or "").strip()
+    # Newer versions write a number of the cluster behind its name: "shakedown|2761".
+    cluster = (read(os.path.join(want["state_dir"], "clustername")) or "").partition("|")[0].strip()
     if is_controller(want) and cluster and cluster != want["cluster_name"]:
         phase.problem(
             f"cluster name in {want['state_dir']}",
@@ -234,8 +287,9 @@ def validate(phase):
 
 def missing_packages(want):
     """The Debian packages whose programs are not installed on this node."""
-    names = [name for name in PACKAGES if name != "slurmctld" or is_controller(want)]
-    return [PACKAGES[name] for name in names if not program(name)]
+    left_out = () if is_controller(want) else ON_CONTROLLER
+    left_out += () if want["accounting"] else FOR_ACCOUNTING
+    return [package for name, package in PACKAGES.items() if name not in left_out and not program(name)]
 
 
 def install(phase):
@@ -244,7 +298,8 @@ def install(phase):
     missing = missing_packages(want)
     if missing and phase.change("packages", None, " ".join(sorted(missing))):
         argv = ["apt-get", "install", "--yes", "--no-install-recommends", "--option=DPkg::Lock::Timeout=120", *missing]
-        env = {"DEBIAN_FRONTEND": "noninteractive"}
+        # Offline: the packages would start daemons that have no configuration yet; a newer slurmd waits 90 s for one.
+        env = {"DEBIAN_FRONTEND": "noninteractive", "SYSTEMD_OFFLINE": "1"}
         outcome = phase.run(argv, 600, env=env)
         if not outcome.ok and "dpkg --configure -a" in outcome.stderr:  # an earlier run was killed during installation
             phase.run(["dpkg", "--configure", "-a"], 600, env=env)
@@ -307,7 +362,11 @@ def configure(phase):
     for folder, mode in ((want["state_dir"], 0o700), ("/var/lib/slurm/slurmd", 0o755)):
         own_folder(phase, folder, mode)
     for name, content in expected.items():
-        phase.write(os.path.join(want["conf_dir"], name), content)
+        path = os.path.join(want["conf_dir"], name)
+        # slurmdbd refuses a file that others may read, or that is not its own.
+        phase.write(path, content, 0o600 if name == "slurmdbd.conf" else 0o644)
+        if name == "slurmdbd.conf" and not phase.check:
+            os.chown(path, pwd.getpwnam("slurm").pw_uid, -1)
     start(phase, want, "restart" if new_key else action)
     if not phase.check:
         wait_until_registered(phase, want)
@@ -319,11 +378,13 @@ def configure(phase):
         "controller": controller["name"],
         "files": {name: sha256(content) for name, content in expected.items()},
         "gpus": want["gpus"],
+        "gres": gres(want, observed(want)),
         "node": want["node"],
         "partition": want["partition"],
         "version": observed(want).get("version", "") or fact().get("version", ""),
     }
     phase.write(FACT, json.dumps(published, indent=1, sort_keys=True) + "\n")
+    resume(phase, want)
     phase.done.append(f"{want['node']} of {len(want['nodes'])} nodes is configured")
 
 
@@ -362,18 +423,67 @@ def start(phase, want, action):
     """Enable all daemons and make them use the files on disk; `action` is "", "reload" or "restart". Raises Stop."""
     found = services(phase, units(want))
     for name in units(want):
+        if name == "slurmdbd":
+            database(phase)
         active, enabled = found[name]
-        do = action if name != "munge" else ""
+        do = action if name not in ("munge", "mariadb") else ""
         if active != "active":
             do = "restart"
         if enabled != "enabled" and phase.change(f"{name}.service at boot", enabled or None, "enabled"):
             phase.run(["systemctl", "enable", name], 60)
-        if not do:
-            continue
-        if phase.change(f"{name}.service", active or None, f"active ({do})"):
-            outcome = phase.run(["systemctl", do, name], 90)
+        if do and phase.change(f"{name}.service", active or None, f"active ({do})"):
+            # A slurmd that never reached slurmctld ignores SIGTERM; systemd kills it after 90 s.
+            outcome = phase.run(["systemctl", do, name], 200)
             if not outcome.ok:
                 raise Stop(f"{name}.service", "running", outcome.last_line, f"see `journalctl -u {name}`")
+        if name == "slurmdbd":
+            add_cluster(phase, want)
+
+
+def database(phase):
+    """Create slurmdbd's database and its user, whom the socket identifies: there is no password. Raises Stop."""
+    ask = ["mariadb", "--batch", "--skip-column-names", "--execute"]
+    seen = phase.run([*ask, f"SHOW GRANTS FOR slurm@localhost; USE {DATABASE}"], 30)
+    if seen.ok and f"`{DATABASE}`.*" in seen.stdout.replace("\\_", "_"):
+        return
+    if phase.change(f"database {DATABASE}", None, "for the user slurm"):
+        done = phase.run(
+            [
+                *ask,
+                f"CREATE DATABASE IF NOT EXISTS {DATABASE}; "
+                "CREATE USER IF NOT EXISTS slurm@localhost IDENTIFIED VIA unix_socket; "
+                f"GRANT ALL ON {DATABASE}.* TO slurm@localhost",
+            ],
+            60,
+        )
+        if not done.ok:
+            raise Stop("MariaDB", f"a database {DATABASE}", done.last_line, "see `journalctl -u mariadb`")
+
+
+def clusters(phase):
+    """(the clusters that slurmdbd knows as {name: host of its slurmctld}, "") or (None, why it does not answer)."""
+    outcome = phase.run(["sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=Cluster,ControlHost"], 20)
+    return (dict(line.split("|") for line in outcome.stdout.split()) if outcome.ok else None), outcome.last_line
+
+
+def add_cluster(phase, want):
+    """Add the cluster to slurmdbd once it answers: slurmctld does not start without. Raises Stop after `settle_s`."""
+    end = time.monotonic() + want["settle_s"]
+    found, reason = clusters(phase)
+    while found is None and not phase.check and time.monotonic() < end:  # it creates its tables before it listens
+        time.sleep(0.5)
+        found, reason = clusters(phase)
+    if found is None and not phase.check:
+        raise Stop("slurmdbd", f"answers within {want['settle_s']} s", reason, "see `journalctl -u slurmdbd`")
+    if want["cluster_name"] in (found or {}):
+        return
+    # A newer slurmctld that ran without slurmdbd has given itself a number there, and would not start with the one that
+    # slurmdbd gives it. It writes the file anew; that the name is ours was checked by `validate`.
+    phase.remove(os.path.join(want["state_dir"], "clustername"))
+    if phase.change(f"cluster {want['cluster_name']} in slurmdbd", None, "added"):
+        added = phase.run(["sacctmgr", "--immediate", "add", "cluster", want["cluster_name"]], 60)
+        if not added.ok:
+            raise Stop("cluster in slurmdbd", want["cluster_name"], added.last_line, "see `journalctl -u slurmdbd`")
 
 
 def settled(phase, want, is_so):
@@ -392,6 +502,15 @@ def wait_until_registered(phase, want):
     def registered(state):
         return not state.startswith("unk") and "*" not in state
 
+    found, reason = state_of(phase, want["node"])
+    # Slurm asks a node that it has set DOWN only every 100 s; a slurmd that starts registers at once.
+    if (
+        found
+        and hung(*found)
+        and not registered(found[0])
+        and phase.change("slurmd.service", "active, not responding to slurmctld", "active (restart)")
+    ):
+        phase.run(["systemctl", "restart", "slurmd"], 200)
     found, reason = settled(phase, want, registered)
     if found and registered(found[0]):
         return
@@ -404,11 +523,35 @@ def wait_until_registered(phase, want):
     )
 
 
+def resume(phase, want):
+    """Resume this node where Slurm has it DOWN since it did not respond, and every check of it is good now.
+
+    What is not good is left to `verify`, which names it together with the state.
+    """
+    found, _ = state_of(phase, want["node"])
+    if not found or not hung(*found) or not also(phase, "health", {"health": health}):
+        return
+    argv = ["scontrol", "update", f"nodename={want['node']}", "state=resume"]
+    words = f"DOWN in Slurm, reason: {found[1]} (NOT_RESPONDING)"
+    if phase.change(f"{want['node']} in Slurm", words, f"resumed with `{' '.join(argv)}`"):
+        done = phase.run(argv, 20)
+        if not done.ok:
+            raise Stop("node in Slurm", "resumed", done.last_line, f"see `scontrol show node {want['node']}`")
+        phase.warn(f"was {words}; every check of it is good: resumed with `{' '.join(argv)}`")
+
+
 def verify(phase):
     """Check daemons, munge, clock, configuration and the node's state, with a job if asked for; changes nothing.
 
     facts: clock_behind_controller_s, version, state.
     """
+    if health(phase):
+        node_is_up(phase, phase.want)
+    phase.done.append("Slurm accepts jobs here")
+
+
+def health(phase):
+    """Check all but the node's state in Slurm; returns whether slurmctld answers. facts as in `verify`."""
     want = phase.want
     for name, (active, _) in services(phase, units(want)).items():
         if active != "active":
@@ -429,9 +572,17 @@ def verify(phase):
         if text is None or sha256(text) != digest:
             found = "none" if text is None else "edited since"
             phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, SETUP)
-    if cluster_answers(phase, want):
-        node_is_up(phase, want)
-    phase.done.append("Slurm accepts jobs here")
+    if want["accounting"] and is_controller(want):
+        found, reason = clusters(phase)
+        if not (found or {}).get(want["cluster_name"]):
+            shown = reason if found is None else ", ".join(found) or "none"
+            phase.problem(
+                "cluster that slurmdbd knows, with its slurmctld",
+                want["cluster_name"],
+                shown,
+                f"see `journalctl -u slurmdbd`, then {SETUP}",
+            )
+    return cluster_answers(phase, want)
 
 
 def munge_round_trip(phase):
@@ -502,7 +653,14 @@ def node_is_up(phase, want):
     if reserved:
         phase.warn(f"in a reservation ({found[0]}): only its jobs start here{': ' + found[1] if found[1] else ''}")
         return
-    if shown:
+    if shown and found and hung(*found):
+        phase.problem(
+            "node in Slurm",
+            "up",
+            f"{shown} (NOT_RESPONDING)",
+            f"{SETUP}: it resumes the node where every check of it is good",
+        )
+    elif shown:
         phase.problem(
             "node in Slurm",
             "up",
