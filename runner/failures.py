@@ -34,6 +34,9 @@ KINDS: Mapping[str, Kind] = {
     "host_key_changed": Kind(
         "A host key is not the pinned one", CONFIGURATION, False, "compare it before you trust it"
     ),
+    "host_key_unknown": Kind(
+        "No host key is known", CONFIGURATION, False, "pin it: ssh-keyscan, and compare the fingerprint"
+    ),
     "refused_key": Kind("A node refuses the key", CONFIGURATION, False, "authorize the key there (role ssh_mesh)"),
     "lost_connection": Kind("A node was lost", NODE, True, "see whether it was restarted or lost its network"),
     "hung": Kind("A node stopped answering", NODE, True, "look at its console and its network"),

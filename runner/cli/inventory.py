@@ -66,7 +66,7 @@ def _show(source: str | None, hosts: str | None, folder: Path | None, as_json: b
     else:
         rows = [
             {
-                "alias": n.alias, "name": n.name, "address": f"{n.address}:{n.port}", "user": n.user,
+                "alias": n.alias, "name": n.name, "address": n.endpoint, "user": n.become or n.user or "-",
                 "gpus": n.gpus or "auto", "hardware": n.hardware, "nics": f"{n.nics} × {n.nic_gbit_per_s or '?'} Gb/s",
                 "host key": "pinned" if n.host_key else "known_hosts",
             }

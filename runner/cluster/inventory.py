@@ -1,4 +1,4 @@
-"""The inventory: Ansible's, read through `ansible-inventory`, so that both use the same nodes.
+"""The inventory: Ansible's, as Ansible itself reads it, so that both use the same nodes.
 
 Only the fields of `Node` are kept; no other variable (such as a vaulted one) is stored anywhere.
 """
@@ -20,11 +20,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__
+from runner.cluster import ansible
 from runner.cluster import nccl as nccl_of
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.backends import BACKENDS, LOCAL, SSH
+from runner.cluster.reach import reach
 from runner.errors import UsageError, unknown
-from runner.system import places, process
+from runner.system import places
 from runner.system.files import write_json_atomic
 from runner.system.schema import check
 
@@ -33,7 +35,8 @@ GROUP = "gpu_nodes"
 # Names, addresses and paths are used in ssh_config, hostfiles and, through DeepSpeed's pdsh, in remote
 # shells: characters that would need quoting there are refused here, once.
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
-_ADDRESS = re.compile(r"[A-Za-z0-9.:_-]+")
+_ADDRESS = re.compile(r"[A-Za-z0-9.:_-]+(?:%[A-Za-z0-9._-]+)?")  # an IPv6 address may have a zone: fe80::1%eth0
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*\$?")
 _PATH = re.compile(r"[A-Za-z0-9._/+@~-]+")
 _KEY_FILE = re.compile(r"[^\"\x00-\x1f{}]+")
 _SCRATCH = re.compile(r"(?!.*/\.\.?(/|$))/[A-Za-z0-9._/+@-]*[A-Za-z0-9._+@-]")
@@ -48,14 +51,17 @@ class Node:
 
     `nic_gbit_per_s` is the rate of one NIC, one way; `python`, `scratch` and `nccl_root` are paths on the node.
     `inventory` is where it is declared, which remedies name. `nccl` is the NCCL that its ranks use, "torch" or "built"
-    (below `nccl_root`); None: the built one where there is one.
+    (below `nccl_root`); None: the built one where there is one. `user` None is
+    whom ssh chooses, `become` the user that Ansible becomes after logging in, None for the same. `ssh_options` are the
+    lines of an ssh_config by which Ansible reaches it (port and user among them). `known_hosts_files` is a path a line:
+    files that the inventory names instead of the user's own, in which its key may be under `host_key_alias` as well.
     """
 
     name: str
     alias: str
     address: str
     port: int
-    user: str
+    user: str | None
     key_file: str | None
     host_key: str | None
     python: str
@@ -71,11 +77,20 @@ class Node:
     inventory: str = ""
     nccl: str | None = None
     nccl_root: str = nccl_of.ROOT
+    ssh_options: str = ""
+    known_hosts_files: str = ""
+    host_key_alias: str | None = None
+    become: str | None = None
 
     @property
     def endpoint(self) -> str:
         """`address:port` of its sshd, which is unique: two clusters may use the same node names."""
-        return f"{self.address}:{self.port}"
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+    @property
+    def sudo(self) -> tuple[str, ...]:
+        """The words before a command there that make it run as `become`."""
+        return ("sudo", "-n", "-H", "-u", self.become, "--") if self.become else ()
 
 
 @dataclass(frozen=True)
@@ -99,15 +114,10 @@ class Inventory:
 
 
 class _Variables(BaseModel):
-    """The variables of one host that the product reads; other variables are for Ansible and its roles."""
+    """The product's own variables of one host; `reach` reads Ansible's, others are for its roles."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    ansible_host: str | None = None
-    ansible_port: Annotated[int, Field(ge=1, le=65535)] = 22
-    ansible_user: str = "root"
-    ansible_ssh_private_key_file: str | None = None
-    ansible_connection: str = "ssh"
     runner_backend: Literal["ssh", "slurm"] | None = None
     runner_slurm: dict[str, Any] = Field(default_factory=dict)
     runner_alias: str | None = None
@@ -145,9 +155,9 @@ def default_source(own: Path = places.ANSIBLE_CFG) -> str:
 def read(source: str, cache: Path) -> Inventory:
     """Read the inventory `source`: a file, a folder, or a plain name that `places.inventory` knows.
 
-    `ansible-inventory` takes most of a second, so its output is cached in the folder `cache`, keyed by the content
-    of the source's files; executable (dynamic) inventories are read again each time. Raises UsageError where the
-    inventory is missing or invalid.
+    Ansible takes most of a second, so the result is cached in the folder `cache`, keyed by the content of the
+    source's files and Ansible's settings; executable (dynamic) inventories are read again each time. Raises
+    UsageError where the inventory is missing or invalid.
     """
     path = places.inventory(source)
     if path is None:
@@ -163,7 +173,8 @@ def read(source: str, cache: Path) -> Inventory:
     key = hashlib.sha256()
     for part in [__version__, sys.executable, str(path.resolve())]:
         key.update(f"{part}\0".encode())
-    for file in files:
+    key.update(json.dumps(ansible.environment()).encode())
+    for file in (*files, *ansible.files()):
         content = file.read_bytes()
         key.update(f"{file}\0{len(content)}\0".encode() + content)
     kept = cache / f"{key.hexdigest()}.json"
@@ -174,8 +185,10 @@ def read(source: str, cache: Path) -> Inventory:
             login = Node(**{**data["login"], "inventory": source}) if data["login"] else None
             nodes = tuple(Node(**{**node, "inventory": source}) for node in data["nodes"])
             return Inventory(source, nodes, tuple(data["known_hosts"]), data["slurm"], login)
-    inventory = parse(source, _list(source), _known_hosts(path))
-    if static:
+    listing = ansible.listing(source)
+    meta = listing["_meta"]
+    inventory = parse(source, listing, _known_hosts(path), meta["settings"])
+    if static and meta["lasting"]:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_json_atomic(kept, {key: value for key, value in asdict(inventory).items() if key != "source"})
     return inventory
@@ -198,18 +211,6 @@ def _known_hosts_file(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / "known_hosts"
 
 
-def _list(source: str) -> dict[str, Any]:
-    program = Path(sys.executable).with_name("ansible-inventory")
-    env = {**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true", "ANSIBLE_LOCALHOST_WARNING": "false"}
-    outcome = process.run(
-        [str(program) if program.exists() else "ansible-inventory", "-i", source, "--list"], timeout_s=60, env=env
-    )
-    if outcome.rc != 0:
-        reason = next((line for line in outcome.stderr.splitlines() if "ERROR" in line), outcome.last_line)
-        raise UsageError(f"inventory {source}: {reason.replace('[ERROR]:', '').strip()}")
-    return json.loads(outcome.stdout)
-
-
 def _known_hosts(path: Path) -> tuple[str, ...]:
     """The lines of the known_hosts file beside the inventory; empty without one."""
     file = _known_hosts_file(path)
@@ -218,11 +219,18 @@ def _known_hosts(path: Path) -> tuple[str, ...]:
     return tuple(line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#"))
 
 
-def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = ()) -> Inventory:
+def parse(
+    source: str,
+    listing: Mapping[str, Any],
+    known_hosts: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Inventory:
     """The inventory from the output of `ansible-inventory --list`: the group `gpu_nodes`, or all hosts without it.
 
-    `source` names it in errors, `known_hosts` are the lines of pinned keys. Raises UsageError where it is invalid.
+    `source` names it in errors, `known_hosts` are the lines of pinned keys, `settings` are Ansible's
+    (`ansible.listing`). Raises UsageError where it is invalid.
     """
+    settings = settings or {}
     hostvars = listing.get("_meta", {}).get("hostvars", {})
     names = _members(listing, GROUP) if GROUP in listing else list(hostvars) or _members(listing, "all")
     if not names:
@@ -231,7 +239,7 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
     for position, name in enumerate(names, start=1):
         # A host whose own name is node001 keeps that name; the host at that position then gets no alias.
         alias = f"node{position:03d}"
-        nodes.append(_node(source, name, name if alias in known else alias, hostvars.get(name, {})))
+        nodes.append(_node(source, name, name if alias in known else alias, hostvars.get(name, {}), settings))
     taken: dict[str, str] = {}
     for node in nodes:
         for word in {node.name, node.alias}:
@@ -247,14 +255,14 @@ def parse(source: str, listing: Mapping[str, Any], known_hosts: Sequence[str] = 
     if "login" not in slurm and BACKENDS[nodes[0].backend].by_ssh and (controller := _controller(listing, names)):
         slurm["login"] = controller
     head = slurm.get("login")
-    login = None if head is None or head in by_word(nodes) else _login(source, head, hostvars)
+    login = None if head is None or head in by_word(nodes) else _login(source, head, hostvars, settings)
     return Inventory(source, tuple(nodes), tuple(known_hosts), slurm, login)
 
 
-def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]]) -> Node:
+def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> Node:
     if name not in hostvars:
         raise unknown("host", name, hostvars, f"inventory {source}: runner_slurm: login")
-    return _node(source, name, name, hostvars[name])
+    return _node(source, name, name, hostvars[name], settings)
 
 
 def _controller(listing: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -288,25 +296,26 @@ def _members(listing: Mapping[str, Any], group: str) -> list[str]:
     return members
 
 
-def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> Node:
+def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], settings: Mapping[str, Any]) -> Node:
     where = f"inventory {source}: {name}"
     for key in variables:
         if key.startswith("runner_") and key not in _Variables.model_fields:
             raise unknown("variable", key, [f for f in _Variables.model_fields if f.startswith("runner_")], where)
     values = check(_Variables, dict(variables), where)
-    address = values.ansible_host or name
+    way = reach(where, name, variables, settings)
     for what, word, pattern in (
         ("host name", name, _NAME),
         ("runner_alias", values.runner_alias or alias, _NAME),
-        ("ansible_host", address, _ADDRESS),
-        ("ansible_user", values.ansible_user, _NAME),
+        ("ansible_host", way.address, _ADDRESS),
+        ("ansible_user", way.user or "x", _USER),
+        ("ansible_become_user", way.become or "x", _USER),
         ("runner_scratch", values.runner_scratch, _SCRATCH),
         ("nccl_build_root", values.nccl_build_root, _SCRATCH),
-        ("ansible_ssh_private_key_file", values.ansible_ssh_private_key_file or "-", _KEY_FILE),
+        ("ansible_ssh_private_key_file", way.key_file or "-", _KEY_FILE),
         (
             "runner_python",
             values.runner_python or sys.executable,
-            _PATH if values.ansible_connection != "local" else re.compile(".+"),
+            re.compile(".+") if way.local else _PATH,
         ),
         ("runner_host_key", values.runner_host_key or "ssh-x x", _HOST_KEY),
     ):
@@ -323,10 +332,10 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
     return Node(
         name=name,
         alias=values.runner_alias or alias,
-        address=address,
-        port=values.ansible_port,
-        user=values.ansible_user,
-        key_file=values.ansible_ssh_private_key_file,
+        address=way.address,
+        port=way.port,
+        user=way.user,
+        key_file=way.key_file,
         host_key=values.runner_host_key,
         python=values.runner_python or sys.executable,
         gpus=None if values.runner_gpus_per_node == "auto" else values.runner_gpus_per_node,
@@ -336,11 +345,15 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any]) -> N
         nic_gbit_per_s=values.runner_nic_gbit_per_s,
         scratch=values.runner_scratch,
         min_free_disk_gib=values.runner_min_free_disk_gib,
-        backend=values.runner_backend or (LOCAL if values.ansible_connection == "local" else SSH),
+        backend=values.runner_backend or (LOCAL if way.local else SSH),
         env={key: str(value) for key, value in values.runner_env.items()},
         inventory=source,
         nccl=values.runner_nccl,
         nccl_root=values.nccl_build_root,
+        ssh_options="\n".join(way.options),
+        known_hosts_files="\n".join(way.known_hosts_files),
+        host_key_alias=way.host_key_alias,
+        become=way.become,
     )
 
 

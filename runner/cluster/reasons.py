@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -18,12 +19,16 @@ _REASONS = (
         "host_key_changed",
         "its host key differs from the pinned one: find out why before you trust it",
     ),
+    ("host key is known for", "host_key_unknown", "no host key of it is known: pin it with ssh-keyscan"),
+    ("is marked as revoked", "host_key_changed", "its host key is revoked in known_hosts: it must not be trusted"),
+    ("Certificate invalid", "host_key_changed", "the certificate of its host key is not valid for it"),
     (
         "Host key verification failed",
         "host_key_changed",
         "its host key is not the pinned one: compare it, then correct the inventory",
     ),
     ("Permission denied", "refused_key", "it refuses the key for this user"),
+    ("sudo: a password is required", "refused_key", "`sudo` asks for a password there: allow this user NOPASSWD"),
     ("Connection refused", "unreachable", "nothing listens on its SSH port"),
     ("Connection timed out", "unreachable", "no answer on its SSH port"),
     ("Operation timed out", "unreachable", "no answer on its SSH port"),
@@ -39,6 +44,20 @@ _NOT_FOUND = (126, 127)  # the exit status of a shell for a program that it cann
 
 
 _SSH_FAILED = 255
+
+
+# How ssh names the host that its message is about: a jump host's own key or login may be what fails.
+_NAMED = re.compile(r"host key is known for (\S+) and|^(?:\S+@)?(\S+): Permission denied", re.MULTILINE)
+
+
+def _other_host(node: Node, text: str) -> str:
+    """Which host the message is about, where it is not `node` but one on the way to it."""
+    match = _NAMED.search(text)
+    if match is None:
+        return ""
+    host = next(filter(None, match.groups())).lstrip("[").partition("]:")[0]
+    known = (node.name, node.alias, node.address, node.host_key_alias)
+    return "" if host in known else f", on the way to it: {host}"
 
 
 def reason_kind(rc: int | None, stderr: Sequence[str]) -> str:
@@ -65,11 +84,10 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
     text = "\n".join(stderr)
     for needle, _, meaning in _REASONS:
         if needle in text:
-            return (
-                f"{meaning} ({node.address}:{node.port}, user {node.user})"
-                if BACKENDS[node.backend].by_ssh
-                else meaning
-            )
+            if not BACKENDS[node.backend].by_ssh:
+                return meaning
+            user = f", user {node.user}" if node.user else ""
+            return f"{meaning}{_other_host(node, text)} ({node.endpoint}{user})"
     if rc in _NOT_FOUND:
         return f"has no {node.python}: provision it with `{setup_command(node, 'conda_env')}`"
     if rc == GIVEN_UP:

@@ -320,7 +320,10 @@ def create(folder: Path, answers: Answers, force: bool = False) -> inventory.Inv
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, text)
-    return replace(read, source=str(folder))
+    # The file names its folder by a template, which was rendered where it was tried.
+    here = str(folder.absolute())
+    nodes = tuple(replace(n, known_hosts_files=n.known_hosts_files.replace(str(trial), here)) for n in read.nodes)
+    return replace(read, source=str(folder), nodes=nodes)
 
 
 def _compare(answers: Answers, read: inventory.Inventory) -> None:

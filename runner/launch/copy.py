@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -12,10 +13,11 @@ from runner.node.protocol import POLL_S
 from runner.system import process
 
 
-def _rsync(ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
+def _rsync(node: Node, ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
     # -s: paths are passed to the remote side unchanged, not through its shell.
+    as_user = [f"--rsync-path={shlex.join([*node.sudo, 'rsync'])}"] if node.sudo else []
     return process.run(
-        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", source, target],
+        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", *as_user, source, target],
         timeout_s=timeout_s,
     )
 
@@ -32,7 +34,9 @@ def send(
 
     Ends early once `stopped` returns True.
     """
-    return _each(nodes, lambda node: _rsync(ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s), stopped)
+    return _each(
+        nodes, lambda node: _rsync(node, ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s), stopped
+    )
 
 
 def gather(
@@ -42,7 +46,9 @@ def gather(
 
     Returns failures by node.
     """
-    return _each(nodes, lambda node: _rsync(ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s))
+    return _each(
+        nodes, lambda node: _rsync(node, ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s)
+    )
 
 
 def _each(

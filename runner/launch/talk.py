@@ -39,7 +39,7 @@ def local(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[
 def ssh(node: Node, arguments: Sequence[str], ssh_config: str | None) -> list[str]:
     """The command that runs the node's Python with `arguments` there over ssh; `ssh_config` is a path."""
     # The remote login shell reads this string: the one place where it is quoted.
-    return ["ssh", "-F", str(ssh_config), node.name, shlex.join(["exec", node.python, *arguments])]
+    return ["ssh", "-F", str(ssh_config), node.name, shlex.join(["exec", *node.sudo, node.python, *arguments])]
 
 
 COMMANDS: dict[str, Callable[[Node, Sequence[str], str | None], list[str]]] = {"local": local, "ssh": ssh}

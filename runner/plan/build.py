@@ -42,6 +42,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         )
     if reason := obstacle(request.engine, nodes[:most]):
         raise UsageError(reason)
+    if BACKENDS[request.backend].by_ssh:
+        _refuse_ways(request, nodes[:most])
     cells = []
     for name, params in request.tests.items():
         for num_nodes in request.node_counts:
@@ -72,6 +74,21 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         nccl=request.nccl,
         nccl_root=request.nccl_root,
     )
+
+
+def _refuse_ways(request: Request, nodes: Sequence[Node]) -> None:
+    """Refuse ways to nodes that the controller has, and other nodes or the engine's launcher have not."""
+    for node in nodes:
+        if "%" in node.address and len(nodes) > 1:
+            raise UsageError(
+                f"{node.name}: ansible_host {node.address} has a zone, an interface of this machine: give an address "
+                "by which the other nodes reach it as well"
+            )
+        if node.become and ENGINES[request.engine].headed:
+            raise UsageError(
+                f"{node.name}: ansible_become: engine {request.engine} starts ranks as the user that logs in: "
+                "use --engine torchrun: it runs every test, DeepSpeed's too"
+            )
 
 
 def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[str, Any], repeat: int) -> Cell:

@@ -72,14 +72,15 @@ class Call:
     def arguments(self) -> list[str]:
         """The arguments of `ansible-playbook`, without the playbook."""
         words = ["--inventory", self.inventory, "--limit", ",".join(self.hosts)]
-        if self.ssh_config:
-            words += ["--ssh-common-args", f"-F {shlex.quote(self.ssh_config)}"]
         if self.tags:
             words += ["--tags", self.tags]
         if self.check:
             words += ["--check", "--diff"]
-        if self.variables:
-            words += ["--extra-vars", json.dumps(self.variables)]
+        variables = dict(self.variables or {})
+        if self.ssh_config:  # as a variable: an inventory's own would come before the option --ssh-common-args
+            variables["ansible_ssh_common_args"] = f"-F {shlex.quote(self.ssh_config)}"
+        if variables:
+            words += ["--extra-vars", json.dumps(variables)]
         return words
 
     def command(self) -> list[str]:

@@ -95,7 +95,8 @@ def platforms(newest):
 
 def shell_for_rsync(target):
     """The value of rsync's --rsh for `target`, quoted as rsync parses it: a quote inside is doubled."""
-    words = ["ssh", "-p", str(target["port"]), "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+    port = ["-p", str(target["port"])] if target["port"] else []  # without one, as ssh's configuration has it
+    words = ["ssh", *port, "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
     if target["key"]:
         words += ["-i", os.path.expanduser(target["key"])]
     words += shlex.split(target["ssh_args"])

@@ -212,7 +212,9 @@ def test_a_login_node_is_reached_like_the_others_and_is_none_of_them(tmp_path):
     told = listing(hosts) | {"gpu_nodes": {"hosts": ["a", "b"]}}
     read = inventory.parse("inv", told)
     assert [node.name for node in read.nodes] == ["a", "b"] and read.login.name == "head"
-    assert "Host head 10.0.0.9\n  HostName 10.0.0.9\n  HostKeyAlias head\n  Port 2222" in ssh.ssh_config(read, "k")
+    assert "Match originalhost head,10.0.0.9\n  HostName 10.0.0.9\n  HostKeyAlias head\n  Port 2222" in ssh.ssh_config(
+        read, "k"
+    )
     told["_meta"]["hostvars"].pop("head")
     with pytest.raises(UsageError, match="unknown host 'head'"):
         inventory.parse("inv", told)

@@ -86,7 +86,8 @@ def test_the_call_limits_to_the_chosen_nodes_and_quotes_once():
     call = Call("site.yml", "inventory/a b", ("n1", "n2"), ssh_config="/tmp/x y/ssh_config", tags="verify", check=True)
     assert call.command() == [
         "ansible-playbook", "--inventory", "inventory/a b", "--limit", "n1,n2",
-        "--ssh-common-args", "-F '/tmp/x y/ssh_config'", "--tags", "verify", "--check", "--diff", "site.yml",
+        "--tags", "verify", "--check", "--diff",
+        "--extra-vars", json.dumps({"ansible_ssh_common_args": "-F '/tmp/x y/ssh_config'"}), "site.yml",
     ]  # fmt: skip
 
 

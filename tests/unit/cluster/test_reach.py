@@ -1,0 +1,414 @@
+"""Ansible and `runner` reach the same place: each of Ansible's variables is carried over, refused, or makes no difference."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from plans import request
+
+from conftest import listing
+from runner.cluster import inventory, reach, reasons, ssh
+from runner.errors import UsageError
+from runner.launch import copy, talk
+from runner.plan import build
+
+ANSIBLE = Path(sys.executable).with_name("ansible")
+
+
+def read(variables: dict, settings: dict | None = None) -> inventory.Node:
+    return inventory.parse("inv", listing({"a": variables}), (), settings).nodes[0]
+
+
+def resolved(config: Path | str, host: str) -> dict[str, str]:
+    """What ssh makes of its configuration, by keyword; of several values the last line."""
+    done = subprocess.run(["ssh", "-G", "-F", str(config), host], capture_output=True, text=True, check=True)
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "table"), [("connection/ssh.py", reach.OPTIONS), ("become/sudo.py", reach.BECOME)], ids=["ssh", "sudo"]
+)
+def test_every_variable_of_ansibles_plugins_has_its_fate(plugin, table):
+    """A new one of a newer Ansible makes this fail: decide what becomes of it."""
+    import ansible
+
+    text = Path(ansible.__file__).parent.joinpath("plugins", plugin).read_text()
+    documented = yaml.safe_load(re.search(r'DOCUMENTATION = """(.*?)"""', text, re.DOTALL)[1])["options"]
+    for option, entry in documented.items():
+        names = tuple(variable["name"] for variable in entry.get("vars", ()))
+        assert table[option].variables == names, option
+    assert {"become", "become_method"} >= table.keys() - documented.keys() - {"sudo_chdir"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"ansible_ssh_port": 2201}, "Port 2201"),
+        ({"ansible_port": 22, "ansible_ssh_port": 2201}, "Port 2201"),
+        ({"ansible_ssh_user": "me"}, "User me"),
+        ({"ansible_user": "other", "ansible_ssh_user": "me"}, "User me"),
+        ({"ansible_private_key_file": "/k"}, 'IdentityFile "/k"'),
+        ({"ansible_private_key_file": "/x", "ansible_ssh_private_key_file": "/k"}, 'IdentityFile "/k"'),
+        ({"ansible_ssh_timeout": 42}, "ConnectTimeout 42"),
+        ({"ansible_ssh_common_args": "-o ProxyJump=me@bastion:2222"}, "ProxyJump me@bastion:2222"),
+        ({"ansible_ssh_common_args": "-J one,two"}, "ProxyJump one,two"),
+        ({"ansible_ssh_extra_args": "-oForwardAgent=yes"}, "ForwardAgent yes"),
+        ({"ansible_ssh_args": "-C -4 -o 'Ciphers aes256-ctr'"}, "Ciphers aes256-ctr"),
+        (
+            {"ansible_ssh_common_args": '-o ProxyCommand="ssh -W %h:%p -q me@bastion"'},
+            "ProxyCommand ssh -W %h:%p -q me@bastion",
+        ),
+        ({"ansible_ssh_extra_args": "-vvvi ~/.ssh/k -tt"}, "IdentityFile ~/.ssh/k"),
+        ({"ansible_ssh_extra_args": "-l me -p 2200"}, "Port 2200"),
+        ({"ansible_ssh_common_args": "-F '/etc/my ssh'"}, 'Include "/etc/my ssh"'),
+    ],
+)
+def test_what_reaches_a_host_is_carried_over(variables, line):
+    assert line in read(variables).ssh_options.splitlines()
+
+
+def test_the_first_of_ansibles_command_line_counts_as_it_does_for_ssh(tmp_path):
+    node = read({"ansible_ssh_args": "-o Port=1111", "ansible_port": 2222, "ansible_ssh_common_args": "-p 3333 -l z"})
+    assert (node.port, node.user) == (1111, "z")
+    config = tmp_path / "config"
+    config.write_text("Host a\n" + node.ssh_options)
+    assert resolved(config, "a")["port"] == "1111"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"ansible_password": "hunter2"}, "ansible_password: nodes are reached with a key"),
+        ({"ansible_ssh_pass": "hunter2"}, "ansible_ssh_pass: nodes are reached with a key"),
+        ({"ansible_ssh_private_key": "hunter2"}, "ansible_ssh_private_key: a key is read from a file"),
+        ({"ansible_ssh_pkcs11_provider": "/x.so"}, "ansible_ssh_pkcs11_provider: a key that needs a PIN"),
+        ({"ansible_host_key_checking": False}, "ansible_host_key_checking: host keys are always checked"),
+        ({"ansible_ssh_host_key_checking": "no"}, "ansible_ssh_host_key_checking: host keys are always checked"),
+        ({"ansible_ssh_common_args": "-o StrictHostKeyChecking=no"}, "StrictHostKeyChecking no: host keys are always"),
+        ({"ansible_ssh_executable": "/opt/ssh"}, "ansible_ssh_executable: `ssh` is started from PATH"),
+        ({"ansible_connection": "paramiko"}, "ansible_connection 'paramiko' is not supported"),
+        ({"ansible_connection": "community.docker.docker"}, "ansible_connection 'community.docker.docker'"),
+        ({"ansible_ssh_prviate_key_file": "/k"}, "did you mean 'ansible_ssh_private_key_file'"),
+        ({"ansible_ssh_extra_args": "-o Prot=22"}, "ssh refuses 'Prot 22': Bad configuration option: prot"),
+        ({"ansible_ssh_extra_args": "-o Port=s"}, "ssh refuses 'Port s': Bad port"),
+        ({"ansible_ssh_extra_args": "-L 1:a:2"}, "-L: `runner` starts its own commands"),
+        ({"ansible_ssh_extra_args": "-o RemoteCommand=id"}, "RemoteCommand: `runner` starts its own commands"),
+        ({"ansible_ssh_extra_args": "-Z"}, "option -z not recognized"),
+        ({"ansible_ssh_common_args": "-o ProxyCommand=ssh -W %h:%p b"}, "'b' is not an option of ssh: quote"),
+        ({"ansible_ssh_common_args": "-o 'ProxyJump=b"}, "no closing quotation"),
+        ({"ansible_port": "ssh"}, "ansible_port = 'ssh': not a port"),
+        ({"ansible_become": True, "ansible_user": "u", "ansible_become_pass": "hunter2"}, "NOPASSWD"),
+        ({"ansible_become": True, "ansible_user": "u", "ansible_become_method": "su"}, "only sudo is supported"),
+    ],
+)
+def test_what_cannot_be_carried_over_is_refused_by_name(variables, told):
+    with pytest.raises(UsageError, match=re.escape(told)) as error:
+        read(variables)
+    assert "\n" not in str(error.value) and "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ansible_scp_extra_args": "-O", "ansible_sftp_extra_args": "-q", "ansible_ssh_transfer_method": "piped"},
+        {"ansible_ssh_args": "-C -o ControlMaster=auto -o ControlPersist=60s -o ServerAliveInterval=30"},
+        {"ansible_ssh_executable": shutil.which("ssh"), "ansible_host_key_checking": "yes"},
+        {"ansible_become": True, "ansible_user": "root"},
+        {"ansible_become": False, "ansible_become_pass": "x"},
+    ],
+)
+def test_what_makes_no_difference_changes_nothing(variables):
+    node = read(variables)
+    assert (node.ssh_options.replace("User root", ""), node.become) == ("", None)
+
+
+def test_ansible_cfg_and_the_environment_count_where_no_variable_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {a: {}, b: {ansible_port: 2}}}")
+    (tmp_path / "ansible.cfg").write_text(
+        "[defaults]\nremote_user = me\nremote_port = 1\n[ssh_connection]\nssh_common_args = -o ProxyJump=bastion\n"
+    )
+    first, second = inventory.read("hosts.yml", tmp_path / "cache").nodes
+    assert first.ssh_options.splitlines() == ["Port 1", "User me", "ProxyJump bastion"]
+    assert (second.port, second.user) == (2, "me")
+    monkeypatch.setenv("ANSIBLE_REMOTE_USER", "you")
+    assert inventory.read("hosts.yml", tmp_path / "cache").nodes[0].user == "you"
+    monkeypatch.setenv("ANSIBLE_HOST_KEY_CHECKING", "false")
+    with pytest.raises(UsageError, match=r"host_key_checking of ansible\.cfg or the environment: host keys are always"):
+        inventory.read("hosts.yml", tmp_path / "cache")
+
+
+def test_templates_are_rendered_by_ansible(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.yml").write_text(
+        "all: {hosts: {a: {}}, vars: {jump: bastion, ansible_ssh_common_args: '-J {{ jump }} -F {{ inventory_dir }}/c',"
+        " runner_alias: '{{ inventory_hostname | upper }}'}}"
+    )
+    node = inventory.read(str(tmp_path), tmp_path / "cache").nodes[0]
+    assert node.ssh_options == f'ProxyJump bastion\nInclude "{tmp_path}/c"' and node.alias == "A"
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {a: {ansible_port: '{{ nowhere }}'}}}")
+    with pytest.raises(UsageError, match="a: ansible_port cannot be rendered: 'nowhere' is undefined") as error:
+        inventory.read(str(tmp_path), tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["fe80::1%eth0", "fe80::1:2%enp1s0.5", "2001:db8::7", "::1"])
+def test_an_ipv6_address_with_a_zone_reaches_ssh_unchanged(tmp_path, address):
+    read_in = inventory.parse("inv", listing({"a": {"ansible_host": address, "ansible_port": 2222}}))
+    config = tmp_path / "config"
+    config.write_text(ssh.ssh_config(read_in, "/k"))
+    for word in ("a", "node001", address):
+        assert resolved(config, word)["hostname"] == address and resolved(config, word)["port"] == "2222"
+    assert read_in.nodes[0].endpoint == f"[{address}]:2222"
+
+
+CPU = {"runner_gpus_per_node": 2, "runner_device": "cpu", "runner_python": "/p"}
+
+
+def test_a_node_that_is_the_jump_host_of_the_others_is_not_reached_through_itself(tmp_path):
+    hosts = {name: {"ansible_ssh_common_args": "-J me@gpu-a:22"} for name in ("gpu-a", "gpu-b")}
+    config = tmp_path / "config"
+    config.write_text(ssh.ssh_config(inventory.parse("inv", listing(hosts)), "/k"))
+    assert resolved(config, "gpu-b")["proxyjump"].startswith("me@gpu-a") and "proxyjump" not in resolved(
+        config, "gpu-a"
+    )
+
+
+def test_an_address_with_a_zone_is_not_given_to_other_nodes():
+    hosts = {name: {**CPU, "ansible_host": f"fe80::{n}%eth0"} for n, name in enumerate("ab", start=1)}
+    read_in = inventory.parse("inv", listing(hosts))
+    with pytest.raises(UsageError, match="a: ansible_host fe80::1%eth0 has a zone"):
+        build.build(request(read_in, node_counts=(2,)), read_in.nodes)
+    build.build(request(read_in, node_counts=(1,)), read_in.nodes)
+
+
+def test_become_is_carried_over_by_sudo_and_not_into_an_engine_that_logs_in_itself(monkeypatch):
+    read_in = inventory.parse("inv", listing({"a": {**CPU, "ansible_user": "ubuntu", "ansible_become": True}}))
+    nodes = read_in.nodes
+    assert talk.ssh(nodes[0], ["-m", "x"], "F")[-1] == "exec sudo -n -H -u root -- /p -m x"
+    commands = []
+    monkeypatch.setattr(copy.process, "run", lambda argv, **_: commands.append(argv) or SimpleOutcome())
+    copy.send(nodes, "F", "/from", "/to")
+    copy.gather(nodes, "F", "/from", {"a": "/to"})
+    assert all("--rsync-path=sudo -n -H -u root -- rsync" in argv for argv in commands) and len(commands) == 2
+    with pytest.raises(UsageError, match="a: ansible_become: engine deepspeed starts ranks as the user that logs in"):
+        build.build(request(read_in, node_counts=(1,), engine="deepspeed"), nodes)
+
+
+class SimpleOutcome:
+    rc, stderr = 0, ""
+
+
+# --- known_hosts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("keys")
+    names = ("host", "other", "authority", "client")
+    for name in names:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    return {name: folder / name for name in names}
+
+
+def public(key: Path) -> str:
+    return " ".join(key.with_suffix(".pub").read_text().split()[:2])
+
+
+def hashed(name: str, key: str, folder: Path) -> str:
+    """The line in which `ssh-keygen -H` hides the name."""
+    file = folder / "to_hash"
+    file.write_text(f"{name} {key}\n")
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", file], check=True, capture_output=True)
+    return file.read_text().strip()
+
+
+FORMS = {
+    "a name": "gpu-a KEY",
+    "an address": "10.0.0.7 KEY",
+    "a port": "[10.0.0.7]:2222 KEY",
+    "a list": "x,[gpu-a]:2222,y KEY",
+    "tabs": "gpu-a\t KEY",
+    "blanks before": "   gpu-a KEY  a comment",
+    "capitals": "GPU-A KEY",
+    "a pattern": "gpu-* KEY",
+    "a pattern with a port": "[10.0.0.?]:2222 KEY",
+    "a negation": "gpu-*,!gpu-b KEY",
+    "an alias": "node001 KEY",
+    "an authority": "@cert-authority gpu-* KEY",
+    "revoked as well": "gpu-a KEY\n@revoked * ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOther",
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "hashed", "hashed with a port"])
+def test_a_known_key_is_found_in_every_form_as_ssh_finds_it(form, keys, tmp_path):
+    key = public(keys["host"])
+    if form.startswith("hashed"):
+        text = hashed("[10.0.0.7]:2222" if "port" in form else "gpu-a", key, tmp_path)
+    else:
+        text = FORMS[form].replace("KEY", key)
+    (tmp_path / "known").write_text(text + "\n")
+    words = [word for name in ("10.0.0.7", "gpu-a", "node001") for word in (name, f"[{name}]:2222")]
+    asked = [subprocess.run(["ssh-keygen", "-F", w, "-f", tmp_path / "known"], capture_output=True) for w in words]
+    assert any(done.returncode == 0 for done in asked), "ssh-keygen itself finds it"
+    read_in = inventory.parse(
+        "inv", listing({"gpu-a": {"ansible_host": "10.0.0.7", "ansible_port": 2222}, "gpu-b": {}}), text.splitlines()
+    )
+    lines = [line for line in ssh.known_hosts(read_in).splitlines() if key in line]
+    config = tmp_path / "config"
+    config.write_text(ssh.ssh_config(read_in, "/pins"))
+    alias = resolved(config, "gpu-a")["hostkeyalias"]
+    marker = "@cert-authority " if form == "an authority" else ""
+    assert any(line.startswith(f"{marker}{alias} {key}") for line in lines)
+    assert "userknownhostsfile /pins" in f"userknownhostsfile {resolved(config, 'gpu-a')['userknownhostsfile']}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gpu-ab KEY", "gpu-*,!gpu-a KEY", "[gpu-a]:22 KEY", "# gpu-a KEY", "gpu-a", "|1|bad|bad KEY", "gpu.a KEY",
+        "@unknown gpu-a KEY", "10.0.0.70 KEY",
+    ],
+)  # fmt: skip
+def test_a_line_for_another_host_is_no_key_of_this_one(text, keys):
+    lines = text.replace("KEY", public(keys["host"])).splitlines()
+    read_in = inventory.parse("inv", listing({"gpu-a": {"ansible_host": "10.0.0.7", "ansible_port": 2222}}), lines)
+    assert public(keys["host"]) not in ssh.known_hosts(read_in)
+
+
+def test_ones_own_known_hosts_holds_where_the_inventory_has_no_pin(tmp_path, monkeypatch, keys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "known_hosts").write_text(hashed("10.0.0.7", public(keys["host"]), tmp_path) + "\n")
+    hosts = {"gpu-a": {"ansible_host": "10.0.0.7"}, "gpu-b": {"runner_host_key": public(keys["other"])}}
+    read_in = inventory.parse("inv", listing(hosts))
+    assert ssh.known_hosts(read_in).splitlines() == [f"gpu-a {public(keys['host'])}", f"gpu-b {public(keys['other'])}"]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "kind", "told"),
+    [
+        ("No ED25519 host key is known for gpu-a and you have requested strict checking.\nHost key verification failed.",
+         "host_key_unknown", "no host key of it is known: pin it with ssh-keyscan (10.0.0.7:22"),
+        ("No ED25519 host key is known for [bastion]:2222 and you have requested strict checking.\n"
+         "Host key verification failed.", "host_key_unknown", "on the way to it: bastion"),
+        ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
+         "host_key_changed", "differs from the pinned one"),
+        ("The ED25519 host key for gpu-a is marked as revoked.\nHost key verification failed.",
+         "host_key_changed", "revoked"),
+        ("me@bastion: Permission denied (publickey).\nConnection closed by UNKNOWN port 65535",
+         "refused_key", "on the way to it: bastion"),
+        ("root@10.0.0.7: Permission denied (publickey).", "refused_key", "it refuses the key for this user (10.0.0.7:22"),
+    ],
+)  # fmt: skip
+def test_each_reason_of_ssh_has_its_own_words(stderr, kind, told):
+    node = inventory.parse("inv", listing({"gpu-a": {"ansible_host": "10.0.0.7"}})).nodes[0]
+    assert reasons.reason_kind(255, stderr.splitlines()) == kind
+    assert told in reasons.explain(node, 255, stderr.splitlines())
+
+
+# --- against a real sshd, through a real jump host --------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def sshd(folder: Path, host_key: Path, authorized: Path, *more: str) -> Iterator[int]:
+    """An sshd of this user's on a port of this machine."""
+    program = shutil.which("sshd") or "/usr/sbin/sshd"
+    if not Path(program).exists():
+        pytest.skip("no sshd on this machine")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    port = free_port()
+    lines = [
+        f"Port {port}", "ListenAddress 127.0.0.1", f"HostKey {host_key}", f"AuthorizedKeysFile {authorized}",
+        "PidFile none", "StrictModes no", "UsePAM no", "PasswordAuthentication no", *more,
+    ]  # fmt: skip
+    config = folder / f"sshd_{port}"
+    config.write_text("\n".join([*lines, ""]))
+    with open(folder / f"log_{port}", "w") as log:
+        server = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log)
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+# What of ssh's configuration decides where a connection goes, and as whom.
+PLACE = ("hostname", "port", "user", "proxyjump", "proxycommand", "identityfile", "addressfamily")
+
+
+def test_ansible_and_runner_reach_the_same_place_through_a_jump_host(tmp_path, monkeypatch, keys):
+    """The bastion is an alias of one's own ssh configuration, as it is in the wild; the node refuses other sources."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # of Ansible; ssh asks the system for its user's home
+    authorized = tmp_path / "authorized"
+    authorized.write_text(keys["client"].with_suffix(".pub").read_text())
+    known = tmp_path / "known"
+    with sshd(tmp_path, keys["host"], authorized) as port, sshd(tmp_path, keys["other"], authorized) as jump:
+        known.write_text(
+            f"[127.0.0.1]:{port} {public(keys['host'])}\n{hashed(f'[127.0.0.1]:{jump}', public(keys['other']), tmp_path)}\n"
+        )
+        bastion = tmp_path / "bastion"
+        bastion.write_text(
+            f"Host bastion\n HostName 127.0.0.1\n Port {jump}\n IdentityFile {keys['client']}\n"
+            f" UserKnownHostsFile {known}\n"
+        )
+        user = os.environ.get("USER") or "root"
+        variables = {
+            "ansible_ssh_host": "127.0.0.1",
+            "ansible_ssh_port": port,
+            "ansible_ssh_user": user,
+            "ansible_private_key_file": str(keys["client"]),
+            "ansible_python_interpreter": sys.executable,
+            "ansible_ssh_common_args": f"-o UserKnownHostsFile={known} -F {bastion}",
+            "ansible_ssh_extra_args": "-o ProxyJump=bastion -4",
+            "ansible_ssh_args": "",
+        }
+        source = tmp_path / "hosts.yml"
+        source.write_text(yaml.safe_dump({"all": {"hosts": {"gpu-a": variables}}}))
+        monkeypatch.chdir(tmp_path)
+        told = subprocess.run(
+            [ANSIBLE, "all", "-i", source, "-vvv", "-m", "ansible.builtin.raw", "-a", "echo $SSH_CONNECTION"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert told.returncode == 0, told.stdout + told.stderr
+        command = shlex.split(re.search(r"SSH: EXEC (ssh .*)", told.stdout)[1])
+        ansible = dict(
+            line.split(" ", 1)
+            for line in subprocess.run(
+                [command[0], "-G", *command[1:]], capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+            if " " in line
+        )
+        read_in = inventory.read(str(source), tmp_path / "cache")
+        with ssh.rendered(read_in) as config:
+            ours = resolved(config, "gpu-a")
+            assert {key: ours.get(key) for key in PLACE} == {key: ansible.get(key) for key in PLACE}
+            done = subprocess.run(
+                ["ssh", "-F", config, "gpu-a", "echo $SSH_CONNECTION"], capture_output=True, text=True, timeout=30
+            )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[2:] == ["127.0.0.1", str(port)]
+        assert f"Accepted publickey for {user}" in (tmp_path / f"log_{jump}").read_text()
