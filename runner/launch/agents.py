@@ -9,6 +9,7 @@ from typing import Any
 
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
+from runner.failures import Problem
 from runner.launch import copy
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse, local
@@ -38,7 +39,7 @@ def secrets() -> dict[str, str]:
     return {key: os.environ[key] for key in SECRETS if key in os.environ}
 
 
-def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[str, str]:
+def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[str, Problem]:
     """Fetch a cell's folder from each of its nodes over ssh; returns failures by node."""
     targets = {}
     for host in cell.hosts:
@@ -84,7 +85,7 @@ class Agents:
         """True: nothing continues without this controller."""
         return True
 
-    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
+    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, Problem]:
         """Copy prepared data to each node; rsync skips what is there already. Returns failures by node."""
         if not self._remote(plan):
             return {}
@@ -149,7 +150,7 @@ class Agents:
         if nodes and self._remote(plan):
             ask(nodes, plan.backend, self.ssh_config, SweepRequest(marker), timeout_s=15)
 
-    def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
+    def gather(self, plan: Plan, cell: Cell) -> dict[str, Problem]:
         """Copy the artefacts of a cell into the run directory; returns failures by node."""
         if not self._remote(plan):
             return {}

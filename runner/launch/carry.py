@@ -223,7 +223,7 @@ def carry_out(
     """Run the cells that are not complete, in a run directory that the caller has locked; returns the summary.
 
     `data` is the folder with the cells' data (None: they need none), `bad` the nodes not to use, with their problems.
-    Raises InfrastructureError where the data cannot be sent or the disk cannot be written, Interrupted on a signal.
+    Raises InfrastructureError where the disk cannot be written, Interrupted on a signal.
     """
     process.allow_open_files()
     if transport.ssh_config:

@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from runner.cluster.inventory import Node
-from runner.cluster.reasons import explain
+from runner.cluster.reasons import explain, reason_kind
 from runner.errors import InfrastructureError
-from runner.node.protocol import POLL_S
+from runner.failures import Problem
+from runner.node.protocol import POLL_S, SILENCE_S
 from runner.system import process
 
 
 def _rsync(node: Node, ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
-    # -s: paths are passed to the remote side unchanged, not through its shell.
+    # -s: paths are passed to the remote side unchanged, not through its shell. Only at level INFO does ssh say why a
+    # connection ended that it had: it was closed, or nothing came for as long as its configuration allows.
+    shell = f"ssh -F {ssh_config} -o LogLevel=INFO"
     as_user = [f"--rsync-path={shlex.join([*node.sudo, 'rsync'])}"] if node.sudo else []
-    return process.run(
-        ["rsync", "-a", "-s", "--partial", "--mkpath", "-e", f"ssh -F {ssh_config}", *as_user, source, target],
-        timeout_s=timeout_s,
-    )
+    options = ["-a", "-s", "--partial", "--mkpath", f"--timeout={2 * SILENCE_S:.0f}", *as_user]
+    return process.run(["rsync", *options, "-e", shell, source, target], timeout_s=timeout_s)
 
 
 def send(
@@ -29,7 +30,7 @@ def send(
     target: str,
     timeout_s: float = 1800.0,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, str]:
+) -> dict[str, Problem]:
     """Copy the folder `source` to `target` on every node, at most `timeout_s` each; returns failures by node.
 
     Ends early once `stopped` returns True.
@@ -41,30 +42,33 @@ def send(
 
 def gather(
     nodes: Sequence[Node], ssh_config: str, source: str, targets: Mapping[str, str], timeout_s: float = 600.0
-) -> dict[str, str]:
+) -> dict[str, Problem]:
     """Copy the folder `source` of every node into `targets[node.name]`, at most `timeout_s` each.
 
-    Returns failures by node.
+    Returns failures by node; the disk that is full is this machine's.
     """
-    return _each(
+    found = _each(
         nodes, lambda node: _rsync(node, ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s)
     )
+    full = Problem("controller_disk_full", "this machine's disk is full")
+    return {name: full if problem.kind == "disk_full" else problem for name, problem in found.items()}
 
 
 def _each(
     nodes: Sequence[Node], action: Callable[[Node], process.Outcome], stopped: Callable[[], bool] = lambda: False
-) -> dict[str, str]:
+) -> dict[str, Problem]:
     """Run `action` for every node, sixteen at a time; returns failures by node.
 
     If it ends early, by `stopped` or an exception, running commands are ended, not waited for.
     """
 
-    def attempt(node: Node) -> str | None:
+    def attempt(node: Node) -> Problem | None:
         try:
             outcome = action(node)
-        except InfrastructureError as error:
-            return str(error)
-        return None if outcome.rc == 0 else explain(node, outcome.rc, outcome.stderr.splitlines())
+        except InfrastructureError as error:  # it was still running at the end of its time
+            return Problem("hung", str(error))
+        lines = outcome.stderr.splitlines()
+        return Problem(reason_kind(outcome.rc, lines), explain(node, outcome.rc, lines)) if outcome.rc else None
 
     pool = ThreadPoolExecutor(16)
     futures = {node.name: pool.submit(attempt, node) for node in nodes}
@@ -77,5 +81,6 @@ def _each(
         if any(future.running() for future in futures.values()):
             process.stop_running()
         pool.shutdown()
-    reasons = {name: "stopped" if future.cancelled() else future.result() for name, future in futures.items()}
-    return {name: reason for name, reason in reasons.items() if reason}
+    interrupted = Problem("interrupted", "stopped")
+    found = {name: interrupted if future.cancelled() else future.result() for name, future in futures.items()}
+    return {name: problem for name, problem in found.items() if problem}

@@ -10,8 +10,7 @@ from typing import Any
 
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
-from runner.errors import InfrastructureError
-from runner.failures import KINDS
+from runner.failures import KINDS, Problem
 from runner.launch import blame, drift
 from runner.launch.current import CurrentPlan
 from runner.launch.journal import Journal, Streams
@@ -28,8 +27,9 @@ from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import telemetry
 from runner.results.rundir import RunDir
-from runner.results.status import each_error
+from runner.results.status import each_error, joined
 from runner.system.wording import are, counted
+from runner.workloads.registry import trains
 
 RETRY_S = 5.0
 
@@ -87,7 +87,8 @@ class Run:
         self.current = CurrentPlan(plan, run)
         self.journal = Journal(run, display, backend.scheduled)
         self.ledger = self.journal.ledger
-        self.roster = Roster(self.current, self.journal, transport, access, lambda node: self._send_data([node]))
+        sent: Callable[[Node], list[Problem]] = lambda node: list(self._send([node]).values())  # noqa: E731
+        self.roster = Roster(self.current, self.journal, transport, access, sent)
         self.stop = Stop(display)
         self.source = data
         self.data = transport.data_on_nodes(plan, data) if data else None
@@ -95,13 +96,15 @@ class Run:
         # Where a scheduler starts cells, only a new cell shows whether nodes have changed since.
         compares = policy.accept_drift and backend.scheduled
         self.comparison = drift.Comparison(run, plan, self.journal.status) if compares else None
+        # The nodes that the data was sent to, and those where that has failed, by name.
+        self.has_data, self.has_not = set[str](), set[str]()
         self.not_gathered: set[str] = set()
 
     def execute(self, bad: Problems) -> dict[str, Any]:
         """Run every cell that is not complete, then judge and report; returns the summary.
 
         `bad` are the nodes not to use, with their problems. Measured values are never lost. Raises InfrastructureError
-        if the data cannot be sent, or this machine's disk cannot be written.
+        if this machine's disk cannot be written.
         """
         journal = self.journal
         with self.stop.listening(), journal.opened():
@@ -109,11 +112,6 @@ class Run:
             with self.display.progress(len(self.current.cells)):
                 for host, problems in bad.items():
                     self._give_up(host, self.current.cells[0], blame.unusable(host, problems))
-                try:
-                    self._send_data([node for node in self._needed() if node.name not in bad])
-                except InfrastructureError:
-                    journal.save("failed")
-                    raise
                 while not self.stop.asked and (ahead := self._ahead()):
                     self.progress[ahead[0].id].enter(Turn.TAKEN)
                     self._settle(ahead[0].id)
@@ -173,26 +171,46 @@ class Run:
     # --- data ---------------------------------------------------------------------------------------
 
     def _needed(self) -> list[Node]:
-        """The nodes that may still have work; one that was replaced may not even answer."""
+        """The nodes that may still need the data; one that was replaced may not even answer."""
         left = [cell for cell in self.current.cells if not self.journal.complete(cell)]
         hosts = {host for cell in left for host in cell.hosts}
-        return [node for node in self.current.plan.nodes if node.name in hosts or not all(cell.hosts for cell in left)]
+        anywhere = not all(cell.hosts for cell in left)
+        without = self.has_data | self.roster.bad
+        return [node for node in self.current.plan.nodes
+                if node.name not in without and (anywhere or node.name in hosts)]  # fmt: skip
 
-    def _send_data(self, nodes: Sequence[Node]) -> None:
-        """Copy the data to `nodes`. Raises InfrastructureError with the reason for each that cannot be replaced."""
-        if self.source is None:
-            return
-        self.display.at(0, 1, "sending data")
-        plan = self.current.plan
-        failures = self.transport.send(plan, nodes, self.source, lambda: self.stop.asked)
-        if not plan.named and len(failures) < len(nodes):
-            for host, reason in failures.items():  # the scheduler can choose others
-                self.journal.note(f"{plan.node(host).alias} is not used, the data cannot be sent to it: {reason}")
+    def _send(self, nodes: Sequence[Node]) -> dict[str, Problem]:
+        """Copy the data to `nodes`; returns failures by node."""
+        if self.source is None or not nodes:
+            return {}
+        failures = self.transport.send(self.current.plan, nodes, self.source, lambda: self.stop.asked)
+        self.has_data |= {node.name for node in nodes} - failures.keys()
+        self.has_not |= failures.keys()
+        return failures
+
+    def _send_data(self, cell: Cell, on_progress: Callable[[float, str], None]) -> dict[str, Any] | None:
+        """Copy the data to all nodes that may need it, before the first cell; where that fails, again before a cell on
+        these nodes. Returns the error of an attempt at `cell` that cannot begin without.
+        """
+        if self.source is None or self.ledger.share(cell.id):  # its job was submitted after the data was sent
+            return None
+        here = set(cell.hosts)
+        nodes = [node for node in self._needed() if not here or node.name in here or node.name not in self.has_not]
+        if nodes:
+            on_progress(0.0, "sending data")
+        failures = self._send(nodes)
+        if self.stop.asked:
+            return None
+        if not self.current.plan.named and len(failures) < len(nodes):
+            for host, problem in failures.items():  # the scheduler can choose others
+                alias = self.current.alias(host)
+                self.journal.note(f"{alias} is not used, the data cannot be sent to it: {problem.message}")
                 self.current.plan = self.transport.exclude(self.current.plan, host)
-            return
-        if failures and not self.stop.asked:
-            lines = (f"{name}: {reason}" for name, reason in failures.items())
-            raise InfrastructureError("\n  ".join(["sending the data failed", *lines]))
+            return None
+        failed = [blame.error(problem.kind, f"the data cannot be sent to it: {problem.message}", host)
+                  for host, problem in failures.items() if not here or host in here]  # fmt: skip
+        needed = any(trains(each.test) for each in (cell, *self._sharing(cell)))
+        return joined(failed) if failed and needed else None
 
     # --- a cell until it is settled -----------------------------------------------------------------
 
@@ -412,7 +430,7 @@ class Run:
             self.journal.entry(cell)["progress"] = {"fraction": round(fraction, 3), "phase": phase}
 
         self.journal.cell_state(cell, "running")
-        self.display.at(through, total, f"{cell.id} starting")
+        on_progress(0.0, "starting")
 
         def on_failure(error: Mapping[str, Any]) -> None:
             self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")
@@ -420,8 +438,10 @@ class Run:
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
         watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure)
         try:
-            context = self._context(cell, through)
-            fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
+            fault = self._send_data(cell, on_progress)
+            if fault is None and not self.stop.asked:
+                context = self._context(cell, through)
+                fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
         finally:
             streams.close()
         if self.stop.asked:
@@ -435,12 +455,14 @@ class Run:
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
             state, error = "incomplete", fault
-        for name, reason in self.transport.gather(self.current.plan, cell).items():
+        missing = self.transport.gather(self.current.plan, cell) if watch.sessions else {}  # else nothing began
+        for name, problem in missing.items():
             self.not_gathered.add(name)
-            self.journal.note(f"{cell.id}: artefacts of {alias(name)} were not gathered, they stay there: {reason}")
-            if state == "complete":
-                state = "incomplete"
-                error = blame.error("not_gathered", f"its artefacts were not gathered: {reason}", name)
+            what = f"artefacts of {alias(name)} were not gathered, they stay there: {problem.message}"
+            self.journal.note(f"{cell.id}: {what}")
+        if missing and state == "complete":
+            found = (_not_gathered(host, problem) for host, problem in missing.items())
+            state, error = "incomplete", joined(list({(one["host"], one["kind"]): one for one in found}.values()))
         self.journal.collect(self.current.plan, cell)
         self.journal.entry(cell)["nodes"] = watch.nodes()
         if state == "complete":
@@ -495,3 +517,11 @@ class Run:
         self.display.at(1, 1, "writing the report")
         telemetry.compact(self.run.telemetry_streams(asdict(self.current.plan)), self.run.telemetry)
         return judge(self.run)
+
+
+def _not_gathered(host: str, problem: Problem) -> dict[str, Any]:
+    """The error of a node whose artefacts could not be fetched; of what failed there, if that is known."""
+    kind = problem.kind if problem.kind != "unknown" else "not_gathered"
+    if kind == "controller_disk_full":
+        return blame.error(kind, f"artefacts were not gathered: {problem.message}")
+    return blame.error(kind, f"its artefacts were not gathered: {problem.message}", host)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runner.cluster.inventory import Node
-from runner.errors import InfrastructureError
+from runner.failures import Problem
 from runner.launch import blame
 from runner.launch.current import CurrentPlan
 from runner.launch.journal import Journal
@@ -18,7 +18,7 @@ from runner.system.wording import are, counted
 
 
 class Roster:
-    """The nodes of a run. `send_data` copies the data to a node and raises InfrastructureError if that fails."""
+    """The nodes of a run. `send_data` copies the data to a node and returns why that fails; empty if it does not."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Roster:
         journal: Journal,
         transport: Transport,
         access: NodeAccess,
-        send_data: Callable[[Node], None],
+        send_data: Callable[[Node], Sequence[Problem]],
     ) -> None:
         self._current, self._journal, self._transport = current, journal, transport
         self._access, self._send_data = access, send_data
@@ -71,14 +71,10 @@ class Roster:
     def _good_spare(self) -> Node | None:
         """The first spare that passes its checks and received the data; those before it are removed from the spares."""
         for spare in self._current.plan.spares:
-            if problems := self._access.ask([spare]).problems.get(spare.name):
-                why = blame.unusable(spare.name, problems)["message"]
-            else:
-                try:
-                    self._send_data(spare)
-                    return spare
-                except InfrastructureError as error:
-                    why = str(error)
+            problems = self._access.ask([spare]).problems.get(spare.name) or self._send_data(spare)
+            if not problems:
+                return spare
+            why = blame.unusable(spare.name, problems)["message"]
             self._journal.note(f"spare {spare.alias} is not usable: {why}")
             left = tuple(node for node in self._current.plan.spares if node is not spare)
             self._current.change(spares=left)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from runner.cluster.inventory import Node
+from runner.failures import Problem
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.watch import CellContext, CellRun
 from runner.plan.plan import Cell, Plan
@@ -29,8 +30,11 @@ class Transport(Protocol):
     def data_on_nodes(self, plan: Plan, data: str) -> str:
         """The path on the nodes of the prepared data that is in the folder `data` here."""
 
-    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
-        """Copy prepared data to `nodes`, until `stopped` returns True; returns failures by node."""
+    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, Problem]:
+        """Copy prepared data to `nodes`, until `stopped` returns True; returns failures by node.
+
+        Raises InfrastructureError where what fails is no node.
+        """
 
     def together(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
         """Those of `cells` that are started together with the first one."""
@@ -43,7 +47,7 @@ class Transport(Protocol):
         Returns an error whose cause is outside its ranks and agents, or None.
         """
 
-    def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
+    def gather(self, plan: Plan, cell: Cell) -> dict[str, Problem]:
         """Copy the artefacts of a cell into the run directory; returns failures by node."""
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:

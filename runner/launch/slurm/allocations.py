@@ -150,14 +150,19 @@ class Allocations:
 
     # --- data ---------------------------------------------------------------------------------------
 
-    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, str]:
-        """Copy prepared data to a folder that every node sees, or to each node. Returns failures by node."""
+    def send(self, plan: Plan, nodes: Sequence[Node], data: str, stopped: Callable[[], bool]) -> dict[str, Problem]:
+        """Copy prepared data to a folder that every node sees, or to each node. Returns failures by node.
+
+        Raises InfrastructureError if that folder cannot be written.
+        """
         target = self.data_on_nodes(plan, data)
         if not self.shared:
             return copy.send(nodes, str(self.ssh_config), data, target, stopped=stopped)
         Path(target).mkdir(mode=0o700, parents=True, exist_ok=True)
         outcome = process.run(["rsync", "-a", "-s", f"{data}/", f"{target}/"], timeout_s=1800)
-        return {} if outcome.rc == 0 else {"the run's folder": outcome.last_line}
+        if outcome.rc:
+            raise InfrastructureError(f"the data cannot be copied to {target}: {outcome.last_line}")
+        return {}
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:
         """The path on the nodes of the data that is in the folder `data` here."""
@@ -375,7 +380,7 @@ class Allocations:
 
     # --- after it -----------------------------------------------------------------------------------
 
-    def gather(self, plan: Plan, cell: Cell) -> dict[str, str]:
+    def gather(self, plan: Plan, cell: Cell) -> dict[str, Problem]:
         """Copy the artefacts of a cell into the run directory; returns failures by node."""
         if self.shared or not cell.hosts:
             return {}

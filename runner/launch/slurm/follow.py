@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
+from runner.failures import Problem
 from runner.launch import copy
 from runner.launch.slurm import answers
 from runner.launch.slurm.answers import JobInfo
@@ -193,7 +194,7 @@ class Follow:
         running = self.step is not None and info.state == "running"
         return info, self.slurm.steps(self.job_id) if running else set()
 
-    def fetch(self) -> dict[str, str]:
+    def fetch(self) -> dict[str, Problem]:
         """Copy the cell's files from the nodes; returns failures by node, which are no error here."""
         targets = {name: str(folder.path) for name, folder in self.folders.items()}
         return copy.gather(self.nodes, str(self.ssh_config), str(self.source), targets, timeout_s=FETCH_S)

@@ -116,6 +116,29 @@ def test_an_agent_that_does_not_end_when_told_to_hangs():
     assert (said["kind"], said["host"]) == ("hung", "a")
 
 
+# What rsync and its ssh print when a node fails while files are copied.
+COPYING = [
+    ("Timeout, server 10.0.0.1 not responding.\nrsync: connection unexpectedly closed (5 bytes received)", 255, "hung"),
+    ("Connection to 10.0.0.1 closed by remote host.\nrsync: connection unexpectedly closed", 255, "lost_connection"),
+    ("client_loop: send disconnect: Broken pipe\nrsync: [sender] write error: Broken pipe (32)", 10, "lost_connection"),
+    ("Read from remote host 10.0.0.1: Connection reset by peer", 255, "lost_connection"),
+    ("rsync: connection unexpectedly closed (0 bytes received so far) [sender]", 12, "lost_connection"),
+    ("[sender] io timeout after 60 seconds -- exiting\nrsync error: timeout in data send/receive", 30, "hung"),
+    ('rsync: [receiver] write failed on "/x/y": No space left on device (28)\nBroken pipe', 11, "disk_full"),
+    ('rsync: [receiver] mkstemp "/x/.y" failed: Disk quota exceeded (122)', 23, "disk_full"),
+    (
+        "ssh: connect to host 10.0.0.1 port 22: No route to host\nrsync: connection unexpectedly closed",
+        255,
+        "unreachable",
+    ),
+]
+
+
+@pytest.mark.parametrize(("said", "rc", "kind"), COPYING, ids=lambda value: str(value)[:40])
+def test_what_ends_a_copy_has_a_kind(said, rc, kind):
+    assert reasons.reason_kind(rc, said.splitlines()) == kind
+
+
 # What ssh or the far shell says when no agent answers, its status, and the kind of failure.
 NO_AGENT = [
     ("ssh: connect to host 10.0.0.1 port 44222: Connection refused", 255, "unreachable"),
@@ -126,6 +149,7 @@ NO_AGENT = [
     ("kex_exchange_identification: Connection closed by remote host", 255, "lost_connection"),
     ("bash: line 1: /opt/env/bin/python: No such file or directory", 127, "environment_missing"),
     ("/opt/env/bin/python: No module named runner", 1, "environment_missing"),
+    ("Connection timed out during banner exchange", 255, "hung"),
     ("something new", 255, "unreachable"),
     ("something new", 1, "unknown"),
     ("", reasons.GIVEN_UP, "hung"),

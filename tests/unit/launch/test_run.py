@@ -356,6 +356,108 @@ def test_nodes_without_work_get_no_data(cluster, tmp_path):
     assert nodes.sent == NAMES[:2]
 
 
+class Sending(Nodes):
+    """A stand-in that cannot send data to some nodes: the first `times` times each."""
+
+    def __init__(self, run: RunDir, problems: dict[str, Problem], times: int = 100) -> None:
+        super().__init__(run)
+        self.problems, self.times = problems, dict.fromkeys(problems, times)
+
+    def send(self, planned, nodes, data, stopped):
+        super().send(planned, nodes, data, stopped)
+        failed = [node.name for node in nodes if self.times.get(node.name)]
+        for name in failed:
+            self.times[name] -= 1
+        return {name: self.problems[name] for name in failed}
+
+
+HUNG = Problem("hung", "it no longer answers")
+FULL = Problem("disk_full", "its disk is full")
+REFUSED = Problem("refused_key", "it refuses the key for this user")
+
+
+def send_and_carry_out(cluster, tmp_path, problems, times=100, retries=0, replace_bad=False, test="sft", **more):
+    built = planned(cluster, tmp_path, spares=2, **more)
+    # What a cell is called does not matter here, but whether it needs data.
+    built = replace(built, cells=tuple(replace(cell, test=test) for cell in built.cells))
+    run = RunDir.create(tmp_path, built.to_dict())
+    nodes = Sending(run, problems, times)
+    policy = bench.Policy(retries, replace_bad)
+    carried = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", policy, NodeAccess())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    return nodes, run.read_status(), run
+
+
+@pytest.mark.parametrize("problem", [HUNG, FULL, REFUSED], ids=lambda problem: problem.kind)
+def test_a_node_that_the_data_cannot_be_sent_to_fails_its_cell_and_not_the_run(cluster, tmp_path, problem):
+    nodes, status, run = send_and_carry_out(cluster, tmp_path, {NAMES[1]: problem}, counts=(1, 2))
+    assert states(status) == {"torch-1n-r1": "complete", "torch-2n-r1": "incomplete"}
+    error = status["cells"]["torch-2n-r1"]["error"]
+    assert (error["kind"], error["host"]) == (problem.kind, NAMES[1])
+    assert error["message"] == f"the data cannot be sent to it: {problem.message}"
+    assert run.report_html.exists() and json.loads(run.summary.read_text())["findings"][0]["host"] == NAMES[1]
+    assert nodes.sent == [*NAMES[:2], NAMES[1]], "to all nodes at once, and again before the cell that needs it"
+
+
+def test_sending_data_is_tried_again_as_any_other_phase(cluster, tmp_path):
+    _, status, _ = send_and_carry_out(cluster, tmp_path, {NAMES[1]: HUNG}, times=1, retries=1)
+    entry = status["cells"]["torch-2n-r1"]
+    assert (entry["state"], entry["attempt"]) == ("complete", 2)
+    assert [one["error"]["kind"] for one in entry["attempts"]] == ["hung"]
+
+
+def test_a_node_that_hangs_while_data_is_sent_is_replaced_by_a_spare_that_has_it(cluster, tmp_path):
+    bad = {NAMES[1]: HUNG, NAMES[2]: FULL}  # nor can the first spare be sent anything
+    nodes, status, _ = send_and_carry_out(cluster, tmp_path, bad, replace_bad=True)
+    assert states(status) == {"torch-2n-r1": "complete"}
+    [swap] = status["replaced"]
+    assert (swap["host"], swap["by"], swap["kind"]) == (NAMES[1], NAMES[3], "hung")
+    assert nodes.tried[-1][1] == (NAMES[0], NAMES[3])
+
+
+def test_two_nodes_that_the_data_cannot_be_sent_to_are_both_named_and_replaced(cluster, tmp_path):
+    bad = {NAMES[0]: HUNG, NAMES[1]: FULL}
+    _, status, _ = send_and_carry_out(cluster, tmp_path, bad, replace_bad=True)
+    assert states(status) == {"torch-2n-r1": "complete"}
+    assert [(swap["host"], swap["kind"]) for swap in status["replaced"]] == [
+        (NAMES[0], "hung"),
+        (NAMES[1], "disk_full"),
+    ]
+
+
+def test_a_cell_that_needs_no_data_runs_where_none_can_be_sent(cluster, tmp_path):
+    _, status, _ = send_and_carry_out(cluster, tmp_path, {NAMES[1]: FULL}, test="torch")
+    assert states(status) == {"torch-2n-r1": "complete"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [
+        (HUNG, "hung"),
+        (Problem("unreachable", "nothing listens on its SSH port"), "unreachable"),
+        (Problem("lost_connection", "it closed the connection"), "lost_connection"),
+        (Problem("unknown", "rsync error: some files could not be transferred"), "not_gathered"),
+    ],
+)
+def test_what_fails_while_artefacts_are_gathered_has_the_kind_that_it_has_elsewhere(
+    cluster, tmp_path, monkeypatch, problem, kind
+):
+    monkeypatch.setattr(Nodes, "gather", lambda self, planned, cell: {NAMES[1]: problem})
+    _, status, _ = carry_out(planned(cluster, tmp_path))
+    error = status["cells"]["torch-2n-r1"]["error"]
+    assert (error["kind"], error["host"]) == (kind, NAMES[1])
+    assert error["message"] == f"its artefacts were not gathered: {problem.message}"
+
+
+def test_a_full_disk_of_this_machine_is_no_nodes_fault(cluster, tmp_path, monkeypatch):
+    full = Problem("controller_disk_full", "this machine's disk is full")
+    monkeypatch.setattr(Nodes, "gather", lambda self, planned, cell: dict.fromkeys(cell.hosts, full))
+    _, status, _ = carry_out(planned(cluster, tmp_path, spares=1), retries=1, replace_bad=True)
+    [error] = each_error(status["cells"]["torch-2n-r1"]["error"])
+    assert (error["kind"], error["host"], status["replaced"]) == ("controller_disk_full", None, [])
+
+
 def test_a_launcher_is_no_node_that_a_spare_could_replace(cluster, tmp_path):
     built = planned(cluster, tmp_path, spares=1)
     run = RunDir.create(tmp_path, built.to_dict())
@@ -629,12 +731,12 @@ def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(clust
         """Its second node cannot be sent anything."""
 
         def send(self, planned, nodes, data, stopped):
-            return {nodes[1].name: "no route to it"}
+            return {nodes[1].name: Problem("unreachable", "no route to it")}
 
     carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
     carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), NodeAccess())
     with carried.journal.opened():
-        carried._send_data(list(built.nodes))
+        assert carried._send_data(built.cells[0], lambda *_: None) is None
     assert carried.current.plan.slurm["exclude"] == ["node002"]
 
 
