@@ -1,6 +1,7 @@
 """Findings: faults attributed to a node, a setting, or to nothing identifiable, each with its evidence. Pure.
 
-A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}. `kind` is one of `failures.KINDS`, which
+A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}; that of a node that was given up during the
+run has `replaced_by` as well, the node that took its place or None. `kind` is one of `failures.KINDS`, which
 gives the fault and the advice at the end of the evidence; `host` is None where no single node can be named.
 """
 
@@ -29,8 +30,10 @@ def find(
 
     `cells` are those of summary.json, `status` is the contents of status.json, `by_cell` maps cell ids to records.
     """
+    failures = list(_failures(cells, status))
     return [
-        *_failures(cells, status),
+        *failures,
+        *_given_up(status, failures),
         *_wrong_values(by_cell),
         *_without_records(cells),
         *_differences(properties(facts)),
@@ -72,6 +75,23 @@ def _failures(cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> 
                 confidence=NOBODY if _fault(kind, host) == NOBODY else "high",
                 host=host,
                 stderr=[str(line) for line in one.get("stderr") or []],
+            )
+
+
+def _given_up(status: Mapping[str, Any], failures: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Nodes that a run did without from some cell on, unless a cell that did not end well shows the same."""
+    shown = {(finding["host"], finding["kind"]) for finding in failures}
+    for swap in status.get("replaced", ()):
+        kind, host = current(swap.get("kind")), swap["host"]
+        if (host, kind) not in shown:
+            by = f", {swap['by']} took its place" if swap.get("by") else ""
+            yield _finding(
+                kind,
+                where=swap["cell"],
+                evidence=f"given up in {swap['cell']}{by}: {swap['reason']}",
+                confidence="high",
+                host=host,
+                replaced_by=swap.get("by"),
             )
 
 

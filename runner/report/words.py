@@ -7,7 +7,7 @@ from typing import Any
 
 from runner import failures
 from runner.judge import metrics
-from runner.system.wording import counted
+from runner.system.wording import counted, was
 
 SIGNS = {"pass": "✓", "fail": "✕", "inconclusive": "?", "not_judged": "–"}
 
@@ -39,6 +39,9 @@ def headline(summary: Mapping[str, Any]) -> str:
         return f"The run is incomplete: {unfinished}"
     if summary["state"] == "cancelled":
         return f"The run was stopped: {unfinished}"
+    if summary["findings"] and all("replaced_by" in finding for finding in summary["findings"]):
+        count = len({finding["host"] for finding in summary["findings"]})
+        return f"{counted(count, 'node')} failed and {was(count)} given up"
     kinds = {failures.current(finding["kind"]) for finding in summary["findings"]}
     if len(kinds) > 1:
         return f"The cluster has {counted(len(summary['findings']), 'problem')}"

@@ -11,3 +11,8 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 def are(number: int) -> str:
     """`is` after 1, `are` after any other number."""
     return "is" if number == 1 else "are"
+
+
+def was(number: int) -> str:
+    """`was` after 1, `were` after any other number."""
+    return "was" if number == 1 else "were"

@@ -304,6 +304,7 @@ def broken() -> Fixture:
         "host": "fukushimadc-02-hgx-0009",
         "by": None,
         "cell": dead,
+        "kind": "hung",
         "reason": "has not answered for 30 s",
         "at": "",
     }

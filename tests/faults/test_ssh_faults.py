@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,10 @@ from faults.conftest import (
     error_of,
     torch,
 )
-from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED
+from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED, InfrastructureError
 from runner.plan.plan import PORTS
+from runner.results.rundir import RunDir
+from runner.results.status import each_error
 from runner.system import process
 from testbed.benches import (
     RUNNER,
@@ -51,6 +55,7 @@ pytestmark = pytest.mark.testbed
 
 SCRATCH = "/var/tmp/shakedown"
 ENVIRONMENT = RUNNER.parent.parent
+FEW_STEPS = ("--test", "sft", "--set", "sft.steps=2", "--set", "sft.warmup_steps=1")
 LIMIT_S = 100  # ranks need most of it to start, where six of them share two cores with others
 
 
@@ -86,6 +91,20 @@ time.sleep(600)
 def hold_ports(container: str) -> None:
     podman("exec", "-d", container, "python3", "-c", HOLD_PORTS)
     assert until(lambda: "held" in inside(container, "ls /tmp"), 60)
+
+
+def slow_to_receive(container: str) -> None:
+    """Whatever is copied to this node takes 20 s longer, in which it can be broken."""
+    script = '#!/bin/sh\\ntouch /tmp/receiving\\nsleep 20\\nexec /tmp/rsync-itself "$@"\\n'
+    inside(container, f"cp /usr/bin/rsync /tmp/rsync-itself; printf {shlex.quote(script)} > /tmp/rsync")
+    inside(container, "chmod 755 /tmp/rsync; rm -f /tmp/receiving")
+    mount(container, "--bind", "/tmp/rsync", "/usr/bin/rsync")
+
+
+def unmount_if_mounted(container: str, path: str) -> None:
+    """A node that was killed has lost its mounts."""
+    with suppress(InfrastructureError):
+        unmount(container, path)
 
 
 FAULTS = [
@@ -149,7 +168,7 @@ FAULTS = [
     ),
     Fault(
         "a node's sshd is stopped",
-        kind="not_gathered",
+        kind="unreachable",
         says=r"artefacts were not gathered: nothing listens on its SSH port",
         state="incomplete",
         plant=lambda node: inside(node, "systemctl stop ssh"),
@@ -236,6 +255,102 @@ def test_a_fault_is_named_and_leaves_nothing_behind(ended, fault):
     healthy = [host for host in hosts if fault.gathered or host != hosts[fault.victim]]
     assert_kept(bench.run, healthy, ranks=fault.kind != "port_taken")  # then no rank finds another
     # A node that was cut off or paused finds its controller gone when it is back.
+    assert_no_orphan(bench.marker, 60)
+
+
+@dataclass(frozen=True)
+class Receiving:
+    """A fault of a node while data is sent to it: the run goes on, with or without a spare."""
+
+    name: str
+    kind: str
+    plant: Callable[[str], object]
+    undo: Callable[[str], object]
+    prepare: Callable[[str], object] = slow_to_receive
+    arguments: tuple[str, ...] = ("--retries", "1", "--replace-bad-nodes")
+
+
+RECEIVING = [
+    Receiving("is paused", "hung", pause, lambda node: podman("unpause", node)),
+    Receiving(
+        "is killed", "hung|lost_connection", lambda node: podman("kill", node), lambda node: podman("start", node)
+    ),
+    Receiving(
+        "loses its connections",
+        "lost_connection",
+        lambda node: inside(node, "pkill -KILL -f sshd:; true"),
+        lambda node: None,
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", RECEIVING, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_a_node_that_fails_while_data_is_sent_to_it_is_replaced(bed, tmp_path, fault):
+    first, bad, spare = bed.nodes[:3]
+    container = bad["container"]
+    with ExitStack() as undo:
+        undo.callback(unmount_if_mounted, container, "/usr/bin/rsync")
+        fault.prepare(container)
+        undo.callback(lambda: until(lambda: answers(container), 30))
+        undo.callback(fault.undo, container)
+        hosts = ("--hosts", "node001,node002,node003", "--nodes", "2")
+        bench = Bench(bed.inventory, tmp_path, *hosts, *fault.arguments, *FEW_STEPS)
+        undo.callback(bench.leave)
+        assert until(lambda: "receiving" in inside(container, "ls /tmp") or bench.process.poll() is not None, 100)
+        fault.plant(container)
+        code, output = bench.end()
+    assert code == EXIT_TARGET_MISSED, output
+    status = bench.run.read_status()
+    cell = status["cells"]["sft-tiny-2n-r1"]
+    (before,) = cell["attempts"]
+    assert re.fullmatch(fault.kind, before["error"]["kind"]) and before["error"]["host"] == bad["name"], output
+    assert before["error"]["message"].startswith("the data cannot be sent to it: ")
+    assert [(one["host"], one["by"]) for one in status["replaced"]] == [(bad["name"], spare["name"])]
+    assert (cell["state"], set(cell["hosts"])) == ("complete", {first["name"], spare["name"]})
+    (found,) = json.loads(bench.run.summary.read_text())["findings"]
+    assert found["host"] == bad["name"] and output.splitlines()[-3] == "✕ 1 node failed and was given up"
+    assert_no_orphan(bench.marker, 60)
+
+
+def test_without_spares_the_run_says_which_node_does_not_get_its_data_and_how_to_finish_it(bed, tmp_path):
+    """The disk fills up: a fault that is there at once, so that this test need not wait for a silence."""
+    bad = bed.nodes[1]
+    small_disk(bad["container"], SCRATCH, "64k")
+    try:
+        arguments = ("--hosts", "node001,node002", *FEW_STEPS)
+        code, output = Bench(bed.inventory, tmp_path, *arguments).end()
+    finally:
+        unmount(bad["container"], SCRATCH)
+    run = RunDir.find(tmp_path, None)
+    assert code == EXIT_INFRASTRUCTURE, output
+    error = error_of(run)
+    assert (error["kind"], error["host"]) == ("disk_full", bad["name"])
+    assert run.report_html.exists()
+    assert output.splitlines()[-1].startswith(f"to finish it: runner bench --resume {run.run_id}")
+
+
+def test_two_nodes_that_fail_in_the_same_second_are_both_named_and_told_at_once(bed, tmp_path):
+    killed, paused = bed.nodes[:2]
+    bench = Bench(bed.inventory, tmp_path, "--nodes", "2", "--retries", "1", "--replace-bad-nodes", *SOME_SECONDS)
+    try:
+        bench.wait_for_ranks()
+        pause(paused["container"])
+        signal_rank(killed["container"], "KILL")
+        moment = time.monotonic()
+        log = bench.run.log
+        assert until(lambda: "killed by SIGKILL" in log.read_text(errors="replace"), 15), "nothing was told"
+        told_s = time.monotonic() - moment
+        code, output = bench.end()
+    finally:
+        bench.leave()
+        podman("unpause", paused["container"])
+    assert code == EXIT_TARGET_MISSED, output
+    (cell,) = bench.run.read_status()["cells"].values()
+    (before,) = cell["attempts"]
+    errors = {(one["host"], one["kind"]) for one in each_error(before["error"])}
+    assert errors == {(killed["name"], "rank_killed"), (paused["name"], "hung")}, output
+    assert told_s < 15 and cell["state"] == "complete"
+    assert [one["host"] for one in bench.run.read_status()["replaced"]] == [paused["name"]]
     assert_no_orphan(bench.marker, 60)
 
 

@@ -384,7 +384,7 @@ def test_every_finding_takes_its_fault_and_advice_from_the_one_table() -> None:
     quiet.records = []
     runs = [report_fixture.broken(), quiet]
     found = [finding for run in runs for finding in summary_of(run)["findings"]]
-    assert {"wrong_values", "environment", "no_records", "cuda_out_of_memory"} == {one["kind"] for one in found}
+    assert {"wrong_values", "environment", "no_records", "cuda_out_of_memory", "hung"} == {one["kind"] for one in found}
     for one in found:
         assert one["fault"] == failures.KINDS[one["kind"]].fault
         assert one["evidence"].endswith(f"; {failures.KINDS[one['kind']].advice}")

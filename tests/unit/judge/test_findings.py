@@ -1,0 +1,63 @@
+"""What is a finding: nodes that failed together, nodes that were given up, interfaces that differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import report_fixture
+from report_fixture import NAMES
+
+from runner import errors
+from runner.cli import conclusion
+from runner.judge import analysis
+from runner.report import terminal, words
+from runner.results.rundir import RunDir
+from runner.results.status import joined
+
+CELL = "sft-tiny-2n-r1"
+SWAP = {"host": NAMES[1], "by": NAMES[2], "cell": CELL, "kind": "hung", "reason": "it no longer answers", "at": ""}
+HUNG = {"kind": "hung", "message": "it no longer answers", "host": NAMES[1], "stderr": []}
+KILLED = {"kind": "rank_killed", "message": "rank0 was killed by SIGKILL", "host": NAMES[0], "stderr": []}
+
+
+def summary_of(replaced: list[dict[str, Any]], error: dict[str, Any] | None = None) -> dict[str, Any]:
+    fixture = report_fixture.testbed((1, 2))
+    fixture.status["replaced"] = replaced
+    if error:
+        fixture.status["cells"][CELL].update(state="incomplete", error=error)
+    return analysis.summarise(*fixture.arguments)
+
+
+def test_nodes_that_failed_together_are_findings_of_their_own() -> None:
+    found = summary_of([], joined([HUNG, KILLED]))["findings"]
+    assert [(one["host"], one["kind"], one["where"]) for one in found] == [
+        (NAMES[1], "hung", CELL),
+        (NAMES[0], "rank_killed", CELL),
+    ]
+
+
+@pytest.mark.parametrize("by", [NAMES[2], None])
+def test_a_node_that_was_given_up_is_a_finding_with_exit_code_1(by, tmp_path, capsys) -> None:
+    summary = summary_of([{**SWAP, "by": by}])
+    (found,) = summary["findings"]
+    assert (found["host"], found["kind"], found["where"], found["replaced_by"]) == (NAMES[1], "hung", CELL, by)
+    assert (f"{NAMES[2]} took its place" in found["evidence"]) == (by is not None)
+    assert "it no longer answers" in found["evidence"]
+    assert (summary["state"], summary["verdict"]) == ("complete", "fail")
+    assert words.headline(summary) == "1 node failed and was given up"
+    last = terminal.terminal(summary).splitlines()
+    assert "It works" not in "".join(last) and last[-1] == "✕ 1 node failed and was given up"
+    assert conclusion.print_conclusion(RunDir(tmp_path), summary, False) == errors.EXIT_TARGET_MISSED
+    assert "to finish it" not in capsys.readouterr().out
+
+
+def test_nodes_that_were_given_up_are_counted() -> None:
+    summary = summary_of([SWAP, {**SWAP, "host": NAMES[2], "by": NAMES[3], "kind": "lost_connection"}])
+    assert words.headline(summary) == "2 nodes failed and were given up"
+
+
+def test_a_node_that_was_given_up_in_a_cell_that_failed_is_told_once() -> None:
+    summary = summary_of([{**SWAP, "by": None}], HUNG)
+    (found,) = summary["findings"]
+    assert "replaced_by" not in found and words.headline(summary).startswith("The run is incomplete")
