@@ -3,6 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 RUNNER := $(VENV)/bin/runner
+PIP := $(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
@@ -23,10 +24,12 @@ setup: $(VENV)/.stamp
 # constraints.txt pins every package that was tested, torch's exact build number among them.
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	@testbed/install-system-packages.sh python
+	@echo "installing into $(VENV), once: PyTorch and what else is needed, some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel torch
-	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) setuptools wheel torch
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
+	@echo "installed into $(VENV)"
 
 system-packages:
 	testbed/install-system-packages.sh

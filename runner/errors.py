@@ -11,6 +11,8 @@ EXIT_USAGE = 2
 EXIT_INFRASTRUCTURE = 3
 EXIT_INTERRUPTED = 130
 
+FEW = 12  # names that an error lists although it suggests one of them
+
 
 class RunnerError(Exception):
     """One line for the user: what was requested, what was found, what to do.
@@ -61,6 +63,9 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> Usag
 
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    every = f"known: {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else every
+    if near and len(known) <= FEW:
+        hint += f" ({every})"
     place = f"{where}: " if where else ""
     return UsageError(f"{place}unknown {kind} {name!r}; {hint}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,11 +25,16 @@ if TYPE_CHECKING:
     from runner.plan.plan import Cell, Plan
 
 
-def _names(kind: str) -> Callable[..., list[str]]:
-    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        return [p.stem for p in sorted((CONFIGS / kind).glob("*.yaml")) if p.stem.startswith(incomplete)]
+def _names(kind: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
-    return complete
+
+def _complete(names: Sequence[str]) -> Callable[..., list[str]]:
+    """A completion of an option whose values are `names`."""
+    return lambda ctx, param, incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+MODELS = _names("models")
 
 
 @click.command()
@@ -38,7 +45,12 @@ def _names(kind: str) -> Callable[..., list[str]]:
 @click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
 @click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones.")
 @click.option(
-    "--model", default="tiny", show_default=True, help="A model of configs/models.", shell_complete=_names("models")
+    "--model",
+    default="tiny",
+    show_default=True,
+    metavar="NAME",
+    help=f"The model to train: {', '.join(MODELS)}; or your own file in configs/models.",
+    shell_complete=_complete(MODELS),
 )
 @click.option("--weights", metavar="ID_OR_PATH", help="Start from these Hugging Face weights; default: random.")
 @click.option(
@@ -46,7 +58,8 @@ def _names(kind: str) -> Callable[..., list[str]]:
     "tests",
     multiple=True,
     help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items()) + "; default: all.",
-    shell_complete=_names("tests"),
+    metavar="NAME",
+    shell_complete=_complete(list(TESTS)),
 )
 @click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
 @click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
@@ -101,8 +114,7 @@ def _start(
     from runner.launch import prepare
     from runner.report.progress import Display
 
-    command = shlex.join(["runner", *sys.argv[1:]])
-    asked = prepare.Options(command=command, inventory=source, node_counts=_counts(num_nodes, sweep), **options)
+    asked = prepare.Options(command=_command(), inventory=source, node_counts=_counts(num_nodes, sweep), **options)
     prepared = prepare.prepare(asked, read_inventory)
     if dry_run:
         plan = prepared.plan
@@ -110,8 +122,24 @@ def _start(
         return errors.EXIT_OK
     from runner.launch import start  # not on the way of a dry run
 
-    ended = start.start(prepared, Display(quiet=as_json))
+    ended = start.start(prepared, Display())
     return print_conclusion(ended.run, ended.summary, as_json)
+
+
+def _command() -> str:
+    """This command as a line that a shell in the same folder runs again: with the program as it was found, and with
+    what it took from the environment.
+    """
+    context = click.get_current_context()
+    taken = [
+        f"{param.envvar}={shlex.quote(os.environ[str(param.envvar)])}"
+        for param in context.command.params
+        if context.get_parameter_source(str(param.name)) is ParameterSource.ENVIRONMENT
+    ]
+    program, on_path = sys.argv[0], shutil.which("runner")
+    if on_path and os.path.realpath(program) == os.path.realpath(on_path):
+        program = "runner"
+    return " ".join([*taken, shlex.join([program, *sys.argv[1:]])])
 
 
 def _resume(
@@ -123,7 +151,7 @@ def _resume(
     from runner.results.rundir import RunDir
 
     asked = resume.Options(RunDir.find(results, name), inventory=source, accept_drift=accept_drift, **options)
-    display = Display(quiet=as_json)
+    display = Display()
     if dry_run:
         with resume.prepared(asked, read_inventory, display) as left:
             ids = [cell.id for cell in left.pending]

@@ -27,6 +27,7 @@ from runner.provision.board import Board, diffs, exit_code, failures, summary, t
 from runner.provision.play import SITE, VERIFY, carry_out
 from runner.provision.roles import PHASES, check_tags, variables_of
 from runner.system.places import state_dir
+from runner.system.wording import counted
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory
@@ -63,7 +64,8 @@ def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bo
     words = "done, with failures" if board.bad() else "done"
     would = f" ({len(change)} would change)" if change else ""
     click.echo(
-        f"{words}: {good - len(change - board.bad())} of {len(board.nodes)} nodes as expected{would}, {elapsed_s:.0f} s"
+        f"{words}: {good - len(change - board.bad())} of {counted(len(board.nodes), 'node')} "
+        f"as expected{would}, {elapsed_s:.0f} s"
     )
     return code
 
@@ -186,7 +188,7 @@ def _play(
     check_tags(tags, PHASES if playbook_file == SITE else ("verify",))
     nodes = select(inventory, hosts)
     names = tuple(node.name for node in nodes)
-    display = Display(quiet=as_json)
+    display = Display()
     remote = BACKENDS[nodes[0].backend].remote
     with nullcontext("SSH_CONFIG") if dry_run else rendered(inventory) as ssh_config:
         call = playbook.Call(
@@ -222,7 +224,7 @@ def whole_path(source: str) -> str:
 def _described(plan: Mapping[str, Any]) -> str:
     from runner.system.nodeset import fold
 
-    lines = [shlex.join(plan["command"]), f"# {len(plan['tasks'])} tasks on {fold(plan['nodes'])}"]
+    lines = [shlex.join(plan["command"]), f"# {counted(len(plan['tasks']), 'task')} on {fold(plan['nodes'])}"]
     return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])
 
 

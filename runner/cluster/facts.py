@@ -8,12 +8,14 @@ import platform
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from runner.cluster import nccl
 
+# The beginning of the name of a property: that of an interface which ranks send their messages through.
+TRAFFIC = "traffic nic"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "shakedown")
 
 
@@ -37,7 +39,7 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
         "nccl_built": vars(built) if built else None,
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
-        "nics": list(_nics()),
+        "nics": list(_nics({**nccl.settings(variables), **variables})),
         "env": relevant({**nccl.settings(variables), **variables}),
     }
 
@@ -76,12 +78,13 @@ def comparable(facts: Mapping[str, Any]) -> dict[str, str]:
         flat[name] = facts.get(name)
     flat |= {f"packages.{name}": value for name, value in sorted((facts.get("packages") or {}).items())}
     for nic in sorted(facts.get("nics") or [], key=lambda nic: str(nic.get("name"))):
-        if not nic.get("driver"):  # bridges and the like, which come and go with containers
+        carries = nic.get("carries_traffic")
+        if not (nic.get("driver") or carries):  # bridges and the like, which come and go with containers
             continue
         speed = nic.get("speed_mbit_per_s")
         parts = [f"{speed / 1000:g} Gbit/s"] if speed and speed > 0 else []
-        parts += [f"MTU {nic.get('mtu')}", str(nic["driver"])]
-        flat[f"nic {nic.get('name')}"] = ", ".join(parts)
+        parts += [f"MTU {nic.get('mtu')}", *([str(nic["driver"])] if nic.get("driver") else [])]
+        flat[f"{TRAFFIC if carries else 'nic'} {nic.get('name')}"] = ", ".join(parts)
     flat |= {f"env.{name}": value for name, value in relevant(facts.get("env") or {}).items()}  # older facts have more
     return {name: str(value) for name, value in flat.items() if value not in (None, "")}
 
@@ -160,13 +163,15 @@ def gpus() -> dict[str, Any]:
     }
 
 
-def _nics() -> Iterator[dict[str, Any]]:
+def _nics(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     import psutil
 
     addresses = psutil.net_if_addrs()
-    for name, state in sorted(psutil.net_if_stats().items()):
-        if name == "lo":
-            continue
+    states = {name: state for name, state in sorted(psutil.net_if_stats().items()) if name != "lo"}
+    of_node = _addresses_of(socket.gethostname())
+    ours = {name for name in states if of_node & {a.address for a in addresses.get(name, [])}}
+    carriers = carrying(environment, states, _interfaces_of_hca, ours | _default_route())
+    for name, state in states.items():
         device = Path("/sys/class/net", name, "device", "driver")
         yield {
             "name": name,
@@ -174,4 +179,57 @@ def _nics() -> Iterator[dict[str, Any]]:
             "mtu": state.mtu,
             "driver": device.resolve().name if device.exists() else None,
             "address": [a.address for a in addresses.get(name, []) if a.family == socket.AF_INET],
+            "carries_traffic": name in carriers,
         }
+
+
+def carrying(
+    environment: Mapping[str, str],
+    names: Collection[str],
+    interfaces_of: Callable[[str], Collection[str]],
+    default: Collection[str],
+) -> set[str]:
+    """Those of the interfaces `names` that ranks with this environment send their messages through.
+
+    These are what the settings of NCCL and gloo name, the interfaces of the HCAs that NCCL may use (`interfaces_of`
+    returns those of one; NCCL's lists are of beginnings of names, `=` makes them whole names, `^` excludes), and
+    `default` where a library chooses itself.
+    """
+    found: set[str] = set()
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        wanted = environment.get(variable, "").strip()
+        words = [word.strip() for word in wanted.lstrip("^=").split(",") if word.strip()]
+        exact = wanted.startswith(("=", "^=")) or variable.startswith("GLOO")
+        named = {n for n in names if any(n == word if exact else n.startswith(word) for word in words)}
+        if not words or wanted.startswith("^"):
+            found |= set(default) - named
+        else:
+            found |= named
+    hcas = environment.get("NCCL_IB_HCA", "").strip()
+    if not hcas.startswith("^"):
+        for word in hcas.lstrip("=").split(","):
+            found |= set(interfaces_of(word.partition(":")[0].strip())) if word.strip() else set()
+    return found & set(names)
+
+
+def _addresses_of(hostname: str) -> set[str]:
+    """The addresses that a name has here: gloo listens on the first one of the node's own."""
+    try:
+        return {str(info[4][0]) for info in socket.getaddrinfo(hostname, None)}
+    except OSError:
+        return set()
+
+
+def _default_route() -> set[str]:
+    """The interfaces of the default route; empty without one."""
+    rows = (line.split() for line in (_text("/proc/net/route") or "").splitlines()[1:])
+    return {row[0] for row in rows if len(row) > 7 and row[1] == row[7] == "00000000"}
+
+
+def _interfaces_of_hca(beginning: str) -> set[str]:
+    """The interfaces of the HCAs whose names begin so: their own, and a bond that they are part of."""
+    found: set[str] = set()
+    for hca in Path("/sys/class/infiniband").glob(f"{beginning}*"):
+        found |= {path.name for path in hca.glob("device/net/*")}
+        found |= {name for path in hca.glob("ports/*/gid_attrs/ndevs/*") if (name := _text(path))}
+    return found

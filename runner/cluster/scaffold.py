@@ -19,6 +19,7 @@ from runner.cluster.backends import BACKENDS, SLURM, SSH, Backend
 from runner.errors import RunnerError, UsageError
 from runner.system.files import disk_errors, write_text_atomic
 from runner.system.nodeset import expand, fold
+from runner.system.wording import counted
 
 FILE = "hosts.yml"
 PYTHON = "/opt/shakedown/env/bin/python"  # of the environment that the role conda_env creates
@@ -151,7 +152,7 @@ def gaps(names: Sequence[str]) -> str:
 
 def _header(answers: Answers) -> list[str]:
     way = {SSH: "reached over ssh", SLURM: "reached through Slurm"}[answers.backend]
-    count = f"{len(answers.names)} node{'s' * (len(answers.names) != 1)}"
+    count = counted(len(answers.names), "node")
     lines = [
         f"# Written by `runner inventory init`: {count} {way}. It is an ordinary Ansible inventory, yours to edit.",
         "# `runner inventory -i FOLDER` shows the nodes as they are read; docs/guide.md explains every variable.",

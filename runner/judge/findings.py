@@ -129,6 +129,9 @@ JUDGED_PROPERTIES = frozenset(
 )
 
 
+JUDGED_BEGINNINGS = ("env.NCCL_", facts_of.TRAFFIC)
+
+
 def properties(facts: Facts) -> list[dict[str, Any]]:
     """One row per observed property: {"property", "values": {host: text or None}, "differs", "majority",
     "minority": [hosts]}.
@@ -167,7 +170,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         hosts |= set(row["values"])
         name = row["property"]
-        if not row["differs"] or not (name in JUDGED_PROPERTIES or name.startswith("env.NCCL_")):
+        if not row["differs"] or not (name in JUDGED_PROPERTIES or name.startswith(JUDGED_BEGINNINGS)):
             continue
         if row["minority"]:
             rest = len(row["values"]) - len(row["minority"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.results.records import Record
+from runner.results.status import took_s
 from runner.workloads.registry import TESTS
 
 GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
@@ -45,7 +46,7 @@ def summarise_cell(
     `plan` and `cell` are the contents of plan.json and its entry, `records` those of the cell, and `telemetry` is
     host -> samples. `metrics` and `limits` are empty for a test that this version does not have.
     """
-    state = status.get("cells", {}).get(cell["id"], {}).get("state", "incomplete")
+    entry = status.get("cells", {}).get(cell["id"], {})
     result: dict[str, Any] = {
         "id": cell["id"],
         "test": cell["test"],
@@ -55,7 +56,8 @@ def summarise_cell(
         "repeat": cell["repeat"],
         "hosts": list(cell["hosts"]),
         "device": cell["device"],
-        "state": state,
+        "state": entry.get("state", "incomplete"),
+        "took_s": took_s(entry),
         "metrics": {},
         "limits": {},
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 from runner.cluster import limits
 from runner.results.statistics import quantile
+from runner.system.wording import counted
 
 MIN_REPEATS = 3  # below this the spread between repeats is not known, whatever the spread inside one
 
@@ -39,7 +40,8 @@ def not_judged_reason(
     boots = {host: facts.get(host, {}).get("boot_id") for host in hosts}
     shared = max(Counter(boot for boot in boots.values() if boot).values(), default=0)
     if shared > 1:
-        return f"{shared} nodes share one kernel (same boot id): speeds prove that the system works, not how fast it is"
+        proof = "speeds prove that the system works, not how fast it is"
+        return f"{counted(shared, 'node')} share one kernel (same boot id): {proof}"
     if cell["device"] == "cpu":
         return "ranks ran on the CPU: targets are for GPUs"
     if model and limits.parameters(model).total < MIN_PARAMETERS:

@@ -182,8 +182,9 @@ def choose(
     candidates = nodes if skip_bad else nodes[:count]
     good = tuple(n for n in candidates if n.name not in problems)[:count]
     if len(good) < count:
-        hint = "" if skip_bad else "; fix them, or use other nodes with --skip-bad-nodes"
         bad = len(candidates) - len(good)
+        them = "it" if bad == 1 else "them"
+        hint = "" if skip_bad else f"; fix {them}, or use other nodes with --skip-bad-nodes"
         what = (
             f"{len(good)} of {counted(len(candidates), 'node')} {are(len(good))} good, {count} required"
             if skip_bad

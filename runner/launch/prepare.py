@@ -18,6 +18,7 @@ from runner.plan.plan import Plan
 from runner.plan.request import Request
 from runner.system.clock import now
 from runner.system.schema import check
+from runner.system.wording import counted
 from runner.workloads.registry import TESTS
 
 SCALING = ("weak", "strong")
@@ -191,7 +192,7 @@ def _refuse_too_few(options: Options, inventory: Inventory, nodes: Sequence[Node
             if options.hosts
             else f"the inventory {inventory.source} has {len(nodes)}"
         )
-        raise UsageError(f"{max(counts)} nodes asked for: {limit}")
+        raise UsageError(f"{counted(max(counts), 'node')} asked for: {limit}")
 
 
 def _resources(nodes: tuple[Node, ...]) -> tuple[int, str, str]:

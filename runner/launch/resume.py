@@ -17,6 +17,7 @@ from runner.launch.run import Policy
 from runner.plan.plan import Cell, Plan
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
+from runner.system.wording import are, counted
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def resume(
         needed = {host for cell in left.pending for host in cell.hosts}
         bad = {host: found for host, found in left.problems.items() if host in needed}
         if bad and not options.replace_bad_nodes:
-            what = f"{len(bad)} nodes are bad; fix them, or use spares with --replace-bad-nodes"
-            raise preflight.refusal(what, preflight.bad_nodes(plan.nodes, bad))
+            what = f"{counted(len(bad), 'node')} {are(len(bad))} bad"
+            hint = f"fix {'it' if len(bad) == 1 else 'them'}, or use spares with --replace-bad-nodes"
+            raise preflight.refusal(f"{what}; {hint}", preflight.bad_nodes(plan.nodes, bad))
         if options.replace_bad_nodes:
             plan = replace(plan, spares=drift.spares(plan, left.inventory))
         carry.require_launcher(plan)
@@ -126,12 +128,13 @@ def _left(
         changed = drift.drift(before, answers.environments)
         again = drift.reopen(plan, status, changed)
         if changed and not options.accept_drift:
+            anew = f"{counted(len(changed), 'complete cell')} {are(len(changed))} then measured again"
             raise UsageError(
                 f"the environment has changed since {run.run_id} was measured: {drift.describe(changed, aliases)}; "
-                f"restore it, or add --accept-drift: {len(changed)} complete cells are then measured again"
+                f"restore it, or add --accept-drift: {anew}"
             )
         for cell_id in again:
             display.note(f"{cell_id} runs again: {status['cells'][cell_id]['error']['message']}")
         pending = tuple(cell for cell in plan.cells if status["cells"][cell.id]["state"] != "complete")
-        display.note(f"{run.run_id}: {len(plan.cells) - len(pending)} of {len(plan.cells)} cells are complete")
+        display.note(f"{run.run_id}: {len(plan.cells) - len(pending)} of {counted(len(plan.cells), 'cell')} complete")
         yield Remaining(plan, inventory, status, pending, access, answers.problems, before)

@@ -235,13 +235,19 @@ class Run:
                 self._compare(self.current.cell(cell_id), own=not inherited)
             if error is None or self.stop.asked:
                 return
+            retries = self.progress[cell_id].retries
             if inherited and not unanswered:  # the end of that job is known now; own attempts begin
                 self._turn_never_came(cell, share, answered)
             elif not self._worth_another(cell, error, share, answered):
                 return
+            if cell_id not in self.ledger.inherited:
+                self._set_aside(self.current.cell(cell_id))  # while it waits for another attempt, it has not failed
+                self.journal.write()
             if self._others_go_on():  # at the same time it would measure their traffic: it runs after them
                 self.progress[cell_id].enter(Turn.AHEAD)
                 return
+            if self.progress[cell_id].retries > retries:
+                self.stop.wait(RETRY_S)
 
     def _worth_another(self, cell: Cell, error: Mapping[str, Any], share: JobShare | None, answered: bool) -> bool:
         """Whether a failed cell is to run again: without the nodes that failed it, since its step had not begun, or as
@@ -260,8 +266,6 @@ class Run:
         progress.retries += 1
         later = ", after the cells whose job continues" if self._others_go_on() else ""
         self.journal.note(f"{cell.id}: retry {progress.retries} of {self.policy.retries}{later}")
-        if not later:
-            self.stop.wait(RETRY_S)
         return True
 
     def _make_room(self, cell_id: str) -> None:

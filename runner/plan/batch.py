@@ -26,8 +26,9 @@ def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_
     if global_batch and request.scaling == "weak" and num_nodes != most:
         if global_batch * num_nodes % most:
             raise UsageError(
-                f"weak scaling to {num_nodes} of {most} nodes: a global batch of {global_batch} does not divide; "
-                f"use a multiple of {most}, such as --set sft.global_batch={_nearest_multiple(global_batch, most)}"
+                f"weak scaling to {num_nodes} of {counted(most, 'node')}: a global batch of {global_batch} does not "
+                f"divide; use a multiple of {most}, such as "
+                f"--set sft.global_batch={_nearest_multiple(global_batch, most)}"
             )
         global_batch = global_batch * num_nodes // most
     return resolve_batch(global_batch, micro_batch, accumulation, world_size)

@@ -21,6 +21,7 @@ from runner.plan.plan import CELL_ENV, PORTS, Cell, Plan
 from runner.plan.request import Request
 from runner.results.celldir import LAUNCHER
 from runner.system.process import cell_marker
+from runner.system.wording import counted
 from runner.workloads.registry import TESTS
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -34,7 +35,9 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     """
     most = max(request.node_counts)
     if most > len(nodes):
-        raise UsageError(f"{most} nodes asked for: the inventory {request.inventory} has {len(nodes)} to choose from")
+        raise UsageError(
+            f"{counted(most, 'node')} asked for: the inventory {request.inventory} has {len(nodes)} to choose from"
+        )
     if BACKENDS[request.backend].scheduled and ENGINES[request.engine].headed:
         raise UsageError(
             f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: "

@@ -15,6 +15,7 @@ from runner.errors import UsageError
 from runner.plan.batch import batch_of
 from runner.plan.plan import Batch, Cell, Plan
 from runner.plan.request import Request
+from runner.system.wording import counted
 
 # The ratio of needed to available memory above which a cell is refused. The estimate was too high by this factor where
 # it was compared with a measurement (7B on one H200: 117 GiB estimated, 106.5 measured): of the 18 B per parameter
@@ -85,10 +86,10 @@ def refuse(request: Request, params: Mapping[str, Any], num_nodes: int, batch: B
     found = _estimate(request, params, num_nodes, batch)
     if found is None or not found.available or found.needed <= MARGIN * found.available:
         return
-    nodes = f"{num_nodes} node{'s' if num_nodes > 1 else ''}"
+    nodes, ranks = counted(num_nodes, "node"), counted(num_nodes * request.gpus_per_node, "rank")
     ways = list(_ways(request, params, num_nodes, batch))
     raise UsageError(
-        f"model {request.model['name']} on {nodes} ({num_nodes * request.gpus_per_node} ranks, micro-batch "
+        f"model {request.model['name']} on {nodes} ({ranks}, micro-batch "
         f"{batch.micro_batch} × {params['seq_len']} tokens) needs about {found.needed:.0f} GiB per GPU "
         f"({causes(found)}), {request.hardware['name']} has {found.available:g} GiB; "
         + (f"what fits: {'; or '.join(ways)}" if ways else "no number of nodes and no smaller batch fits")

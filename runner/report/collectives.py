@@ -11,7 +11,7 @@ from runner.cluster import limits
 from runner.report import chart
 from runner.report.figures import Figure, Row, node_colours, nodes_text, number
 from runner.report.sections import Charts, Measured, Tile
-from runner.report.tables import Table, cell_number, median, state, without_empty
+from runner.report.tables import Table, cell_number, median, state, took, without_empty
 
 TITLE, ANCHOR = "Collectives", "collectives"
 
@@ -85,6 +85,7 @@ def _copy_rows(cells: Sequence[Row]) -> list[dict[str, str]]:
                 "host to GPU, GB/s": cell_number(m, "host_to_device_gb_per_s"),
                 "GPU to host, GB/s": cell_number(m, "device_to_host_gb_per_s"),
                 "wrong values": f"{m['wrong_values']:,.0f}" if m.get("wrong_values") else "",
+                "took": took(cell),
             }
         )
     return without_empty(rows)
@@ -108,6 +109,7 @@ def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
                 "all-reduce p50, µs": cell_number(m, "all_reduce_latency_us_p50"),
                 "barrier p50, µs": cell_number(m, "barrier_latency_us_p50"),
                 "wrong values": f"{m['wrong_values']:,.0f}" if "wrong_values" in m else "",
+                "took": took(cell),
             }
         )
     return without_empty(rows)

@@ -52,6 +52,19 @@ def nodes_text(count: int) -> str:
 Row = Mapping[str, Any]  # an entry of summary.json's lists
 
 
+def per_rank(cells: Iterable[Row]) -> str:
+    """What rates are divided by, `GPU` or, where cells ran on CPUs, `rank`."""
+    return "rank" if any(cell["device"] == "cpu" for cell in cells) else "GPU"
+
+
+def curves(rows: Sequence[Row]) -> list[Row]:
+    """The rows of `scaling` of models that were measured on two node counts or more: one alone has no efficiency."""
+    counts: dict[str, set[int]] = defaultdict(set)
+    for row in rows:
+        counts[row["model"]].add(row["num_nodes"])
+    return [row for row in rows if len(counts[row["model"]]) > 1]
+
+
 def complete_cells(cells: Iterable[Row], test: str) -> dict[tuple[str | None, int], list[Row]]:
     """(model, num_nodes) -> the test's complete cells, by model name and then from the smallest node count up."""
     groups: dict[tuple[str | None, int], list[Row]] = defaultdict(list)
@@ -66,16 +79,16 @@ def scaling(summary: Mapping[str, Any]) -> list[Figure]:
 
     Empty for a single node count.
     """
-    rows = summary["scaling"]
+    rows = curves(summary["scaling"])
     counts = sorted({row["num_nodes"] for row in rows})
-    if len(counts) < 2:
+    if not rows:
         return []
-    gpu = "GPU" if all(cell["device"] != "cpu" for cell in summary["cells"]) else "rank"
+    gpu = per_rank(summary["cells"])
     models = list(dict.fromkeys(row["model"] for row in rows))
     stamp = "not judged" if all(row["verdict"] == "not_judged" for row in rows) else ""
     x = chart.nodes_axis(counts)
 
-    def curves(unit: str, value: str, interval: str, factor: Callable[[Row], float]) -> list[chart.Series]:
+    def drawn(unit: str, value: str, interval: str, factor: Callable[[Row], float]) -> list[chart.Series]:
         found = []
         for index, model in enumerate(models):
             points = []
@@ -95,13 +108,13 @@ def scaling(summary: Mapping[str, Any]) -> list[Figure]:
     def edges(lines: Sequence[chart.Series]) -> list[float]:
         return [edge for line in lines for p in line.points for edge in (p.y, p.low, p.high) if edge is not None]
 
-    efficiency = curves("%", "efficiency", "ci", lambda row: 100)
+    efficiency = drawn("%", "efficiency", "ci", lambda row: 100)
     targets = {row["num_nodes"]: 100 * row["target"] for row in rows if row["target"] is not None}
     rules = [chart.Rule(y, f"target on {nodes_text(n)}: {y:g} %", x=n) for n, y in targets.items()]
     low = min(edges(efficiency))
     y = chart.linear("", [*edges(efficiency), *targets.values(), 100.0], from_zero=low < 50, pad=0.15)
-    per_gpu = curves(f"tokens/s per {gpu}", "tokens_per_s_per_gpu", "tokens_per_s_per_gpu_ci", lambda row: 1)
-    total = curves("tokens/s", "tokens_per_s_per_gpu", "tokens_per_s_per_gpu_ci", lambda row: row["world_size"])
+    per_gpu = drawn(f"tokens/s per {gpu}", "tokens_per_s_per_gpu", "tokens_per_s_per_gpu_ci", lambda row: 1)
+    total = drawn("tokens/s", "tokens_per_s_per_gpu", "tokens_per_s_per_gpu_ci", lambda row: row["world_size"])
     ideal = []
     for line in total:
         base = line.points[0]

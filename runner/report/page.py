@@ -17,7 +17,7 @@ from typing import Any
 from runner import failures
 from runner.judge import analysis, findings
 from runner.report import figures, sections
-from runner.report.figures import number
+from runner.report.figures import curves, number, per_rank
 from runner.report.words import SIGNS, VERDICTS, headline, target_text, title
 from runner.results.records import Record
 from runner.results.rundir import RunDir
@@ -42,7 +42,9 @@ def write(
     """
     page = _page(plan, status, summary, list(records), facts)
     run = RunDir(run_dir)
-    write_text_atomic(run.report_md, _render("report.md.j2", page, _markdown_text))
+    fence = max(re.findall("`{3,}", plan["command"]), default="``") + "`"  # longer than any within
+    command = _Verbatim(f"{fence}\n{plan['command']}\n{fence}")
+    write_text_atomic(run.report_md, _render("report.md.j2", {**page, "command": command}, _markdown_text))
     write_text_atomic(run.report_html, _render("report.html.j2", page, None))
 
 
@@ -59,6 +61,16 @@ def _render(template: str, page: Mapping[str, Any], finalize: Callable[[Any], An
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(page)
+
+
+class _Verbatim:
+    """A text that is written as it is, for a reader to copy."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def _markdown_text(value: Any) -> Any:
@@ -85,11 +97,20 @@ class Naming:
 
     def fold(self, hosts: Iterable[str]) -> str:
         """The nodes' aliases as a folded set, `node[001-008]`; a comma-separated list where names cannot be folded."""
-        from runner.system.nodeset import fold
+        return _folded(self.short(host) for host in hosts)
 
-        names = sorted(self.short(host) for host in hosts)
-        plain = all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-        return fold(names) if names and plain else ", ".join(names)
+    def both(self, hosts: Sequence[str]) -> str:
+        """How many nodes, their folded aliases and their folded names: `2: node[001-002] = gpu[07-08]`."""
+        aliases, names = self.fold(hosts), _folded(hosts)
+        return f"{len(hosts)}: {aliases}" + (f" = {names}" if names != aliases else "")
+
+
+def _folded(words: Iterable[str]) -> str:
+    from runner.system.nodeset import fold
+
+    names = sorted(words)
+    plain = all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    return fold(names) if names and plain else ", ".join(names)
 
 
 def _page(
@@ -115,20 +136,32 @@ def _page(
         "signs": SIGNS,
         "verdicts": VERDICTS,
         "headline": headline(summary),
-        "reason": _with_aliases(summary["reason"], naming),
+        "reason": _with_aliases(summary["reason"], naming.long, naming),
         "tiles": [tile for name, section in sections.sections().items() for tile in section.tiles(runs[name])],
         "about": _about(plan, summary, naming),
         "targets": [
-            {**t, "text": _with_aliases(t["reason"], naming)} for t in summary["targets"] if t["measured"] is not None
+            {**t, "text": _with_aliases(t["reason"], naming.short, naming)}
+            for t in summary["targets"]
+            if t["measured"] is not None
         ],
         "unmeasured": [t for t in summary["targets"] if t["measured"] is None],
         "target_text": target_text,
         "scaling": summary["scaling"],
+        "curves": curves(summary["scaling"]),
+        "per": per_rank(summary["cells"]),
         "scaling_reason": not_judged[-1] if not_judged and len(not_judged) == len(summary["scaling"]) else "",
         "scaling_figures": figures.scaling(summary),
         "sections": _sections(runs, summary),
         "environment": _environment(facts, naming),
-        "findings": [{**f, "title": title(f["kind"]), "who": naming.long(f["host"])} for f in summary["findings"]],
+        "findings": [
+            {
+                **f,
+                "title": title(f["kind"]),
+                "who": naming.long(f["host"]),
+                "evidence": _with_aliases(f["evidence"], naming.long, naming),
+            }
+            for f in summary["findings"]
+        ],
         "unfinished": _unfinished(summary["cells"], status, naming),
         "glossary": sections.glossary(),
         "number": number,
@@ -137,11 +170,10 @@ def _page(
     }
 
 
-def _with_aliases(text: str, naming: Naming) -> str:
-    """`text` with node names replaced by aliases, the longest first so that no name is cut inside another."""
-    for name in sorted(naming.alias, key=len, reverse=True):
-        text = text.replace(name, naming.alias[name])
-    return text
+def _with_aliases(text: str, named: Callable[[str], str], naming: Naming) -> str:
+    """`text` with each node's name as `named` writes it."""
+    names = sorted(naming.alias, key=len, reverse=True)  # so that no name is found inside another
+    return re.sub("|".join(map(re.escape, names)), lambda found: named(found[0]), text) if names else text
 
 
 def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) -> list[tuple[str, str]]:
@@ -156,7 +188,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     rows = [
         ("Run", f"{plan['run_id']}, {summary['state']}"),
         ("Started", str(plan["created"]).replace("T", " ").replace("Z", " UTC")),
-        ("Nodes", f"{len(hosts)}: {naming.fold(hosts)}, {ranks}"),
+        ("Nodes", f"{naming.both(hosts)}, {ranks}"),
         ("Hardware", f"{hardware.get('gpu') or '?'} ({hardware.get('name', '?')})"),
         ("Model", models or "none"),
         ("Inventory", plan["inventory"]),
@@ -168,8 +200,8 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     if plan.get("passed_over"):
         rows.append(("Passed over", "; ".join(failures.node_lines(plan["passed_over"]))))
     for swap in summary.get("replaced", ()):
-        by = f"{naming.short(swap['by'])} took its place" if swap["by"] else "nothing took its place"
-        rows.append(("Given up", f"{naming.short(swap['host'])} in {swap['cell']}: {swap['reason']}; {by}"))
+        by = f"; {naming.long(swap['by'])} took its place" if swap["by"] else ""
+        rows.append(("Given up", f"{naming.long(swap['host'])} in {swap['cell']}: {swap['reason']}{by}"))
     if attempts := summary.get("attempts"):
         again = (f"{cell} ({counted(tries, 'attempt')})" for cell, tries in attempts.items())
         rows.append(("Run again", ", ".join(again)))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 from runner.report.progress import remaining_s
 from runner.results.logs import printable
-from runner.results.status import each_error
-from runner.system.wording import counted
+from runner.results.status import each_error, took_s
+from runner.system.wording import counted, span_text
 
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
@@ -19,21 +19,6 @@ if TYPE_CHECKING:
 
 def _moment(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
-
-
-def _took(entry: Mapping[str, Any], now: datetime) -> float | None:
-    """Seconds from `started` to `ended`, or to `now`; None before the start."""
-    started = _moment(entry["started"])
-    return ((_moment(entry["ended"]) or now) - started).total_seconds() if started else None
-
-
-def span_text(seconds: float | None) -> str:
-    """A duration in s, min or h with its unit; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def done_text(status: Mapping[str, Any]) -> str:
@@ -80,11 +65,17 @@ def overview(run: RunDir, now: datetime) -> dict[str, Any]:
         "verdict": verdict_text(run) if times["ended"] else None,
         "cells": f"{states.count('complete')}/{len(states)}",
         **times,
-        "duration_s": _took(times, now),
-        "nodes": len(plan["nodes"]),
+        "duration_s": took_s(times, now),
+        "nodes": _nodes_used(plan),
         "engine": plan.get("engine"),
         "inventory": plan.get("inventory"),
     }
+
+
+def _nodes_used(plan: Mapping[str, Any]) -> int:
+    """How many nodes a run's cells are on, or will be where Slurm still has to choose among those of the plan."""
+    used = {host for cell in plan["cells"] for host in cell["hosts"]}
+    return max([len(used), *(cell.get("num_nodes", 0) for cell in plan["cells"])])
 
 
 def overview_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
@@ -167,7 +158,7 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
             lines.append(_job_text(job, waits=cell["state"] == "waiting"))
         if now and cell["state"] == "running" and (progress := cell.get("progress")):  # a queue has none
             fraction = progress["fraction"]
-            left = progress.get("eta_s") or remaining_s(_took(cell, now) or 0.0, fraction, 1.0)
+            left = progress.get("eta_s") or remaining_s(took_s(cell, now) or 0.0, fraction, 1.0)
             lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {span_text(left)} left" if left else ""))
         if nodes := cell.get("nodes"):
             lines.append(node_states_text(nodes, aliases, now))
@@ -201,7 +192,7 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
             "cell": name,
             "state": _state_text(cell),
             "started": (cell["started"] or "")[11:19],
-            "took": span_text(_took(cell, now)) if cell["ended"] or cell["state"] in ("waiting", "running") else "",
+            "took": span_text(took_s(cell, now)) if cell["ended"] or cell["state"] in ("waiting", "running") else "",
         }
         for name, cell in cells.items()
     ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from runner.report import chart
 from runner.report.figures import Figure, Row, node_colours, nodes_text, number
 from runner.report.sections import Charts, Measured, Tile
-from runner.report.tables import Table, cell_number, median, plus_minus, state, without_empty
+from runner.report.tables import Table, cell_number, median, plus_minus, state, took, without_empty
 from runner.workloads.sft import metrics as sft_metrics
 
 TITLE, ANCHOR = "Training", "training"
@@ -43,17 +43,20 @@ COLUMNS = {
 TERMS = (
     ("tokens_per_s", "tokens/s"),
     ("tokens_per_s_per_gpu", "per GPU"),
+    ("tokens_per_s_per_gpu", "per rank"),
     ("processed_tokens_per_s", "processed/s"),
-    ("step_time_s", "step time"),
+    ("step_time_s", "step"),
     ("peak_memory_gib", "memory"),
     ("mfu", "MFU"),
-    ("gpu_util_pct_mean", "GPU utilisation"),
+    ("gpu_util_pct_mean", "GPU util"),
 )
 
 
 def tables(cells: Sequence[Row]) -> list[Table]:
     """One row per cell, without columns that are empty in every cell."""
-    return [Table(_rows(cells), COLUMNS, TERMS)]
+    rows = _rows(cells)
+    shown = " ".join(rows[0]) if rows else ""
+    return [Table(rows, COLUMNS, [(term, text) for term, text in TERMS if text in shown])]
 
 
 def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
@@ -76,6 +79,7 @@ def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
                 "MFU, %": f"{100 * m['mfu']:.1f}" if "mfu" in m else "",
                 "GPU util, %": f"{m['gpu_util_pct_mean']:.1f}" if "gpu_util_pct_mean" in m else "",
                 "first step, s": cell_number(m, "time_to_first_step_s"),
+                "took": took(cell),
             }
         )
     return without_empty(rows)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.report.figures import number
+from runner.system.wording import span_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def median(cells: Iterable[Mapping[str, Any]], metric: str) -> float | None:
 def state(cell: Mapping[str, Any]) -> str:
     """The cell's state; empty for `complete`, so that only other states need a column."""
     return "" if cell["state"] == "complete" else cell["state"]
+
+
+def took(cell: Mapping[str, Any]) -> str:
+    """The time that the cell took, from its start to the end of its gathering; empty where that is not known."""
+    return span_text(cell.get("took_s"))
 
 
 def cell_number(values: Mapping[str, float], metric: str) -> str:

@@ -163,6 +163,8 @@ class RunDir:
         Raises UsageError if there is no such run, or more than one.
         """
         selected = name or "latest"
+        if not name and not (results / "latest" / "plan.json").is_file():  # that run was deleted
+            selected = next((run.run_id for run in reversed(cls.all(results))), selected)
         direct = Path(selected) if "/" in selected else results / selected
         if (direct / "plan.json").is_file():
             return cls(direct.resolve())

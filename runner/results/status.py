@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 FINAL_STATES = ("complete", "failed", "cancelled", "incomplete")
@@ -44,3 +45,11 @@ def each_error(error: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         return []
     alone = {key: value for key, value in error.items() if key != "also"}
     return [alone, *(dict(other) for other in error.get("also", ()))]
+
+
+def took_s(entry: Mapping[str, Any], now: datetime | None = None) -> float | None:
+    """Seconds from the start of a cell's last attempt to its end, or to `now`; None where one of them is not known."""
+    ended = datetime.fromisoformat(entry["ended"]) if entry.get("ended") else now
+    if not entry.get("started") or ended is None:
+        return None
+    return (ended - datetime.fromisoformat(entry["started"])).total_seconds()

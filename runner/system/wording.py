@@ -8,6 +8,15 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def span_text(seconds: float | None) -> str:
+    """A duration in s, min or h with its unit; empty for None."""
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def are(number: int) -> str:
     """`is` after 1, `are` after any other number."""
     return "is" if number == 1 else "are"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,11 @@ def plan(*, model: str, hardware: str, counts: tuple[int, ...], repeats: int, gp
 
 
 def status(plan: dict[str, Any]) -> dict[str, Any]:
+    created = datetime.fromisoformat(plan["created"])
+    ends = {cell["id"]: created + timedelta(seconds=40 + 110 * cell["num_nodes"]) for cell in plan["cells"]}
     cells = {
-        cell["id"]: {"state": "complete", "started": plan["created"], "ended": plan["created"], "error": None}
-        for cell in plan["cells"]
+        cell: {"state": "complete", "started": plan["created"], "ended": ended.isoformat(), "error": None}
+        for cell, ended in ends.items()
     }
     return {"schema": 1, "run_id": plan["run_id"], "state": "complete", "cells": cells}
 

@@ -69,7 +69,7 @@ def test_a_complete_run_has_nothing_left_to_do(finished):
     before = run.records.read_bytes()
     code, output = resume(finished / "results")
     assert code == EXIT_OK, output
-    assert "2 of 2 cells are complete" in output and run.records.read_bytes() == before
+    assert "2 of 2 cells complete" in output and run.records.read_bytes() == before
 
 
 def test_another_environment_is_named_and_refused_and_nothing_is_touched(finished):

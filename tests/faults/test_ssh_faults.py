@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from faults.conftest import (
     error_of,
     torch,
 )
-from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED, InfrastructureError
+from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED
 from runner.plan.plan import PORTS
 from runner.results.rundir import RunDir
 from runner.results.status import each_error
@@ -99,12 +99,6 @@ def slow_to_receive(container: str) -> None:
     inside(container, f"cp /usr/bin/rsync /tmp/rsync-itself; printf {shlex.quote(script)} > /tmp/rsync")
     inside(container, "chmod 755 /tmp/rsync; rm -f /tmp/receiving")
     mount(container, "--bind", "/tmp/rsync", "/usr/bin/rsync")
-
-
-def unmount_if_mounted(container: str, path: str) -> None:
-    """A node that was killed has lost its mounts."""
-    with suppress(InfrastructureError):
-        unmount(container, path)
 
 
 FAULTS = [
@@ -260,62 +254,62 @@ def test_a_fault_is_named_and_leaves_nothing_behind(ended, fault):
 
 @dataclass(frozen=True)
 class Receiving:
-    """A fault of a node while data is sent to it: the run goes on, with or without a spare."""
+    """A fault of a node while data is sent to it; `places` are the nodes of the bed that its run may use."""
 
-    name: str
     kind: str
     plant: Callable[[str], object]
     undo: Callable[[str], object]
-    prepare: Callable[[str], object] = slow_to_receive
-    arguments: tuple[str, ...] = ("--retries", "1", "--replace-bad-nodes")
+    places: slice
 
 
 RECEIVING = [
-    Receiving("is paused", "hung", pause, lambda node: podman("unpause", node)),
+    Receiving("hung", pause, lambda node: podman("unpause", node), slice(0, 3)),
     Receiving(
-        "is killed", "hung|lost_connection", lambda node: podman("kill", node), lambda node: podman("start", node)
-    ),
-    Receiving(
-        "loses its connections",
-        "lost_connection",
-        lambda node: inside(node, "pkill -KILL -f sshd:; true"),
-        lambda node: None,
+        "lost_connection", lambda node: inside(node, "pkill -KILL -f sshd:; true"), lambda node: None, slice(3, 6)
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", RECEIVING, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_a_node_that_fails_while_data_is_sent_to_it_is_replaced(bed, tmp_path, fault):
-    first, bad, spare = bed.nodes[:3]
-    container = bad["container"]
+def receive(bed: Testbed, fault: Receiving, folder: Path) -> tuple[Bench, int, str]:
+    """Plant a fault on the second of three nodes while data is sent to it, in a run of two that may replace it."""
+    nodes = bed.nodes[fault.places]
+    container = nodes[1]["container"]
     with ExitStack() as undo:
-        undo.callback(unmount_if_mounted, container, "/usr/bin/rsync")
-        fault.prepare(container)
-        undo.callback(lambda: until(lambda: answers(container), 30))
+        slow_to_receive(container)
+        undo.callback(unmount, container, "/usr/bin/rsync")
         undo.callback(fault.undo, container)
-        hosts = ("--hosts", "node001,node002,node003", "--nodes", "2")
-        bench = Bench(bed.inventory, tmp_path, *hosts, *fault.arguments, *FEW_STEPS)
+        hosts = ("--hosts", ",".join(node["alias"] for node in nodes), "--nodes", "2")
+        bench = Bench(bed.inventory, folder, *hosts, "--retries", "1", "--replace-bad-nodes", *FEW_STEPS)
         undo.callback(bench.leave)
         assert until(lambda: "receiving" in inside(container, "ls /tmp") or bench.process.poll() is not None, 100)
         fault.plant(container)
-        code, output = bench.end()
-    assert code == EXIT_TARGET_MISSED, output
-    status = bench.run.read_status()
-    cell = status["cells"]["sft-tiny-2n-r1"]
-    (before,) = cell["attempts"]
-    assert re.fullmatch(fault.kind, before["error"]["kind"]) and before["error"]["host"] == bad["name"], output
-    assert before["error"]["message"].startswith("the data cannot be sent to it: ")
-    assert [(one["host"], one["by"]) for one in status["replaced"]] == [(bad["name"], spare["name"])]
-    assert (cell["state"], set(cell["hosts"])) == ("complete", {first["name"], spare["name"]})
-    (found,) = json.loads(bench.run.summary.read_text())["findings"]
-    assert found["host"] == bad["name"] and output.splitlines()[-3] == "✕ 1 node failed and was given up"
-    assert_no_orphan(bench.marker, 60)
+        return bench, *bench.end()
+
+
+def test_nodes_that_fail_while_data_is_sent_to_them_are_replaced(bed, tmp_path):
+    """Ranks that train load for half a minute: two runs at the same time."""
+    with ThreadPoolExecutor(len(RECEIVING)) as pool:
+        runs = [pool.submit(receive, bed, fault, tmp_path / fault.kind) for fault in RECEIVING]
+    for fault, run in zip(RECEIVING, runs, strict=True):
+        bench, code, output = run.result()
+        first, bad, spare = (node["name"] for node in bed.nodes[fault.places])
+        assert code == EXIT_TARGET_MISSED, output
+        status = bench.run.read_status()
+        cell = status["cells"]["sft-tiny-2n-r1"]
+        (before,) = cell["attempts"]
+        assert (before["error"]["kind"], before["error"]["host"]) == (fault.kind, bad), output
+        assert before["error"]["message"].startswith("the data cannot be sent to it: ")
+        assert [(one["host"], one["by"]) for one in status["replaced"]] == [(bad, spare)]
+        assert (cell["state"], set(cell["hosts"])) == ("complete", {first, spare})
+        (found,) = json.loads(bench.run.summary.read_text())["findings"]
+        assert found["host"] == bad and "✕ 1 node failed and was given up" in output.splitlines()
+        assert_no_orphan(bench.marker, 60)
 
 
 def test_without_spares_the_run_says_which_node_does_not_get_its_data_and_how_to_finish_it(bed, tmp_path):
-    """The disk fills up: a fault that is there at once, so that this test need not wait for a silence."""
+    """A disk that is too small for the data: so this test need not wait for a silence."""
     bad = bed.nodes[1]
-    small_disk(bad["container"], SCRATCH, "64k")
+    small_disk(bad["container"], SCRATCH, "2m")
     try:
         arguments = ("--hosts", "node001,node002", *FEW_STEPS)
         code, output = Bench(bed.inventory, tmp_path, *arguments).end()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -388,3 +389,26 @@ def test_the_words_are_those_of_the_field() -> None:
 )
 def test_dialect_is_found_in_any_form(text: str, found: bool) -> None:
     assert bool(dialect(text)) is found
+
+
+# --- numbers and their nouns ------------------------------------------------------------------------
+
+COUNTED = re.compile(r"\{\} (more |other |complete |bad |good )?(nodes|cells|GPUs|ranks|jobs|tasks|repeats|runs)\b")
+
+NUMBER = re.compile(r"^(len|max|sum)\(|count|size|most|number|num_|gpus|shared", re.IGNORECASE)
+
+
+def numbers_with_plurals(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """f-strings in which a number is followed by a plural, which is wrong for 1."""
+    for node in ast.walk(tree):
+        for part, after in pairwise(node.values) if isinstance(node, ast.JoinedStr) else ():
+            if not (isinstance(part, ast.FormattedValue) and isinstance(after, ast.Constant)):
+                continue
+            number = NUMBER.search(ast.unparse(part.value).rpartition("[")[0] or ast.unparse(part.value))
+            if (words := COUNTED.match(f"{{}}{after.value}")) and number:
+                yield node, f"{ast.unparse(part.value)}: {words[0]}"
+
+
+def test_one_function_writes_numbers_with_their_nouns():
+    assert found(modules(), numbers_with_plurals) == []
+    assert list(numbers_with_plurals(ast.parse('f"{len(nodes)} nodes"'))), "the rule finds them"

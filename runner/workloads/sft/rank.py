@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UsageError
+from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
 from runner.workloads.sft.data import PackedData
 from runner.workloads.sft.model import build_model, inputs
@@ -64,8 +65,8 @@ def run(job: RankJob, events: Events) -> None:
     except torch.cuda.OutOfMemoryError as error:
         raise UsageError(
             f"out of GPU memory with {settings.micro_batch} × {data.seq_len} tokens a micro-batch on "
-            f"{job.world_size} GPUs: lower sft.micro_batch (and raise sft.gradient_accumulation) or sft.seq_len, "
-            f"use more nodes, or a DeepSpeed configuration that offloads ({str(error).splitlines()[0]})"
+            f"{counted(job.world_size, 'GPU')}: lower sft.micro_batch (and raise sft.gradient_accumulation) or "
+            f"sft.seq_len, use more nodes, or a DeepSpeed configuration that offloads ({str(error).splitlines()[0]})"
         ) from error
     # Only after success: after a failure it could wait for ranks that have ended.
     dist.destroy_process_group()

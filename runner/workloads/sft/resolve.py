@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.errors import UsageError
+from runner.system.wording import counted
 from runner.workloads.job import RankJob
 
 
@@ -40,7 +41,7 @@ def resolve(job: RankJob) -> Settings:
     if micro * accumulation * job.world_size != total:
         raise UsageError(
             f"DeepSpeed configuration: train_batch_size {total} is not micro-batch {micro} × accumulation "
-            f"{accumulation} × {job.world_size} ranks = {micro * accumulation * job.world_size}"
+            f"{accumulation} × {counted(job.world_size, 'rank')} = {micro * accumulation * job.world_size}"
         )
     if params.get("lr") is not None and "optimizer" in config:
         optimizer = config["optimizer"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +139,37 @@ def test_every_command_has_help():
     for name in cli.list_commands(click.Context(cli)):
         done = run(name, "--help")
         assert done.returncode == 0 and "Usage: runner" in done.stdout
+
+
+MODELS = ("tiny", "llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3.2-1b")
+
+
+@pytest.mark.parametrize(("option", "names"), [("--model", MODELS), ("--test", ("sft", "torch"))])
+def test_models_and_tests_are_listed_by_help_error_and_completion(option, names):
+    shown = " ".join(run("bench", "--help").stdout.split())
+    said = run("bench", option, f"{names[0]}y", "--dry-run").stderr
+    (param,) = [param for param in bench.params if option in param.opts]
+    for name in names:
+        assert name in shown and name in said
+    completed = {item.value for item in param.shell_complete(click.Context(bench), "")}
+    assert completed == set(names)
+    assert names[0] in {item.value for item in param.shell_complete(click.Context(bench), names[0][:2])}
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_command_that_repeats_a_run_can_be_pasted(on_path, tmp_path):
+    """With the program where no PATH finds it, and with what came from the environment."""
+    (tmp_path / "in ventory").symlink_to(ROOT / "inventory" / "local")
+    path = f"{RUNNER.parent}:{os.environ['PATH']}" if on_path else "/usr/bin:/bin"
+    env = {**os.environ, "PATH": path, "RUNNER_INVENTORY": "in ventory"}
+    arguments = ("bench", "--test", "torch", "--set", "torch.collectives=[all_reduce, barrier]", "--dry-run", "--json")
+    done = subprocess.run([RUNNER, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
+    command = json.loads(done.stdout)["command"]
+    assert command == f"RUNNER_INVENTORY='in ventory' {shlex.join(['runner' if on_path else str(RUNNER), *arguments])}"
+    again = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path}
+    )
+    assert json.loads(again.stdout)["cells"][0]["params"]["collectives"] == ["all_reduce", "barrier"]
 
 
 def test_completion_scripts_are_printed():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -178,6 +179,33 @@ def test_a_run_that_goes_on_has_no_end_and_no_verdict(tmp_path, controller):
     controller(run)
     row = overview(run, NOW)
     assert (row["state"], row["verdict"], row["ended"], row["duration_s"]) == ("running", None, None, 355.0)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "num_nodes", "used"),
+    [
+        ([NAMES[:2], NAMES[:4]], (2, 4), 4),
+        ([NAMES[:2], [NAMES[0], NAMES[3]]], (2, 2), 3),  # one was replaced
+        ([[], []], (1, 2), 2),  # Slurm is to choose among eight
+    ],
+)
+def test_list_counts_the_nodes_that_a_run_uses_not_those_it_could_have(tmp_path, hosts, num_nodes, used):
+    cells = [{"id": f"c{n}", "hosts": on, "num_nodes": n} for on, n in zip(hosts, num_nodes, strict=True)]
+    run = make(tmp_path, state=status("complete"), cells=cells)
+    assert overview(run, NOW)["nodes"] == used
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_show_tail_and_list_agree_on_the_newest_run(tmp_path, deleted):
+    for number in (1, 2, 3):
+        run = make(tmp_path, f"20260102-00000{number}-aaaa")
+        run.log.write_text(f"2026-01-02T03:04:05Z {CELLS[0]} node001 rank0.stdout: of run {number}\n")
+    if deleted:  # `latest` points to what is gone
+        shutil.rmtree(run.path)
+    newest = 2 if deleted else 3
+    assert f"files: {tmp_path}/20260102-00000{newest}-aaaa" in runner("show", "--results", tmp_path).stdout
+    assert f"of run {newest}" in runner("tail", "--results", tmp_path).stdout
+    assert f"20260102-00000{newest}-aaaa" in runner("list", "--results", tmp_path).stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

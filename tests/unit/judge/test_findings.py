@@ -61,3 +61,15 @@ def test_a_node_that_was_given_up_in_a_cell_that_failed_is_told_once() -> None:
     summary = summary_of([{**SWAP, "by": None}], HUNG)
     (found,) = summary["findings"]
     assert "replaced_by" not in found and words.headline(summary).startswith("The run is incomplete")
+
+
+def test_another_mtu_on_the_interface_that_carries_the_traffic_is_a_finding() -> None:
+    fixture = report_fixture.testbed((1, 2, 4))
+    for per_host in fixture.facts.values():
+        for host, observed in per_host.items():
+            mtu = 1200 if host == NAMES[1] else 1500
+            carries = {"name": "eth0", "speed_mbit_per_s": 10_000, "mtu": mtu, "driver": None, "carries_traffic": True}
+            observed["nics"] = [carries]
+    (found,) = analysis.summarise(*fixture.arguments)["findings"]
+    assert (found["host"], found["kind"], found["where"]) == (NAMES[1], "environment", "traffic nic eth0")
+    assert "MTU 1200 here" in found["evidence"] and "MTU 1500 on 3 other nodes" in found["evidence"]

@@ -66,6 +66,40 @@ def test_a_users_mistake_is_not_tried_again(cluster, tmp_path):
     assert len(nodes.tried) == 1 and states(status) == {"torch-2n-r1": "incomplete"}
 
 
+def test_while_a_retry_waits_a_cell_has_not_failed(cluster, tmp_path):
+    built = planned(cluster, tmp_path)
+    run = RunDir.create(tmp_path, built.to_dict())
+    carried = bench.Run(
+        built,
+        run,
+        Nodes(run, ("torch", "lost_connection", None)),
+        Display(quiet=True),
+        None,
+        bench.Policy(1),
+        NodeAccess(),
+    )
+    seen = []
+    carried.stop.wait = lambda seconds: seen.append(run.read_status()["cells"]["torch-2n-r1"])
+    carried.execute({})
+    [entry] = seen
+    assert (entry["state"], entry["error"], entry["attempt"]) == ("planned", None, 2)
+    assert [attempt["error"]["kind"] for attempt in entry["attempts"]] == ["lost_connection"]
+
+
+def test_a_stop_while_a_retry_waits_cancels_the_cell(cluster, tmp_path):
+    built = planned(cluster, tmp_path)
+    run = RunDir.create(tmp_path, built.to_dict())
+    nodes = Nodes(run, ("torch", "lost_connection", None))
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(1), NodeAccess())
+
+    def stopped(seconds: float) -> None:
+        carried.stop.asked = True
+
+    carried.stop.wait = stopped
+    carried.execute({})
+    assert states(run.read_status()) == {"torch-2n-r1": "cancelled"} and len(nodes.tried) == 1
+
+
 def test_retries_end(cluster, tmp_path):
     nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "hung", NAMES[1]), retries=2)
     assert len(nodes.tried) == 3 and status["cells"]["torch-2n-r1"]["error"]["host"] == NAMES[1]

@@ -143,7 +143,8 @@ def test_nothing_that_a_node_says_becomes_markup(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
     assert HOSTILE in page.words
     assert HOSTILE not in html
-    assert "<script" not in re.sub(r"\\<", "", markdown)
+    fenced = re.sub(r"^(`{3,})\n.*?\n\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)  # shown as it is
+    assert "<script" not in re.sub(r"\\<", "", fenced)
 
 
 def _renamed(fixture: report_fixture.Fixture, old: str, new: str) -> report_fixture.Fixture:
@@ -192,7 +193,7 @@ def test_one_node_is_not_compared_and_numbers_agree_with_their_nouns(tmp_path: P
     words = " ".join(Page(html).words.split())
     assert "One node: nothing to compare." in words and "One node: nothing to compare." in markdown
     assert "No difference" not in words + markdown
-    assert "1: node001, 1 CPU rank\n" in markdown
+    assert "1: node001 = fukushimadc-02-hgx-0001, 1 CPU rank\n" in markdown
     one = {noun for noun in re.findall(r"\b1 (\w+)", words + terminal.terminal(analysis.summarise(*fixture.arguments)))}
     assert not {noun for noun in one if noun.endswith("s") and noun not in {"s"}}, one
 
@@ -318,3 +319,29 @@ def test_a_chart_shows_every_point_with_its_title() -> None:
     assert "<title>two &amp; more</title>" in svg
     assert "a&lt;b" in svg and "a<b" not in svg
     assert svg.count('class="interval') == 1
+
+
+def test_the_command_that_repeats_the_run_can_be_pasted_from_both(tmp_path: Path) -> None:
+    fixture = report_fixture.testbed((1,))
+    fixture.plan["command"] = "runner bench --hosts 'node[001-002]' --set sft.dataset='my_data*' # ```"
+    html, markdown = written(tmp_path, fixture)
+    assert fixture.plan["command"] in Page(html).words
+    assert f"\n````\n{fixture.plan['command']}\n````\n" in markdown
+
+
+def test_without_gpus_nothing_is_per_gpu_and_one_node_count_has_no_efficiency(tmp_path: Path) -> None:
+    fixture = report_fixture.testbed((2,))
+    html, markdown = written(tmp_path, fixture)
+    shown = re.sub(r'<details class="card"[^>]*id="glossary">.*?</details>', "", html, flags=re.DOTALL)
+    for text in (Page(shown).words, markdown, terminal.terminal(analysis.summarise(*fixture.arguments))):
+        assert "per GPU" not in text and "per rank" in text
+        assert "efficiency" not in text.lower().replace("scaling efficiency is", "")
+
+
+def test_the_page_has_the_nodes_names_beside_their_aliases_and_the_time_that_each_cell_took(tmp_path: Path) -> None:
+    html, markdown = written(tmp_path, report_fixture.testbed((1, 2)))
+    for text in (" ".join(Page(html).words.split()), markdown.replace("\\", "")):
+        assert "2: node[001-002] = fukushimadc-02-hgx-[0001-0002]" in text
+    assert "150 s" not in markdown and re.search(r"^\| torch-1n-r1 .*\| 2 min \|$", markdown, re.MULTILINE)
+    broken, _ = written(tmp_path, report_fixture.broken())
+    assert "node003 (fukushimadc-02-hgx-0003): rank19 died" in broken
