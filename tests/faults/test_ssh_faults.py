@@ -265,7 +265,7 @@ class Receiving:
 RECEIVING = [
     Receiving("hung", pause, lambda node: podman("unpause", node), slice(0, 3)),
     Receiving(
-        "lost_connection", lambda node: inside(node, "pkill -KILL -f sshd:; true"), lambda node: None, slice(3, 6)
+        "lost_connection", lambda node: inside(node, "pkill -KILL -f '[s]shd: '; true"), lambda node: None, slice(3, 6)
     ),
 ]
 
