@@ -395,7 +395,7 @@ def test_dialect_is_found_in_any_form(text: str, found: bool) -> None:
 
 COUNTED = re.compile(r"\{\} (more |other |complete |bad |good )?(nodes|cells|GPUs|ranks|jobs|tasks|repeats|runs)\b")
 
-NUMBER = re.compile(r"^(len|max|sum)\(|count|size|most|number|num_|gpus|shared", re.IGNORECASE)
+NUMBER = re.compile(r"^(len|max|sum)\(|^count$|size$|most$|^number$|num_|gpus|shared")
 
 
 def numbers_with_plurals(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
