@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runner.cluster import reasons
+from runner.cluster import reasons, xids
 from runner.failures import KINDS, NODE, Problem
 from runner.launch.spellings import COMPLAINT, kind_of, waited
 from runner.launch.talk import AgentSession
@@ -113,7 +113,7 @@ def _told_apart(
         elif outcome.error:
             suspects.append(error(outcome.kind or "unknown", outcome.error, session.name))
         elif not outcome.ended_well and outcome.stopped not in _STOPPED_BY_AGENT and session.name != LAUNCHER:
-            death = _first_to_die(outcome, _seen_by_launcher(outcomes), alone=len(hosts) == 1)
+            death = _failure(outcome, _seen_by_launcher(outcomes), alone=len(hosts) == 1)
             told = victims if death.complains else vague if death.vague else suspects
             told.append(death.error(session.name))
     of_nodes = [suspect for suspect in suspects if suspect["host"] != LAUNCHER]
@@ -152,6 +152,7 @@ class _Death:
     kind: str
     ending: lastwords.Ending | None
     evidence: Sequence[str]
+    kernel: str = ""  # what the kernel said of a GPU that failed
 
     @property
     def complains(self) -> bool:
@@ -181,7 +182,8 @@ class _Death:
 
     def error(self, host: str) -> dict[str, Any]:
         """The error of a cell that this caused on `host`."""
-        return error(self.kind, f"{self.name or 'the engine'} {self.how}", host, self.evidence)
+        kernel = f"; the kernel: {self.kernel}" if self.kernel else ""
+        return error(self.kind, f"{self.name or 'the engine'} {self.how}{kernel}", host, self.evidence)
 
 
 def _death(name: str | None, status: int | None, stderr: Sequence[str], oom_kills: int = 0) -> _Death:
@@ -214,11 +216,27 @@ def _rank_of(kind: str) -> int:
     return 0 if KINDS[kind].fault == NODE else 1
 
 
-def _first_to_die(outcome: Outcome, seen: int | None, alone: bool) -> _Death:
+def _failure(outcome: Outcome, seen: int | None, alone: bool) -> _Death:
+    """What failed on a node: a GPU of which the kernel says so, else what its first rank to die says.
+
+    `alone`: no other node takes part, so no network can have lost one.
+    """
+    death = _first_to_die(outcome, seen)
+    if failed := xids.serious("\n".join(outcome.kernel)):
+        told = ", ".join(f"{xid.name} on {xid.pci}" for xid in failed)
+        kernel = f"{told}: {failed[0].text}" if failed[0].text else told
+        return replace(death, kind="gpu_failed" if _rank_of(death.kind) else death.kind, kernel=kernel)
+    if alone and death.complains:
+        hung = bool(death.ending and waited(death.ending.text))
+        return replace(death, kind="rank_hung" if hung else "rank_crashed")
+    return death
+
+
+def _first_to_die(outcome: Outcome, seen: int | None) -> _Death:
     """The rank that failed on its own on this node; the engine if it was killed or no rank started.
 
     What proves a failure of the node counts first, then the rank that torchrun saw fail first, then what a rank says of
-    itself, then complaints about others. `alone`: no other node takes part, so no network can have lost one.
+    itself, then complaints about others.
     """
     dead = {name: rank for name, rank in outcome.ranks.items() if not rank.ended}
     if (outcome.rc or 0) < 0:  # the engine itself was killed; the output of its ranks came after
@@ -235,11 +253,7 @@ def _first_to_die(outcome: Outcome, seen: int | None, alone: bool) -> _Death:
         if status is None and not table and not death.complains:
             death = _death(name, seen, rank.stderr, outcome.oom_kills)
         deaths.append(death)
-    first = min(deaths, key=lambda one: (one.quiet and one.name != root, _rank_of(one.kind) != 0, *_order(one, root)))
-    if alone and first.complains:
-        hung = bool(first.ending and waited(first.ending.text))
-        return replace(first, kind="rank_hung" if hung else "rank_crashed")
-    return first
+    return min(deaths, key=lambda one: (one.quiet and one.name != root, _rank_of(one.kind) != 0, *_order(one, root)))
 
 
 def _order(death: _Death, root: str | None) -> tuple[bool, bool, int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from runner.cluster import xids
+
 
 class Spelling:
     """A row: the `kind` of failure, who says so (`source`), and what (`words`: regular expressions, any case)."""
@@ -97,6 +99,7 @@ SPELLINGS = (
         r"cudaErrorInvalidDevice\b",
         r"CUDA_ERROR_INVALID_DEVICE",
     ),
+    Spelling("gpu_unavailable", "NCCL", r"duplicate gpu detected"),
     Spelling(
         "gpu_unavailable",
         "PyTorch",
@@ -317,7 +320,7 @@ SPELLINGS = (
     Spelling(
         "limit_reached",
         "NCCL, rdma-core",
-        r"ibv_\w+.*(?:cannot allocate memory|error: 12\b)",
+        r"ibv_\w+.*(?:cannot allocate memory|error:? (?:unknown error )?-?12\b)",
         r"locked memory",
         r"memlock",
     ),
@@ -402,11 +405,21 @@ SPELLINGS = (
     Spelling(
         "nic_failed",
         "NCCL",
-        r"got async (?:error )?event ?: (?:port|device|local)",
+        r"got async (?:fatal )?(?:error )?event ?: (?:port|device|local)",
+        r"async fatal event on",
         r"IBV_EVENT_(?:PORT_ERR|DEVICE_FATAL)",
     ),
     Spelling("nic_failed", "rdma-core", r"ibv_open_device failed", r"failed to (?:query|open) (?:ib )?device"),
-    Spelling("interface_missing", "NCCL", r"no (?:socket )?interface found", r"no device found", r"bootstrap : no"),
+    Spelling(
+        "interface_missing",
+        "NCCL",
+        r"no (?:socket )?interface found",
+        r"no device found",
+        r"bootstrap : no",
+        r"ibv_modify_qp .*(?:invalid argument|no data available|network is unreachable)",
+        r"remote IB device is incompatible",
+        r"\bnetwork .{1,40} not found",
+    ),
     Spelling("interface_missing", "gloo", r"unable to find (?:interface|address) for", r"ifa != nullptr"),
     Spelling(
         "interface_missing",
@@ -431,7 +444,10 @@ SPELLINGS = (
         r"socketProgress",
         r"exceeded (?:timeouts|retries)",
         r"connect(?:ion)? to \S+ failed",
-        r"got completion from peer",
+        r"got completion (?:from peer|with error|with status)",
+        r"ncclTimeoutError",
+        r"bootstrap .*timed out",
+        r"timed out waiting for peer",
         r"ibv_modify_qp .*(?:timed out|110)",
         r"communicator was aborted",
         r"proxy call to rank",
@@ -497,6 +513,8 @@ def kind_of(texts: Iterable[str]) -> str | None:
     """The kind that the first of `texts` proves; a complaint only where none proves more. None: no known spelling."""
     complaint = None
     for text in texts:
+        if xids.serious(text):
+            return "gpu_failed"
         kind = next((row.kind for row in SPELLINGS if row.matches(text)), None)
         if kind not in (None, COMPLAINT):
             return kind

@@ -25,7 +25,7 @@ from typing import TextIO
 
 from runner.cluster import facts
 from runner.errors import InfrastructureError
-from runner.node import engine, gate, ranks
+from runner.node import engine, gate, kernel, ranks
 from runner.node.leash import Leash
 from runner.node.output import Tail, copy, last_lines, send_message
 from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, CellRequest, Outcome, RankStack, Started
@@ -53,7 +53,7 @@ class NodeCell:
     def run(self) -> int:
         """Run the cell to its end, whatever that is; returns the agent's exit status."""
         self._take_signals()
-        started_s, oom_kills = time.time(), process.oom_kills()
+        started_s, began, oom_kills = time.time(), time.monotonic(), process.oom_kills()
         rc: int | None = None
         error: tuple[str, str] | None = None
         try:
@@ -82,6 +82,7 @@ class NodeCell:
             ended_s=time.time(),
             ranks=ranks.ends(self.folder),
             engine_stderr=last_lines(self.folder.engine_stderr),
+            kernel=kernel.gpu_errors(began) if rc != 0 else (),
         )
         self._report(outcome)
         return 0 if outcome.ended_well else 1

@@ -106,7 +106,9 @@ def evidence(lines: Sequence[str], ending: Ending | None) -> list[str]:
 _TAG = re.compile(
     r"\s*(?:(?:\[(?:rank|Rank |default|trainer|worker)\s*\d+\]|\[\d+,\d+\]<std(?:err|out)>|\(\w+ pid=\d+[^)]*\)):? ?)+"
 )
-# The same of srun --label and pdsh: only if nearly every line has one.
+# When it was written: Slurm's, Kubernetes' and loggers' stamps.
+_STAMP = re.compile(r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,]*(?:Z|[+-]\d\d:?\d\d)?\]?:? +")
+# The writers of srun --label and pdsh: only if nearly every line has one.
 _LABEL = re.compile(r"\s*([\w.-]*\d[\w.-]*): ?")
 
 _Line = tuple[int, str]  # its index, and its text without the writer's prefix
@@ -123,6 +125,8 @@ def _streams(lines: Sequence[str]) -> list[list[_Line]]:
         writer = ""
         if by_label and (label := _LABEL.match(text)):
             writer, text = label[1], text[label.end() :]
+        if stamp := _STAMP.match(text):
+            text = text[stamp.end() :]
         if tag := _TAG.match(text):
             writer, text = writer + tag[0].strip(" :"), text[tag.end() :]
         streams.setdefault(writer, []).append((index, text))
@@ -167,7 +171,7 @@ _WARNING = (
 _OF_OTHERS = (  # launchers about the processes that they started
     r"^[=─-]{5,}$|^Failures:$|^Root Cause \(first observed failure\):|^\s*<(?:N/A|NO_OTHER_FAILURES)>$|^\[\d+\]:$"
     r"|^\s+(?:time|host|rank|exitcode|error_file|traceback)\s+:|^\S+ FAILED$|closing signal SIG"
-    r"|^(?:[EWI]\d{4} |\[\d{4}-|[A-Z]+:).*distributed[./]elastic"
+    r"|^(?:[EWI]\d{4} |[A-Z]+:).*distributed[./]elastic|^torch\.distributed\.elastic\S*: \["
     r"|^srun: (?:error: )?(?:.*(?:Exited with exit code|: task)|Job step aborted|Terminating|[Ff]orcing|got SIG|Force)"
     r"|^slurmstepd: error: \*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ \*\*\*"
     r"|Killing subprocess \d+|sigkill_handler|Main process received SIG"
@@ -274,6 +278,8 @@ def _blocks(stream: Sequence[_Line]) -> list[_Block]:
         said = _WHAT.match(words[0])
         if said:
             words[0] = said[1]
+        elif own := _OWN.match(words[0]):
+            words[0] = words[0][own.end() :]
         elif logged := _LOGGED.match(words[0]):
             words[0] = words[0] if _NCCL_WARNS.search(words[0]) else words[0][logged.end() :]
         found.append(_Block(form, index, index, stream[max(at - 1, start)][0], "\n".join(words).strip()))

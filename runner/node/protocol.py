@@ -360,7 +360,7 @@ class Outcome(Message):
 
     `rc` is the engine's exit status, negative after a signal; None if it is not known. `stopped` is why the agent ended
     the ranks, `error` why it could not run them, `kind` the kind of that failure. `oom_kills` counts the processes
-    that the kernel killed meanwhile because memory was exhausted.
+    that the kernel killed meanwhile because memory was exhausted; `kernel` are its messages of GPUs that failed.
     """
 
     MESSAGE: ClassVar[str] = "outcome"
@@ -377,6 +377,7 @@ class Outcome(Message):
     ended_s: float = 0.0
     ranks: Mapping[str, RankEnd] = field(default_factory=dict)
     engine_stderr: Sequence[str] = ()  # its last lines
+    kernel: Sequence[str] = ()
 
     @property
     def ended_well(self) -> bool:

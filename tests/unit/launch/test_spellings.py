@@ -5,6 +5,9 @@ Each message is shortened from a public report or from the source of who says it
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from runner.failures import CONFIGURATION, KINDS, NODE, USER
@@ -36,6 +39,7 @@ SAID: dict[str, list[str]] = {
         nccl(CUDA, "Cuda failure 214 'uncorrectable ECC error encountered'", "unhandled cuda error"),
         "pynvml.NVMLError_GpuIsLost: GPU is lost",
         "torch.AcceleratorError: CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
+        "NVRM: Xid (PCI:0000:4b:00 GPU-I:05): 95, pid=7194, Uncontained: FBHUB. RST: Yes, D-RST: No",
         "NVRM: Xid (PCI:0000:91:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.",
         "Unable to determine the device handle for GPU0000:9B:00.0: Unknown Error",
     ],
@@ -61,6 +65,7 @@ SAID: dict[str, list[str]] = {
         "RuntimeError: No CUDA GPUs are available",
         "RuntimeError: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
         "RuntimeError: CUDA error: invalid device ordinal",
+        nccl(INTERNAL, "Duplicate GPU detected : rank 0 and rank 4 both on CUDA device 7000", "internal error"),
         "pynvml.NVMLError_LibRmVersionMismatch: Driver/library version mismatch",
         "RuntimeError: CUDA error: system has unsupported display driver / cuda driver combination",
         "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
@@ -174,12 +179,16 @@ SAID: dict[str, list[str]] = {
     "limit_reached": [
         nccl(SYSTEM, "Call to ibv_reg_mr failed with error Cannot allocate memory"),
         nccl(SYSTEM, "Call to ibv_create_qp failed with error Cannot allocate memory"),
+        nccl(SYSTEM, "Call to ibv_create_qp failed with error Unknown error -12"),
         "OSError: [Errno 24] Too many open files",
         "RuntimeError: can't start new thread",
         "BlockingIOError: [Errno 11] Resource temporarily unavailable",
     ],
     "interface_missing": [
         nccl(INTERNAL, "Bootstrap : no socket interface found"),
+        nccl(SYSTEM, "Call to ibv_modify_qp failed with error Invalid argument errno 22"),
+        nccl(SYSTEM, "Call to ibv_modify_qp failed with 19 No such device"),
+        nccl("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "Error: network AWS Libfabric not found."),
         "RuntimeError: [enforce fail at gloo/transport/tcp/device.cc:79] ifa != nullptr. Unable to find address for: ib9",
         "RuntimeError: [enforce fail at device.cc:84] Unable to find interface for: [bond7]",
         "socket.gaierror: [Errno -2] Name or service not known",
@@ -191,6 +200,7 @@ SAID: dict[str, list[str]] = {
         nccl(SYSTEM, "NET/IB : mlx5_0:1 Got async error event: port active lost, device fatal"),
         nccl(SYSTEM, "NET/IB : mlx5_4:1 Got async event : local catastrophic error"),
         nccl(SYSTEM, "Call to ibv_open_device failed"),
+        nccl(SYSTEM, "NET/IB : mlx5_3:1 async fatal event on QP (0x732d78661238): invalid request local work queue error"),
         "RuntimeError: IBV_EVENT_PORT_ERR on mlx5_2",
     ],
     "lost_peers": [
@@ -209,6 +219,8 @@ SAID: dict[str, list[str]] = {
         "torch.distributed.DistBackendError: NCCL communicator was aborted on rank 3.",
         "RuntimeError: Rank 1 failed to pass monitoredBarrier in 1800000 ms",
         "BrokenPipeError: [Errno 32] Broken pipe",
+        nccl(SYSTEM, "NET/IB : Got completion with error 12, opcode 0, len 0, vendor err 129"),
+        nccl(INTERNAL, "Bootstrap : timed out after 1200 seconds [rank 24]"),
         "[rank12]:[E ProcessGroupNCCL.cpp:1282] [Rank 12] NCCL watchdog thread terminated with exception: [Rank 12] Watchdog "
         "caught collective operation timeout: WorkNCCL(SeqNum=2203, OpType=ALLREDUCE, Timeout(ms)=1800000)",
         "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: The connection to the C10d store has failed.",
@@ -277,7 +289,7 @@ def test_it_proves_the_same_between_warnings_stacks_and_what_the_interpreter_cou
     tail = [*BEFORE, *trace, first, *rest, *(HELP if "CUDA" in said else []), *AFTER]
     found = blame.blame(sessions("a", "b"), {"a": died(*tail), "b": Outcome(stopped="stop")})
     assert found["kind"] == kind
-    assert first.rpartition("] ")[2].removeprefix("ERROR: ")[:60] in found["message"]
+    assert re.sub(r"^(?:ERROR|rank \d): ", "", first.rpartition("] ")[2])[:60] in found["message"]
 
 
 def blame_form(said: str) -> bool:
@@ -301,6 +313,16 @@ def test_on_one_node_no_network_is_to_blame(said):
 def test_on_one_node_a_collective_that_never_ended_is_a_rank_that_hung():
     found = blame.blame(sessions("a"), {"a": died(SAID["lost_peers"][-2])})
     assert (found["kind"], found["host"]) == ("rank_hung", "a")
+
+
+@pytest.mark.parametrize("said", [*SAID["rank_crashed"], *SAID["lost_peers"], *SAID["cuda_out_of_memory"], ""])
+def test_a_gpu_of_which_the_kernel_says_that_it_failed_is_the_cause(said):
+    xid = "NVRM: Xid (PCI:0000:4b:00 GPU-I:05): 95, pid=7194, Uncontained: FBHUB"
+    fell = replace(died(said), kernel=[xid])
+    lost = died(SAID["lost_peers"][0])
+    found = blame.blame(sessions("a", "b", "c"), {"a": lost, "b": fell, "c": lost})
+    assert (found["kind"], found["host"]) == ("gpu_failed", "b")
+    assert found["message"].endswith("; the kernel: Xid 95 on 0000:4b:00.0: Uncontained: FBHUB")
 
 
 # --- the table ------------------------------------------------------------------------------------

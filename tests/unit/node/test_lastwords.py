@@ -105,11 +105,16 @@ ENDS = [
     pytest.param("[E1121 04:58:56.5 ProcessGroupNCCL.cpp:616] [Rank 1] Watchdog caught it", "[Rank 1] Watchdog caught it", id="c10"),
     pytest.param(TRACE.format("KeyboardInterrupt") + "\n[E1 x.cpp:1] bad", "bad", id="stopped by another"),
     pytest.param("run.sh: line 53:  5954 Bus error               (core dumped) python x.py", "run.sh: line 53:  5954 Bus error               (core dumped) python x.py", id="shell"),
-    pytest.param("Retrying in 4s [Retry 3/5].\nrank 0: cannot read weights: bad\nsecond line", "rank 0: cannot read weights: bad", id="own"),
+    pytest.param("Retrying in 4s [Retry 3/5].\nrank 0: cannot read weights: bad\nsecond line", "cannot read weights: bad", id="own"),
     pytest.param(
         "rank 0: bad\n" + TRACE.format("torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n" + "=" * 60),
-        "rank 0: bad",
+        "bad",
         id="torchrun's own traceback",
+    ),
+    pytest.param(
+        "\n".join(f"[2026-04-07 14:53:04] [rank1]: {x}" for x in TRACE.format("ValueError: bad").splitlines()),
+        "ValueError: bad",
+        id="stamps",
     ),
     pytest.param("\x1b[31mValueError: bad\x1b[0m", "ValueError: bad", id="colours"),
     pytest.param("one\ntwo", "two", id="no exception at all"),

@@ -79,7 +79,7 @@ def test_an_unknown_request_is_named(value):
 OUTCOME = Outcome(
     host="n1", attempt=2, rc=-9, stopped=Word.STOP, error="e", kind="rank_killed", oom_kills=1,
     stacks={"rank0": RankStack("S", 1.5, ["a.py:1 f"])}, started_s=1.0, ended_s=2.0,
-    ranks={"rank0": RankEnd(True, False, ["last words"])}, engine_stderr=["x"],
+    ranks={"rank0": RankEnd(True, False, ["last words"])}, engine_stderr=["x"], kernel=["k"],
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_a_controller_reads_the_message_that_was_sent(message):
 
 
 def test_outcome_json_has_the_keys_that_runs_before_have():
-    keys = "schema host attempt rc stopped error kind oom_kills stacks started_s ended_s ranks engine_stderr"
+    keys = "schema host attempt rc stopped error kind oom_kills stacks started_s ended_s ranks engine_stderr kernel"
     assert list(OUTCOME.to_file()) == keys.split()
     assert through_json(OUTCOME.to_file())["ranks"]["rank0"] == {
         "started": True, "ended": False, "stderr": ["last words"],
