@@ -125,6 +125,9 @@ def _no_outcome(session: AgentSession) -> dict[str, Any]:
     stderr = session.stderr[-10:]
     if not session.answered:
         kind = reasons.reason_kind(session.rc, session.stderr)
+        if session.rc not in (None, *_OF_SSH):  # what ssh started there failed, not ssh
+            said = [text for ending in lastwords.endings(session.stderr) for text in (ending.text, *ending.also)]
+            kind = kind_of(said) or kind
         last = next((f": {line.strip()}" for line in reversed(stderr) if line.strip()), "")
         return error(kind, f"its agent did not answer{last}", session.name, stderr)
     if session.rc == reasons.GIVEN_UP:
@@ -134,6 +137,8 @@ def _no_outcome(session: AgentSession) -> dict[str, Any]:
 
 # --- how a rank ended -----------------------------------------------------------------------------
 
+# The status of ssh where it reached nothing, and that of a talk that was given up.
+_OF_SSH = (255, reasons.GIVEN_UP)
 # Kinds that tell nothing of the cause: another node's failure may have led to them.
 _UNPROVED = ("rank_crashed", "unknown")
 _COLLECTIVE = re.compile(r"\bNCCL (?:error|communicator)|DistBackendError|ProcessGroup|\bgloo\b", re.IGNORECASE)
@@ -164,10 +169,14 @@ class _Death:
         """Whether it failed in a collective, and does not tell why: any of its ranks may have been the cause."""
         return self.kind in _UNPROVED and bool(self.ending and _COLLECTIVE.search(self.ending.text))
 
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing is known but that it ended, as of a rank that its launcher ended."""
-        return self.ending is None and self.status in (None, 1, -signal.SIGTERM)
+    def quiet(self, root: str | None) -> bool:
+        """Whether it tells nothing of the cause: its launcher ended it, or it said nothing of itself after `root`, the
+        rank that its launcher saw fail first.
+        """
+        if self.name == root or self.status == -signal.SIGTERM:
+            return self.name != root
+        told = self.ending is not None and (root is None or self.ending.form < lastwords.Form.STOPPED)
+        return self.status in (None, 1) and not told
 
     @property
     def how(self) -> str:
@@ -253,7 +262,9 @@ def _first_to_die(outcome: Outcome, seen: int | None) -> _Death:
         if status is None and not table and not death.complains:
             death = _death(name, seen, rank.stderr, outcome.oom_kills)
         deaths.append(death)
-    return min(deaths, key=lambda one: (one.quiet and one.name != root, _rank_of(one.kind) != 0, *_order(one, root)))
+    if root and root not in outcome.ranks:  # it died before it had a file of its own
+        deaths.append(_death(root, table[root], outcome.engine_stderr, outcome.oom_kills))
+    return min(deaths, key=lambda one: (one.quiet(root), _rank_of(one.kind) != 0, *_order(one, root)))
 
 
 def _order(death: _Death, root: str | None) -> tuple[bool, bool, int]:

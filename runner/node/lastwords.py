@@ -19,6 +19,7 @@ LAST_LINES = 20  # for people: of what was said last
 _WIDTH = 1000  # characters of a line that are kept: a list of loaded extensions has many times that
 _FRAMES = 4  # lines of a traceback that are kept above its exception
 _MESSAGE = 24  # lines of one message
+_ROWS = 256  # lines of tables of ranks and nodes
 _CAUSES = 4  # exceptions that led to another
 
 
@@ -72,7 +73,7 @@ def keep(lines: Sequence[str]) -> list[str]:
 
     An empty line stands for noise that was left out.
     """
-    wanted: set[int] = set()
+    wanted = set([index for index, line in enumerate(lines) if _TABLES.search(line)][-_ROWS:])
     for stream in _streams(lines):
         blocks = _blocks(stream)
         ending = _chosen(blocks)
@@ -168,9 +169,13 @@ _WARNING = (
     r"^\[?[WI]\d{4} |^\[[WI]\b|^\[[WI]\d|\w*Warning: |^\s*warnings\.warn\(|^\s*warning_cache\.warn\(|\bWARNING\b"
     r"|leaked \w+ objects to clean up|\bNCCL INFO\b|^NCCL version |^\*\*\*\*\*+$"
 )
+# torchrun's table of the ranks that failed, and pdsh's of nodes: no end of the launcher, but kept for whoever reads it.
+_TABLE = (
+    r"^Failures:$|^Root Cause \(first observed failure\):|^\s+(?:rank|exitcode)\s+:|^pdsh@\S+: \S+: ssh exited with"
+)
 _OF_OTHERS = (  # launchers about the processes that they started
-    r"^[=─-]{5,}$|^Failures:$|^Root Cause \(first observed failure\):|^\s*<(?:N/A|NO_OTHER_FAILURES)>$|^\[\d+\]:$"
-    r"|^\s+(?:time|host|rank|exitcode|error_file|traceback)\s+:|^\S+ FAILED$|closing signal SIG"
+    _TABLE.rpartition("|")[0] + r"|^[=─-]{5,}$|^\s*<(?:N/A|NO_OTHER_FAILURES)>$|^\[\d+\]:$"
+    r"|^\s+(?:time|host|error_file|traceback)\s+:|^\S+ FAILED$|closing signal SIG"
     r"|^(?:[EWI]\d{4} |[A-Z]+:).*distributed[./]elastic|^torch\.distributed\.elastic\S*: \["
     r"|^srun: (?:error: )?(?:.*(?:Exited with exit code|: task)|Job step aborted|Terminating|[Ff]orcing|got SIG|Force)"
     r"|^slurmstepd: error: \*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ \*\*\*"
@@ -180,7 +185,7 @@ _OF_OTHERS = (  # launchers about the processes that they started
 )
 _ALIVE = r"\d+%\|.*\||\bit/s\b|s/it\b|\bINFO\b|\b(?:step|iteration|iter|epoch)\b[ =:/]*\d+"
 _NOISE = re.compile("|".join((_HELP, _STACK, _WARNING, _OF_OTHERS, r"^Fatal Python error: Aborted")))
-_HELPS, _LIVES = re.compile(_HELP), re.compile(_ALIVE, re.IGNORECASE)
+_TABLES, _HELPS, _LIVES = re.compile(_TABLE), re.compile(_HELP), re.compile(_ALIVE, re.IGNORECASE)
 
 _WHAT = re.compile(r"^\s*what\(\):\s*(.*)")
 _ABORTS = re.compile(

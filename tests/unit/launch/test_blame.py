@@ -14,6 +14,7 @@ from runner.failures import KINDS, Problem, node_lines
 from runner.launch import blame
 from runner.launch.spellings import SPELLINGS
 from runner.launch.talk import AgentSession
+from runner.node import lastwords
 from runner.node import ranks as node
 from runner.node.protocol import Outcome, RankStack
 from runner.results import celldir
@@ -52,6 +53,69 @@ def test_torchruns_table_of_failures_tells_which_rank_failed_first_and_how():
     ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [warning]} for i in range(2)}
     said = blame.blame(sessions("a"), {"a": outcome(rc=1, ranks=ranks, engine_stderr=table)})
     assert said["message"] == "rank1 was killed by SIGKILL"
+
+
+TABLE = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+runner.workloads FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-27_15:00:01
+  host      : node001
+  rank      : 0 (local_rank: 0)
+  exitcode  : {others} (pid: 122)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-27_15:00:00
+  host      : node001
+  rank      : 1 (local_rank: 1)
+  exitcode  : {first} (pid: 123)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 123
+============================================================"""
+
+
+def killed(first: int, others: int, *stderr: str, noise: int = 0) -> Outcome:
+    """Of a node with two ranks, with torchrun's table as the node's agent sends it."""
+    lines = [
+        "Traceback (most recent call last):",
+        '  File "x", line 1',
+        *TABLE.format(first=first, others=others).splitlines(),
+    ]
+    table = lastwords.keep(["[W1121 x.cpp:1] y", *lines, *["frame #1: f"] * noise])
+    ranks = {f"rank{i}": {"started": True, "ended": False, "stderr": [line]} for i, line in enumerate(stderr)}
+    return outcome(rc=1, ranks=ranks, engine_stderr=table)
+
+
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"
+
+
+@pytest.mark.parametrize(
+    ("one", "kind", "message"),
+    [
+        (killed(-9, -15, LOST, ""), "rank_killed", "rank1 was killed by SIGKILL"),
+        (killed(-9, -15, LOST, "", noise=90), "rank_killed", "rank1 was killed by SIGKILL"),
+        (killed(137, -15, LOST, ""), "rank_killed", "rank1 was killed by SIGKILL"),
+        (killed(-7, -15, "", ""), "shared_memory_full", "rank1 was killed by SIGBUS"),
+        (killed(-11, 1, LOST, ""), "rank_crashed", "rank1 was killed by SIGSEGV"),
+        (killed(1, -15, "working", "ValueError: x"), "rank_crashed", "rank1 died with status 1: ValueError: x"),
+        (killed(1, 1, "ValueError: x", LOST), "rank_crashed", "rank0 died with status 1: ValueError: x"),
+        (killed(1, -15, "ValueError: x"), "rank_crashed", "rank1 died with status 1: torch.distributed"),
+    ],
+)
+def test_of_several_ranks_of_a_node_the_cause_is_named(one, kind, message):
+    said = blame.blame(sessions("a", "b"), {"a": one, "b": outcome(stderr=[LOST])})
+    assert (said["kind"], said["host"]) == (kind, "a") and said["message"].startswith(message)
+
+
+@pytest.mark.parametrize("others", [-15, 1])
+def test_a_rank_that_lost_a_peer_and_those_that_its_launcher_ended_are_victims(others):
+    said = blame.blame(sessions("a", "b"), {"a": killed(1, others, "working", LOST), "b": outcome(rc=-9)})
+    assert [one["host"] for one in each_error(said)] == ["b"]
 
 
 def test_without_such_a_table_the_rank_that_said_something_is_shown():
@@ -150,6 +214,11 @@ NO_AGENT = [
     ("bash: line 1: /opt/env/bin/python: No such file or directory", 127, "environment_missing"),
     ("/opt/env/bin/python: No module named runner", 1, "environment_missing"),
     ("Connection timed out during banner exchange", 255, "hung"),
+    ("bash: line 1: /opt/env/bin/python: Permission denied", 126, "not_permitted"),
+    ("/opt/env/bin/python: /lib/libc.so.6: version `GLIBC_2.34' not found (required by x)", 1, "environment_missing"),
+    ("/opt/env/bin/python: error while loading shared libraries: libz.so.1: cannot open", 127, "environment_missing"),
+    ("OSError: [Errno 28] No space left on device", 1, "disk_full"),
+    ("bash: fork: Cannot allocate memory", 254, "out_of_memory"),
     ("something new", 255, "unreachable"),
     ("something new", 1, "unknown"),
     ("", reasons.GIVEN_UP, "hung"),
