@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def assert_clean(bed: Testbed, run: RunDir) -> None:
     assert_nothing_left(bed, run)
 
 
+def assert_in_seconds(run: RunDir) -> None:
+    """The first cell ended long before a peer's two minutes of patience."""
+    cell = first_cell(run)
+    took = datetime.fromisoformat(cell["ended"]) - datetime.fromisoformat(cell["started"])
+    assert took.total_seconds() < 60, cell
+
+
 def test_slurmctld_restarted_in_a_job_is_not_noticed_by_it(slurm3, limited, shared):
     bench = Bench(slurm3.inventory, shared, *SLURM, "--nodes", "2", *SOME_SECONDS)
     bench.wait_for_ranks()
@@ -153,17 +161,51 @@ def test_another_version_on_a_node_is_found_by_the_agent_itself(slurm3, limited,
 
 
 @pytest.mark.parametrize("sharing", [(), UNSHARED], ids=["shared", "unshared"])
-def test_a_node_without_the_environment_is_named(slurm3, limited, shared, sharing):
+def test_a_node_without_the_environment_is_named_in_seconds_among_those_that_slurm_chose(
+    slurm3, limited, shared, sharing
+):
     bare = slurm3.nodes[1]
     mount(bare["container"], "-t", "tmpfs", "tmpfs", str(ENVIRONMENT))
     try:
-        bench = Bench(slurm3.inventory, shared, *SLURM, *sharing, "--hosts", "node002", *SHORT)
+        bench = Bench(slurm3.inventory, shared, *SLURM, *sharing, "--nodes", "2", *SHORT)
         code, output = bench.end()
     finally:
         unmount(bare["container"], ENVIRONMENT)
     assert code == EXIT_INFRASTRUCTURE, output
     error = error_of(bench.run)
     assert (error["kind"], error["host"]) == ("environment_missing", bare["name"]), error
+    assert "No such file or directory" in error["message"]
+    assert_in_seconds(bench.run)
+    assert_clean(slurm3, bench.run)
+
+
+@pytest.fixture
+def failing_prolog(slurm3: Testbed, mended: None) -> Iterator[None]:
+    """A prolog on all nodes that fails on the second one."""
+    conf, prolog = "/etc/slurm/slurm.conf", "/etc/slurm/prolog"
+    for node in slurm3.nodes:
+        status = int(node is slurm3.nodes[1])
+        inside(
+            node["container"],
+            f"printf '#!/bin/sh\\nexit {status}\\n' > {prolog} && chmod 755 {prolog} && cp -p {conf} {conf}.kept "
+            f"&& echo Prolog={prolog} >> {conf}",
+        )
+    slurm(slurm3, "scontrol", "reconfigure")
+    yield
+    for node in slurm3.nodes:
+        inside(node["container"], f"mv {conf}.kept {conf} && rm {prolog}")
+    slurm(slurm3, "scontrol", "reconfigure")
+
+
+def test_a_prolog_that_fails_is_told_of_its_node_where_slurm_chooses(slurm3, limited, failing_prolog, shared):
+    bad = slurm3.nodes[1]["name"]
+    bench = Bench(slurm3.inventory, shared, *SLURM, "--nodes", "2", *SHORT)
+    code, output = bench.end()
+    assert code == EXIT_INFRASTRUCTURE, output
+    error = error_of(bench.run)
+    assert (error["kind"], error["host"]) == ("prolog_failed", bad), error
+    assert "Slurm says drained (Prolog error)" in error["message"]
+    assert_in_seconds(bench.run)
     assert_clean(slurm3, bench.run)
 
 

@@ -15,7 +15,7 @@ from runner import __version__
 from runner.cluster import inventory, ssh
 from runner.cluster import slurm as slurm_settings
 from runner.errors import UsageError
-from runner.launch.slurm import answers, commands
+from runner.launch.slurm import answers, capacity, commands
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.script import BatchJob, Step, render
 from runner.launch.talk import AgentSession
@@ -24,6 +24,7 @@ from runner.provision.testbed import containers as provision_testbed
 from runner.provision.testbed import layout
 from runner.results.celldir import CellDir
 from runner.system import process
+from testbed.benches import until
 
 CELL = "torch-2n-r1"
 pytestmark = pytest.mark.testbed
@@ -324,3 +325,41 @@ def test_a_step_that_cannot_start_is_told_by_the_jobs_log(cluster, run):
     info = one.follow(following.wait(cluster.slurm, one.job_id, one.waited.append))
     assert info.state == "failed" and {session.rc for session in one.sessions} == {-1}
     assert any("/nosuch/python" in said for said in one.sessions[0].stderr)
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_nodes_of_a_reservation_are_used_with_it_and_not_without(cluster, reserved):
+    cluster.inside(
+        "node001", "scontrol", "create", "reservation", "reservationname=acceptance", "starttime=now", "duration=5",
+        "nodes=node003", "flags=maint", "user=root",
+    )  # fmt: skip
+    try:
+        given = {"reservation": "acceptance"} if reserved else {}
+        client = commands.SlurmClient(
+            slurm_settings.settings(given, "test"), cluster.nodes[0], cluster.ssh_config
+        )  # fmt: skip
+
+        def usable():
+            return [node.name for node in client.look()[1] if node.usable]
+
+        assert until(lambda: usable() == (["node003"] if reserved else ["node001", "node002"]), 60)
+    finally:
+        cluster.inside("node001", "scontrol", "delete", "reservationname=acceptance")
+
+
+def test_as_much_memory_is_asked_for_as_is_allowed_and_more_is_never_waited_for(cluster, run):
+    """As a site that limits memory: Slurm would leave a job with --mem=0 waiting for ever."""
+    cluster.inside("node001", "scontrol", "update", "partitionname=gpu", "maxmempernode=1000")
+    try:
+        partitions, nodes = cluster.slurm.look()
+        asked = capacity.memory(cluster.slurm.settings, partitions, nodes)
+        assert asked == "1000M"
+        assert cluster.slurm.test_only(run(0.0, settings={"mem": asked}).script()) is None
+        one = run(0.0, settings={"mem": "0"})
+        began = time.monotonic()
+        with pytest.raises(commands.NotStarted, match=r"MaxMemPerLimit: .*lower slurm.mem"):
+            one.submit()
+        assert time.monotonic() - began < 30 and one.waited[0].state == "waiting"
+        assert cluster.slurm.poll([one.job_id])[one.job_id].state == "cancelled"
+    finally:
+        cluster.inside("node001", "scontrol", "update", "partitionname=gpu", "maxmempernode=0")

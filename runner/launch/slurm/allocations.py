@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +14,7 @@ from runner.cluster.inventory import Node, by_word
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
 from runner.launch import agents, blame, copy
-from runner.launch.slurm import answers, commands
+from runner.launch.slurm import answers, commands, job_log
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.capacity import Partition, SlurmNode, memory, node_kind, refused
 from runner.launch.slurm.ledger import JobShare, Ledger
@@ -26,16 +24,11 @@ from runner.launch.watch import CellContext, CellRun
 from runner.node.protocol import CheckRequest, StepRequest, Stopped
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.rundir import RunDir
+from runner.results.status import joined
 from runner.system import process
 from runner.system.files import write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
-# Lines of a job's log about a node on which the agent could not be started, and the kind of that failure.
-_LAUNCH = {
-    "prolog_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*prolog failed.*)", re.I),
-    "node_failed": re.compile(r"Task launch for \S+ failed on node (?P<node>\S+): (?P<why>.*)"),
-    "environment_missing": re.compile(r"slurmstepd-(?P<node>\S+): error: execve\(\): (?P<why>.*)"),
-}
 
 
 def settings_of(plan: Plan) -> slurm_settings.Settings:
@@ -84,11 +77,13 @@ def problems(cluster: commands.SlurmClient, nodes: Sequence[Node]) -> dict[str, 
 
 def with_slurm_state(error: Mapping[str, Any], found: Mapping[str, Problem]) -> dict[str, Any]:
     """`error` with the problems of its nodes in its message: a single bad node becomes its host, and its kind is
-    prolog_failed if all problems are.
+    prolog_failed if all problems are. A job that was cancelled with its nodes was not by the user.
     """
+    kinds = {one.kind for one in found.values()}
+    if kinds == {"prolog_failed"} or (kinds and error["kind"] == "job_cancelled"):
+        error = {**error, "kind": "prolog_failed" if kinds == {"prolog_failed"} else "node_failed"}
     return {
         **error,
-        "kind": "prolog_failed" if {one.kind for one in found.values()} == {"prolog_failed"} else error["kind"],
         "host": next(iter(found)) if len(found) == 1 else error["host"],
         "message": "; ".join([error["message"], *(f"{host}: {one.message}" for host, one in found.items())]),
     }
@@ -207,19 +202,25 @@ class Allocations:
             job_id=job_id,
             folders={node.name: self.run.cell(node.name, cell.id) for node in placed},
             step=step,
+            cell=cell.id,
             source=None if self.shared else cell.cell_dir,
             nodes=() if self.shared else placed,
             ssh_config=self.ssh_config,
-            log=Path(log) if self.shared else None,
+            log=Path(log) if self.shared else self.run.path / "slurm" / Path(log).name,
+            log_on=None if self.shared else (every[0], log),
+            names=dict(zip((node.name for node in every), info.nodes, strict=True)),
             on_job=context.on_job,
         )
         try:
             info = following.converse(follow, watch.sessions, watch.receive, watch.next_word, patience_s=END_S)
         except InfrastructureError as error:
             return blame.error("slurm_unreachable", str(error))
-        if not self.shared and info.nodes:
-            self._fetch_log(log, self._node(plan, info.nodes[0]), watch)
-        return None if watch.stop.asked else self._fault(info, watch, plan)
+        if watch.stop.asked:
+            return None
+        said = following.last_lines(follow.log)
+        return self._fault(
+            info, watch, plan, job_log.of_cell(said, cell.id) if share and share.step is not None else said
+        )
 
     def cancel(self, plan: Plan, job_ids: set[str] | None, *, patient: bool) -> bool:
         """Cancel these jobs of the run, or all (None); returns whether Slurm answered. `patient`: retry if not."""
@@ -328,8 +329,10 @@ class Allocations:
 
     # --- what became of it --------------------------------------------------------------------------
 
-    def _fault(self, info: answers.JobInfo, watch: CellRun, plan: Plan) -> dict[str, Any] | None:
-        """The error if Slurm is the reason why the cell failed, else None."""
+    def _fault(
+        self, info: answers.JobInfo, watch: CellRun, plan: Plan, log: Sequence[str] = ()
+    ) -> dict[str, Any] | None:
+        """The error if Slurm is the reason why the cell failed, else None. `log` is the output of its job."""
         causes = {
             "time_limit": ("time_limit", "reached its time limit"),
             "cancelled": ("job_cancelled", f"was cancelled ({info.raw})"),
@@ -338,15 +341,15 @@ class Allocations:
             "out_of_memory": ("out_of_memory", "ran out of memory"),
         }
         silent = [session.name for session in watch.sessions if session.name not in watch.outcomes]
-        stderr = next((session.stderr for session in watch.sessions if session.stderr), [])
-        for kind, words in _LAUNCH.items():
-            if silent and (found := words.search("\n".join(stderr))):
-                named = self._node(plan, found["node"]).name
-                return blame.error(kind, f"job {info.job_id} cannot start its agent: {found['why']}", named, stderr)
+        stderr = list(log) or next((session.stderr for session in watch.sessions if session.stderr), [])
+        if unstarted := self._unstarted(info, watch, plan, stderr):
+            return unstarted
         if any(outcome.stopped == Stopped.TIME_LIMIT for outcome in watch.outcomes.values()):
             kind, message = causes["time_limit"]
         elif info.state in causes and watch.reason is None:
             kind, message = causes[info.state]
+        elif info.state == "waiting":  # its start has failed, and it was to wait until somebody releases it
+            kind, message = "not_started", f"was held and cancelled: {info.reason}"
         elif not watch.outcomes and info.state in ("failed", "unknown", "complete", "ending"):
             forgotten = "is not known to Slurm any more: cancelled while it waited, or it ended long ago"
             kind, message = "not_started", f"ended as {info.raw} before any node answered" if info.raw else forgotten
@@ -354,23 +357,34 @@ class Allocations:
             return None
         host = silent[0] if kind in ("node_failed", "out_of_memory") and len(silent) == 1 else None
         error = blame.error(kind, f"job {info.job_id} {message}", host, stderr)
-        if kind in ("node_failed", "not_started"):
+        # Slurm itself cancels a job that is not to be requeued if a prolog fails before anything has started.
+        if kind in ("node_failed", "not_started") or (kind == "job_cancelled" and not watch.outcomes):
             nodes = [self._node(plan, name) for name in info.nodes]
             return self._with_slurm_state(error, [node for node in nodes if node.name in silent])
         return error
 
-    def _fetch_log(self, log: str, first: Node, watch: CellRun) -> None:
-        """Copy the job's log from its first node; its end explains why an agent could not be started."""
-        with suppress(InfrastructureError):
-            command = ["ssh", "-F", str(self.ssh_config), first.name, shlex.join(["tail", "--bytes=1M", log])]
-            outcome = process.run(command, timeout_s=20)
-            if outcome.rc == 0:
-                write_text_atomic(self.run.path / "slurm" / Path(log).name, outcome.stdout)
-                for session in [session for session in watch.sessions if not session.answered][:1]:
-                    session.stderr += outcome.stdout.splitlines()[-following.LOG_LINES :]
+    def _unstarted(
+        self, info: answers.JobInfo, watch: CellRun, plan: Plan, log: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """The error of nodes whose agent could not be started, as the job's output says; None if it says nothing."""
+        unheard = {session.name for session in watch.sessions if not session.answered} - watch.outcomes.keys()
+        errors = []
+        for name, one in job_log.unstarted(log).items():
+            node = self._node(plan, name)
+            if node.name in unheard:
+                error = blame.error(one.kind, f"job {info.job_id} cannot start its agent: {one.why}", node.name, log)
+                errors.append(self._with_slurm_state(error, [node]))
+        return joined(errors) if errors else None
 
     def _not_started(self, cell: Cell, message: str, plan: Plan) -> dict[str, Any]:
-        return self._with_slurm_state(blame.error("not_started", message), [plan.node(name) for name in cell.hosts])
+        """The error of a job that was given up before it ran. Where Slurm was to choose the nodes, those that it has
+        stopped using since may be the reason.
+        """
+        nodes = [plan.node(name) for name in cell.hosts]
+        if not nodes:
+            usable = {node.name for node in self._seen[1] if node.usable} if self._seen else set()
+            nodes = [node for node in plan.nodes if slurm_name(node, tuple(usable)) in usable]
+        return self._with_slurm_state(blame.error("not_started", message), nodes)
 
     def _with_slurm_state(self, error: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
         """`error` with the problems that Slurm reports for `nodes`, if it answers."""

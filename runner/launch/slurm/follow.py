@@ -6,12 +6,13 @@ write, so that a controller which starts later receives all of them.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,7 +21,7 @@ from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError
 from runner.failures import Problem
 from runner.launch import copy
-from runner.launch.slurm import answers
+from runner.launch.slurm import answers, job_log
 from runner.launch.slurm.answers import JobInfo
 from runner.launch.slurm.commands import NotStarted, SlurmClient, SlurmUnreachable, forgotten, gone, intervals
 from runner.launch.slurm.waiting import Wait, judge
@@ -28,6 +29,7 @@ from runner.launch.talk import AgentSession
 from runner.node.protocol import POLL_S, SILENCE_S, Alive, Message, Outcome, Placed, Word, read_message, slurm_signal
 from runner.results.celldir import CellDir
 from runner.system import process
+from runner.system.files import write_text_atomic
 
 FIRST_MESSAGE_S = 120.0  # Python on a cold file system, and directories that NFS caches for a minute
 END_S = 20.0  # from the agents' outcomes, or scancel, to the job's end
@@ -40,6 +42,8 @@ SILENT_PAUSE_S = 2.0
 READ_S = 0.002  # per agent's file: five hundred files are read once a second, not ten times
 AT_ONCE = 4 << 20
 LOG_LINES = 20
+LOG_READ_LINES = 2000
+LOG_S = 1.0  # between two looks at the job's output
 CANCEL = "cancel"  # sent to Slurm only, after the words to the agents
 T = TypeVar("T")
 
@@ -172,19 +176,23 @@ def cancelled_on_interrupt(commands: SlurmClient, job_id: str) -> Iterator[None]
 class Follow:
     """One cell of a job that is to be followed.
 
-    `folders` are the cell's folders here, by host (the sessions' names). `source` is its folder on each of
-    `nodes` if those do not see this machine's files (None: they do). `step` is the cell's number in a job
-    of several. `log` is the job's output, if it can be read here.
+    `folders` are the cell's folders here, by host (the sessions' names), `names` Slurm's names of these hosts. `source`
+    is its folder on each of `nodes` if those do not see this machine's files (None: they do). `step` is the cell's
+    number in a job of several, `cell` its id. `log` is the job's output here; if that must be fetched, `log_on` has
+    the node on which it is, and its path there.
     """
 
     slurm: SlurmClient
     job_id: str
     folders: Mapping[str, CellDir]
     step: int | None = None
+    cell: str = ""
     source: str | None = None
     nodes: Sequence[Node] = ()
     ssh_config: str | None = None
     log: Path | None = None
+    log_on: tuple[Node, str] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
     on_job: Callable[[JobInfo], None] = lambda info: None
     lag_s: float = LAG_S
 
@@ -197,7 +205,19 @@ class Follow:
     def fetch(self) -> dict[str, Problem]:
         """Copy the cell's files from the nodes; returns failures by node, which are no error here."""
         targets = {name: str(folder.path) for name, folder in self.folders.items()}
+        self.fetch_log()
         return copy.gather(self.nodes, str(self.ssh_config), str(self.source), targets, timeout_s=FETCH_S)
+
+    def fetch_log(self) -> None:
+        """Copy the end of the job's output here, if it is on a node and can be had."""
+        if self.log is None or self.log_on is None:
+            return
+        node, path = self.log_on
+        with suppress(InfrastructureError, OSError):
+            command = ["ssh", "-F", str(self.ssh_config), node.name, shlex.join(["tail", "--bytes=1M", path])]
+            outcome = process.run(command, timeout_s=20)
+            if outcome.rc == 0:
+                write_text_atomic(self.log, outcome.stdout)
 
 
 class _MessageReader:
@@ -297,7 +317,8 @@ class _Following:
         self.job, self.agents, self.stop = _Since(_Job.OPEN), _Since(_Agents.RUNNING), _Since(_Stop.NOT_ASKED)
         self.sent = ""  # the last word sent through Slurm
         self.began = self.last_message = time.monotonic()
-        self.send_from = self.read_from = 0.0  # nothing is sent, no file read, before these times
+        self.send_from = self.read_from = self.log_from = 0.0  # nothing is sent, no file read, before these times
+        self.unstarted: dict[str, float] = {}  # when the job's output was first seen to say so
 
     def run(self, pool: ThreadPoolExecutor) -> JobInfo:
         follow = self.follow
@@ -310,6 +331,7 @@ class _Following:
                 fetch.take()
             if now >= self.read_from:
                 self._read(now)
+            self._unstarted(now)
             self._look(look, now)
             if self.job.state is _Job.OVER and fetch:  # their last messages are not here yet
                 fetch.once_more()
@@ -362,6 +384,23 @@ class _Following:
                 session.last_output = now
         return received
 
+    def _unstarted(self, now: float) -> None:
+        """Give up agents that could not be started, as the job's output says, some seconds after it does.
+
+        Otherwise only their silence would tell, two minutes later, and the other nodes would wait for them.
+        """
+        waits = [session for session in self.sessions if session.alive and not session.answered]
+        if not waits or now < self.log_from:
+            return
+        self.log_from = now + LOG_S
+        lines = last_lines(self.follow.log)
+        found = job_log.unstarted(lines if self.follow.step is None else job_log.of_cell(lines, self.follow.cell))
+        for session in waits:
+            unstarted = found.get(self.follow.names.get(session.name, session.name))
+            if unstarted and now - self.unstarted.setdefault(session.name, now) > self.follow.lag_s:
+                session.rc = -1
+                session.stderr.append(unstarted.why)
+
     def _look(self, look: _Repeated[tuple[JobInfo, set[int]]], now: float) -> None:
         """Process Slurm's newest answer, if any. Raises SlurmUnreachable if neither Slurm nor any agent answers."""
         try:
@@ -384,7 +423,9 @@ class _Following:
             self.job.enter(_Job.ENDING if info.state == "ending" else _Job.OPEN, now)
             ending_s = self.job.seconds(_Job.ENDING, now)
             patience_s = ENDING_S if any(session.answered for session in self.sessions) else FIRST_END_S
-            if passed or gone(info) or (ending_s is not None and ending_s > patience_s):
+            # Its start has failed, and Slurm has put it back into the queue, where it is held.
+            held = info.state == "waiting" and judge(info.reason)[0] in (Wait.NEVER, Wait.SOMEBODY)
+            if passed or held or gone(info) or (ending_s is not None and ending_s > patience_s):
                 self.job.enter(_Job.OVER, now)
 
     def _send(self, alive: Sequence[AgentSession], now: float) -> None:
@@ -414,18 +455,21 @@ class _Following:
         self.follow.slurm.cancel(self.follow.job_id, signal, self.follow.step, patient=False)
 
     def _end(self, alive: Sequence[AgentSession]) -> JobInfo:
-        """Mark the remaining agents as lost; the end of the job's log may say why."""
-        last = _last_lines(self.follow.log)
+        """Mark the remaining agents as lost; the end of the job's log may say why. A job that is held is cancelled."""
+        last = last_lines(self.follow.log)
         for session in alive:
             session.rc = -1
-            session.stderr += last
+            session.stderr += last[-LOG_LINES:]
+        if self.info.state == "waiting":
+            with suppress(InfrastructureError):
+                self._cancel()
         return self.info
 
 
-def _last_lines(log: Path | None) -> list[str]:
+def last_lines(log: Path | None) -> list[str]:
     """The last lines of a job's output, in which srun and Slurm report why a step did not start."""
     if log is None:
         return []
     with suppress(OSError):
-        return log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return log.read_text(errors="replace").splitlines()[-LOG_READ_LINES:]
     return []

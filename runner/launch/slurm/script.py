@@ -16,6 +16,7 @@ from typing import Any
 
 from runner.cluster.slurm import WORD, Settings, clock, placeholder
 from runner.errors import UsageError
+from runner.launch.slurm.job_log import heading
 from runner.node.protocol import Stopped, slurm_signal
 from runner.system.nodeset import fold
 from runner.system.wording import counted
@@ -171,6 +172,7 @@ def _srun(job: BatchJob, step: Step) -> list[str]:
     return [
         "",
         f"# {_summary(step)}",
+        *([f"echo {shlex.quote(heading(step.cell))}"] if together else []),
         f"srun {' '.join(words)} \\",
         # export: everything that the job's own --export allowed; without it, that option would apply here as well.
         "  --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \\",

@@ -22,7 +22,7 @@ class Wait(Enum):
 _SIZE = "one job may not have that much or that little; ask for another size or time, or another account or QoS"
 _MEMORY = "it asks for more memory than is allowed; lower slurm.mem"
 _TIME = "its time limit is above the allowed one; lower slurm.time_limit_s"
-_HELD = "it could not be started on its nodes; see slurmd's log there, then `scontrol release` it"
+_HELD = "it could not be started on its nodes; see `sinfo -R` and slurmd's log there"
 
 # (reasons, what ends the wait, what to do), the first that matches from a reason's beginning. What is not listed ends
 # by itself: limits that other jobs use up (…Grp…, …PerAccount, …RunMinutes) end with those jobs.
@@ -41,6 +41,9 @@ _REASONS = (
         Wait.NEVER,
         "its reservation is gone; fix slurm.reservation",
     ),
+    # Its start has failed and Slurm will not try again; of its nodes the drained one says why.
+    (r"JobHoldMaxRequeue|JobLaunchFailure|.*(launch|limit|retrieval)\w* ?(failed|failure|exceeded) ?requeued ?held",
+     Wait.NEVER, _HELD),
     # Nodes and partitions that somebody must bring back, and jobs that somebody holds.
     (
         r"ReqNodeNotAvail.*Unavailable\w*:[ (]*\w|Nodes required for job are DOWN|NodeDown|FrontEndDown",
@@ -63,7 +66,7 @@ _REASONS = (
     (r"QOSUsageThreshold", Wait.SOMEBODY, "the account has used more than its share; ask for another account or QoS"),
     (r"JobHeldUser", Wait.SOMEBODY, "it is held; `scontrol release` it"),
     (r"JobHeldAdmin", Wait.SOMEBODY, "an administrator holds it; ask them"),
-    (r"JobHoldMaxRequeue|JobLaunchFailure|.*requeued ?held|.*requeued in held state", Wait.SOMEBODY, _HELD),
+    (r".*requeued ?held|.*requeued in held state", Wait.SOMEBODY, "it is held; `scontrol release` it"),
     (r"SystemFailure", Wait.SOMEBODY, "Slurm itself has failed; see slurmctld's log"),
     (r"BurstBufferOperation", Wait.SOMEBODY, "its burst buffer has failed; see slurmctld's log, then release it"),
     # Slurm has the same reason whether others' jobs use the limit up, or the job alone is above it.

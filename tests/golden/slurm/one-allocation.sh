@@ -24,6 +24,7 @@
 status=0
 
 # cell sft-llama-2-7b-1n-r0: 1 node placed by Slurm, at most 3600 s
+echo '--- cell sft-llama-2-7b-1n-r0'
 srun --job-name=sft-llama-2-7b-1n-r0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 --time=0-01:02:00 \
   --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \
   /opt/shakedown/bin/python -P -u -m runner.node <<'REQUEST'
@@ -41,6 +42,7 @@ REQUEST
 result=$?; [ "$status" -ne 0 ] || status=$result
 
 # cell sft-llama-2-7b-2n-r0: 2 nodes placed by Slurm, at most 3600 s
+echo '--- cell sft-llama-2-7b-2n-r0'
 srun --job-name=sft-llama-2-7b-2n-r0 --nodes=2 --ntasks=2 --ntasks-per-node=1 --relative=0 --time=0-01:02:00 \
   --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \
   /opt/shakedown/bin/python -P -u -m runner.node <<'REQUEST'
@@ -58,6 +60,7 @@ REQUEST
 result=$?; [ "$status" -ne 0 ] || status=$result
 
 # cell sft-llama-2-7b-4n-r0: 4 nodes placed by Slurm, at most 3600 s
+echo '--- cell sft-llama-2-7b-4n-r0'
 srun --job-name=sft-llama-2-7b-4n-r0 --nodes=4 --ntasks=4 --ntasks-per-node=1 --relative=0 --time=0-01:02:00 \
   --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \
   /opt/shakedown/bin/python -P -u -m runner.node <<'REQUEST'
@@ -75,6 +78,7 @@ REQUEST
 result=$?; [ "$status" -ne 0 ] || status=$result
 
 # cell sft-llama-2-7b-8n-r0: 8 nodes placed by Slurm, at most 3600 s
+echo '--- cell sft-llama-2-7b-8n-r0'
 srun --job-name=sft-llama-2-7b-8n-r0 --nodes=8 --ntasks=8 --ntasks-per-node=1 --relative=0 --time=0-01:02:00 \
   --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \
   /opt/shakedown/bin/python -P -u -m runner.node <<'REQUEST'

@@ -130,6 +130,41 @@ def test_a_job_that_ends_leaves_its_silent_agents_without_outcome_but_with_its_l
     assert sessions[1].stderr == ["srun: error: b: task 1: Killed"] and sessions[0].stderr == []
 
 
+def test_an_agent_that_cannot_be_started_is_given_up_as_soon_as_the_jobs_output_says_so(tmp_path):
+    """The others would wait for it, and only two minutes of silence would tell."""
+    said(tmp_path / "a", {"message": "started"})
+    log = tmp_path / "job.log"
+    # One that has been heard fails by its own account, whatever srun says of it.
+    log.write_text(
+        "slurmstepd-n2: error: execve(): /opt/python: No such file\nsrun: error: n1: task 0: Exited with exit code 1\n"
+    )
+    commands = Commands(squeue=[line("7", "RUNNING", nodes="n[1-2]")])
+    sessions = [AgentSession("a", (), {}), AgentSession("b", (), {})]
+    folders = {session.name: CellDir(tmp_path / session.name) for session in sessions}
+    follow = following.Follow(
+        cluster(commands), "7", folders, log=log, names={"a": "n1", "b": "n2"}, lag_s=0.1
+    )  # fmt: skip
+
+    def word(session):
+        if sessions[1].rc is not None:
+            said(tmp_path / "a", {"message": "started"}, GOOD)
+            commands.answers["squeue"] = iter(for_ever([line("7", "COMPLETED", nodes="n[1-2]")]))
+
+    started = time.monotonic()
+    following.converse(follow, sessions, lambda session, message: None, word)
+    assert [session.rc for session in sessions] == [0, -1] and time.monotonic() - started < 15
+    assert sessions[1].stderr == ["/opt/python: No such file"]
+
+
+def test_a_job_that_slurm_put_back_into_the_queue_and_holds_has_ended(tmp_path):
+    held = line("7", "PENDING", "launch failed requeued held")
+    commands = Commands(squeue=[line("7", "RUNNING", nodes="a"), held], scancel=[""])
+    started = time.monotonic()
+    info, sessions, _ = conversation(tmp_path, commands, ["a"])
+    assert (info.state, sessions[0].rc) == ("waiting", -1) and time.monotonic() - started < 10
+    assert commands.named("scancel") == [["scancel", "7"]]
+
+
 def test_what_an_earlier_job_left_in_the_folder_is_not_heard(tmp_path):
     said(tmp_path / "a", GOOD, job="6")
     info, sessions, heard = conversation(tmp_path, Commands(squeue=[line("7", "FAILED")]), ["a"])

@@ -701,6 +701,71 @@ def test_a_prolog_that_failed_before_any_node_answered_is_told_of_its_node(clust
     assert error["message"].endswith("before any node answered; " + f"{NAMES[1]}: Slurm says drained (Prolog error)")
 
 
+def slurm_saying(built: plan.Plan, run: RunDir, *later: tuple[str, str, str]) -> allocations.Allocations:
+    """Slurm's commands that know two good nodes at first, and say `later` of them after that."""
+
+    def sinfo(listed):
+        return "".join(answers.SEPARATOR.join((name, word, "", "8", "1", why)) + "\n" for name, word, why in listed)
+
+    before = [(node.alias, "idle", "none") for node in built.nodes]
+    commands = slurm_cluster(Commands(sinfo=[sinfo(before), sinfo(later or before)], scontrol=["PartitionName=p"]))
+    carrier = allocations.Allocations(run, None, commands, {}, {})
+    carrier._look()
+    return carrier
+
+
+@pytest.mark.parametrize(
+    ("state", "later", "kind", "host"),
+    [
+        # Slurm cancels a job that is not to be requeued where a prolog fails before anything has started.
+        ("cancelled", ("drained", "Prolog error"), "prolog_failed", 1),
+        ("cancelled", ("drained", "prolog gpu_health: GPU 3 fell off the bus"), "prolog_failed", 1),
+        ("cancelled", ("down*", "Not responding"), "node_failed", 1),
+        ("cancelled", ("idle", "none"), "job_cancelled", None),
+        ("waiting", ("drained", "Prolog error"), "prolog_failed", 1),
+        ("waiting", ("drained", "batch job complete failure"), "not_started", 1),
+        ("failed", ("drained", "Prolog error"), "prolog_failed", 1),
+    ],
+)
+def test_a_job_that_did_not_start_where_slurm_chose_names_the_node(cluster, tmp_path, state, later, kind, host):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier = slurm_saying(built, run, ("node001", "idle", "none"), ("node002", *later))
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.sessions = [ended_session(name) for name in built.cells[0].hosts]
+    info = answers.JobInfo("23", "x", state, state.upper(), "launch failed requeued held", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == (kind, host and NAMES[host])
+
+
+@pytest.mark.parametrize(
+    ("later", "kind", "host"),
+    [
+        ([("node001", "idle", "none"), ("node002", "drained", "Prolog error")], "prolog_failed", NAMES[1]),
+        ([("node001", "idle", "none"), ("node002", "idle", "none")], "not_started", None),
+    ],
+)
+def test_a_job_that_never_ran_names_the_node_that_slurm_has_drained_since(cluster, tmp_path, later, kind, host):
+    built = replace(planned(cluster, tmp_path), backend="slurm", named=False)
+    [cell] = built.cells
+    carrier = slurm_saying(built, RunDir.create(tmp_path, built.to_dict()), *later)
+    error = carrier._not_started(replace(cell, hosts=()), "job 7 waited 2 s: launch failed requeued held", built)
+    assert (error["kind"], error["host"]) == (kind, host)
+
+
+def test_a_node_without_the_environment_among_several_is_named_with_its_kind(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    carrier = slurm_saying(built, RunDir.create(tmp_path, built.to_dict()))
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.sessions = [ended_session(name) for name in built.cells[0].hosts]
+    watch.sessions[0].answered = True
+    log = ["/opt/python: No module named runner", "srun: error: node[001-002]: tasks 0-1: Exited with exit code 1"]
+    info = answers.JobInfo("23", "x", "failed", "FAILED", "", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built, log)
+    assert (error["kind"], error["host"]) == ("environment_missing", NAMES[1]) and "also" not in error
+    assert error["message"] == "job 23 cannot start its agent: /opt/python: No module named runner"
+
+
 def test_a_jobs_id_is_noted_before_slurm_is_asked_for_anything_else(cluster, tmp_path):
     built = replace(planned(cluster, tmp_path), backend="slurm", one_allocation=True)
     run = RunDir.create(tmp_path, built.to_dict())

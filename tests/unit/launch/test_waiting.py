@@ -40,6 +40,12 @@ NEVER = [
     ("DeadLine", "deadline"),
     ("ReservationDeleted", "slurm.reservation"),
     ("ReservationInvalid", "slurm.reservation"),
+    ("JobHoldMaxRequeue", "slurmd's log"),
+    ("launch failed requeued held", "slurmd's log"),
+    ("launch_failed_requeued_held", "slurmd's log"),
+    ("LaunchFailedRequeuedHeld", "slurmd's log"),
+    ("launch failure limit exceeded requeued held", "slurmd's log"),
+    ("user env retrieval failed requeued held", "slurmd's log"),
 ]
 SOMEBODY = [
     ("((ReqNodeNotAvail, UnavailableNodes:cs[100,101]))", "name other nodes"),
@@ -59,13 +65,7 @@ SOMEBODY = [
     ("QOSUsageThreshold", "its share"),
     ("JobHeldUser", "scontrol release"),
     ("JobHeldAdmin", "administrator"),
-    ("JobHoldMaxRequeue", "slurmd's log"),
-    ("launch failed requeued held", "slurmd's log"),
-    ("launch_failed_requeued_held", "slurmd's log"),
-    ("LaunchFailedRequeuedHeld", "slurmd's log"),
-    ("launch failure limit exceeded requeued held", "slurmd's log"),
-    ("user env retrieval failed requeued held", "slurmd's log"),
-    ("job requeued in held state", "slurmd's log"),
+    ("job requeued in held state", "scontrol release"),
     ("BurstBufferOperation", "burst buffer"),
 ]
 OWN = ["QOSMaxCpuPerUserLimit", "QOSMaxGRESPerUser", "QOSMaxNodePerUserLimit", "QOSMaxMemoryPerUser", "MaxGRESRunMinsPerUser",
@@ -83,7 +83,9 @@ TIME = [
 @pytest.mark.parametrize(("reason", "todo"), NEVER)
 def test_what_never_passes_is_told_with_what_to_do(reason, todo):
     wait, why = waiting.judge(reason)
-    assert wait is Wait.NEVER and why.startswith(reason.strip("()")) and todo in why and "\n" not in why
+    assert (
+        wait is Wait.NEVER and why.startswith(reason.strip("()").replace("_", " ")) and todo in why and "\n" not in why
+    )
 
 
 @pytest.mark.parametrize(("reason", "todo"), SOMEBODY)
