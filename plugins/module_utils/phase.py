@@ -97,6 +97,12 @@ class Phase:
         """Record a warning, which is shown to the user and does not fail the phase."""
         self.warnings.append(text)
 
+    def left_to_others(self, what):
+        """Record that `what` is not as expected, and judged with what other nodes found: this node may not be at fault.
+
+        Such a phase is not carried out in the call of another one.
+        """
+
     def run(self, argv, timeout_s, env=None, cwd=None, input=None):
         """Run `argv` and return its Outcome, also when it is missing, fails or hangs; never raises.
 
@@ -204,6 +210,10 @@ class Rehearsal(Phase):
 
     def problem(self, what, expected, found, remedy=""):
         """End the rehearsal: the phase would report a problem."""
+        raise _Needed(what)
+
+    def left_to_others(self, what):
+        """End the rehearsal: the phase would find something to judge."""
         raise _Needed(what)
 
     def change(self, setting, before, after):

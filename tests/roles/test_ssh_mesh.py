@@ -148,7 +148,7 @@ def test_drift_is_mended_by_a_second_run_and_then_verified_by_a_call_of_its_own(
 def test_a_peer_that_does_not_answer_is_left_to_verify(node):
     node.converge()
     node.program("ssh", "exit 255")
-    assert not node.converge(also="verify").also and not node("verify").ok
+    assert not node.converge(also="verify").also and node("verify").facts["reached"] == 0
 
 
 def test_a_key_that_is_gone_or_open_is_installed_by_a_second_run(node):
@@ -390,8 +390,10 @@ def test_what_ends_validate_at_once_is_one_problem(node, change, what):
 
 
 def test_an_sshd_that_does_not_answer_is_named_with_its_reason(node):
+    node.program("sshd", "echo 'sshd: no hostkeys available -- exiting.' >&2; exit 255")
+    assert found(node("validate"), "sshd -T") == ["sshd: no hostkeys available -- exiting."]
     node.program("sshd", "echo 'Missing privilege separation directory: /run/sshd' >&2; exit 255")
-    assert found(node("validate"), "sshd -T") == ["Missing privilege separation directory: /run/sshd"]
+    assert found(node("validate"), "sshd") == ["stopped: Missing privilege separation directory: /run/sshd"]
 
 
 def test_an_sshd_without_a_file_for_each_user_is_refused(node):
@@ -482,9 +484,10 @@ def test_a_peer_that_does_not_answer_is_named_with_the_last_line_of_ssh(node):
         "ssh",
         'case "$*" in *gpu-2*|*node002*|*0.0.2*) echo "ssh: connect to host 10.0.0.2 port 44222: Connection refused" >&2; exit 255;; esac',
     )
-    (problem,) = node("verify").problems
-    assert problem["what"] in [f"ssh root@gpu-2 as {spelling}" for spelling in ROWS[1][:3]]
-    assert problem["found"].endswith("Connection refused") and "port is open" in problem["remedy"]
+    answer = node("verify")
+    assert answer.ok and answer.facts["reached"] == 1 and answer.facts["pairs"]["gpu-1"] == {}
+    ((reason, (spelling,)),) = answer.facts["pairs"]["gpu-2"].items()
+    assert reason.endswith("Connection refused") and spelling in ROWS[1][:3]
 
 
 def test_a_connection_that_sshd_drops_when_busy_is_tried_again(node):
@@ -494,6 +497,22 @@ def test_a_connection_that_sshd_drops_when_busy_is_tried_again(node):
         'if mkdir "$0.busy" 2>/dev/null; then echo "kex_exchange_identification: Connection closed by remote host" >&2; exit 255; fi',
     )
     assert node("verify").ok
+
+
+@pytest.mark.parametrize(
+    ("break_it", "found_text"),
+    [
+        (lambda key: key.unlink(), "no such file"),
+        (lambda key: key.chmod(0o644), "mode 0644"),
+        (lambda key: (key.unlink(), key.with_suffix(".pub").unlink(), keygen(key)), "ssh-ed25519 SHA256:"),
+    ],
+)
+def test_a_key_pair_that_is_gone_open_or_another_is_named_on_its_own_node(node, break_it, found_text):
+    node.converge()
+    key = node.home / ".ssh" / "id_ed25519"
+    break_it(key)
+    ((what, told),) = [(p["what"], p["found"]) for p in node("verify").problems]
+    assert what == str(key) and told.startswith(found_text)
 
 
 def test_an_entry_that_somebody_removed_is_drift(node):

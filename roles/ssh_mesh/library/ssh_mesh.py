@@ -300,6 +300,8 @@ class Node:
         connection = f"user={self.account.pw_name},host={self.name},addr={self.member.address or '127.0.0.1'}"
         path = shutil.which("sshd") or "/usr/sbin/sshd"
         outcome = self.phase.run([path, "-T", "-C", connection], timeout_s=10)
+        if not outcome.ok and "separation directory" in outcome.last_line:  # it is made by the service
+            raise Stop("sshd", "running", f"stopped: {outcome.last_line}", "start it: systemctl start ssh (or sshd)")
         if not outcome.ok:
             raise Stop(
                 "sshd -T", "its settings", outcome.last_line, "is it installed and running, and is this run as root?"
@@ -369,6 +371,19 @@ class Node:
             types = {key.split()[0] for key in gone}
             now = [key for key in offered if key.split()[0] in types] or offered
             self.phase.problem("changed host key", shown(gone), shown(now), remedy)
+
+    def judge_key_pair(self, accepted):
+        """Record a problem where the user's key pair is not there, not usable, or not what this node accepts itself."""
+        public = self.public_key()
+        if public is None:
+            self.phase.problem(self.private_key, "a key pair", "no such file", SETUP)
+        elif mode := self.open_mode():
+            self.phase.problem(
+                self.private_key, "readable by its owner alone, or ssh refuses it", f"mode {mode:04o}", SETUP
+            )
+        elif public and accepted and public not in accepted:
+            remedy = f"{SETUP}: other nodes know the former one"
+            self.phase.problem(self.private_key, shown(accepted), shown([public]), remedy)
 
     def fix_folder(self, path):
         """Create the user's folder `path`, or fix its mode, so that sshd's StrictModes accepts it."""
@@ -517,7 +532,11 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
 
 
 def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
-    """Check keys and files, and connect to other nodes; changes nothing. facts: reached, elapsed_s. Raises Stop."""
+    """Check keys and files, and connect to other nodes; changes nothing. Raises Stop.
+
+    facts: reached, elapsed_s; pairs {node: {ssh's last line: [name, ...]}}, {} for a node that answers by all names.
+    The action ssh_mesh_pairs says who is at fault where one does not: it has all nodes' pairs.
+    """
     node = Node(phase, account, etc)
     rerun = SETUP
     pins = read_pins(read(node.known_hosts))
@@ -531,6 +550,7 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     offered = node.host_keys()
     if node.name in pins:
         node.judge_host_key(offered, pins[node.name].keys)
+    node.judge_key_pair(accepted.get(node.name, []))
     for what, missing in (
         (node.known_hosts, [name for name in peers if name not in pins]),
         (node.authorized_keys, [name for name in {*peers, *pins} if name in node.members and name not in accepted]),
@@ -543,12 +563,13 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     calls = {name: spellings(pins[name].hosts, step) for step, name in enumerate(targets)}
     started = time.monotonic()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for name, failures in pool.map(lambda name: (name, _connect(phase, node, calls[name])), targets):
-            for reason, hosts in failures.items():
-                what = f"ssh {node.account.pw_name}@{name} as {', '.join(hosts)}"
-                phase.problem(what, "a session", reason, _remedy(reason))
-    phase.facts.update(reached=len(targets), elapsed_s=round(time.monotonic() - started, 2))
-    phase.done.append(f"{len(targets)} nodes answer, this one included")
+        pairs = dict(zip(targets, pool.map(lambda name: _connect(phase, node, calls[name]), targets)))  # noqa: B905
+    silent = [name for name, failures in pairs.items() if failures]
+    if silent:
+        phase.left_to_others(f"ssh to {', '.join(silent)}")
+    reached = len(targets) - len(silent)
+    phase.facts.update(pairs=pairs, reached=reached, elapsed_s=round(time.monotonic() - started, 2))
+    phase.done.append(f"{reached} of {len(targets)} nodes answer, this one included")
 
 
 def spellings(hosts, step):
@@ -575,14 +596,6 @@ def _connect(phase, node, hosts):
         if not outcome.ok:
             failures.setdefault(outcome.last_line, []).append(host)
     return failures
-
-
-def _remedy(reason):
-    if "verification failed" in reason or "host key" in reason.lower():
-        return "its host key is not the pinned one: `runner setup --check --tags ssh_mesh` says which it has"
-    if "Permission denied" in reason:
-        return f"{SETUP}; if that changes nothing, its sshd's log says which file it refuses"
-    return "check that sshd runs there and that the port is open between the nodes"
 
 
 PHASES = {"validate": validate, "install": install, "configure": configure, "verify": verify}
