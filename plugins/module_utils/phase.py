@@ -20,14 +20,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import os
+import pwd
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 
 PHASES = ("validate", "install", "configure", "verify")
+CHANGING = ("install", "configure")
 SETUP = "`runner setup"
 
 
@@ -153,23 +157,54 @@ class Phase:
         )
         return not self.check
 
-    def write(self, path, content, mode=0o644, secret=False):
-        """Write `content` with `mode` to the file `path`, atomically; returns whether that is a change.
+    def write(self, path, content, mode=0o644, secret=False, owner=None):
+        """Write `content` with `mode` and `owner` to the file `path`, atomically; returns whether that is a change.
 
-        With `secret`, the diff shows no content.
+        With `secret`, the diff shows no content. `owner` as for `own`.
         """
         old = read(path)
-        old_mode = os.stat(path).st_mode & 0o7777 if old is not None else None
-        if old == content and old_mode == mode:
-            return False
         if old == content:
-            allowed = self.change(path, f"mode {old_mode:04o}", f"mode {mode:04o}")
-        elif secret:
+            return self.own(path, mode, owner)
+        if secret:
             allowed = self.change(path, "(secret)" if old is not None else None, "(another secret)")
         else:
             allowed = self.change(path, old, content)
         if allowed:
-            write(path, content, mode)
+            write(path, content, mode, ids(owner))
+        return True
+
+    def own(self, path, mode, owner=None, remedy=""):
+        """Give the file or folder `path` its mode and owner, or record a problem in a phase that changes nothing.
+
+        `owner` is a user's name; None is the user that the phase runs as. A `mode` of None is any that lets nobody else
+        write. Returns whether there is a difference; none where there is no such file.
+        """
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            old, (uid, gid) = stat.S_IMODE(status.st_mode), ids(owner)
+        except Stop:
+            if not self.check:
+                raise
+            self.change(path, owner_name(status.st_uid, status.st_gid), owner)  # install would have made the user
+            return True
+        new = old & ~0o022 if mode is None else mode
+        # The group matters where it may do what others may not.
+        same_group = status.st_gid == gid or (new >> 3 & 7) == (new & 7)
+        if old == new and status.st_uid == uid and same_group:
+            return False
+        found, wanted = (
+            ", ".join([f"mode {bits:04o}", *([] if status.st_uid == uid and same_group else [f"owner {name}"])])
+            for bits, name in ((old, owner_name(status.st_uid, status.st_gid)), (new, owner_name(uid, gid)))
+        )
+        if self.name not in CHANGING:
+            self.problem(path, wanted, found, remedy)
+        elif self.change(path, found, wanted):
+            if status.st_uid != uid or not same_group:
+                os.chown(path, uid, gid)
+            os.chmod(path, new)  # after chown, which clears bits
         return True
 
     def remove(self, path):
@@ -299,8 +334,33 @@ def read(path):
         return None
 
 
-def write(path, content, mode=0o644):
-    """Write `content` to `path` atomically: a killed run leaves the old file intact. Raises OSError."""
+def ids(owner):
+    """(uid, gid) of the user named `owner`, of the current user for None; Stop where there is none of that name."""
+    if owner is None:
+        return os.geteuid(), os.getegid()
+    try:
+        account = pwd.getpwnam(owner)
+    except KeyError:
+        raise Stop(f"user {owner}", "present", "no such user", "install what creates it") from None
+    return account.pw_uid, account.pw_gid
+
+
+def owner_name(uid, gid):
+    """The owner and the group as `ls` shows them, "munge:munge"; numbers where they have no name."""
+    names = []
+    for number, look in ((uid, pwd.getpwuid), (gid, grp.getgrgid)):
+        try:
+            names.append(look(number)[0])
+        except KeyError:
+            names.append(str(number))
+    return ":".join(names)
+
+
+def write(path, content, mode=0o644, owner=None):
+    """Write `content` to `path` atomically: a killed run leaves the old file intact. Raises OSError.
+
+    `owner` is (uid, gid), None for those of this process.
+    """
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
@@ -309,6 +369,8 @@ def write(path, content, mode=0o644):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if owner is not None and owner != (os.geteuid(), os.getegid()):
+            os.chown(partial, *owner)
         os.chmod(partial, mode)
         os.replace(partial, path)
     except BaseException as error:

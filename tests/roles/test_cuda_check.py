@@ -766,3 +766,10 @@ def test_blame_needs_more_than_half_of_those_who_answered(versions):
     most = max(map(known.count, known), default=0)
     assert bool(problems) == (most < len(known) < 2 * most)
     assert bool(warnings) == (len(set(known)) > 1 and not problems)
+
+
+def test_the_mode_of_the_fact_is_named_by_verify_and_put_right_by_configure(node):
+    node.run("configure")
+    node.fact.chmod(0o755)  # Ansible would execute it
+    assert told(node.run("verify"))[str(node.fact)] == ("mode 0644", "mode 0755")
+    assert node.run("configure").changed and node.run("verify").ok

@@ -585,3 +585,12 @@ def test_a_run_that_was_cut_off_before_its_footer_has_no_result():
 @given(st.text())
 def test_garbage_has_no_result(text):
     assert module.collective(text) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["etc/nccl.conf", "nccl/env.sh", "etc/ansible/facts.d/nccl.fact"])
+def test_the_mode_of_each_file_is_named_by_verify_and_put_right_by_configure(settings, built, node, name):
+    path = node / name
+    path.chmod(0o600)  # users' jobs cannot read it
+    problems = carry_out(module.PHASES, "verify", settings | {"verify_collective": False}).problems
+    assert (str(path), "mode 0600") in [(p["what"], p["found"]) for p in problems]
+    assert carry_out(module.PHASES, "configure", settings).changed and path.stat().st_mode & 0o777 == 0o644

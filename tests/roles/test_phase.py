@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import time
 
 import pytest
@@ -61,6 +62,70 @@ def test_a_file_is_written_once_with_its_mode_and_a_diff(tmp_path):
     assert not call(lambda phase: phase.write(path, "A=1\n", 0o640)).changed
     mode = call(lambda phase: phase.write(path, "A=1\n", 0o600))
     assert mode.diff[0]["before"] == "mode 0640\n" and os.stat(path).st_mode & 0o777 == 0o600
+
+
+ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+NOBODY = pwd.getpwnam("nobody")
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "wanted", "owner", "differs"),
+    [
+        (0o644, 0, 0o644, None, ""),
+        (0o666, 0, 0o644, None, "mode 0666"),
+        (0o600, 0, 0o644, None, "mode 0600"),  # others cannot read it any more
+        (0o4755, 0, 0o755, None, "mode 4755"),
+        (0o644, NOBODY.pw_uid, 0o644, None, "mode 0644, owner nobody:"),
+        (0o644, 0, 0o600, "nobody", "mode 0644, owner root:root"),
+        (0o600, NOBODY.pw_uid, 0o600, "nobody", ""),
+        (0o666, 0, None, None, "mode 0666"),
+        (0o640, 0, None, None, ""),  # where only writing matters, others may be kept from reading
+    ],
+)
+@ROOT_ONLY
+def test_mode_and_owner_are_put_right_or_named_as_the_phase_may(tmp_path, mode, uid, wanted, owner, differs):
+    path = tmp_path / "conf"
+
+    def make():
+        path.write_text("A=1\n")
+        os.chown(path, uid, 0)
+        path.chmod(mode)
+
+    def body(phase):
+        phase.own(str(path), wanted, owner, "run `runner setup`")
+
+    make()
+    checked = carry_out({"verify": body}, "verify", {})
+    assert [p["found"].startswith(differs) for p in checked.problems] == (
+        [True] if differs else []
+    ) and not checked.changed
+    assert call(body, check=True).changed == bool(differs) and path.stat().st_mode & 0o7777 == mode
+    assert call(body).changed == bool(differs)
+    assert not call(body).changed and carry_out({"verify": body}, "verify", {}).ok
+    assert path.read_text() == "A=1\n"
+
+
+@ROOT_ONLY
+def test_a_group_that_may_read_is_the_owners_and_another_does_not_matter(tmp_path):
+    path = tmp_path / "conf"
+    path.write_text("x")
+    os.chown(path, 0, NOBODY.pw_gid)
+    path.chmod(0o644)
+    assert not call(lambda phase: phase.own(str(path), 0o644)).changed
+    assert call(lambda phase: phase.own(str(path), 0o640)).changed and path.stat().st_gid == 0
+
+
+@ROOT_ONLY
+def test_a_file_is_written_for_its_owner_and_none_is_made_for_a_user_that_is_not_there(tmp_path):
+    path = tmp_path / "conf"
+    call(lambda phase: phase.write(str(path), "x", 0o600, owner="nobody"))
+    assert path.stat().st_uid == NOBODY.pw_uid and path.stat().st_mode & 0o777 == 0o600
+    assert not call(lambda phase: phase.write(str(path), "x", 0o600, owner="nobody")).changed
+    answer = call(lambda phase: phase.write(str(path), "y", 0o600, owner="no-such-user"))
+    assert answer.problems[0]["what"] == "user no-such-user" and path.read_text() == "x"
+    # In check mode, an earlier phase would have made the user.
+    assert call(lambda phase: phase.own(str(path), 0o600, "no-such-user"), check=True).ok
+    assert not call(lambda phase: phase.own(str(tmp_path / "none"), 0o600, "no-such-user")).changed
 
 
 def test_check_mode_changes_nothing_and_tells_what_would_be(tmp_path):

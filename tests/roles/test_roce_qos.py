@@ -631,3 +631,20 @@ def test_a_service_that_is_not_enabled_is_a_problem(node):
     node.configured()
     node.command("systemctl", "echo disabled; exit 1")
     assert node.verify() == [("shakedown-roce.service", "enabled", "disabled")]
+
+
+@pytest.mark.parametrize("name", ["PROGRAM", "UNIT", "WANTED", "SYSCTL", "FACT"])
+def test_the_mode_of_each_file_is_named_by_verify_and_put_right_by_setup(node, tmp_path, monkeypatch, name):
+    for file in ("PROGRAM", "UNIT", "WANTED", "SYSCTL", "FACT"):
+        monkeypatch.setattr(role, file, str(tmp_path / "files" / file))
+    node.configured()
+    node.phase("install", sysctl={}, nic_sysctl={})
+    assert node.phase("configure", sysctl={}, nic_sysctl={}).ok
+    path = Path(getattr(role, name))
+    right = path.stat().st_mode
+    path.chmod(0o666)
+    problems = node.phase("verify", sysctl={}, nic_sysctl={}, gpudirect=False).problems
+    assert [(p["what"], p["found"]) for p in problems] == [(str(path), "mode 0666")]
+    node.phase("install", sysctl={}, nic_sysctl={})
+    node.phase("configure", sysctl={}, nic_sysctl={})
+    assert path.stat().st_mode == right

@@ -6,6 +6,7 @@ import ast
 import base64
 import importlib.util
 import os
+import pwd
 import socket
 from pathlib import Path
 
@@ -638,3 +639,22 @@ def test_a_prolog_that_is_missing_never_gets_into_slurm_conf(tmp_path):
     answer = carry_out(slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), prolog=f"{tmp_path}/prolog"))
     assert "slurm_cluster_prolog: expected an executable file" in answer.msg
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_key_that_munge_refuses_is_the_one_problem_and_setup_mends_it(tmp_path, monkeypatch):
+    phase = importlib.import_module("ansible.module_utils.phase")
+    nobody = pwd.getpwnam("nobody")
+    monkeypatch.setattr(phase, "ids", lambda owner: (nobody.pw_uid, nobody.pw_gid) if owner else (0, 0))
+    key = tmp_path / "munge.key"
+    monkeypatch.setattr(slurm, "MUNGE_KEY", str(key))
+    monkeypatch.setattr(slurm, "services", lambda phase, names: {name: ("failed", "enabled") for name in names})
+    key.write_bytes(b"k" * 128)
+    os.chown(key, nobody.pw_uid, nobody.pw_gid)
+    key.chmod(0o644)
+    want = settings(conf_dir=str(tmp_path), state_dir=str(tmp_path / "none"))
+    (problem,) = carry_out(slurm.PHASES, "verify", want).problems
+    assert problem["what"] == str(key) and problem["found"].startswith("mode 0644") and "setup" in problem["remedy"]
+    monkeypatch.setattr(slurm, "start", lambda *arguments: None)
+    carry_out(slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), state_dir=str(tmp_path), settle_s=0))
+    assert key.stat().st_mode & 0o777 == 0o600

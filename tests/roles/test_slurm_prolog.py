@@ -518,3 +518,16 @@ def test_the_file_for_a_sites_include_is_written_only_where_asked(tmp_path):
     assert not (tmp_path / "slurm").exists()
     carry_out(prolog.PHASES, "configure", settings(tmp_path, own_cluster=False, manage_conf=True), check=True)
     assert not (tmp_path / "slurm").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("prolog", 0o775), ("epilog.d/20-leftover-processes", 0o644), ("prolog.json", 0o666)]
+)
+def test_the_mode_of_each_file_is_named_by_verify_and_put_right_by_install(tmp_path, name, mode):
+    want = settings(tmp_path, leftover_processes=True)
+    carry_out(prolog.PHASES, "install", want)
+    path = tmp_path / "slurm" / name
+    path.chmod(mode)
+    problems = carry_out(prolog.PHASES, "verify", want).problems
+    assert (str(path), f"mode {mode:04o}") in [(p["what"], p["found"]) for p in problems]
+    assert carry_out(prolog.PHASES, "install", want).changed and carry_out(prolog.PHASES, "verify", want).ok

@@ -444,6 +444,32 @@ def test_a_folder_that_sshd_refuses_is_named_by_verify_and_mended_by_configure(n
     assert node("install").changed and node.converge().ok and node("verify").ok
 
 
+@pytest.mark.parametrize(
+    ("file", "mode"),
+    [
+        ("etc/ssh_known_hosts", 0o666),
+        ("etc/ssh_config.d/90-shakedown.conf", 0o600),
+        ("etc/sshd_config", 0o666),
+        ("etc/sshd_config.d/50-site.conf", 0o664),
+        ("etc/sshd_config.d", 0o777),
+        ("home/.ssh/authorized_keys", 0o644),
+        ("home/.ssh/id_ed25519.pub", 0o666),
+    ],
+)
+def test_the_mode_of_each_file_is_named_by_verify_and_put_right_by_setup(node, tmp_path, file, mode):
+    (node.etc / "sshd_config.d").mkdir()
+    (node.etc / "sshd_config.d" / "50-site.conf").write_text("Port 44222\n")
+    (node.etc / "sshd_config").write_text("Include /etc/ssh/sshd_config.d/*.conf\n")
+    node.converge()
+    assert node("verify").ok
+    path = tmp_path / file
+    path.chmod(mode)
+    ((what, told),) = [(p["what"], p["found"]) for p in node("verify").problems]
+    assert (what, told) == (str(path), f"mode {mode:04o}")
+    assert node("install").changed or node.converge().changed
+    assert node.converge().ok and node("verify").ok
+
+
 def test_strict_modes_switched_off_are_not_judged(node):
     node.sshd(strictmodes="no")
     node.home.chmod(0o777)

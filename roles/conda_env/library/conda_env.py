@@ -497,6 +497,7 @@ def verify(phase):
     if not present:
         found = "an incomplete one" if os.path.exists(prefix) else "none"
         raise Stop("environment", f"a complete one at {prefix}", found, SETUP)
+    phase.own(FACT, 0o644, remedy=SETUP)
     expected = {**present["packages"], **{n: v for n, v in lock.pins.items() if n not in lock.conditional}}
     modules = [n for n in want["imports"] if canonical(MODULE_OF.get(n, n)) in expected]
     outcome = phase.run([os.path.join(prefix, "bin/python"), "-c", PROBE, *modules], NO_ANSWER_S)

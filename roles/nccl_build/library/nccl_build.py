@@ -393,6 +393,8 @@ def verify(phase):
         found = read(path)
         if found != content:
             phase.problem(path, *difference(content, found), again)
+        elif content is not None:
+            phase.own(path, 0o644, remedy=again)
     stamp = stamp_of(current)
     if stamp["inputs"] != fixed_inputs(want):
         expected, found = (json.dumps(inputs, sort_keys=True) for inputs in (fixed_inputs(want), stamp["inputs"]))

@@ -368,6 +368,8 @@ def verify(phase):
             phase.problem(*difference, f"{CONFIGURE}, then nccl_build: /etc/nccl.conf follows {FACT}")
     for path, content in kept.items():
         compare(phase, path, read(path), content)
+    for path in (*kept, FACT):
+        phase.own(path, 0o755 if path == PROGRAM else 0o644, remedy=CONFIGURE)
     state = enabled(phase)
     if state != "enabled":
         phase.problem(SERVICE, "enabled", state, CONFIGURE)

@@ -14,7 +14,6 @@ Besides the role's variables, the settings have those that the lookup slurm_clus
 from __future__ import annotations
 
 import base64
-import contextlib
 import glob
 import hashlib
 import json
@@ -28,7 +27,7 @@ import time
 
 from ansible.module_utils import slurm_states
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.phase import Stop, also, main, read
+from ansible.module_utils.phase import Stop, also, ids, main, read
 from ansible.module_utils.slurm_conf import (
     DATABASE,
     MARK,
@@ -359,14 +358,12 @@ def configure(phase):
     known = all(before[name] is not None and applied.get(name) == sha256(before[name]) for name in expected)
     # The daemons may not have read the files that a killed run wrote.
     action = how_to_apply(before, expected) if known else "restart"
+    phase.own(MUNGE_KEY, 0o600, "munge")  # munged does not start with a key that others may read
     for folder, mode in ((want["state_dir"], 0o700), ("/var/lib/slurm/slurmd", 0o755)):
         own_folder(phase, folder, mode)
     for name, content in expected.items():
-        path = os.path.join(want["conf_dir"], name)
-        # slurmdbd refuses a file that others may read, or that is not its own.
-        phase.write(path, content, 0o600 if name == "slurmdbd.conf" else 0o644)
-        if name == "slurmdbd.conf" and not phase.check:
-            os.chown(path, pwd.getpwnam("slurm").pw_uid, -1)
+        mode, owner = owned(name)
+        phase.write(os.path.join(want["conf_dir"], name), content, mode, owner=owner)
     start(phase, want, "restart" if new_key else action)
     if not phase.check:
         wait_until_registered(phase, want)
@@ -388,6 +385,11 @@ def configure(phase):
     phase.done.append(f"{want['node']} of {len(want['nodes'])} nodes is configured")
 
 
+def owned(name):
+    """(mode, owner) of a configuration file; slurmdbd refuses one that others may read, or that is not its own."""
+    return (0o600, "slurm") if name == "slurmdbd.conf" else (0o644, None)
+
+
 def observed(want):
     """The entry `observed` of this node, {} without one."""
     return next((node["observed"] for node in want["nodes"] if node["name"] == want["node"]), {})
@@ -405,18 +407,12 @@ def equal_versions(phase, want):
 
 def own_folder(phase, path, mode):
     """Create the folder `path` with `mode` for the user slurm; neither exists on a bare node in check mode."""
-    before = None
     if os.path.isdir(path):
-        status = os.stat(path)
-        with contextlib.suppress(KeyError):
-            if (status.st_mode & 0o7777, status.st_uid) == (mode, pwd.getpwnam("slurm").pw_uid):
-                return
-        before = f"folder of uid {status.st_uid}, mode {status.st_mode & 0o7777:04o}"
-    if phase.change(path, before, f"folder of slurm, mode {mode:04o}"):
-        owner = pwd.getpwnam("slurm")
+        phase.own(path, mode, "slurm")
+    elif phase.change(path, None, f"folder of slurm, mode {mode:04o}"):
         os.makedirs(path, exist_ok=True)
+        os.chown(path, *ids("slurm"))
         os.chmod(path, mode)
-        os.chown(path, owner.pw_uid, owner.pw_gid)
 
 
 def start(phase, want, action):
@@ -553,7 +549,10 @@ def verify(phase):
 def health(phase):
     """Check all but the node's state in Slurm; returns whether slurmctld answers. facts as in `verify`."""
     want = phase.want
-    for name, (active, _) in services(phase, units(want)).items():
+    found = services(phase, units(want))
+    if phase.own(MUNGE_KEY, 0o600, "munge", SETUP) and found["munge"][0] != "active":
+        return False  # munged refuses such a key, and nothing works without it
+    for name, (active, _) in found.items():
         if active != "active":
             phase.problem(
                 f"{name}.service", "active", active or "not found", f"see `journalctl -u {name}`, then {SETUP}"
@@ -572,6 +571,11 @@ def health(phase):
         if text is None or sha256(text) != digest:
             found = "none" if text is None else "edited since"
             phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, SETUP)
+    for name in fact().get("files", {}):
+        phase.own(os.path.join(want["conf_dir"], name), *owned(name), SETUP)
+    for path in (want["state_dir"], "/var/lib/slurm/slurmd"):
+        phase.own(path, 0o700 if path == want["state_dir"] else 0o755, "slurm", SETUP)
+    phase.own(FACT, 0o644, remedy=SETUP)
     if want["accounting"] and is_controller(want):
         found, reason = clusters(phase)
         if not (found or {}).get(want["cluster_name"]):

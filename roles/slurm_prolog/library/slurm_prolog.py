@@ -174,14 +174,15 @@ def verify(phase):
     """Check the installed files, run the drivers' own test, and check Slurm's configuration. facts: parts."""
     want = phase.want
     texts = programs(want, tool("nvidia-smi"))
+    modes = dict.fromkeys(texts, 0o755)
     texts[os.path.join(want["dir"], "prolog.json")] = driver_settings(want, tool("nvidia-smi"), tool("scontrol"))
     for path, text in texts.items():
         found = read(path)
-        if found != text or (text.startswith("#!") and not os.access(path, os.X_OK)):
-            state = "none" if found is None else "edited since" if found != text else "not executable"
+        if found != text:
+            state = "none" if found is None else "edited since"
             phase.problem(path, "as installed", state, SETUP)
-        elif (mode := os.stat(path).st_mode & 0o7777) & 0o022:  # root runs it
-            phase.problem(path, "writable by its owner alone", f"mode {mode:04o}", SETUP)
+        else:
+            phase.own(path, modes.get(path, 0o644), remedy=SETUP)
     phase.facts["parts"] = {kind: judged(phase, kind) for kind in KINDS}
     if not want["own_cluster"]:
         lines_in_force(phase, want)

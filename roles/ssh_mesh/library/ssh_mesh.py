@@ -328,6 +328,10 @@ class Node:
         """A context for writing `path`: as the user in the home, as root elsewhere."""
         return self.as_user() if path.startswith(f"{self.home.rstrip('/')}/") else contextlib.nullcontext()
 
+    def mode_of_keys(self):
+        """The mode of the file of authorized keys: outside the home root owns it, and sshd reads it as the user."""
+        return 0o600 if self.authorized_keys.startswith(f"{self.home.rstrip('/')}/") else 0o644
+
     def host_keys(self):
         """The public host keys that sshd offers, sorted; read from its files, never over the network. Raises Stop."""
         keys = set()
@@ -371,6 +375,18 @@ class Node:
             types = {key.split()[0] for key in gone}
             now = [key for key in offered if key.split()[0] in types] or offered
             self.phase.problem("changed host key", shown(gone), shown(now), remedy)
+
+    def own_sshds_files(self, remedy=""):
+        """Take the right to write sshd's configuration from all but root: whoever has it can log in as anybody."""
+        folder = os.path.join(self.etc, "sshd_config.d")
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        for path in (
+            self.etc,
+            os.path.join(self.etc, "sshd_config"),
+            folder,
+            *(os.path.join(folder, n) for n in names),
+        ):
+            self.phase.own(path, None, remedy=remedy)
 
     def judge_key_pair(self, accepted):
         """Record a problem where the user's key pair is not there, not usable, or not what this node accepts itself."""
@@ -484,6 +500,8 @@ def install(phase, account=pwd.getpwnam, etc="/etc/ssh"):
             # ssh offers the key in this file.
             if " ".join((read(path) or "").split()[:2]) != public:
                 phase.write(path, f"{public} {node.account.pw_name}@{node.name}\n")
+            else:
+                phase.own(path, 0o644)
     address = own_address(node.member.address, node.name)
     phase.facts.update(name=node.name, address=address, host_keys=node.host_keys(), public_key=public or _NOT_MADE_YET)
     phase.done.append(f"{node.private_key}: {fingerprint(public)}" if public else "a key pair would be made")
@@ -518,6 +536,7 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
         raise Stop("keys of this node", "collected by the phase install", "none", SETUP)
     text = node.text_of(node.known_hosts)
     pins = merged(read_pins(text), seen, node.members)
+    node.own_sshds_files()
     phase.write(node.known_hosts, replaced(text, known_hosts(pins)))
     phase.write(os.path.join(etc, "ssh_config.d", "90-shakedown.conf"), client_config(pins))
     node.fix_folder(os.path.dirname(node.authorized_keys))
@@ -525,9 +544,7 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
         text = node.text_of(node.authorized_keys)
         keys = {name: entries for name, entries in ours(text).items() if name in node.members}
         keys.update({one["name"]: [one["public_key"]] for one in seen if one["name"] in node.members})
-        # Outside the home, root owns the file and sshd reads it as the user.
-        own = node.authorized_keys.startswith(f"{node.home.rstrip('/')}/")
-        phase.write(node.authorized_keys, replaced(text, keys), 0o600 if own else 0o644)
+        phase.write(node.authorized_keys, replaced(text, keys), node.mode_of_keys())
     phase.done.append(f"{len(pins)} nodes pinned, {len(keys)} keys accepted")
 
 
@@ -543,10 +560,16 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
     peers = [name for name in phase.want["peers"] if name in node.members]
     with node.in_home(node.authorized_keys):
         accepted = ours(read(node.authorized_keys))
-        refused = unsafe(node.authorized_keys, node.account) if node.sshd.strict_modes else []
+        phase.own(node.authorized_keys, node.mode_of_keys(), remedy=SETUP)
+        refused = unsafe(os.path.dirname(node.authorized_keys), node.account) if node.sshd.strict_modes else []
+    with node.as_user():
+        phase.own(f"{node.private_key}.pub", 0o644, remedy=SETUP)
     for path, found in refused:
         expected = "writable by its owner alone, or sshd refuses all keys"
         phase.problem(path, expected, found, f"{rerun}, or chmod go-w {path}")
+    node.own_sshds_files(SETUP)
+    phase.own(node.known_hosts, 0o644, remedy=SETUP)
+    phase.own(os.path.join(etc, "ssh_config.d", "90-shakedown.conf"), 0o644, remedy=SETUP)
     offered = node.host_keys()
     if node.name in pins:
         node.judge_host_key(offered, pins[node.name].keys)
