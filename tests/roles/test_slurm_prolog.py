@@ -217,7 +217,10 @@ def test_a_missing_parser_is_unknown_and_drains_nothing(tmp_path):
     part.parent.mkdir()
     part.write_text((FILES / "gpu_health.py").read_text())
     ended = subprocess.run([sys.executable, "-IS", part], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (2, f"{tmp_path}/xids.py is missing: run the role slurm_prolog again\n")
+    assert (ended.returncode, ended.stdout) == (
+        2,
+        f"{tmp_path}/xids.py is missing: the role slurm_prolog installs it\n",
+    )
     (tmp_path / "xids.py").write_text((FILES / "xids.py").read_text())
     smi = {"NVIDIA_SMI": "/bin/false", "GPUS": "1", "XID_WINDOW_S": "1"}
     ended = subprocess.run([sys.executable, "-IS", part], env=smi, capture_output=True, text=True, check=False)

@@ -72,7 +72,7 @@ def kernel_records():
 
 def main():
     if xids is None:
-        print(f"{HOME}/xids.py is missing: run the role slurm_prolog again")
+        print(f"{HOME}/xids.py is missing: the role slurm_prolog installs it")
         return 2
     argv = [os.environ["NVIDIA_SMI"], f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
