@@ -40,6 +40,10 @@ _INPUT = "### Input:\n{}\n\n"
 _ANSWER = "### Response:"
 TEMPLATE = (_PREAMBLE, _PREAMBLE_INPUT, _ASK, _INPUT, _ANSWER)
 
+# The fields that are read, of a row and of a message. Others may hold anything, even what Python has no value for.
+_FIELDS = ("messages", "instruction", "input", "output")
+_MESSAGE_FIELDS = ("role", "content")
+
 # One sample: (text, whether it is a response and so in the loss), in order.
 Sample = list[tuple[str, bool]]
 
@@ -132,12 +136,24 @@ def _text(file: Path) -> str:
         raise UsageError(f"{file}: line {line} is not UTF-8 (byte {error.start}); convert the file") from error
 
 
+def _json(text: str) -> Any:
+    """The value of a JSON text. An integer with more digits than Python converts is read as a float."""
+
+    def integer(digits: str) -> float:
+        try:
+            return int(digits)
+        except ValueError:
+            return float(digits)
+
+    return json.loads(text, parse_int=integer)
+
+
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     text = _text(file)
     if not text.strip():
         return
     try:
-        rows = json.loads(text)
+        rows = _json(text)
     except json.JSONDecodeError as error:
         hint = "; name it .jsonl if it has one object a line" if error.msg == "Extra data" else ""
         raise UsageError(f"{file}: line {error.lineno} is not JSON: {error.msg}{hint}") from error
@@ -155,22 +171,48 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
+            yield f"line {number}", _json(line)
         except (json.JSONDecodeError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deeply")
             raise UsageError(f"{file}: line {number} is not JSON: {reason}") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            table = opened.read(columns=[name for name in _FIELDS if name in names])
+    except Exception as error:  # the library raises many types
         raise UsageError(f"{file}: not readable as Parquet: {_first_line(error)}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
+    unread = dict.fromkeys(names)
+    for number in range(table.num_rows):
+        where = f"row {number + 1}"
+        row: dict[str, Any] = {}
+        for name in table.column_names:
+            try:
+                row[name] = _value(table.column(name)[number])
+            except Exception as error:
+                raise UsageError(f"{file}: {where}: {name} cannot be read: {_first_line(error)}") from error
+        yield where, {**unread, **row}
+
+
+def _value(scalar: Any) -> Any:
+    """The Python value of an Arrow scalar; of a list of messages only the fields that are read."""
+    import pyarrow
+
+    kind = scalar.type
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    if not (is_list and pyarrow.types.is_struct(kind.value_type)) or not scalar.is_valid:
+        return scalar.as_py()
+    fields = [field.name for field in kind.value_type if field.name in _MESSAGE_FIELDS]
+    messages = scalar.values
+    columns = {name: messages.field(name).to_pylist() for name in fields}
+    return [
+        {name: columns[name][number] for name in fields} if messages[number].is_valid else None
+        for number in range(len(messages))
+    ]
 
 
 def _samples_of_hub(repo: str, commit: str) -> list[Sample]:
@@ -182,7 +224,22 @@ def _samples_of_hub(repo: str, commit: str) -> list[Sample]:
         rows = datasets.load_dataset(repo, revision=commit, split="train")
     except Exception as error:
         raise _hub_error("data set", repo, error) from error
-    return [_sample(row, f"{repo}: row {number}") for number, row in enumerate(rows, 1)]
+    return [_sample(row, f"{repo}: {where}") for where, row in _hub_rows(rows, repo)]
+
+
+def _hub_rows(rows: Any, repo: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a `datasets.Dataset`, of which no other columns are decoded than those that are read."""
+    unread = dict.fromkeys(rows.column_names)
+    read = rows.select_columns([name for name in _FIELDS if name in unread])
+    for number in range(rows.num_rows if read.column_names else 0):
+        where = f"row {number + 1}"
+        try:
+            row = read[number]
+        except Exception as error:
+            raise UsageError(f"{repo}: {where} cannot be read: {_first_line(error)}") from error
+        yield where, {**unread, **row}
+    if not read.column_names:
+        yield "row 1", unread
 
 
 def _pinned(kind: str, source: str) -> tuple[str, str]:

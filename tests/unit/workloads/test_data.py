@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runner.errors import InfrastructureError, UsageError
-from runner.workloads.data import instructions
+from runner.workloads.data import instructions, sources
 from runner.workloads.data.pack import Flat, assemble, pack
 from runner.workloads.data.prepare import prepare
 
@@ -496,3 +497,79 @@ def test_a_cache_that_cannot_be_written_is_an_infrastructure_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InfrastructureError, match=r"cannot prepare data in .*file.*choose another --cache-dir"):
         prepare(seq_len=64, samples=10, cache_dir=tmp_path / "file" / "cache")
+
+
+# ---- what nobody asked for ----
+
+
+def parquet(path: Path, **columns: Any) -> str:
+    """A Parquet file with two good rows and further columns."""
+    good = {"instruction": ["add 1 and 2", "say yes"], "output": ["3", "yes"]}
+    pyarrow.parquet.write_table(pyarrow.table(good | columns), path)
+    return str(path)
+
+
+def odd_columns() -> dict[str, Any]:
+    """Columns whose values Python, or a library, cannot represent."""
+    pa = pyarrow
+    return {
+        "a date after year 9999": pa.array([2**31 - 1, 0], pa.int32()).cast(pa.date32()),
+        "a date before year 1": pa.array([-(2**30), 0], pa.int32()).cast(pa.date32()),
+        "a timestamp out of range": pa.array([2**61, 0], pa.timestamp("ms")),
+        "an unknown time zone": pa.array([0, 1], pa.timestamp("us", tz="Mars/Olympus_Mons")),
+        "nanoseconds": pa.array([1, 2], pa.timestamp("ns")),
+        "a duration": pa.array([2**62, 1], pa.duration("s")),
+        "a nested date": pa.array([{"d": 2**30}, {"d": 0}], pa.struct([("d", pa.int32())])).cast(
+            pa.struct([("d", pa.date32())])
+        ),
+        "bytes": pa.array([b"\xff", b"\xfe"]),
+    }
+
+
+@pytest.mark.parametrize("column", odd_columns())
+def test_a_column_that_nobody_reads_may_hold_anything(tmp_path, column):
+    source = parquet(tmp_path / "a.parquet", created=odd_columns()[column])
+    assert prepare(source, seq_len=256, cache_dir=tmp_path / "cache").manifest["n_samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("a.jsonl", "1" + "0" * 5000), ("a.json", "-1" + "0" * 5000), ("a.jsonl", "1e999999"), ("a.jsonl", "NaN"),
+        ("a.json", '{"deep": [1' + "2" * 5000 + "]}"), ("a.jsonl", '"\\ud800"'),
+    ],
+)  # fmt: skip
+def test_a_field_that_nobody_reads_may_be_any_json(tmp_path, name, field):
+    row = GOOD[:-1] + f', "id": {field}}}'
+    source = write(tmp_path / name, f"[{row}]" if name.endswith(".json") else row)
+    assert prepare(source, seq_len=256, cache_dir=tmp_path / "cache").manifest["n_samples"] == 1
+
+
+def test_of_messages_only_role_and_content_are_read(tmp_path):
+    pa = pyarrow
+    kind = pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("ms", tz="Nowhere/At_All"))])
+    turns = [{"role": "user", "content": "hi", "at": 2**60}, {"role": "assistant", "content": "yes", "at": 1}]
+    pa.parquet.write_table(pa.table({"messages": pa.array([turns], pa.list_(kind))}), tmp_path / "a.parquet")
+    assert prepare(str(tmp_path / "a.parquet"), seq_len=256, cache_dir=tmp_path / "cache").manifest["n_samples"] == 1
+
+
+@pytest.mark.parametrize("column", ["a date after year 9999", "an unknown time zone", "a timestamp out of range",
+                                    "a nested date", "a duration"])  # fmt: skip
+def test_a_column_that_is_read_and_cannot_be_is_one_line_with_file_and_row(tmp_path, column):
+    table = {"instruction": ["a", "b"], "output": odd_columns()[column]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet: row 1: output (cannot be read: |is )") as caught:
+        prepare(str(tmp_path / "a.parquet"), seq_len=256, cache_dir=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["a date after year 9999", "an unknown time zone", "nanoseconds", "bytes"])
+def test_of_a_hubs_data_set_other_columns_are_not_decoded(column):
+    import datasets
+
+    rows = datasets.Dataset(pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"],
+                                                         "at": odd_columns()[column]}))  # fmt: skip
+    assert [where for where, _ in sources._hub_rows(rows, "some/set")] == ["row 1", "row 2"]
+    with pytest.raises(UsageError, match=r"^some/set: row 1 cannot be read: "):
+        bad = datasets.Dataset(pyarrow.table({"output": odd_columns()["an unknown time zone"]}))
+        list(sources._hub_rows(bad, "some/set"))
