@@ -17,8 +17,10 @@ from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Plan
 from runner.plan.request import Request
 from runner.system.clock import now
+from runner.system.places import state_dir
 from runner.system.schema import check
 from runner.system.wording import counted
+from runner.workloads import deepspeed_config
 from runner.workloads.registry import TESTS
 
 SCALING = ("weak", "strong")
@@ -136,7 +138,19 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
         nccl=wanted,
         nccl_root=nodes[0].nccl_root if wanted == nccl.BUILT else None,
     )
-    return Prepared(options, inventory, nodes, request, build.build(request, nodes))
+    plan = build.build(request, nodes)
+    _judge_deepspeed(plan, architecture["deepspeed"], settings=bool(overrides.get("deepspeed")))
+    return Prepared(options, inventory, nodes, request, plan)
+
+
+def _judge_deepspeed(plan: Plan, name: str, settings: bool) -> None:
+    """Raise UsageError for a DeepSpeed configuration that DeepSpeed would refuse, or ignore in part."""
+    configs = [cell.deepspeed for cell in plan.cells if cell.deepspeed is not None]
+    where = f"configs/deepspeed/{name}.json" + (" with --set deepspeed" if settings else "")
+    for config_ in configs[:1]:  # of one plan they differ in their batches only
+        if left := list(deepspeed_config.unresolved(config_)):
+            raise UsageError(f'{where}: {", ".join(left)} is still "auto": give a value')
+        deepspeed_config.refuse(config_, where, state_dir() / "deepspeed")
 
 
 def run_dir(options: Options, run_id: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from runner.errors import UsageError
 from runner.system.wording import counted
+from runner.workloads.deepspeed_config import unresolved
 from runner.workloads.job import RankJob
 
 
@@ -57,15 +58,6 @@ def resolve(job: RankJob) -> Settings:
         dtype=next((dtypes[key] for key in dtypes if config.get(key, {}).get("enabled")), "float32"),
         deepspeed=config,
     )
-
-
-def unresolved(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a DeepSpeed configuration whose value is still "auto"."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from unresolved(value, f"{prefix}{key}.")
-        elif value == "auto":
-            yield prefix + key
 
 
 def _attention(requested: str, device: str) -> str:
