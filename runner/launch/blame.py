@@ -213,7 +213,8 @@ def _kind(status: int | None, ending: lastwords.Ending | None, oom_kills: int) -
     if status is not None and status < 0 and -status != signal.SIGABRT:
         # An exception does not end a process by a signal: what was said before was handled.
         texts = [text for text in texts if ending and ending.fatal] or [_SIGNS.get(signal.Signals(-status), "")]
-    return kind_of(texts) or ("unknown" if status in (0, None) else "rank_crashed")
+    kind = kind_of(texts) or ("unknown" if status in (0, None) else "rank_crashed")
+    return "out_of_memory" if oom_kills and kind == "rank_killed" else kind
 
 
 def _rank_of(kind: str) -> int:

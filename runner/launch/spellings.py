@@ -31,6 +31,10 @@ WAITED = (
     r"watchdog caught collective operation timeout",
     r"NCCL watchdog thread .*(?:timed? ?out|stuck)",
     r"heartbeat monitor timed out",
+    r"watchdog (?:hang|got stuck)",
+    r"collective timeout",
+    r"dump signal",
+    r"detected by watchdog",
 )
 
 SPELLINGS = (
@@ -102,6 +106,14 @@ SPELLINGS = (
     Spelling("gpu_unavailable", "NCCL", r"duplicate gpu detected"),
     Spelling(
         "gpu_unavailable",
+        "CUDA, NCCL",
+        r"\berror:? 999\b",
+        r"cuda (?:error|failure)\b.*unknown error",
+        r"cudaErrorUnknown",
+    ),
+    Spelling("gpu_unavailable", "NVML, PyTorch", r"failed to initialize NVML", r"cuda driver initialization failed"),
+    Spelling(
+        "gpu_unavailable",
         "PyTorch",
         r"no cuda gpus are available",
         r"found no nvidia driver",
@@ -130,6 +142,23 @@ SPELLINGS = (
     Spelling("cuda_out_of_memory", "NCCL", r"failed to cuda \w*alloc", r"failed to allocate \d+ bytes of device"),
     Spelling("cuda_out_of_memory", "cuBLAS, cuDNN", r"CU(?:BLAS|DNN|SOLVER|SPARSE|FFT)_STATUS_(?:ALLOC_FAILED)"),
     # The hub and the weights, before the words of connections.
+    Spelling(
+        "weights_unusable",
+        "transformers",
+        r"does not recognize this architecture",
+        r"unrecognized configuration class",
+        r"tokenizer class \S+ does not exist",
+        r"execute the (?:configuration|code|model) file",
+        r"contains custom code which must be executed",
+    ),
+    Spelling(
+        "hub_unreachable",
+        "hf_transfer, hf_xet, http.client",
+        r"using `?hf_transfer",
+        r"CAS service error|ReqwestMiddleware",
+        r"\bhttp\.client\.|RemoteDisconnected",
+        r"the read operation timed out",
+    ),
     Spelling(
         "weights_unusable",
         "huggingface_hub",
@@ -206,6 +235,16 @@ SPELLINGS = (
     ),
     Spelling("hub_unreachable", "OpenSSL", r"CERTIFICATE_VERIFY_FAILED", r"certificate verify failed"),
     # Software that is not there, or does not fit.
+    Spelling(
+        "environment_missing",
+        "PyTorch, CUDA",
+        r"mismatches the version that was used to compile",
+        r"operator \S+ does not exist",
+        r"device kernel image is invalid",
+        r"failed to open libnvrtc",
+        r"could not load library lib",
+        r"failed to map segment from shared object",
+    ),
     Spelling(
         "environment_missing",
         "Python",
@@ -381,6 +420,7 @@ SPELLINGS = (
         r"errno 122\b",
         r"os error 122\b",
     ),
+    Spelling("disk_full", "PyTorch", r"PytorchStreamWriter failed writing", r"unexpected pos \d+ vs"),
     Spelling("disk_full", "huggingface_hub, SQLite", r"not enough (?:free )?disk space", r"database or disk is full"),
     Spelling(
         "out_of_memory",
@@ -431,6 +471,13 @@ SPELLINGS = (
         r"no such device\b",
         r"unknown host",
         r"could not resolve host",
+    ),
+    # Who was killed, if nothing above tells why.
+    Spelling(
+        "rank_killed",
+        "PyTorch, shells",
+        r"killed by signal: (?:killed|terminated)",
+        r"^(?:.*: line \d+: +\d+ )?killed\b",
     ),
     # What a rank says that has lost others.
     Spelling(COMPLAINT, "PyTorch", *WAITED),

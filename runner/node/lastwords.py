@@ -43,8 +43,8 @@ class Form(IntEnum):
 class Ending:
     """What ended a process: `said` in one line, `text` its whole message.
 
-    `also` explains it, the nearest first: the exceptions that directly caused it, the abort that it led to, and what
-    NCCL warned of where NCCL failed. `last` is the index of its last line.
+    `also` explains it, the nearest first: the exceptions that directly caused it, the abort that it led to, and the
+    log lines that explain it. `last` is the index of its last line.
     """
 
     form: Form
@@ -177,7 +177,8 @@ _OF_OTHERS = (  # launchers about the processes that they started
     _TABLE.rpartition("|")[0] + r"|^[=─-]{5,}$|^\s*<(?:N/A|NO_OTHER_FAILURES)>$|^\[\d+\]:$"
     r"|^\s+(?:time|host|error_file|traceback)\s+:|^\S+ FAILED$|closing signal SIG"
     r"|^(?:[EWI]\d{4} |[A-Z]+:).*distributed[./]elastic|^torch\.distributed\.elastic\S*: \["
-    r"|^srun: (?:error: )?(?:.*(?:Exited with exit code|: task)|Job step aborted|Terminating|[Ff]orcing|got SIG|Force)"
+    r"|^srun: (?:error: )?(?:.*Exited with exit code|.*: (?:Killed|Terminated|Aborted))"
+    r"|^srun: (?:error: )?(?:Job step aborted|Terminating|[Ff]orcing|got SIG|Force)"
     r"|^slurmstepd: error: \*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ \*\*\*"
     r"|Killing subprocess \d+|sigkill_handler|Main process received SIG"
     r"|^mpirun (?:detected|noticed) that|^(?:Primary job|a non-zero exit code|the job to be terminated)"
@@ -206,10 +207,15 @@ _REFUSALS = re.compile(
     r"|Out of memory: Kill|oom-kill:|\bNVRM: |nvidia-nvswitch\d+: SXid"
 )
 _LOGGED = re.compile(
-    r"^\[E[\d ][^\]]*\] ?|^E\d{4} [^\]]*\] ?|^(?:\[[^\]]*\] ?|[\d:,. -]+)*\[?(?:ERROR|CRITICAL|FATAL)\b\]?:? ?"
+    r"^\[[EF][\d ][^\]]*\] ?|^[EF]\d{4} [^\]]*\] ?|^(?:\[[^\]]*\] ?|[\d:,. -]+)*\[?(?:ERROR|CRITICAL|FATAL)\b\]?:? ?"
     r"|^.*\bNCCL WARN |^Error: "
 )
 _NCCL_WARNS = re.compile(r"\bNCCL WARN ")
+# What an exception mentions, and the log lines that explain it: NCCL's warnings, and how a data loader lost a worker.
+_EXPLAINED = (
+    (re.compile("nccl", re.IGNORECASE), _NCCL_WARNS),
+    (re.compile("DataLoader worker"), re.compile(r"\bworker\b")),
+)
 _OWN = re.compile(r"^rank \d+: ")  # of a rank that ends itself: runner.workloads
 
 
@@ -394,8 +400,9 @@ def _chosen(blocks: Sequence[_Block]) -> Ending | None:
         also += [b.text for b in blocks if b.form == Form.ABORTED and b.first > best.last and not _empty(b)]
     if best.form == Form.ABORTED and _empty(best):
         best = ends.get(Form.LOGGED, best)
-    if re.search("nccl", best.text, re.IGNORECASE):
-        also += [b.text for b in blocks if _NCCL_WARNS.search(b.text) and b is not best]
+    for mentioned, explains in _EXPLAINED:
+        if mentioned.search(best.text):
+            also += [b.text for b in blocks if b.form == Form.LOGGED and explains.search(b.text) and b is not best]
     return Ending(best.form, _in_one_line(best.text), best.text, tuple(also), best.last)
 
 

@@ -61,6 +61,9 @@ SAID: dict[str, list[str]] = {
         "nvidia-container-cli: requirement error: unsatisfied condition: cuda>=12.4, please update your driver: unknown",
     ],
     "gpu_unavailable": [
+        'RuntimeError: CUDA error: unknown error',
+        'RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 999: unknown error',
+        'Failed to initialize NVML: Unknown Error',
         "RuntimeError: CUDA error: no CUDA-capable device is detected",
         "RuntimeError: No CUDA GPUs are available",
         "RuntimeError: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
@@ -87,6 +90,8 @@ SAID: dict[str, list[str]] = {
         "torch.AcceleratorError: CUDA error: out of memory",
     ],
     "weights_unusable": [
+        'ValueError: The checkpoint you are trying to load has model type `qwen9` but Transformers does not recognize this architecture.',
+        'ValueError: The repository a/b contains custom code which must be executed to correctly load the model.',
         "OSError: some-org/some-model is not a local folder and is not a valid model identifier listed on "
         "'https://huggingface.co/models'\nIf this is a private repository, pass a token",
         "OSError: You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.",
@@ -99,6 +104,9 @@ SAID: dict[str, list[str]] = {
         "huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
     ],
     "hub_unreachable": [
+        'RuntimeError: An error occurred while downloading using `hf_transfer`. Consider disabling HF_HUB_ENABLE_HF_TRANSFER',
+        'http.client.RemoteDisconnected: Remote end closed connection without response',
+        'huggingface_hub.errors.HfHubHTTPError: 429 Client Error: Too Many Requests for url: https://huggingface.co/a',
         "rank 0: cannot read weights 'a/b': We couldn't connect to 'http://127.0.0.1:9' to load the files",
         "OSError: We couldn't connect to 'https://huggingface.co' to load this file, couldn't find it in the cache",
         "requests.exceptions.ConnectionError: (MaxRetryError('HTTPSConnectionPool(host=\\'huggingface.co\\', port=443): Max "
@@ -111,6 +119,10 @@ SAID: dict[str, list[str]] = {
         "ssl.SSLCertVerificationError: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate",
     ],
     "environment_missing": [
+        'RuntimeError: The detected CUDA version (12.1) mismatches the version that was used to compile PyTorch (11.8).',
+        'RuntimeError: operator torchvision::nms does not exist',
+        "OSError: /env/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by /env/x.so)",
+        'bash: line 3: torchrun: command not found',
         "ModuleNotFoundError: No module named 'deepspeed'",
         "/opt/env/bin/python: No module named torch.distributed",
         "ImportError: /env/torch/lib/libtorch_cuda.so: undefined symbol: ncclCommRegister",
@@ -126,6 +138,8 @@ SAID: dict[str, list[str]] = {
         "python: symbol lookup error: /env/libnccl-net.so: undefined symbol: ncclNetPlugin_v9",
     ],
     "shared_memory_full": [
+        'srun: error: node001: task 3: Bus error (core dumped)',
+        'run.sh: line 53:  5954 Bus error               (core dumped) python x.py',
         nccl(SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-VPyhzw (size 21823872), error: No space left on device (28)"),
         nccl(SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-cjY8K5 (size 10617216)"),
         "RuntimeError: unable to write to file </torch_31911_952036340_6686>: No space left on device (28)",
@@ -138,6 +152,7 @@ SAID: dict[str, list[str]] = {
         nccl(SYSTEM, "Error: failed to extend /dev/shm/nccl-UbzKZ9 to 9637892 bytes"),
     ],
     "disk_full": [
+        'RuntimeError: [enforce fail at inline_container.cc:778] . PytorchStreamWriter failed writing file data/97: file write failed',
         "OSError: [Errno 28] No space left on device: '/scratch/run/checkpoint.pt'",
         "OSError: [Errno 122] Disk quota exceeded: '/home/user/.cache/huggingface'",
         "safetensors_rust.SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)",
@@ -146,6 +161,7 @@ SAID: dict[str, list[str]] = {
         "rank 3: cannot write: Disk quota exceeded",
     ],
     "out_of_memory": [
+        'srun: error: node001: task 3: Out Of Memory',
         "MemoryError: Unable to allocate 24.0 GiB for an array with shape (1, 3221225472)",
         "OSError: [Errno 12] Cannot allocate memory",
         "RuntimeError: [enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: you tried",
@@ -204,6 +220,8 @@ SAID: dict[str, list[str]] = {
         "RuntimeError: IBV_EVENT_PORT_ERR on mlx5_2",
     ],
     "lost_peers": [
+        "[rank3]:[F1121 04:58:56.5 ProcessGroupNCCL.cpp:1553] [PG ID 0 PG GUID 0(default_pg) Rank 3] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress in monitoring enqueued collectives.",
+        '[rank5]:[E1121 04:58:56.5 ProcessGroupNCCL.cpp:1375] [PG ID 0 Rank 5] Received a dump signal due to a collective timeout from rank 3',
         nccl(REMOTE, "socketProgressOpt: Call to recv from 10.0.0.2<33759> failed : Connection reset by peer"),
         nccl(INTERNAL, "Net : Connection closed by remote peer node2<50260>", "internal error"),
         nccl(SYSTEM, "socketStartConnect: Connect to 10.0.0.2<45763> failed : Software caused connection abort"),
@@ -224,6 +242,13 @@ SAID: dict[str, list[str]] = {
         "[rank12]:[E ProcessGroupNCCL.cpp:1282] [Rank 12] NCCL watchdog thread terminated with exception: [Rank 12] Watchdog "
         "caught collective operation timeout: WorkNCCL(SeqNum=2203, OpType=ALLREDUCE, Timeout(ms)=1800000)",
         "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: The connection to the C10d store has failed.",
+    ],
+    "rank_killed": [
+        "RuntimeError: DataLoader worker (pid 4018) is killed by signal: Killed.",
+        "RuntimeError: DataLoader worker (pid 4018) is killed by signal: Terminated.",
+        "run.sh: line 53:  5954 Killed                  python x.py",
+        "Killed",
+        "bash: line 1: 42 Killed                     /opt/env/bin/python -m runner.workloads",
     ],
     "rank_crashed": [
         "ValueError: bad",
@@ -323,6 +348,21 @@ def test_a_gpu_of_which_the_kernel_says_that_it_failed_is_the_cause(said):
     found = blame.blame(sessions("a", "b", "c"), {"a": lost, "b": fell, "c": lost})
     assert (found["kind"], found["host"]) == ("gpu_failed", "b")
     assert found["message"].endswith("; the kernel: Xid 95 on 0000:4b:00.0: Uncontained: FBHUB")
+
+
+def test_a_killed_worker_where_the_kernel_counted_a_kill_ran_out_of_memory():
+    worker = died("RuntimeError: DataLoader worker (pid 4018) is killed by signal: Killed.")
+    assert blame.blame(sessions("a"), {"a": replace(worker, oom_kills=1)})["kind"] == "out_of_memory"
+
+
+def test_what_a_data_loader_logged_explains_its_exception():
+    shm = "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm)."
+    tail = [
+        shm,
+        "Traceback (most recent call last):",
+        "RuntimeError: DataLoader worker (pid(s) 4018) exited unexpectedly",
+    ]
+    assert blame.blame(sessions("a"), {"a": died(*tail)})["kind"] == "shared_memory_full"
 
 
 # --- the table ------------------------------------------------------------------------------------
