@@ -18,9 +18,11 @@ SCENARIOS = sorted(path.parent.name for path in (ROOT / "molecule").glob("*/mole
 @pytest.mark.timeout(1200)  # the whole site takes five minutes on two idle cores
 @pytest.mark.skipif(os.geteuid() != 0, reason="containers with addresses of their own need root")
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenario(scenario, tmp_path):
+def test_scenario(scenario, tmp_path, request):
     path = f"{sys.prefix}/bin:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "MOLECULE_EPHEMERAL_DIRECTORY": str(tmp_path / scenario), "COLUMNS": "160"}
+    if release := request.config.getoption("--release"):
+        env["TESTBED_RELEASE"] = release
     argv = ["molecule", "test", "--scenario-name", scenario, "--destroy=always"]
     outcome = process.run([f"{sys.prefix}/bin/{argv[0]}", *argv[1:]], timeout_s=1190, cwd=str(ROOT), env=env)
     assert outcome.rc == 0, what_failed(outcome.stdout)[-4000:] + outcome.stderr[-2000:]

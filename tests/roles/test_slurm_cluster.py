@@ -207,6 +207,8 @@ def sized(number, gib, cpus, **observed):
 def test_jobs_that_ask_for_no_memory_share_what_the_system_leaves_of_the_smallest_node():
     text = conf.slurm_conf(settings(nodes=[sized(1, 2015, 224), sized(2, 1007, 224)]), "")
     assert f"DefMemPerCPU={(1007 * 1024 - 8192) // 224}\n" in text
+    assert f" DefMemPerGPU={(1007 * 1024 - 8192) // 8}\n" in text
+    assert "DefMemPerGPU" not in conf.slurm_conf(settings(gpus=0), "")
     assert "SelectTypeParameters=CR_Core_Memory\n" in text
 
 

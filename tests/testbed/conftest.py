@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,23 +61,35 @@ def testbed8(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         provision_testbed.down(name)
 
 
-@pytest.fixture(scope="session")
-def slurm3(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
+@contextmanager
+def slurm_nodes(name: str, folder: Path, release: str | None, *settings: str) -> Iterator[Testbed]:
     """Three nodes with Slurm, slurmctld on the first, and a folder shared as over NFS.
 
-    Whichever folder's tests ask first start it: to the others it is up already.
+    `folder` keeps what belongs to them; `release` is that of the distribution, None for this machine's; `settings` are
+    for `runner setup --set`. Whoever asks first sets them up: to others with the same folder they are up already.
     """
-    name, folder = "pytest-slurm3", tmp_path_factory.getbasetemp() / "slurm3"
     (folder / "share").mkdir(parents=True, exist_ok=True)
     try:
-        wanted = layout.Options(nodes=3, name=name, inventory=folder / "inventory", share=folder / "share")
+        wanted = layout.Options(
+            nodes=3, name=name, inventory=folder / "inventory", share=folder / "share", release=release
+        )
         state = provision_testbed.up(wanted)
         inventory = Path(state["folder"])
         if not (folder / "provisioned").exists():
-            process.run(
-                [str(RUNNER), "setup", "-i", str(inventory), "--results", str(folder)], timeout_s=300, check=True
-            )
+            chosen = [word for setting in settings for word in ("--set", setting)]
+            argv = [str(RUNNER), "setup", "-i", str(inventory), "--results", str(folder), *chosen]
+            process.run(argv, timeout_s=300, check=True)
             (folder / "provisioned").touch()
         yield Testbed(name, inventory, state["nodes"], Path(state["wanted"]["share"]))
     finally:
         provision_testbed.down(name)
+
+
+@pytest.fixture(scope="session")
+def slurm3(
+    containers: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Testbed]:
+    """Three nodes with Slurm, of the release that `--release` names. Whichever folder's tests ask first start it."""
+    folder = tmp_path_factory.getbasetemp() / "slurm3"
+    with slurm_nodes("pytest-slurm3", folder, request.config.getoption("--release")) as bed:
+        yield bed

@@ -35,6 +35,7 @@ def test_all_memory_is_what_the_system_leaves_and_no_request_is_a_share_of_it(ho
     assert kept > 0
     assert abs(memory("--mem=0 --exclusive") - (size - kept)) < 64  # Slurm rounds what it shows
     assert abs(memory("--ntasks=1") - (size - kept) // cpus) < 64
+    assert abs(memory("--gres=gpu:h200:4") - (size - kept) // 2) < 64
 
 
 def test_a_job_has_its_container_from_the_allocation_on(host):

@@ -65,13 +65,13 @@ def node_line(want, node):
     return " ".join(words)
 
 
-def default_memory(lines):
-    """DefMemPerCPU in MiB: each CPU's share of the memory for jobs on the node of `lines` that has the least of it."""
-    shares = []
+def least_share(lines, shares):
+    """The memory for jobs in MiB of the node of `lines` that has the least of it, in equal shares; `shares` by CPUs."""
+    found = []
     for line in lines:
-        found = {name: int(value) for name, value in re.findall(r"\b(CPUs|RealMemory|MemSpecLimit)=(\d+)", line)}
-        shares.append((found["RealMemory"] - found.get("MemSpecLimit", 0)) // found["CPUs"])
-    return min(shares)
+        words = {name: int(value) for name, value in re.findall(r"\b(CPUs|RealMemory|MemSpecLimit)=(\d+)", line)}
+        found.append((words["RealMemory"] - words.get("MemSpecLimit", 0)) // shares(words["CPUs"]))
+    return min(found)
 
 
 def node_lines(text):
@@ -114,9 +114,10 @@ def slurm_conf(want, old):
         f"ProctrackType=proctrack/{want['proctrack']}",
         f"TaskPlugin={'task/cgroup,task/affinity' if by_cgroup else 'task/none'}",
         "SelectType=select/cons_tres",
-        # Memory is given out as cores are. A job that names none gets its cores' share, not the whole node's.
+        # Memory is given out as cores are. A job that names none gets its cores' share, or with GPUs theirs (by the
+        # partition's DefMemPerGPU), and not the whole node's.
         "SelectTypeParameters=CR_Core_Memory",
-        f"DefMemPerCPU={default_memory(lines)}",
+        f"DefMemPerCPU={least_share(lines, lambda cpus: cpus)}",
         # At allocation on every node, not with the first step: a bad node is seen before the job starts, and what comes
         # from outside (pam_slurm_adopt) finds the job's container.
         "PrologFlags=Alloc,Contain",
@@ -137,6 +138,8 @@ def slurm_conf(want, old):
     if want["prolog"] or want["epilog"]:
         head.append(f"PrologEpilogTimeout={want['prolog_timeout_s']}")
     partition = f"PartitionName={want['partition']} Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+    if want["gpus"]:
+        partition += f" DefMemPerGPU={least_share(lines, lambda _: want['gpus'])}"
     return MARK + "\n".join([*head, *lines, partition]) + "\n"
 
 
