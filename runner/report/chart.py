@@ -21,6 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 16.0, 44.0
 TEXT = 13.5  # 11.2 px where the chart is 334 px wide: the column of a 390 px phone
 COLOURS = 7
 DOT = 3.4  # radius of a point on a line
+TOUCH = 0.5  # a line may reach this far into a text: the text's box is larger than its letters
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _values(
     return [
         _text((box.left + box.right) / 2, box.bottom - labels.DESCENT_EM * TEXT, label.text, "middle", "value")
         for label, box in zip(texts, labels.place(texts, drawn, dots, frame, TEXT), strict=True)
-        if box
+        if box and not any((line.within(box) or 0.0) > TOUCH for line in drawn)
     ]
 
 

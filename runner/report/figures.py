@@ -44,6 +44,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:#.{digits}g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
+def short_number(value: float) -> str:
+    """A number for a chart, where long ones leave no room: as `number`, but `14.8 M` from a million on."""
+    return f"{value / 1e6:#.3g} M".replace(". M", " M") if abs(value) >= 1e6 else number(value)
+
+
 def nodes_text(count: int) -> str:
     """A node count as text: `1 node`, `8 nodes`."""
     return counted(count, "node")
@@ -101,7 +106,7 @@ def scaling(summary: Mapping[str, Any]) -> list[Figure]:
         return found
 
     def draw(title: str, about: str, lines: list[chart.Series], y: chart.Axis, **more: Any) -> Figure:
-        more = {"value_text": number, "name_ends": False, **more}
+        more = {"value_text": short_number, "name_ends": False, **more}
         svg = chart.lines(lines, x, y, f"{title} against nodes", **more)
         return Figure(title, svg, about, [(line.colour, line.name) for line in lines if not line.dashed], stamp)
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 _EM = {**dict.fromkeys("0123456789", 0.70), **dict.fromkeys(",.:", 0.40), " ": 0.35, "–": 0.50, "-": 0.42, "%": 1.0}
 _LETTER_EM, _REGULAR = 0.70, 0.92
 ASCENT_EM, DESCENT_EM = 0.78, 0.16  # of digits and commas
+_SAME = 2.0  # what is nearer than this to a point is drawn through it
 # Distances of a label from its point, the nearest first.
-_GAPS = (5.0, 10.0, 16.0)
-# Cost of covering a line (plus the covered length), of covering a dot, and of each unit of distance from the point.
-_ON_LINE, _ON_DOT, _AWAY = 4.0, 16.0, 0.3
+_GAPS = (5.0, 10.0, 16.0, 24.0, 34.0)
+# Cost of covering a line (plus the covered length), of covering a dot, of a line between label and point, which makes
+# it the label of that line, and of each unit of distance from the point.
+_ON_LINE, _ON_DOT, _ACROSS, _AWAY = 12.0, 16.0, 9.0, 0.3
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,17 @@ class Segment:
                 end = min(end, room / step)
         return (end - begin) * (dx * dx + dy * dy) ** 0.5 if begin <= end else None
 
+    def crosses(self, other: Segment) -> bool:
+        """Whether the two cross away from the end of this one, where others may begin."""
+        dx, dy, ex, ey = self.x2 - self.x1, self.y2 - self.y1, other.x2 - other.x1, other.y2 - other.y1
+        turn = dx * ey - dy * ex
+        if turn == 0:
+            return False
+        along = ((other.x1 - self.x1) * ey - (other.y1 - self.y1) * ex) / turn
+        beside = ((other.x1 - self.x1) * dy - (other.y1 - self.y1) * dx) / turn
+        near = (1 - along) * (dx * dx + dy * dy) ** 0.5 < _SAME
+        return 0 <= along <= 1 and 0 <= beside <= 1 and not near
+
 
 @dataclass(frozen=True)
 class Label:
@@ -101,7 +114,7 @@ def place(
         free = [
             (cost, box) for cost, box in _places(label, frame, size) if not any(box.meets(other) for other in taken)
         ]
-        best = min(free, key=lambda place: place[0] + _covered(place[1], lines, dots), default=None)
+        best = min(free, key=lambda place: place[0] + _covered(place[1], label, lines, dots), default=None)
         placed.append(best[1] if best else None)
     return placed
 
@@ -132,6 +145,16 @@ def _places(label: Label, frame: Box, size: float) -> Iterator[tuple[float, Box]
                 yield cost, moved
 
 
-def _covered(box: Box, lines: Iterable[Segment], dots: Iterable[Box]) -> float:
-    cost = sum(_ON_LINE + length for line in lines if (length := line.within(box)) is not None)
-    return cost + _ON_DOT * sum(box.meets(dot) for dot in dots)
+def _covered(box: Box, label: Label, lines: Iterable[Segment], dots: Iterable[Box]) -> float:
+    """The cost of what the label in `box` would lie on, and of what would lie between it and its point."""
+    cost = _ON_DOT * sum(box.meets(dot) for dot in dots)
+    middle = (label.top + label.bottom) / 2  # the point of an interval
+    nearest = min(max(label.x, box.left), box.right), min(max(middle, box.top), box.bottom)
+    link = Segment(*nearest, label.x, middle)
+    for line in lines:
+        length = line.within(box)
+        if length is not None:
+            cost += _ON_LINE + length
+        elif link.crosses(line):
+            cost += _ACROSS
+    return cost

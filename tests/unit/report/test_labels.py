@@ -114,6 +114,66 @@ def test_every_value_of_a_scaling_chart_lies_off_every_line(name: str, index: in
     assert on == []
 
 
+def scaled(efficiency: dict[int, float], targets: dict[int, float], rate: float, half: float = 0.0) -> dict:
+    """What a summary says of scaling: the efficiency and its interval of each node count, and targets."""
+    base = min(efficiency)
+    rows = [
+        {
+            "test": "sft",
+            "model": "m",
+            "num_nodes": n,
+            "world_size": 8 * n,
+            "base_nodes": base,
+            "mode": "weak",
+            "efficiency": value,
+            "ci": [value - half * (n > base), value + half * (n > base)],
+            "target": targets.get(n),
+            "verdict": "pass",
+            "reason": "",
+            "tokens_per_s_per_gpu": rate * value,
+            "tokens_per_s_per_gpu_ci": [rate * (value - half), rate * (value + half)],
+        }
+        for n, value in efficiency.items()
+    ]
+    return {"scaling": rows, "cells": [{"device": "cuda", "num_nodes": n} for n in efficiency]}
+
+
+def links(svg: str, counts: list[int]) -> list[tuple[str, labels.Segment]]:
+    """From each value to the point of its curve."""
+    points = re.findall(r'<circle class="dot c0" cx="([^"]+)" cy="([^"]+)"', svg)
+    found = []
+    for (text, box), (x, y) in zip(values(svg).items(), points, strict=True):
+        at, height = float(x), float(y)
+        nearest = min(max(at, box.left), box.right), min(max(height, box.top), box.bottom)
+        found.append((text, labels.Segment(*nearest, at, height)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "targets", "rate", "half"),
+    [
+        ({1: 1.0, 8: 0.381}, {8: 0.40}, 1000, 0.05),  # a value stood above the dash of a target that it missed
+        ({1: 1.0, 2: 0.974, 4: 0.94}, {2: 0.98, 4: 0.95}, 7000, 0.004),
+        ({1: 1.0, 2: 0.97, 4: 0.93, 8: 0.90}, {2: 0.98, 4: 0.95, 8: 0.90}, 7000, 0.001),
+        ({1: 1.0, 2: 0.64, 4: 0.32, 8: 0.30, 16: 0.29}, {}, 770_000, 0.01),
+        ({1: 1.0, 2: 0.999}, {2: 0.98}, 9188, 0.0),
+        ({2: 1.0, 4: 0.98}, {4: 0.95}, 61_982, 0.0),
+        ({1: 1.0, 8: 1.022}, {8: 0.95}, 1276, 0.01),
+        ({1: 1.0, 2: 0.5, 4: 0.25, 8: 0.125}, {8: 0.13}, 225, 0.0),  # all nodes are as fast as one
+        ({1: 1.0, 2: 0.93, 4: 0.79}, {}, 0.9, 0.05),
+    ],
+)
+def test_no_line_lies_on_a_value_or_between_it_and_its_point(efficiency, targets, rate, half) -> None:
+    for figure in figures.scaling(scaled(efficiency, targets, rate, half)):
+        boxes, lines = values(figure.svg), drawn(figure.svg)
+        assert len(re.findall('class="value"', figure.svg)) == len(efficiency)
+        assert [text for text, box in boxes.items() for line in lines if (line.within(box) or 0) > 0.5] == []
+        if len(boxes) == len(efficiency):
+            assert [
+                text for text, link in links(figure.svg, list(efficiency)) for line in lines if link.crosses(line)
+            ] == []
+
+
 def test_long_values_of_the_y_axis_stay_in_the_drawing() -> None:
     points = [chart.Point(1, 1e6), chart.Point(64, 12e6)]
     svg = chart.lines([chart.Series("a", points)], chart.nodes_axis([1, 64]), chart.linear("", [0, 12e6]), "rates")
