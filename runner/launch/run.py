@@ -28,6 +28,8 @@ from runner.report.progress import Display
 from runner.results import telemetry
 from runner.results.rundir import RunDir
 from runner.results.status import each_error, joined
+from runner.results.timings import PLAN_KEYS, Clock, Timings, kind
+from runner.system.clock import now
 from runner.system.wording import are, counted
 from runner.workloads.registry import trains
 
@@ -93,6 +95,7 @@ class Run:
         self.source = data
         self.data = transport.data_on_nodes(plan, data) if data else None
         self.progress = {cell.id: Progress() for cell in plan.cells}
+        self.timings = Timings(run.path.parent)
         # Where a scheduler starts cells, only a new cell shows whether nodes have changed since.
         compares = policy.accept_drift and backend.scheduled
         self.comparison = drift.Comparison(run, plan, self.journal.status) if compares else None
@@ -188,7 +191,7 @@ class Run:
         self.has_not |= failures.keys()
         return failures
 
-    def _send_data(self, cell: Cell, on_progress: Callable[[float, str], None]) -> dict[str, Any] | None:
+    def _send_data(self, cell: Cell, on_begin: Callable[[], object]) -> dict[str, Any] | None:
         """Copy the data to all nodes that may need it, before the first cell; where that fails, again before a cell on
         these nodes. Returns the error of an attempt at `cell` that cannot begin without.
         """
@@ -197,7 +200,7 @@ class Run:
         here = set(cell.hosts)
         nodes = [node for node in self._needed() if not here or node.name in here or node.name not in self.has_not]
         if nodes:
-            on_progress(0.0, "sending data")
+            on_begin()
         failures = self._send(nodes)
         if self.stop.asked:
             return None
@@ -429,12 +432,20 @@ class Run:
         aliases = {node.name: node.alias for node in self.current.plan.nodes}
         streams = Streams(self.journal, cell, aliases, kept_from)
 
+        clock, of, others_s = Clock(), self._kind(cell), self._others_s()
+
+        def shown(fraction: float, phase: str) -> float | None:
+            own_s = self.timings.left_s(of, clock)
+            left_s = own_s + others_s if own_s is not None and others_s is not None else None
+            self.display.at(through + fraction, total, f"{cell.id} {phase}", left_s)
+            return own_s
+
         def on_progress(fraction: float, phase: str) -> None:
-            self.display.at(through + fraction, total, f"{cell.id} {phase}")
-            self.journal.entry(cell)["progress"] = {"fraction": round(fraction, 3), "phase": phase}
+            clock.enter(phase)
+            progress = {"fraction": round(fraction, 3), "phase": phase, "eta_s": shown(fraction, phase), "at": now()}
+            self.journal.entry(cell)["progress"] = progress
 
         self.journal.cell_state(cell, "running")
-        on_progress(0.0, "starting")
 
         def on_failure(error: Mapping[str, Any]) -> None:
             self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")
@@ -442,23 +453,26 @@ class Run:
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
         watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure)
         try:
-            fault = self._send_data(cell, on_progress)
+            fault = self._send_data(cell, lambda: shown(0.0, "sending data"))
             if fault is None and not self.stop.asked:
-                context = self._context(cell, through)
+                clock.enter("starting")
+                shown(0.0, "starting")
+                context = self._context(cell, through, clock)
                 fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
         finally:
             streams.close()
         if self.stop.asked:
             self._leave_jobs()  # before its next step begins
-        self._end_attempt(watch, fault, started)
+        self._end_attempt(watch, fault, started, clock)
         return any(session.answered for session in watch.sessions)
 
-    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, started: float) -> None:
+    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, started: float, clock: Clock) -> None:
         """Gather the artefacts of an attempt, after failures too, and record how it ended (`started`: monotonic, s)."""
         cell, alias = watch.cell, self.current.alias
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
             state, error = "incomplete", fault
+        clock.enter("gathering")
         missing = self.transport.gather(self.current.plan, cell) if watch.sessions else {}  # else nothing began
         for name, problem in missing.items():
             self.not_gathered.add(name)
@@ -470,6 +484,9 @@ class Run:
         self.journal.collect(self.current.plan, cell)
         self.journal.entry(cell)["nodes"] = watch.nodes()
         if state == "complete":
+            clock.enter(None)
+            self.journal.entry(cell)["phases"] = clock.seconds
+            self.timings.add(self._kind(cell), clock.seconds)
             self._complete(cell)
         else:
             self.journal.cell_state(cell, state, error)
@@ -484,10 +501,20 @@ class Run:
         host = error["host"]
         return error["message"] + (f" on {self.current.alias(host)} ({host})" if host else "")
 
+    def _kind(self, cell: Cell) -> str:
+        """The kind of cell that it is, for the time that it takes."""
+        plan = self.current.plan
+        return kind({key: getattr(plan, key, None) for key in PLAN_KEYS}, asdict(cell))
+
+    def _others_s(self) -> float | None:
+        """The seconds that the cells take which are still to run after this one; None if that is not known of all."""
+        seconds = [self.timings.total_s(self._kind(cell)) for cell in self._ahead()]
+        return None if None in seconds else sum(one for one in seconds if one is not None)
+
     def _complete(self, cell: Cell) -> None:
         self.journal.cell_state(cell, "complete", plan_hash=fingerprint(self.current.plan, cell))
 
-    def _context(self, cell: Cell, through: int) -> CellContext:
+    def _context(self, cell: Cell, through: int, clock: Clock) -> CellContext:
         """What the transport of `cell` may need to know, and the callbacks for its decisions."""
         total, journal = len(self.current.cells), self.journal
         reasons = set[str]()
@@ -495,6 +522,7 @@ class Run:
         def on_job(info: answers.JobInfo) -> None:
             entry = journal.entry(cell)
             entry["job"] = answers.as_status(info)
+            clock.enter(None if info.state == "waiting" else clock.phase or "starting")  # a queue says nothing of cells
             if info.state == "waiting":
                 position = f", place {info.position}" if info.position else ""
                 start = f", expected {info.start}" if info.start else ""
@@ -502,7 +530,7 @@ class Run:
                 if info.reason and info.reason not in reasons:
                     journal.note(f"{cell.id} waits as job {info.job_id}: {info.advice or info.reason}")
                 reasons.add(info.reason)
-                self.display.at(through, total, f"{cell.id} waits in Slurm's queue{position}{start}", eta=False)
+                self.display.at(through, total, f"{cell.id} waits in Slurm's queue{position}{start}")
             elif entry["state"] == "waiting":
                 self.display.at(through, total, f"{cell.id} starting as job {info.job_id}")
             placed = self.current.cell(cell.id)  # perhaps placed since

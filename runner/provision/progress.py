@@ -65,7 +65,8 @@ class Progress:
         total = sum(map(self._expected_s, self._all)) or 1.0
         done = min(total, self._done_s + share * self._expected_s(self._task)) if self._all else 0.0
         text = f"{self._answers}/{self._hosts} {alias or 'nodes'} · {self._task}"
-        self._display.at(done, total, text)
+        known = bool(self._all) and set(self._all) <= self._known.keys()  # else nobody knows
+        self._display.at(done, total, text, total - done if known else None)
 
     def finish(self) -> None:
         """End the last task, and store the durations of all tasks for the next run; a full disk is no error."""

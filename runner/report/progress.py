@@ -1,4 +1,4 @@
-"""Output while a command runs: progress with an ETA on stderr, plain lines where stderr is no terminal."""
+"""Output while a command runs: progress on stderr, with an ETA if one is known, plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from typing import Any
 PLAIN_INTERVAL_S = 10.0
 
 
-def remaining_s(elapsed_s: float, done: float, total: float) -> float | None:
-    """Whole seconds left at the mean rate so far; None before anything is done."""
-    return int(elapsed_s * (total - done) / done) if done > 0 else None
-
-
 class Display:
     """Notes and one progress bar on stderr; `quiet` prints nothing. Errors of a closed terminal are ignored."""
 
@@ -25,8 +20,8 @@ class Display:
         self._live: Any = None
         self._task: Any = None
         self._total = 1.0
-        self._eta = True
-        self._started = self._shown = time.monotonic()
+        self._left: tuple[float, float] | None = None  # seconds left, and since when (monotonic)
+        self._shown = time.monotonic()
 
     def note(self, text: str) -> None:
         """Print one line that remains after the progress bar is gone."""
@@ -41,7 +36,7 @@ class Display:
     @contextmanager
     def progress(self, total: float) -> Iterator[None]:
         """Show a bar from 0 to `total` inside the `with` block; `at` moves it."""
-        self._started = self._shown = time.monotonic()
+        self._shown = time.monotonic()
         self._total = total
         if self.quiet or not sys.stderr.isatty():
             yield
@@ -54,11 +49,11 @@ class Display:
         display = self
 
         class Eta(ProgressColumn):
-            """ETA by the mean rate so far: rich's own follows the most recent rate, and cells finish in bursts."""
+            """What is known of the rest: rich's own follows the most recent rate, and cells finish in bursts."""
 
             def render(self, task: Task) -> Text:
-                left = remaining_s(task.elapsed or 0.0, task.completed, task.total or 1.0) if display._eta else None
-                return Text(f"ETA {left // 60:.0f}:{left % 60:02.0f}" if left is not None else "ETA –")
+                left = display._left_s()
+                return Text(f"ETA {left // 60}:{left % 60:02}" if left is not None else "ETA –")
 
         # In a narrow terminal the text is cut, never the numbers.
         shrinks = Column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -76,18 +71,25 @@ class Display:
             finally:
                 self._live = None
 
-    def at(self, done: float, total: float, text: str, *, eta: bool = True) -> None:
+    def _left_s(self) -> int | None:
+        """Whole seconds left now; None if that is not known, or was less than it took."""
+        if self._left is None:
+            return None
+        left = round(self._left[0] - (time.monotonic() - self._left[1]))
+        return left if left > 0 else None
+
+    def at(self, done: float, total: float, text: str, left_s: float | None = None) -> None:
         """Set the bar to `done` of `total` (in any unit) and its text; without a terminal print it every 10 s.
 
-        `eta` False: nobody knows how long this takes, such as the wait in a queue.
+        `left_s`: the seconds that the rest takes. A rate so far says nothing of them: None where nothing else is known.
         """
-        self._eta = eta
+        self._left = None if left_s is None else (left_s, time.monotonic())
         if self._live is not None:
             # In units of the bar, whatever `total` counts.
             self._live.update(self._task, completed=done * self._total / total, description=text)
         elif not self.quiet and time.monotonic() - self._shown > PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
-            left = remaining_s(self._shown - self._started, done, total) if eta else None
-            end = f", ETA {left:.0f} s" if left is not None else ""
+            left = self._left_s()
+            end = f", ETA {left} s" if left is not None else ""
             with contextlib.suppress(OSError):
                 print(f"{text}: {100 * done / total:.0f} %{end}", file=sys.stderr, flush=True)

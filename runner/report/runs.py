@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from runner import errors
-from runner.report.progress import remaining_s
 from runner.results.logs import printable
 from runner.results.status import each_error, took_s
 from runner.system.wording import counted, span_text
@@ -158,8 +157,11 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
             lines.append(_job_text(job, waits=cell["state"] == "waiting"))
         if now and cell["state"] == "running" and (progress := cell.get("progress")):  # a queue has none
             fraction = progress["fraction"]
-            left = progress.get("eta_s") or remaining_s(took_s(cell, now) or 0.0, fraction, 1.0)
-            lines.append(f"{100 * fraction:.0f} %, {progress['phase']}" + (f", {span_text(left)} left" if left else ""))
+            left = progress.get("eta_s")
+            if left is not None and (moment := _moment(progress.get("at"))):
+                left -= (now - moment).total_seconds()
+            rest = f", {span_text(left)} left" if left is not None and left > 0 else ""
+            lines.append(f"{100 * fraction:.0f} %, {progress['phase']}{rest}")
         if nodes := cell.get("nodes"):
             lines.append(node_states_text(nodes, aliases, now))
     elif cell.get("error"):

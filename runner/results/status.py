@@ -16,7 +16,7 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
     """The entry of a cell in status.json before attempt number `attempt`; `attempts` are the earlier entries.
 
     `plan_hash` identifies the plan with which a complete cell was measured, `job` is Slurm's description of its job,
-    `nodes` the live state of each node.
+    `nodes` the live state of each node, and `phases` the seconds of each phase of a complete cell.
     """
     return {
         "state": "planned",
@@ -30,6 +30,7 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
         "job": None,
         "nodes": {},
         "progress": None,
+        "phases": {},
     }
 
 

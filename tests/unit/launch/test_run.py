@@ -66,6 +66,35 @@ def test_a_users_mistake_is_not_tried_again(cluster, tmp_path):
     assert len(nodes.tried) == 1 and states(status) == {"torch-2n-r1": "incomplete"}
 
 
+def test_the_second_run_of_a_kind_has_an_eta_and_the_first_has_none(cluster, tmp_path):
+    class Shown(Display):
+        left: list[float | None]
+
+        def at(self, done, total, text, left_s=None):
+            self.left.append(left_s)
+
+    class Slow(Nodes):
+        def converse(self, planned, cell, watch, data, context):
+            watch.on_progress(0.5, "all_reduce")
+            time.sleep(0.3)
+            return super().converse(planned, cell, watch, data, context)
+
+    lefts = []
+    for number in range(2):
+        built = planned(cluster, tmp_path / "results", counts=(1, 2))
+        built = replace(built, run_id=f"2026010{number}", run_dir=str(tmp_path / "results" / f"2026010{number}"))
+        run = RunDir.create(tmp_path / "results", built.to_dict())
+        display = Shown(quiet=True)
+        display.left = []
+        bench.Run(built, run, Slow(run), display, None, bench.Policy(), NodeAccess()).execute({})
+        lefts.append(display.left)
+    assert set(lefts[0]) == {None}
+    first = [left for left in lefts[1] if left is not None]
+    assert max(first) == pytest.approx(0.6, abs=0.4) and min(first) < max(first) / 1.5
+    entry = run.read_status()["cells"]["torch-2n-r1"]
+    assert entry["phases"]["all_reduce"] == pytest.approx(0.3, abs=0.25)
+
+
 def test_while_a_retry_waits_a_cell_has_not_failed(cluster, tmp_path):
     built = planned(cluster, tmp_path)
     run = RunDir.create(tmp_path, built.to_dict())
@@ -603,8 +632,8 @@ def test_slurms_reason_has_a_line_of_its_own_and_a_queue_no_eta(cluster, tmp_pat
         def note(self, text):
             notes.append(text)
 
-        def at(self, done, total, text, *, eta=True):
-            bars.append((text, eta))
+        def at(self, done, total, text, left_s=None):
+            bars.append((text, left_s))
 
     class Queue(Nodes):
         def converse(self, planned, cell, watch, data, context):
@@ -623,8 +652,8 @@ def test_slurms_reason_has_a_line_of_its_own_and_a_queue_no_eta(cluster, tmp_pat
         "torch-2n-r1 waits as job 7: Priority",
         "torch-2n-r1 waits as job 7: PartitionDown: the partition starts no jobs",
     ]
-    queued = [eta for text, eta in bars if "waits in Slurm's queue, place 3" in text]
-    assert queued == [False] * 4 and not any("Priority" in text for text, _ in bars)
+    queued = [left_s for text, left_s in bars if "waits in Slurm's queue, place 3" in text]
+    assert queued == [None] * 4 and not any("Priority" in text for text, _ in bars)
     assert nodes.shown == ["job 7 waiting: Priority, position 3 in the queue, expected to start 2026-11-27T18:00:00"]
 
 

@@ -1,4 +1,4 @@
-"""Progress: an ETA from what has been done so far."""
+"""Progress: an ETA where the time that the rest takes is known, and none where it is not."""
 
 import io
 import sys
@@ -6,18 +6,20 @@ import sys
 import pytest
 
 from runner.report import progress
-from runner.report.progress import Display, remaining_s
+from runner.report.progress import Display
 
 
-def test_the_rest_takes_as_long_as_what_is_done():
-    assert remaining_s(30, 1, 4) == 90
-    assert remaining_s(30, 4, 4) == 0
-    assert remaining_s(30, 0, 4) is None
-
-
-@pytest.mark.parametrize(("eta", "shown"), [(True, "half: 50 %, ETA "), (False, "half: 50 %\n")])
-def test_what_takes_nobody_knows_how_long_has_no_eta(eta, shown, monkeypatch):
+@pytest.mark.parametrize(
+    ("left_s", "shown"),
+    [
+        (90.4, "half: 50 %, ETA 90 s\n"),
+        (None, "half: 50 %\n"),  # however fast it has been so far
+        (0.0, "half: 50 %\n"),
+        (-20.0, "half: 50 %\n"),  # it takes longer than it did
+    ],
+)
+def test_an_eta_is_shown_only_where_the_rest_is_known(left_s, shown, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", -1.0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    Display().at(1, 2, "half", eta=eta)
-    assert sys.stderr.getvalue().startswith(shown)
+    Display().at(1, 2, "half", left_s)
+    assert sys.stderr.getvalue() == shown
