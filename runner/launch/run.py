@@ -437,7 +437,7 @@ class Run:
         def shown(fraction: float, phase: str) -> float | None:
             own_s = self.timings.left_s(of, clock)
             left_s = own_s + others_s if own_s is not None and others_s is not None else None
-            self.display.at(through + fraction, total, f"{cell.id} {phase}", left_s)
+            self.display.at(through + fraction, total, f"{cell.id} {phase}", left_s=left_s)
             return own_s
 
         def on_progress(fraction: float, phase: str) -> None:

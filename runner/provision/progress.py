@@ -66,7 +66,7 @@ class Progress:
         done = min(total, self._done_s + share * self._expected_s(self._task)) if self._all else 0.0
         text = f"{self._answers}/{self._hosts} {alias or 'nodes'} · {self._task}"
         known = bool(self._all) and set(self._all) <= self._known.keys()  # else nobody knows
-        self._display.at(done, total, text, total - done if known else None)
+        self._display.at(done, total, text, left_s=total - done if known else None)
 
     def finish(self) -> None:
         """End the last task, and store the durations of all tasks for the next run; a full disk is no error."""

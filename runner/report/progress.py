@@ -78,7 +78,7 @@ class Display:
         left = round(self._left[0] - (time.monotonic() - self._left[1]))
         return left if left > 0 else None
 
-    def at(self, done: float, total: float, text: str, left_s: float | None = None) -> None:
+    def at(self, done: float, total: float, text: str, *, left_s: float | None = None) -> None:
         """Set the bar to `done` of `total` (in any unit) and its text; without a terminal print it every 10 s.
 
         `left_s`: the seconds that the rest takes. A rate so far says nothing of them: None where nothing else is known.

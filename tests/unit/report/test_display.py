@@ -21,5 +21,5 @@ from runner.report.progress import Display
 def test_an_eta_is_shown_only_where_the_rest_is_known(left_s, shown, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", -1.0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    Display().at(1, 2, "half", left_s)
+    Display().at(1, 2, "half", left_s=left_s)
     assert sys.stderr.getvalue() == shown
