@@ -100,6 +100,7 @@ def test_a_cell_over_ssh_leaves_its_artefacts_here_and_nothing_there(server, tmp
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["cells"][0]["state"] == "complete" and summary["cells"][0]["world_size"] == 2
+    assert "torch-1n-r1: complete after" in done.stderr, "progress is shown, on stderr"
     cell = results / "latest" / "nodes" / "gpu-a" / "torch-1n-r1"
     assert {"facts.json", "outcome.json", "job.json", "rank0.jsonl", "rank1.jsonl", "telemetry.jsonl"} <= set(
         os.listdir(cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections import Counter
 from itertools import groupby
 
@@ -153,3 +154,14 @@ def test_every_option_that_is_named_exists(document):
             command, words = found, words[1:]
         known = {option for parameter in command.params for option in parameter.opts} | {"--help", "--"}
         assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, line
+
+
+def test_make_says_that_it_installs_and_shows_what():
+    """Most of the minutes of the first `make bench` are pip's."""
+    argv = ["make", "--dry-run", "--always-make", "bench"]
+    lines = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    installs = [number for number, line in enumerate(lines) if "pip install" in line]
+    said = next(number for number, line in enumerate(lines) if line.startswith('echo "installing'))
+    assert installs and said < installs[0]
+    assert not [lines[number] for number in installs if {"-q", "--quiet"} & set(lines[number].split())]
+    assert lines[-1].endswith("bench -i inventory/local --model tiny")
