@@ -81,10 +81,12 @@ def keep(lines: Sequence[str]) -> list[str]:
         said = [index for index, text in stream if text.strip() and not _NOISE.search(text)]
         start = said[-LAST_LINES] if len(said) > LAST_LINES else 0
         wanted.update(index for index in said if index >= start)
-        for block in blocks:
-            if block.text in texts or block.last >= start:
-                wanted -= set(range(block.first, block.message))
-                wanted.update((*block.frames, *range(block.message, min(block.last, block.message + _MESSAGE) + 1)))
+        told = [block for block in blocks if block.text in texts or block.last >= start]
+        for block in told:  # which grows: what an exception came after tells what it is
+            if block.after and block.after not in told:
+                told.append(block.after)
+            wanted -= set(range(block.first, block.message))
+            wanted.update(block.worth())
     kept: list[str] = []
     before = -1
     for index in sorted(wanted):
@@ -248,7 +250,11 @@ def _ends_message(text: str) -> bool:
 
 @dataclass
 class _Block:
-    """One thing that was said: lines `first` to `last`, its message from line `message` on; `frames` are to be kept."""
+    """One thing that was said: lines `first` to `last`, its message from line `message` on.
+
+    `frames` are the lines of its traceback to be kept; `lead` the line above that says what it is, and `after` what it
+    came after, if that line is of a chain.
+    """
 
     form: Form
     first: int
@@ -257,12 +263,20 @@ class _Block:
     text: str
     frames: list[int] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
+    lead: int | None = None
+    after: _Block | None = None
+
+    def worth(self) -> list[int]:
+        """The lines that are worth keeping."""
+        lead = [] if self.lead is None else [self.lead]
+        return [*lead, *self.frames, *range(self.message, min(self.last, self.message + _MESSAGE) + 1)]
 
 
 def _blocks(stream: Sequence[_Line]) -> list[_Block]:
     """All that was said by one writer, in order; noise left out."""
     found: list[_Block] = []
     at, link = 0, ""
+    lead: int | None = None
     aside: Form | None = None  # of the traceback below this line
     while at < len(stream):
         index, text = stream[at]
@@ -271,15 +285,17 @@ def _blocks(stream: Sequence[_Line]) -> list[_Block]:
             if not block:
                 continue
             if link and found:
+                block.after = found[-1]
                 aside = found[-1].form if found[-1].form in _ASIDES else None
                 block.causes = [found[-1].text, *found[-1].causes][:_CAUSES] if link == _DIRECT else []
-            block.form = aside or _aside(header["lead"]) or block.form
+            block.form, block.lead = aside or _aside(header["lead"]) or block.form, lead
             found.append(block)
-            aside, link = None, ""
+            aside, link, lead = None, "", None
             continue
         if text.strip():
             link = next((words for words in (_DIRECT, _HANDLING) if words in text), "")
             aside = _aside(text)
+            lead = index if link or aside else None
         form = None if not text.strip() or link else _form(text)
         if form is None:
             at += 1
@@ -299,14 +315,14 @@ def _blocks(stream: Sequence[_Line]) -> list[_Block]:
 
 def _form(text: str) -> Form | None:
     """The form of a line outside tracebacks; None for noise."""
-    if _REFUSALS.search(text) and not _NOISE.search(text):
-        return Form.REFUSED
     if _NOISE.search(text) or _aside(text):
         return None
     if _OWN.match(text):
         return Form.RAISED
     if _WHAT.match(text) or _ABORTS.search(text):
         return Form.ABORTED
+    if _REFUSALS.search(text):
+        return Form.REFUSED
     if _SIGNALS.search(text):
         return Form.SIGNALLED
     if _NAMED.match(text):
