@@ -50,7 +50,8 @@ class NodeAccess:
     """Access to a run's nodes: checks them and makes the transport.
 
     `cluster` is None without Slurm. `own` is a run whose agents may be about to release the nodes. `nccl_root` is the
-    folder of the built NCCL that ranks use, None for torch's own.
+    folder of the built NCCL that ranks use, None for torch's own. `weights` is the folder on the nodes that ranks load,
+    None for random weights and for those of the hub.
     """
 
     backend: str
@@ -61,6 +62,7 @@ class NodeAccess:
     cluster: commands.SlurmClient | None = None
     own: str = ""
     nccl_root: str | None = None
+    weights: str | None = None
 
     def ask(self, nodes: Sequence[Node]) -> Answers:
         """Check all `nodes` at once for what would stop a cell. Raises InfrastructureError if Slurm does not answer."""
@@ -70,7 +72,7 @@ class NodeAccess:
         return ask_agents(nodes, self._checks(nodes[0]), self.ssh_config, self.own)
 
     def _checks(self, first: Node) -> CheckRequest:
-        return checks(first, self.device, self.engine, self.tests, self.nccl_root)
+        return checks(first, self.device, self.engine, self.tests, self.nccl_root, self.weights)
 
     def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Transport:
         """The transport to the run's nodes. Under Slurm, `expected` is the environment that must be found there."""
@@ -120,7 +122,14 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
     return Answers(problems, environments, built)
 
 
-def checks(first: Node, device: str, engine: str, tests: Sequence[str], nccl_root: str | None = None) -> CheckRequest:
+def checks(
+    first: Node,
+    device: str,
+    engine: str,
+    tests: Sequence[str],
+    nccl_root: str | None = None,
+    weights: str | None = None,
+) -> CheckRequest:
     """The request that checks a node for these tests; `first` is any node, as all chosen ones are alike."""
     return CheckRequest(
         version=__version__,
@@ -130,6 +139,7 @@ def checks(first: Node, device: str, engine: str, tests: Sequence[str], nccl_roo
         programs=["rsync"] if BACKENDS[first.backend].by_ssh else [],
         gpus=first.gpus if device == "cuda" else 0,
         nccl_root=nccl_root,
+        weights=weights,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from runner.system.clock import now
 from runner.system.places import state_dir
 from runner.system.schema import check
 from runner.system.wording import counted
-from runner.workloads import deepspeed_config
+from runner.workloads import architecture, deepspeed_config, weights
 from runner.workloads.registry import TESTS
 
 SCALING = ("weak", "strong")
@@ -82,6 +82,12 @@ class Prepared:
     request: Request
     plan: Plan
 
+    @property
+    def weights_on_nodes(self) -> str | None:
+        """The folder that nodes must have, if the run loads weights from a path that means the same there."""
+        given = self.options.weights
+        return given if given and self.plan.models and Path(given).is_absolute() else None
+
 
 def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: Callable[[], str] = new_id) -> Prepared:
     """Check every name and value, and plan; no node is contacted.
@@ -90,8 +96,8 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
     """
     tests, overrides = _checked(options)
     loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
-    architecture = config.load_model(options.model).model_dump()
-    deepspeed = config.load_deepspeed(architecture["deepspeed"], overrides.get("deepspeed", {}))
+    model = config.load_model(options.model).model_dump()
+    deepspeed = config.load_deepspeed(model["deepspeed"], overrides.get("deepspeed", {}))
     slurm_only = [
         f for f, on in (("--one-allocation", options.one_allocation), ("--job-array", options.job_array)) if on
     ]
@@ -113,7 +119,7 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
         inventory=inventory.source,
         run_dir=run_dir(options, run_id),
         tests=loaded,
-        model=architecture,
+        model=model,
         deepspeed=deepspeed,
         deepspeed_files=config.deepspeed_files(overrides.get("deepspeed", {})),
         hardware={"name": hardware, **config.load_hardware(hardware).model_dump()},
@@ -139,8 +145,23 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
         nccl_root=nodes[0].nccl_root if wanted == nccl.BUILT else None,
     )
     plan = build.build(request, nodes)
-    _judge_deepspeed(plan, architecture["deepspeed"], settings=bool(overrides.get("deepspeed")))
+    _judge_deepspeed(plan, model["deepspeed"], settings=bool(overrides.get("deepspeed")))
+    if options.weights and plan.models:
+        _judge_weights(options.weights, model, remote=BACKENDS[request.backend].remote)
     return Prepared(options, inventory, nodes, request, plan)
+
+
+def _judge_weights(given: str, model: Mapping[str, Any], remote: bool) -> None:
+    """Raise UsageError for weights in a folder here that ranks could not load, or that are of another architecture.
+
+    A folder that only nodes have is theirs to check, a name on the hub is the ranks'.
+    """
+    folder = Path(given)
+    if not folder.exists() and (remote or not weights.is_path(given)):
+        return
+    if reason := weights.fault(folder):
+        raise UsageError(f"--weights {given}: they {reason}", "weights_unusable")
+    architecture.refuse(given, model)
 
 
 def _judge_deepspeed(plan: Plan, name: str, settings: bool) -> None:

@@ -82,7 +82,8 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
     tests = tuple(request.tests)
     made = (request.backend, request.device, request.engine, tests, ssh_config, cluster)
-    access = dependencies.access(*made, nccl_root=request.nccl_root)
+    weights = prepared.weights_on_nodes
+    access = dependencies.access(*made, nccl_root=request.nccl_root, weights=weights)
     if not request.named:  # Slurm chooses
         return Chosen(access, nodes, request.nccl, request.nccl_root)
     skip, count = options.skip_bad_nodes or options.replace_bad_nodes, max(request.node_counts)
@@ -99,7 +100,7 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
         which = nccl.BUILT if root else nccl.TORCH
         if reason:
             display.note(f"NCCL: torch's own, since {reason}")
-        access = dependencies.access(*made, nccl_root=root)
+        access = dependencies.access(*made, nccl_root=root, weights=weights)
     return Chosen(access, good, which, root, spares if options.replace_bad_nodes else (), passed_over)
 
 

@@ -16,6 +16,7 @@ from runner import __version__
 from runner.cluster import facts, nccl, slurm_names
 from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
+from runner.workloads import weights
 
 
 def check(request: CheckRequest) -> Checked:
@@ -49,6 +50,8 @@ def check(request: CheckRequest) -> Checked:
         problems.append(("version_mismatch", text))
     if request.nccl_root and (reason := nccl.obstacle(request.nccl_root)):
         problems.append(("environment_missing", reason))
+    if request.weights and (reason := weights.fault(Path(request.weights))):
+        problems.append(("weights_unusable", f"--weights {request.weights}: they {reason}"))
     observed = facts.collect(nccl.environment(request.nccl_root) if request.nccl_root else {})
     if request.gpus:  # None where the inventory leaves the number open
         answering = len(observed["gpus"])

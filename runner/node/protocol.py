@@ -106,7 +106,7 @@ class CheckRequest:
 
     `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
     `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node. `nccl_root` is
-    the folder with the built NCCL that ranks are to use (None: torch's own).
+    the folder with the built NCCL that ranks are to use (None: torch's own), `weights` one of weights to be loaded.
     """
 
     version: str  # of the controller
@@ -116,6 +116,7 @@ class CheckRequest:
     programs: Sequence[str] = ()
     gpus: int | None = None
     nccl_root: str | None = None
+    weights: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is sent."""

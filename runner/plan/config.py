@@ -37,6 +37,7 @@ class ModelConfig(ConfigFile):
     vocab_size: PositiveInt
     max_seq_len: PositiveInt
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: dict[str, float | int | str] | None = Field(None, description="as in the weights' config.json")
     rms_norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = False
     seq_len: PositiveInt

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UsageError
+from runner.workloads import architecture
 from runner.workloads.sft.data import Batch
 
 if TYPE_CHECKING:
@@ -27,22 +29,9 @@ def build_model(model: Mapping[str, Any], *, attention: str, dtype: torch.dtype,
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-    expected = {
-        "hidden_size": model["hidden_size"],
-        "intermediate_size": model["intermediate_size"],
-        "num_hidden_layers": model["num_layers"],
-        "num_attention_heads": model["num_heads"],
-        "num_key_value_heads": model["num_kv_heads"],
-        "vocab_size": model["vocab_size"],
-        "tie_word_embeddings": model["tie_embeddings"],
-    }
     if weights is None:
-        config = LlamaConfig(
-            **expected,
-            max_position_embeddings=model["max_seq_len"],
-            rms_norm_eps=model["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
-        )
+        known = inspect.signature(LlamaConfig.__init__).parameters
+        config = LlamaConfig(**architecture.arguments(model, known))
         return LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
     try:
         config = LlamaConfig.from_pretrained(weights)
@@ -50,12 +39,10 @@ def build_model(model: Mapping[str, Any], *, attention: str, dtype: torch.dtype,
         raise UsageError(f"cannot read weights {weights!r}: {str(error).splitlines()[0]}") from error
     if config.model_type != "llama":
         raise UsageError(f"weights {weights!r} are of type {config.model_type!r}, test sft trains Llama architectures")
-    for field, value in expected.items():
-        if getattr(config, field) != value:
-            raise UsageError(
-                f"weights {weights!r} have {field} {getattr(config, field)}, model {model['name']} has {value}: "
-                f"choose the --model that matches"
-            )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"weights {weights!r} are quantised: test sft trains those of 16 or 32 bits")
+    if reason := architecture.difference(model, config):
+        raise UsageError(f"weights {weights!r} {reason}")
     return LlamaForCausalLM.from_pretrained(weights, config=config, attn_implementation=attention, dtype=dtype)
 
 
