@@ -164,13 +164,21 @@ def test_what_the_examples_inventory_asks_for_is_what_a_node_has(wanted):
     assert holds(there, wanted) is True
 
 
-def test_what_the_inventory_calls_the_gpus_wins_and_must_not_contradict_the_driver(tmp_path, monkeypatch):
-    assert "Gres=gpu:hopper:8" in conf.node_line(settings(gpu_type="hopper"), typed(1))
+def test_what_the_inventory_calls_the_gpus_wins():
+    assert "Gres=gpu:h200_141gb:8" in conf.node_line(settings(gpu_type="h200_141gb"), typed(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [("", False), ("h100", False), ("H100", False), ("nvidia_h100_80gb_hbm3", False), ("h200", True), ("hopper", True)],
+)
+def test_a_type_that_slurm_would_not_find_is_refused(tmp_path, monkeypatch, kind, refused):
     monkeypatch.setattr(slurm, "gpu_models", lambda: ["NVIDIA H100 80GB HBM3"] * 8)
     answer = carry_out(
-        slurm.PHASES, "validate", settings(gpu_type="h200", conf_dir=str(tmp_path), state_dir=str(tmp_path))
+        slurm.PHASES, "validate", settings(gpu_type=kind, conf_dir=str(tmp_path), state_dir=str(tmp_path))
     )
-    assert "slurm_cluster_gpu_type: expected h100, as the driver names the GPUs, found h200" in answer.msg
+    says = f"slurm_cluster_gpu_type: expected a part of nvidia_h100_80gb_hbm3, as the driver names the GPUs, found {kind} ("
+    assert (says in answer.msg) is refused
 
 
 def test_the_drivers_names_are_read_from_its_files(tmp_path):
@@ -658,5 +666,6 @@ def test_a_key_that_munge_refuses_is_the_one_problem_and_setup_mends_it(tmp_path
     (problem,) = carry_out(slurm.PHASES, "verify", want).problems
     assert problem["what"] == str(key) and problem["found"].startswith("mode 0644") and "setup" in problem["remedy"]
     monkeypatch.setattr(slurm, "start", lambda *arguments: None)
+    monkeypatch.setattr(slurm, "SPOOL", str(tmp_path / "spool"))  # this machine's is not touched
     carry_out(slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), state_dir=str(tmp_path), settle_s=0))
     assert key.stat().st_mode & 0o777 == 0o600

@@ -17,6 +17,7 @@ from runner.results.rundir import RunDir
 from runner.system import process
 
 RUNNER = Path(sys.executable).with_name("runner")
+BEFORE_RANKS = ("starting", "sending data")  # what the controller says of a cell; other phases are its ranks'
 
 
 class Bench:
@@ -54,7 +55,8 @@ class Bench:
         def measuring() -> bool:
             if not (self.results / "latest" / "status.json").exists():
                 return False
-            return any(cell.get("progress") for cell in self.run.read_status()["cells"].values())
+            cells = self.run.read_status()["cells"].values()
+            return any(cell["progress"]["phase"] not in BEFORE_RANKS for cell in cells if cell.get("progress"))
 
         until(lambda: measuring() or self.process.poll() is not None, seconds)
         ended = self.process.poll() is not None

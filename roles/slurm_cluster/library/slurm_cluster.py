@@ -43,6 +43,7 @@ from ansible.module_utils.slurm_conf import (
 
 FACT = "/etc/ansible/facts.d/slurm.fact"
 MUNGE_KEY = "/etc/munge/munge.key"
+SPOOL = "/var/lib/slurm/slurmd"  # as slurm.conf's SlurmdSpoolDir
 PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld",
             "slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}  # Debian's  # fmt: skip
 ON_CONTROLLER, FOR_ACCOUNTING = ("slurmctld", "slurmdbd", "mariadbd"), ("slurmdbd", "mariadbd")
@@ -257,13 +258,15 @@ def validate(phase):
             f"{want['gpus'] - len(absent)}",
             "load the driver, or set slurm_cluster_gpus and slurm_cluster_gpu_device",
         )
-    found = gpu_type(gpu_models())
-    if want["gpus"] and want["gpu_type"] and found and want["gpu_type"].lower() != found:
+    models = gpu_models()
+    # As AutoDetect reads them: Slurm drains a node whose GPUs have another type than it finds.
+    names = {model.lower().replace(" ", "_") for model in models}
+    if want["gpus"] and any(want["gpu_type"].lower() not in name for name in names):
         phase.problem(
             "slurm_cluster_gpu_type",
-            f"{found}, as the driver names the GPUs",
+            f"a part of {' and '.join(sorted(names))}, as the driver names the GPUs",
             want["gpu_type"],
-            "leave it out: jobs that ask for the type would start on other GPUs than they expect",
+            f"leave it out, or set {gpu_type(models) or 'what they have in common'}",
         )
     if want["proctrack"] == "cgroup" and not cgroup_ready():
         phase.problem(
@@ -359,7 +362,7 @@ def configure(phase):
     # The daemons may not have read the files that a killed run wrote.
     action = how_to_apply(before, expected) if known else "restart"
     phase.own(MUNGE_KEY, 0o600, "munge")  # munged does not start with a key that others may read
-    for folder, mode in ((want["state_dir"], 0o700), ("/var/lib/slurm/slurmd", 0o755)):
+    for folder, mode in ((want["state_dir"], 0o700), (SPOOL, 0o755)):
         own_folder(phase, folder, mode)
     for name, content in expected.items():
         mode, owner = owned(name)
@@ -573,7 +576,7 @@ def health(phase):
             phase.problem(os.path.join(want["conf_dir"], name), "as configured", found, SETUP)
     for name in fact().get("files", {}):
         phase.own(os.path.join(want["conf_dir"], name), *owned(name), SETUP)
-    for path in (want["state_dir"], "/var/lib/slurm/slurmd"):
+    for path in (want["state_dir"], SPOOL):
         phase.own(path, 0o700 if path == want["state_dir"] else 0o755, "slurm", SETUP)
     phase.own(FACT, 0o644, remedy=SETUP)
     if want["accounting"] and is_controller(want):
