@@ -49,6 +49,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "version_mismatch": Kind("Versions differ", CONFIGURATION, False, "install the controller's version there"),
     "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
+    "wrong_address": Kind(
+        "A node has a wrong address of another", CONFIGURATION, False, "correct its /etc/hosts or DNS"
+    ),
     "clock": Kind("A clock is wrong", CONFIGURATION, False, "let chrony or NTP set the node's clock"),
     "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
     "port_taken": Kind("A port is taken", NOBODY, True, "see what uses it there; another try takes the next port"),

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from runner.system.places import state_dir
 from runner.system.wording import counted
 
 if TYPE_CHECKING:
-    from runner.cluster.inventory import Inventory
+    from runner.cluster.inventory import Inventory, Node
 
 
 def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bool, check: bool, source: str) -> int:
@@ -149,8 +149,8 @@ def check(
 ) -> None:
     """Read the state of the nodes and show where it drifted; changes nothing, takes seconds.
 
-    Where nodes are reached through Slurm only, it shows Slurm's state of them, and why a benchmark could not start on
-    all of them.
+    Without --tags it also shows why a benchmark would be refused. Where nodes are reached through Slurm only, it shows
+    Slurm's state of them, and why a benchmark could not start on all of them.
     """
     inventory = read_inventory(source)
     own = inventory.nodes[0].backend
@@ -163,7 +163,7 @@ def check(
         ctx.exit(_ask_slurm(inventory, hosts, settings, dry_run, as_json))
     if settings:
         raise errors.UsageError(f"--set slurm.… requires --backend slurm, this backend is {backend or own}")
-    ctx.exit(_play(VERIFY, inventory, hosts, tags, as_json, dry_run=dry_run))
+    ctx.exit(_play(VERIFY, inventory, hosts, tags, as_json, backend=backend, dry_run=dry_run))
 
 
 def _play(
@@ -173,6 +173,7 @@ def _play(
     tags: str | None,
     as_json: bool,
     *,
+    backend: str | None = None,
     check: bool = False,
     variables: Mapping[str, Any] | None = None,
     dry_run: bool = False,
@@ -187,6 +188,8 @@ def _play(
 
     check_tags(tags, PHASES if playbook_file == SITE else ("verify",))
     nodes = select(inventory, hosts)
+    if backend:
+        nodes = tuple(replace(node, backend=backend) for node in nodes)
     names = tuple(node.name for node in nodes)
     display = Display()
     remote = BACKENDS[nodes[0].backend].remote
@@ -209,11 +212,41 @@ def _play(
         with hold({node.endpoint: node.name for node in nodes}):
             display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
             board, state, error = carry_out(call, nodes, display, folder)
+            if playbook_file == VERIFY and tags is None and state != "cancelled":
+                _add_readiness(board, nodes, ssh_config)
     elapsed_s = time.monotonic() - started
     if folder is not None:
         write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, error))
         display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
     return conclude(board, state, error, elapsed_s, as_json, check, inventory.source)
+
+
+# What bench would be refused for, and the role that tells the same cause in more detail.
+_TOLD_BY = {
+    "environment_missing": "conda_env",
+    "version_mismatch": "conda_env",
+    "gpu_failed": "cuda_check",
+    "unreachable": "ssh_mesh",
+    "host_key_changed": "ssh_mesh",
+    "refused_key": "ssh_mesh",
+}
+
+
+def _add_readiness(board: Board, nodes: Sequence[Node], ssh_config: str | None) -> None:
+    """Add to `board` what `bench` would refuse these nodes for; a run in progress is no fault of a node."""
+    from runner.launch import preflight
+    from runner.launch.prepare import Options
+
+    asked = [node for node in nodes if node.name not in board.unreachable()]
+    problems = preflight.readiness(asked, Options.engine, ssh_config) if asked else {}
+    for node in asked:
+        texts = [
+            problem.message
+            for problem in problems.get(node.name, ())
+            if problem.kind != "in_use" and board.state(node.name, _TOLD_BY.get(problem.kind, "")) != "failed"
+        ]
+        busy = [problem.message for problem in problems.get(node.name, ()) if problem.kind == "in_use"]
+        board.add(node.name, "bench", texts, busy)
 
 
 def whole_path(source: str) -> str:

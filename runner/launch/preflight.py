@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 
 from runner import __version__
-from runner.cluster import facts, nccl
+from runner.cluster import addresses, facts, nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import setup_command
@@ -84,10 +84,13 @@ class NodeAccess:
 def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | None, own: str = "") -> Answers:
     """Ask the agents of all nodes, at once, what would stop a cell, and for each node's environment.
 
-    Nodes that are still in use by the run `own` are asked again for up to OWN_S.
+    The addresses that each has for the others are compared. Nodes that are still in use by the run `own` are asked
+    again for up to OWN_S.
     """
     backend = nodes[0].backend
     by_name = {n.name: n for n in nodes}
+    if len(nodes) > 1:
+        request = replace(request, names=addresses.names(nodes))
     deadline = time.monotonic() + OWN_S
     while True:
         asked = time.time()
@@ -106,12 +109,14 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
     for name in by_name.keys() - answers.keys() - failures.keys():
         problems[name] = [Problem("version_mismatch", "its agent answered in a form that this version cannot read")]
     environments = {}
+    misled = addresses.wrong(nodes, {name: answer.addresses for name, answer in answers.items()})
     for name, answer in answers.items():
         # The node read its clock at some moment between request and answer.
         clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), received))
         texts = [text.replace(nccl.SETUP, _build_nccl(by_name[name])) for text in answer.problems]
         pairs = zip_longest(answer.kinds, texts, fillvalue="unknown")
-        if bad := [*(Problem(kind, text) for kind, text in pairs), *([clock] if clock else [])]:
+        address = [Problem("wrong_address", misled[name])] if name in misled else []
+        if bad := [*(Problem(kind, text) for kind, text in pairs), *([clock] if clock else []), *address]:
             problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}
@@ -141,6 +146,18 @@ def checks(
         nccl_root=nccl_root,
         weights=weights,
     )
+
+
+def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Problems:
+    """Why `bench` would refuse any of these `nodes`, which may differ, for any of the tests on `engine`."""
+    alike: dict[object, list[Node]] = {}
+    for node in nodes:
+        alike.setdefault((node.scratch, node.min_free_disk_gib, node.gpus, node.device), []).append(node)
+    problems: dict[str, Sequence[Problem]] = {}
+    for group in alike.values():
+        request = checks(group[0], group[0].device, engine, tuple(TESTS))
+        problems.update(ask_agents(group, request, ssh_config).problems)
+    return problems
 
 
 def _build_nccl(node: Node) -> str:

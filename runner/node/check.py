@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from runner import __version__
-from runner.cluster import facts, nccl, slurm_names
+from runner.cluster import addresses, facts, nccl, slurm_names
 from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
 from runner.workloads import weights
@@ -64,6 +64,7 @@ def check(request: CheckRequest) -> Checked:
         kinds=[kind for kind, _ in problems],
         time_s=time.time(),
         facts=observed,
+        addresses=addresses.resolve(request.names),
     )
 
 

@@ -107,6 +107,7 @@ class CheckRequest:
     `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
     `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node. `nccl_root` is
     the folder with the built NCCL that ranks are to use (None: torch's own), `weights` one of weights to be loaded.
+    `names` are to be resolved.
     """
 
     version: str  # of the controller
@@ -117,6 +118,7 @@ class CheckRequest:
     gpus: int | None = None
     nccl_root: str | None = None
     weights: str | None = None
+    names: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is sent."""
@@ -405,7 +407,7 @@ class Outcome(Message):
 @dataclass(frozen=True)
 class Checked(Message):
     """What would stop a cell on this node: `problems`, one line each, and their `kinds`; the node's clock (`time_s`,
-    seconds since the epoch) and its facts.
+    seconds since the epoch), its facts, and the addresses that it has for the `names` of the request.
     """
 
     MESSAGE: ClassVar[str] = "check"
@@ -413,6 +415,7 @@ class Checked(Message):
     kinds: Sequence[str] = ()
     time_s: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    addresses: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

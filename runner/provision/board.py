@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 
 if TYPE_CHECKING:
-    from runner.provision.playbook import Event
+    from runner.provision.playbook import Event, Status
 
 
 # The worst status of a role's tasks on a node is the role's state there.
@@ -43,6 +43,14 @@ class Board:
         """{role: reason} of the roles that are switched off on a node."""
         reasons = {role: reason for event in self.events if event.host == host for role, reason in event.off.items()}
         return {role: reason for role, reason in reasons.items() if self.state(host, role) == "skipped"}
+
+    def add(self, host: str, role: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> None:
+        """Add what was found on a node beside the play, as the events of a `role` of its own."""
+        from runner.provision.playbook import Event
+
+        told = tuple({"what": problem} for problem in problems)
+        status: Status = "failed" if problems else "ok"
+        self.events.append(Event("", host, "", role, "verify", "", status, 0.0, "", told, tuple(warnings)))
 
     def unreachable(self) -> set[str]:
         """The inventory names of the nodes that could not be reached."""

@@ -48,7 +48,7 @@ def check(tmp_path, gpus=None, source="local"):
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
 def test_a_machine_without_a_gpu_is_green_and_says_what_does_not_apply_to_it(tmp_path):
     code, printed = check(tmp_path)
-    assert code == 0 and "FAILED" not in printed and "1 of 1 nodes as expected" in printed
+    assert code == 0 and "FAILED" not in printed and "1 of 1 node as expected" in printed
     assert "off: cuda_check: no NVIDIA GPU here" in printed and "ssh_mesh: there is one node" in printed
 
 

@@ -126,6 +126,45 @@ def test_check_shows_drift_with_its_node_and_setup_mends_it(nodes, home, provisi
     assert runner(nodes, home, "check")[0] == 0
 
 
+def told_by_check(nodes, home, code):
+    """The lines of `runner check` about nodes, sorted; and that nothing else is red."""
+    found, printed, said = runner(nodes, home, "check")
+    assert found == code, printed + said
+    return sorted(line for line in printed.splitlines() if line.startswith("node0") and ": " in line)
+
+
+def test_one_cause_is_one_line_on_the_node_that_has_it_with_the_command_that_mends_it(nodes, home, provisioned):
+    hosts = inside(nodes, "node003", "cat", "/etc/hosts")
+    one, other = (inside(nodes, "node003", "getent", "hosts", name).split()[0] for name in ("node001", "node002"))
+    swapped = hosts.replace(f"{one}\t", "X\t").replace(f"{other}\t", f"{one}\t").replace("X\t", f"{other}\t")
+    inside(nodes, "node001", "chmod", "0666", "/etc/ssh/sshd_config")
+    inside(nodes, "node002", "mv", "/root/.ssh/id_ed25519", "/root/key")
+    inside(nodes, "node003", "sh", "-c", 'printf %s "$0" > /etc/hosts', swapped)
+    try:
+        first, second, third = told_by_check(nodes, home, code=1)
+    finally:
+        inside(nodes, "node003", "sh", "-c", 'printf %s "$0" > /etc/hosts', hosts)
+    again = f"(run `runner setup -i {nodes.inventory} --tags ssh_mesh`)"
+    assert first == f"node001: ssh_mesh: /etc/ssh/sshd_config: expected mode 0644, found mode 0666 {again}"
+    assert second == f"node002: ssh_mesh: /root/.ssh/id_ed25519: expected a key pair, found no such file {again}"
+    assert third.startswith("node003: bench: has ") and f"at {other}, which is node002; " in third
+    inside(nodes, "node002", "mv", "/root/key", "/root/.ssh/id_ed25519")
+    assert runner(nodes, home, "setup", "--tags", "ssh_mesh")[0] == 0
+    assert inside(nodes, "node001", "stat", "-c", "%a", "/etc/ssh/sshd_config") == "644\n"
+
+
+def test_a_stopped_sshd_turns_one_node_red_whether_ansible_is_still_connected_or_not(nodes, home, provisioned):
+    inside(nodes, "node002", "systemctl", "stop", "ssh")
+    try:
+        (line,) = told_by_check(nodes, home, code=1)  # over the connection that the last play left open
+        assert line.startswith("node002: ssh_mesh: sshd: expected running, found stopped")
+        inside(nodes, "node002", "pkill", "-f", "sshd", check=False)
+        (line,) = told_by_check(nodes, home, code=3)
+        assert line.startswith("node002: ssh_mesh: nothing listens on its SSH port")
+    finally:
+        inside(nodes, "node002", "systemctl", "start", "ssh")
+
+
 def test_a_hung_node_is_named_and_the_others_go_on(nodes, home, provisioned):
     process.run(["podman", "pause", nodes.container("node003")], timeout_s=30, check=True)
     try:

@@ -31,7 +31,7 @@ from runner.node.protocol import (
     Word,
 )
 
-CHECK = CheckRequest("1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8)
+CHECK = CheckRequest("1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8, names=["gpu-2"])
 OF_CELL = {"run_id": "r", "cell": "c", "attempt": 2, "marker": "r/c"}
 NODE = CellRequest(
     **OF_CELL, host="n1", scratch="/scratch", cell_dir="/scratch/r/c", job={"a": 1}, argv=["python"], env={"A": "b"}
@@ -87,7 +87,7 @@ OUTCOME = Outcome(
     "message",
     [
         Placed("7", ["a", "b"], "a"), Started(17), Line("rank0.stdout", "\"é\u2028\""), protocol.Alive(), OUTCOME,
-        Checked(["p"], ["disk_full"], 3.0, {"gpus": []}), Swept(), Cleaned(True),
+        Checked(["p"], ["disk_full"], 3.0, {"gpus": []}, {"gpu-2": ["10.0.0.2"]}), Swept(), Cleaned(True),
     ],
 )  # fmt: skip
 def test_a_controller_reads_the_message_that_was_sent(message):

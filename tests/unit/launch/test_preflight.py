@@ -1,0 +1,109 @@
+"""What nodes answer before anything starts, and what `runner check` makes of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from conftest import NAMES
+from runner.cli import setup
+from runner.failures import Problem
+from runner.launch import preflight, talk
+from runner.node import check
+from runner.node.protocol import Checked, CheckRequest
+from runner.provision.board import Board, exit_code, failures, table, warnings
+from runner.provision.playbook import Event
+
+FACTS = {"env": {}, "gpus": [], "nccl_built": None}
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Nodes that answer what `answers` has for them, else that all is well; and the requests they got."""
+    answers, requests = {}, []
+
+    def ask(nodes, backend, ssh_config, request):
+        requests.append(([node.name for node in nodes], request))
+        given = {node.name: answers.get(node.name, {}) for node in nodes}
+        return {n: Checked(**{"time_s": time.time(), "facts": FACTS, **values}) for n, values in given.items()}, {}
+
+    monkeypatch.setattr(talk, "ask", ask)
+    monkeypatch.setattr(preflight.facts, "comparable", lambda seen: {})
+    return answers, requests
+
+
+def test_swapped_addresses_stop_a_benchmark_and_name_the_node_that_has_them(cluster, answering):
+    answers, requests = answering
+    answers[NAMES[3]] = {"addresses": {NAMES[0]: ["10.2.201.2"], NAMES[1]: ["10.2.201.1"]}}
+    found = preflight.readiness(cluster.nodes, "torchrun", None)
+    ((name, (problem,)),) = found.items()
+    assert name == NAMES[3] and problem.kind == "wrong_address"
+    assert problem.message.startswith(f"has {NAMES[0]} at 10.2.201.2, which is node002; {NAMES[1]} at 10.2.201.1")
+    assert {*NAMES, "node001", "node008"} <= {*requests[0][1].names}
+
+
+def test_nodes_that_differ_are_each_asked_for_what_they_are_declared_to_have(cluster, answering):
+    small = replace(cluster.nodes[2], gpus=4, min_free_disk_gib=9.0)
+    preflight.readiness([*cluster.nodes[:2], small], "torchrun", None)
+    assert [(names, r.gpus, r.min_free_disk_gib) for names, r in answering[1]] == [
+        (NAMES[:2], 8, cluster.nodes[0].min_free_disk_gib),
+        (NAMES[2:3], 4, 9.0),
+    ]
+
+
+def test_an_agent_answers_with_the_addresses_it_has(tmp_path):
+    request = CheckRequest(version="0", scratch=str(tmp_path), min_free_disk_gib=0.0, names=["10.1.2.3", "localhost"])
+    assert check.check(request).addresses == {"10.1.2.3": ["10.1.2.3"]}
+
+
+# --- in the table of `runner check` ---
+
+
+def board_of(cluster, monkeypatch, problems, *events):
+    board = Board({node.name: node.alias for node in cluster.nodes})
+    board.events += events
+    monkeypatch.setattr(preflight, "readiness", lambda nodes, *_: {n: p for n, p in problems.items()
+                                                                  if n in {node.name for node in nodes}})  # fmt: skip
+    setup._add_readiness(board, cluster.nodes, None)
+    return board
+
+
+def event(name, role, status):
+    return Event("", name, "Verify", role, "verify", "", status, 0.1, problems=({"what": "wrong"},))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("clock", "its clock is 41 s ahead of this machine's"),
+        ("disk_full", "0.5 GiB free in /var/tmp/shakedown, 466 GiB required"),
+        ("wrong_address", "has a at 10.0.0.2, which is node002: correct its /etc/hosts or DNS"),
+        ("environment_missing", "lacks rsync"),
+        ("unknown", "cannot write to /var/tmp/shakedown: Read-only file system"),
+    ],
+)
+def test_what_bench_refuses_is_a_failure_of_its_node_alone(cluster, monkeypatch, kind, text):
+    board = board_of(cluster, monkeypatch, {NAMES[1]: [Problem(kind, text)]})
+    assert [(f.nodes, f.line()) for f in failures(board)] == [("node002", f"bench: {text}")]
+    assert board.bad() == {NAMES[1]} and exit_code(board, "complete") == 1
+
+
+def test_a_run_in_progress_is_told_and_is_no_fault(cluster, monkeypatch):
+    board = board_of(cluster, monkeypatch, {name: [Problem("in_use", "in use by run 7")] for name in NAMES[:2]})
+    assert warnings(board) == [("node[001-002]", "bench", "in use by run 7")]
+    assert not board.bad() and exit_code(board, "complete") == 0
+
+
+@pytest.mark.parametrize(("kind", "role"), setup._TOLD_BY.items())
+def test_what_a_role_has_told_in_more_detail_is_not_told_again(cluster, monkeypatch, kind, role):
+    problems = {name: [Problem(kind, "the same")] for name in NAMES[:2]}
+    board = board_of(cluster, monkeypatch, problems, event(NAMES[0], role, "failed"))
+    assert [(f.nodes, f.what) for f in failures(board)] == [("node001", "wrong"), ("node002", "the same")]
+
+
+def test_a_node_without_an_answer_is_not_asked_again(cluster, monkeypatch):
+    silent = event(NAMES[0], "ssh_mesh", "unreachable")
+    board = board_of(cluster, monkeypatch, {NAMES[0]: [Problem("hung", "does not answer")]}, silent)
+    assert len(failures(board)) == 1 and "node001  NO ANSWER  –" in table(board)
