@@ -72,7 +72,8 @@ def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> 
         return error(COMPLAINT, message, stderr=victims[0]["stderr"])
     launcher = outcomes.get(LAUNCHER, Outcome())
     death = _death(None, _status(launcher), launcher.engine_stderr)
-    return error("launcher_failed", f"the launcher {death.how}", stderr=death.evidence)
+    kind = "launcher_failed" if death.kind in (*_UNPROVED, COMPLAINT) else death.kind
+    return error(kind, f"the launcher {death.how}", stderr=death.evidence)
 
 
 def _alike(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -183,7 +184,8 @@ class _Death:
         """How it ended, for people, such as "died with status 1: ValueError: x"."""
         if self.kind == "out_of_memory" and self.status in (None, -signal.SIGKILL):
             return "was killed by the kernel, which was out of memory"
-        words = f": {self.ending.said}" if self.ending else ""
+        writer = f"{self.ending.writer}: " if self.ending and self.ending.writer else ""
+        words = f": {writer}{self.ending.said}" if self.ending else ""
         if self.status is not None and self.status < 0:
             how = f"was killed by {signal.Signals(-self.status).name}"
             return how if -self.status in _SENT else how + words

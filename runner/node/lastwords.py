@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from runner.results.logs import printable
@@ -20,6 +20,7 @@ _WIDTH = 1000  # characters of a line that are kept: a list of loaded extensions
 _FRAMES = 4  # lines of a traceback that are kept above its exception
 _MESSAGE = 24  # lines of one message
 _ROWS = 256  # lines of tables of ranks and nodes
+_WARNINGS = 8  # of NCCL on a rank's stdout
 _CAUSES = 4  # exceptions that led to another
 
 
@@ -44,7 +45,7 @@ class Ending:
     """What ended a process: `said` in one line, `text` its whole message.
 
     `also` explains it, the nearest first: the exceptions that directly caused it, the abort that it led to, and the
-    log lines that explain it. `last` is the index of its last line.
+    log lines that explain it. `last` is the index of its last line, `writer` who wrote it, where several did.
     """
 
     form: Form
@@ -52,6 +53,7 @@ class Ending:
     text: str
     also: tuple[str, ...] = ()
     last: int = 0
+    writer: str = ""
 
     @property
     def fatal(self) -> bool:
@@ -64,8 +66,8 @@ def endings(lines: Sequence[str]) -> list[Ending]:
 
     Empty where nothing but noise was written.
     """
-    found = [_chosen(blocks) for blocks in map(_blocks, _streams(lines))]
-    return sorted((each for each in found if each), key=lambda each: each.last)
+    found = [(writer, _chosen(_blocks(stream))) for writer, stream in _streams(lines).items()]
+    return sorted((replace(each, writer=writer) for writer, each in found if each), key=lambda each: each.last)
 
 
 def keep(lines: Sequence[str]) -> list[str]:
@@ -74,7 +76,7 @@ def keep(lines: Sequence[str]) -> list[str]:
     An empty line stands for noise that was left out.
     """
     wanted = set([index for index, line in enumerate(lines) if _TABLES.search(line)][-_ROWS:])
-    for stream in _streams(lines):
+    for stream in _streams(lines).values():
         blocks = _blocks(stream)
         ending = _chosen(blocks)
         texts = {ending.text, *ending.also} if ending else set()
@@ -97,6 +99,11 @@ def keep(lines: Sequence[str]) -> list[str]:
     return kept
 
 
+def warnings(lines: Sequence[str]) -> list[str]:
+    """The last few of `lines` in which NCCL warns."""
+    return [line for line in lines if _NCCL_WARNS.search(line)][-_WARNINGS:]
+
+
 def evidence(lines: Sequence[str], ending: Ending | None) -> list[str]:
     """The last LAST_LINES of `lines` up to the end of `ending`, for people; without empty lines."""
     upto = lines[: ending.last + 1] if ending else lines
@@ -117,8 +124,8 @@ _LABEL = re.compile(r"\s*([\w.-]*\d[\w.-]*): ?")
 _Line = tuple[int, str]  # its index, and its text without the writer's prefix
 
 
-def _streams(lines: Sequence[str]) -> list[list[_Line]]:
-    """The lines of each writer."""
+def _streams(lines: Sequence[str]) -> dict[str, list[_Line]]:
+    """The lines by writer."""
     texts = [printable(line[-65536:])[: 4 * _WIDTH] for line in lines]
     labels = [_LABEL.match(text) for text in texts if text.strip()]
     labelled = [label[1] for label in labels if label]
@@ -134,8 +141,8 @@ def _streams(lines: Sequence[str]) -> list[list[_Line]]:
             writer, text = writer + tag[0].strip(" :"), text[tag.end() :]
         streams.setdefault(writer, []).append((index, text))
     if len(streams.keys() - {""}) < 2 and not by_label:  # torch marks some of the lines of one process
-        return [sorted(line for stream in streams.values() for line in stream)]
-    return list(streams.values())
+        return {"": sorted(line for stream in streams.values() for line in stream)}
+    return streams
 
 
 _HEADER = re.compile(r"(?P<lead>.*?)(?:Exception Group |Original )?Traceback \(most recent call last\):\s*$")

@@ -74,11 +74,19 @@ def drain(pipe: Any, file: Any) -> None:
         file.write(data)
 
 
-def last_lines(path: Path) -> list[str]:
-    """The lines at the end of a file that tell how its writer ended (`lastwords.keep`); none if it cannot be read."""
+def last_lines(path: Path, warned: Path | None = None) -> list[str]:
+    """The lines at the end of a file that tell how its writer ended (`lastwords.keep`); none if it cannot be read.
+
+    Before them come those in `warned` that may explain it, where NCCL writes its warnings to stdout.
+    """
+    before = lastwords.warnings(_end(warned)) if warned else []
+    return lastwords.keep([*before, *_end(path)])
+
+
+def _end(path: Path) -> list[str]:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
-            return lastwords.keep(file.read().decode(errors="replace").splitlines())
+            return file.read().decode(errors="replace").splitlines()
     except OSError:
         return []

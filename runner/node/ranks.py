@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runner.node.output import last_lines
 from runner.node.protocol import STACKS_ANSWER_S, RankEnd, RankStack
-from runner.results.celldir import CellDir, stderr_of
+from runner.results.celldir import CellDir, stderr_of, stdout_of
 from runner.system import process
 
 FRAMES = 10
@@ -22,7 +22,9 @@ def ends(folder: CellDir) -> dict[str, RankEnd]:
         with path.open(errors="replace") as lines:
             events = [line.partition('"event": "')[2].partition('"')[0] for line in lines]
         ended = "end" in events
-        found[path.stem] = RankEnd("start" in events, ended, [] if ended else last_lines(stderr_of(path)))
+        found[path.stem] = RankEnd(
+            "start" in events, ended, [] if ended else last_lines(stderr_of(path), stdout_of(path))
+        )
     return found
 
 

@@ -86,6 +86,11 @@ def stderr_of(events: Path) -> Path:
     return events.with_suffix(".stderr")
 
 
+def stdout_of(events: Path) -> Path:
+    """The file with the stdout of the rank of this file of events."""
+    return events.with_suffix(".stdout")
+
+
 def holds_events(file: str) -> bool:
     """Whether a file of that name holds a rank's events, not text for people."""
     return file.endswith(_EVENTS)

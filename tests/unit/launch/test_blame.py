@@ -137,6 +137,19 @@ def test_a_launcher_that_fails_alone_is_quoted():
     assert said["host"] is None and "died with status 2: pdsh@x" in said["message"]
 
 
+def test_a_launcher_whose_ranks_never_started_says_why_and_where():
+    loader = "error while loading shared libraries: libpython3.11.so.1.0: cannot open shared object file"
+    said = ["working", f"/opt/env/bin/python: {loader}", "more", "again"]
+    lines = [f"node00{n}: {line}" for line in said for n in (1, 2) if (n, line) != (1, said[1])]
+    pdsh = outcome(rc=127, ranks={}, engine_stderr=lastwords.keep(lines))
+    found = blame.blame(
+        sessions("a", "b", celldir.LAUNCHER),
+        {h: outcome(rc=None, stopped="done", ranks={}) for h in "ab"} | {celldir.LAUNCHER: pdsh},
+    )
+    assert found["kind"] == "environment_missing"
+    assert found["message"] == f"the launcher died with status 127: node002: /opt/env/bin/python: {loader}"
+
+
 def test_a_traceback_names_its_host_and_is_shown():
     trace = ["Traceback (most recent call last):", "ValueError: bad"]
     said = blame.blame(sessions("a", "b"), {"a": outcome(stderr=trace), "b": outcome(rc=None, stopped="stop")})

@@ -183,6 +183,18 @@ def test_the_end_of_a_large_file_is_enough(tmp_path):
     assert output.last_lines(tmp_path / "none") == []
 
 
+def test_what_nccl_warned_of_on_stdout_explains_a_ranks_exception(tmp_path):
+    out, err = tmp_path / "rank0.stdout", tmp_path / "rank0.stderr"
+    out.write_text(
+        "step 1\nn1:48:66 [1] misc/shmutils.cc:72 NCCL WARN Error: failed to extend /dev/shm/nccl-a to 9637892 bytes\n"
+    )
+    err.write_text(TRACE.format("RuntimeError: NCCL error in: x.cpp:825, unhandled system error, NCCL version 2.7.8"))
+    (ending,) = endings(output.last_lines(err, out))
+    assert ending.said.startswith("RuntimeError: NCCL") and "failed to extend /dev/shm" in ending.also[0]
+    err.write_text("")
+    assert "failed to extend" in endings(output.last_lines(err, out))[0].said
+
+
 @given(st.lists(st.sampled_from([line for p in ENDS for line in p.values[0].splitlines()] + [""]), max_size=60))
 def test_anything_may_be_written_in_any_order(lines):
     kept = keep(lines)
