@@ -26,15 +26,31 @@ def why(result: dict) -> str:
     return text
 
 
+# Ansible's two spellings of how a host is reached; where both are set, it takes the first of these.
+_SPELLINGS = {
+    "host": ("ansible_ssh_host", "ansible_host"),
+    "port": ("ansible_ssh_port", "ansible_port"),
+    "user": ("ansible_ssh_user", "ansible_user"),
+    "key": ("ansible_ssh_private_key_file", "ansible_private_key_file"),
+}
+
+
+def reached(variables: dict, what: str, default: object = "") -> object:
+    """The "host", "port", "user" or "key" by which Ansible reaches the host with these `variables`."""
+    values = (variables.get(name) for name in _SPELLINGS[what])
+    return next((value for value in values if value is not None), default)
+
+
 def nodes_named_twice(names: list[str], hostvars: dict) -> list[str]:
     """One line for each alias or address that two of the nodes `names` share."""
     lines = []
     for variable in ("runner_alias", "ansible_host"):
         holders: dict[tuple, str] = {}
         for name in names:
-            value = hostvars[name].get(variable)
+            is_host = variable == "ansible_host"
+            value = reached(hostvars[name], "host", None) if is_host else hostvars[name].get(variable)
             # Several nodes may have one address with different ports.
-            port = hostvars[name].get("ansible_port") if variable == "ansible_host" else None
+            port = reached(hostvars[name], "port", None) if is_host else None
             first = holders.setdefault((value, port), name)
             if value is not None and first != name:
                 lines.append(f"{first} and {name} have the same {variable} {value}: give each its own")
@@ -88,6 +104,7 @@ class FilterModule:
         """{name in templates: function}."""
         return {
             "why": why,
+            "reached": reached,
             "nodes_named_twice": nodes_named_twice,
             "differing_roles": differing_roles,
             "installed": installed,

@@ -15,6 +15,7 @@ from runner.cluster.known_hosts import CERT_AUTHORITY, REVOKED, Entry, Known
 _OWN = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 # What ssh reads without -F: the way to a bastion is often written there.
 _USERS = "Include ~/.ssh/config /etc/ssh/ssh_config"
+_OF_ONE = ("Port ", "User ", "IdentityFile ", "IdentitiesOnly ")  # what Ansible says itself for each host
 _INCLUDE = "Include "  # of a file that the inventory names with -F
 
 
@@ -26,14 +27,14 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
     inventory leaves open, such as the way to a jump host, is as the user's own configuration has it.
     """
     # `originalhost`: a jump host is not taken for the node whose address it has, and then reached through itself.
-    keys = _Keys(inventory)
+    keys, shared = _Keys(inventory), _shared(inventory)
     lines = [f"# Rendered from {inventory.source!r}: `ssh -F THIS_FILE {inventory.nodes[0].alias}`"]
     for node in inventory.hosts:
         files = [known_hosts_file, *node.known_hosts_files.splitlines()]
         pinned = keys.pinned(node)
         lines += [
             "",
-            f"Match originalhost {','.join(_words(node))}",
+            f"Match originalhost {','.join(word for word in _words(node) if word not in shared)}",
             f"  HostName {node.address.replace('%', '%%')}",
             f"  HostKeyAlias {keys.name(node)}",
             *(f"  {line}" for line in node.ssh_options.splitlines() if not _elsewhere(line, node)),
@@ -42,6 +43,11 @@ def ssh_config(inventory: Inventory, known_hosts_file: str) -> str:
             lines += [f'  UserKnownHostsFile "{known_hosts_file}"', "  GlobalKnownHostsFile /dev/null"]
         elif len(files) > 1:
             lines += ["  UserKnownHostsFile " + " ".join(f'"{file}"' for file in files)]
+    for address, nodes in shared.items():  # of several nodes behind it, Ansible says which by the port
+        ours = [line for line in nodes[0].ssh_options.splitlines() if not line.startswith(_OF_ONE)]
+        common = [line for line in ours if all(line in node.ssh_options.splitlines() for node in nodes)]
+        if common := [line for line in common if not any(_elsewhere(line, node) for node in nodes)]:
+            lines += ["", f"Match originalhost {address}", *(f"  {line}" for line in common)]
     names = [word for node in inventory.hosts for word in _words(node)]
     return "\n".join(
         [
@@ -84,8 +90,10 @@ def known_hosts(inventory: Inventory) -> str:
 
     These are the inventory's pins, and of a host without any what the user's own files know of it.
     """
-    keys = _Keys(inventory)
+    keys, shared = _Keys(inventory), _shared(inventory)
     lines = [entry.under(keys.name(node)) for node in inventory.hosts for entry in keys.of(node)]
+    for address, nodes in shared.items():
+        lines += [entry.under(f"[{address}]:{node.port}") for node in nodes for entry in keys.of(node)]
     return "".join(f"{line}\n" for line in dict.fromkeys(lines))
 
 
@@ -103,6 +111,14 @@ def _elsewhere(line: str, node: Node) -> bool:
     keyword, _, value = line.partition(" ")
     hops = [hop.rpartition("@")[2].partition(":")[0] for hop in value.split(",")]
     return line.startswith(_INCLUDE) or (keyword.lower() == "proxyjump" and not {*hops}.isdisjoint(_words(node)))
+
+
+def _shared(inventory: Inventory) -> dict[str, list[Node]]:
+    """The addresses of several hosts, which differ in their ports."""
+    holders: dict[str, list[Node]] = {}
+    for node in inventory.hosts:
+        holders.setdefault(node.address, []).append(node)
+    return {address: nodes for address, nodes in holders.items() if len(nodes) > 1}
 
 
 def _words(node: Node) -> list[str]:

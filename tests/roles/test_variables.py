@@ -57,6 +57,26 @@ def test_two_nodes_of_one_name_or_address_are_told():
     ]
 
 
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"ansible_host": "a", "ansible_port": 1, "ansible_user": "u"}, ["a", 1, "u"]),
+        ({"ansible_ssh_host": "b", "ansible_ssh_port": 2, "ansible_ssh_user": "v"}, ["b", 2, "v"]),
+        ({"ansible_host": "a", "ansible_ssh_host": "b", "ansible_port": 1, "ansible_ssh_port": 2}, ["b", 2, ""]),
+        ({}, ["", "", ""]),
+    ],
+)
+def test_roles_read_both_spellings_as_ansible_does(variables, place):
+    assert [site.reached(variables, what) for what in ("host", "port", "user")] == place
+
+
+def test_old_spellings_tell_nodes_apart_as_well():
+    hostvars = {"a": {"ansible_ssh_host": "10.0.0.1"}, "b": {"ansible_host": "10.0.0.1"}}
+    assert site.nodes_named_twice(["a", "b"], hostvars) == [
+        "a and b have the same ansible_host 10.0.0.1: give each its own"
+    ]
+
+
 def test_ports_tell_nodes_behind_one_address_apart():
     hostvars = {name: {"ansible_host": "10.0.0.1", "ansible_port": port} for name, port in (("a", 1), ("b", 2))}
     assert site.nodes_named_twice(["a", "b"], hostvars) == []

@@ -36,7 +36,7 @@ def nodes(hosts: list[str], hostvars: dict, kind: str) -> list[dict]:
         entries.append(
             {
                 "name": node_name(host, variables, kind),
-                "address": variables.get("ansible_host", host),
+                "address": variables.get("ansible_ssh_host", variables.get("ansible_host", host)),
                 "observed": next((found["observed"] for found in facts if found.get("observed")), {}),
             }
         )

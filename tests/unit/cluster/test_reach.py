@@ -186,6 +186,23 @@ def test_a_node_that_is_the_jump_host_of_the_others_is_not_reached_through_itsel
     )
 
 
+def test_nodes_behind_one_address_are_told_apart_by_their_ports_for_ansible_as_well(tmp_path, keys):
+    hosts = {
+        name: {"ansible_host": "203.0.113.7", "ansible_port": port, "runner_host_key": public(keys[key]),
+               "ansible_ssh_common_args": "-J bastion"}
+        for name, port, key in (("gpu-a", 2201, "host"), ("gpu-b", 2202, "other"))
+    }  # fmt: skip
+    read_in = inventory.parse("inv", listing(hosts))
+    config = tmp_path / "config"
+    config.write_text(ssh.ssh_config(read_in, str(tmp_path / "known")))
+    (tmp_path / "known").write_text(ssh.known_hosts(read_in))
+    assert (resolved(config, "gpu-a")["port"], resolved(config, "node002")["port"]) == ("2201", "2202")
+    by_address = resolved(config, "203.0.113.7")
+    assert by_address["proxyjump"] == "bastion" and "hostkeyalias" not in by_address
+    asked = ["ssh-keygen", "-F", "[203.0.113.7]:2202", "-f", tmp_path / "known"]
+    assert public(keys["other"]) in subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+
+
 def test_an_address_with_a_zone_is_not_given_to_other_nodes():
     hosts = {name: {**CPU, "ansible_host": f"fe80::{n}%eth0"} for n, name in enumerate("ab", start=1)}
     read_in = inventory.parse("inv", listing(hosts))
@@ -354,6 +371,41 @@ def sshd(folder: Path, host_key: Path, authorized: Path, *more: str) -> Iterator
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.mark.parametrize(
+    "form", ["an address", "an address with its port", "hashed", "a name", "an authority", "unknown"]
+)
+def test_a_real_sshd_is_reached_where_its_key_is_known_in_whatever_form(form, tmp_path, keys):
+    authorized = tmp_path / "authorized"
+    authorized.write_text(keys["client"].with_suffix(".pub").read_text())
+    host_key = tmp_path / "host"
+    for suffix in ("", ".pub"):
+        shutil.copy(f"{keys['host']}{suffix}", f"{host_key}{suffix}")
+    sign = ["ssh-keygen", "-q", "-s", keys["authority"], "-I", "x", "-h", "-n", "127.0.0.1", f"{host_key}.pub"]
+    more = [f"HostCertificate {host_key}-cert.pub"] if form == "an authority" else []
+    if more:
+        subprocess.run(sign, check=True)
+    with sshd(tmp_path, host_key, authorized, *more) as port:
+        key = public(keys["host"])
+        lines = {
+            "an address": f"127.0.0.1 {key}",
+            "an address with its port": f"[127.0.0.1]:{port}\t{key}",
+            "hashed": hashed(f"[127.0.0.1]:{port}", key, tmp_path),
+            "a name": f"gpu-* {key}",
+            "an authority": f"@cert-authority *,!10.* {public(keys['authority'])}",
+            "unknown": f"elsewhere {key}",
+        }
+        variables = {"ansible_host": "127.0.0.1", "ansible_port": port, "ansible_private_key_file": str(keys["client"])}
+        read_in = inventory.parse("inv", listing({"gpu-a": variables}), [lines[form]])
+        with ssh.rendered(read_in) as config:
+            done = subprocess.run(["ssh", "-F", config, "gpu-a", "true"], capture_output=True, text=True, timeout=60)
+    if form == "unknown":
+        stderr = done.stderr.splitlines()
+        assert reasons.reason_kind(done.returncode, stderr) == "host_key_unknown", done.stderr
+        assert "no host key of it is known" in reasons.explain(read_in.nodes[0], done.returncode, stderr)
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 # What of ssh's configuration decides where a connection goes, and as whom.
