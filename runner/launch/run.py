@@ -471,7 +471,8 @@ class Run:
         cell, alias = watch.cell, self.current.alias
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
-            state, error = "incomplete", fault
+            # Whether somebody stopped the run or cancelled its job: what did not finish is nobody's fault.
+            state, error = "cancelled" if fault["kind"] == "job_cancelled" else "incomplete", fault
         clock.enter("gathering")
         missing = self.transport.gather(self.current.plan, cell) if watch.sessions else {}  # else nothing began
         for name, problem in missing.items():

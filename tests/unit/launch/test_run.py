@@ -16,9 +16,10 @@ from runs import FACTS, NAMES, NodeAccess, Nodes, carry_out, ended_session, miss
 from slurm_commands import Commands, line
 from slurm_commands import cluster as slurm_cluster
 
+from runner.cli.conclusion import print_conclusion
 from runner.cluster import facts, inventory
 from runner.cluster.inventory import Inventory, Node
-from runner.errors import UsageError
+from runner.errors import EXIT_INTERRUPTED, UsageError
 from runner.failures import Problem
 from runner.launch import blame, drift
 from runner.launch import run as bench
@@ -620,6 +621,25 @@ def test_slurms_own_name_of_a_node_wins_over_its_place_in_the_inventory():
     assert [node.alias for node in nodes] == ["node001", "node002"]
     known = ("node001", "node002", "node003")
     assert [allocations.slurm_name(node, known) for node in nodes] == ["node001", "node003"]
+
+
+@pytest.mark.parametrize("by", ["scancel", "Ctrl-C"])
+def test_whoever_stops_a_cell_it_is_nobodys_fault(cluster, tmp_path, by):
+    """A job that somebody cancels and a run that somebody stops are judged alike."""
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+
+    class Stopped(Nodes):
+        def converse(self, planned, cell, watch, data, context):
+            watch.stop.asked = by == "Ctrl-C"
+            return super().converse(planned, cell, watch, data, context)
+
+    nodes = Stopped(run, ("torch", "job_cancelled", None))
+    policy = bench.Policy(retries=2)
+    summary = bench.Run(built, run, nodes, Display(quiet=True), None, policy, NodeAccess()).execute({})
+    assert states(run.read_status()) == {"torch-2n-r1": "cancelled"} and len(nodes.tried) == 1
+    assert (summary["state"], summary["findings"], summary["verdict"]) == ("cancelled", [], "not_judged")
+    assert print_conclusion(run, summary, as_json=True) == EXIT_INTERRUPTED
 
 
 def test_slurms_reason_has_a_line_of_its_own_and_a_queue_no_eta(cluster, tmp_path):
