@@ -106,6 +106,27 @@ def test_mode_and_owner_are_put_right_or_named_as_the_phase_may(tmp_path, mode, 
 
 
 @ROOT_ONLY
+def test_a_user_gets_a_file_in_his_own_folder_back(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("ssh-ed25519 AAAA\n")
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    os.chown(tmp_path, NOBODY.pw_uid, NOBODY.pw_gid)
+
+    def body(phase):
+        os.setegid(NOBODY.pw_gid)
+        os.seteuid(NOBODY.pw_uid)
+        try:
+            phase.own(str(path), 0o600)
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+
+    assert call(body).changed and path.read_text() == "ssh-ed25519 AAAA\n"
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (NOBODY.pw_uid, 0o600)
+
+
+@ROOT_ONLY
 def test_a_group_that_may_read_is_the_owners_and_another_does_not_matter(tmp_path):
     path = tmp_path / "conf"
     path.write_text("x")

@@ -656,7 +656,9 @@ def test_a_key_that_munge_refuses_is_the_one_problem_and_setup_mends_it(tmp_path
     phase = importlib.import_module("ansible.module_utils.phase")
     nobody = pwd.getpwnam("nobody")
     monkeypatch.setattr(phase, "ids", lambda owner: (nobody.pw_uid, nobody.pw_gid) if owner else (0, 0))
-    key = tmp_path / "munge.key"
+    key = tmp_path / "munge" / "munge.key"
+    key.parent.mkdir()
+    os.chown(key.parent, nobody.pw_uid, nobody.pw_gid)
     monkeypatch.setattr(slurm, "MUNGE_KEY", str(key))
     monkeypatch.setattr(slurm, "services", lambda phase, names: {name: ("failed", "enabled") for name in names})
     key.write_bytes(b"k" * 128)
@@ -667,5 +669,10 @@ def test_a_key_that_munge_refuses_is_the_one_problem_and_setup_mends_it(tmp_path
     assert problem["what"] == str(key) and problem["found"].startswith("mode 0644") and "setup" in problem["remedy"]
     monkeypatch.setattr(slurm, "start", lambda *arguments: None)
     monkeypatch.setattr(slurm, "SPOOL", str(tmp_path / "spool"))  # this machine's is not touched
-    carry_out(slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), state_dir=str(tmp_path), settle_s=0))
+    carry_out(
+        slurm.PHASES, "configure", settings(conf_dir=str(tmp_path), state_dir=str(tmp_path / "state"), settle_s=0)
+    )
     assert key.stat().st_mode & 0o777 == 0o600
+    key.parent.chmod(0o777)
+    (problem,) = carry_out(slurm.PHASES, "verify", want).problems
+    assert (problem["what"], problem["found"]) == (str(key.parent), "mode 0777")

@@ -524,7 +524,13 @@ def test_the_file_for_a_sites_include_is_written_only_where_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("prolog", 0o775), ("epilog.d/20-leftover-processes", 0o644), ("prolog.json", 0o666)]
+    ("name", "mode"),
+    [
+        ("prolog", 0o775),
+        ("epilog.d/20-leftover-processes", 0o644),
+        ("prolog.json", 0o666),
+        ("prolog.d", 0o777),
+    ],
 )
 def test_the_mode_of_each_file_is_named_by_verify_and_put_right_by_install(tmp_path, name, mode):
     want = settings(tmp_path, leftover_processes=True)

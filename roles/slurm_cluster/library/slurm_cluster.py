@@ -361,7 +361,7 @@ def configure(phase):
     known = all(before[name] is not None and applied.get(name) == sha256(before[name]) for name in expected)
     # The daemons may not have read the files that a killed run wrote.
     action = how_to_apply(before, expected) if known else "restart"
-    phase.own(MUNGE_KEY, 0o600, "munge")  # munged does not start with a key that others may read
+    own_keys(phase)
     for folder, mode in ((want["state_dir"], 0o700), (SPOOL, 0o755)):
         own_folder(phase, folder, mode)
     for name, content in expected.items():
@@ -386,6 +386,17 @@ def configure(phase):
     phase.write(FACT, json.dumps(published, indent=1, sort_keys=True) + "\n")
     resume(phase, want)
     phase.done.append(f"{want['node']} of {len(want['nodes'])} nodes is configured")
+
+
+def own_keys(phase):
+    """Mode and owner of the munge key and its folder, and of Slurm's; returns whether munged's differ.
+
+    munged does not start with a key that others may read or replace.
+    """
+    phase.own(phase.want["conf_dir"], None, remedy=SETUP)
+    return any(
+        [phase.own(os.path.dirname(MUNGE_KEY), None, "munge", SETUP), phase.own(MUNGE_KEY, 0o600, "munge", SETUP)]
+    )
 
 
 def owned(name):
@@ -553,7 +564,7 @@ def health(phase):
     """Check all but the node's state in Slurm; returns whether slurmctld answers. facts as in `verify`."""
     want = phase.want
     found = services(phase, units(want))
-    if phase.own(MUNGE_KEY, 0o600, "munge", SETUP) and found["munge"][0] != "active":
+    if own_keys(phase) and found["munge"][0] != "active":
         return False  # munged refuses such a key, and nothing works without it
     for name, (active, _) in found.items():
         if active != "active":

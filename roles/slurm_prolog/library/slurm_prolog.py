@@ -46,6 +46,11 @@ def parts(want, nvidia_smi):
 OWN_PARTS = ("10-gpu-health", "20-leftover-processes", "30-huge-pages", "40-gpu-cpu-affinity")
 
 
+def mode_of(text):
+    """The mode of a file with this text: only programs are executed."""
+    return 0o755 if text.startswith("#!") else 0o644
+
+
 def programs(want, nvidia_smi):
     """{path: text} of all programs to install, each after what it needs: the drivers, which run the parts, are last."""
     home, chosen = want["dir"], parts(want, nvidia_smi)
@@ -150,7 +155,9 @@ def install(phase):
     # The settings first: a driver without them does nothing, and parts without them fail.
     phase.write(os.path.join(want["dir"], "prolog.json"), driver_settings(want, tool("nvidia-smi"), tool("scontrol")))
     for path, text in texts.items():
-        phase.write(path, text, 0o755 if text.startswith("#!") else 0o644)
+        phase.write(path, text, mode_of(text))
+    for kind in KINDS:
+        phase.own(os.path.join(want["dir"], f"{kind}.d"), None)
     own = [os.path.join(f"{kind}.d", name) for kind in KINDS for name in OWN_PARTS]
     for path in (os.path.join(want["dir"], name) for name in (*own, MODULE)):
         if path not in texts:
@@ -174,7 +181,6 @@ def verify(phase):
     """Check the installed files, run the drivers' own test, and check Slurm's configuration. facts: parts."""
     want = phase.want
     texts = programs(want, tool("nvidia-smi"))
-    modes = dict.fromkeys(texts, 0o755)
     texts[os.path.join(want["dir"], "prolog.json")] = driver_settings(want, tool("nvidia-smi"), tool("scontrol"))
     for path, text in texts.items():
         found = read(path)
@@ -182,7 +188,9 @@ def verify(phase):
             state = "none" if found is None else "edited since"
             phase.problem(path, "as installed", state, SETUP)
         else:
-            phase.own(path, modes.get(path, 0o644), remedy=SETUP)
+            phase.own(path, mode_of(text), remedy=SETUP)
+    for kind in KINDS:
+        phase.own(os.path.join(want["dir"], f"{kind}.d"), None, remedy=SETUP)  # root runs what lies there
     phase.facts["parts"] = {kind: judged(phase, kind) for kind in KINDS}
     if not want["own_cluster"]:
         lines_in_force(phase, want)
