@@ -33,14 +33,20 @@ class Ended:
         return [e["context"] for e in self.ranks[rank] if e["event"] == "value" and e["metric"] == metric]
 
 
-def start(folder: Path, job: Mapping[str, Any], program: Sequence[str] = ("-m", "runner.workloads")) -> Ended:
-    """Run `job` on its `world_size` ranks with torchrun, until all have ended."""
+def start(
+    folder: Path,
+    job: Mapping[str, Any],
+    program: Sequence[str] = ("-m", "runner.workloads"),
+    env: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run `job` on its `world_size` ranks with torchrun, until all have ended; `env` is added to the environment."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     world = job["world_size"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    env = {name: value for name, value in os.environ.items() if name != "SHAKEDOWN_CELL"}
-    outcome = process.run([*launch, *program, str(folder)], timeout_s=180, env={**env, "OMP_NUM_THREADS": "1"})
+    kept = {name: value for name, value in os.environ.items() if name != "SHAKEDOWN_CELL"}
+    every = {**kept, "OMP_NUM_THREADS": "1", **(env or {})}
+    outcome = process.run([*launch, *program, str(folder)], timeout_s=180, env=every)
     files = [folder / f"rank{rank}.jsonl" for rank in range(world)]
     return Ended(
         outcome, [[json.loads(line) for line in f.read_text().splitlines()] if f.exists() else [] for f in files]

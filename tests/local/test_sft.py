@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import math
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import model_probe
+import oldest
 import ranks
 from runner.cluster import limits
+from runner.system import process
 from runner.workloads.sft.data import PackedData
-from runner.workloads.sft.model import build_model, inputs
+from runner.workloads.sft.model import build_model, inputs, labels
 
 pytestmark = pytest.mark.local
 
@@ -150,6 +156,64 @@ def test_a_training_that_diverges_ends_every_rank_with_one_line(tmp_path, data):
     assert all(events[-1]["event"] != "end" for events in ended.ranks)
 
 
+# ---- with the oldest transformers of a lock: this Python has the newest ----
+
+
+@pytest.fixture(scope="module")
+def old_transformers() -> dict[str, str]:
+    """The environment in which it is imported."""
+    try:
+        folder = oldest.transformers()
+    except LookupError as error:
+        pytest.skip(str(error))
+    return {"PYTHONPATH": f"{folder}:{Path(ranks.__file__).parent}"}
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory, data, old_transformers) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `model_probe` finds with the newest transformers, and with the oldest."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("probe")
+    for name, model in model_probe.MODELS.items():
+        built = build_model(model, attention="sdpa", dtype=torch.float32, seed=7)
+        built.save_pretrained(folder / "checkpoints" / name)
+    argv = [sys.executable, model_probe.__file__, str(folder / "checkpoints"), str(data), str(folder / "old.npz")]
+    outcome = process.run(argv, timeout_s=180, env={**os.environ, **old_transformers})
+    assert outcome.rc == 0, outcome.stderr
+    found = outcome.stdout.split()[-1]
+    assert found == oldest.lock().pins["transformers"] != importlib.metadata.version("transformers")
+    return model_probe.probe(folder / "checkpoints", data), dict(np.load(folder / "old.npz"))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_with_every_transformers_attention_stops_at_samples(probes, attention):
+    for found in probes:
+        np.testing.assert_allclose(found[attention], found[f"{attention}-alone"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sdpa", "eager", "flash_attention_2", "sdpa-loss", "eager-loss", "flash_attention_2-loss", "plain", "scaled"],
+)
+def test_every_transformers_computes_the_same(probes, name):
+    """From the same seed, and with the same checkpoint, with the base and the scaling of its rotary embeddings."""
+    new, old = (found[name] for found in probes)
+    np.testing.assert_allclose(old, new, atol=1e-5, rtol=1e-4)
+
+
+def test_the_checkpoints_differ_so_that_the_comparison_can_fail(probes):
+    assert np.abs(probes[0]["plain"] - probes[0]["scaled"]).max() > 1e-3
+
+
+def test_with_every_transformers_training_has_the_same_loss(tmp_path, data, two_ranks, old_transformers):
+    """Under ZeRO-3 in bfloat16, from random weights: some 10 s, for two ranks that import it all."""
+    ended = ranks.start(tmp_path, job(data, 2, micro=2, accumulation=2), env=old_transformers)
+    assert ended.outcome.rc == 0, ended.outcome.stderr
+    assert ended.values("loss") == pytest.approx(two_ranks.values("loss"), rel=0.005)
+    assert ended.values("model_parameters") == two_ranks.values("model_parameters")
+
+
 # ---- without ranks ----
 
 
@@ -159,7 +223,7 @@ def test_attention_does_not_cross_the_samples_of_a_sequence(data, attention):
 
     model = build_model(MODEL, attention=attention, dtype=torch.float32).eval()
     batch = PackedData(data).read(0, 3, seed=0)
-    arguments = inputs(batch, flash=False, device=torch.device("cpu"))
+    arguments = inputs(batch, flash=False, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
         packed = model(**arguments).logits.reshape(-1, ranks.VOCAB_SIZE)
         ids = arguments["input_ids"].reshape(-1)
@@ -175,14 +239,32 @@ def test_flash_attention_gets_one_row_and_its_boundaries(data):
     import torch
 
     batch = PackedData(data).read(0, 3, seed=0)
-    arguments = inputs(batch, flash=True, device=torch.device("cpu"))
+    arguments = inputs(batch, flash=True, device=torch.device("cpu"), dtype=torch.bfloat16)
     size = 3 * ranks.SEQ_LEN
-    assert {arguments[name].shape for name in ("input_ids", "labels", "position_ids")} == {(1, size)}
+    assert {arguments[name].shape for name in ("input_ids", "position_ids")} == {(1, size)}
+    assert labels(batch, flash=True, device=torch.device("cpu")).shape == (1, size)
     bounds = arguments["cu_seq_lens_q"]
     assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == size
     starts = [place for place in range(size) if arguments["position_ids"][0, place] == 0]
     assert bounds[:-1].tolist() == starts
     assert arguments["max_length_q"] == max(b - a for a, b in itertools.pairwise(bounds.tolist()))
+
+
+def test_random_weights_are_given_by_the_seed_alone():
+    import torch
+
+    def weights(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        return list(build_model(MODEL, attention="sdpa", dtype=dtype, seed=seed).parameters())
+
+    first = weights(3)
+    assert all(map(torch.equal, first, weights(3)))
+    assert all(map(torch.equal, [weight.bfloat16() for weight in first], weights(3, torch.bfloat16)))
+    assert all(weight.std().item() == pytest.approx(0.02, rel=0.05) for weight in first if weight.dim() > 1)
+    others = [other for seed in (0, 4) for other in weights(seed)]
+    for weight in first:
+        assert weight.dim() == 1 or not any(
+            torch.equal(weight, other) for other in others if other.shape == weight.shape
+        )
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):

@@ -104,13 +104,21 @@ def test_each_profile_is_a_lock_without_an_error_and_says_its_cuda(profile):
     assert lock.cuda == locks.PROFILES[profile]
 
 
-def test_the_profiles_current_and_cpu_have_the_tested_versions():
+@pytest.mark.parametrize(
+    ("profile", "own"),
+    [("current", set()), ("cpu", set()), ("cuda12", {"torch"})],
+)
+def test_profiles_have_the_versions_that_are_tested_together(profile, own):
     tested = locks.Lock((ROOT / "constraints.txt").read_text()).pins
-    for profile in ("current", "cpu"):
-        pins = locks.Lock((ROLE / "files" / "profiles" / f"{profile}.txt").read_text()).pins
-        both = set(pins) & set(tested)
-        assert "torch" in both and len(both) > 40
-        assert {n: pins[n].partition("+")[0] for n in both} == {n: tested[n] for n in both}
+    pins = locks.Lock((ROLE / "files" / "profiles" / f"{profile}.txt").read_text()).pins
+    both = set(pins) & set(tested)
+    assert "torch" in both and len(both) > 40
+    assert {n for n in both if pins[n].partition("+")[0] != tested[n]} == own
+
+
+def test_the_profile_user_has_the_versions_of_its_name():
+    pins = locks.Lock((ROLE / "files" / "profiles" / "user.txt").read_text()).pins
+    assert pins["torch"].startswith("2.3.") and pins["deepspeed"] == "0.14.0"
 
 
 # --- the driver ---
@@ -162,7 +170,7 @@ def settings(tmp_path, **changed):
 @pytest.mark.parametrize(
     ("driver", "cuda", "oldest", "remedy"),
     [
-        ("560.35.03", "13.0", "580.65.06", "conda_env_profile: user"),
+        ("560.35.03", "13.0", "580.65.06", "conda_env_profile: cuda12"),
         ("515.105.01", "12.1", "525.60.13", "conda_env_profile: cpu"),
         ("", "12.1", "525.60.13", "conda_env_profile: cpu"),
     ],
@@ -177,7 +185,17 @@ def test_a_build_that_the_driver_cannot_run_is_refused_with_one_that_fits(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("driver", "profile"), [("560.35.03", "user"), ("580.65.06", "current"), ("595.10", "current"), ("", "user")]
+    ("driver", "profile"),
+    [
+        ("515.105.01", "cuda12"),  # which is then refused, with the driver that it needs
+        ("525.60.13", "cuda12"),
+        ("535.183.06", "cuda12"),
+        ("560.35.03", "cuda12"),
+        ("575.57.08", "cuda12"),
+        ("580.65.06", "current"),
+        ("595.10", "current"),
+        ("", "cuda12"),
+    ],
 )
 def test_auto_takes_the_newest_profile_that_the_driver_runs(gpus, driver, profile):
     gpus(driver)

@@ -128,7 +128,7 @@ def validate(phase):
     if want.get("step") == "choose":
         # Without a driver, or with one that is too old, the profile with the lowest requirement is refused later, with
         # the reason.
-        phase.facts["profile"] = fitting(driver(phase)[0]) or "user"
+        phase.facts["profile"] = fitting(driver(phase)[0]) or "cuda12"
         return
     lock = Lock(want["lock_text"])
     for line in lock.errors:

@@ -18,8 +18,9 @@ from ansible.module_utils.phase import Stop
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility"; CUDA Toolkit Release Notes, table 2.
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
-# The CUDA of the role's own profiles, as in their locks; the first that fits is suggested.
-PROFILES = {"current": "13.0", "user": "12.1", "cpu": "none"}
+# The CUDA of the role's own profiles, as in their locks. The first that the driver runs is chosen; `user` never is,
+# since every driver for it runs `cuda12` too.
+PROFILES = {"current": "13.0", "cuda12": "12.8", "user": "12.1", "cpu": "none"}
 
 _PIN = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[[^]]*\])?\s*==\s*(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"

@@ -20,8 +20,9 @@ from typing import Any
 from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
+from runner.workloads.sft import versions
 from runner.workloads.sft.data import PackedData
-from runner.workloads.sft.model import build_model, inputs
+from runner.workloads.sft.model import build_model, inputs, labels, token_loss
 from runner.workloads.sft.resolve import Settings, resolve
 
 GIB = 1 << 30
@@ -79,20 +80,22 @@ def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
     from transformers.integrations import HfDeepSpeedConfig
 
     torch.manual_seed(job.seed)
-    config = dict(settings.deepspeed)
+    config = optimizer_for(settings.deepspeed, versions.has_fused_adamw(job.device))
     alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3
     if settings.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
     model = build_model(
-        job.model or {}, attention=settings.attention, dtype=getattr(torch, settings.dtype), weights=job.weights
+        job.model or {},
+        attention=settings.attention,
+        dtype=getattr(torch, settings.dtype),
+        weights=job.weights,
+        seed=job.seed,
     )
     del alive
     if job.params.get("activation_checkpointing", True):
-        # DeepSpeed's implementation, so that the configuration's section of that name applies.
-        deepspeed.checkpointing.configure(None, deepspeed_config=config)
-        model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
+        model._set_gradient_checkpointing(True, versions.checkpoint(config))
     model.train()
     size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     total = sum(size.values())
@@ -109,6 +112,14 @@ def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
     return engine, counts
 
 
+def optimizer_for(config: Mapping[str, Any], fused: bool) -> dict[str, Any]:
+    """A copy of a DeepSpeed configuration that asks for torch's fused optimizer only where there is one (`fused`)."""
+    optimizer = config.get("optimizer", {})
+    if fused or not optimizer.get("params", {}).get("fused"):
+        return dict(config)
+    return {**config, "optimizer": {**optimizer, "params": {**optimizer["params"], "fused": False}}}
+
+
 def _train(
     job: RankJob, settings: Settings, data: PackedData, engine: Any, counts: Mapping[str, int], events: Events
 ) -> None:
@@ -118,9 +129,11 @@ def _train(
     rank, world = dist.get_rank(), dist.get_world_size()
     micro, accumulation = settings.micro_batch, settings.gradient_accumulation
     flash = settings.attention == "flash_attention_2"
+    dtype = getattr(torch, settings.dtype)
     on_gpu = job.device == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     total_steps = settings.warmup_steps + settings.steps
+    loss_of = torch.compile(token_loss) if job.params.get("compile", False) else token_loss
     squares = lengths = 0
 
     for step in range(total_steps):
@@ -138,8 +151,12 @@ def _train(
         share /= accumulation * world
         loss_sum = torch.zeros((), device=engine.device)
         for batch in batches:
-            arguments = inputs(batch, flash=flash, device=engine.device)
-            loss = engine(**arguments, num_items_in_batch=share).loss
+            arguments = inputs(batch, flash=flash, device=engine.device, dtype=dtype)
+            expected = labels(batch, flash=flash, device=engine.device)
+            if settings.liger:  # computes it with the output layer, so that the logits are never in memory
+                loss = engine(**arguments, labels=expected, num_items_in_batch=share).loss
+            else:
+                loss = loss_of(engine(**arguments).logits, expected, share)
             engine.backward(loss)
             engine.step()
             loss_sum += loss.detach()

@@ -1,0 +1,62 @@
+"""What differs between the versions of transformers, DeepSpeed and torch that the locks of `conda_env` have.
+
+Each function asks the installed library what it can do, never which version it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_rope(config: Any) -> None:
+    """Give a LlamaConfig that was read from a checkpoint the rotary embeddings that a newer transformers wrote into it.
+
+    transformers before 5 keeps that field as any unknown one, and computes with its own default.
+    """
+    written = getattr(config, "rope_parameters", None)
+    if "rope_parameters" in inspect.signature(type(config).__init__).parameters or not written:
+        return  # transformers 5 converts the fields of earlier versions itself
+    scaling = {name: value for name, value in written.items() if name != "rope_theta"}
+    config.rope_theta = written["rope_theta"]
+    config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+
+
+def dtype(value: torch.dtype) -> dict[str, Any]:
+    """The argument with which transformers makes a model of this type; it is `torch_dtype` before 4.56."""
+    from transformers.models.llama.configuration_llama import LlamaConfig
+
+    return {"dtype" if hasattr(LlamaConfig(), "dtype") else "torch_dtype": value}
+
+
+def has_fused_adamw(device: str) -> bool:
+    """Whether torch updates all parameters on `device` ("cuda", "cpu") by one kernel; on CPUs torch 2.3 does not."""
+    import torch
+
+    try:
+        torch.optim.AdamW([torch.zeros(1, device=device, requires_grad=True)], fused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def checkpoint(config: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function (function, *inputs) that recomputes activations instead of keeping them.
+
+    DeepSpeed's, so that the section `activation_checkpointing` of its configuration applies. That of 0.14 begins by
+    making a stream of the device, and a CPU has none: there it is torch's.
+    """
+    import deepspeed
+
+    if hasattr(deepspeed.checkpointing, "transport_stream") and deepspeed.get_accelerator().Stream is None:
+        from torch.utils.checkpoint import checkpoint
+
+        # The other implementation compares shapes, and ZeRO-3 changes those of the weights.
+        return partial(checkpoint, use_reentrant=True)
+    deepspeed.checkpointing.configure(None, deepspeed_config=config)
+    return deepspeed.checkpointing.checkpoint  # type: ignore[no-any-return]
