@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ _SAFETENSORS, _SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index
 _TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PICKLE = b"\x80\x02"  # how torch.save began before it wrote archives
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Files that say how weights were quantised, beside config.json's own section.
@@ -57,6 +59,7 @@ def _faults(folder: Path) -> Iterator[str]:
             return
         yield from _quantisation(folder, config)
         yield from _tensors(folder)
+        yield from _layers(folder, config)
 
 
 def _json(file: Path) -> Generator[str, None, dict[str, Any] | None]:
@@ -64,7 +67,7 @@ def _json(file: Path) -> Generator[str, None, dict[str, Any] | None]:
     if not file.exists():
         yield f"have no {file.name}"
         return None
-    if _is_pointer(file):
+    if is_pointer(file):
         yield _pointer(file)
         return None
     try:
@@ -78,7 +81,8 @@ def _json(file: Path) -> Generator[str, None, dict[str, Any] | None]:
     return value
 
 
-def _is_pointer(file: Path) -> bool:
+def is_pointer(file: Path) -> bool:
+    """Whether Git LFS has left its pointer in place of `file`. Raises OSError where it cannot be read."""
     with open(file, "rb") as opened:
         return opened.read(len(_LFS)) == _LFS
 
@@ -102,6 +106,26 @@ def _method(section: Any) -> str:
     bits = [f"{n} bits" for n in (8, 4) if section.get(f"load_in_{n}bit")]
     bits += [f"{section['bits']} bits"] if "bits" in section else []
     return ", ".join([str(section.get("quant_method", "quantization_config")), *bits])
+
+
+def _layers(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Which layers have no tensor at all: ranks would start them from random numbers, without a word."""
+    count, names = config.get("num_hidden_layers"), _names(folder)
+    if not isinstance(count, int) or names is None:
+        return
+    there = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    if lacking := sorted(set(range(count)) - there):
+        which = f"layer {lacking[0]}" + (f" and {len(lacking) - 1} more of {count}" if len(lacking) > 1 else "")
+        yield f"are not all there: no tensor of {which}, which config.json says there are"
+
+
+def _names(folder: Path) -> set[str] | None:
+    """The names of the tensors; None where only torch could read them. The files have no fault."""
+    if (folder / _SAFETENSORS).exists():
+        with open(folder / _SAFETENSORS, "rb") as opened:
+            return {*json.loads(opened.read(int.from_bytes(opened.read(8), "little")))}
+    index = next((folder / name for name in (_SAFETENSORS_INDEX, _TORCH_INDEX) if (folder / name).exists()), None)
+    return {*json.loads(index.read_text())["weight_map"]} if index and not (folder / _TORCH).exists() else None
 
 
 def _tensors(folder: Path) -> Iterator[str]:
@@ -149,7 +173,7 @@ def _safetensors(file: Path, expected: set[str] | None = None) -> Iterator[str]:
     if not file.exists():  # such as a link into a cache that was cleared
         yield f"are not all there: {file.name} is a link to {os.readlink(file)}, which is missing"
         return
-    if _is_pointer(file):
+    if is_pointer(file):
         yield _pointer(file)
         return
     size = file.stat().st_size
@@ -183,7 +207,7 @@ def _archive(file: Path) -> Iterator[str]:
     if not file.exists():
         yield f"are not all there: {file.name} is a link to {os.readlink(file)}, which is missing"
         return
-    if _is_pointer(file):
+    if is_pointer(file):
         yield _pointer(file)
         return
     with open(file, "rb") as opened:

@@ -19,6 +19,7 @@ from typing import Any
 
 from runner.errors import InfrastructureError, RunnerError, UsageError
 from runner.workloads.data import instructions
+from runner.workloads.weights import is_pointer
 
 BUILTIN_VOCAB_SIZE = 2048
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -120,6 +121,8 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _samples_of_file(file: Path) -> list[Sample]:
+    if is_pointer(file):
+        raise UsageError(f"{file}: a Git LFS pointer, not the data: run `git lfs pull` there")
     read = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[file.suffix]
     samples = [_sample(row, f"{file}: {where}") for where, row in read(file)]
     if not samples:

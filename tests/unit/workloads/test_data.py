@@ -395,6 +395,11 @@ GOOD = json.dumps(ROWS[0])
         ("a.jsonl", "\n\n", "a.jsonl: no rows; give at least one"),
         ("a.parquet", b"", "a.parquet: not readable as Parquet: "),
         ("a.parquet", b"PAR1 no table PAR1", "a.parquet: not readable as Parquet: "),
+        (
+            "a.parquet",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "a.parquet: a Git LFS pointer, not the",
+        ),
         ("a.csv", "instruction,output\n", "a.csv: data files end in .json, .jsonl, .parquet; rename or convert it"),
         ("a.json", "[{", "a.json: line 1 is not JSON: "),
         ("a.json", f"{GOOD}\n{GOOD}\n", "line 2 is not JSON: Extra data; name it .jsonl if it has one object a line"),

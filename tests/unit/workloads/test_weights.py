@@ -32,17 +32,26 @@ def folder(path: Path, **changes: object) -> Path:
     """A good folder of one file, with `changes` to its config.json."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps({k: v for k, v in {**LLAMA, **changes}.items() if v != "absent"}))
-    save_file({"model.norm.weight": np.ones(128, np.float16)}, path / "model.safetensors")
+    save_file(tensors(int(changes.get("num_hidden_layers", 4))), path / "model.safetensors")
     return path
+
+
+def tensors(layers: int) -> dict[str, np.ndarray]:
+    """One tensor of each layer, and one more."""
+    names = ["model.norm.weight", *(f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers))]
+    return {name: np.ones(8, np.float16) for name in names}
 
 
 def sharded(path: Path) -> Path:
     """A good folder of two shards."""
     folder(path)
     (path / "model.safetensors").unlink()
+    where = {}
     for number in (1, 2):
-        save_file({f"t{number}": np.ones(64, np.float32)}, path / f"model-0000{number}-of-00002.safetensors")
-    where = {f"t{number}": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+        shard = f"model-0000{number}-of-00002.safetensors"
+        part = {name: value for n, (name, value) in enumerate(tensors(4).items()) if n % 2 == number - 1}
+        save_file(part, path / shard)
+        where |= dict.fromkeys(part, shard)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return path
 
@@ -84,14 +93,14 @@ SPOILT = {
     "a pointer for a shard": (sharded, replaced("model-00002-of-00002.safetensors"), "00002.safetensors is a Git LFS pointer"),
     "a pointer for the index": (sharded, replaced("model.safetensors.index.json"), "index.json is a Git LFS pointer"),
     "a pointer for torch's file": (folder, lambda p: (torch_file(p), replaced("pytorch_model.bin")(p)), "is a Git LFS pointer"),
-    "half a file": (folder, lambda p: cut(p / "model.safetensors", 200), "model.safetensors has 200 bytes, its header says"),
+    "half a file": (folder, lambda p: cut(p / "model.safetensors", -20), "bytes, its header says"),
     "a file that ends in its header": (folder, lambda p: cut(p / "model.safetensors", 20), "20 bytes and ends in its header"),
     "an empty file": (folder, replaced("model.safetensors", b""), "has 0 bytes and ends in its header"),
-    "half a shard": (sharded, lambda p: cut(p / "model-00001-of-00002.safetensors", 150), "has 150 bytes, its header says"),
+    "half a shard": (sharded, lambda p: cut(p / "model-00001-of-00002.safetensors", -20), "bytes, its header says"),
     "half an archive": (folder, half_archive, "pytorch_model.bin has 500 bytes and no end"),
     "a page of HTML": (folder, replaced("model.safetensors", "<!DOCTYPE html><html>"), "model.safetensors has no header of safetensors"),
     "a missing shard": (sharded, lambda p: (p / "model-00001-of-00002.safetensors").unlink(), "00001-of-00002.safetensors missing"),
-    "a shard of another download": (sharded, lambda p: save_file({"x": np.ones(1)}, p / "model-00002-of-00002.safetensors"), "lacks t2"),
+    "a shard of another download": (sharded, lambda p: save_file({"x": np.ones(1)}, p / "model-00002-of-00002.safetensors"), "lacks model.layers.0.mlp.up_proj.weight"),
     "shards without their index": (sharded, lambda p: (p / "model.safetensors.index.json").unlink(), "have shards and no index"),
     "no weights": (folder, lambda p: (p / "model.safetensors").unlink(), "are none: the folder has neither model.safetensors"),
     "a link to nowhere": (folder, lambda p: ((p / "model.safetensors").unlink(), (p / "model.safetensors").symlink_to("../blobs/x")), "is a link to ../blobs/x"),
@@ -102,6 +111,7 @@ SPOILT = {
     "gptq": (lambda p: folder(p, quantization_config={"quant_method": "gptq", "bits": 4}), lambda p: None, "are quantised (gptq, 4 bits)"),
     "awq": (lambda p: folder(p, quantization_config={"quant_method": "awq", "bits": 4}), lambda p: None, "are quantised (awq, 4 bits)"),
     "fp8": (lambda p: folder(p, quantization_config={"quant_method": "fp8"}), lambda p: None, "are quantised (fp8)"),
+    "a part of the layers": (folder, lambda p: save_file(tensors(2), p / "model.safetensors"), "no tensor of layer 2 and 1 more of 4"),
     "an older gptq": (folder, replaced("quantize_config.json", "{}"), "are quantised (quantize_config.json)"),
     "nothing but the tensors says it": (folder, quantised, "qweight in model.safetensors is I32"),
 }  # fmt: skip
