@@ -133,6 +133,7 @@ class _Variables(BaseModel):
     runner_env: dict[str, str | int | float] = Field(default_factory=dict)
     runner_nccl: nccl_of.Choice | None = None
     nccl_build_root: str = nccl_of.ROOT  # of role nccl_build
+    conda_env_prefix: str | None = None  # of role conda_env
 
 
 def default_source(own: Path = places.ANSIBLE_CFG) -> str:
@@ -302,6 +303,8 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         if key.startswith("runner_") and key not in _Variables.model_fields:
             raise unknown("variable", key, [f for f in _Variables.model_fields if f.startswith("runner_")], where)
     values = check(_Variables, dict(variables), where)
+    made = f"{values.conda_env_prefix}/bin/python" if values.conda_env_prefix else sys.executable
+    python = values.runner_python or made
     way = reach(where, name, variables, settings)
     for what, word, pattern in (
         ("host name", name, _NAME),
@@ -314,7 +317,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         ("ansible_ssh_private_key_file", way.key_file or "-", _KEY_FILE),
         (
             "runner_python",
-            values.runner_python or sys.executable,
+            python,
             re.compile(".+") if way.local else _PATH,
         ),
         ("runner_host_key", values.runner_host_key or "ssh-x x", _HOST_KEY),
@@ -337,7 +340,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         user=way.user,
         key_file=way.key_file,
         host_key=values.runner_host_key,
-        python=values.runner_python or sys.executable,
+        python=python,
         gpus=None if values.runner_gpus_per_node == "auto" else values.runner_gpus_per_node,
         device=values.runner_device,
         hardware=values.runner_hardware,

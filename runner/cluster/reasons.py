@@ -99,7 +99,11 @@ def explain(node: Node, rc: int | None, stderr: Sequence[str]) -> str:
             user = f", user {node.user}" if node.user else ""
             return f"{meaning}{_other_host(node, text)} ({node.endpoint}{user})"
     if rc in _NOT_FOUND:
-        return f"has no {node.python}: provision it with `{setup_command(node, 'conda_env')}`"
+        from runner.cluster.scaffold import PYTHON
+
+        # Role conda_env does not read runner_python: another path would be missing afterwards, too.
+        there = f", and set runner_python: {PYTHON} (or conda_env_prefix)" if node.python != PYTHON else ""
+        return f"has no {node.python}: provision it with `{setup_command(node, 'conda_env')}`{there}"
     if rc == GIVEN_UP:
         return "is up but does not answer in time"
     lines = [line.strip() for line in stderr if line.strip()]

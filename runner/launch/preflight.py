@@ -36,13 +36,14 @@ Problems = Mapping[str, Sequence[Problem]]  # by a node's name; good ones are le
 
 @dataclass(frozen=True)
 class Answers:
-    """The result of checking nodes: the problems of each, the environment of each (property -> value), and what role
-    nccl_build has built on each.
+    """The result of checking nodes: the problems of each, the environment of each (property -> value), what role
+    nccl_build has built on each, and what NVML calls its first GPU.
     """
 
     problems: Problems
     environments: Mapping[str, Mapping[str, str]]
     nccl: Mapping[str, nccl.Built] = field(default_factory=dict)
+    gpus: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,9 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}
         environments[name] = facts.comparable(seen)
-    built = {
-        name: nccl.Built(**answer.facts["nccl_built"]) for name, answer in answers.items() if answer.facts["nccl_built"]
-    }
-    return Answers(problems, environments, built)
+    built = {name: nccl.Built(**told) for name, answer in answers.items() if (told := answer.facts.get("nccl_built"))}
+    gpus = {name: answer.facts["gpus"][0]["name"] for name, answer in answers.items() if answer.facts.get("gpus")}
+    return Answers(problems, environments, built, gpus)
 
 
 def checks(

@@ -253,5 +253,5 @@ def _observed(node: Node, device: str) -> tuple[int, str, str]:
         device = "cuda" if names else "cpu"
     hardware = node.hardware
     if device == "cuda" and hardware == "cpu":  # the inventory does not say
-        hardware = "h200-sxm" if names and "H200" in names[0] and "NVL" not in names[0] else "unknown"
+        hardware = config.hardware_of(names[0]) if names else "unknown"
     return node.gpus or (len(names) if device == "cuda" else 2), device, hardware

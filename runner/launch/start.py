@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runner import failures
 from runner.cluster import nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.cluster.ssh import rendered
+from runner.errors import UsageError
 from runner.launch import carry, preflight
 from runner.launch.carry import Dependencies, RunResult
 from runner.launch.prepare import Prepared, run_dir
 from runner.launch.run import Policy
-from runner.plan import build
+from runner.plan import build, config
 from runner.plan.plan import Plan
+from runner.plan.request import Request
 from runner.report.progress import Display
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The nodes of a run, its spares, the skipped nodes with their problems, the access to nodes, and the NCCL of their
-    ranks (as in Plan).
+    """The nodes of a run, its spares, the skipped nodes with their problems, the access to nodes, their hardware, and
+    the NCCL of their ranks (as in Plan).
     """
 
     access: preflight.NodeAccess
     nodes: tuple[Node, ...]
+    hardware: Mapping[str, Any]
     nccl: str | None
     nccl_root: str | None
     spares: tuple[Node, ...] = ()
@@ -60,6 +64,7 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
                     run_dir=run_dir(options, run_id),
                     ssh_config=ssh_config,
                     passed_over=chosen.passed_over,
+                    hardware=chosen.hardware,
                     nccl=chosen.nccl,
                     nccl_root=chosen.nccl_root,
                 )
@@ -76,7 +81,7 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
 def _choose(prepared: Prepared, ssh_config: str | None, display: Display, dependencies: Dependencies) -> Chosen:
     """Check the nodes and use the good ones; all of them if Slurm is to choose.
 
-    Raises InfrastructureError naming every bad node if too few are good.
+    Raises InfrastructureError naming every bad node if too few are good, and UsageError for other GPUs than planned.
     """
     options, request, nodes = prepared.options, prepared.request, prepared.nodes
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
@@ -85,7 +90,7 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
     weights = prepared.weights_on_nodes
     access = dependencies.access(*made, nccl_root=request.nccl_root, weights=weights)
     if not request.named:  # Slurm chooses
-        return Chosen(access, nodes, request.nccl, request.nccl_root)
+        return Chosen(access, nodes, request.hardware, request.nccl, request.nccl_root)
     skip, count = options.skip_bad_nodes or options.replace_bad_nodes, max(request.node_counts)
     candidates = nodes if skip else nodes[:count]
     display.note(f"checking {preflight.folded(candidates)}")
@@ -101,7 +106,30 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
         if reason:
             display.note(f"NCCL: torch's own, since {reason}")
         access = dependencies.access(*made, nccl_root=root, weights=weights)
-    return Chosen(access, good, which, root, spares if options.replace_bad_nodes else (), passed_over)
+    hardware = _hardware(request, good, answers.gpus)
+    return Chosen(access, good, hardware, which, root, spares if options.replace_bad_nodes else (), passed_over)
+
+
+def _hardware(request: Request, nodes: Sequence[Node], gpus: Mapping[str, str]) -> Mapping[str, Any]:
+    """The hardware of `request`, or where the inventory says none, that of the GPUs that its nodes have.
+
+    Raises UsageError where it is not what a node has: ceilings and memory would be another GPU's.
+    """
+    hardware = request.hardware
+    if request.device != "cuda" or hardware["name"] == "unknown":
+        return hardware
+    for node in nodes:
+        if (gpu := gpus.get(node.name)) is None:
+            continue
+        if hardware["name"] == "cpu":  # the inventory does not say
+            name = config.hardware_of(gpu)
+            hardware = {"name": name, **config.load_hardware(name).model_dump()}
+        if hardware["name"] != "unknown" and not config.describes(hardware, gpu):
+            raise UsageError(
+                f"runner_hardware {hardware['name']} is {hardware['gpu']}, and {node.alias} has {gpu}: its file of "
+                f"configs/hardware is {config.hardware_of(gpu)}"
+            )
+    return hardware
 
 
 def _refuse(plan: Plan, chosen: Chosen, dependencies: Dependencies) -> None:

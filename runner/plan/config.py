@@ -138,6 +138,20 @@ def load_hardware(name: str) -> Hardware:
     return check(Hardware, read_yaml(path), str(path))
 
 
+_FORMS = {"NVL", "PCIe"}  # of which a vendor's name for the common form, SXM, says nothing
+
+
+def describes(hardware: Mapping[str, Any], gpu: str) -> bool:
+    """Whether a file describes the GPU that NVML calls `gpu`: "H200 SXM" is "NVIDIA H200", not "NVIDIA H200 NVL"."""
+    seen, meant = set(re.split(r"[ -]", gpu)), set(re.split(r"[ -]", hardware["gpu"]))
+    return meant - {"NVIDIA", "SXM"} <= seen and seen & _FORMS <= meant
+
+
+def hardware_of(gpu: str) -> str:
+    """The name of the file that describes the GPU that NVML calls `gpu`, `unknown` where there is none."""
+    return next((name for name in names("hardware") if describes(load_hardware(name).model_dump(), gpu)), "unknown")
+
+
 def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
     """The settings of a test: configs/tests/<name>.yaml with `overrides` (key -> value) from `--set` applied.
 

@@ -281,3 +281,24 @@ def test_a_cached_inventory_is_named_as_it_was_asked_for_now(tmp_path, monkeypat
     monkeypatch.chdir(ROOT)
     for source in ("inventory/fukushimadc-02", str(ROOT / "inventory/fukushimadc-02"), "inventory/fukushimadc-02"):
         assert {node.inventory for node in inventory.read(source, tmp_path).nodes} == {source}
+
+
+@pytest.mark.parametrize(
+    ("variables", "python"),
+    [
+        ({"conda_env_prefix": "/srv/env"}, "/srv/env/bin/python"),
+        ({"conda_env_prefix": "/srv/env", "runner_python": "/usr/bin/python3"}, "/usr/bin/python3"),
+        ({}, sys.executable),
+    ],
+)
+def test_the_environment_that_setup_makes_is_the_one_that_runs_use(variables, python):
+    (node,) = inventory.parse("inv", listing({"a": variables})).nodes
+    assert node.python == python
+
+
+def test_a_path_that_setup_does_not_make_is_said_with_the_one_that_it_makes():
+    node = inventory.parse("inv", listing({"a": {"runner_python": "/home/me/.venv/bin/python"}})).nodes[0]
+    assert reasons.explain(node, 127, []) == (
+        "has no /home/me/.venv/bin/python: provision it with `runner setup -i inv --tags conda_env`, and set "
+        "runner_python: /opt/shakedown/env/bin/python (or conda_env_prefix)"
+    )
