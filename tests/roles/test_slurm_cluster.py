@@ -518,6 +518,79 @@ def test_what_is_broken_is_named(node_of, broken, says):
     assert says in answer.msg
 
 
+@pytest.mark.parametrize(
+    ("sacctmgr", "says"),
+    [
+        (("shakedown|10.20.0.1", 0), ""),
+        (("", 0), "cluster that slurmdbd knows, with its slurmctld: expected shakedown, found none"),
+        (("shakedown|", 0), "cluster that slurmdbd knows, with its slurmctld: expected shakedown, found shakedown"),
+        (("other|10.0.0.1", 0), "cluster that slurmdbd knows, with its slurmctld: expected shakedown, found other"),
+        (
+            ("sacctmgr: error: slurm_persist_conn_open_without_init: Connection refused", 1),
+            "found sacctmgr: error: slurm_pers",
+        ),
+    ],
+)
+def test_a_slurmdbd_that_does_not_know_the_cluster_is_named_on_its_node(node_of, sacctmgr, says):
+    active = healthy()["systemctl"][0] + "".join(
+        f"\n\nId={name}.service\nActiveState=active\nUnitFileState=enabled" for name in ("mariadb", "slurmdbd")
+    )
+    node_of(**healthy(sacctmgr=sacctmgr, systemctl=(active, 0)))
+    answer = verify(accounting=True)
+    assert answer.ok is (says == "") and says in answer.msg
+    elsewhere = verify(accounting=True, node="node002")
+    assert "slurmdbd knows" not in elsewhere.msg
+
+
+def added(tmp_path, monkeypatch, sacctmgr):
+    """(the answer, the commands of sacctmgr) where the cluster is added to slurmdbd, if it is not there."""
+    script = tmp_path / "sacctmgr"
+    script.write_text(f'#!/bin/sh\n# STAND-IN for sacctmgr\necho "$@" >> {tmp_path}/asked\n{sacctmgr}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "clustername").write_text("shakedown|2761")
+    want = settings(accounting=True, state_dir=str(tmp_path))
+    answer = carry_out({"configure": lambda phase: slurm.add_cluster(phase, phase.want)}, "configure", want)
+    return answer, [line for line in (tmp_path / "asked").read_text().splitlines() if "add cluster" in line]
+
+
+def test_a_cluster_that_slurmdbd_knows_is_left_as_it_is(tmp_path, monkeypatch):
+    answer, commands = added(tmp_path, monkeypatch, "echo 'shakedown|10.20.0.1'")
+    assert not answer.changed and commands == [] and (tmp_path / "clustername").exists()
+
+
+def test_a_cluster_that_ran_without_slurmdbd_gives_up_the_number_that_it_gave_itself(tmp_path, monkeypatch):
+    answer, commands = added(tmp_path, monkeypatch, "true")
+    assert answer.changed and commands == ["--immediate add cluster shakedown"]
+    assert not (tmp_path / "clustername").exists()
+
+
+def test_a_slurmdbd_that_does_not_answer_stops_the_run_with_its_words(tmp_path, monkeypatch):
+    answer, commands = added(tmp_path, monkeypatch, "echo 'sacctmgr: error: Connection refused' >&2; exit 1")
+    assert "slurmdbd: expected answers within 0 s, found sacctmgr: error: Connection refused" in answer.msg
+    assert commands == [] and (tmp_path / "clustername").exists()
+
+
+GRANTS = {
+    "10.11": "GRANT USAGE ON *.* TO `slurm`@`localhost` IDENTIFIED VIA unix_socket\nGRANT ALL PRIVILEGES ON `slurm_acct_db`.* TO `slurm`@`localhost`",
+    "escaped": "GRANT ALL PRIVILEGES ON `slurm\\_acct\\_db`.* TO `slurm`@`localhost`",
+}
+
+
+@pytest.mark.parametrize("grants", GRANTS.values(), ids=GRANTS)
+def test_a_database_that_is_there_is_left_as_it_is(node_of, grants):
+    node_of(mariadb=(grants, 0))
+    answer = carry_out({"configure": slurm.database}, "configure", settings())
+    assert answer.ok and not answer.changed
+
+
+def test_the_database_has_no_password_and_what_mariadb_refuses_is_told(node_of):
+    node_of(mariadb=("ERROR 1141 (42000) at line 1: There is no such grant defined for user 'slurm'", 1))
+    answer = carry_out({"configure": slurm.database}, "configure", settings())
+    assert "MariaDB: expected a database slurm_acct_db, found ERROR 1141" in answer.msg
+    assert "Pass" not in conf.slurmdbd_conf("hgx-0001")
+
+
 def test_a_clock_that_is_off_is_named(node_of):
     late = "ENCODE_TIME: x (1795245406)\nDECODE_TIME: y (1795245506)"
     node_of(**healthy(unmunge=(late, 0)))

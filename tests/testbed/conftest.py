@@ -78,7 +78,7 @@ def slurm_nodes(name: str, folder: Path, release: str | None, *settings: str) ->
         if not (folder / "provisioned").exists():
             chosen = [word for setting in settings for word in ("--set", setting)]
             argv = [str(RUNNER), "setup", "-i", str(inventory), "--results", str(folder), *chosen]
-            process.run(argv, timeout_s=300, check=True)
+            process.run(argv, timeout_s=500, check=True)
             (folder / "provisioned").touch()
         yield Testbed(name, inventory, state["nodes"], Path(state["wanted"]["share"]))
     finally:
