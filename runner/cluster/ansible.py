@@ -50,7 +50,7 @@ def files() -> list[Path]:
     named = os.environ.get("ANSIBLE_CONFIG")
     places = [Path(named)] if named else []
     places += [Path("ansible.cfg"), Path.home() / ".ansible.cfg", Path("/etc/ansible/ansible.cfg")]
-    return [path for path in places if path.is_file()]
+    return [path for path in places if path.is_file() and os.access(path, os.R_OK)]
 
 
 def environment() -> dict[str, str]:

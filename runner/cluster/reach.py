@@ -263,13 +263,14 @@ class _Reading:
         identity = first.get("identityfile")
         if not first.get("port", "22").isdecimal():
             raise UsageError(f"{self.where}: Port {first['port']}: write the number of the port")
+        address = (self.host or "%h").replace("%h", address or self.name)
         return Reach(
-            address=(self.host or "%h").replace("%h", address or self.name),
+            address=address,
             port=int(first.get("port", "22")),
             user=_bare(first.get("user")),
             key_file=key_file or _bare(identity),
             local=False,
-            options=tuple(self.lines),
+            options=tuple(_given(line, address) for line in self.lines),
             known_hosts_files=tuple(self.files),
             host_key_alias=self.alias,
             become=self._become(_bare(first.get("user"))),
@@ -318,6 +319,12 @@ class _Reading:
                 if reason := _ssh_refuses(line):
                     raise UsageError(f"{where}: ssh refuses {line!r}: {reason}")
                 self.lines.append(line)
+
+
+def _given(line: str, address: str) -> str:
+    """`line` for another name on the command line: Ansible gives ssh the address, which `%n` there stands for."""
+    escaped = address.replace("%", "%%")
+    return re.sub("%(.)", lambda match: escaped if match[1] == "n" else match[0], line)
 
 
 def _bare(value: str | None) -> str | None:

@@ -70,6 +70,10 @@ def test_every_variable_of_ansibles_plugins_has_its_fate(plugin, table):
             {"ansible_ssh_common_args": '-o ProxyCommand="ssh -W %h:%p -q me@bastion"'},
             "ProxyCommand ssh -W %h:%p -q me@bastion",
         ),
+        (
+            {"ansible_host": "10.0.0.7", "ansible_ssh_common_args": "-o 'ProxyCommand=connect %n %%n %p'"},
+            "ProxyCommand connect 10.0.0.7 %%n %p",
+        ),
         ({"ansible_ssh_extra_args": "-vvvi ~/.ssh/k -tt"}, "IdentityFile ~/.ssh/k"),
         ({"ansible_ssh_extra_args": "-l me -p 2200"}, "Port 2200"),
         ({"ansible_ssh_common_args": "-F '/etc/my ssh'"}, 'Include "/etc/my ssh"'),
