@@ -42,7 +42,7 @@ def listing(source: str) -> dict[str, Any]:
     if outcome.rc != 0:
         lines = [line for line in outcome.stderr.splitlines() if "ERROR" in line]
         raise UsageError(f"inventory {source}: {_PREFIX.sub('', lines[0] if lines else outcome.last_line).strip()}")
-    return json.loads(outcome.stdout)
+    return json.loads(outcome.stdout.splitlines()[-1])  # an inventory plugin may have printed something
 
 
 def files() -> list[Path]:
