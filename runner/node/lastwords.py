@@ -173,6 +173,7 @@ _STACK = (
     r"^\s*frame #\d+:|^Exception raised from |^C\+\+ CapturedTraceback:|^\s*#\d+ .* (?:from|at) "
     r"|^<omitting python frames>|^(?:Current t|T)hread 0x|^Stack \(most recent call first\)|most recent call first\)?:$"
     r'|^  File ".*", line \d+ in |^\s+Binary file "|^Extension modules:|^  <no Python frame>|^\[bt\]'
+    r"|^object (?:address|re\w+|type|type name)\s*: |^lost sys\.stderr$"
 )
 _WARNING = (
     r"^\[?[WI]\d{4} |^\[[WI]\b|^\[[WI]\d|\w*Warning: |^\s*warnings\.warn\(|^\s*warning_cache\.warn\(|\bWARNING\b"

@@ -135,7 +135,15 @@ def test_what_is_kept_tells_the_same(text, end):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n\n", "[W1121 x.cpp:1] y", FRAMES, "srun: error: n1: task 3: Exited with exit code 1"]
+    "text",
+    [
+        "",
+        "\n\n",
+        "[W1121 x.cpp:1] y",
+        FRAMES,
+        "srun: error: n1: task 3: Exited with exit code 1",
+        "object repr     : KeyboardInterrupt()\nlost sys.stderr",
+    ],
 )
 def test_noise_ends_nothing(text):
     assert said(text) == []
