@@ -98,6 +98,8 @@ def _verdict(weights: str, model: Mapping[str, Any]) -> str | None:
         from transformers.models.llama.configuration_llama import LlamaConfig
     except ImportError:
         return _ABSENT
+    from runner.workloads.sft import versions
+
     raw = json.loads(Path(weights, "config.json").read_text())
     kind = raw.get("model_type")
     if kind != "llama":
@@ -107,6 +109,7 @@ def _verdict(weights: str, model: Mapping[str, Any]) -> str | None:
     except Exception as error:  # its own checks raise many types
         text = " ".join(str(error).split())
         return f"have a config.json that transformers does not read: {text}"
+    versions.read_rope(found)
     return difference(model, found)
 
 
