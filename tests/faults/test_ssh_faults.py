@@ -10,11 +10,11 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -330,10 +330,6 @@ def test_two_nodes_that_fail_in_the_same_second_are_both_named_and_told_at_once(
         bench.wait_for_ranks()
         pause(paused["container"])
         signal_rank(killed["container"], "KILL")
-        moment = time.monotonic()
-        log = bench.run.log
-        assert until(lambda: "killed by SIGKILL" in log.read_text(errors="replace"), 15), "nothing was told"
-        told_s = time.monotonic() - moment
         code, output = bench.end()
     finally:
         bench.leave()
@@ -343,8 +339,15 @@ def test_two_nodes_that_fail_in_the_same_second_are_both_named_and_told_at_once(
     (before,) = cell["attempts"]
     errors = {(one["host"], one["kind"]) for one in each_error(before["error"])}
     assert errors == {(killed["name"], "rank_killed"), (paused["name"], "hung")}, output
-    assert told_s < 15 and cell["state"] == "complete"
+    assert cell["state"] == "complete"
     assert [one["host"] for one in bench.run.read_status()["replaced"]] == [paused["name"]]
+    # The rank was told of long before the silent node had been given up.
+    log = bench.run.log.read_text(errors="replace").splitlines()
+    told, over = (
+        next(datetime.fromisoformat(line.split()[0]) for line in log if words in line)
+        for words in ("killed by SIGKILL on", "incomplete after" if before["state"] == "incomplete" else "failed after")
+    )
+    assert (over - told).total_seconds() > 10, output
     assert_no_orphan(bench.marker, 60)
 
 

@@ -11,7 +11,7 @@ from report_fixture import NAMES
 from runner import errors
 from runner.cli import conclusion
 from runner.judge import analysis
-from runner.report import terminal, words
+from runner.report import page, terminal, words
 from runner.results.rundir import RunDir
 from runner.results.status import joined
 
@@ -48,6 +48,12 @@ def test_a_node_that_was_given_up_is_a_finding_with_exit_code_1(by, tmp_path, ca
     assert words.headline(summary) == "1 node failed and was given up"
     last = terminal.terminal(summary).splitlines()
     assert "It works" not in "".join(last) and last[-1] == "✕ 1 node failed and was given up"
+    fixture = report_fixture.testbed((1, 2))
+    page.write(tmp_path, *fixture.arguments[:2], summary, *fixture.arguments[2:])
+    top = (
+        (tmp_path / "report.html").read_text().partition('<header class="card hero fail">')[2].partition("</header>")[0]
+    )
+    assert "✕ fail" in top and f"<h1>{words.headline(summary)}</h1>" in top, "the words are the terminal's"
     assert conclusion.print_conclusion(RunDir(tmp_path), summary, False) == errors.EXIT_TARGET_MISSED
     assert "to finish it" not in capsys.readouterr().out
 
