@@ -326,14 +326,13 @@ def test_without_spares_the_run_says_which_node_does_not_get_its_data_and_how_to
 def test_two_nodes_that_fail_in_the_same_second_are_both_named_and_told_at_once(bed, tmp_path):
     killed, paused = bed.nodes[:2]
     bench = Bench(bed.inventory, tmp_path, "--nodes", "2", "--retries", "1", "--replace-bad-nodes", *SOME_SECONDS)
-    try:
+    with ExitStack() as undo:
+        undo.callback(bench.leave)
         bench.wait_for_ranks()
         pause(paused["container"])
+        undo.callback(podman, "unpause", paused["container"])
         signal_rank(killed["container"], "KILL")
         code, output = bench.end()
-    finally:
-        bench.leave()
-        podman("unpause", paused["container"])
     assert code == EXIT_TARGET_MISSED, output
     (cell,) = bench.run.read_status()["cells"].values()
     (before,) = cell["attempts"]
