@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 AT_ONCE = 32
+MOST = 512  # names of one request: each node answers for each, which a thousand nodes would pay for with a minute
 LIMIT_S = 3.0  # a name server that does not answer would take longer for each name
 Resolved = Mapping[str, Sequence[str]]  # a name -> its addresses, without those of the node's loopback
 
@@ -36,9 +37,9 @@ class Node(Protocol):
 
 
 def names(nodes: Sequence[Node]) -> list[str]:
-    """The names by which `nodes` may be known to each other: all that is not an address."""
+    """The names by which `nodes` may be known to each other, MOST of them: all that is not an address."""
     words = dict.fromkeys(word for node in nodes for word in (node.name, node.alias, node.address))
-    return [word for word in words if not _is_address(word)]
+    return [word for word in words if not _is_address(word)][:MOST]
 
 
 def resolve(wanted: Sequence[str]) -> dict[str, list[str]]:

@@ -78,3 +78,32 @@ def test_a_remedy_can_be_pasted_and_names_this_inventory(tmp_path):
     (tmp_path / "my lab" / "hosts.yml").write_text(f"{hosts} conda_env_prefix: {tmp_path}/env }}}}}}}}}}\n")
     code, printed = check(tmp_path, source="my lab")
     assert code == 1 and "(run `runner setup -i 'my lab' --tags conda_env`)" in printed
+
+
+STRICT = {"gpus": 8, "nics": 2, "gbit": 400, "required": True, "driver": "560", "mesh": True}
+
+
+@pytest.mark.parametrize(
+    ("inventory", "expected"),
+    [
+        ("inventory/fukushimadc-02", STRICT),
+        ("inventory/slurm-example", STRICT),
+        ("inventory/local", {"gpus": 0, "nics": 0, "gbit": 0, "required": False, "driver": "", "mesh": False}),
+    ],
+)
+def test_a_cluster_must_have_what_its_inventory_says_and_any_other_machine_what_it_has(tmp_path, inventory, expected):
+    roles = ("cuda_check", "roce_qos", "ssh_mesh")
+    wanted = {"gpus": "cuda_check_gpus | int", "nics": "roce_qos_nics_per_node | int", "gbit": "roce_qos_nic_gbit_per_s | int",
+              "required": "cuda_check_required | bool", "driver": "cuda_check_driver_min", "mesh": "ssh_mesh_enabled | bool"}  # fmt: skip
+    found = ", ".join(f"'{name}': {value}" for name, value in wanted.items())
+    play = {
+        "hosts": "gpu_nodes[0]",  # no node is contacted: this action is the controller's
+        "gather_facts": False,
+        "vars_files": [str(ROOT / "roles" / role / "defaults" / "main.yml") for role in roles],
+        "vars": {"found": "{{ {" + found + "} }}", "expected": expected},
+        "tasks": [{"ansible.builtin.assert": {"that": "found == expected", "fail_msg": "{{ found | to_json }}"}}],
+    }
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    argv = [str(RUNNER.with_name("ansible-playbook")), "-i", inventory, str(tmp_path / "play.yml")]
+    done = process.run(argv, timeout_s=60, cwd=str(ROOT))
+    assert done.rc == 0, done.stdout
