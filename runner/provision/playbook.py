@@ -185,6 +185,7 @@ def _ansible_environment(base: Mapping[str, str] | None = None) -> dict[str, str
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     own = {
         "ANSIBLE_CONFIG": str(ANSIBLE_CFG),
+        "ANSIBLE_HOST_KEY_CHECKING": "True",  # ansible-runner turns it off otherwise
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_FORCE_COLOR": "0",
         "PATH": path,

@@ -23,6 +23,7 @@ from runner.cluster import inventory, reach, reasons, ssh
 from runner.errors import UsageError
 from runner.launch import copy, talk
 from runner.plan import build
+from runner.provision import playbook
 
 ANSIBLE = Path(sys.executable).with_name("ansible")
 
@@ -410,6 +411,25 @@ def test_a_real_sshd_is_reached_where_its_key_is_known_in_whatever_form(form, tm
         assert "no host key of it is known" in reasons.explain(read_in.nodes[0], done.returncode, stderr)
     else:
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("pinned", "state"), [("host", "complete"), ("other", "failed")])
+def test_setup_checks_the_host_key_as_bench_does(pinned, state, tmp_path, keys):
+    """ansible-runner turns Ansible's check of host keys off, unless it is told."""
+    authorized = tmp_path / "authorized"
+    authorized.write_text(keys["client"].with_suffix(".pub").read_text())
+    book = tmp_path / "book.yml"
+    book.write_text("- {hosts: all, gather_facts: false, tasks: [{name: It answers, ansible.builtin.raw: 'true'}]}")
+    with sshd(tmp_path, keys["host"], authorized) as port:
+        variables = {"ansible_host": "127.0.0.1", "ansible_port": port, "ansible_private_key_file": str(keys["client"]),
+                     "ansible_python_interpreter": sys.executable, "runner_host_key": public(keys[pinned])}  # fmt: skip
+        (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": {"gpu-a": variables}}}))
+        events: list[playbook.Event] = []
+        with ssh.rendered(inventory.read(str(tmp_path / "hosts.yml"), tmp_path / "cache")) as config:
+            call = playbook.Call(str(book), str(tmp_path / "hosts.yml"), ("gpu-a",), config)
+            ended, _ = playbook.play(call, events.append, lambda name, role: None)
+    assert ended == state
+    assert [event.status for event in events] == ["changed" if state == "complete" else "unreachable"]
 
 
 # What of ssh's configuration decides where a connection goes, and as whom.
