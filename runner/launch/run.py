@@ -210,10 +210,15 @@ class Run:
                 self.journal.note(f"{alias} is not used, the data cannot be sent to it: {problem.message}")
                 self.current.plan = self.transport.exclude(self.current.plan, host)
             return None
-        failed = [blame.error(problem.kind, f"the data cannot be sent to it: {problem.message}", host)
-                  for host, problem in failures.items() if not here or host in here]  # fmt: skip
         needed = any(trains(each.test) for each in (cell, *self._sharing(cell)))
-        return joined(failed) if failed and needed else None
+        failed = []
+        for host, problem in failures.items():
+            what = f"the data cannot be sent to it: {problem.message}"
+            if needed and (not here or host in here):
+                failed.append(blame.error(problem.kind, what, host))
+            else:
+                self.journal.note(f"{self.current.alias(host)}: {what}; it is tried again before a cell that needs it")
+        return joined(failed) if failed else None
 
     # --- a cell until it is settled -----------------------------------------------------------------
 

@@ -462,6 +462,7 @@ def test_a_node_that_the_data_cannot_be_sent_to_fails_its_cell_and_not_the_run(c
     assert error["message"] == f"the data cannot be sent to it: {problem.message}"
     assert run.report_html.exists() and json.loads(run.summary.read_text())["findings"][0]["host"] == NAMES[1]
     assert nodes.sent == [*NAMES[:2], NAMES[1]], "to all nodes at once, and again before the cell that needs it"
+    assert f"node002: the data cannot be sent to it: {problem.message}; it is tried again before" in run.log.read_text()
 
 
 def test_sending_data_is_tried_again_as_any_other_phase(cluster, tmp_path):
