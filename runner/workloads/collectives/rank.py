@@ -79,8 +79,10 @@ def run(job: RankJob, events: Events) -> None:
             emit(events, operation, times_us, wrong, world.size, params["dtype"])
         del operation  # frees its buffers before those of the next are allocated
     events.progress(len(todo), len(todo), "done")
-    # Only after success: it would wait for an operation that is outstanding on some rank.
-    dist.destroy_process_group()
+    if on_gpu:
+        # Only after success: it would wait for an operation outstanding on some rank. Not gloo's: torch 2.3 holds
+        # Python's lock while it waits for a thread that may wait for that lock. The process ends now anyway.
+        dist.destroy_process_group()
 
 
 def message_sizes(min_bytes: int, max_bytes: int, factor: int) -> list[int]:

@@ -109,7 +109,8 @@ def inputs(batch: Batch, *, flash: bool, device: torch.device, dtype: torch.dtyp
     else:
         sample = (arguments["position_ids"] == 0).cumsum(1)
         visible = (sample[:, :, None] == sample[:, None, :]).tril()
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+        # Not -inf: kernels that take a row piece by piece subtract the largest score of a piece.
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
         arguments["attention_mask"] = mask[:, None]
     return arguments
 

@@ -69,8 +69,10 @@ def run(job: RankJob, events: Events) -> None:
             f"{counted(job.world_size, 'GPU')}: lower sft.micro_batch (and raise sft.gradient_accumulation) or "
             f"sft.seq_len, use more nodes, or a DeepSpeed configuration that offloads ({str(error).splitlines()[0]})"
         ) from error
-    # Only after success: after a failure it could wait for ranks that have ended.
-    dist.destroy_process_group()
+    if job.device == "cuda":
+        # Only after success: after a failure it could wait for ranks that have ended. Not gloo's: torch 2.3 holds
+        # Python's lock while it waits for a thread that may wait for that lock. The process ends now anyway.
+        dist.destroy_process_group()
 
 
 def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
