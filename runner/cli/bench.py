@@ -81,7 +81,13 @@ MODELS = _names("models")
 @click.option("--job-array", is_flag=True, help="Slurm: one job array for the cells of each number of nodes.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 1000), help="Repeats of each cell.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
-@click.option("--set", "settings", multiple=True, metavar="TEST.KEY=VALUE", help="Change a setting, e.g. sft.steps=20.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="TEST.KEY=VALUE",
+    help="Change a setting, e.g. sft.steps=20, nccl=torch.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; connect to no node, start no run.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
 @click.pass_context
