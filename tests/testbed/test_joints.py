@@ -1,6 +1,6 @@
 """The joints: what one command prepares, the next one uses. Real nodes; each hand-over has its test here, or is named.
 
-Without nodes: facts to plan, and roce.fact to nccl.conf to what ranks observe, in tests/unit/provision/test_joints.py.
+Without nodes: facts to plan, and roce.fact to nccl.conf to what ranks observe, in tests/unit/launch/test_joints.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def bare(containers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def setup(bare: Testbed, tmp_path_factory: pytest.TempPathFactory) -> process.Outcome:
-    """The outcome of `runner setup`. Slow: each of the two nodes gets and unpacks 1.3 GB."""
+    """The outcome of `runner setup`. Slow (minutes): each of the two nodes gets and unpacks 1.3 GB."""
     argv = [str(RUNNER), "setup", "-i", str(bare.inventory), "--results", str(tmp_path_factory.mktemp("setup"))]
     return process.run(argv, timeout_s=900)
 
