@@ -7,11 +7,12 @@ PIP := $(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
-.PHONY: bench test half other-half unit setup system-packages lint roles clean help
+.PHONY: bench test half other-half slurm unit setup system-packages lint roles clean help
 
 help:
 	@echo "make bench   install into .venv and benchmark this machine (about a minute without a GPU)"
 	@echo "make test    everything that CI runs; installs the system packages that it needs"
+	@echo "make slurm   every test that has Slurm, on nodes of another release (RELEASE=trixie); see benchmarks/results"
 	@echo "make unit    the fast tests alone"
 	@echo "make lint    ruff, import-linter, mypy"
 	@echo "make roles   the tables of variables in the roles' READMEs, from their specifications"
@@ -48,6 +49,11 @@ half:
 
 other-half:
 	$(VENV)/bin/pytest $(HALF:%=--ignore %)
+
+RELEASE ?= trixie
+
+slurm: system-packages setup
+	$(VENV)/bin/python benchmarks/slurm_releases.py --release $(RELEASE)
 
 unit: setup
 	$(VENV)/bin/pytest tests/unit
