@@ -174,7 +174,7 @@ def test_a_hung_node_is_named_and_the_others_go_on(nodes, home, provisioned):
     told = json.loads(printed)
     assert code == 3
     first = told["failures"][0]
-    assert (first["nodes"], first["what"][:25]) == ("node003", "no answer on its SSH port")
+    assert (first["nodes"], "answer" in first["what"], "SSH port" in first["what"]) == ("node003", True, True)
     assert states(printed, "ssh_mesh")["node001"] in ("ok", "failed")  # it says that it does not reach node003
 
 
