@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from runner.cluster import xids
 
@@ -560,13 +561,18 @@ def kind_of(texts: Iterable[str]) -> str | None:
     """The kind that the first of `texts` proves; a complaint only where none proves more. None: no known spelling."""
     complaint = None
     for text in texts:
-        if xids.serious(text):
-            return "gpu_failed"
-        kind = next((row.kind for row in SPELLINGS if row.matches(text)), None)
+        kind = _kind(text)
         if kind not in (None, COMPLAINT):
             return kind
         complaint = complaint or kind
     return complaint
+
+
+@lru_cache(4096)  # the ranks of one cell say the same
+def _kind(text: str) -> str | None:
+    if xids.serious(text):
+        return "gpu_failed"
+    return next((row.kind for row in SPELLINGS if row.matches(text)), None)
 
 
 def waited(text: str) -> bool:

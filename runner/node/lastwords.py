@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import lru_cache
 
 from runner.results.logs import printable
 
@@ -321,6 +322,7 @@ def _blocks(stream: Sequence[_Line]) -> list[_Block]:
     return found
 
 
+@lru_cache(4096)  # the ranks of one cell say the same lines
 def _form(text: str) -> Form | None:
     """The form of a line outside tracebacks; None for noise."""
     if _NOISE.search(text) or _aside(text):
