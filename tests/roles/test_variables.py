@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
-from role_modules import ROOT
+from role_modules import ROLES, ROOT
 
 
 def plugin(path):
@@ -143,3 +144,10 @@ GOOD = {"ssh_mesh_configure_result": {"also": True, "changed": False}}
 def test_one_node_that_changed_or_was_not_verified_has_all_verified(other):
     assert site.verified([GOOD, GOOD], "ssh_mesh")
     assert not site.verified([GOOD, other], "ssh_mesh")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_default_that_depends_on_the_connection_asks_for_the_nodes_own(role):
+    """In a task that is delegated to this machine `ansible_connection` is this machine's: the role would be off there."""
+    text = (ROOT / "roles" / role / "defaults" / "main.yml").read_text()
+    assert not re.findall(r"(?<!hostvars\[inventory_hostname\]\.)\bansible_connection\b", text)
