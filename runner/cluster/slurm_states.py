@@ -26,7 +26,7 @@ _WORDS = {
     "silent": "not_responding no_respond no_resp",
 }
 _MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
-_FLAGS = re.compile(r"[*~#!%$@^+-]*\Z")  # one of them after a state in sinfo's columns
+_FLAGS = re.compile(r"[*~#!%$@^-]")  # one of them after a state in sinfo's columns, and after a base state ("DOWN*+DRAIN")
 
 
 def read(text: str) -> tuple[str, str]:
@@ -35,11 +35,9 @@ def read(text: str) -> tuple[str, str]:
     Of several words, as in "IDLE+DRAIN", the worst counts; one that is not known says nothing beside one that is.
     """
     text = text.strip().lower()
-    flags = _FLAGS.search(text)
-    signs = flags.group() if flags else ""
-    plain = text[: len(text) - len(signs)]
+    signs, plain = {*_FLAGS.findall(text)}, _FLAGS.sub("", text).strip("+")
     meanings = {_MEANING.get(word) for word in plain.split("+")}
-    wakes = "wakes" in meanings or bool(set(signs) & set("~#!%^"))
+    wakes = "wakes" in meanings or bool(signs & set("~#!%^"))
     silent = not wakes and ("*" in signs or "silent" in meanings)
     if silent or UNUSABLE in meanings:
         verdict = UNUSABLE

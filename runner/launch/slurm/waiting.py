@@ -32,12 +32,12 @@ _REASONS = (
     (r"(Partition|QOS|Association)TimeLimit", Wait.NEVER, _TIME),
     (r"(Assoc|QOS)Max\w*Per(Job|Node)(Limit)?$|QOSMin\w+", Wait.NEVER, _SIZE),
     (r"BadConstraints", Wait.NEVER, "no node may give what it asks for; fix slurm.constraint or slurm.gres"),
-    (r"InvalidAccount|AccountNotAllowed", Wait.NEVER, "the account cannot be used here; fix slurm.account"),
-    (r"InvalidQOS|QOSNotAllowed", Wait.NEVER, "the QoS cannot be used here; fix slurm.qos"),
+    (r"InvalidAccount|AccountNotAllowed|Job's account not permitted", Wait.NEVER, "the account cannot be used here; fix slurm.account"),
+    (r"InvalidQOS|QOSNotAllowed|Job's QOS not permitted", Wait.NEVER, "the QoS cannot be used here; fix slurm.qos"),
     (r"DependencyNeverSatisfied", Wait.NEVER, "what it depends on has failed; cancel it"),
     (r"DeadLine", Wait.NEVER, "it cannot end before its deadline; fix slurm.extra or slurm.time_limit_s"),
     (
-        r"Reservation ?(Deleted|Invalid)|Invalid ?Reservation|Reservation \S+ which this job .*has ended",
+        r"Reservation ?(Deleted|Invalid)|Invalid ?Reservation|Reservation .*(which this job .*has ended|was deleted)",
         Wait.NEVER,
         "its reservation is gone; fix slurm.reservation",
     ),
@@ -68,7 +68,7 @@ _REASONS = (
     (r"JobHeldAdmin", Wait.SOMEBODY, "an administrator holds it; ask them"),
     (r".*requeued ?held|.*requeued in held state", Wait.SOMEBODY, "it is held; `scontrol release` it"),
     (r"SystemFailure", Wait.SOMEBODY, "Slurm itself has failed; see slurmctld's log"),
-    (r"BurstBufferOperation", Wait.SOMEBODY, "its burst buffer has failed; see slurmctld's log, then release it"),
+    (r"BurstBufferOperation|Burst buffer(/| \w+( \w+)? error)", Wait.SOMEBODY, "its burst buffer has failed; see slurmctld's log, then release it"),
     # Slurm has the same reason whether others' jobs use the limit up, or the job alone is above it.
     (
         r"(QOS)?Max(?!Submit)\w+PerUser(Limit)?$|AssocMaxJobsLimit",
@@ -76,7 +76,7 @@ _REASONS = (
         "it alone is above what one user may have, since no other job of yours runs; ask for less, or another QoS",
     ),
 )  # fmt: skip
-_OF_ONE_PARTITION = re.compile(r"Partition|MaxMemPerLimit|QOS|Account|Nodes required", re.IGNORECASE)
+_OF_ONE_PARTITION = re.compile(r"Partition|MaxMemPerLimit|QOS|Account|Nodes required|Job's \w+ not permitted", re.IGNORECASE)
 
 
 def judge(reason: str, *, several: bool = False) -> tuple[Wait, str | None]:

@@ -73,14 +73,15 @@ def test_nodes_once_each_with_reason_and_gres():
     )]
     + [(text, slurm_states.RESERVED) for text in (
         "maint", "MAINT", "reserved", "resv", "allocated$", "mixed$", "idle$", "IDLE+MAINTENANCE", "ALLOCATED+RESERVED",
-        "IDLE+MAINTENANCE+RESERVED",
+        "IDLE+MAINTENANCE+RESERVED", "MIXED-+RESERVED", "IDLE~+RESERVED",
     )]
     + [(text, slurm_states.UNUSABLE) for text in (
         "down", "down*", "down~", "down$", "idle*", "alloc*", "mixed*", "maint*", "reboot*", "drained", "drained$",
         "draining", "draining@", "drng", "drain*", "fail", "fail*", "failing", "failg", "inval", "unknown", "unk*",
         "error", "future", "futr", "IDLE+DRAIN", "DOWN+DRAIN", "MIXED+DRAIN", "IDLE+MAINTENANCE+DRAIN",
         "IDLE+INVALID_REG", "IDLE+FAIL", "DOWN+NOT_RESPONDING", "DOWN+CLOUD+POWERED_DOWN", "IDLE+NOT_RESPONDING",
-        "FUTURE+DYNAMIC_FUTURE", "DOWN+REBOOT_ISSUED",
+        "FUTURE+DYNAMIC_FUTURE", "DOWN+REBOOT_ISSUED", "DOWN*+DRAIN", "DOWN*+RESERVED", "DOWN*+CLOUD", "IDLE*+PLANNED",
+        "MIXED*+CLOUD", "DOWN#+CLOUD",
     )]
     + [(text, slurm_states.UNKNOWN) for text in ("?", "", "frobnicated", "EXTERNAL")],
 )  # fmt: skip

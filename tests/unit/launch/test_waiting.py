@@ -25,6 +25,9 @@ NEVER = [
     ("AccountNotAllowed", "slurm.account"),
     ("InvalidQOS", "slurm.qos"),
     ("QOSNotAllowed", "slurm.qos"),
+    ("(Job's account not permitted to use this partition (a100 allows research,staff not physics))", "slurm.account"),
+    ("Job's_account_not_permitted_to_use_this_partition_(a100_denies_physics_including_physics)", "slurm.account"),
+    ("Job's QOS not permitted to use this partition (h200 allows h200_qos not normal)", "slurm.qos"),
     ("AssocMaxNodePerJobLimit", "ask for another size"),
     ("AssocMaxWallDurationPerJobLimit", "ask for another size"),
     ("QOSMaxWallDurationPerJobLimit", "ask for another size"),
@@ -40,6 +43,7 @@ NEVER = [
     ("DeadLine", "deadline"),
     ("ReservationDeleted", "slurm.reservation"),
     ("ReservationInvalid", "slurm.reservation"),
+    ("Reservation acceptance was deleted", "slurm.reservation"),
     ("JobHoldMaxRequeue", "slurmd's log"),
     ("launch failed requeued held", "slurmd's log"),
     ("launch_failed_requeued_held", "slurmd's log"),
@@ -67,6 +71,8 @@ SOMEBODY = [
     ("JobHeldAdmin", "administrator"),
     ("job requeued in held state", "scontrol release"),
     ("BurstBufferOperation", "burst buffer"),
+    ("Burst buffer pre_run error", "burst buffer"),
+    ("burst_buffer/lua: slurm_bb_data_in: no such pool", "burst buffer"),
 ]
 OWN = ["QOSMaxCpuPerUserLimit", "QOSMaxGRESPerUser", "QOSMaxNodePerUserLimit", "QOSMaxMemoryPerUser", "MaxGRESRunMinsPerUser",
        "QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit"]  # fmt: skip
@@ -106,8 +112,9 @@ def test_what_passes_with_time_is_waited_for(reason):
 
 
 @pytest.mark.parametrize(
-    "reason", ["PartitionTimeLimit", "PartitionNodeLimit", "MaxMemPerLimit", "QOSNotAllowed", "PartitionDown"]
-)
+    "reason", ["PartitionTimeLimit", "PartitionNodeLimit", "MaxMemPerLimit", "QOSNotAllowed", "PartitionDown",
+               "Job's QOS not permitted to use this partition (h200 allows h200_qos not normal)"],
+)  # fmt: skip
 def test_of_several_partitions_what_one_does_not_allow_says_little(reason):
     assert waiting.judge(reason, several=True) == (Wait.TIME, None)
     assert waiting.judge("InvalidAccount", several=True)[0] is Wait.NEVER
