@@ -26,7 +26,9 @@ _WORDS = {
     "silent": "not_responding no_respond no_resp",
 }
 _MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
-_FLAGS = re.compile(r"[*~#!%$@^-]")  # one of them after a state in sinfo's columns, and after a base state ("DOWN*+DRAIN")
+_FLAGS = re.compile(
+    r"[*~#!%$@^-]"
+)  # one of them after a state in sinfo's columns, and after a base state ("DOWN*+DRAIN")
 
 
 def read(text: str) -> tuple[str, str]:

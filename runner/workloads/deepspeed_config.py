@@ -137,8 +137,14 @@ def _verdict(config: Mapping[str, Any]) -> str:
     except KeyError as error:
         return f"{error.args[0]} is missing"
     except Exception as error:  # assertions, and types of its own
-        return _one_line(str(error))
-    return next(_unread(read), "") or next(_lacking(config), "") or next(_parameters(config), "")
+        empty = next((key for key, value in config.items() if value is None), None)
+        return f"{empty} is null: give it a value, or leave it out" if empty else _one_line(str(error))
+    return (
+        next(_untyped(config), "")
+        or next(_unread(read), "")
+        or next(_lacking(config), "")
+        or next(_parameters(config), "")
+    )
 
 
 def _one_line(text: str) -> str:
@@ -204,8 +210,26 @@ def _unread(section: _Section, prefix: str = "") -> Iterator[str]:
             yield from _unread(value, f"{prefix}{key}.")
 
 
+def _untyped(config: Mapping[str, Any]) -> Iterator[str]:
+    """The optimizer and the scheduler without a type, of which DeepSpeed would read nothing."""
+    for name in ("optimizer", "scheduler"):
+        section = config.get(name)
+        if isinstance(section, Mapping) and section and section.get("type") is None:
+            yield f"{name}.type is missing"
+
+
 def _lacking(config: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed asserts only once ranks run."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    types = config.get("data_types")
+    for key, value in (types if isinstance(types, Mapping) else {}).items():
+        if key.endswith("_dtype") and value is not None:
+            try:
+                DtypeEnum(value)
+            except ValueError:
+                known = ", ".join(kind.name for kind in DtypeEnum)
+                yield f"data_types.{key} {value!r} is none of DeepSpeed's types: {known}"
     zero = config.get("zero_optimization")
     if not isinstance(zero, Mapping):
         return
@@ -223,36 +247,66 @@ def _lacking(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _parameters(config: Mapping[str, Any]) -> Iterator[str]:
     """Wrong names and keys of the optimizer and the scheduler, which are called with them."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.runtime import config as runtime
     from deepspeed.runtime import lr_schedules
     from torch import optim
 
     optimizer = config.get("optimizer")
-    if isinstance(optimizer, Mapping) and str(optimizer.get("type")).lower() in ("adam", "adamw"):
-        classes = (optim.Adam, optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
-        own = ("torch_adam", "adam_w_mode", "max_grad_norm", "legacy_fusion")
-        yield from _called_with(optimizer, "optimizer", {*_names(*classes), *own} - {"params", "model_params"})
-    elif isinstance(optimizer, Mapping):
+    if isinstance(optimizer, Mapping) and optimizer:
+        kind, params = str(optimizer["type"]), optimizer.get("params") or {}
         known = {*runtime.DEEPSPEED_OPTIMIZERS, *(name for name in vars(optim) if name[0].isupper())}
-        if optimizer.get("type") is None:
-            yield "optimizer.type is missing"
-        elif optimizer["type"] not in known and str(optimizer["type"]).lower() not in known:
-            yield f"optimizer.type {optimizer['type']!r}: " + _unknown(str(optimizer["type"]), known)
-        elif kind := getattr(optim, str(optimizer["type"]), None):
-            yield from _called_with(optimizer, "optimizer", _names(kind) - {"params"})
+        if kind not in known and kind.lower() not in known:
+            yield f"optimizer.type {kind!r}: " + _unknown(kind, known)
+        elif "max_grad_norm" in params:
+            yield "optimizer.params.max_grad_norm is not supported by DeepSpeed: set gradient_clipping"
+        elif names := _of_optimizer(kind):
+            yield from _called_with(optimizer, "optimizer", names)
     scheduler = config.get("scheduler")
-    if isinstance(scheduler, Mapping) and scheduler.get("type") is not None:
+    if isinstance(scheduler, Mapping) and scheduler:
         kinds = lr_schedules.VALID_LR_SCHEDULES
         if scheduler["type"] not in kinds:
             yield f"scheduler.type {scheduler['type']!r}: " + _unknown(str(scheduler["type"]), kinds)
         else:
-            names = _names(getattr(lr_schedules, scheduler["type"])) - {"optimizer"}
-            yield from _called_with(scheduler, "scheduler", names)
+            schedule = getattr(lr_schedules, scheduler["type"])
+            yield from _called_with(scheduler, "scheduler", _names(schedule) - {"optimizer"})
+            needed = _needed(schedule) - {"optimizer"} - set(scheduler.get("params") or {})
+            yield from (f"scheduler.params.{name} is missing" for name in sorted(needed))
+
+
+def _of_optimizer(kind: str) -> set[str]:
+    """The parameters of an optimizer, which is DeepSpeed's own where it has one of that name; none: not known."""
+    from deepspeed.ops import adagrad, adam, lamb, lion
+    from deepspeed.runtime import config as runtime
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from torch import optim
+
+    of_adam = (optim.Adam, optim.AdamW, adam.FusedAdam, adam.DeepSpeedCPUAdam)
+    own = {
+        "adam": of_adam,
+        "adamw": of_adam,
+        "adagrad": (optim.Adagrad, adagrad.DeepSpeedCPUAdagrad),
+        "lamb": (lamb.FusedLamb,),
+        "lion": (lion.FusedLion, lion.DeepSpeedCPULion),
+    }
+    flags = {"torch_adam", "adam_w_mode"}
+    if kind.lower() not in runtime.DEEPSPEED_OPTIMIZERS:
+        names = _names(getattr(optim, kind))
+    elif kind.lower() == "muon":  # its parameters go to two optimizers
+        halves = [getattr(DeepSpeedEngine, keys, ()) for keys in ("_MUON_HALF_KEYS", "_ADAM_HALF_KEYS")]
+        names = {*halves[0], *halves[1], "muon_lr", "adam_lr", *flags} if all(halves) else set()
+    else:
+        names = _names(*own.get(kind.lower(), ()))
+        names |= flags if kind.lower() in ("adam", "adamw") else set()
+    return names - {"params", "model_params"}
 
 
 def _names(*callables: Any) -> set[str]:
     return {name for each in callables for name in inspect.signature(each.__init__).parameters} - {"self"}
+
+
+def _needed(kind: Any) -> set[str]:
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {one.name for one in parameters if one.default is one.empty} - {"self"}
 
 
 def _called_with(section: Mapping[str, Any], name: str, known: set[str]) -> Iterator[str]:

@@ -76,7 +76,9 @@ _REASONS = (
         "it alone is above what one user may have, since no other job of yours runs; ask for less, or another QoS",
     ),
 )  # fmt: skip
-_OF_ONE_PARTITION = re.compile(r"Partition|MaxMemPerLimit|QOS|Account|Nodes required|Job's \w+ not permitted", re.IGNORECASE)
+_OF_ONE_PARTITION = re.compile(
+    r"Partition|MaxMemPerLimit|QOS|Account|Nodes required|Job's \w+ not permitted", re.IGNORECASE
+)
 
 
 def judge(reason: str, *, several: bool = False) -> tuple[Wait, str | None]:

@@ -64,6 +64,32 @@ WRONG = {
         "zero_optimization.reduce_bucket_size: Input should be a valid integer",
     ),
     "a section that DeepSpeed has no more": ({"amp.enabled": True}, "Apex AMP integration has been removed"),
+    "a misspelt key of LAMB": (
+        {"optimizer.type": "Lamb", "optimizer.params": {"lr": 1e-4, "max_coef": 0.3}},
+        "DeepSpeed knows no optimizer.params.max_coef; did you mean 'max_coeff'?",
+    ),
+    "a misspelt key of Lion": (
+        {"optimizer.type": "Lion", "optimizer.params": {"lr": 1e-4, "weight_dacay": 0.1}},
+        "DeepSpeed knows no optimizer.params.weight_dacay; did you mean 'weight_decay'?",
+    ),
+    "clipping as an optimizer's": (
+        {"optimizer.params.max_grad_norm": 1.0},
+        "optimizer.params.max_grad_norm is not supported by DeepSpeed: set gradient_clipping",
+    ),
+    "an optimizer without its type": (
+        {"optimizer": {"params": {"lr": 1e-4}}},
+        "optimizer.type is missing",
+    ),
+    "a scheduler without its type": ({"scheduler.params": {"warmup_num_steps": 5}}, "scheduler.type is missing"),
+    "a scheduler without what it needs": (
+        {"scheduler.type": "WarmupDecayLR", "scheduler.params": {"warmup_num_steps": 100}},
+        "scheduler.params.total_num_steps is missing",
+    ),
+    "an empty section": ({"scheduler": None}, "scheduler is null: give it a value, or leave it out"),
+    "a type that is none": (
+        {"data_types.grad_accum_dtype": "float64"},
+        "data_types.grad_accum_dtype 'float64' is none of DeepSpeed's types: fp16",
+    ),
     "a master copy without ZeRO": (
         {"zero_optimization.stage": 0, "bf16.bf16_master_weights_and_grads": True},
         "only supported with ZeRO Stage 1, 2, or 3",
@@ -78,6 +104,9 @@ RIGHT = {
             "zero_optimization.offload_param.nvme_path": "/nvme"},
     "scheduler": {"scheduler.type": "WarmupLR", "scheduler.params": {"warmup_num_steps": 5}},
     "another optimizer": {"optimizer.type": "SGD", "optimizer.params": {"lr": 0.1, "momentum": 0.9}},
+    "Muon": {"optimizer.type": "Muon", "optimizer.params": {"lr": 1e-4, "momentum": 0.9, "muon_lr": 1e-3, "adam_lr": 1e-4}},
+    "LAMB": {"optimizer.type": "Lamb", "optimizer.params": {"lr": 1e-4, "max_coeff": 0.3, "min_coeff": 0.01}},
+    "a type by another name": {"data_types.grad_accum_dtype": "torch.bfloat16"},
     "pipeline": {"pipeline.stages": "auto"},
     "compile": {"compile.deepcompile": False},
     "flops_profiler": {"flops_profiler.enabled": True, "flops_profiler.profile_step": 3},
