@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def refuse(config: Mapping[str, Any], where: str, cache: Path | None = None) -> 
     text = json.dumps({**config, **_BATCH}, sort_keys=True, default=str)
     if digest(config) in SHIPPED:
         return
-    kept = cache / f"{digest(config)}.json" if cache else None
+    kept = cache / f"{digest(config)}-{_judge()}.json" if cache else None
     verdict = None
     if kept is not None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -75,6 +76,15 @@ def digest(config: Mapping[str, Any]) -> str:
     """What a configuration is known by, whatever its batch."""
     text = json.dumps({**config, **_BATCH}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _judge() -> str:
+    """What a verdict depends on besides the configuration: DeepSpeed's version, and what is asked here."""
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        version = "none"
+    return hashlib.sha256(version.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 # --- in the process that imports DeepSpeed ---------------------------------------------------------

@@ -18,7 +18,15 @@ _SAFETENSORS, _SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index
 _TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PICKLE = b"\x80\x02"  # how torch.save began before it wrote archives
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
+# The tensors of a Llama, of each layer and others; those of the bare model lack the first word "model".
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_OF_LAYER = (
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+)
+_METADATA = "__metadata__"  # the key of a header that is no tensor
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Files that say how weights were quantised, beside config.json's own section.
@@ -59,7 +67,7 @@ def _faults(folder: Path) -> Iterator[str]:
             return
         yield from _quantisation(folder, config)
         yield from _tensors(folder)
-        yield from _layers(folder, config)
+        yield from _lacking(folder, config)
 
 
 def _json(file: Path) -> Generator[str, None, dict[str, Any] | None]:
@@ -108,22 +116,30 @@ def _method(section: Any) -> str:
     return ", ".join([str(section.get("quant_method", "quantization_config")), *bits])
 
 
-def _layers(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Which layers have no tensor at all: ranks would start them from random numbers, without a word."""
+def _lacking(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Which tensors of a Llama are not there: ranks would start them from random numbers, without a word."""
     count, names = config.get("num_hidden_layers"), _names(folder)
-    if not isinstance(count, int) or names is None:
+    if config.get("model_type") != "llama" or not isinstance(count, int) or names is None:
         return
-    there = {int(match[1]) for name in names if (match := _LAYER.search(name))}
-    if lacking := sorted(set(range(count)) - there):
+    there = {name.removeprefix("model.") for name in names}
+    layers = {int(match[1]) for name in there if (match := _LAYER.match(name))}
+    if lacking := sorted(set(range(count)) - layers):
         which = f"layer {lacking[0]}" + (f" and {len(lacking) - 1} more of {count}" if len(lacking) > 1 else "")
-        yield f"are not all there: no tensor of {which}, which config.json says there are"
+        called = "" if layers else f"; one that is there is called {min(names)}"
+        yield f"are not all there: no tensor of {which}, which config.json says there are{called}"
+    needed = [f"layers.{layer}.{name}" for layer in range(count) for name in _OF_LAYER] + ["norm.weight"]
+    ends = ["embed_tokens.weight", "lm_head.weight"]
+    needed += [] if config.get("tie_word_embeddings") and there & {*ends} else ends
+    if missing := [name for name in needed if name not in there]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield f"are not all there: no tensor {missing[0]}{more}, which a Llama has"
 
 
 def _names(folder: Path) -> set[str] | None:
     """The names of the tensors; None where only torch could read them. The files have no fault."""
     if (folder / _SAFETENSORS).exists():
         with open(folder / _SAFETENSORS, "rb") as opened:
-            return {*json.loads(opened.read(int.from_bytes(opened.read(8), "little")))}
+            return {*json.loads(opened.read(int.from_bytes(opened.read(8), "little")))} - {_METADATA}
     index = next((folder / name for name in (_SAFETENSORS_INDEX, _TORCH_INDEX) if (folder / name).exists()), None)
     return {*json.loads(index.read_text())["weight_map"]} if index and not (folder / _TORCH).exists() else None
 
@@ -185,7 +201,7 @@ def _safetensors(file: Path, expected: set[str] | None = None) -> Iterator[str]:
         return
     try:
         header = json.loads(header_bytes or b"")
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: entry for name, entry in header.items() if name != _METADATA}
         end = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         kinds = {str(entry["dtype"]): name for name, entry in tensors.items()}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -193,6 +209,8 @@ def _safetensors(file: Path, expected: set[str] | None = None) -> Iterator[str]:
         return
     if not tensors:
         yield f"are none: {file.name} has no tensor"
+    if hollow := next((name for name, entry in tensors.items() if 0 in entry.get("shape", ())), None):
+        yield f"are not all there: {hollow} in {file.name} is empty, as if ZeRO-3 had not gathered it to be saved"
     if size != end:
         more = "copy it again" if size < end else "it has been appended to"
         yield f"are not all there: {file.name} has {size} bytes, its header says {end}; {more}"

@@ -32,7 +32,8 @@ _REASONS = (
     (r"(Partition|QOS|Association)TimeLimit", Wait.NEVER, _TIME),
     (r"(Assoc|QOS)Max\w*Per(Job|Node)(Limit)?$|QOSMin\w+", Wait.NEVER, _SIZE),
     (r"BadConstraints", Wait.NEVER, "no node may give what it asks for; fix slurm.constraint or slurm.gres"),
-    (r"InvalidAccount|AccountNotAllowed|Job's account not permitted", Wait.NEVER, "the account cannot be used here; fix slurm.account"),
+    (r"InvalidAccount|AccountNotAllowed|Job's account not permitted", Wait.NEVER,
+     "the account cannot be used here; fix slurm.account"),
     (r"InvalidQOS|QOSNotAllowed|Job's QOS not permitted", Wait.NEVER, "the QoS cannot be used here; fix slurm.qos"),
     (r"DependencyNeverSatisfied", Wait.NEVER, "what it depends on has failed; cancel it"),
     (r"DeadLine", Wait.NEVER, "it cannot end before its deadline; fix slurm.extra or slurm.time_limit_s"),
@@ -68,7 +69,8 @@ _REASONS = (
     (r"JobHeldAdmin", Wait.SOMEBODY, "an administrator holds it; ask them"),
     (r".*requeued ?held|.*requeued in held state", Wait.SOMEBODY, "it is held; `scontrol release` it"),
     (r"SystemFailure", Wait.SOMEBODY, "Slurm itself has failed; see slurmctld's log"),
-    (r"BurstBufferOperation|Burst buffer(/| \w+( \w+)? error)", Wait.SOMEBODY, "its burst buffer has failed; see slurmctld's log, then release it"),
+    (r"BurstBufferOperation|Burst buffer(/| \w+( \w+)? error)", Wait.SOMEBODY,
+     "its burst buffer has failed; see slurmctld's log, then release it"),
     # Slurm has the same reason whether others' jobs use the limit up, or the job alone is above it.
     (
         r"(QOS)?Max(?!Submit)\w+PerUser(Limit)?$|AssocMaxJobsLimit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,3 +163,18 @@ def test_it_is_asked_once(tmp_path, monkeypatch):
             deepspeed_config.refuse(values, "here", tmp_path)
         monkeypatch.setattr(deepspeed_config.process, "run", lambda *a, **k: pytest.fail("asked again"))
     deepspeed_config.refuse(config.load_deepspeed("ds_config_7b", {}), "here", tmp_path)
+
+
+def test_another_deepspeed_is_asked_again(tmp_path, monkeypatch):
+    """A verdict of before an upgrade says nothing about what the new version reads."""
+    values, verdicts = configured({"comms_logger.enabled": True}), iter(["it knows no comms_logger", ""])
+
+    def answer(*_, **__):
+        return SimpleNamespace(rc=0, stdout=json.dumps({"verdict": next(verdicts)}), last_line="")
+
+    monkeypatch.setattr(deepspeed_config.process, "run", answer)
+    monkeypatch.setattr(deepspeed_config.metadata, "version", lambda _: "0.14.0")
+    with pytest.raises(UsageError, match="it knows no comms_logger"):
+        deepspeed_config.refuse(values, "here", tmp_path)
+    monkeypatch.setattr(deepspeed_config.metadata, "version", lambda _: "0.19.8")
+    deepspeed_config.refuse(values, "here", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -37,9 +38,29 @@ def folder(path: Path, **changes: object) -> Path:
 
 
 def tensors(layers: int) -> dict[str, np.ndarray]:
-    """One tensor of each layer, and one more."""
-    names = ["model.norm.weight", *(f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers))]
-    return {name: np.ones(8, np.float16) for name in names}
+    """Every tensor of a Llama with tied embeddings, small."""
+    parts = [*(f"self_attn.{one}_proj" for one in "qkvo"), *(f"mlp.{one}_proj" for one in ("gate", "up", "down"))]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    names = [f"layers.{layer}.{part}" for layer in range(layers) for part in parts] + ["norm", "embed_tokens"]
+    return {f"model.{name}.weight": np.ones(8, np.float16) for name in names}
+
+
+def renamed(pattern: str, other: str):
+    """Weights whose tensors are called otherwise; of "" none is left."""
+
+    def spoil(path: Path) -> None:
+        names = {name: re.sub(pattern, other, name) for name in tensors(4)}
+        save_file(
+            {names[name]: value for name, value in tensors(4).items() if names[name]},
+            path / "model.safetensors",
+            {"format": "pt"},
+        )
+
+    return spoil
+
+
+def hollow(path: Path) -> None:
+    save_file({name: np.ones((0,), np.float16) for name in tensors(4)}, path / "model.safetensors")
 
 
 def sharded(path: Path) -> Path:
@@ -100,7 +121,7 @@ SPOILT = {
     "half an archive": (folder, half_archive, "pytorch_model.bin has 500 bytes and no end"),
     "a page of HTML": (folder, replaced("model.safetensors", "<!DOCTYPE html><html>"), "model.safetensors has no header of safetensors"),
     "a missing shard": (sharded, lambda p: (p / "model-00001-of-00002.safetensors").unlink(), "00001-of-00002.safetensors missing"),
-    "a shard of another download": (sharded, lambda p: save_file({"x": np.ones(1)}, p / "model-00002-of-00002.safetensors"), "lacks model.layers.0.mlp.up_proj.weight"),
+    "a shard of another download": (sharded, lambda p: save_file({"x": np.ones(1)}, p / "model-00002-of-00002.safetensors"), "lacks model.embed_tokens.weight"),
     "shards without their index": (sharded, lambda p: (p / "model.safetensors.index.json").unlink(), "have shards and no index"),
     "no weights": (folder, lambda p: (p / "model.safetensors").unlink(), "are none: the folder has neither model.safetensors"),
     "a link to nowhere": (folder, lambda p: ((p / "model.safetensors").unlink(), (p / "model.safetensors").symlink_to("../blobs/x")), "is a link to ../blobs/x"),
@@ -112,6 +133,13 @@ SPOILT = {
     "awq": (lambda p: folder(p, quantization_config={"quant_method": "awq", "bits": 4}), lambda p: None, "are quantised (awq, 4 bits)"),
     "fp8": (lambda p: folder(p, quantization_config={"quant_method": "fp8"}), lambda p: None, "are quantised (fp8)"),
     "a part of the layers": (folder, lambda p: save_file(tensors(2), p / "model.safetensors"), "no tensor of layer 2 and 1 more of 4"),
+    "an adapter's names": (folder, renamed("^", "base_model.model."), "no tensor of layer 0 and 3 more of 4, which config.json says there are; one that is there is called base_model.model.model"),
+    "torch.compile's names": (folder, renamed("^", "_orig_mod."), "no tensor of layer 0 and 3 more of 4"),
+    "DataParallel's names": (folder, renamed("^", "module."), "no tensor of layer 0 and 3 more of 4"),
+    "fused projections": (folder, renamed("[qkv]_proj", "qkv_proj"), "no tensor layers.0.self_attn.q_proj.weight and 11 more"),
+    "no embeddings": (folder, renamed(".*embed_tokens.*", ""), "no tensor embed_tokens.weight and 1 more"),
+    "no head": (lambda p: folder(p, tie_word_embeddings=False), lambda p: None, "no tensor lm_head.weight, which a Llama has"),
+    "what ZeRO-3 saves ungathered": (folder, hollow, "in model.safetensors is empty, as if ZeRO-3 had not gathered it"),
     "an older gptq": (folder, replaced("quantize_config.json", "{}"), "are quantised (quantize_config.json)"),
     "nothing but the tensors says it": (folder, quantised, "qweight in model.safetensors is I32"),
 }  # fmt: skip
@@ -128,7 +156,13 @@ def test_weights_that_ranks_could_not_load_are_refused_in_one_line(tmp_path, nam
     assert error.value.kind == "weights_unusable" and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("make", [folder, sharded, lambda path: (torch_file(folder(path)), path)[1]])
+def bare(path: Path) -> Path:
+    """As `LlamaModel` saves itself, which transformers loads as well."""
+    renamed("^model.", "")(folder(path))
+    return path
+
+
+@pytest.mark.parametrize("make", [folder, sharded, bare, lambda path: (torch_file(folder(path)), path)[1]])
 def test_good_weights_have_no_fault(tmp_path, make):
     assert weights.fault(make(tmp_path / "w")) is None
 
