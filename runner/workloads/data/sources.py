@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +189,27 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
             table = opened.read(columns=[name for name in _FIELDS if name in names])
     except Exception as error:  # the library raises many types
         raise UsageError(f"{file}: not readable as Parquet: {_first_line(error)}") from error
-    unread = dict.fromkeys(names)
+    yield from _rows(table, names, str(file))
+
+
+def _rows(
+    table: Any, names: Iterable[str], source: str, decode: Callable[[str, Any], Any] = lambda _, value: value
+) -> Iterator[tuple[str, Any]]:
+    """The rows of an Arrow table of _FIELDS; of its other columns, `names`, only that they are there.
+
+    `decode` takes a column's name and a value to the value that is meant.
+    """
+    unread, read = dict.fromkeys(names), [name for name in _FIELDS if name in table.column_names]
     for number in range(table.num_rows):
         where = f"row {number + 1}"
         row: dict[str, Any] = {}
-        for name in table.column_names:
+        for name in read:
             try:
-                row[name] = _value(table.column(name)[number])
-            except Exception as error:
-                raise UsageError(f"{file}: {where}: {name} cannot be read: {_first_line(error)}") from error
+                row[name] = decode(name, _value(table.column(name)[number]))
+            except Exception as error:  # the library raises many types
+                raise UsageError(f"{source}: {where}: {name} cannot be read: {_first_line(error)}") from error
+            if row.get("messages") is not None:  # then nothing else of the row is used
+                break
         yield where, {**unread, **row}
 
 
@@ -205,11 +217,10 @@ def _value(scalar: Any) -> Any:
     """The Python value of an Arrow scalar; of a list of messages only the fields that are read."""
     import pyarrow
 
-    kind = scalar.type
-    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
-    if not (is_list and pyarrow.types.is_struct(kind.value_type)) or not scalar.is_valid:
+    kind = getattr(scalar.type, "value_type", None)
+    if kind is None or not pyarrow.types.is_struct(kind) or not scalar.is_valid:
         return scalar.as_py()
-    fields = [field.name for field in kind.value_type if field.name in _MESSAGE_FIELDS]
+    fields = [field.name for field in kind if field.name in _MESSAGE_FIELDS]
     messages = scalar.values
     columns = {name: messages.field(name).to_pylist() for name in fields}
     return [
@@ -231,18 +242,24 @@ def _samples_of_hub(repo: str, commit: str) -> list[Sample]:
 
 
 def _hub_rows(rows: Any, repo: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a `datasets.Dataset`, of which no other columns are decoded than those that are read."""
-    unread = dict.fromkeys(rows.column_names)
-    read = rows.select_columns([name for name in _FIELDS if name in unread])
-    for number in range(rows.num_rows if read.column_names else 0):
-        where = f"row {number + 1}"
-        try:
-            row = read[number]
-        except Exception as error:
-            raise UsageError(f"{repo}: {where} cannot be read: {_first_line(error)}") from error
-        yield where, {**unread, **row}
-    if not read.column_names:
-        yield "row 1", unread
+    """The rows of a `datasets.Dataset`, of which nothing else is decoded than what is read."""
+    import datasets
+
+    names = [name for name in _FIELDS if name in rows.column_names]
+    if not names:
+        yield "row 1", dict.fromkeys(rows.column_names)
+        return
+    features = datasets.Features({name: _of_messages(rows.features[name]) for name in names})
+    table = rows.select_columns(names).with_format("arrow")[:]
+    yield from _rows(table, rows.column_names, repo, lambda name, value: features.decode_example({name: value})[name])
+
+
+def _of_messages(feature: Any) -> Any:
+    """A column's feature in `datasets`; of a list of messages only the fields that are read."""
+    fields = getattr(feature, "feature", None)
+    if not isinstance(fields, dict):
+        return feature
+    return replace(feature, feature={name: fields[name] for name in fields if name in _MESSAGE_FIELDS})
 
 
 def _pinned(kind: str, source: str) -> tuple[str, str]:

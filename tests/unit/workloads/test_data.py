@@ -550,12 +550,38 @@ def test_a_field_that_nobody_reads_may_be_any_json(tmp_path, name, field):
     assert prepare(source, seq_len=256, cache_dir=tmp_path / "cache").manifest["n_samples"] == 1
 
 
-def test_of_messages_only_role_and_content_are_read(tmp_path):
+def odd_messages() -> dict[str, Any]:
+    """Tables of one chat each, with what Python cannot represent beside the fields that are read."""
     pa = pyarrow
-    kind = pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("ms", tz="Nowhere/At_All"))])
     turns = [{"role": "user", "content": "hi", "at": 2**60}, {"role": "assistant", "content": "yes", "at": 1}]
-    pa.parquet.write_table(pa.table({"messages": pa.array([turns], pa.list_(kind))}), tmp_path / "a.parquet")
+
+    def kind(at: Any) -> Any:
+        return pa.struct([("role", pa.string()), ("content", pa.string()), ("at", at)])
+
+    plain = pa.array([[{key: turn[key] for key in ("role", "content")} for turn in turns]])
+    return {
+        "an unknown time zone": {
+            "messages": pa.array([turns], pa.list_(kind(pa.timestamp("ms", tz="Nowhere/At_All"))))
+        },
+        "a time out of range": {"messages": pa.array([turns], pa.large_list(kind(pa.timestamp("us"))))},
+        "a list of a fixed size": {"messages": pa.array([turns], pa.list_(kind(pa.timestamp("us")), 2))},
+        "an input that is not used": {"messages": plain, "input": pa.array([2**61], pa.timestamp("us"))},
+        "an output that is not used": {"messages": plain, "output": odd_columns()["a date after year 9999"][:1]},
+    }
+
+
+@pytest.mark.parametrize("name", odd_messages())
+def test_of_messages_only_role_and_content_are_read(tmp_path, name):
+    pyarrow.parquet.write_table(pyarrow.table(odd_messages()[name]), tmp_path / "a.parquet")
     assert prepare(str(tmp_path / "a.parquet"), seq_len=256, cache_dir=tmp_path / "cache").manifest["n_samples"] == 1
+
+
+@pytest.mark.parametrize("name", odd_messages())
+def test_of_a_hubs_messages_only_role_and_content_are_decoded(name):
+    import datasets
+
+    ((where, row),) = sources._hub_rows(datasets.Dataset(pyarrow.table(odd_messages()[name])), "some/set")
+    assert (where, row["messages"][1]) == ("row 1", {"role": "assistant", "content": "yes"})
 
 
 @pytest.mark.parametrize("column", ["a date after year 9999", "an unknown time zone", "a timestamp out of range",
@@ -575,6 +601,6 @@ def test_of_a_hubs_data_set_other_columns_are_not_decoded(column):
     rows = datasets.Dataset(pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"],
                                                          "at": odd_columns()[column]}))  # fmt: skip
     assert [where for where, _ in sources._hub_rows(rows, "some/set")] == ["row 1", "row 2"]
-    with pytest.raises(UsageError, match=r"^some/set: row 1 cannot be read: "):
+    with pytest.raises(UsageError, match=r"^some/set: row 1: output cannot be read: "):
         bad = datasets.Dataset(pyarrow.table({"output": odd_columns()["an unknown time zone"]}))
         list(sources._hub_rows(bad, "some/set"))
