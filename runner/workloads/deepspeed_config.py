@@ -68,7 +68,7 @@ def unresolved(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from unresolved(value, f"{prefix}{key}.")
-        elif value == "auto":
+        elif value == "auto" or (isinstance(value, list) and "auto" in value):
             yield prefix + key
 
 
@@ -147,14 +147,22 @@ def _verdict(config: Mapping[str, Any]) -> str:
     except KeyError as error:
         return f"{error.args[0]} is missing"
     except Exception as error:  # assertions, and types of its own
-        empty = next((key for key, value in config.items() if value is None), None)
-        return f"{empty} is null: give it a value, or leave it out" if empty else _one_line(str(error))
-    return (
-        next(_untyped(config), "")
-        or next(_unread(read), "")
-        or next(_lacking(config), "")
-        or next(_parameters(config), "")
-    )
+        if type(error) in (AttributeError, TypeError) and (key := _blamed(config)):
+            return f"{key} is {json.dumps(config[key])}: DeepSpeed expects another kind of value there, or none"
+        return _one_line(str(error))
+    judges = (_untyped, lambda _: _unread(read), _texts, _lacking, _parameters)
+    return next((fault for judge in judges for fault in judge(config)), "")
+
+
+def _blamed(config: Mapping[str, Any]) -> str | None:
+    """The key without which DeepSpeed would read the configuration."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for key in config:
+        with contextlib.suppress(Exception):
+            DeepSpeedConfig({name: value for name, value in config.items() if name != key})
+            return key
+    return None
 
 
 def _one_line(text: str) -> str:
@@ -228,6 +236,28 @@ def _untyped(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}.type is missing"
 
 
+def _texts(config: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers that are texts, where no model of DeepSpeed turns them into numbers."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    defaults = vars(DeepSpeedConfig(dict(_BATCH)))
+    found = {key: value for key, value in config.items() if isinstance(defaults.get(key), int | float)}
+    for name in ("optimizer", "scheduler"):
+        params = (config.get(name) or {}).get("params") or {}
+        found |= {f"{name}.params.{key}": value for key, value in params.items() if _is_number(value)}
+    for path, value in found.items():
+        if isinstance(value, str):
+            yield f"{path} is the text {value!r}: write it without quotes, as 0.0001 or true"
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        float(text)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def _lacking(config: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed asserts only once ranks run."""
     from deepspeed.runtime.config import DtypeEnum
@@ -257,9 +287,10 @@ def _lacking(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _parameters(config: Mapping[str, Any]) -> Iterator[str]:
     """Wrong names and keys of the optimizer and the scheduler, which are called with them."""
+    import torch
     from deepspeed.runtime import config as runtime
     from deepspeed.runtime import lr_schedules
-    from torch import optim
+    from torch import nn, optim
 
     optimizer = config.get("optimizer")
     if isinstance(optimizer, Mapping) and optimizer:
@@ -271,6 +302,7 @@ def _parameters(config: Mapping[str, Any]) -> Iterator[str]:
             yield "optimizer.params.max_grad_norm is not supported by DeepSpeed: set gradient_clipping"
         elif names := _of_optimizer(kind):
             yield from _called_with(optimizer, "optimizer", names)
+            yield from _refused("optimizer", _of_torch(kind), [nn.Parameter(torch.zeros(1))], params)
     scheduler = config.get("scheduler")
     if isinstance(scheduler, Mapping) and scheduler:
         kinds = lr_schedules.VALID_LR_SCHEDULES
@@ -281,6 +313,25 @@ def _parameters(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _called_with(scheduler, "scheduler", _names(schedule) - {"optimizer"})
             needed = _needed(schedule) - {"optimizer"} - set(scheduler.get("params") or {})
             yield from (f"scheduler.params.{name} is missing" for name in sorted(needed))
+            of = optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+            yield from _refused("scheduler", schedule, of, scheduler.get("params") or {})
+
+
+def _of_torch(kind: str) -> Any:
+    """torch's optimizer of that name, however it is written; None: there is none, or DeepSpeed has another."""
+    from torch import optim
+
+    named = {name.lower(): each for name, each in vars(optim).items() if name[0].isupper()}
+    return named.get(kind.lower()) if kind.lower() != "muon" else None
+
+
+def _refused(name: str, kind: Any, first: Any, params: Mapping[str, Any]) -> Iterator[str]:
+    """What a class says of the values among `params` that it takes."""
+    if kind is not None:
+        try:
+            kind(first, **{key: value for key, value in params.items() if key in _names(kind)})
+        except (ValueError, TypeError, IndexError) as error:  # others may be this machine's, not the values'
+            yield f"{name}.params: {_one_line(str(error))}"
 
 
 def _of_optimizer(kind: str) -> set[str]:

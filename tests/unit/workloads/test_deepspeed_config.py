@@ -86,7 +86,17 @@ WRONG = {
         {"scheduler.type": "WarmupDecayLR", "scheduler.params": {"warmup_num_steps": 100}},
         "scheduler.params.total_num_steps is missing",
     ),
-    "an empty section": ({"scheduler": None}, "scheduler is null: give it a value, or leave it out"),
+    "an empty section": ({"scheduler": None}, "scheduler is null: DeepSpeed expects another kind of value there"),
+    "a section that is a word": ({"optimizer": "AdamW"}, 'optimizer is "AdamW": DeepSpeed expects another kind'),
+    "a section that is a flag": ({"bf16": True}, "bf16 is true: DeepSpeed expects another kind of value there"),
+    "a number that is a text": ({"optimizer.params.lr": "1e-4"}, "optimizer.params.lr is the text '1e-4': write it"),
+    "clipping that is a text": ({"gradient_clipping": "1.0"}, "gradient_clipping is the text '1.0': write it"),
+    "a rate below 0": ({"optimizer.params.lr": -1}, "optimizer.params: Invalid learning rate: -1"),
+    "one beta of two": ({"optimizer.params.betas": [0.9]}, "optimizer.params: "),
+    "steps that are words": (
+        {"scheduler.type": "WarmupLR", "scheduler.params": {"warmup_num_steps": "few"}},
+        "scheduler.params: warmup_num_steps must be a positive integer",
+    ),
     "a type that is none": (
         {"data_types.grad_accum_dtype": "float64"},
         "data_types.grad_accum_dtype 'float64' is none of DeepSpeed's types: fp16",
@@ -178,3 +188,8 @@ def test_another_deepspeed_is_asked_again(tmp_path, monkeypatch):
         deepspeed_config.refuse(values, "here", tmp_path)
     monkeypatch.setattr(deepspeed_config.metadata, "version", lambda _: "0.19.8")
     deepspeed_config.refuse(values, "here", tmp_path)
+
+
+def test_auto_is_found_in_lists_as_well():
+    values = {"optimizer": {"params": {"betas": ["auto", 0.95], "lr": 0.1}}, "zero_optimization": {"stage": "auto"}}
+    assert [*deepspeed_config.unresolved(values)] == ["optimizer.params.betas", "zero_optimization.stage"]
