@@ -100,7 +100,9 @@ def _files(path: Path) -> list[Path]:
             raise UsageError(f"{path}: data files end in {', '.join(SUFFIXES)}; rename or convert it")
         return [path]
     try:
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        # Hidden files are other programs': macOS leaves a ._NAME beside each file on foreign disks.
+        visible = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = sorted(file for file in visible if file.suffix in SUFFIXES and file.is_file())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     if not files:

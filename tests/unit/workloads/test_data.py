@@ -550,6 +550,15 @@ def test_a_field_that_nobody_reads_may_be_any_json(tmp_path, name, field):
     assert prepare(source, seq_len=256, cache_dir=tmp_path / "cache").manifest["n_samples"] == 1
 
 
+@pytest.mark.parametrize("hidden", ["._a.jsonl", ".a.jsonl", ".ipynb_checkpoints.json"])
+def test_hidden_files_of_a_folder_are_no_data(tmp_path, hidden):
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "a.jsonl", GOOD)
+    (tmp_path / "set" / hidden).write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    made = prepare(str(tmp_path / "set"), seq_len=256, cache_dir=tmp_path / "cache")
+    assert made.manifest["n_samples"] == 1
+
+
 def odd_messages() -> dict[str, Any]:
     """Tables of one chat each, with what Python cannot represent beside the fields that are read."""
     pa = pyarrow
