@@ -32,10 +32,11 @@ _PREFIX = re.compile(r"^(?:\[?ERROR\]?:\s*)+")
 
 
 def listing(source: str) -> dict[str, Any]:
-    """The inventory `source` in the form of `ansible-inventory --list`, with two more keys in `_meta`.
+    """The inventory `source` in the form of `ansible-inventory --list`, with three more keys in `_meta`.
 
     `settings` are Ansible's for ssh by the plugin's option, from ansible.cfg and the environment, without defaults;
-    `lasting` is False where a template asks what may change. Raises UsageError where Ansible cannot read it.
+    `lasting` is False where a template asks what may change; `unread` says by host what of it cannot be read, which
+    matters only if the host is used. Raises UsageError where Ansible cannot read it.
     """
     env = {**os.environ, "ANSIBLE_INVENTORY_UNPARSED_FAILED": "true", "ANSIBLE_LOCALHOST_WARNING": "false"}
     outcome = process.run([sys.executable, "-P", "-m", "runner.cluster.ansible", source], timeout_s=60, env=env)
@@ -77,12 +78,14 @@ def _settings() -> dict[str, Any]:
 
 
 def _shown(option: str | None, value: Any) -> Any:
-    """`value`, unless it may be a secret: then only whether it is set."""
-    return bool(value) if option and (OPTIONS.get(option) or BECOME[option]).secret else value
+    """`value`, unless it may be a secret: then only whether it is set, for which a vault stays closed."""
+    if option and (OPTIONS.get(option) or BECOME[option]).secret:
+        return bool(value) if value is None or isinstance(value, str | int) else True
+    return value
 
 
 def _is_template(value: Any) -> bool:
-    """Whether Ansible would render `value`, or a part of it."""
+    """Whether Ansible would render `value`, or a part of it; a vaulted one is opened, which may raise."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return "{{" in text or "{%" in text
 
@@ -95,6 +98,7 @@ class _Inventory:
         from ansible.cli import CLI
         from ansible.inventory.manager import InventoryManager
         from ansible.parsing.dataloader import DataLoader
+        from ansible.vars.hostvars import HostVars
         from ansible.vars.manager import VariableManager
 
         self.loader = DataLoader()
@@ -102,7 +106,9 @@ class _Inventory:
         self.loader.set_vault_secrets(CLI.setup_vault_secrets(self.loader, vault_ids=vaults, auto_prompt=False))
         self.inventory = InventoryManager(loader=self.loader, sources=[source])
         self.manager = VariableManager(loader=self.loader, inventory=self.inventory)
+        HostVars(self.inventory, self.manager, self.loader)  # gives itself to the manager: templates ask for a bastion
         self.lasting = True
+        self.unread: dict[str, str] = {}
 
     def listed(self) -> dict[str, Any]:
         """The inventory as `listing` returns it."""
@@ -116,7 +122,8 @@ class _Inventory:
             for group in self.inventory.groups.values()
         }
         hostvars = {host.name: self._variables(host) for host in hosts}
-        return {**groups, "_meta": {"hostvars": hostvars, "settings": _settings(), "lasting": self.lasting}}
+        meta = {"hostvars": hostvars, "settings": _settings(), "lasting": self.lasting, "unread": self.unread}
+        return {**groups, "_meta": meta}
 
     def _variables(self, host: Any) -> dict[str, Any]:
         known = self.manager.get_vars(host=host, include_hostvars=False)
@@ -128,25 +135,30 @@ class _Inventory:
                     values[name] = value
                 continue
             option = option_of(name)
-            if (option is None or (OPTIONS.get(option) or BECOME[option]).fate == CARRIED) and _is_template(value):
-                value = self._rendered(host, name)
-            values[name] = _shown(option, value)
+            try:
+                if option is None or (OPTIONS.get(option) or BECOME[option]).fate == CARRIED:
+                    value = self._rendered(host, name, value)
+                values[name] = _shown(option, value)
+            except Exception as error:  # Ansible's own errors, and those of whatever a template calls
+                self.unread.setdefault(host.name, f"{name} cannot be rendered: {_line(error)}")
         return values
 
-    def _rendered(self, host: Any, name: str) -> Any:
+    def _rendered(self, host: Any, name: str, value: Any) -> Any:
         from ansible.template import Templar
 
+        if not _is_template(value):
+            return value
         known = self.manager.get_vars(host=host)
         if _OUTSIDE.search(json.dumps(known[name], default=str)):
             self.lasting = False
-        try:
-            return Templar(loader=self.loader, variables=known).template(known[name])
-        except Exception as error:  # Ansible's own errors, and those of whatever the template calls
-            raise SystemExit(f"ERROR: {host.name}: {name} cannot be rendered: {_line(error)}") from None
+        return Templar(loader=self.loader, variables=known).template(known[name])
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    from ansible.parsing.vault import AnsibleVaultError
+
+    line = str(error).strip().splitlines()[0]
+    return f"{line} Set ANSIBLE_VAULT_PASSWORD_FILE" if isinstance(error, AnsibleVaultError) else line
 
 
 def _main(source: str) -> None:

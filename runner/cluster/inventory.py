@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__
 from runner.cluster import ansible
+from runner.cluster import known_hosts as known_hosts_of
 from runner.cluster import nccl as nccl_of
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.backends import BACKENDS, LOCAL, SSH
@@ -215,9 +216,8 @@ def _known_hosts_file(path: Path) -> Path:
 def _known_hosts(path: Path) -> tuple[str, ...]:
     """The lines of the known_hosts file beside the inventory; empty without one."""
     file = _known_hosts_file(path)
-    if not file.is_file():
-        return ()
-    return tuple(line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#"))
+    lines = known_hosts_of.lines(file.read_bytes()) if file.is_file() else ()
+    return tuple(line for line in lines if line.strip() and not line.startswith("#"))
 
 
 def parse(
@@ -233,6 +233,7 @@ def parse(
     """
     settings = settings or {}
     hostvars = listing.get("_meta", {}).get("hostvars", {})
+    unread = listing.get("_meta", {}).get("unread", {})
     names = _members(listing, GROUP) if GROUP in listing else list(hostvars) or _members(listing, "all")
     if not names:
         raise UsageError(f"inventory {source} has no hosts: list them in the group {GROUP}")
@@ -240,6 +241,7 @@ def parse(
     for position, name in enumerate(names, start=1):
         # A host whose own name is node001 keeps that name; the host at that position then gets no alias.
         alias = f"node{position:03d}"
+        _demand_read(source, name, unread)
         nodes.append(_node(source, name, name if alias in known else alias, hostvars.get(name, {}), settings))
     taken: dict[str, str] = {}
     for node in nodes:
@@ -256,8 +258,16 @@ def parse(
     if "login" not in slurm and BACKENDS[nodes[0].backend].by_ssh and (controller := _controller(listing, names)):
         slurm["login"] = controller
     head = slurm.get("login")
-    login = None if head is None or head in by_word(nodes) else _login(source, head, hostvars, settings)
+    login = None
+    if head is not None and head not in by_word(nodes):
+        _demand_read(source, head, unread)
+        login = _login(source, head, hostvars, settings)
     return Inventory(source, tuple(nodes), tuple(known_hosts), slurm, login)
+
+
+def _demand_read(source: str, name: str, unread: Mapping[str, str]) -> None:
+    if name in unread:
+        raise UsageError(f"inventory {source}: {name}: {unread[name]}")
 
 
 def _login(source: str, name: str, hostvars: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> Node:
@@ -322,6 +332,8 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         ),
         ("runner_host_key", values.runner_host_key or "ssh-x x", _HOST_KEY),
     ):
+        if what == "host name" and ":" in word:
+            raise UsageError(f"{where}: an address is no name: give the host a name, and ansible_host: '{word}'")
         if not pattern.fullmatch(word):
             raise UsageError(f"{where}: {what} {word!r} has characters that are not allowed there ({pattern.pattern})")
     for key in values.runner_env:

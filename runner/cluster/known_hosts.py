@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 CERT_AUTHORITY = "@cert-authority"
 REVOKED = "@revoked"
-_MARKERS = (CERT_AUTHORITY, REVOKED)
+# A number in the place of the key's type is of ssh's first protocol, which no ssh of today reads.
+_ENTRY = re.compile(
+    rf"[ \t]*(?:(?P<marker>{CERT_AUTHORITY}|{REVOKED})[ \t]+)?"
+    r"(?P<hosts>[^@# \t][^ \t]*)[ \t]+(?P<key>[a-z][a-z0-9@.-]*[ \t]+[A-Za-z0-9+/]+=*(?:[ \t].*)?)"
+)
 _SPECIAL = re.compile(r"[|*?!]")
 
 
@@ -30,15 +34,16 @@ class Entry:
         return " ".join(filter(None, (self.marker, name, self.key)))
 
 
+def lines(content: bytes) -> list[str]:
+    """The lines of a file as ssh tells them apart; a comment may be in any encoding."""
+    return content.decode(errors="replace").split("\n")
+
+
 def entries(lines: Iterable[str]) -> Iterator[Entry]:
     """The entries in the lines of a file; ssh passes over what is none, and so does this."""
     for line in lines:
-        words = line.split(None, 1)
-        marker = words[0] if words and words[0] in _MARKERS else ""
-        if marker:
-            words = words[1].split(None, 1) if len(words) > 1 else []
-        if len(words) == 2 and not words[0].startswith(("#", "@")) and len(words[1].split(None, 2)) > 1:
-            yield Entry(marker, words[0], words[1].strip())
+        if match := _ENTRY.fullmatch(line.rstrip()):
+            yield Entry(match["marker"] or "", match["hosts"], match["key"])
 
 
 def matches(hosts: str, name: str) -> bool:

@@ -7,6 +7,7 @@ line, since ssh takes the first value of each keyword.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import getopt
 import getpass
@@ -118,8 +119,7 @@ BECOME: Mapping[str, Option] = {
     ),
     "sudo_chdir": Option(("ansible_sudo_chdir",), IGNORED),
 }
-# Ansible's names of facts about a host's keys, which may be set in an inventory.
-_FACTS = ("ansible_ssh_host_key_",)
+_MISSPELT = 0.93  # how like one of Ansible's a name is if it is meant to be that: one or two letters are wrong
 
 # What the options of `ssh` mean as keywords of ssh_config; "" for those that make no difference here, see ssh(1).
 _LETTERS: Mapping[str, str] = {
@@ -151,6 +151,7 @@ _REFUSED: Mapping[str, str] = {
     "host": _OWN_PLACE,
     "match": _OWN_PLACE,
 }  # fmt: skip
+_NOTHING = ("no", "false", "none", "default")  # the values of those above that ask for nothing
 _CHECKED = ("yes", "true", "ask")
 _KEYWORD = re.compile(r"\s*([A-Za-z0-9]+)(?:\s*=\s*|\s+)(.*\S)\s*")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -197,8 +198,10 @@ def reach(where: str, name: str, variables: Mapping[str, Any], settings: Mapping
     `transport` and `become`. `where` names the host in errors. Raises UsageError for what cannot be carried over.
     """
     for variable in variables:
-        if variable.startswith("ansible_ssh_") and variable not in _BY_VARIABLE and not variable.startswith(_FACTS):
-            raise unknown("variable", variable, _BY_VARIABLE, where)
+        # Others are the inventory's own, such as ansible_ssh_public_key_file, which Ansible knows as little.
+        misspelt = difflib.get_close_matches(variable, _BY_VARIABLE, 1, _MISSPELT)
+        if variable.startswith("ansible_ssh_") and misspelt and variable not in _BY_VARIABLE:
+            raise unknown("variable", variable, misspelt, where)
     if _is_local(where, variables, settings):
         address = _set(where, "host", variables, settings)[1] or name
         return Reach(str(address), 22, None, None, True, (), (), None, None)
@@ -252,7 +255,7 @@ class _Reading:
         if user:
             self.lines.append(f"User {user}")
         if key_file:
-            self.lines += [f'IdentityFile "{key_file}"', "IdentitiesOnly yes"]
+            self.lines.append(f'IdentityFile "{key_file}"')
         if timeout := self._text("timeout"):
             if not timeout.isdecimal():
                 raise UsageError(f"{self.where}: {self._value('timeout')[0]} = {timeout!r}: not a number of seconds")
@@ -313,9 +316,9 @@ class _Reading:
             elif name == "stricthostkeychecking":
                 if value.lower() not in _CHECKED:
                     raise UsageError(f"{where}: {keyword} {value}: {OPTIONS['host_key_checking'].fate}")
-            elif name in _REFUSED:
+            elif name in _REFUSED and value.lower() not in _NOTHING:
                 raise UsageError(f"{where}: {keyword}: {_REFUSED[name]}")
-            elif name not in _MOOT:
+            elif name not in _MOOT and name not in _REFUSED:
                 if reason := _ssh_refuses(line):
                     raise UsageError(f"{where}: ssh refuses {line!r}: {reason}")
                 self.lines.append(line)
@@ -352,8 +355,8 @@ def _arguments(where: str, text: str) -> Iterator[str]:
                 raise UsageError(f"{where}: -o {value!r} has no value: write -o Keyword=value")
             yield f"{match[1]} {match[2]}"
         elif letter == "F":
-            if value not in ("none", "/dev/null"):
-                yield f'Include "{Path(value).expanduser().absolute()}"'
+            # "none" stands for a file without lines, instead of the user's own as any other.
+            yield f'Include "{Path("/dev/null" if value == "none" else value).expanduser().absolute()}"'
         elif _LETTERS[letter]:
             quoted = f'"{value}"' if " " in value else value
             yield f"{_LETTERS[letter]} {quoted}".rstrip()

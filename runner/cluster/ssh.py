@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.cluster.inventory import Inventory, Node
-from runner.cluster.known_hosts import CERT_AUTHORITY, REVOKED, Entry, Known
+from runner.cluster.known_hosts import CERT_AUTHORITY, REVOKED, Entry, Known, lines
 
 # Where ssh looks for keys by default.
 _OWN = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 # What ssh reads without -F: the way to a bastion is often written there.
 _USERS = "Include ~/.ssh/config /etc/ssh/ssh_config"
-_OF_ONE = ("Port ", "User ", "IdentityFile ", "IdentitiesOnly ")  # what Ansible says itself for each host
+_OF_ONE = ("Port ", "User ", "IdentityFile ")  # what Ansible says itself for each host
 _INCLUDE = "Include "  # of a file that the inventory names with -F
 
 
@@ -166,10 +166,10 @@ class _Keys:
     def _read(self, file: str) -> Known:
         if file not in self._files:
             try:
-                text = Path(file).expanduser().read_text(errors="replace")
+                content = Path(file).expanduser().read_bytes()
             except (OSError, RuntimeError):  # not there, not readable, or no home
-                text = ""
-            self._files[file] = Known(text.splitlines())
+                content = b""
+            self._files[file] = Known(lines(content))
         return self._files[file]
 
 

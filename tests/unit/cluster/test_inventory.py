@@ -106,6 +106,11 @@ def test_what_a_shell_could_misread_never_gets_past_the_inventory(name, variable
     assert "not allowed" in str(error.value)
 
 
+def test_an_address_in_the_place_of_a_name_is_told_what_to_write():
+    with pytest.raises(UsageError, match="give the host a name, and ansible_host: '2001:db8::9'"):
+        inventory.parse("inv", listing({"2001:db8::9": {"ansible_port": 2200}}))
+
+
 def test_a_misspelt_variable_is_named_with_the_nearest():
     with pytest.raises(UsageError, match="unknown variable 'runner_gpus_per_nod'; did you mean 'runner_gpus_per_node'"):
         inventory.parse("inv", listing({"a": {"runner_gpus_per_nod": 8}}))

@@ -19,7 +19,7 @@ import yaml
 from plans import request
 
 from conftest import listing
-from runner.cluster import inventory, reach, reasons, ssh
+from runner.cluster import inventory, known_hosts, reach, reasons, ssh
 from runner.errors import UsageError
 from runner.launch import copy, talk
 from runner.plan import build
@@ -78,6 +78,7 @@ def test_every_variable_of_ansibles_plugins_has_its_fate(plugin, table):
         ({"ansible_ssh_extra_args": "-vvvi ~/.ssh/k -tt"}, "IdentityFile ~/.ssh/k"),
         ({"ansible_ssh_extra_args": "-l me -p 2200"}, "Port 2200"),
         ({"ansible_ssh_common_args": "-F '/etc/my ssh'"}, 'Include "/etc/my ssh"'),
+        ({"ansible_ssh_args": "-F none -J b"}, 'Include "/dev/null"'),  # not the user's own configuration
     ],
 )
 def test_what_reaches_a_host_is_carried_over(variables, line):
@@ -106,6 +107,7 @@ def test_the_first_of_ansibles_command_line_counts_as_it_does_for_ssh(tmp_path):
         ({"ansible_connection": "paramiko"}, "ansible_connection 'paramiko' is not supported"),
         ({"ansible_connection": "community.docker.docker"}, "ansible_connection 'community.docker.docker'"),
         ({"ansible_ssh_prviate_key_file": "/k"}, "did you mean 'ansible_ssh_private_key_file'"),
+        ({"ansible_ssh_usr": "me"}, "did you mean 'ansible_ssh_user'"),
         ({"ansible_ssh_extra_args": "-o Prot=22"}, "ssh refuses 'Prot 22': Bad configuration option: prot"),
         ({"ansible_ssh_extra_args": "-o Port=s"}, "ssh refuses 'Port s': Bad port"),
         ({"ansible_ssh_extra_args": "-L 1:a:2"}, "-L: `runner` starts its own commands"),
@@ -132,6 +134,10 @@ def test_what_cannot_be_carried_over_is_refused_by_name(variables, told):
         {"ansible_ssh_executable": shutil.which("ssh"), "ansible_host_key_checking": "yes"},
         {"ansible_become": True, "ansible_user": "root"},
         {"ansible_become": False, "ansible_become_pass": "x"},
+        {"ansible_ssh_common_args": "-o PermitLocalCommand=no -o RemoteCommand=none -oTunnel=no -o GatewayPorts=No"},
+        {"ansible_ssh_public_key_file": "~/.ssh/id.pub", "ansible_ssh_host_fingerprint": "SHA256:x"},  # one's own
+        {"ansible_ssh_key": "~/k", "ansible_ssh_private_key_path": "/x", "ansible_ssh_user_name": "me"},
+        {"ansible_ssh_host_key_ed25519_public": "AAAA"},
     ],
 )
 def test_what_makes_no_difference_changes_nothing(variables):
@@ -167,6 +173,44 @@ def test_templates_are_rendered_by_ansible(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="a: ansible_port cannot be rendered: 'nowhere' is undefined") as error:
         inventory.read(str(tmp_path), tmp_path / "cache")
     assert "\n" not in str(error.value)
+
+
+def test_a_template_may_ask_for_the_bastion_by_hostvars(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.ini").write_text(
+        "bastion ansible_host=203.0.113.5 ansible_user='{{ who }}' who=jump\r\n[gpu_nodes]\r\ngpu-[a:b]:2222\r\n"
+        "[gpu_nodes:vars]\r\nansible_ssh_common_args=\"{% if 'bastion' in groups['all'] %}-o ProxyCommand='ssh -W %h:%p"
+        " -p {{ hostvars['bastion'].ansible_port | default(22) }} {{ hostvars['bastion']['ansible_user'] }}"
+        "@{{ hostvars['bastion'].ansible_host }}'{% endif %}\"\r\n"
+    )
+    node = inventory.read("hosts.ini", tmp_path / "cache").nodes[1]
+    assert node.ssh_options.splitlines() == ["Port 2222", "ProxyCommand ssh -W %h:%p -p 22 jump@203.0.113.5"]
+
+
+def test_what_cannot_be_read_of_a_host_matters_where_the_host_is_used(tmp_path, monkeypatch):
+    """A vault stays closed for what is not needed, without its password too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.yml").write_text(
+        "gpu_nodes: {hosts: {a: {}}}\n"
+        "others: {hosts: {win: {ansible_connection: winrm, ansible_host: '{{ nowhere }}'}}}\n"
+    )
+    (tmp_path / "password").write_text("x")
+    sealed = {
+        name: subprocess.run(
+            [ANSIBLE.with_name("ansible-vault"), "encrypt_string", "--vault-password-file", "password", "-n", name, "me"],
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for name in ("ansible_become_pass", "my_token", "ansible_user")
+    }  # fmt: skip
+    (tmp_path / "group_vars").mkdir()
+    beside = tmp_path / "group_vars" / "gpu_nodes.yml"
+    beside.write_text(sealed["ansible_become_pass"] + sealed["my_token"])
+    assert [node.name for node in inventory.read("hosts.yml", tmp_path / "cache").nodes] == ["a"]
+    beside.write_text(sealed["ansible_user"])
+    with pytest.raises(UsageError, match=r"a: ansible_user cannot be rendered: .*Set ANSIBLE_VAULT_PASSWORD_FILE$"):
+        inventory.read("hosts.yml", tmp_path / "cache")
+    monkeypatch.setenv("ANSIBLE_VAULT_PASSWORD_FILE", "password")
+    assert inventory.read("hosts.yml", tmp_path / "cache").nodes[0].user == "me"
 
 
 @pytest.mark.parametrize("address", ["fe80::1%eth0", "fe80::1:2%enp1s0.5", "2001:db8::7", "::1"])
@@ -301,13 +345,29 @@ def test_a_known_key_is_found_in_every_form_as_ssh_finds_it(form, keys, tmp_path
     "text",
     [
         "gpu-ab KEY", "gpu-*,!gpu-a KEY", "[gpu-a]:22 KEY", "# gpu-a KEY", "gpu-a", "|1|bad|bad KEY", "gpu.a KEY",
-        "@unknown gpu-a KEY", "10.0.0.70 KEY",
+        "@unknown gpu-a KEY", "10.0.0.70 KEY", "gpu-b KEY \x85gpu-a KEY", "gpu-b KEY \u2028gpu-a KEY",
+        "gpu-b KEY\x0cgpu-a KEY", "gpu-b KEY\rgpu-a KEY", "gpu-a , gpu-b KEY", "gpu-a\xa0KEY",
     ],
 )  # fmt: skip
 def test_a_line_for_another_host_is_no_key_of_this_one(text, keys):
-    lines = text.replace("KEY", public(keys["host"])).splitlines()
+    lines = known_hosts.lines(text.replace("KEY", public(keys["host"])).encode())
     read_in = inventory.parse("inv", listing({"gpu-a": {"ansible_host": "10.0.0.7", "ansible_port": 2222}}), lines)
     assert public(keys["host"]) not in ssh.known_hosts(read_in)
+
+
+@pytest.mark.parametrize("line", ["gpu-a 1024 35 1234567890", "gpu-a ssh-ed25519 no!key", "gpu-a , gpu-b ssh-rsa AAAA"])
+def test_a_line_that_ssh_passes_over_is_no_pin(line):
+    read_in = inventory.parse("inv", listing({"gpu-a": {}}), [line])
+    assert line not in ssh.known_hosts(read_in) and "GlobalKnownHostsFile /dev/null" not in ssh.ssh_config(
+        read_in, "/k"
+    )
+
+
+def test_pins_may_have_windows_lines_and_comments_in_any_encoding(tmp_path, keys):
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {gpu-a: {}}}")
+    (tmp_path / "known_hosts").write_bytes(f"# caf\xe9\r\ngpu-a {public(keys['host'])} caf\xe9\r\n".encode("latin-1"))
+    text = ssh.known_hosts(inventory.read(str(tmp_path), tmp_path / "cache"))
+    assert text.startswith(f"gpu-a {public(keys['host'])} caf") and "\r" not in text
 
 
 def test_ones_own_known_hosts_holds_where_the_inventory_has_no_pin(tmp_path, monkeypatch, keys):
@@ -433,7 +493,9 @@ def test_setup_checks_the_host_key_as_bench_does(pinned, state, tmp_path, keys):
 
 
 # What of ssh's configuration decides where a connection goes, and as whom.
-PLACE = ("hostname", "port", "user", "proxyjump", "proxycommand", "identityfile", "addressfamily")
+PLACE = (
+    "hostname", "port", "user", "proxyjump", "proxycommand", "identityfile", "identitiesonly", "addressfamily",
+)  # fmt: skip
 
 
 def test_ansible_and_runner_reach_the_same_place_through_a_jump_host(tmp_path, monkeypatch, keys):
