@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from runner import errors
 from runner.cli.options import inventory_option, read_inventory
 from runner.cluster.backends import BACKENDS, LOCAL, SLURM, SSH
+from runner.system.wording import counted
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
@@ -270,7 +271,8 @@ def _answers(ctx: click.Context, values: dict[str, Any]) -> Answers:
         )
     addresses = values.pop("address") or ()
     if addresses and len(addresses) != len(values["hosts"]):
-        raise errors.UsageError(f"--address has {len(addresses)} addresses, --hosts {len(values['hosts'])} names")
+        given, wanted = counted(len(addresses), "address", "addresses"), counted(len(values["hosts"]), "name")
+        raise errors.UsageError(f"--address has {given}, --hosts {wanted}")
     names, gpus, nic_gbit = (values.pop(name) for name in ("hosts", "gpus", "nic_gbit"))
     return scaffold.Answers(
         names, addresses=addresses, gpus=None if gpus == "auto" else gpus, nic_gbit_per_s=nic_gbit, **values

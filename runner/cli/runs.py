@@ -57,6 +57,9 @@ def list_runs(results: Path, limit: int | None, as_json: bool) -> None:
 
     moment = datetime.now(UTC)
     rows = [overview(run, moment) for run in RunDir.all(results)[-limit if limit else None :]]
+    if not rows and not as_json:
+        click.echo(f"no run in {results} yet: start one with `runner bench`")
+        return
     click.echo(json.dumps(rows, indent=1) if as_json else overview_table(rows, _columns()))
 
 

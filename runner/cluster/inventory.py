@@ -173,7 +173,7 @@ def read(source: str, cache: Path) -> Inventory:
     files = _read_by_ansible(path)
     static = not any(os.access(p, os.X_OK) and p.suffix not in (".yml", ".yaml") for p in files)
     key = hashlib.sha256()
-    for part in [__version__, sys.executable, str(path.resolve())]:
+    for part in [__version__, sys.executable, str(path.resolve()), str(Path.cwd())]:  # paths in it begin here
         key.update(f"{part}\0".encode())
     key.update(json.dumps(ansible.environment()).encode())
     for file in (*files, *ansible.files()):

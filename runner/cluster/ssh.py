@@ -16,6 +16,7 @@ _OWN = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts",
 # What ssh reads without -F: the way to a bastion is often written there.
 _USERS = "Include ~/.ssh/config /etc/ssh/ssh_config"
 _OF_ONE = ("Port ", "User ", "IdentityFile ")  # what Ansible says itself for each host
+_NOTHING = 'Include "/dev/null"'
 _INCLUDE = "Include "  # of a file that the inventory names with -F
 
 
@@ -103,7 +104,8 @@ def _includes(inventory: Inventory) -> list[str]:
         [line for line in node.ssh_options.splitlines() if line.startswith(_INCLUDE)][:1] for node in inventory.hosts
     ]
     lines = list(dict.fromkeys(line for each in named for line in each))
-    return lines if all(named) else [*lines, _USERS]
+    read = [line for line in lines if line != _NOTHING]  # which ssh does not include: anyone may write to it
+    return read if all(named) else [*read, _USERS]
 
 
 def _elsewhere(line: str, node: Node) -> bool:

@@ -227,7 +227,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
         if equals and key in RunSettings.model_fields:
             section, name = RUN, key
         elif not (equals and dot and name):
-            raise UsageError(f"--set {setting}: write it as TEST.KEY=VALUE, for example --set sft.steps=20")
+            whole = ", ".join(RunSettings.model_fields)
+            raise UsageError(
+                f"--set {setting}: write it as TEST.KEY=VALUE, for example --set sft.steps=20; without TEST: {whole}"
+            )
         elif section not in sections:
             raise unknown("section", section, sections, f"--set {setting}")
         try:

@@ -57,6 +57,10 @@ class Event:
     off: Mapping[str, str] = field(default_factory=dict)
 
 
+# One connection to each host for all tasks.
+_SHARED = "-o ControlMaster=auto -o ControlPersist=120s -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
+
+
 @dataclass(frozen=True)
 class Call:
     """A playbook and all of its arguments. `hosts` are inventory names, `check` is Ansible's check mode."""
@@ -77,8 +81,12 @@ class Call:
         if self.check:
             words += ["--check", "--diff"]
         variables = dict(self.variables or {})
-        if self.ssh_config:  # as a variable: an inventory's own would come before the option --ssh-common-args
+        if self.ssh_config:  # as variables: an inventory's own would come before the options
+            # The file has all that the inventory says; once more on the command line that would come before the keys
+            # and the names of the file, or replace it by another.
+            variables["ansible_ssh_args"] = _SHARED
             variables["ansible_ssh_common_args"] = f"-F {shlex.quote(self.ssh_config)}"
+            variables["ansible_ssh_extra_args"] = ""
         if variables:
             words += ["--extra-vars", json.dumps(variables)]
         return words

@@ -219,6 +219,7 @@ def test_the_table_of_runs_gives_way_in_a_narrow_terminal(tmp_path, width):
 
 def test_no_runs_are_an_empty_list(tmp_path):
     assert json.loads(runner("list", "--json", "--results", tmp_path / "none").stdout) == []
+    assert "no run in" in runner("list", "--results", tmp_path / "none").stdout
 
 
 # --- show -----------------------------------------------------------------------------------------

@@ -475,14 +475,17 @@ def test_a_real_sshd_is_reached_where_its_key_is_known_in_whatever_form(form, tm
 
 @pytest.mark.parametrize(("pinned", "state"), [("host", "complete"), ("other", "failed")])
 def test_setup_checks_the_host_key_as_bench_does(pinned, state, tmp_path, keys):
-    """ansible-runner turns Ansible's check of host keys off, unless it is told."""
+    """ansible-runner turns Ansible's check of host keys off, unless it is told; what the inventory says of ssh is in
+    the file that both use, and does not go before it or in its place.
+    """
     authorized = tmp_path / "authorized"
     authorized.write_text(keys["client"].with_suffix(".pub").read_text())
     book = tmp_path / "book.yml"
     book.write_text("- {hosts: all, gather_facts: false, tasks: [{name: It answers, ansible.builtin.raw: 'true'}]}")
     with sshd(tmp_path, keys["host"], authorized) as port:
         variables = {"ansible_host": "127.0.0.1", "ansible_port": port, "ansible_private_key_file": str(keys["client"]),
-                     "ansible_python_interpreter": sys.executable, "runner_host_key": public(keys[pinned])}  # fmt: skip
+                     "ansible_python_interpreter": sys.executable, "runner_host_key": public(keys[pinned]),
+                     "ansible_ssh_args": "-o HostKeyAlias=x", "ansible_ssh_extra_args": "-F /dev/null"}  # fmt: skip
         (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": {"gpu-a": variables}}}))
         events: list[playbook.Event] = []
         with ssh.rendered(inventory.read(str(tmp_path / "hosts.yml"), tmp_path / "cache")) as config:

@@ -329,7 +329,7 @@ def test_json_is_the_path_and_the_nodes(tmp_path):
         (["init", "mine", "--hosts", "a", "--nic-gbit", "nan"], "nan"),
         (["init", "mine", "--hosts", "a", "--partition", "gpu"], "--partition requires --backend slurm"),
         (["init", "mine", "--backend", "local", "--hosts", "a"], "--hosts requires --backend ssh or slurm"),
-        (["init", "mine", "--hosts", "a,b", "--address", "10.0.0.1"], "--address has 1 addresses, --hosts 2"),
+        (["init", "mine", "--hosts", "a,b", "--address", "10.0.0.1"], "--address has 1 address, --hosts 2 names"),
         (["init", "mine", "--hosts", "a", "--user", "x;y"], "ansible_user 'x;y'"),
         (["--hosts", "a", "init", "mine"], "--hosts is an option of `runner inventory` only"),
         (["initt"], "initt"),

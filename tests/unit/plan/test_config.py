@@ -62,6 +62,10 @@ def test_every_shipped_hardware_loads(name):
         ),
         (lambda: config.parse_settings(["nccl"]), "--set nccl: write it as TEST.KEY=VALUE"),
         (
+            lambda: config.parse_settings(["ncl=built"]),
+            "--set ncl=built: write it as TEST.KEY=VALUE, for example --set sft.steps=20; without TEST: nccl",
+        ),
+        (
             lambda: config.parse_settings(["sftt.steps=1"]),
             "--set sftt.steps=1: unknown section 'sftt'; did you mean 'sft'?",
         ),
