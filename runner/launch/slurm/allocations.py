@@ -359,8 +359,10 @@ class Allocations:
         error = blame.error(kind, f"job {info.job_id} {message}", host, stderr)
         # Slurm itself cancels a job that is not to be requeued if a prolog fails before anything has started.
         if kind in ("node_failed", "not_started") or (kind == "job_cancelled" and not watch.outcomes):
-            nodes = [self._node(plan, name) for name in info.nodes]
-            return self._with_slurm_state(error, [node for node in nodes if node.name in silent])
+            nodes = [node for node in (self._node(plan, name) for name in info.nodes) if node.name in silent]
+            if len(info.nodes) < watch.cell.num_nodes:  # it has also taken the node that it drained out of the job
+                nodes = self._were_usable(plan)
+            return self._with_slurm_state(error, nodes)
         return error
 
     def _unstarted(
@@ -380,11 +382,13 @@ class Allocations:
         """The error of a job that was given up before it ran. Where Slurm was to choose the nodes, those that it has
         stopped using since may be the reason.
         """
-        nodes = [plan.node(name) for name in cell.hosts]
-        if not nodes:
-            usable = {node.name for node in self._seen[1] if node.usable} if self._seen else set()
-            nodes = [node for node in plan.nodes if slurm_name(node, tuple(usable)) in usable]
+        nodes = [plan.node(name) for name in cell.hosts] or self._were_usable(plan)
         return self._with_slurm_state(blame.error("not_started", message), nodes)
+
+    def _were_usable(self, plan: Plan) -> list[Node]:
+        """The nodes of `plan` that Slurm could use when it was first asked; none if it has not been."""
+        usable = {node.name for node in self._seen[1] if node.usable} if self._seen else set()
+        return [node for node in plan.nodes if slurm_name(node, tuple(usable)) in usable]
 
     def _with_slurm_state(self, error: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
         """`error` with the problems that Slurm reports for `nodes`, if it answers."""

@@ -788,6 +788,18 @@ def test_a_job_that_did_not_start_where_slurm_chose_names_the_node(cluster, tmp_
     assert (error["kind"], error["host"]) == (kind, host and NAMES[host])
 
 
+@pytest.mark.parametrize("left", [("node001",), ()])
+def test_a_node_that_slurm_drains_and_takes_out_of_the_job_is_named_as_well(cluster, tmp_path, left):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier = slurm_saying(built, run, ("node001", "idle", "none"), ("node002", "drained", "Prolog error"))
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.sessions = [ended_session(name) for name in built.cells[0].hosts[: len(left)]]
+    info = answers.JobInfo("23", "x", "cancelled", "CANCELLED", "Prolog", left, None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
+
+
 @pytest.mark.parametrize(
     ("later", "kind", "host"),
     [
