@@ -42,7 +42,8 @@ test:
 	time $(MAKE) --no-print-directory lint
 	time $(MAKE) --no-print-directory -j2 --output-sync=target half other-half
 
-HALF := tests/roles tests/unit $(addprefix tests/local/test_,collectives.py data_prepare.py node.py sft.py)
+HALF := tests/roles tests/unit $(addprefix tests/local/test_,collectives.py data_prepare.py node.py sft.py) \
+	$(addprefix tests/testbed/test_,joints.py newer_slurm.py)
 
 half:
 	$(VENV)/bin/pytest $(HALF)
