@@ -23,19 +23,7 @@ from runner.workloads.sft.model import build_model, inputs, labels
 
 pytestmark = pytest.mark.local
 
-MODEL = {
-    "name": "test",
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "vocab_size": ranks.VOCAB_SIZE,
-    "max_seq_len": ranks.SEQ_LEN,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_embeddings": False,
-}
+MODEL = {**model_probe.MODEL, "rope_theta": 10000.0}
 PARAMS = {"steps": 12, "warmup_steps": 2, "lr": 1e-2, "attention": "auto", "liger": "auto", "compile": False}
 
 
