@@ -25,7 +25,7 @@ def test_scenario(scenario, tmp_path, request):
         env["TESTBED_RELEASE"] = release
     argv = ["molecule", "test", "--scenario-name", scenario, "--destroy=always"]
     outcome = process.run([f"{sys.prefix}/bin/{argv[0]}", *argv[1:]], timeout_s=1190, cwd=str(ROOT), env=env)
-    assert outcome.rc == 0, what_failed(outcome.stdout)[-4000:] + outcome.stderr[-2000:]
+    assert outcome.rc == 0, what_failed(outcome.stdout + outcome.stderr)
 
 
 def what_failed(output: str) -> str:
