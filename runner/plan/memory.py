@@ -59,7 +59,7 @@ def estimate(
         micro_batch,
         hardware["gpu_memory_gib"],
         stage,
-        recompute=params["activation_checkpointing"],
+        recompute=params["recompute"] != "none",
         inputs_offloaded=bool(_section(deepspeed, "activation_checkpointing").get("cpu_checkpointing")),
         fused_loss=str(params["liger"]).lower() != "false",
         # DeepSpeed accumulates in bf16 unless it is given fp32. ZeRO-3's step adds fp32 copies, a group at a time.

@@ -112,8 +112,8 @@ def test_the_split_into_ranks_and_micro_batches_does_not_change_the_training(tmp
     A loss that averaged averages would differ, since micro-batches hold different numbers of loss tokens.
     """
     losses = []
-    for world_size, micro, checkpoints in ((2, 2, True), (1, 4, False)):
-        cell = job(data, world_size, micro, 2, params={"steps": 4, "activation_checkpointing": checkpoints})
+    for world_size, micro, recompute in ((2, 2, "full"), (1, 4, "none")):
+        cell = job(data, world_size, micro, 2, params={"steps": 4, "recompute": recompute})
         cell["deepspeed"].pop("bf16")
         ended = ranks.start(tmp_path / str(world_size), cell)
         assert ended.outcome.rc == 0, ended.outcome.stderr

@@ -96,7 +96,7 @@ def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
         seed=job.seed,
     )
     del alive
-    if job.params.get("activation_checkpointing", True):
+    if job.params.get("recompute", "full") != "none":
         model._set_gradient_checkpointing(True, versions.checkpoint(config))
     model.train()
     size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}

@@ -15,7 +15,8 @@ from runner.system.schema import ConfigFile, PositiveInt
 class SftTest(ConfigFile):
     """configs/tests/sft.yaml. A null is taken from the model or its DeepSpeed file.
 
-    `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences.
+    `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences. The planner
+    decides what is `auto` of `recompute`: which activations the backward pass computes again instead of keeping them.
     """
 
     steps: PositiveInt
@@ -29,7 +30,7 @@ class SftTest(ConfigFile):
     micro_batch: PositiveInt | None
     gradient_accumulation: PositiveInt | None
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"]
-    activation_checkpointing: bool
+    recompute: Literal["auto", "none", "full"]
     liger: Literal["auto", "true", "false"]
     compile: bool
     timeout_s: PositiveFloat

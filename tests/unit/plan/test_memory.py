@@ -42,16 +42,16 @@ def with_layers(number):
 @pytest.mark.parametrize(
     ("model", "micro_batch", "recompute", "measured"),
     [
-        (SEVEN, 1, True, 106.5),
-        (SEVEN, 2, True, 106.5),
-        (with_layers(8), 1, True, 34),
-        (with_layers(8), 1, False, 34),
-        (with_layers(8), 8, False, 62),
+        (SEVEN, 1, "full", 106.5),
+        (SEVEN, 2, "full", 106.5),
+        (with_layers(8), 1, "full", 34),
+        (with_layers(8), 1, "none", 34),
+        (with_layers(8), 8, "none", 62),
     ],
 )
 def test_one_h200_measured_this(model, micro_batch, recompute, measured):
     """ZeRO-3, Liger, 4,096 tokens, peaks of the allocator on one GPU."""
-    found = memory.estimate(model, H200, ZERO3, params(activation_checkpointing=recompute), 1, micro_batch)
+    found = memory.estimate(model, H200, ZERO3, params(recompute=recompute), 1, micro_batch)
     assert measured / 1.15 <= found.needed <= measured * 1.15 and found.fits
 
 
@@ -60,7 +60,7 @@ def test_a_7b_and_a_1b_that_ran_on_one_h200_still_plan(cluster):
         ("llama-2-7b", ["sft.global_batch=16"]),  # docs/sft.md
         ("llama-2-7b", ["sft.global_batch=16", "sft.micro_batch=2", "sft.gradient_accumulation=8"]),
         ("llama-3.2-1b", []),
-        ("llama-3.2-1b", ["sft.activation_checkpointing=false"]),
+        ("llama-3.2-1b", ["sft.recompute=none"]),
     ):
         asked = request(cluster, model=model, settings=settings, node_counts=(1,), gpus_per_node=1)
         assert build.build(asked, cluster.nodes).cells
@@ -112,9 +112,9 @@ def test_a_smaller_micro_batch_keeps_the_global_batch(cluster):
 
 def test_a_shorter_sequence_is_named_where_one_sequence_is_too_much(cluster):
     small = {**H200, "gpu_memory_gib": 40.0}
-    said = refusal(cluster, model="llama-2-7b", settings=["sft.activation_checkpointing=false"], hardware=small)
+    said = refusal(cluster, model="llama-2-7b", settings=["sft.recompute=none"], hardware=small)
     assert "--set sft.micro_batch=" in said and "sft.seq_len" not in said
-    one = ["sft.global_batch=8", "sft.gradient_accumulation=1", "sft.activation_checkpointing=false"]
+    one = ["sft.global_batch=8", "sft.gradient_accumulation=1", "sft.recompute=none"]
     said = refusal(cluster, model="llama-2-7b", settings=one, hardware={**H200, "gpu_memory_gib": 24.0})
     assert "--set sft.seq_len=2048" in said and "sft.micro_batch" not in said
 
@@ -196,10 +196,12 @@ ANY_ZERO = st.builds(
 )  # fmt: skip
 
 
-@given(ANY_MODEL, ANY_ZERO, st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.booleans())
+@given(
+    ANY_MODEL, ANY_ZERO, st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.sampled_from(["full", "none"])
+)
 def test_more_nodes_never_need_more_memory_per_gpu(model, deepspeed, nodes, more, micro_batch, recompute):
     few, many = (
-        memory.estimate(model, H200, deepspeed, params(activation_checkpointing=recompute), 8 * count, micro_batch)
+        memory.estimate(model, H200, deepspeed, params(recompute=recompute), 8 * count, micro_batch)
         for count in (nodes, nodes + more)
     )
     assert 0 <= many.needed <= few.needed
@@ -209,12 +211,13 @@ def test_more_nodes_never_need_more_memory_per_gpu(model, deepspeed, nodes, more
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ANY_MODEL, ANY_ZERO, st.sampled_from([16.0, 40.0, 80.0, 141.0]), st.sampled_from([(1,), (2,), (1, 2, 4), (1, 3)]),
-    st.sampled_from([48, 192, 768, 6144]), st.sampled_from(["weak", "strong"]), st.booleans(),
+    st.sampled_from([48, 192, 768, 6144]), st.sampled_from(["weak", "strong"]),
+    st.sampled_from(["full", "none"]),
 )  # fmt: skip
 def test_every_way_that_a_refusal_names_is_planned(
     cluster, model, deepspeed, gib, counts, global_batch, scaling, recompute
 ):
-    settings = {"global_batch": global_batch, "activation_checkpointing": recompute, "gradient_accumulation": 2}
+    settings = {"global_batch": global_batch, "recompute": recompute, "gradient_accumulation": 2}
     asked = request(
         cluster, node_counts=counts, scaling=scaling, deepspeed=deepspeed, deepspeed_files=EVERY_FILE,
         tests={"sft": params(**settings)}, hardware={**H200, "gpu_memory_gib": gib}, gpus_per_node=4,
