@@ -15,8 +15,8 @@ from runner.system.schema import ConfigFile, PositiveInt
 class SftTest(ConfigFile):
     """configs/tests/sft.yaml. A null is taken from the model or its DeepSpeed file.
 
-    `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences. The planner
-    decides what is `auto` of `recompute`: which activations the backward pass computes again instead of keeping them.
+    `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences. The
+    planner decides an `auto` of `recompute`: which activations the backward pass computes again instead of keeping.
     """
 
     steps: PositiveInt
