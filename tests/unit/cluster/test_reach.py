@@ -393,6 +393,17 @@ def test_ones_own_known_hosts_holds_where_the_inventory_has_no_pin(tmp_path, mon
         ("me@bastion: Permission denied (publickey).\nConnection closed by UNKNOWN port 65535",
          "refused_key", "on the way to it: bastion"),
         ("root@10.0.0.7: Permission denied (publickey).", "refused_key", "it refuses the key for this user (10.0.0.7:22"),
+        ("ssh: connect to host bastion port 22: Connection refused\nConnection closed by UNKNOWN port 65535",
+         "unreachable", "nothing listens on its SSH port, on the way to it: bastion"),
+        ("kex_exchange_identification: Connection closed by remote host\n"
+         "ssh: connect to host bastion port 22: No route to host", "unreachable", "on the way to it: bastion"),
+        ("channel 0: open failed: connect failed: Connection refused\nstdio forwarding failed\n"
+         "kex_exchange_identification: Connection closed by remote host\nConnection closed by UNKNOWN port 65535",
+         "unreachable", "nothing listens on its SSH port (10.0.0.7:22"),
+        ("channel 0: open failed: connect failed: Name or service not known\nstdio forwarding failed\n"
+         "Connection closed by UNKNOWN port 65535", "unreachable", "does not resolve on the jump host (10.0.0.7:22"),
+        ("ssh: Could not resolve hostname bastion: Name or service not known\nConnection closed by UNKNOWN port 65535",
+         "unreachable", "its name does not resolve, on the way to it: bastion"),
     ],
 )  # fmt: skip
 def test_each_reason_of_ssh_has_its_own_words(stderr, kind, told):
@@ -436,6 +447,46 @@ def sshd(folder: Path, host_key: Path, authorized: Path, *more: str) -> Iterator
     finally:
         server.terminate()
         server.wait()
+
+
+# The words of other failures, in a banner and in what a login script prints.
+WORDS = "Host key verification failed? Permission denied, Connection refused, No route to host: call 1234"
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "told"),
+    [
+        ("another key", "refused_key", "it refuses the key for this user"),
+        ("hangs up", "lost_connection", "it closed the connection"),
+        ("no such program", "environment_missing", "has no "),
+        ("no such module", "environment_missing", "lacks this package"),
+        ("something else", "unknown", "the cause"),
+    ],
+)
+def test_a_banner_and_a_login_script_of_a_real_sshd_change_nothing(failure, kind, told, tmp_path, keys):
+    authorized = tmp_path / "authorized"
+    key = keys["other" if failure == "another key" else "client"]
+    ends = {
+        "hangs up": "kill -9 $PPID; sleep 5",
+        "no such program": "/no/such/python -m runner.node",
+        "no such module": f"exec {sys.executable} -m no_such_module",
+        "something else": "echo the cause >&2; exit 1",
+    }
+    login = f"echo '{WORDS}' >&2; {ends.get(failure, 'true')}"
+    authorized.write_text(f'command="{login}" ' + key.with_suffix(".pub").read_text())
+    (tmp_path / "banner").write_text(f"{WORDS}\n")
+    host_key = tmp_path / "host"
+    shutil.copy(keys["host"], host_key)
+    with sshd(tmp_path, host_key, authorized, f"Banner {tmp_path}/banner") as port:
+        variables = {"ansible_host": "127.0.0.1", "ansible_port": port, "ansible_private_key_file": str(keys["client"])}
+        read_in = inventory.parse("inv", listing({"gpu-a": variables}), [f"127.0.0.1 {public(keys['host'])}"])
+        with ssh.rendered(read_in) as config:
+            command = ["ssh", "-F", config, "-o", "LogLevel=INFO", "gpu-a", "true"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    lines = done.stderr.splitlines()
+    assert WORDS in lines
+    assert reasons.reason_kind(done.returncode, lines) == kind, done.stderr
+    assert told in reasons.explain(read_in.nodes[0], done.returncode, lines), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,13 @@ COPYING = [
     ("[sender] io timeout after 60 seconds -- exiting\nrsync error: timeout in data send/receive", 30, "hung"),
     ('rsync: [receiver] write failed on "/x/y": No space left on device (28)\nBroken pipe', 11, "disk_full"),
     ('rsync: [receiver] mkstemp "/x/.y" failed: Disk quota exceeded (122)', 23, "disk_full"),
+    ('rsync: [sender] send_files failed to open "/x/y": Permission denied (13)', 23, "not_permitted"),
+    (
+        "bash: line 1: rsync: command not found\nrsync error: remote command not found (code 127)",
+        127,
+        "environment_missing",
+    ),
+    ("Connection timed out during banner exchange\nConnection to 10.0.0.1 port 22 timed out", 255, "hung"),
     (
         "ssh: connect to host 10.0.0.1 port 22: No route to host\nrsync: connection unexpectedly closed",
         255,
@@ -243,6 +250,27 @@ def test_a_node_whose_agent_never_answered_is_called_by_what_ssh_says(said, rc, 
     found = blame.blame(sessions("a", rc=rc, answered=False, stderr=(said,)), {})
     assert (found["kind"], found["host"]) == (kind, "a")
     assert found["message"] == f"its agent did not answer{f': {said}' if said else ''}"
+
+
+# What banners, login scripts and messages of the day say.
+NOISE = [
+    "Permission denied to all but authorised users. Connection refused after 3 tries!",
+    "NOTICE: if Host key verification failed, call 1234; Connection closed at 18:00; No route to host gpu-9 today",
+    "/scratch: No space left on device",
+    "No module named x was ever found here",
+]
+OTHERS = "ssh: connect to host mirror.example port 22: Connection timed out"  # of an ssh that a login script started
+
+
+@pytest.mark.parametrize("noise", [*NOISE, OTHERS])
+@pytest.mark.parametrize(("said", "rc", "kind"), [*COPYING, *NO_AGENT])
+def test_what_a_banner_says_changes_no_kind(noise, said, rc, kind):
+    if noise == OTHERS and (rc == 255 or "rsync" in said):
+        return  # our ssh failed as well, and says nothing after it
+    alone = reasons.reason_kind(rc, said.splitlines())
+    assert reasons.reason_kind(rc, [noise, *said.splitlines()]) == alone
+    if rc not in (1, 126, 127, 254):  # those of the far shell are judged by `kind_of` as well
+        assert alone == kind
 
 
 # How a rank ended, what it said, what its node counted, and the kind of failure.
@@ -373,7 +401,11 @@ def test_stacks_are_read_as_faulthandler_writes_them():
 
 
 def test_every_kind_that_the_code_tells_is_in_the_table():
-    told = {kind for _, kind, _ in reasons._REASONS} | {row.kind for row in SPELLINGS} | set(blame.LATE.values())
+    told = (
+        {row.kind for row in (*reasons._SSH, *reasons._RSYNC, *reasons._THERE)}
+        | {row.kind for row in SPELLINGS}
+        | set(blame.LATE.values())
+    )
     assert told | {"timed_out", "rank_hung", "hung", "interrupted"} <= set(KINDS)
 
 
