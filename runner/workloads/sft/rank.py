@@ -20,9 +20,9 @@ from typing import Any
 from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
-from runner.workloads.sft import versions
 from runner.workloads.sft.data import PackedData
-from runner.workloads.sft.model import build_model, inputs, labels, token_loss
+from runner.workloads.sft.engine import build
+from runner.workloads.sft.model import inputs, labels, token_loss
 from runner.workloads.sft.resolve import Settings, resolve
 
 GIB = 1 << 30
@@ -61,7 +61,7 @@ def run(job: RankJob, events: Events) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=job.comm_backend, timeout=PATIENCE, verbose=False)
     try:
-        engine, counts = _engine(job, settings)
+        engine, counts = build(job, settings)
         _train(job, settings, data, engine, counts, events)
     except torch.cuda.OutOfMemoryError as error:
         raise UsageError(
@@ -73,53 +73,6 @@ def run(job: RankJob, events: Events) -> None:
         # Only after success: after a failure it could wait for ranks that have ended. Not gloo's: torch 2.3 holds
         # Python's lock while it waits for a thread that may wait for that lock. The process ends now anyway.
         dist.destroy_process_group()
-
-
-def _engine(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
-    """(DeepSpeed's engine around the model and its optimizer, parameter counts)."""
-    import deepspeed
-    import torch
-    from transformers.integrations import HfDeepSpeedConfig
-
-    torch.manual_seed(job.seed)
-    config = optimizer_for(settings.deepspeed, versions.has_fused_adamw(job.device))
-    alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3
-    if settings.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
-    model = build_model(
-        job.model or {},
-        attention=settings.attention,
-        dtype=getattr(torch, settings.dtype),
-        weights=job.weights,
-        seed=job.seed,
-    )
-    del alive
-    if job.params.get("recompute", "full") != "none":
-        model._set_gradient_checkpointing(True, versions.checkpoint(config))
-    model.train()
-    size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    total = sum(size.values())
-    tied = model.config.tie_word_embeddings
-    embedding = model.get_input_embeddings().weight
-    counts = {
-        "model_parameters": total,
-        # A tied table is the output projection too, a matrix product like any other.
-        "model_parameters_non_embedding": total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel())),
-    }
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    if job.params.get("compile", False):
-        engine.compile()
-    return engine, counts
-
-
-def optimizer_for(config: Mapping[str, Any], fused: bool) -> dict[str, Any]:
-    """A copy of a DeepSpeed configuration that asks for torch's fused optimizer only where there is one (`fused`)."""
-    optimizer = config.get("optimizer", {})
-    if fused or not optimizer.get("params", {}).get("fused"):
-        return dict(config)
-    return {**config, "optimizer": {**optimizer, "params": {**optimizer["params"], "fused": False}}}
 
 
 def _train(

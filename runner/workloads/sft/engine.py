@@ -1,0 +1,61 @@
+"""The model of a job inside DeepSpeed's engine, which `rank` then trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runner.workloads.job import RankJob
+from runner.workloads.sft import versions
+from runner.workloads.sft.model import build_model
+from runner.workloads.sft.resolve import Settings
+
+
+def build(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
+    """(DeepSpeed's engine around the model of `job` and its optimizer, metric -> number of parameters).
+
+    The process group exists already. Raises UsageError for weights that cannot be read or are of another architecture.
+    """
+    import deepspeed
+    import torch
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.manual_seed(job.seed)
+    config = optimizer_for(settings.deepspeed, versions.has_fused_adamw(job.device))
+    alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3
+    if settings.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = build_model(
+        job.model or {},
+        attention=settings.attention,
+        dtype=getattr(torch, settings.dtype),
+        weights=job.weights,
+        seed=job.seed,
+    )
+    del alive
+    if job.params.get("recompute", "full") != "none":
+        model._set_gradient_checkpointing(True, versions.checkpoint(config))
+    model.train()
+    size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    total = sum(size.values())
+    tied = model.config.tie_word_embeddings
+    embedding = model.get_input_embeddings().weight
+    counts = {
+        "model_parameters": total,
+        # A tied table is the output projection too, a matrix product like any other.
+        "model_parameters_non_embedding": total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel())),
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    if job.params.get("compile", False):
+        engine.compile()
+    return engine, counts
+
+
+def optimizer_for(config: Mapping[str, Any], fused: bool) -> dict[str, Any]:
+    """A copy of a DeepSpeed configuration that asks for torch's fused optimizer only where there is one (`fused`)."""
+    optimizer = config.get("optimizer", {})
+    if fused or not optimizer.get("params", {}).get("fused"):
+        return dict(config)
+    return {**config, "optimizer": {**optimizer, "params": {**optimizer["params"], "fused": False}}}
