@@ -49,7 +49,7 @@ MODELS = _names("models")
     default="tiny",
     show_default=True,
     metavar="NAME",
-    help=f"The model to train: {', '.join(MODELS)}; or your own file in configs/models.",
+    help=f"The model to train: {', '.join(MODELS)}; or the path of your own file (.yaml).",
     shell_complete=_complete(MODELS),
 )
 @click.option("--weights", metavar="ID_OR_PATH", help="Start from these Hugging Face weights; default: random.")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -123,10 +124,16 @@ def names(kind: str, suffix: str = ".yaml") -> list[str]:
 
 
 def load_model(name: str) -> ModelConfig:
-    """The model of configs/models/<name>.yaml. Raises UsageError where it does not exist or is invalid."""
-    if name not in names("models"):
+    """The model of configs/models/<name>.yaml, or of the file at `name`, a path that ends with .yaml or .yml.
+
+    Raises UsageError where it does not exist or is invalid.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    elif name in names("models"):
+        path = CONFIGS / "models" / f"{name}.yaml"
+    else:
         raise unknown("model", name, names("models"))
-    path = CONFIGS / "models" / f"{name}.yaml"
     return check(ModelConfig, read_yaml(path), str(path))
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from runner.errors import UsageError
 from runner.plan import config
 from runner.system import schema
+from runner.system.places import CONFIGS
 from runner.workloads import registry
 
 
@@ -17,6 +18,17 @@ def test_every_shipped_model_loads_and_names_itself(name):
     model = config.load_model(name)
     assert model.name == name
     assert config.load_deepspeed(model.deepspeed, {})["zero_optimization"]["stage"] == 3
+
+
+def test_a_model_of_ones_own_is_a_file_anywhere(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text((CONFIGS / "models" / "tiny.yaml").read_text().replace("num_layers: 4", "num_layers: 2"))
+    assert config.load_model(str(own)).num_layers == 2
+    own.write_text(own.read_text().replace("num_layers", "layers"))
+    with pytest.raises(UsageError, match=r"mine.yaml: unknown key 'layers'; did you mean 'num_layers'\?"):
+        config.load_model(str(own))
+    with pytest.raises(UsageError, match=r"cannot read .*absent.yml"):
+        config.load_model(str(tmp_path / "absent.yml"))
 
 
 @pytest.mark.parametrize("name", registry.TESTS)
