@@ -52,9 +52,9 @@ def disk_kind(error: OSError) -> str | None:
 
 
 def os_error_text(error: OSError) -> str:
-    """The error as one line: the file, if the system names one, what is wrong, and the notes that were added to it."""
+    """The error as one line: the file, if the system names one, and what is wrong."""
     place = f"{error.filename}: " if error.filename else ""
-    return "; ".join([f"{place}{(error.strerror or str(error)).lower()}", *getattr(error, "__notes__", ())])
+    return f"{place}{(error.strerror or str(error)).lower()}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,10 +26,8 @@ def print_conclusion(run: RunDir, summary: Mapping[str, Any], as_json: bool) -> 
     else:
         click.echo(terminal.terminal(summary))
         click.echo(f"\nreport: {run.report_html}")
-        if any(cell["state"] != "complete" for cell in summary["cells"]):
-            results = run.path.parent.absolute()
-            where = "" if results == Path("results").absolute() else f" --results {shlex.quote(str(results))}"
-            click.echo(f"to finish it: runner bench --resume {run.run_id}{where}")
+    if any(cell["state"] != "complete" for cell in summary["cells"]):
+        click.echo(terminal.to_finish(run.path), err=as_json)
     states = {cell["state"] for cell in summary["cells"]}
     if "cancelled" in states:
         return errors.EXIT_INTERRUPTED

@@ -85,11 +85,15 @@ def main() -> None:
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:
-    """Run `command` with `arguments`; returns the exit code, and prints an error that is not a bug."""
+    """Run `command` with `arguments`; returns the exit code, and prints an error that is not a bug.
+
+    Notes that were added to the error have lines of their own.
+    """
+    notes: Sequence[str] = ()
     try:
         return command.main(list(arguments), prog_name="runner", standalone_mode=False) or errors.EXIT_OK
     except errors.RunnerError as error:
-        failure = _failure(error.exit_code, str(error), error.kind, error.nodes)
+        failure, notes = _failure(error.exit_code, str(error), error.kind, error.nodes), _notes(error)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.exceptions.NoArgsIsHelpError as error:  # the whole help, not one line
@@ -104,13 +108,18 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         return errors.EXIT_OK
     except OSError as error:  # a disk, a folder, a file: an error of the environment, not of the program
         failure = _failure(errors.EXIT_INFRASTRUCTURE, errors.os_error_text(error), errors.disk_kind(error))
+        notes = _notes(error)
     except (KeyboardInterrupt, click.Abort):
         failure = _failure(errors.EXIT_INTERRUPTED, "interrupted")
-    click.echo(f"runner: {failure['message']}", err=True)
+    click.echo("\n".join([f"runner: {failure['message']}", *notes]), err=True)
     if wants_json(command, arguments):
         with suppress(OSError):  # stdout is closed
             click.echo(json.dumps({"error": failure}, indent=1))
     return int(failure["code"])
+
+
+def _notes(error: BaseException) -> Sequence[str]:
+    return getattr(error, "__notes__", ())
 
 
 def _failure(

@@ -20,6 +20,7 @@ from runner.launch.slurm import commands
 from runner.launch.transport import Transport
 from runner.plan.plan import Cell, Plan
 from runner.report.progress import Display
+from runner.report.terminal import to_finish
 from runner.results.rundir import NameTaken, RunDir, new_id
 from runner.system import process
 from runner.system.clock import now
@@ -28,6 +29,7 @@ from runner.system.locks import hold_nodes
 from runner.system.places import cache_dir, state_dir
 from runner.workloads.registry import trains
 
+NOT_BEGUN = "the run has not begun: it has no directory"
 NAMES = 20  # how many names are tried before the error is reported
 
 
@@ -87,8 +89,10 @@ def before_directory() -> Iterator[None]:
         raise Interrupted("interrupted before the run began: it has no directory") from None
     except RunnerError:
         raise
+    except OSError as error:
+        raise InfrastructureError(f"{os_error_text(error)}; {NOT_BEGUN}", disk_kind(error)) from error
     except Exception as error:
-        error.add_note("the run has not begun: it has no directory")
+        error.add_note(NOT_BEGUN)
         raise
 
 
@@ -130,14 +134,21 @@ def _created(plan: Plan, folder: type[RunDir]) -> RunDir:
 
 @contextmanager
 def failures_recorded(run: RunDir) -> Iterator[None]:
-    """Record an exception that ends a run in its status.json and benchmark.log; Ctrl-C becomes Interrupted."""
+    """Record an exception that ends a run in its status.json and benchmark.log; Ctrl-C becomes Interrupted.
+
+    The exception has a note that says how the run is finished.
+    """
     try:
         yield
     except BaseException as error:
         with suppress(KeyboardInterrupt), deferred():  # this is the end already
             _record(run, error)
+        end = error
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; what was written is in {run.path}") from None
+            end = Interrupted(f"interrupted; what was written is in {run.path}")
+        end.add_note(to_finish(run.path))
+        if end is not error:
+            raise end from None
         raise
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from runner.report import sections
@@ -49,6 +51,13 @@ def terminal(summary: Mapping[str, Any]) -> str:
     parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))
     text = "\n\n".join(parts)
     return "".join(char for char in text if char == "\n" or char.isprintable())
+
+
+def to_finish(run: Path) -> str:
+    """The line that says how the run in the folder `run` is finished, for a shell in the current folder."""
+    results = run.parent.absolute()
+    where = "" if results == Path("results").absolute() else f" --results {shlex.quote(str(results))}"
+    return f"to finish it: runner bench --resume {run.name}{where}"
 
 
 def _cut(text: str, width: int = 28) -> str:

@@ -37,11 +37,13 @@ def test_the_controllers(small_disk):
     command = [RUNNER, "bench", "-i", "inventory/local", "--test", "torch", "--results", small_disk, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].endswith("is full: free some space and run again")
+    *_, line, last = done.stderr.splitlines()
+    assert line.endswith("is full: free some space and run again")
     assert "Traceback" not in done.stderr
     error = json.loads(done.stdout)["error"]
     assert (error["code"], error["kind"], error["nodes"]) == (3, "controller_disk_full", [])
     run = next(p for p in small_disk.iterdir() if p.is_dir() and not p.is_symlink())
+    assert last == f"to finish it: runner bench --resume {run.name} --results {small_disk}"
     assert process.marked(f"{run.name}/torch-1n-r1") == []
 
 

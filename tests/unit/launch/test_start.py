@@ -162,6 +162,12 @@ def test_before_the_plan_is_accepted_one_line_says_why_there_is_no_directory(clu
     assert said in line or "is full: free some space" in line
 
 
+def assert_says_how_it_is_finished(lines: list[str], run: Path) -> None:
+    """What ended the run is one line, and the last one is the command that finishes it."""
+    assert len(lines) == 2
+    assert lines[-1].strip() == f"to finish it: runner bench --resume {run.name} --results {run.parent}"
+
+
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("step", AFTER)
 def test_after_it_the_run_directory_says_what_ended_the_run(cluster, tmp_path, capsys, monkeypatch, step, kind):
@@ -169,7 +175,8 @@ def test_after_it_the_run_directory_says_what_ended_the_run(cluster, tmp_path, c
     bench = Bench(cluster, tmp_path, fails=failing(error), step=step)
     if step == "report":
         monkeypatch.setattr(page, "write", failing(error))
-    assert not any("no directory" in line for line in carried(bench, code))
+    printed = carried(bench, code)
+    assert not any("no directory" in line for line in printed)
     [path] = bench.runs()
     run, status = RunDir(path), json.loads((path / "status.json").read_text())
     assert (bench.results / "latest").resolve() == path.resolve() and run.controller() is None
@@ -185,7 +192,7 @@ def test_after_it_the_run_directory_says_what_ended_the_run(cluster, tmp_path, c
     said = {"signal": "what was written is in", "full disk": "planted: no space left"}.get(kind, "planted")
     assert said in message or message == "interrupted" or "is full: free some space" in message
     assert message.splitlines()[-1] in run.log.read_text()
-    assert len(capsys.readouterr().err.splitlines()) == (0 if kind == "bug" else 1)
+    assert_says_how_it_is_finished(capsys.readouterr().err.splitlines() or printed, path)
 
 
 def test_an_undisturbed_run_has_no_error(cluster, tmp_path):
@@ -256,7 +263,9 @@ def test_a_signal_while_the_directory_is_created_finds_it_whole(cluster, tmp_pat
             signal.signal(each, handler)
     [path] = bench.runs()
     assert RunDir(path).read_status()["state"] == "cancelled"
-    assert capsys.readouterr().err == f"runner: interrupted; what was written is in {path}\n"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"runner: interrupted; what was written is in {path}"
+    assert_says_how_it_is_finished(lines, path)
 
 
 def test_a_disk_that_is_full_from_some_moment_on_is_one_line_and_an_incomplete_run(cluster, tmp_path, capsys):
@@ -271,9 +280,10 @@ def test_a_disk_that_is_full_from_some_moment_on_is_one_line_and_an_incomplete_r
 
     bench = Bench(cluster, tmp_path, folder=Full)
     carried(bench, 3)
-    [line] = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     [path] = bench.runs()
-    assert line.endswith("is full: free some space and run again")
+    assert lines[0].endswith("is full: free some space and run again")
+    assert_says_how_it_is_finished(lines, path)
     assert RunDir(path).read_status()["state"] == "incomplete"
 
 
