@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.results.records import Record
-from runner.results.status import took_s
+from runner.results.status import queued_s, took_s
 from runner.workloads.registry import TESTS
 
 GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
@@ -58,6 +58,7 @@ def summarise_cell(
         "device": cell["device"],
         "state": entry.get("state", "incomplete"),
         "took_s": took_s(entry),
+        "queued_s": queued_s(entry),
         "metrics": {},
         "limits": {},
     }

@@ -16,7 +16,7 @@ from runner.report.progress import Display
 from runner.results import records
 from runner.results.celldir import holds_events
 from runner.results.rundir import RunDir
-from runner.results.status import LIVE_STATES, cell_status
+from runner.results.status import LIVE_STATES, cell_status, note_queue
 from runner.system.clock import now
 from runner.system.files import disk_errors, write_text_atomic
 
@@ -102,6 +102,7 @@ class Journal:
         """Change a cell's state and write status.json. `plan_hash`: fingerprint of the plan of a complete cell."""
         entry = self.entry(cell)
         entry.update(state=state, error=error)
+        note_queue(entry, state == "waiting", now())
         if plan_hash is not None:
             entry["plan_hash"] = plan_hash
         if state in LIVE_STATES:

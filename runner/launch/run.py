@@ -27,10 +27,10 @@ from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import telemetry
 from runner.results.rundir import RunDir
-from runner.results.status import each_error, joined
+from runner.results.status import each_error, joined, queued_s
 from runner.results.timings import PLAN_KEYS, Clock, Timings, kind
 from runner.system.clock import now
-from runner.system.wording import are, counted
+from runner.system.wording import are, counted, span_text
 from runner.workloads.registry import trains
 
 RETRY_S = 5.0
@@ -432,7 +432,7 @@ class Run:
 
     def _run_cell(self, cell: Cell) -> bool:
         """Run a cell once; returns whether any agent answered."""
-        total, through, started = len(self.current.cells), self._through(), time.monotonic()
+        total, through = len(self.current.cells), self._through()
         kept_from = set(cell.hosts) if self.backend.by_ssh else set()
         aliases = {node.name: node.alias for node in self.current.plan.nodes}
         streams = Streams(self.journal, cell, aliases, kept_from)
@@ -451,6 +451,11 @@ class Run:
             self.journal.entry(cell)["progress"] = progress
 
         self.journal.cell_state(cell, "running")
+        entry, started = self.journal.entry(cell), time.monotonic()
+        queued_before_s = queued_s(entry)
+
+        def ran_s() -> float:
+            return time.monotonic() - started - (queued_s(entry) - queued_before_s)
 
         def on_failure(error: Mapping[str, Any]) -> None:
             self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")
@@ -468,11 +473,15 @@ class Run:
             streams.close()
         if self.stop.asked:
             self._leave_jobs()  # before its next step begins
-        self._end_attempt(watch, fault, started, clock)
+        self._end_attempt(watch, fault, ran_s, clock)
         return any(session.answered for session in watch.sessions)
 
-    def _end_attempt(self, watch: CellRun, fault: dict[str, Any] | None, started: float, clock: Clock) -> None:
-        """Gather the artefacts of an attempt, after failures too, and record how it ended (`started`: monotonic, s)."""
+    def _end_attempt(
+        self, watch: CellRun, fault: dict[str, Any] | None, ran_s: Callable[[], float], clock: Clock
+    ) -> None:
+        """Gather the artefacts of an attempt, after failures too, and record how it ended. `ran_s`: seconds of it so
+        far, without those in a queue.
+        """
         cell, alias = watch.cell, self.current.alias
         state, error = watch.state()
         if fault and state != "complete" and (state != "cancelled" or fault["kind"] == "slurm_unreachable"):
@@ -496,7 +505,8 @@ class Run:
             self._complete(cell)
         else:
             self.journal.cell_state(cell, state, error)
-        self.journal.note(f"{cell.id}: {state} after {time.monotonic() - started:.0f} s")
+        queue = f", {span_text(waited_s)} in the queue" if (waited_s := queued_s(self.journal.entry(cell))) else ""
+        self.journal.note(f"{cell.id}: {state} after {ran_s():.0f} s{queue}")
         for one in each_error(error):
             self.journal.note(f"  {self._described(one)}")
             for line in one["stderr"][-8:]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from runner import errors
 from runner.results.logs import printable
-from runner.results.status import each_error, took_s
-from runner.system.wording import counted, span_text
+from runner.results.status import LIVE_STATES, each_error, queued_s, took_s
+from runner.system.wording import counted, span_text, took_text
 
 if TYPE_CHECKING:
     from runner.results.rundir import RunDir
@@ -174,6 +174,10 @@ def _state_text(cell: Mapping[str, Any]) -> str:
     return cell["state"] + (f", attempt {attempt}" if attempt > 1 else "")
 
 
+def _took(cell: Mapping[str, Any], now: datetime) -> str:
+    return took_text(took_s(cell, now), queued_s(cell, now))
+
+
 def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, width: int, brief: bool = False) -> str:
     """The state of a run as text, in lines of at most `width` columns where words allow it.
 
@@ -194,7 +198,7 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
             "cell": name,
             "state": _state_text(cell),
             "started": (cell["started"] or "")[11:19],
-            "took": span_text(took_s(cell, now)) if cell["ended"] or cell["state"] in ("waiting", "running") else "",
+            "took": _took(cell, now) if cell["ended"] or cell["state"] in LIVE_STATES else "",
         }
         for name, cell in cells.items()
     ]

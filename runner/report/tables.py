@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.report.figures import number
-from runner.system.wording import span_text
+from runner.system.wording import took_text
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ def state(cell: Mapping[str, Any]) -> str:
 
 
 def took(cell: Mapping[str, Any]) -> str:
-    """The time that the cell took, from its start to the end of its gathering; empty where that is not known."""
-    return span_text(cell.get("took_s"))
+    """The time that the cell took, from its start to the end of its gathering, and beside it the time that its job was
+    in a queue; empty where that is not known.
+    """
+    return took_text(cell.get("took_s"), cell.get("queued_s") or 0.0)
 
 
 def cell_number(values: Mapping[str, float], metric: str) -> str:

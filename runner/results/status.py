@@ -16,7 +16,8 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
     """The entry of a cell in status.json before attempt number `attempt`; `attempts` are the earlier entries.
 
     `plan_hash` identifies the plan with which a complete cell was measured, `job` is Slurm's description of its job,
-    `nodes` the live state of each node, and `phases` the seconds of each phase of a complete cell.
+    `nodes` the live state of each node, and `phases` the seconds of each phase of a complete cell. `queued_s` are the
+    seconds that its jobs waited in a queue until `queued_since`, when the last wait began that has not ended.
     """
     return {
         "state": "planned",
@@ -31,6 +32,8 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
         "nodes": {},
         "progress": None,
         "phases": {},
+        "queued_s": 0.0,
+        "queued_since": None,
     }
 
 
@@ -49,8 +52,25 @@ def each_error(error: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def took_s(entry: Mapping[str, Any], now: datetime | None = None) -> float | None:
-    """Seconds from the start of a cell's last attempt to its end, or to `now`; None where one of them is not known."""
+    """Seconds from the start of a cell's last attempt to its end, or to `now`, without those in a queue; None where
+    one of the two moments is not known.
+    """
     ended = datetime.fromisoformat(entry["ended"]) if entry.get("ended") else now
     if not entry.get("started") or ended is None:
         return None
-    return (ended - datetime.fromisoformat(entry["started"])).total_seconds()
+    return max(0.0, (ended - datetime.fromisoformat(entry["started"])).total_seconds() - queued_s(entry, ended))
+
+
+def queued_s(entry: Mapping[str, Any], now: datetime | None = None) -> float:
+    """Seconds that the jobs of a cell's last attempt have waited in a queue, up to `now` if one waits."""
+    since = entry.get("queued_since")
+    waits = max(0.0, (now - datetime.fromisoformat(since)).total_seconds()) if since and now else 0.0
+    return float(entry.get("queued_s") or 0.0) + waits
+
+
+def note_queue(entry: dict[str, Any], waits: bool, at: str) -> None:
+    """Record in a cell's entry that from `at` (ISO time) on its job waits in a queue, or no longer does."""
+    if waits:
+        entry["queued_since"] = entry["queued_since"] or at
+    else:
+        entry.update(queued_s=queued_s(entry, datetime.fromisoformat(at)), queued_since=None)

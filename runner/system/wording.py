@@ -17,6 +17,11 @@ def span_text(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def took_text(took_s: float | None, queued_s: float = 0.0) -> str:
+    """The time that something ran and, where it waited in a queue, that time as well: `45 s, queued 6 min`."""
+    return ", ".join(filter(None, (span_text(took_s), f"queued {span_text(queued_s)}" if queued_s >= 1 else "")))
+
+
 def are(number: int) -> str:
     """`is` after 1, `are` after any other number."""
     return "is" if number == 1 else "are"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from runner.launch.watch import CellContext, CellRun
 from runner.plan import build, plan
 from runner.report import runs as reported
 from runner.report.progress import Display
+from runner.report.terminal import terminal
 from runner.results import celldir
 from runner.results.rundir import RunDir
 from runner.results.status import each_error, joined
@@ -676,6 +678,29 @@ def test_slurms_reason_has_a_line_of_its_own_and_a_queue_no_eta(cluster, tmp_pat
     queued = [left_s for text, left_s in bars if "waits in Slurm's queue, place 3" in text]
     assert queued == [None] * 4 and not any("Priority" in text for text, _ in bars)
     assert nodes.shown == ["job 7 waiting: Priority, position 3 in the queue, expected to start 2026-11-27T18:00:00"]
+
+
+def test_the_time_in_a_queue_is_told_apart_from_the_time_that_a_cell_took(cluster, tmp_path):
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    shown = []
+
+    class Queue(Nodes):
+        def converse(self, planned, cell, watch, data, context):
+            waits = answers.JobInfo("7", "x", "waiting", "PENDING", "Priority", (), None)
+            context.on_job(waits)
+            time.sleep(2.1)
+            status = json.loads(run.status.read_text())
+            shown.append(reported.describe(planned.to_dict(), status, datetime.now(UTC), 80))
+            context.on_job(replace(waits, state="running", raw="RUNNING"))
+            return super().converse(planned, cell, watch, data, context)
+
+    summary = bench.Run(built, run, Queue(run), Display(quiet=True), None, bench.Policy(), NodeAccess()).execute({})
+    [cell] = summary["cells"]
+    assert cell["queued_s"] >= 2 and cell["took_s"] <= 1
+    assert re.search(r"torch-2n-r1 +waiting .* 0 s, queued [23] s", shown[0])
+    assert re.search(r"torch-2n-r1: complete after [01] s, [23] s in the queue", run.log.read_text())
+    assert re.search(r"\b[01] s, queued [23] s", terminal(summary))
 
 
 def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from runner.results import timings
+from runner.results import status, timings
 from runner.results.rundir import RunDir
 from runner.results.timings import Clock, Timings
 
@@ -44,6 +45,35 @@ def test_what_is_left_is_the_rest_of_the_phase_and_all_later_ones(tmp_path):
         "a slow start says nothing of steps"
     )
     assert left(of, "training", {"training": 400.0}) == pytest.approx(5, abs=0.5), "never negative"
+
+
+def at(second: int) -> str:
+    return f"2026-01-02T00:{second // 60:02}:{second % 60:02}Z"
+
+
+@pytest.mark.parametrize(
+    ("waits", "ended", "queued", "took"),
+    [
+        ([], 100, 0, 100),
+        ([(0, 60)], 100, 60, 40),
+        ([(10, 20), (50, 70)], 100, 30, 70),  # preempted, and queued again
+        ([(5, None)], 100, 95, 5),  # cancelled in the queue
+        ([(0, None)], None, 120, 0),  # it waits now
+    ],
+)
+def test_what_a_cell_took_leaves_out_the_time_in_queues(waits, ended, queued, took):
+    entry = status.cell_status(1) | {"started": at(0)}
+    for since, until in waits:
+        for waiting, second in ((True, since), (True, since + 1), (False, until)):
+            if second is not None:
+                status.note_queue(entry, waiting, at(second))
+    if ended is not None:
+        status.note_queue(entry, False, at(ended))
+        entry["ended"] = at(ended)
+    now = datetime(2026, 1, 2, 0, 2, tzinfo=UTC)
+    assert (status.queued_s(entry, now), status.took_s(entry, now)) == (queued, took)
+    earlier_version = {key: value for key, value in entry.items() if "queued" not in key}
+    assert status.took_s(earlier_version, now) == queued + took
 
 
 @pytest.mark.parametrize(
