@@ -22,12 +22,13 @@ GOOD = matrix.Outcome(
     versions={"torch": "2.13.0"},
     operations=49,
     losses={"random": [7.6, 6.3], "checkpoint": [7.5, 6.2]},
+    rounded={"random": [7.6, 6.301], "checkpoint": [7.5, 6.2]},
     probe={"sdpa": ONES, "sdpa-alone": ONES, "sdpa-loss": np.float32(6.0)},
 )
 
 
 def other(**changed) -> matrix.Outcome:
-    return replace(GOOD, profile="user", **changed)
+    return replace(GOOD, **{"profile": "user", "rounded": {}, **changed})
 
 
 def test_profiles_that_differ_by_rounding_do_the_same():
@@ -57,6 +58,21 @@ def test_profiles_that_differ_by_rounding_do_the_same():
 def test_a_difference_is_a_bad_end(different):
     text, good = matrix.report([GOOD, different], "", 60)
     assert not good and "Result: NOT the same everywhere." in text
+
+
+@pytest.mark.parametrize(
+    "rounded",
+    [
+        {"random": [7.6, 6.308], "checkpoint": [7.5, 6.2]},
+        {"random": [7.6, 6.3], "checkpoint": [7.5, 6.207]},
+        {"random": [7.6], "checkpoint": [7.5, 6.2]},
+        {},
+    ],
+    ids=["random", "checkpoint", "fewer steps", "not measured"],
+)
+def test_training_that_amplifies_rounding_compares_nothing(rounded):
+    _, good = matrix.report([replace(GOOD, rounded=rounded), other()], "", 60)
+    assert not good
 
 
 def test_the_reason_of_a_failure_is_kept():
