@@ -22,6 +22,7 @@ import click
 from runner import errors
 from runner.cli.options import inventory_option, read_inventory, results_option
 from runner.cluster.backends import BACKENDS
+from runner.cluster.reasons import setup_command
 from runner.cluster.ssh import rendered
 from runner.provision.board import Board, diffs, exit_code, failures, summary, table, warnings
 from runner.provision.play import SITE, VERIFY, carry_out
@@ -240,10 +241,14 @@ def _add_readiness(board: Board, nodes: Sequence[Node], ssh_config: str | None) 
     asked = [node for node in nodes if node.name not in board.unreachable()]
     problems = preflight.readiness(asked, Options.engine, ssh_config) if asked else {}
     for node in asked:
+        failed = {role for role in board.roles() if board.state(node.name, role) == "failed"}
+        remedies = [setup_command(node, role) for role in failed]
         texts = [
             problem.message
             for problem in problems.get(node.name, ())
-            if problem.kind != "in_use" and board.state(node.name, _TOLD_BY.get(problem.kind, "")) != "failed"
+            if problem.kind != "in_use"
+            and _TOLD_BY.get(problem.kind) not in failed
+            and not any(remedy in problem.message for remedy in remedies)
         ]
         busy = [problem.message for problem in problems.get(node.name, ()) if problem.kind == "in_use"]
         board.add(node.name, "bench", texts, busy)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
+from typing import Any
 
 from runner import __version__
 from runner.cluster import addresses, facts, nccl
@@ -150,12 +151,14 @@ def checks(
 
 def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Problems:
     """Why `bench` would refuse any of these `nodes`, which may differ, for any of the tests on `engine`."""
-    alike: dict[object, list[Node]] = {}
+    alike: dict[tuple[Any, ...], list[Node]] = {}
     for node in nodes:
-        alike.setdefault((node.scratch, node.min_free_disk_gib, node.gpus, node.device), []).append(node)
+        root = node.nccl_root if node.nccl == nccl.BUILT else None
+        key = (node.scratch, node.min_free_disk_gib, node.gpus, node.device, root)
+        alike.setdefault(key, []).append(node)
     problems: dict[str, Sequence[Problem]] = {}
-    for group in alike.values():
-        request = checks(group[0], group[0].device, engine, tuple(TESTS))
+    for (*_, root), group in alike.items():
+        request = checks(group[0], group[0].device, engine, tuple(TESTS), nccl_root=root)
         problems.update(ask_agents(group, request, ssh_config).problems)
     return problems
 

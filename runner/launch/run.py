@@ -455,7 +455,8 @@ class Run:
         queued_before_s = queued_s(entry)
 
         def ran_s() -> float:
-            return time.monotonic() - started - (queued_s(entry) - queued_before_s)
+            # The moments of a queue are whole seconds.
+            return max(0.0, time.monotonic() - started - (queued_s(entry) - queued_before_s))
 
         def on_failure(error: Mapping[str, Any]) -> None:
             self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import NAMES
 from runner.cli import setup
+from runner.cluster.reasons import setup_command
 from runner.failures import Problem
 from runner.launch import preflight, talk
 from runner.node import check
@@ -51,6 +52,24 @@ def test_nodes_that_differ_are_each_asked_for_what_they_are_declared_to_have(clu
         (NAMES[:2], 8, cluster.nodes[0].min_free_disk_gib),
         (NAMES[2:3], 4, 9.0),
     ]
+
+
+@pytest.mark.parametrize(("wanted", "kinds"), [("built", ["environment_missing"]), ("torch", []), (None, [])], ids=str)
+def test_a_built_nccl_that_is_wanted_and_not_there_is_known_before_a_benchmark(cluster, tmp_path, wanted, kinds):
+    here = {"backend": "local", "inventory": "inventory/lab", "scratch": str(tmp_path), "device": "cpu", "gpus": 0}
+    node = replace(cluster.nodes[0], **here, min_free_disk_gib=0.0, nccl=wanted, nccl_root=str(tmp_path / "nccl"))
+    found = preflight.readiness([node], "torchrun", None).get(node.name, ())
+    assert [problem.kind for problem in found] == kinds
+    for problem in found:
+        assert problem.message.startswith(f"no NCCL is built in {tmp_path}/nccl: run `runner setup -i inventory/lab")
+
+
+def test_nodes_that_use_another_nccl_are_asked_for_theirs(cluster, answering):
+    built = replace(cluster.nodes[2], nccl="built", nccl_root="/srv/nccl")
+    preflight.readiness([*cluster.nodes[:2], built], "torchrun", None)
+    assert [(names, request.nccl_root) for names, request in answering[1]] == [
+        (NAMES[:2], None), (NAMES[2:3], "/srv/nccl"),
+    ]  # fmt: skip
 
 
 def test_an_agent_answers_with_the_addresses_it_has(tmp_path):
@@ -101,6 +120,14 @@ def test_what_a_role_has_told_in_more_detail_is_not_told_again(cluster, monkeypa
     problems = {name: [Problem(kind, "the same")] for name in NAMES[:2]}
     board = board_of(cluster, monkeypatch, problems, event(NAMES[0], role, "failed"))
     assert [(f.nodes, f.what) for f in failures(board)] == [("node001", "wrong"), ("node002", "the same")]
+
+
+@pytest.mark.parametrize(("status", "lines"), [("failed", ["wrong"]), ("ok", ["no NCCL is built: run"])])
+def test_what_a_role_that_failed_would_mend_is_told_by_that_role(cluster, monkeypatch, status, lines):
+    remedy = setup_command(cluster.nodes[0], "nccl_build")
+    problems = {NAMES[0]: [Problem("environment_missing", f"no NCCL is built: run `{remedy}`")]}
+    board = board_of(cluster, monkeypatch, problems, event(NAMES[0], "nccl_build", status))
+    assert [failure.what.split(" `")[0] for failure in failures(board)] == lines
 
 
 def test_a_node_without_an_answer_is_not_asked_again(cluster, monkeypatch):

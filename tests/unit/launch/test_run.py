@@ -30,7 +30,7 @@ from runner.launch.watch import CellContext, CellRun
 from runner.plan import build, plan
 from runner.report import runs as reported
 from runner.report.progress import Display
-from runner.report.terminal import terminal
+from runner.report.tables import took
 from runner.results import celldir
 from runner.results.rundir import RunDir
 from runner.results.status import each_error, joined
@@ -700,7 +700,7 @@ def test_the_time_in_a_queue_is_told_apart_from_the_time_that_a_cell_took(cluste
     assert cell["queued_s"] >= 2 and cell["took_s"] <= 1
     assert re.search(r"torch-2n-r1 +waiting .* 0 s, queued [23] s", shown[0])
     assert re.search(r"torch-2n-r1: complete after [01] s, [23] s in the queue", run.log.read_text())
-    assert re.search(r"\b[01] s, queued [23] s", terminal(summary))
+    assert re.fullmatch(r"[01] s, queued [23] s", took(cell))
 
 
 def through_slurm(built: plan.Plan, run: RunDir, placed: str = "") -> tuple[allocations.Allocations, Commands]:
