@@ -72,7 +72,7 @@ def request(num_nodes: int) -> Any:
 
     model = config.load_model("llama-2-7b").model_dump()
     deepspeed = config.load_deepspeed(model["deepspeed"], {})
-    batch = num_nodes * GPUS_PER_NODE * deepspeed["gradient_accumulation_steps"]
+    batch = num_nodes * GPUS_PER_NODE * 16
     return Request(
         run_id=RUN_ID,
         created="2026-11-21T12:00:00Z",

@@ -208,6 +208,9 @@ class MemoryEstimate:
         return None if not self.available else self.needed <= self.available
 
 
+_KEPT = {"none": 24, "selective": 14}  # bytes that a layer keeps for its backward pass, by token and unit of width
+
+
 def memory_estimate(
     model: Mapping[str, Any],
     world_size: int,
@@ -216,7 +219,7 @@ def memory_estimate(
     gpu_memory_gib: float | None,
     zero_stage: int = 3,
     *,
-    recompute: bool = True,
+    recompute: str = "full",
     inputs_offloaded: bool = False,
     fused_loss: bool = False,
     gradient: int = 4,
@@ -227,10 +230,11 @@ def memory_estimate(
 
     T = `micro_batch` (sequences) × `seq_len` (tokens), H hidden size, L layers, V vocabulary; the terms below in bytes.
     states: `model_state_gib` with `gradient` bytes per parameter; an offloaded optimizer offloads its gradients too.
-    activations: with activation checkpointing (`recompute`) one bf16 input per layer is kept (2·T·H·L; in host memory
-    with `inputs_offloaded`), plus the activations of one layer during its recomputation (about 34·T·H without attention
-    scores; Korthikanti et al. 2022, §4); without it those of every layer: 24·T·H·L, as 26 was measured with fused
-    kernels. logits: T·V in bf16 and fp32 (6 B), none where the loss is fused with the projection (Liger).
+    activations: with `recompute` "full" one bf16 input per layer is kept (2·T·H·L; in host memory with
+    `inputs_offloaded`), plus the activations of one layer during its recomputation (about 34·T·H without attention
+    scores; Korthikanti et al. 2022, §4); with "none" those of every layer: 24·T·H·L, as 26 was measured with fused
+    kernels; with "selective" what is costly to compute again, about 14·T·H·L. logits: T·V in bf16 and fp32 (6 B), none
+    where the loss is fused with the projection (Liger).
     working: two gathered layers and the gathered input table in bf16, and 2 GiB for NCCL, CUDA and fragmentation.
     """
     tokens = micro_batch * seq_len
@@ -239,7 +243,7 @@ def memory_estimate(
     layer = (count.total - count.embedding - count.head) / layers
     gathers = zero_stage == 3 and (world_size > 1 or weights_offloaded)
     gathered = 2 * (2 * layer + max(count.embedding, count.head)) if gathers else 0
-    inside = (0 if inputs_offloaded else 2 * layers) + 34 if recompute else 24 * layers
+    inside = _KEPT[recompute] * layers if recompute in _KEPT else (0 if inputs_offloaded else 2 * layers) + 34
     return MemoryEstimate(
         states=model_state_gib(
             count.total,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from runner.judge.verdict import Judgement, bootstrap, judge
+from runner.plan import speed
 from runner.results.records import Record
 from runner.system.wording import counted
 from runner.workloads.registry import TESTS, trains
@@ -22,8 +24,10 @@ def judge_scaling(
 
     Efficiency is a ratio to the smallest node count, the base. Weak scaling: per-GPU rate ÷ the base's per-GPU rate.
     Strong scaling: speedup ÷ ideal speedup, which is the same quotient. `unfair` maps cell ids to the reason why
-    their speed is not judged, or to None.
+    their speed is not judged, or to None. `possible` is the efficiency (0…1) that the plan predicted, and `bound` what
+    it says of that, None where it predicted nothing.
     """
+    expected = {cell["id"]: cell.get("expected") for cell in plan["cells"]}
     mode = plan.get("scaling", "weak")
     targets = [
         target
@@ -52,10 +56,11 @@ def judge_scaling(
                 why = why or "the base that larger node counts are compared with"
             elif target is None:
                 why = why or f"no target for {mode} scaling on {counted(size, 'node')}"
+            limit = _limit(expected[sizes[size][0]["id"]], expected[sizes[base][0]["id"]], base)
             if why or target is None:
                 judged = Judgement("not_judged", str(why))
             else:
-                judged = judge_efficiency(value, (low, high), min(len(repeats), len(samples[base])), target)
+                judged = judge_efficiency(value, (low, high), min(len(repeats), len(samples[base])), target, limit)
             rows.append(
                 {
                     "test": test,
@@ -66,6 +71,7 @@ def judge_scaling(
                     "mode": mode,
                     "efficiency": value,
                     "ci": [low, high],
+                    **limit,
                     "target": target["value"] / 100 if target else None,
                     "verdict": judged.verdict,
                     "reason": judged.reason,
@@ -84,15 +90,35 @@ def _target(targets: Sequence[Mapping[str, Any]], num_nodes: int) -> Mapping[str
     return min(fitting, key=lambda target: target.get("num_nodes") is None, default=None)
 
 
+def _limit(expected: Mapping[str, Any] | None, of_base: Mapping[str, Any] | None, base: int) -> dict[str, Any]:
+    """{"possible", "bound"}: the efficiency that the plan predicted against the count that is the base now."""
+    if not expected or not of_base or expected["efficiency"] is None:
+        return {"possible": None, "bound": None}
+    possible = min(1.0, expected["positions_per_s_per_gpu"] / of_base["positions_per_s_per_gpu"])
+    return {
+        "possible": possible,
+        "bound": speed.explained({**expected, "efficiency": possible, "base_nodes": base}),
+    }
+
+
 def judge_efficiency(
-    efficiency: float, interval: tuple[float, float], repeats: int, target: Mapping[str, Any]
+    efficiency: float,
+    interval: tuple[float, float],
+    repeats: int,
+    target: Mapping[str, Any],
+    limit: Mapping[str, Any],
 ) -> Judgement:
     """Judge an efficiency and its interval (ratios) against a target in percent.
 
-    `repeats` is the smaller number of repeats of the two node counts.
+    `repeats` is the smaller number of repeats of the two node counts. Where the plan predicted that the configuration
+    cannot reach the target (`limit` has `possible` and `bound`), the reason of a failure says so.
     """
     low, high = interval
-    return judge(100 * efficiency, (100 * low, 100 * high), repeats, target["value"], "min", "%")
+    judged = judge(100 * efficiency, (100 * low, 100 * high), repeats, target["value"], "min", "%")
+    possible = limit.get("possible")
+    if judged.verdict == "fail" and possible is not None and 100 * possible < target["value"]:
+        return replace(judged, reason=f"{judged.reason}; {limit['bound']}")
+    return judged
 
 
 def _per_gpu_samples(

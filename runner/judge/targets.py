@@ -10,6 +10,7 @@ from typing import Any
 from runner.judge import metrics
 from runner.judge.scaling import judge_efficiency
 from runner.judge.verdict import Judgement, bootstrap, judge
+from runner.plan.speed import HOST, explained
 from runner.results.records import Record
 from runner.system.wording import counted
 from runner.workloads.registry import TESTS
@@ -28,6 +29,7 @@ def judge_targets(
     measured. `scaling` are the rows of `judge_scaling`; `unfair` maps cell ids to the reason why their speed is not
     judged, or to None. Values are in the unit of the target's metric.
     """
+    expected = {cell["id"]: cell.get("expected") or {} for cell in plan["cells"]}
     rows = []
     for target in plan.get("targets", []):
         if target["metric"] == "scaling_efficiency_pct":
@@ -56,6 +58,9 @@ def judge_targets(
                 gpu = min(slowest, key=lambda gpu: gpu["gpu_util_pct"])
                 note = f"; slowest: {gpu['host']} GPU {gpu['gpu']}, {gpu['gpu_util_pct']:.1f} %"
                 judged = replace(judged, reason=judged.reason + note)
+            predicted = expected[found[0][0]["id"]]
+            if judged.verdict == "fail" and target["metric"] == "gpu_util_pct_mean" and predicted.get("binds") == HOST:
+                judged = replace(judged, reason=f"{judged.reason}; {explained(predicted)}")
             measured = {"measured": value, "ci": [low, high], "repeats": len(values)}
             rows.append(_target_row(target, judged, model=model, num_nodes=num_nodes, **measured))
     return rows
@@ -105,7 +110,7 @@ def _judged_efficiency(
     of_model = [other for other in scaling if other["model"] == row["model"]]
     repeats = min(other["repeats"] for other in of_model if other["num_nodes"] in compared)
     low, high = row["ci"]
-    return judge_efficiency(row["efficiency"], (low, high), repeats, target)
+    return judge_efficiency(row["efficiency"], (low, high), repeats, target, row)
 
 
 def _not_measured(target: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from runner.plan.plan import Batch
 from runner.plan.request import Request
 from runner.system.wording import counted
 
+SEQUENCES_PER_GPU = 16  # in a step, where neither settings nor the DeepSpeed file say
+
 
 def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_size: int) -> Batch:
     """The batch of one cell, in sequences, from the test's settings `params` or else the DeepSpeed configuration.
@@ -18,10 +20,7 @@ def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_
     shrinks with the number of nodes. Strong scaling keeps the global batch. Raises UsageError, with values that work,
     where the batch does not divide.
     """
-    configured = request.deepspeed
-    global_batch = params["global_batch"] or _number(configured, "train_batch_size")
-    micro_batch = params["micro_batch"] or _number(configured, "train_micro_batch_size_per_gpu")
-    accumulation = params["gradient_accumulation"] or _number(configured, "gradient_accumulation_steps") or 1
+    global_batch, micro_batch, accumulation = asked(request, params)
     most = max(request.node_counts)
     if global_batch and request.scaling == "weak" and num_nodes != most:
         if global_batch * num_nodes % most:
@@ -31,7 +30,22 @@ def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_
                 f"--set sft.global_batch={_nearest_multiple(global_batch, most)}"
             )
         global_batch = global_batch * num_nodes // most
+    if global_batch is None and request.scaling == "strong" and accumulation is None:
+        global_batch = resolve_batch(None, micro_batch, None, most * request.gpus_per_node).global_batch
     return resolve_batch(global_batch, micro_batch, accumulation, world_size)
+
+
+def asked(request: Request, params: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """(global batch, micro-batch, accumulation) of the test's settings or else of the DeepSpeed configuration.
+
+    None is what both leave open.
+    """
+    file = request.deepspeed
+    return (
+        params["global_batch"] or _number(file, "train_batch_size"),
+        params["micro_batch"] or _number(file, "train_micro_batch_size_per_gpu"),
+        params["gradient_accumulation"] or _number(file, "gradient_accumulation_steps"),
+    )
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:
@@ -43,15 +57,30 @@ def _number(config: Mapping[str, Any], key: str) -> int | None:
     return value
 
 
-def resolve_batch(global_batch: int | None, micro_batch: int | None, accumulation: int, world_size: int) -> Batch:
+def resolve_batch(
+    global_batch: int | None, micro_batch: int | None, accumulation: int | None, world_size: int
+) -> Batch:
     """The batch that satisfies micro-batch × accumulation × world size = global batch, in sequences.
 
-    A None is derived from the other sizes (the micro-batch is 1 where both are None). Raises UsageError, with the
-    nearest values that work, where the sizes contradict each other.
+    A None is derived from the other sizes: the global batch from SEQUENCES_PER_GPU, and the micro-batch is 1 where the
+    accumulation is open too. Raises UsageError, with the nearest values that work, where the sizes contradict each
+    other.
     """
     if global_batch is None:
-        micro_batch = micro_batch or 1
+        if accumulation is None:
+            micro_batch = micro_batch or 1
+            accumulation = max(1, SEQUENCES_PER_GPU // micro_batch)
+        micro_batch = micro_batch or max(1, SEQUENCES_PER_GPU // accumulation)
         return Batch(micro_batch * accumulation * world_size, micro_batch, accumulation)
+    if accumulation is None:
+        micro_batch = micro_batch or 1
+        if global_batch % (micro_batch * world_size) == 0:
+            return Batch(global_batch, micro_batch, global_batch // (micro_batch * world_size))
+        raise UsageError(
+            f"global batch {global_batch} is not {counted(micro_batch, 'sequence')} × a whole accumulation × "
+            f"{counted(world_size, 'GPU')}; "
+            f"nearest that works: --set sft.global_batch={_nearest_multiple(global_batch, micro_batch * world_size)}"
+        )
     if micro_batch is None and global_batch % (accumulation * world_size) == 0:
         return Batch(global_batch, global_batch // (accumulation * world_size), accumulation)
     if micro_batch and micro_batch * accumulation * world_size == global_batch:

@@ -13,7 +13,7 @@ from runner.cluster import nccl, slurm
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
-from runner.plan import memory
+from runner.plan import fit
 from runner.plan.batch import batch_of, with_batch
 from runner.plan.engines.ranks import Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
@@ -48,10 +48,18 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     if BACKENDS[request.backend].by_ssh:
         _refuse_ways(request, nodes[:most])
     cells = []
-    for name, params in request.tests.items():
+    shape = fit.shape_of(nodes[:most], request.gpus_per_node)
+    for name, given in request.tests.items():
+        params = _params(request, name, given)
+        settled, chosen = fit.settle(request, params, shape) if TESTS[name].trains else (params, "")
         for num_nodes in request.node_counts:
             for repeat in range(1, request.repeats + 1):
-                cells.append(_cell(request, nodes[:num_nodes], name, params, repeat))
+                cell = _cell(request, nodes[:num_nodes], name, settled, repeat)
+                if cell.batch is not None:
+                    fit.refuse(request, params, settled, shape, num_nodes, cell.batch)
+                    expected = fit.expect(request, settled, shape, num_nodes, cell.batch)
+                    cell = replace(cell, chosen=chosen, expected=expected)
+                cells.append(cell)
     return Plan(
         run_id=request.run_id,
         created=request.created,
@@ -94,6 +102,22 @@ def _refuse_ways(request: Request, nodes: Sequence[Node]) -> None:
             )
 
 
+def _params(request: Request, name: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a test with the defaults of the device and of the model."""
+    test = TESTS[name]
+    defaults = test.defaults.get(request.device, {})
+    params = {**params, **{key: value for key, value in defaults.items() if params.get(key) is None}}
+    if not test.trains:
+        return params
+    params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
+    if params["seq_len"] > request.model["max_seq_len"]:
+        raise UsageError(
+            f"{name}.seq_len {params['seq_len']}: model {request.model['name']} takes at most "
+            f"{request.model['max_seq_len']} tokens"
+        )
+    return params
+
+
 def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[str, Any], repeat: int) -> Cell:
     test, num_nodes = TESTS[name], len(nodes)
     world_size = num_nodes * request.gpus_per_node
@@ -101,18 +125,7 @@ def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[
     parts = [name, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
     cell_id = "-".join(parts)
     port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
-    defaults = test.defaults.get(request.device, {})
-    params = {**params, **{key: value for key, value in defaults.items() if params.get(key) is None}}
-    batch, deepspeed = None, None
-    if test.trains:
-        params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}
-        if params["seq_len"] > request.model["max_seq_len"]:
-            raise UsageError(
-                f"{name}.seq_len {params['seq_len']}: model {model} takes at most {request.model['max_seq_len']} tokens"
-            )
-        batch = batch_of(request, params, num_nodes, world_size)
-        memory.refuse(request, params, num_nodes, batch)
-        deepspeed = with_batch(request.deepspeed, batch)
+    batch = batch_of(request, params, num_nodes, world_size) if test.trains else None
     cell = Cell(
         id=cell_id,
         test=name,
@@ -125,7 +138,7 @@ def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[
         device=request.device,
         params=params,
         batch=batch,
-        deepspeed=deepspeed,
+        deepspeed=with_batch(request.deepspeed, batch) if batch else None,
         env={**CELL_ENV, **_nccl_env(request)},
         cell_dir="",
         master_port=port,

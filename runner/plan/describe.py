@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from runner import failures
-from runner.plan import memory
-from runner.plan.plan import Plan, rank_environment
+from runner.plan import memory, speed
+from runner.plan.plan import Plan, Prediction, rank_environment
 from runner.system.wording import counted
+
+_WIDTH = 70  # of text beside the names of a cell's lines
 
 
 def describe(plan: Plan, fold: Any) -> str:
@@ -34,11 +39,15 @@ def describe(plan: Plan, fold: Any) -> str:
                 f"  batch  {counted(b.global_batch, 'sequence')} = "
                 f"{b.micro_batch} × {b.gradient_accumulation} × {cell.world_size} of {cell.params['seq_len']} tokens"
             )
+            if cell.chosen:
+                lines += [f"         {text}" for text in _wrapped(f"chosen: {cell.chosen}")]
             lines.append(f"  data   {cell.params['dataset']}, prepared once and sent to each node once")
         if (needs := memory.of_cell(plan, cell)) and needs.available:
             lines.append(
                 f"  memory about {needs.needed:.0f} of {needs.available:g} GiB per GPU: {memory.causes(needs)}"
             )
+        if cell.expected:
+            lines += [f"  {'speed  ' if i == 0 else '       '}{text}" for i, text in enumerate(_speed(cell.expected))]
         chosen = set(cell.hosts or aliases)
         on_node = {n.name: rank_environment(cell, n) for n in plan.nodes if n.name in chosen}
         for key in dict.fromkeys(key for env in on_node.values() for key in env):
@@ -59,3 +68,24 @@ def describe(plan: Plan, fold: Any) -> str:
             lines.append(f"  {aliases[host]}  {shlex.join(argv) if argv else '(ranks started by the controller)'}")
         lines.append(f"  writes {cell.cell_dir} on each node")
     return "\n".join(lines)
+
+
+def _speed(found: Prediction) -> Iterator[str]:
+    """A prediction as lines: the rate, what a step needs of each resource, what binds and what would not."""
+    yield f"about {found.positions_per_s_per_gpu:,.0f} positions/s per GPU, {found.step_s:.3g} s a step"
+    yield f"({found.rate_source})"
+    needs = {"GPU": found.compute_s, "host": found.host_s, "NVLink": found.nvlink_s, "network": found.nic_s}
+    parts = [
+        f"{name} {'not known' if s is None else f'{s:.2g} s'}"
+        for name, s in needs.items()
+        if s is None or s > found.step_s / 100
+    ]
+    yield ", ".join(parts) + (f"; hidden {found.hidden_s:.2g} s" if found.hidden_s > found.step_s / 100 else "")
+    yield from _wrapped(speed.bound_by(asdict(found)))
+    yield from (f"bound by {speed.GPU} with {way}" for way in found.ways)
+
+
+def _wrapped(text: str) -> list[str]:
+    """`text` in lines that do not end between a number and its unit, nor between an option and its value."""
+    kept = text.replace(" %", "\u00a0%").replace("--set ", "--set\u00a0")
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(kept, _WIDTH, break_on_hyphens=False)]

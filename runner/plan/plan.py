@@ -32,11 +32,36 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What one step of a cell takes at best, in seconds, and what binds it (`plan/speed` says how that is computed).
+
+    `compute_s`, `host_s`, `nvlink_s` and `nic_s` (None: rate unknown) are what the step needs of GPU, host, NVLink and
+    network each; `hidden_s` is communication behind computation. `positions_per_s_per_gpu` counts every token that is
+    computed, padding included. `efficiency` (0…1) is that rate to the one on `base_nodes` nodes.
+    `ways` are settings under which this does not bind, as they are typed.
+    """
+
+    compute_s: float
+    host_s: float
+    nvlink_s: float
+    nic_s: float | None
+    hidden_s: float
+    step_s: float
+    positions_per_s_per_gpu: float
+    binds: str
+    efficiency: float | None
+    base_nodes: int
+    rate_source: str
+    ways: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Cell:
     """One (test, model, num_nodes, repeat) of a plan. Ranks rendezvous on `hosts[0]`, port `master_port`.
 
     `hosts` is empty as long as Slurm has not placed the cell. `params` are the test's settings, `cell_dir` is the
-    cell's folder on every node, and `attempt` counts from 1.
+    cell's folder on every node, and `attempt` counts from 1. `chosen` says how the planner decided what was left open,
+    and `expected` is what it predicts, None where it cannot.
     """
 
     id: str
@@ -56,6 +81,8 @@ class Cell:
     master_port: int
     launch: ranks.Launch
     attempt: int = 1
+    chosen: str = ""
+    expected: Prediction | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,9 @@ class Plan:
             known = {field.name for field in fields(kind)}
             return kind(**{key: value for key, value in values.items() if key in known} | given)
 
+        def expected(values: Mapping[str, Any] | None) -> Any:
+            return made(Prediction, values, ways=tuple(values["ways"])) if values else None
+
         try:
             cells = [
                 made(
@@ -114,6 +144,7 @@ class Plan:
                     hosts=tuple(cell["hosts"]),
                     batch=made(Batch, cell["batch"]) if cell["batch"] else None,
                     launch=made(ranks.Launch, cell["launch"], argv=tuple(cell["launch"]["argv"])),
+                    expected=expected(cell.get("expected")),
                 )
                 for cell in data["cells"]
             ]

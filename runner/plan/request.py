@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.plan.speed import Rate
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,3 +46,4 @@ class Request:
     nccl: str | None = None  # "torch" or "built"; None: as the nodes have it
     nccl_root: str | None = None  # the folder of the built one, None: torch's own
     deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name
+    rates: tuple[Rate, ...] = ()  # what was measured of this model on these GPUs

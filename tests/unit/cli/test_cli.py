@@ -59,7 +59,11 @@ def test_help_imports_neither_torch_nor_ansible():
         (["bench", "--nodes", "9", "--dry-run"], 2, "9 nodes asked for: the inventory"),
         (["bench", "--hosts", "node[001-002]", "--nodes", "3", "--dry-run"], 2, "names 2"),
         (["bench", "--backend", "local", "--dry-run"], 2, "for backend ssh"),
-        (["bench", "--model", "llama-2-13b", "--dry-run"], 2, "--set sft.gradient_accumulation=8"),
+        (
+            ["bench", "--model", "llama-2-13b", "--set", "sft.gradient_accumulation=16", "--dry-run"],
+            2,
+            "--set sft.gradient_accumulation=8",
+        ),
         (
             [
                 *("bench", "--nodes", "1", "--model", "llama-2-70b", "--dry-run"),

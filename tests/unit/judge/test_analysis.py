@@ -167,6 +167,66 @@ def test_one_missed_target_fails_the_run_and_leaves_the_others() -> None:
     assert summary["reason"].startswith("scaling-8n: 7")
 
 
+EXPECTED = {
+    "compute_s": 4.6, "host_s": 2.0, "nvlink_s": 1.8, "nic_s": 7.0, "hidden_s": 4.6, "step_s": 7.0,
+    "positions_per_s_per_gpu": 9300.0, "binds": "network", "efficiency": 0.7, "base_nodes": 1, "rate_source": "assumed",
+    "ways": ["--set sft.micro_batch=4 --set sft.gradient_accumulation=4"],
+}  # fmt: skip
+
+
+def as_expected(fixture: Fixture, **changes: Any) -> dict[str, Any]:
+    """The summary of a run whose plan predicted EXPECTED on all node counts but one, where nothing binds but the GPU."""
+    for each in fixture.plan["cells"]:
+        if each["test"] == "sft":
+            alone = {"positions_per_s_per_gpu": 13300.0, "binds": "GPU", "efficiency": 1.0, "ways": []}
+            each["expected"] = {**EXPECTED, **(alone if each["num_nodes"] == 1 else {}), **changes}
+    return summary_of(fixture)
+
+
+def test_a_failed_target_that_the_configuration_cannot_reach_does_not_blame_the_cluster() -> None:
+    summary = as_expected(report_fixture.healthy((1, 8), efficiency={1: 1.0, 8: 0.68}))
+    said = (
+        "; bound by network in this configuration, not by this cluster: at most 70 % of the rate on 1 node is possible; "
+        "bound by GPU with --set sft.micro_batch=4 --set sft.gradient_accumulation=4"
+    )
+    row = scaling(summary, 8)
+    assert row["verdict"] == "fail" and row["reason"].endswith(said)
+    assert row["possible"] == pytest.approx(0.7, abs=0.01)
+    assert target(summary, "scaling-8n")["reason"].endswith(said) and said in summary["reason"]
+    assert summary["findings"] == []
+
+
+def test_what_is_possible_relates_to_the_base_that_was_measured() -> None:
+    row = scaling(as_expected(report_fixture.healthy((2, 8), efficiency={2: 1.0, 8: 0.68})), 8)
+    assert (row["base_nodes"], row["possible"]) == (2, 1.0)
+    assert row["verdict"] == "fail" and "not by this cluster" not in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "changes"),
+    [
+        (0.68, {"positions_per_s_per_gpu": 13300.0}),  # the plan promised all of it: the cluster's fault
+        (0.68, {"efficiency": None}),  # the rate of the NICs is unknown
+        (0.99, {}),  # passed
+    ],
+)
+def test_nothing_else_is_excused(efficiency: float, changes: dict[str, Any]) -> None:
+    summary = as_expected(report_fixture.healthy((1, 8), efficiency={1: 1.0, 8: efficiency}), **changes)
+    assert "bound by" not in scaling(summary, 8)["reason"] + target(summary, "scaling-8n")["reason"]
+
+
+@pytest.mark.parametrize(("binds", "said"), [("host", True), ("GPU", False), ("network", False)])
+def test_a_gpu_that_waits_for_its_host_by_the_plan_says_so(binds: str, said: bool) -> None:
+    fixture = report_fixture.healthy((1, 8))
+    for rows in (rows for hosts in fixture.telemetry.values() for rows in hosts.values()):
+        for sample in rows:
+            sample.update({name: 60.0 for name in sample if metrics.GPU_UTILISATION.fullmatch(name)})
+    summary = as_expected(fixture, binds=binds)
+    found = [row for row in summary["targets"] if row["name"] == "gpu-utilisation"]
+    assert {row["verdict"] for row in found} == {"fail"}
+    assert {"bound by host in this configuration" in row["reason"] for row in found if row["num_nodes"] == 8} == {said}
+
+
 def test_a_difference_smaller_than_the_noise_is_inconclusive_and_says_what_would_settle_it() -> None:
     summary = summary_of(report_fixture.healthy((1, 2), efficiency={1: 1.0, 2: 0.9815}))
     row = scaling(summary, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import request
 
 from runner.errors import UsageError
-from runner.plan import build, config, describe, memory
+from runner.plan import build, config, describe, fit, memory
 from runner.plan.plan import Batch
 from runner.system import nodeset
 
@@ -20,6 +20,7 @@ H200 = {"name": "h200-sxm", **config.load_hardware("h200-sxm").model_dump()}
 SEVEN = config.load_model("llama-2-7b").model_dump()
 SEVENTY = config.load_model("llama-2-70b").model_dump()
 NO_OFFLOAD = [f"deepspeed.zero_optimization.offload_{what}.device=none" for what in ("optimizer", "param")]
+LITERAL = "sft.gradient_accumulation=16"
 ZERO3 = config.load_deepspeed("ds_config_7b", {})
 EVERY_FILE = config.deepspeed_files({})
 
@@ -90,8 +91,8 @@ def refusal(cluster, **changes):
 
 def test_70b_without_offload_is_refused_on_one_node_with_the_sizes_and_what_fits(cluster):
     assert refusal(cluster, settings=NO_OFFLOAD) == (
-        "model llama-2-70b on 1 node (8 ranks, micro-batch 2 × 4096 tokens) needs about 162 GiB per GPU "
-        "(model states 144.5, activations 12.1, working 5.7), h200-sxm has 141 GiB; what fits: --nodes 2"
+        "model llama-2-70b on 1 node (8 ranks, micro-batch 1 × 4096 tokens) needs about 156 GiB per GPU "
+        "(model states 144.5, activations 6.1, working 5.7), h200-sxm has 141 GiB; what fits: --nodes 2"
     )
     assert build.build(
         request(cluster, model="llama-2-70b", node_counts=(2,), settings=NO_OFFLOAD), cluster.nodes
@@ -106,13 +107,13 @@ def test_a_sweep_is_to_start_where_it_fits(cluster):
 
 
 def test_a_smaller_micro_batch_keeps_the_global_batch(cluster):
-    said = refusal(cluster, model="llama-2-7b", settings=["sft.global_batch=16384"])
+    said = refusal(cluster, model="llama-2-7b", settings=["sft.global_batch=16384", LITERAL])
     assert said.endswith("--nodes 2; or --set sft.micro_batch=64 --set sft.gradient_accumulation=32")
 
 
 def test_a_shorter_sequence_is_named_where_one_sequence_is_too_much(cluster):
     small = {**H200, "gpu_memory_gib": 40.0}
-    said = refusal(cluster, model="llama-2-7b", settings=["sft.recompute=none"], hardware=small)
+    said = refusal(cluster, model="llama-2-7b", settings=["sft.recompute=none", LITERAL], hardware=small)
     assert "--set sft.micro_batch=" in said and "sft.seq_len" not in said
     one = ["sft.global_batch=8", "sft.gradient_accumulation=1", "sft.recompute=none"]
     said = refusal(cluster, model="llama-2-7b", settings=one, hardware={**H200, "gpu_memory_gib": 24.0})
@@ -153,8 +154,8 @@ def test_what_is_not_known_is_not_refused(cluster, changes):
 def test_the_estimate_is_refused_only_beyond_its_own_error(cluster):
     """155 GB of states and the rest on 141 GiB is 11 % too much; the estimate was 10 % too high where it was measured."""
     asked = request(cluster, model="llama-2-70b", settings=NO_OFFLOAD, node_counts=(1,))
-    needed = memory.estimate(SEVENTY, H200, asked.deepspeed, params(), 8, 2).needed
-    for gib, refused in ((needed / memory.MARGIN + 0.01, False), (needed / memory.MARGIN - 0.01, True)):
+    needed = memory.estimate(SEVENTY, H200, asked.deepspeed, params(recompute="full"), 8, 1).needed
+    for gib, refused in ((needed / fit.MARGIN + 0.01, False), (needed / fit.MARGIN - 0.01, True)):
         tight = replace(asked, hardware={**H200, "gpu_memory_gib": gib})
         if refused:
             with pytest.raises(UsageError, match="what fits: --nodes 2"):
@@ -164,7 +165,7 @@ def test_the_estimate_is_refused_only_beyond_its_own_error(cluster):
 
 
 def test_a_dry_run_shows_the_estimate_of_what_trains_on_gpus_and_of_nothing_else(cluster, machine):
-    asked = request(cluster, model="llama-2-7b")
+    asked = request(cluster, model="llama-2-7b", settings=[LITERAL, "sft.recompute=full"])
     text = describe.describe(build.build(asked, cluster.nodes), nodeset.fold)
     assert "  memory about 6 of 141 GiB per GPU: working 3.0, model states 1.8, activations 1.5\n" in text
     on_cpu = request(machine, node_counts=(1,))
@@ -212,18 +213,18 @@ def test_more_nodes_never_need_more_memory_per_gpu(model, deepspeed, nodes, more
 @given(
     ANY_MODEL, ANY_ZERO, st.sampled_from([16.0, 40.0, 80.0, 141.0]), st.sampled_from([(1,), (2,), (1, 2, 4), (1, 3)]),
     st.sampled_from([48, 192, 768, 6144]), st.sampled_from(["weak", "strong"]),
-    st.sampled_from(["full", "none"]),
+    st.sampled_from(["full", "none", "auto"]), st.sampled_from([None, 2]),
 )  # fmt: skip
 def test_every_way_that_a_refusal_names_is_planned(
-    cluster, model, deepspeed, gib, counts, global_batch, scaling, recompute
+    cluster, model, deepspeed, gib, counts, global_batch, scaling, recompute, accumulation
 ):
-    settings = {"global_batch": global_batch, "recompute": recompute, "gradient_accumulation": 2}
+    settings = {"global_batch": global_batch, "recompute": recompute, "gradient_accumulation": accumulation}
     asked = request(
         cluster, node_counts=counts, scaling=scaling, deepspeed=deepspeed, deepspeed_files=EVERY_FILE,
         tests={"sft": params(**settings)}, hardware={**H200, "gpu_memory_gib": gib}, gpus_per_node=4,
     )  # fmt: skip
     asked = replace(asked, model=model)
-    nodes = tuple(replace(cluster.nodes[0], name=f"n{i:04d}") for i in range(memory.MOST_NODES))
+    nodes = tuple(replace(cluster.nodes[0], name=f"n{i:04d}") for i in range(fit.MOST_NODES))
     try:
         build.build(asked, nodes)
     except UsageError as error:
@@ -249,6 +250,7 @@ def test_every_way_that_a_refusal_names_is_planned(
 def test_one_cell_is_judged_by_its_own_batch(cluster):
     """The batch that is refused is the one that the plan would have."""
     asked = request(cluster, model="llama-2-7b")
-    memory.refuse(asked, params(), 1, Batch(128, 1, 16))
+    given_, shape = params(recompute="full"), fit.shape_of(cluster.nodes, 8)
+    fit.refuse(asked, given_, given_, shape, 1, Batch(128, 1, 16))
     with pytest.raises(UsageError, match="micro-batch 128"):
-        memory.refuse(asked, params(), 1, Batch(16384, 128, 16))
+        fit.refuse(asked, given_, given_, shape, 1, Batch(16384, 128, 16))
