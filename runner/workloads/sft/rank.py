@@ -20,6 +20,7 @@ from typing import Any
 from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
+from runner.workloads.sft import versions
 from runner.workloads.sft.data import PackedData
 from runner.workloads.sft.engine import build
 from runner.workloads.sft.model import inputs, labels, token_loss
@@ -59,6 +60,7 @@ def run(job: RankJob, events: Events) -> None:
     else:
         # A faster all-reduce between ranks of one node, compiled on first use; nodes have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        versions.finish_gathers()
     deepspeed.init_distributed(dist_backend=job.comm_backend, timeout=PATIENCE, verbose=False)
     try:
         engine, counts = build(job, settings)
