@@ -151,7 +151,10 @@ class Journal:
     # --- records ------------------------------------------------------------------------------------
 
     def collect(self, plan: Plan, cell: Cell) -> None:
-        """Convert the ranks' files of a cell into records, and write records.jsonl."""
+        """Convert the ranks' files of a cell into records, and write records.jsonl.
+
+        What they have chosen becomes part of the cell's entry in status.json, with its next state.
+        """
         base = {
             "run_id": plan.run_id,
             "cell": cell.id,
@@ -162,10 +165,12 @@ class Journal:
             "repeat": cell.repeat,
         }
         self._records = [record for record in self._records if record.cell != cell.id]
+        used = self.entry(cell)["used"] = {}
         for host in cell.hosts:
             for path in self.run.cell(host, cell.id).all_events():
-                events = records.parse_jsonl(path.read_text(errors="replace"))
+                events = list(records.parse_jsonl(path.read_text(errors="replace")))
                 self._records.extend(records.from_events(events, base, host))
+                used.update(records.used(events))
         write_text_atomic(self.run.records, "".join(f"{record.to_json()}\n" for record in self._records))
 
 

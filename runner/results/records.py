@@ -54,6 +54,15 @@ def load(text: str) -> list[Record]:
     return [Record(**obj) for obj in parse_jsonl(text) if obj.get("schema") == SCHEMA and needed <= obj.keys() <= known]
 
 
+def used(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a rank has chosen, by the name of the setting: the fields of its last `used` event; empty without one."""
+    found: Mapping[str, Any] = {}
+    for event in events:
+        if event.get("event") == "used":
+            found = event
+    return {name: value for name, value in found.items() if name not in ("event", "rank", "time_s")}
+
+
 def from_events(events: Iterable[Mapping[str, Any]], base: Mapping[str, Any], host: str) -> Iterator[Record]:
     """The records of the `value` events of one rank on `host`; `base` has the fields of Record that the cell sets."""
     for event in events:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import ranks
 from runner.cluster import limits
 from runner.system import process
 from runner.workloads.sft.data import PackedData
-from runner.workloads.sft.model import build_model, inputs, labels
+from runner.workloads.sft.model import build_model, inputs, labels, token_loss
 
 pytestmark = pytest.mark.local
 
@@ -101,6 +102,25 @@ def test_what_belongs_to_the_whole_cell_is_reported_once(two_ranks):
     assert two_ranks.values("model_parameters", rank=1) == []
 
 
+def test_rank_0_says_what_it_chose_before_its_first_step(two_ranks):
+    names = [event.get("metric", event["event"]) for event in two_ranks.ranks[0] if event["event"] != "progress"]
+    assert names[:6] == ["start", "matmul_tflop_per_s", "used", "import_time_s", "build_time_s", "step_time_s"]
+    (used,) = (event for event in two_ranks.ranks[0] if event["event"] == "used")
+    assert {name: value for name, value in used.items() if name not in ("event", "rank", "time_s")} == {
+        "trainer": "fast", "attention": "sdpa", "attention_detail": "scaled_dot_product_attention of each sample",
+        "precision": "bf16", "recompute": "full", "compile": False, "liger": "none", "optimizer": "AdamW fused",
+    }  # fmt: skip
+    assert all(event["event"] != "used" for event in two_ranks.ranks[1])
+
+
+def test_every_rank_measures_what_its_device_can_multiply(two_ranks):
+    for rank in (0, 1):
+        (rate,) = two_ranks.values("matmul_tflop_per_s", rank)
+        assert 1e-4 < rate < 10
+    (imported,), (built,), (setup,) = (two_ranks.values(f"{name}_time_s") for name in ("import", "build", "setup"))
+    assert min(imported, built) > 0 and imported + built < setup
+
+
 def test_the_output_of_the_ranks_has_no_noise(two_ranks):
     assert two_ranks.outcome.stdout == ""
     assert "Warning" not in two_ranks.outcome.stderr
@@ -120,6 +140,21 @@ def test_the_split_into_ranks_and_micro_batches_does_not_change_the_training(tmp
         losses.append(ended.values("loss"))
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_fast_trainer_learns_as_the_reference_does(tmp_path, data):
+    """Rows without a mask, against a mask between samples: the losses of every step, at most 0.5 % apart."""
+    losses = {}
+    for trainer in ("fast", "reference"):
+        cell = job(data, 1, micro=2, accumulation=2, params={"steps": 10, "lr": 3e-3, "trainer": trainer})
+        ended = ranks.start(tmp_path / trainer, cell)
+        assert ended.outcome.rc == 0, ended.outcome.stderr
+        losses[trainer] = ended.values("loss")
+        (used,) = (event for event in ended.ranks[0] if event["event"] == "used")
+        assert used["trainer"] == trainer
+        assert ("mask" in used["attention_detail"]) == (trainer == "reference")
+    assert losses["fast"][-1] < losses["fast"][0] - 1
+    assert losses["fast"] == pytest.approx(losses["reference"], rel=0.005)
 
 
 def test_weights_of_a_checkpoint_are_loaded_under_zero_3(tmp_path, data):
@@ -174,15 +209,14 @@ def probes(tmp_path_factory, data, old_transformers) -> tuple[dict[str, np.ndarr
     return model_probe.probe(folder / "checkpoints", data), dict(np.load(folder / "old.npz"))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("attention", model_probe.ATTENTION)
 def test_with_every_transformers_attention_stops_at_samples(probes, attention):
     for found in probes:
-        np.testing.assert_allclose(found[attention], found[f"{attention}-alone"], atol=1e-5, rtol=1e-4)
+        np.testing.assert_allclose(found[attention], found["alone"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["sdpa", "eager", "flash_attention_2", "sdpa-loss", "eager-loss", "flash_attention_2-loss", "plain", "scaled"],
+    "name", [*model_probe.ATTENTION, *(f"{name}-loss" for name in model_probe.ATTENTION), "plain", "scaled"]
 )
 def test_every_transformers_computes_the_same(probes, name):
     """From the same seed, and with the same checkpoint, with the base and the scaling of its rotary embeddings."""
@@ -205,37 +239,62 @@ def test_with_every_transformers_training_has_the_same_loss(tmp_path, data, two_
 # ---- without ranks ----
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_does_not_cross_the_samples_of_a_sequence(data, attention):
+def kinds(device: str) -> list[Any]:
+    """Every kind of attention for `device`, skipped with the reason where this machine cannot compute it."""
     import torch
 
-    model = build_model(MODEL, attention=attention, dtype=torch.float32).eval()
+    from runner.workloads.sft import attention
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return [pytest.param(kind, marks=pytest.mark.skip("no GPU"), id=kind.name) for kind in attention.KINDS]
+    return [pytest.param(kind, id=f"{kind.name}-{kind.device}") for kind in attention.KINDS]
+
+
+def packed_and_alone(kind: Any, device: str, data: Path) -> None:
+    """Compare logits and gradients of the loss of packed samples with those of each sample alone, under a causal mask."""
+    import torch
+
+    from runner.workloads.sft import attention
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tolerance = {"atol": 0.02, "rtol": 0.05} if device == "cuda" else {"atol": 1e-5, "rtol": 1e-4}
+    place = torch.device(device)
     batch = PackedData(data).read(0, 3, seed=0)
-    arguments = inputs(batch, flash=False, device=torch.device("cpu"), dtype=torch.float32)
-    with torch.no_grad():
-        packed = model(**arguments).logits.reshape(-1, ranks.VOCAB_SIZE)
-        ids = arguments["input_ids"].reshape(-1)
-        for begin, end in itertools.pairwise(batch.bounds):
-            alone = model(input_ids=ids[begin:end][None], use_cache=False).logits[0]
-            torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)
-        crossing = model(input_ids=arguments["input_ids"], use_cache=False).logits.reshape(-1, ranks.VOCAB_SIZE)
+    try:
+        kernel = kind.kernel(place, attention.shape(MODEL, dtype, ranks.SEQ_LEN))
+    except attention.Unusable as reason:
+        pytest.skip(f"{kind.name} {reason}")
+    chosen = attention.Attention(kind.name, kind.detail, kernel)
+    divisor = torch.tensor(float(batch.loss_tokens), device=place)
+
+    model = build_model(MODEL, attention=chosen.register(), dtype=dtype).to(place)
+    logits = model(**inputs(batch, flat=chosen.flat, device=place, dtype=dtype)).logits.reshape(-1, ranks.VOCAB_SIZE)
+    token_loss(logits[None], labels(batch, flat=True, device=place), divisor).backward()
+
+    alone = build_model(MODEL, attention="sdpa", dtype=torch.float32).to(place)
+    ids, targets = (torch.from_numpy(x).to(place, torch.int64).reshape(-1) for x in (batch.input_ids, batch.labels))
+    for begin, end in itertools.pairwise(batch.bounds):
+        apart = alone(input_ids=ids[begin:end][None], use_cache=False).logits
+        torch.testing.assert_close(logits[begin:end].float(), apart[0], **tolerance)
+        token_loss(apart, targets[begin:end][None], divisor).backward()
+    for (name, weight), right in zip(model.named_parameters(), alone.parameters(), strict=True):
+        off = (weight.grad.float() - right.grad).norm() / right.grad.norm()
+        assert off < (0.05 if device == "cuda" else 1e-4), name
+
+    crossing = alone(input_ids=ids.reshape(batch.input_ids.shape), use_cache=False).logits.reshape(-1, ranks.VOCAB_SIZE)
     second = batch.bounds[1]
-    assert (packed[second] - crossing[second]).abs().max() > 1e-2  # that the comparison can fail
+    assert (crossing[second] - logits[second]).abs().max() > 1e-2  # that the comparison can fail
 
 
-def test_flash_attention_gets_one_row_and_its_boundaries(data):
-    import torch
+@pytest.mark.parametrize("kind", kinds("cpu"))
+def test_attention_does_not_cross_the_samples_of_a_sequence(kind, data):
+    packed_and_alone(kind, "cpu", data)
 
-    batch = PackedData(data).read(0, 3, seed=0)
-    arguments = inputs(batch, flash=True, device=torch.device("cpu"), dtype=torch.bfloat16)
-    size = 3 * ranks.SEQ_LEN
-    assert {arguments[name].shape for name in ("input_ids", "position_ids")} == {(1, size)}
-    assert labels(batch, flash=True, device=torch.device("cpu")).shape == (1, size)
-    bounds = arguments["cu_seq_lens_q"]
-    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == size
-    starts = [place for place in range(size) if arguments["position_ids"][0, place] == 0]
-    assert bounds[:-1].tolist() == starts
-    assert arguments["max_length_q"] == max(b - a for a, b in itertools.pairwise(bounds.tolist()))
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", kinds("cuda"))
+def test_on_a_gpu_attention_does_not_cross_the_samples_of_a_sequence(kind, data):
+    packed_and_alone(kind, "cuda", data)
 
 
 def test_random_weights_are_given_by_the_seed_alone():

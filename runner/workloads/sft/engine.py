@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from runner.workloads.job import RankJob
 from runner.workloads.sft import versions
+from runner.workloads.sft.attention import Attention
 from runner.workloads.sft.model import build_model
 from runner.workloads.sft.resolve import Settings
 
+PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
-def build(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
-    """(DeepSpeed's engine around the model of `job` and its optimizer, metric -> number of parameters).
 
-    The process group exists already. Raises UsageError for weights that cannot be read or are of another architecture.
+@dataclass(frozen=True)
+class Built:
+    """A model in DeepSpeed's `engine`. `flat` is how `model.inputs` are made for it.
+
+    `counts` is metric -> number of parameters, and `used` what was chosen for it, for the record.
+    """
+
+    engine: Any
+    flat: bool
+    counts: Mapping[str, int]
+    used: Mapping[str, Any]
+
+
+def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
+    """The model of `job` with `attention` and its optimizer in DeepSpeed's engine; the process group exists already.
+
+    Raises UsageError for weights that cannot be read or are of another architecture.
     """
     import deepspeed
     import torch
@@ -29,13 +46,14 @@ def build(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
         apply_liger_kernel_to_llama()
     model = build_model(
         job.model or {},
-        attention=settings.attention,
+        attention=attention.register(),
         dtype=getattr(torch, settings.dtype),
         weights=job.weights,
         seed=job.seed,
     )
     del alive
-    if job.params.get("recompute", "full") != "none":
+    recompute = job.params.get("recompute", "full")
+    if recompute != "none":
         model._set_gradient_checkpointing(True, versions.checkpoint(config))
     model.train()
     size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
@@ -50,7 +68,26 @@ def build(job: RankJob, settings: Settings) -> tuple[Any, dict[str, int]]:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     if job.params.get("compile", False):
         engine.compile()
-    return engine, counts
+    used = {
+        "trainer": "reference" if settings.plain else "fast",
+        "attention": attention.name,
+        "attention_detail": attention.detail,
+        "precision": PRECISIONS[settings.dtype],
+        "recompute": recompute,
+        "compile": bool(job.params.get("compile", False)),
+        "liger": "all" if settings.liger else "none",
+        "optimizer": optimizer_name(engine),
+    }
+    return Built(engine, attention.flat, counts, used)
+
+
+def optimizer_name(engine: Any) -> str:
+    """The class that updates the weights of a DeepSpeed engine, below what ZeRO puts around it: `AdamW fused`."""
+    optimizer = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    fused = any(group.get("fused") for group in getattr(optimizer, "param_groups", ()))
+    return type(optimizer).__name__ + (" fused" if fused else "")
 
 
 def optimizer_for(config: Mapping[str, Any], fused: bool) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from runner.results.records import Record
 from runner.results.statistics import quantile, spread
 
 ONCE_METRICS = (  # reported once, by rank 0
+    "import_time_s",
+    "build_time_s",
     "setup_time_s",
     "time_to_first_step_s",
     "packing_utilisation_pct",
@@ -72,9 +74,10 @@ def steps(records: Iterable[Record], world_size: int) -> list[Step]:
 def summarise(
     plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """(metric -> value, {}) of one cell: it has no ceilings, since `mfu` already relates to the hardware's peak.
+    """(metric -> value, {}) of one cell: it has no ceilings, since `mfu` and `mfu_of_matmul` relate to two already.
 
-    Rates are Σ tokens ÷ Σ seconds over measured steps; `mfu` is 0…1 (limits.mfu), absent on CPUs.
+    Rates are Σ tokens ÷ Σ seconds over measured steps. Both are 0…1, absent on CPUs: `mfu` relates FLOP by convention
+    to the hardware file's peak, `mfu_of_matmul` the necessary ones to the rate that was measured on the same GPUs.
     """
     metrics: dict[str, float] = {}
     every = steps(records, cell["world_size"])
@@ -101,14 +104,23 @@ def summarise(
     memory = [record.value for record in records if record.metric == "peak_memory_gib"]
     if memory:
         metrics["peak_memory_gib"] = max(memory)
-    peak = plan.get("hardware", {}).get("bf16_peak_tflop_per_s")
+    rates = [record.value for record in records if record.metric == "matmul_tflop_per_s"]
+    if rates:
+        metrics["matmul_tflop_per_s"] = statistics.median(rates)
     model = plan.get("models", {}).get(cell.get("model"))
-    if peak and model and measured and cell["device"] != "cpu":
+    if model and measured:
         # Attention does not cross samples: its length is that of a sample, not of the packed sequence. Where ranks
         # do not report it, attention is not counted, so that MFU is never overstated.
         lengths = [record.value for record in records if record.metric == "sample_tokens_mean"]
-        flop = limits.flops_per_token(model, round(lengths[0]) if lengths else 0)
-        metrics["mfu"] = limits.mfu(metrics["processed_tokens_per_s"], flop, cell["world_size"], peak)
+        length = round(lengths[0]) if lengths else 0
+        useful = limits.flops_per_token(model, length, causal=True)
+        metrics["tflop_per_s_per_gpu"] = metrics["processed_tokens_per_s_per_gpu"] * useful / 1e12
+        if cell["device"] != "cpu":
+            if rates:
+                metrics["mfu_of_matmul"] = metrics["tflop_per_s_per_gpu"] / metrics["matmul_tflop_per_s"]
+            if peak := plan.get("hardware", {}).get("bf16_peak_tflop_per_s"):
+                flop = limits.flops_per_token(model, length)
+                metrics["mfu"] = limits.mfu(metrics["processed_tokens_per_s"], flop, cell["world_size"], peak)
     return metrics, {}
 
 

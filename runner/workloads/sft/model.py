@@ -84,28 +84,24 @@ def _whole(weight: torch.nn.Parameter) -> Any:
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
-def inputs(batch: Batch, *, flash: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def inputs(batch: Batch, *, flat: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments of the model's forward pass: int64 tensors [micro_batch, seq_len] on `device`.
 
-    Attention does not cross samples. With `flash` there is one row [1, micro_batch · seq_len] and its boundaries, as
-    FlashAttention expects. Otherwise there is a mask to add to the scores, of the model's `dtype`
-    [micro_batch, 1, seq_len, seq_len]: transformers finds the samples in the position ids only with a recent torch, and
-    without a word takes a row for one sample with another.
+    Attention does not cross samples. For a `flat` kind of `attention` there is one row [1, micro_batch · seq_len] with
+    the boundaries of its samples and a bound of their lengths, under transformers' names for them. Otherwise there is a
+    mask to add to the scores, of the model's `dtype` [micro_batch, 1, seq_len, seq_len]: transformers finds the samples
+    in the position ids only with a recent torch, and without a word takes a row for one sample with another.
     """
     import torch
 
     arguments: dict[str, Any] = {
-        "input_ids": _on_device(batch.input_ids, flash, device),
-        "position_ids": _on_device(batch.position_ids, flash, device),
+        "input_ids": _on_device(batch.input_ids, flat, device),
+        "position_ids": _on_device(batch.position_ids, flat, device),
         "use_cache": False,
     }
-    if flash:
-        # It would compute the boundaries in every layer, and wait for the GPU each time.
-        bounds = batch.bounds
-        longest = int((bounds[1:] - bounds[:-1]).max())
-        on_gpu = torch.from_numpy(bounds).to(device, non_blocking=True)
-        arguments |= {"cu_seq_lens_q": on_gpu, "cu_seq_lens_k": on_gpu}
-        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    if flat:
+        arguments["cu_seq_lens_q"] = torch.from_numpy(batch.bounds).to(device, non_blocking=True)
+        arguments["max_length_q"] = batch.input_ids.shape[1]
     else:
         sample = (arguments["position_ids"] == 0).cumsum(1)
         visible = (sample[:, :, None] == sample[:, None, :]).tril()
@@ -115,9 +111,9 @@ def inputs(batch: Batch, *, flash: bool, device: torch.device, dtype: torch.dtyp
     return arguments
 
 
-def labels(batch: Batch, *, flash: bool, device: torch.device) -> torch.Tensor:
+def labels(batch: Batch, *, flat: bool, device: torch.device) -> torch.Tensor:
     """The labels of `inputs`, in the same shape; IGNORED where a token does not count in the loss."""
-    return _on_device(batch.labels, flash, device)
+    return _on_device(batch.labels, flat, device)
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
@@ -137,9 +133,9 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor
     return total / divisor
 
 
-def _on_device(array: np.ndarray, flash: bool, device: torch.device) -> torch.Tensor:
+def _on_device(array: np.ndarray, flat: bool, device: torch.device) -> torch.Tensor:
     import torch
 
     # Embedding and loss take 64-bit indices.
-    row = array.reshape((1, -1) if flash else array.shape)
+    row = array.reshape((1, -1) if flat else array.shape)
     return torch.from_numpy(row).to(device, torch.int64, non_blocking=True)

@@ -12,19 +12,21 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
-from runner.workloads.sft import versions
 from runner.workloads.sft.data import PackedData
-from runner.workloads.sft.engine import build
 from runner.workloads.sft.model import inputs, labels, token_loss
 from runner.workloads.sft.resolve import Settings, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.workloads.sft.engine import Built
 
 GIB = 1 << 30
 # The first collective of a rank waits for the slowest rank to read its weights.
@@ -40,6 +42,7 @@ def run(job: RankJob, events: Events) -> None:
     settings = resolve(job)
     data = PackedData(Path(job.data or ""))
     data.check(job)
+    model = job.model or {}
     # Otherwise DeepSpeed searches for accelerators, and prints what it finds.
     os.environ.setdefault("DS_ACCELERATOR", job.device)
     if not job.params.get("compile", False):
@@ -52,19 +55,34 @@ def run(job: RankJob, events: Events) -> None:
     import torch
     import torch.distributed as dist
 
+    from runner.workloads.sft import attention, engine, matmul
+
+    imported_s = process_age_s()
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed uses names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    device = torch.device(job.device)
     if job.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     else:
         # A faster all-reduce between ranks of one node, compiled on first use; nodes have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        versions.finish_gathers()
+    dtype = getattr(torch, settings.dtype)
+    chosen = attention.choose(
+        settings.attention, device, attention.shape(model, dtype, data.seq_len), plain=settings.plain
+    )
     deepspeed.init_distributed(dist_backend=job.comm_backend, timeout=PATIENCE, verbose=False)
     try:
-        engine, counts = build(job, settings)
-        _train(job, settings, data, engine, counts, events)
+        rate = matmul.tflop_per_s(model, settings.micro_batch * data.seq_len, device, dtype)
+        events.value("matmul_tflop_per_s", rate)
+        connected_s = process_age_s()
+        built = engine.build(job, settings, chosen)
+        if events.rank == 0:
+            events("used", **built.used)
+            events.value("import_time_s", imported_s)
+            events.value("build_time_s", process_age_s() - connected_s)
+        _train(job, settings, data, built, dtype, events)
     except torch.cuda.OutOfMemoryError as error:
         raise UsageError(
             f"out of GPU memory with {settings.micro_batch} × {data.seq_len} tokens a micro-batch on "
@@ -78,15 +96,14 @@ def run(job: RankJob, events: Events) -> None:
 
 
 def _train(
-    job: RankJob, settings: Settings, data: PackedData, engine: Any, counts: Mapping[str, int], events: Events
+    job: RankJob, settings: Settings, data: PackedData, built: Built, dtype: torch.dtype, events: Events
 ) -> None:
     import torch
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
     micro, accumulation = settings.micro_batch, settings.gradient_accumulation
-    flash = settings.attention == "flash_attention_2"
-    dtype = getattr(torch, settings.dtype)
+    engine, flat = built.engine, built.flat
     on_gpu = job.device == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     total_steps = settings.warmup_steps + settings.steps
@@ -108,8 +125,8 @@ def _train(
         share /= accumulation * world
         loss_sum = torch.zeros((), device=engine.device)
         for batch in batches:
-            arguments = inputs(batch, flash=flash, device=engine.device, dtype=dtype)
-            expected = labels(batch, flash=flash, device=engine.device)
+            arguments = inputs(batch, flat=flat, device=engine.device, dtype=dtype)
+            expected = labels(batch, flat=flat, device=engine.device)
             if settings.liger:  # computes it with the output layer, so that the logits are never in memory
                 loss = engine(**arguments, labels=expected, num_items_in_batch=share).loss
             else:
@@ -144,7 +161,7 @@ def _train(
     if rank == 0:
         events.value("setup_time_s", setup_time_s)
         events.value("time_to_first_step_s", time_to_first_step_s)
-        for metric, value in counts.items():
+        for metric, value in built.counts.items():
             events.value(metric, value)
         events.value("packing_utilisation_pct", data.manifest["packing_utilisation_pct"])
         # The mean over tokens, not over samples: the attention length of the average token.

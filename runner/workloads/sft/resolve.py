@@ -21,7 +21,8 @@ class Settings:
     warmup_steps: int
     micro_batch: int
     gradient_accumulation: int
-    attention: str  # "sdpa", "eager" or "flash_attention_2"
+    attention: str  # as it was asked for: what `auto` is depends on the GPU
+    plain: bool  # DeepSpeed and Transformers alone
     liger: bool
     dtype: str  # a name in torch
     deepspeed: Mapping[str, Any]
@@ -53,21 +54,12 @@ def resolve(job: RankJob) -> Settings:
         warmup_steps=params["warmup_steps"],
         micro_batch=micro,
         gradient_accumulation=accumulation,
-        attention=_attention(params.get("attention", "auto"), job.device),
-        liger=_liger(str(params.get("liger", "auto")).lower(), job.device),
+        attention=params.get("attention", "auto"),
+        plain=(plain := params.get("trainer", "fast") == "reference"),
+        liger=not plain and _liger(str(params.get("liger", "auto")).lower(), job.device),
         dtype=next((dtypes[key] for key in dtypes if config.get(key, {}).get("enabled")), "float32"),
         deepspeed=config,
     )
-
-
-def _attention(requested: str, device: str) -> str:
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if requested == "auto":
-        return "flash_attention_2" if device == "cuda" and installed else "sdpa"
-    if requested == "flash_attention_2" and not (device == "cuda" and installed):
-        need = "the package flash-attn, which is not installed" if device == "cuda" else "a GPU"
-        raise UsageError(f"sft.attention=flash_attention_2 needs {need}; sdpa works everywhere")
-    return requested
 
 
 def _liger(requested: str, device: str) -> bool:

@@ -7,9 +7,19 @@ from typing import Annotated, Literal
 from pydantic import (
     Field,
     PositiveFloat,
+    model_validator,
 )
 
 from runner.system.schema import ConfigFile, PositiveInt
+
+# What the trainer `reference` does not have, by setting.
+FAST_ONLY = {
+    "attention": ("varlen", "flash_attention_3", "flash_attention_4"),
+    "recompute": ("selective",),
+    "precision": ("fp8",),
+    "liger": ("true",),
+    "compile": (True,),
+}
 
 
 class SftTest(ConfigFile):
@@ -17,6 +27,8 @@ class SftTest(ConfigFile):
 
     `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences. The
     planner decides an `auto` of `recompute`: which activations the backward pass computes again instead of keeping.
+    An `auto` of `attention` is decided on the GPU (`attention.KINDS`). The trainer `reference` is DeepSpeed and
+    Transformers alone: what `fast` learns is held against it.
     """
 
     steps: PositiveInt
@@ -29,8 +41,17 @@ class SftTest(ConfigFile):
     global_batch: PositiveInt | None
     micro_batch: PositiveInt | None
     gradient_accumulation: PositiveInt | None
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"]
+    trainer: Literal["fast", "reference"]
+    attention: Literal["auto", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager"]
     recompute: Literal["auto", "none", "full"]
     liger: Literal["auto", "true", "false"]
     compile: bool
     timeout_s: PositiveFloat
+
+    @model_validator(mode="after")
+    def _reference_is_plain(self) -> SftTest:
+        for name, values in FAST_ONLY.items():
+            value = getattr(self, name, None)
+            if self.trainer == "reference" and value in values:
+                raise ValueError(f"trainer reference has no {name} {str(value).lower()}: leave it out, or take fast")
+        return self

@@ -106,6 +106,42 @@ def test_metrics_of_a_gpu_cell(healthy_summary: dict[str, Any]) -> None:
     assert m["gpu_util_pct_min"] <= m["gpu_util_pct_mean"]
 
 
+def with_matmul_rates(fixture: report_fixture.Fixture, name: str, rates: dict[int, float]) -> dict[str, Any]:
+    """The metrics of the cell with these rates of matrix products by rank, and samples of 250 tokens."""
+    planned = next(c for c in fixture.plan["cells"] if c["id"] == name)
+    for rank, rate in rates.items():
+        fixture.records.append(report_fixture._record(fixture.plan, planned, "matmul_tflop_per_s", rate, rank))
+    fixture.records.append(report_fixture._record(fixture.plan, planned, "sample_tokens_mean", 250.0, 0))
+    metrics: dict[str, Any] = cell(summary_of(fixture), name)["metrics"]
+    return metrics
+
+
+def test_mfu_is_related_to_the_data_sheet_and_to_what_the_same_gpus_multiply() -> None:
+    """The median over ranks: one slow GPU does not make the others' use of theirs look better."""
+    m = with_matmul_rates(report_fixture.healthy(), "sft-llama-2-7b-8n-r1", {0: 720.0, 1: 730.0, 2: 390.0})
+    n, attention = 6_607_343_616, 32 * 4096 * 250
+    assert m["matmul_tflop_per_s"] == 720
+    assert m["tflop_per_s_per_gpu"] == pytest.approx(
+        m["processed_tokens_per_s_per_gpu"] * (6 * n + 6 * attention) / 1e12
+    )
+    assert m["mfu_of_matmul"] == pytest.approx(m["tflop_per_s_per_gpu"] / 720)
+    assert m["mfu"] == pytest.approx(m["processed_tokens_per_s_per_gpu"] * (6 * n + 12 * attention) / 989e12)
+
+
+def test_the_rate_of_a_cpu_is_no_ceiling() -> None:
+    m = with_matmul_rates(report_fixture.testbed((2,)), "sft-tiny-2n-r1", {0: 0.1})
+    assert m["matmul_tflop_per_s"] == 0.1 and m["tflop_per_s_per_gpu"] > 0
+    assert "mfu_of_matmul" not in m
+
+
+def test_what_the_ranks_have_chosen_is_beside_the_results() -> None:
+    fixture = report_fixture.healthy()
+    fixture.status["cells"]["sft-llama-2-7b-8n-r1"]["used"] = {"attention": "varlen", "compile": False}
+    summary = summary_of(fixture)
+    assert cell(summary, "sft-llama-2-7b-8n-r1")["used"] == {"attention": "varlen", "compile": False}
+    assert cell(summary, "torch-8n-r1")["used"] == {}
+
+
 def test_a_cpu_has_no_mfu_and_no_ceiling() -> None:
     summary = summary_of(report_fixture.testbed((2,)))
     assert "mfu" not in cell(summary, "sft-tiny-2n-r1")["metrics"]

@@ -64,6 +64,28 @@ def test_infrastructure_is_tried_again_and_the_first_attempt_is_kept(cluster, tm
     assert len(nodes.run.read_records()) == 2, "what the first attempt measured is not counted"
 
 
+def test_what_the_ranks_have_chosen_is_kept_with_the_cell(cluster, tmp_path):
+    """That of its last attempt: another node may have another GPU."""
+
+    class Choosing(Nodes):
+        def gather(self, planned, cell):
+            used = {"event": "used", "rank": 0, "time_s": 1.5, "attention": f"kind {len(self.tried)}", "compile": False}
+            with self.run.cell(cell.hosts[0], cell.id).events(0).open("a") as file:
+                file.write(json.dumps(used) + "\n")
+            return {}
+
+    built = planned(cluster, tmp_path)
+    run = RunDir(Path(built.run_dir))
+    RunDir.create(run.path.parent, built.to_dict())
+    nodes = Choosing(run, ("torch", "lost_connection", None))
+    carried = bench.Run(built, run, nodes, Display(quiet=True), None, bench.Policy(2, False), NodeAccess())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    assert len(nodes.tried) == 2
+    assert run.read_status()["cells"]["torch-2n-r1"]["used"] == {"attention": "kind 2", "compile": False}
+    assert {record.metric for record in run.read_records()} == {"busbw_gb_per_s"}
+
+
 def test_a_users_mistake_is_not_tried_again(cluster, tmp_path):
     nodes, status, _ = carry_out(planned(cluster, tmp_path), ("torch", "rank_crashed", NAMES[1]), retries=5)
     assert len(nodes.tried) == 1 and states(status) == {"torch-2n-r1": "incomplete"}

@@ -53,12 +53,31 @@ def test_a_batch_that_does_not_multiply_is_refused():
 
 
 def test_what_needs_a_gpu_is_refused_without_one():
-    assert resolve.resolve(job()).attention == "sdpa"
     assert resolve.resolve(job()).liger is False
-    with pytest.raises(UsageError, match="flash_attention_2 needs a GPU"):
-        resolve.resolve(job(attention="flash_attention_2"))
     with pytest.raises(UsageError, match="liger=true needs a GPU"):
         resolve.resolve(job(liger="true"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["attention=varlen", "attention=flash_attention_3", "attention=flash_attention_4", "liger=true", "compile=true"],
+)
+def test_the_reference_refuses_what_only_the_fast_trainer_has(setting):
+    name, value = setting.split("=")
+    settings = {"trainer": "reference", name: True if name == "compile" else value}
+    with pytest.raises(
+        UsageError, match=f"trainer reference has no {name} {value}: leave it out, or take fast$"
+    ) as raised:
+        config.load_test("sft", settings)
+    assert "\n" not in str(raised.value)
+    assert config.load_test("sft", {**settings, "trainer": "fast"})
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "eager", "flash_attention_2"])
+def test_the_reference_has_the_attention_of_transformers(name):
+    settings = config.load_test("sft", {"trainer": "reference", "attention": name}).model_dump()
+    resolved = resolve.resolve(job(device="cuda", **settings))
+    assert (resolved.plain, resolved.liger) == (True, False)
 
 
 @given(count=st.integers(1, 300), seed=st.integers(0, 10), start=st.integers(0, 1000), micro=st.integers(1, 5))
