@@ -315,9 +315,11 @@ def main() -> int:
             shutil.rmtree(folder)
             said = outcome.failure or f"installed in {outcome.install_s:.0f} s, ran every test"
             print(f"{profile}: {said}; {(time.monotonic() - started) / 60:.0f} min so far", flush=True)
-    arguments = "" if chosen.profiles == every else " --profiles " + " ".join(chosen.profiles)
-    text, good = report(outcomes, arguments, time.monotonic() - started)
-    chosen.output.write_text(text)
+            # After each, so that one who stops it has what was done until then.
+            done = [outcome.profile for outcome in outcomes]
+            arguments = "" if done == every else " --profiles " + " ".join(done)
+            text, good = report(outcomes, arguments, time.monotonic() - started)
+            chosen.output.write_text(text)
     print(text)
     return 0 if good else 1
 

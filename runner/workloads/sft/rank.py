@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
+from runner.workloads.sft import versions
 from runner.workloads.sft.data import PackedData
 from runner.workloads.sft.model import inputs, labels, token_loss
 from runner.workloads.sft.resolve import Settings, resolve
@@ -68,6 +69,7 @@ def run(job: RankJob, events: Events) -> None:
     else:
         # A faster all-reduce between ranks of one node, compiled on first use; nodes have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        versions.finish_gathers()
     dtype = getattr(torch, settings.dtype)
     chosen = attention.choose(
         settings.attention, device, attention.shape(model, dtype, data.seq_len), plain=settings.plain

@@ -60,3 +60,23 @@ def checkpoint(config: Mapping[str, Any]) -> Callable[..., Any]:
         return partial(checkpoint, use_reentrant=True)
     deepspeed.checkpointing.configure(None, deepspeed_config=config)
     return deepspeed.checkpointing.checkpoint  # type: ignore[no-any-return]
+
+
+def finish_gathers() -> None:
+    """Have DeepSpeed finish each gather of a weight before it begins the next; for gloo, once in a process.
+
+    DeepSpeed 0.14 begins one for each small weight after a step, and waits for the last alone. NCCL runs them in order;
+    gloo's threads do not, and the next step may read a weight that has not arrived: whatever was in that memory, NaN at
+    times. Later versions wait for each.
+    """
+    import deepspeed.comm
+
+    begin = deepspeed.comm.all_gather_into_tensor
+
+    def gather(*arguments: Any, **settings: Any) -> Any:
+        handle = begin(*arguments, **settings)
+        if handle is not None:  # it is asynchronous
+            handle.wait()
+        return handle
+
+    deepspeed.comm.all_gather_into_tensor = gather
