@@ -70,6 +70,18 @@ def differing_roles(names: list[str], hostvars: dict) -> list[str]:
     return lines
 
 
+def without_gpus(names: list[str], hostvars: dict) -> str:
+    """Why roles that need GPUs are off: none of the nodes `names` has any, as role cuda_check has just found.
+
+    Empty where one has, where the inventory says that they must have some, and where cuda_check did not run.
+    """
+    found = []
+    for name in names:
+        results = [hostvars[name].get(f"cuda_check_{phase}_result") or {} for phase in ("verify", "validate")]
+        found.append(next((result for result in results if result and not result.get("skipped")), {}))
+    return "no NVIDIA GPU here" if found and all("off" in result for result in found) else ""
+
+
 def installed(nodes: list[dict], role: str) -> list[dict]:
     """The facts of the phase install of `role`, for each of `nodes` (their variables) that has them in this run.
 
@@ -107,6 +119,7 @@ class FilterModule:
             "reached": reached,
             "nodes_named_twice": nodes_named_twice,
             "differing_roles": differing_roles,
+            "without_gpus": without_gpus,
             "installed": installed,
             "verified": verified,
         }

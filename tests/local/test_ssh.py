@@ -137,6 +137,24 @@ def test_the_built_nccl_where_none_is_built_is_one_line_before_anything_starts(s
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+@pytest.mark.parametrize("declared", [{}, {"runner_device": "cuda"}, {"runner_gpus_per_node": 8}], ids=str)
+def test_a_node_without_a_gpu_is_at_fault_only_where_the_inventory_says_that_it_has_some(server, tmp_path, declared):
+    inventory = server.inventory(tmp_path)
+    content = yaml.safe_load((inventory / "hosts.yml").read_text())
+    variables = content["all"]["children"]["gpu_nodes"]["hosts"]["gpu-a"]
+    del variables["runner_device"], variables["runner_gpus_per_node"]
+    variables |= {"ansible_python_interpreter": sys.executable, **declared}
+    (inventory / "hosts.yml").write_text(yaml.safe_dump(content))
+    command = [RUNNER, "check", "-i", inventory, "--tags", "cuda_check,nccl_build"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    off = "off: cuda_check, nccl_build: no NVIDIA GPU here"
+    if declared:
+        assert done.returncode == 1 and off not in done.stdout and "nccl_build: " in done.stdout, done.stdout
+    else:
+        assert done.returncode == 0 and off in done.stdout, done.stdout
+
+
 def test_the_users_own_ssh_takes_the_same_config(server, tmp_path):
     inventory = server.inventory(tmp_path)
     subprocess.run(

@@ -91,6 +91,27 @@ def test_a_role_of_all_nodes_is_on_or_off_for_all():
     assert site.differing_roles(["b", "c"], hostvars) == []
 
 
+@pytest.mark.parametrize(
+    ("found", "off"),
+    [
+        ({"a": {"verify": {"off": "no NVIDIA GPU here"}}}, True),
+        ({"a": {"verify": {"skipped": True}, "validate": {"off": "no NVIDIA GPU here"}}}, True),  # setup --check
+        ({"a": {"validate": {"off": "none"}}, "b": {"validate": {"off": "none"}}}, True),
+        ({"a": {"validate": {"off": "none"}}, "b": {"validate": {"facts": {}}}}, False),
+        ({"a": {"verify": {"failed": True}}}, False),  # the inventory says that it has some
+        ({"a": {"validate": {"off": "none"}, "verify": {"failed": True}}}, False),
+        ({"a": {}}, False),  # cuda_check did not run
+        ({}, False),
+    ],
+)
+def test_roles_that_need_gpus_are_off_where_no_node_has_any(found, off):
+    hostvars = {
+        name: {f"cuda_check_{phase}_result": result for phase, result in phases.items()}
+        for name, phases in found.items()
+    }
+    assert site.without_gpus(list(found), hostvars) == ("no NVIDIA GPU here" if off else "")
+
+
 OFF = {"ssh_mesh_enabled": "false", "ssh_mesh_off": "there is one node"}
 
 
