@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import shlex
@@ -27,7 +28,7 @@ from runner.cluster.ssh import rendered
 from runner.provision.board import Board, diffs, exit_code, failures, summary, table, warnings
 from runner.provision.play import SITE, VERIFY, carry_out
 from runner.provision.roles import PHASES, check_tags, variables_of
-from runner.system.places import state_dir
+from runner.system.places import cache_dir, state_dir
 from runner.system.wording import counted
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ def _play(
     names = tuple(node.name for node in nodes)
     display = Display()
     remote = BACKENDS[nodes[0].backend].remote
-    with nullcontext("SSH_CONFIG") if dry_run else rendered(inventory) as ssh_config:
+    kept = ssh_folder(inventory.source)
+    with nullcontext(str(kept / "ssh_config")) if dry_run else rendered(inventory) as ssh_config:
         call = playbook.Call(
             playbook=playbook_file,
             inventory=whole_path(inventory.source),
@@ -206,7 +208,9 @@ def _play(
         )
         if dry_run:
             listed = playbook.tasks(call)
-            plan = {"command": call.command(), "nodes": [node.alias for node in nodes], "tasks": listed}
+            writes = ["runner", "inventory", "-i", inventory.source, "--ssh-config", str(kept)] if remote else None
+            plan = {"ssh_config": writes, "command": call.command()}
+            plan |= {"nodes": [node.alias for node in nodes], "tasks": listed}
             click.echo(json.dumps(plan, indent=1) if as_json else _described(plan))
             return errors.EXIT_OK
         started = time.monotonic()
@@ -259,10 +263,16 @@ def whole_path(source: str) -> str:
     return str(Path(source).absolute())
 
 
+def ssh_folder(source: str) -> Path:
+    """The folder in which a dry run has the ssh_config of an inventory written, by a command that it prints as well."""
+    return cache_dir() / "ssh" / hashlib.sha256(whole_path(source).encode()).hexdigest()[:12]
+
+
 def _described(plan: Mapping[str, Any]) -> str:
     from runner.system.nodeset import fold
 
-    lines = [shlex.join(plan["command"]), f"# {counted(len(plan['tasks']), 'task')} on {fold(plan['nodes'])}"]
+    commands = [shlex.join(command) for command in (plan["ssh_config"], plan["command"]) if command]
+    lines = [*commands, f"# {counted(len(plan['tasks']), 'task')} on {fold(plan['nodes'])}"]
     return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])
 
 

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from runner.errors import UsageError, unknown
 from runner.system import process
@@ -151,6 +151,7 @@ _REFUSED: Mapping[str, str] = {
     "host": _OWN_PLACE,
     "match": _OWN_PLACE,
 }  # fmt: skip
+_FILES = ("identityfile", "certificatefile")
 _NOTHING = ("no", "false", "none", "default")  # the values of those above that ask for nothing
 _CHECKED = ("yes", "true", "ask")
 _KEYWORD = re.compile(r"\s*([A-Za-z0-9]+)(?:\s*=\s*|\s+)(.*\S)\s*")
@@ -254,6 +255,7 @@ class _Reading:
             self.lines.append(f"Port {port}")
         if user:
             self.lines.append(f"User {user}")
+        key_file = _whole(key_file)
         if key_file:
             self.lines.append(f'IdentityFile "{key_file}"')
         if timeout := self._text("timeout"):
@@ -308,7 +310,8 @@ class _Reading:
             keyword, value = line.split(None, 1)
             name = keyword.lower()
             if name in ("userknownhostsfile", "globalknownhostsfile"):
-                self.files += [file for file in shlex.split(value) if file not in ("none", "/dev/null", *self.files)]
+                files = [_whole(file) for file in shlex.split(value)]
+                self.files += [file for file in files if file not in ("none", "/dev/null", *self.files)]
             elif name == "hostname":
                 self.host = self.host or _bare(value)
             elif name == "hostkeyalias":
@@ -321,7 +324,22 @@ class _Reading:
             elif name not in _MOOT and name not in _REFUSED:
                 if reason := _ssh_refuses(line):
                     raise UsageError(f"{where}: ssh refuses {line!r}: {reason}")
-                self.lines.append(line)
+                file = _bare(value) or value
+                moved = name in _FILES and _whole(file) != file
+                self.lines.append(f'{keyword} "{_whole(file)}"' if moved else line)
+
+
+@overload
+def _whole(file: str) -> str: ...
+@overload
+def _whole(file: str | None) -> str | None: ...
+def _whole(file: str | None) -> str | None:
+    """The path of a file that the inventory names, for an ssh in any folder: a relative one begins here, as it does
+    for Ansible.
+    """
+    if not file or file == "none" or file.startswith(("/", "~", "%", "$")):  # which ssh completes itself
+        return file
+    return str(Path(file).absolute())
 
 
 def _given(line: str, address: str) -> str:

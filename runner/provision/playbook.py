@@ -93,7 +93,7 @@ class Call:
 
     def command(self) -> list[str]:
         """The whole command line, as an argument list."""
-        return ["ansible-playbook", *self.arguments(), self.playbook]
+        return ["ansible-playbook", *self.arguments(), str(ROOT / self.playbook)]
 
 
 def tasks(call: Call) -> list[str]:
@@ -103,7 +103,7 @@ def tasks(call: Call) -> list[str]:
     """
     program = Path(sys.executable).with_name("ansible-playbook")
     argv = [str(program) if program.exists() else "ansible-playbook", *call.command()[1:], "--list-tasks"]
-    outcome = process.run(argv, timeout_s=120, cwd=str(ROOT), env=_ansible_environment())
+    outcome = process.run(argv, timeout_s=120, env=_ansible_environment())
     if outcome.rc != 0:
         raise InfrastructureError(f"{call.playbook}: {reason(outcome.stderr or outcome.stdout)}")
     return [line.split("\tTAGS:")[0].strip() for line in outcome.stdout.splitlines() if line.startswith("      ")]
@@ -162,7 +162,7 @@ def play(
         with process.handling(process.STOPS, cancel):
             done = ansible_runner.run(
                 private_data_dir=private,
-                project_dir=str(ROOT),
+                project_dir=os.getcwd(),  # where relative paths in an inventory begin, as without this product
                 playbook=str(ROOT / call.playbook),
                 cmdline=shlex.join(call.arguments()),
                 envvars=_ansible_environment({}),

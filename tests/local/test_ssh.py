@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -153,6 +154,29 @@ def test_a_node_without_a_gpu_is_at_fault_only_where_the_inventory_says_that_it_
         assert done.returncode == 1 and off not in done.stdout and "nccl_build: " in done.stdout, done.stdout
     else:
         assert done.returncode == 0 and off in done.stdout, done.stdout
+
+
+def test_a_relative_key_is_found_from_the_users_folder_by_ansible_and_by_the_dry_runs_own_commands(server, tmp_path):
+    """Neither Ansible, which plays files of another folder, nor ssh is started elsewhere."""
+    shutil.copy(server.folder / "client", tmp_path / "id")
+    inventory = server.inventory(tmp_path, ansible_ssh_private_key_file="id")
+    content = yaml.safe_load((inventory / "hosts.yml").read_text())
+    variables = content["all"]["children"]["gpu_nodes"]["hosts"]["gpu-a"]
+    del variables["runner_device"], variables["runner_gpus_per_node"]
+    variables["ansible_python_interpreter"] = sys.executable
+    (inventory / "hosts.yml").write_text(yaml.safe_dump(content))
+    path = f"{RUNNER.parent}:{os.environ['PATH']}"
+    env = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": path}
+    asked = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path, "env": env}
+    done = subprocess.run([RUNNER, "check", "-i", "inventory", "--tags", "cuda_check"], **asked)
+    assert "NO ANSWER" not in done.stdout and "1 of 1 node as expected" in done.stdout, done.stdout
+    done = subprocess.run([RUNNER, "setup", "-i", "inventory", "--dry-run", "--tags", "cuda_check"], **asked)
+    writes, plays, *_ = done.stdout.splitlines()
+    assert not (tmp_path / "cache" / "shakedown" / "ssh").exists(), "a dry run writes nothing"
+    subprocess.run(["sh", "-c", writes], check=True, **asked)
+    [config] = re.findall(r"-F (\S+/ssh_config)", plays)
+    elsewhere = {**asked, "cwd": "/"}
+    assert subprocess.run(["ssh", "-F", config, "gpu-a", "true"], **elsewhere).returncode == 0
 
 
 def test_the_users_own_ssh_takes_the_same_config(server, tmp_path):

@@ -71,7 +71,8 @@ def provisioned(nodes, home):
 
 def test_a_dry_run_names_the_tasks_and_touches_nothing(nodes, home):
     code, printed, _ = runner(nodes, home, "setup", "--dry-run", "--tags", "ssh_mesh")
-    assert code == 0 and printed.startswith("ansible-playbook ") and "node[001-003]" in printed
+    assert code == 0 and printed.startswith("runner inventory -i ") and "node[001-003]" in printed
+    assert "SSH_CONFIG" not in printed and "\nansible-playbook " in printed
     assert "ssh_mesh : " in printed and "slurm_cluster : " not in printed
     assert not list(home.iterdir())
 

@@ -449,6 +449,29 @@ def sshd(folder: Path, host_key: Path, authorized: Path, *more: str) -> Iterator
         server.wait()
 
 
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"ansible_ssh_private_key_file": "keys/id"}, 'IdentityFile "{here}/keys/id"'),
+        ({"ansible_private_key_file": "./id"}, 'IdentityFile "{here}/id"'),
+        ({"ansible_ssh_common_args": "-i keys/id"}, 'IdentityFile "{here}/keys/id"'),
+        (
+            {"ansible_ssh_extra_args": "-o 'CertificateFile=\"my keys/id-cert.pub\"'"},
+            'CertificateFile "{here}/my keys/id-cert.pub"',
+        ),
+        ({"ansible_ssh_args": "-o UserKnownHostsFile=known"}, '"{here}/known"'),
+        ({"ansible_ssh_private_key_file": "~/.ssh/id"}, 'IdentityFile "~/.ssh/id"'),
+        ({"ansible_ssh_private_key_file": "/keys/id"}, 'IdentityFile "/keys/id"'),
+        ({"ansible_ssh_common_args": "-o IdentityFile=%d/id"}, "IdentityFile %d/id"),
+        ({"ansible_ssh_common_args": "-o IdentityFile=none"}, "IdentityFile none"),
+    ],
+)
+def test_relative_paths_begin_in_the_users_folder_wherever_ssh_is_started(variables, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ssh.ssh_config(inventory.parse("inv", listing({"gpu-a": variables})), "/k")
+    assert line.format(here=tmp_path) in config
+
+
 # The words of other failures, in a banner and in what a login script prints.
 WORDS = "Host key verification failed? Permission denied, Connection refused, No route to host: call 1234"
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conftest import NAMES
+from conftest import NAMES, ROOT
 from runner.errors import UsageError
 from runner.provision import board as provision_board
 from runner.provision import playbook, roles
@@ -89,7 +89,9 @@ def test_the_call_limits_to_the_chosen_nodes_and_quotes_once():
         "ansible-playbook", "--inventory", "inventory/a b", "--limit", "n1,n2",
         "--tags", "verify", "--check", "--diff", "--extra-vars",
     ]  # fmt: skip
-    assert json.loads(variables)["ansible_ssh_common_args"] == "-F '/tmp/x y/ssh_config'" and book == "site.yml"
+    assert json.loads(variables)["ansible_ssh_common_args"] == "-F '/tmp/x y/ssh_config'" and book == str(
+        ROOT / "site.yml"
+    )
 
 
 # --- folded -------------------------------------------------------------------------------------------------------
