@@ -178,21 +178,25 @@ def _job(job_id: str, name: str, raw: str, reason: str, nodes: str, start: str, 
     word = state(raw)
     codes = re.fullmatch(r"(\d+):(\d+)", exit_code)
     over = codes and word not in ("waiting", "running", "ending", "unknown")  # until then Slurm says 0:0
-    try:
-        hosts = expand(nodes) if null_to_empty(nodes) else ()
-    except ValueError:  # cut off, or an unknown word for no nodes
-        hosts = ()
     return JobInfo(
         job_id=job_id,
         name=name,
         state=word,
         raw=raw.strip(),
         reason=null_to_empty(reason),
-        nodes=hosts,
+        nodes=node_names(nodes),
         start=start if start[:4].isdigit() else None,
         exit_code=int(codes[1]) if codes and over else None,
         signal=int(codes[2]) if codes and over else None,
     )
+
+
+def node_names(text: str) -> tuple[str, ...]:
+    """The names in a column with a node list; none where it is cut off, or has an unknown word for no nodes."""
+    try:
+        return expand(text) if null_to_empty(text) else ()
+    except ValueError:
+        return ()
 
 
 def null_to_empty(text: str) -> str:

@@ -223,6 +223,13 @@ class SlurmClient:
         rows = self._jobs(["squeue", "--noheader", "--me", "--array", f"--states={_HAVE_NODES}", "--format=%i"])
         return any(other != job_id for other in rows.split())
 
+    def out_of_service(self, job_id: str) -> list[SlurmNode]:
+        """The nodes that the job names and that start no jobs until somebody acts: drained, down, not answering."""
+        argv = ["squeue", "--noheader", "--array", "--states=all", "--format=%n", f"--jobs={job_id}"]
+        named = answers.node_names(self._jobs(argv))
+        known = capacity.parse_nodes(self._jobs(capacity.NODES), named) if named else {}  # what is reserved may end
+        return [known[name] for name in named if name in known and not known[name].usable]
+
     def steps(self, job_id: str) -> set[int]:
         """The numbers of the job's steps that run now."""
         argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={job_id}"]

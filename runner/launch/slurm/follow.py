@@ -109,12 +109,15 @@ def wait(
         if info.state != "waiting":
             return info, Wait.TIME, None
         wait, why = judge(info.reason, several=several)
-        alone = False
+        stays = False
         with suppress(SlurmUnreachable):
             info = replace(info, position=commands.position(job_id))
-            alone = wait is Wait.OWN and not commands.others_run(job_id)
-        if wait is Wait.OWN:
-            wait, why = (Wait.SOMEBODY, why) if alone else (Wait.TIME, None)
+            if wait is Wait.OWN:
+                stays = not commands.others_run(job_id)
+            elif wait is Wait.NODES:
+                stays = bool(commands.out_of_service(job_id))
+        if wait in (Wait.OWN, Wait.NODES):
+            wait, why = (Wait.SOMEBODY, why) if stays else (Wait.TIME, None)
         bound = f"; cancelled after {settings.stuck_s:g} s of this (slurm.stuck_s)" if wait is Wait.SOMEBODY else ""
         return replace(info, advice=why and f"{why}{bound}"), wait, why
 

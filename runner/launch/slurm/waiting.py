@@ -15,6 +15,7 @@ class Wait(Enum):
 
     TIME = "it ends by itself, with other jobs or at a date"
     OWN = "it ends with other jobs of the same user, if any runs"
+    NODES = "it ends with other jobs on the nodes that it names, unless one of these starts no jobs at all"
     SOMEBODY = "it ends when somebody acts"
     NEVER = "it does not end: the job itself is not allowed, or cannot start"
 
@@ -50,6 +51,12 @@ _REASONS = (
         r"ReqNodeNotAvail.*Unavailable\w*:[ (]*\w|Nodes required for job are DOWN|NodeDown|FrontEndDown",
         Wait.SOMEBODY,
         "nodes it needs are down, drained or kept for others; see `sinfo -R`, or name other nodes",
+    ),
+    # Slurm 24.11 says so as well of a named node that was drained while it was busy; 22.05 lists it as unavailable.
+    (
+        r"ReqNodeNotAvail($| May be reserved)",
+        Wait.NODES,
+        "nodes that it names are down or drained; see `sinfo -R`, or name other nodes",
     ),
     (r"PartitionDown|PartitionInactive", Wait.SOMEBODY, "the partition starts no jobs; fix slurm.partition"),
     (

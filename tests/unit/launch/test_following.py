@@ -11,6 +11,7 @@ import pytest
 from slurm_commands import DOWN, Commands, cluster, for_ever, line
 
 from runner.cluster import slurm as slurm_settings
+from runner.launch.slurm import answers
 from runner.launch.slurm import commands as jobs
 from runner.launch.slurm import follow as following
 from runner.launch.talk import AgentSession
@@ -68,6 +69,49 @@ def test_a_limit_of_the_user_is_waited_for_while_another_job_of_theirs_runs(othe
     with pytest.raises(jobs.NotStarted, match="no other job of yours runs" if ends else "slurm.wait_s"):
         following.wait(client, "7", heard.append)
     assert all(("above what one user may have" in str(info.advice)) is ends for info in heard)
+
+
+class Named(Held):
+    """Job 7 names nodes; of n1, n2 and n3 the last is in a state."""
+
+    def __init__(self, named: str, state: str) -> None:
+        super().__init__("ReqNodeNotAvail, May be reserved for other job")
+        self.named_nodes = named
+        rows = [("n1", "drained"), ("n2", "allocated"), ("n3", state)]
+        lines = [answers.SEPARATOR.join((name, word, "(null)", "2", "100", "fan broken")) for name, word in rows]
+        self.answers["sinfo"] = iter(for_ever(["".join(f"{line}\n" for line in lines)]))
+
+    def __call__(self, argv, **options):
+        outcome = super().__call__(argv, **options)
+        return replace(outcome, stdout=f"{self.named_nodes}\n") if "--format=%n" in argv else outcome
+
+
+@pytest.mark.parametrize(
+    ("named", "state", "found"),
+    [
+        ("n[2-3]", "drained", ["n3"]),
+        ("n[2-3]", "draining", ["n3"]),
+        ("n[1,3]", "down*", ["n1", "n3"]),
+        ("n3", "idle*", ["n3"]),
+        ("n[2-3]", "allocated", []),
+        ("n[2-3]", "maint", []),  # a reservation ends
+        ("n2", "drained", []),
+        ("(null)", "drained", []),
+        ("", "drained", []),
+        ("n[2-", "drained", []),
+    ],
+)
+def test_of_the_nodes_that_a_job_names_those_are_told_that_start_no_job(named, state, found):
+    assert [node.name for node in cluster(Named(named, state)).out_of_service("7")] == found
+
+
+@pytest.mark.parametrize(("state", "ends"), [("allocated", False), ("draining", True)])
+def test_named_nodes_are_waited_for_while_they_are_busy_and_not_once_they_are_drained(state, ends):
+    heard = []
+    client = cluster(Named("n[2-3]", state), stuck_s=0, wait_s=None if ends else 0.1)
+    with pytest.raises(jobs.NotStarted, match="it names are down or drained" if ends else "slurm.wait_s"):
+        following.wait(client, "7", heard.append)
+    assert all(("sinfo -R" in str(info.advice)) is ends for info in heard)
 
 
 def test_what_ends_by_itself_is_waited_for_until_the_user_stops():

@@ -76,9 +76,11 @@ SOMEBODY = [
 ]
 OWN = ["QOSMaxCpuPerUserLimit", "QOSMaxGRESPerUser", "QOSMaxNodePerUserLimit", "QOSMaxMemoryPerUser", "MaxGRESRunMinsPerUser",
        "QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit"]  # fmt: skip
+NODES = ["ReqNodeNotAvail", "ReqNodeNotAvail, May be reserved for other job",
+         "((ReqNodeNotAvail, May be reserved for other job))", "ReqNodeNotAvail,_May_be_reserved_for_other_job"]  # fmt: skip
 TIME = [
     "Priority", "Resources", "Dependency", "BeginTime", "None", "", "(Priority)", "JobArrayTaskLimit", "Licenses", "Reservation",
-    "ReqNodeNotAvail", "ReqNodeNotAvail, May be reserved for other job", "ReqNodeNotAvail, UnavailableNodes:",
+    "ReqNodeNotAvail, UnavailableNodes:",
     "(ReqNodeNotAvail, UnavailableNodes:)", "ReqNodeNotAvail, Reserved for maintenance", "AssocGrpNodeLimit", "AssocGrpGRES",
     "AssocGrpBilling", "AssocGrpMemLimit", "AssocGrpCPURunMinutesLimit", "QOSGrpCPURunMinutesLimit", "QOSGrpGRESRunMinutes",
     "QOSGrpNodeLimit", "MaxGRESPerAccount", "MaxNodePerAccount", "QOSJobLimit", "QOSMaxSubmitJobPerUserLimit", "Cleaning", "Prolog",
@@ -104,6 +106,12 @@ def test_what_passes_only_when_somebody_acts_is_told_with_what_to_do(reason, tod
 def test_a_users_limit_passes_with_the_users_other_jobs(reason):
     wait, why = waiting.judge(reason)
     assert wait is Wait.OWN and why.startswith(reason)
+
+
+@pytest.mark.parametrize("reason", NODES)
+def test_nodes_that_are_named_may_be_busy_or_out_of_service(reason):
+    wait, why = waiting.judge(reason)
+    assert wait is Wait.NODES and "sinfo -R" in why
 
 
 @pytest.mark.parametrize("reason", TIME)
