@@ -14,7 +14,7 @@ from runner.provision.testbed import layout
 from runner.results.rundir import RunDir
 from runner.system import process
 from testbed.benches import Bench, inside, podman, until
-from testbed.conftest import Testbed, containers, slurm3  # noqa: F401  # fixtures
+from testbed.conftest import Testbed, containers, pytest_runtest_call, slurm3  # noqa: F401  # fixtures, and a hook
 
 NODES = 6
 # Small enough that a fault can fill the disk of a node.

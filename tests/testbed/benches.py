@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from runner.provision.testbed.layout import SSH_PORT
 from runner.results.rundir import RunDir
@@ -23,22 +25,29 @@ BEFORE_RANKS = ("starting", "sending data")  # what the controller says of a cel
 class Bench:
     """One `runner bench`; its output is held until `end`."""
 
+    begun: ClassVar[list[Bench]] = []
+
     def __init__(self, inventory: Path, results: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.results = results
         command = [RUNNER, "bench", "-i", inventory, "--results", results, *arguments]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
         )
+        self.begun.append(self)
 
     def end(self, seconds: float = 240) -> tuple[int, str]:
         output, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, output
 
-    def leave(self) -> None:
-        """Kill it if it still runs."""
+    def leave(self, patience_s: float = 30) -> None:
+        """End it if it still runs: as Ctrl-C, which ends its ranks and its jobs, or by force if that takes long."""
         if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.communicate(timeout=patience_s)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.communicate()
 
     @property
     def run(self) -> RunDir:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 from runner.provision.testbed import containers as provision_testbed
 from runner.provision.testbed import layout
 from runner.system import process
-from testbed.benches import RUNNER
+from testbed.benches import RUNNER, Bench
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Testbed:
     def container(self, word: str) -> str:
         """The container of the node of that name or alias."""
         return next(node["container"] for node in self.nodes if word in (node["name"], node["alias"]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """A test that fails does not leave its run on the nodes, where the next test's would be refused."""
+    before = len(Bench.begun)
+    try:
+        return (yield)
+    finally:
+        for bench in Bench.begun[before:]:
+            bench.leave()
 
 
 @pytest.fixture(scope="session")
