@@ -33,6 +33,7 @@ from testbed.benches import (
     RUNNER,
     Bench,
     inside,
+    kill,
     mount,
     other_content,
     pause,
@@ -307,7 +308,7 @@ def test_over_ssh_a_spare_takes_the_place_of_a_node_that_dies(slurm3, unanswered
     bench = Bench(slurm3.inventory, tmp_path / "results", *arguments)
     bench.wait_for_ranks()
     first, dead, spare = slurm3.nodes
-    podman("kill", dead["container"])
+    kill(dead["container"])
     code, output = bench.end()
     assert code == EXIT_TARGET_MISSED, output  # a node that was given up is a finding
     status, cell = bench.run.read_status(), first_cell(bench.run)

