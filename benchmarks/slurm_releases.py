@@ -2,8 +2,9 @@
 
     make slurm RELEASE=trixie
 
-The result is the release's row in benchmarks/results/slurm_releases.md; rows of other releases remain. Needs root and
-podman, as the testbed does, and takes about a quarter of an hour on two idle cores; `make test` runs a selection.
+The result is a row in benchmarks/results/slurm_releases.md; rows of other releases remain, and those of other tests where
+only some were asked for. Needs root and podman, as the testbed does, and takes about half an hour on two idle cores;
+`make test` runs a selection.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Collection
 from pathlib import Path
 
 from tabulate import tabulate
@@ -39,8 +41,9 @@ INTRODUCTION = """# Slurm of several releases
     make slurm RELEASE=trixie
 
 Every test that has Slurm, on nodes of that release: jobs and arrays followed, faults, resume, accounting, and the
-scenarios of the roles `slurm_cluster` and `slurm_prolog`. Versions are those of the nodes; minutes are of the machine
-that ran them, beside whatever else it did. A test that failed is named below the table.
+scenarios of the roles `slurm_cluster` and `slurm_prolog`; a row of its own for what was run apart from the others.
+Versions are those of the nodes; minutes are of the machine that ran them, beside whatever else it did. A test that
+failed is named below the table.
 """
 
 
@@ -60,27 +63,27 @@ def versions(release: str) -> list[str]:
     return [slurm, systemd, python.split()[-1], mariadb.partition(":")[2]]
 
 
-def outcome(report: Path) -> tuple[dict[str, int], list[str]]:
-    """How many tests of pytest's JUnit `report` passed, failed and were skipped, and the names of those that failed."""
-    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
+def outcome(report: Path) -> tuple[dict[str, int], dict[str, bool]]:
+    """How many tests of pytest's JUnit `report` passed, failed and were skipped, and for each whether it failed."""
+    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         counts[kind] += 1
-        failed += [case.attrib["name"]] if kind == "failed" else []
+        failed[case.attrib["name"]] = kind == "failed"
     return counts, failed
 
 
-def kept(release: str) -> tuple[list[list[str]], list[str]]:
-    """The rows and the failures of other releases in the last result."""
+def kept(release: str, tests: str, names: Collection[str]) -> tuple[list[list[str]], list[str]]:
+    """The rows and the failures in the last result that this one, of these `tests` with these `names`, leaves as they are."""
     text = RESULT.read_text() if RESULT.exists() else ""
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in re.findall(r"^\| [a-z]+ .*\|$", text, re.M)
     ]
     failures = re.findall(r"^- .*$", text, re.M)
     return (
-        [row for row in rows if row[0] not in (release, "release")],
-        [line for line in failures if not line.startswith(f"- {release}:")],
+        [row for row in rows if row[0] != "release" and not (row[0] == release and tests in ("all", row[5]))],
+        [line for line in failures if line not in {f"- {release}: `{name}`" for name in names}],
     )
 
 
@@ -91,15 +94,18 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="only these files; default: every test that has Slurm")
     options = parser.parse_args()
     release, tests = options.release, options.tests or TESTS
-    row = [release, *versions(release), "all" if tests is TESTS else " ".join(Path(test).stem for test in tests)]
+    words = (
+        "all" if tests is TESTS else " ".join(re.sub(r".*/(test_)?|\.py(::test_scenario)?", "", test) for test in tests)
+    )
+    row = [release, *versions(release), words]
     with tempfile.TemporaryDirectory() as folder:
         report, started = Path(folder) / "report.xml", time.monotonic()
         argv = [sys.executable, "-m", "pytest", "-m", "testbed or molecule", f"--release={release}"]
         code = subprocess.run([*argv, f"--junitxml={report}", *tests], timeout=7200, cwd=ROOT).returncode
         counts, failed = outcome(report)
     row += [*map(str, counts.values()), f"{(time.monotonic() - started) / 60:.0f}", time.strftime("%Y-%m-%d")]
-    rows, failures = kept(release)
-    failures += [f"- {release}: `{name}`" for name in failed]
+    rows, failures = kept(release, words, failed)
+    failures += [f"- {release}: `{name}`" for name, has in failed.items() if has]
     table = tabulate(sorted([*rows, row]), COLUMNS, tablefmt="github", disable_numparse=True)
     RESULT.write_text("\n".join([INTRODUCTION, table, "", *sorted(failures)]).rstrip() + "\n")
     print(f"{release}: {counts}; see {RESULT.relative_to(ROOT)}")

@@ -609,6 +609,9 @@ def test_a_controller_without_munge_is_no_riddle(node_of):
         ("down|Not responding", True),
         ("down*|Not responding", True),
         ("down*|Not responding : Not responding", True),  # 24.11
+        ("down*|bad fan : Not responding", True),  # drained for that once, and resumed
+        ("down|mended : disk : Not responding", True),
+        ("down*|Not responding : bad fan", False),
         ("down|bad fan", False),
         ("down|Node unexpectedly rebooted", False),
         ("drained|Not responding", False),

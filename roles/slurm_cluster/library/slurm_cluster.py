@@ -79,7 +79,8 @@ def judge(state, reason):
 
 def hung(state, reason):
     """Whether Slurm set a node in this state DOWN because it did not respond. A person's reason is another one."""
-    return state.startswith("down") and re.match(r"not responding\b", reason, re.I) is not None
+    # Slurm 24.11 adds its own to a reason that is left of an earlier state: "bad fan : Not responding".
+    return state.startswith("down") and re.match(r"not responding\b", reason.split(" : ")[-1], re.I) is not None
 
 
 def config(text):
