@@ -2,9 +2,9 @@
 
     make slurm RELEASE=trixie
 
-The result is a row in benchmarks/results/slurm_releases.md; rows of other releases remain, and those of other tests where
-only some were asked for. Needs root and podman, as the testbed does, and takes about half an hour on two idle cores;
-`make test` runs a selection.
+The result is a row in benchmarks/results/slurm_releases.md; rows of other releases remain, and those of
+other tests where only some were asked for. Needs root and podman, as the testbed does, and takes about half an hour on
+two idle cores; `make test` runs a selection.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def outcome(report: Path) -> tuple[dict[str, int], dict[str, bool]]:
 
 
 def kept(release: str, tests: str, names: Collection[str]) -> tuple[list[list[str]], list[str]]:
-    """The rows and the failures in the last result that this one, of these `tests` with these `names`, leaves as they are."""
+    """The rows and the failures of the last result that remain beside that of these `tests` with these `names`."""
     text = RESULT.read_text() if RESULT.exists() else ""
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in re.findall(r"^\| [a-z]+ .*\|$", text, re.M)
