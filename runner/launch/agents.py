@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,17 @@ def secrets() -> dict[str, str]:
     return {key: os.environ[key] for key in SECRETS if key in os.environ}
 
 
-def gather(run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None) -> dict[str, Problem]:
-    """Fetch a cell's folder from each of its nodes over ssh; returns failures by node."""
+def gather(
+    run: RunDir, plan: Plan, cell: Cell, ssh_config: str | None, silent: Collection[str] = ()
+) -> dict[str, Problem]:
+    """Fetch a cell's folder from each of its nodes over ssh; returns failures by node. `silent` as in `copy.gather`."""
     targets = {}
     for host in cell.hosts:
         folder = run.cell(host, cell.id)
         folder.create()
         targets[host] = str(folder.path)
-    return copy.gather([plan.node(host) for host in cell.hosts], str(ssh_config), cell.cell_dir, targets)
+    nodes = [plan.node(host) for host in cell.hosts]
+    return copy.gather(nodes, str(ssh_config), cell.cell_dir, targets, silent=silent)
 
 
 def clean(plan: Plan, nodes: Sequence[Node], ssh_config: str | None) -> None:
@@ -61,6 +64,7 @@ class Agents:
 
     def __init__(self, run: RunDir, ssh_config: str | None) -> None:
         self.run, self.ssh_config = run, ssh_config
+        self._silent: frozenset[str] = frozenset()  # the nodes that did not answer at the end of the last cell
 
     @staticmethod
     def _remote(plan: Plan) -> bool:
@@ -97,6 +101,7 @@ class Agents:
 
     def converse(self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, context: CellContext) -> None:
         """Run the cell to its end; `watch` receives messages and decides what is sent. No process is left running."""
+        self._silent = frozenset()
         watch.sessions = self._sessions(plan, cell, data)
         watch.begin()
         try:
@@ -148,13 +153,14 @@ class Agents:
                 process.stop_marked(marker, GRACE_S)
         nodes = [plan.node(session.name) for session in lost if session.name != LAUNCHER]
         if nodes and self._remote(plan):
-            ask(nodes, plan.backend, self.ssh_config, SweepRequest(marker), timeout_s=15)
+            failures = ask(nodes, plan.backend, self.ssh_config, SweepRequest(marker), timeout_s=15)[1]
+            self._silent = frozenset(failures)
 
     def gather(self, plan: Plan, cell: Cell) -> dict[str, Problem]:
         """Copy the artefacts of a cell into the run directory; returns failures by node."""
         if not self._remote(plan):
             return {}
-        return gather(self.run, plan, cell, self.ssh_config)
+        return gather(self.run, plan, cell, self.ssh_config, self._silent)
 
     def clean(self, plan: Plan, nodes: Sequence[Node]) -> None:
         """Remove the gathered artefacts from `nodes`."""

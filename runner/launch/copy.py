@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from runner.cluster.inventory import Node
@@ -13,11 +13,15 @@ from runner.failures import Problem
 from runner.node.protocol import POLL_S, SILENCE_S
 from runner.system import process
 
+BRIEF_S = 2  # how long a node that has just not answered may take to accept a connection
 
-def _rsync(node: Node, ssh_config: str, source: str, target: str, timeout_s: float) -> process.Outcome:
+
+def _rsync(
+    node: Node, ssh_config: str, source: str, target: str, timeout_s: float, brief: bool = False
+) -> process.Outcome:
     # -s: paths are passed to the remote side unchanged, not through its shell. Only at level INFO does ssh say why a
     # connection ended that it had: it was closed, or nothing came for as long as its configuration allows.
-    shell = f"ssh -F {ssh_config} -o LogLevel=INFO"
+    shell = f"ssh -F {ssh_config} -o LogLevel=INFO" + (f" -o ConnectTimeout={BRIEF_S}" if brief else "")
     as_user = [f"--rsync-path={shlex.join([*node.sudo, 'rsync'])}"] if node.sudo else []
     options = ["-a", "-s", "--partial", "--mkpath", f"--timeout={2 * SILENCE_S:.0f}", *as_user]
     return process.run(["rsync", *options, "-e", shell, source, target], timeout_s=timeout_s)
@@ -41,14 +45,23 @@ def send(
 
 
 def gather(
-    nodes: Sequence[Node], ssh_config: str, source: str, targets: Mapping[str, str], timeout_s: float = 600.0
+    nodes: Sequence[Node],
+    ssh_config: str,
+    source: str,
+    targets: Mapping[str, str],
+    timeout_s: float = 600.0,
+    silent: Collection[str] = (),
 ) -> dict[str, Problem]:
     """Copy the folder `source` of every node into `targets[node.name]`, at most `timeout_s` each.
 
+    `silent` are the names of nodes that have just not answered: they are tried, and not waited for.
     Returns failures by node; the disk that is full is this machine's.
     """
     found = _each(
-        nodes, lambda node: _rsync(node, ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s)
+        nodes,
+        lambda node: _rsync(
+            node, ssh_config, f"{node.name}:{source}/", f"{targets[node.name]}/", timeout_s, node.name in silent
+        ),
     )
     full = Problem("controller_disk_full", "this machine's disk is full")
     return {name: full if problem.kind == "disk_full" else problem for name, problem in found.items()}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +18,13 @@ from runs import FACTS, NAMES, NodeAccess, Nodes, carry_out, ended_session, miss
 from slurm_commands import Commands, line
 from slurm_commands import cluster as slurm_cluster
 
+from conftest import listing
 from runner.cli.conclusion import print_conclusion
-from runner.cluster import facts, inventory
+from runner.cluster import facts, inventory, ssh
 from runner.cluster.inventory import Inventory, Node
 from runner.errors import EXIT_INTERRUPTED, UsageError
 from runner.failures import Problem
-from runner.launch import blame, drift
+from runner.launch import agents, blame, drift
 from runner.launch import run as bench
 from runner.launch.signals import Stop
 from runner.launch.slurm import allocations, answers, ledger
@@ -167,6 +169,42 @@ def test_the_time_that_an_attempt_took_ends_with_its_gathering(cluster, tmp_path
     monkeypatch.setattr(Nodes, "gather", slow)
     nodes, _, _ = carry_out(planned(cluster, tmp_path))
     assert "torch-2n-r1: complete after 1 s" in nodes.run.log.read_text()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_node_that_is_known_to_be_dead_is_not_waited_for_again_at_gathering(cluster, tmp_path, monkeypatch, known):
+    """Its kernel accepts connections, and nothing answers there, as on a node that hangs."""
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))
+        dead.listen()
+        variables = {"ansible_host": "127.0.0.1", "ansible_port": dead.getsockname()[1]}
+        node = inventory.parse("inv", listing({NAMES[1]: variables})).nodes[0]
+        built = planned(cluster, tmp_path)
+        built = replace(built, nodes=(built.nodes[0], node))
+        cell = replace(built.cells[0], hosts=(NAMES[1],))
+        run = RunDir.create(tmp_path, built.to_dict())
+        problem = {NAMES[1]: Problem("unreachable", "no answer on its SSH port")}
+        monkeypatch.setattr(agents, "ask", lambda *_, **__: ({}, problem if known else {}))
+        monkeypatch.setattr(agents, "converse", lambda *_, **__: None)
+        watch = CellRun(cell, Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+        with ssh.rendered(inventory.parse("inv", listing({NAMES[1]: variables}))) as config:
+            config = shorter(config)
+            transport = agents.Agents(run, config)
+            transport.converse(built, cell, watch, None, None)
+            started = time.monotonic()
+            missing = transport.gather(built, cell)
+            took = time.monotonic() - started
+    assert missing[NAMES[1]].kind == "hung" and "nothing answers on its SSH port" in missing[NAMES[1]].message
+    assert (took < WAIT_S) == known
+
+
+WAIT_S = 4  # instead of the 10 s of a rendered file
+
+
+def shorter(config: str) -> str:
+    text = Path(config).read_text()
+    Path(config).write_text(text.replace("ConnectTimeout 10", f"ConnectTimeout {WAIT_S}"))
+    return config
 
 
 def test_a_spare_takes_the_place_of_a_failed_node_for_good(cluster, tmp_path):
