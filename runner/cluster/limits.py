@@ -208,7 +208,16 @@ class MemoryEstimate:
         return None if not self.available else self.needed <= self.available
 
 
-_KEPT = {"none": 24, "selective": 14}  # bytes that a layer keeps for its backward pass, by token and unit of width
+def kept_bytes(model: Mapping[str, Any], recompute: str) -> int:
+    """Bytes that a decoder layer keeps per token for its backward pass: in 16 bits, with fused kernels and attention.
+
+    H, K and I are the widths of the layer, of keys or values, and of the MLP. "none": the inputs of all products,
+    2·(7H + 2K + 3I); "selective": the outputs of products and attention, 2·(5H + 2K + 2I); "full": its input, 2·H.
+    """
+    hidden, inner = model["hidden_size"], model["intermediate_size"]
+    kv = hidden * model["num_kv_heads"] // model["num_heads"]
+    kept = {"none": 7 * hidden + 2 * kv + 3 * inner, "selective": 5 * hidden + 2 * kv + 2 * inner, "full": hidden}
+    return int(2 * kept[recompute])
 
 
 def memory_estimate(
@@ -230,11 +239,10 @@ def memory_estimate(
 
     T = `micro_batch` (sequences) × `seq_len` (tokens), H hidden size, L layers, V vocabulary; the terms below in bytes.
     states: `model_state_gib` with `gradient` bytes per parameter; an offloaded optimizer offloads its gradients too.
-    activations: with `recompute` "full" one bf16 input per layer is kept (2·T·H·L; in host memory with
-    `inputs_offloaded`), plus the activations of one layer during its recomputation (about 34·T·H without attention
-    scores; Korthikanti et al. 2022, §4); with "none" those of every layer: 24·T·H·L, as 26 was measured with fused
-    kernels; with "selective" what is costly to compute again, about 14·T·H·L. logits: T·V in bf16 and fp32 (6 B), none
-    where the loss is fused with the projection (Liger).
+    activations: what every layer keeps (`kept_bytes`; with `recompute` "full" in host memory where `inputs_offloaded`),
+    and with "full" those of one layer during its recomputation (about 34·T·H without attention scores;
+    Korthikanti et al. 2022, §4). logits: T·V in bf16 and fp32 (6 B), none where the loss is fused with the projection
+    (Liger).
     working: two gathered layers and the gathered input table in bf16, and 2 GiB for NCCL, CUDA and fragmentation.
     """
     tokens = micro_batch * seq_len
@@ -243,7 +251,8 @@ def memory_estimate(
     layer = (count.total - count.embedding - count.head) / layers
     gathers = zero_stage == 3 and (world_size > 1 or weights_offloaded)
     gathered = 2 * (2 * layer + max(count.embedding, count.head)) if gathers else 0
-    inside = _KEPT[recompute] * layers if recompute in _KEPT else (0 if inputs_offloaded else 2 * layers) + 34
+    kept = 0 if inputs_offloaded and recompute == "full" else layers * kept_bytes(model, recompute)
+    again = 34 * hidden if recompute == "full" else 0
     return MemoryEstimate(
         states=model_state_gib(
             count.total,
@@ -253,7 +262,7 @@ def memory_estimate(
             gradient=0 if optimizer_offloaded else gradient,
             optimizer=0 if optimizer_offloaded else 12,
         ),
-        activations=tokens * hidden * inside / GIB,
+        activations=tokens * (kept + again) / GIB,
         logits=0 if fused_loss else 6 * tokens * model["vocab_size"] / GIB,
         working=gathered / GIB + 2,
         available=gpu_memory_gib or None,

@@ -116,7 +116,7 @@ def test_a_shorter_sequence_is_named_where_one_sequence_is_too_much(cluster):
     said = refusal(cluster, model="llama-2-7b", settings=["sft.recompute=none", LITERAL], hardware=small)
     assert "--set sft.micro_batch=" in said and "sft.seq_len" not in said
     one = ["sft.global_batch=8", "sft.gradient_accumulation=1", "sft.recompute=none"]
-    said = refusal(cluster, model="llama-2-7b", settings=one, hardware={**H200, "gpu_memory_gib": 24.0})
+    said = refusal(cluster, model="llama-2-7b", settings=one, hardware={**H200, "gpu_memory_gib": 26.0})
     assert "--set sft.seq_len=2048" in said and "sft.micro_batch" not in said
 
 

@@ -227,7 +227,7 @@ def cells(cluster, **changes):
         ("llama-2-7b", (8,), Batch(1024, 4, 4), "none"),
         ("llama-2-7b", (1,), Batch(1024, 4, 32), "none"),
         ("llama-3.2-1b", (1,), Batch(128, 8, 2), "none"),
-        ("llama-2-13b", (8,), Batch(512, 4, 2), "none"),
+        ("llama-2-13b", (8,), Batch(512, 2, 4), "none"),
         ("llama-2-70b", (8,), Batch(256, 2, 2), "full"),
     ],
 )
@@ -267,7 +267,7 @@ def test_recompute_that_is_given_is_kept(cluster, recompute):
 
 def test_every_cell_of_a_sweep_does_the_same_work_on_a_gpu(cluster):
     """Chosen so that it fits on the fewest nodes, where each GPU has the most of the model's states."""
-    small = {"hardware": {**H200, "gpu_memory_gib": 80.0}, "settings": ["sft.recompute=none"]}
+    small = {"hardware": {**H200, "gpu_memory_gib": 100.0}, "settings": ["sft.recompute=none"]}
     alone = [cells(cluster, model="llama-2-7b", node_counts=(n,), **small)[0] for n in (1, 8)]
     assert alone[0].batch.micro_batch < alone[1].batch.micro_batch
     sweep = cells(cluster, model="llama-2-7b", node_counts=(1, 2, 4, 8), **small)
