@@ -22,6 +22,7 @@ from runner.system.places import CONFIGS
 from runner.workloads.registry import TESTS
 
 if TYPE_CHECKING:
+    from runner.launch import prepare
     from runner.plan.plan import Cell, Plan
 
 
@@ -29,7 +30,7 @@ def _names(kind: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
-def _complete(names: Sequence[str]) -> Callable[..., list[str]]:
+def complete(names: Sequence[str]) -> Callable[..., list[str]]:
     """A completion of an option whose values are `names`."""
     return lambda ctx, param, incomplete: [name for name in names if name.startswith(incomplete)]
 
@@ -50,7 +51,7 @@ MODELS = _names("models")
     show_default=True,
     metavar="NAME",
     help=f"The model to train: {', '.join(MODELS)}; or the path of your own file (.yaml).",
-    shell_complete=_complete(MODELS),
+    shell_complete=complete(MODELS),
 )
 @click.option("--weights", metavar="ID_OR_PATH", help="Start from these Hugging Face weights; default: random.")
 @click.option(
@@ -59,7 +60,7 @@ MODELS = _names("models")
     multiple=True,
     help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items()) + "; default: all.",
     metavar="NAME",
-    shell_complete=_complete(list(TESTS)),
+    shell_complete=complete(list(TESTS)),
 )
 @click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
 @click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
@@ -88,6 +89,8 @@ MODELS = _names("models")
     metavar="TEST.KEY=VALUE",
     help="Change a setting, e.g. sft.steps=20, nccl=torch.",
 )
+@click.option("--tune", is_flag=True, help="First find the fastest settings, as runner tune, if none are known.")
+@click.option("--untuned", is_flag=True, help="Do not use what runner tune found.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; connect to no node, start no run.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
 @click.pass_context
@@ -112,6 +115,8 @@ def _start(
     source: str | None,
     num_nodes: int | None,
     sweep: str | None,
+    tune: bool,
+    untuned: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -120,10 +125,17 @@ def _start(
     from runner.launch import prepare
     from runner.report.progress import Display
 
-    asked = prepare.Options(command=_command(), inventory=source, node_counts=_counts(num_nodes, sweep), **options)
+    if tune and untuned:
+        raise errors.UsageError("--tune and --untuned exclude each other: give one of them")
+    counts = _counts(num_nodes, sweep)
+    asked = prepare.Options(command=typed_command(), inventory=source, node_counts=counts, tuned=not untuned, **options)
     prepared = prepare.prepare(asked, read_inventory)
+    if tune and prepared.request.tuned is None:
+        prepared = _tuned(asked, prepared, dry_run)
     if dry_run:
         plan = prepared.plan
+        for note in prepared.notes:
+            click.echo(note, err=True)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else _described(plan, plan.cells))
         return errors.EXIT_OK
     from runner.launch import start  # not on the way of a dry run
@@ -132,7 +144,23 @@ def _start(
     return print_conclusion(ended.run, ended.summary, as_json)
 
 
-def _command() -> str:
+def _tuned(asked: prepare.Options, prepared: prepare.Prepared, dry_run: bool) -> prepare.Prepared:
+    """The run planned with what tuning finds now; in a dry run as it was, and what would be tried is on stderr."""
+    from runner.cli.tune import shown
+    from runner.launch import prepare, tune
+    from runner.report.progress import Display
+
+    if not any(TESTS[name].trains for name in prepared.request.tests):
+        raise errors.UsageError("--tune: none of the tests trains a model; add --test sft")
+    task = tune.prepared(tune.Options(asked), read_inventory)
+    if dry_run:
+        click.echo(tune.described(task), err=True)
+        return prepared
+    click.echo(shown(tune.tune(task, read_inventory, Display())), err=True)
+    return prepare.prepare(asked, read_inventory)
+
+
+def typed_command() -> str:
     """This command as a line that a shell in the same folder runs again: with the program as it was found, and with
     what it took from the environment.
     """

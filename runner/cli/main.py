@@ -32,6 +32,7 @@ _COMMANDS = {
     "runs": ("runs", "runs", "Look at runs and stop them: list, show, tail, stop."),
     "setup": ("setup", "setup", "Bring nodes to the desired state: site.yml, with progress and a table."),
     "testbed": ("testbed", "testbed", "Start and stop a cluster of containers on this machine."),
+    "tune": ("tune", "tune", "Find the fastest settings of a model on nodes, which bench then uses."),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from runner.cluster import nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory, Node, select
 from runner.errors import UsageError, unknown
+from runner.launch import tuned
 from runner.launch.carry import new_id
-from runner.plan import build, config
+from runner.plan import config
+from runner.plan import tuned as tuning
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Plan
 from runner.plan.request import Request
@@ -45,7 +48,7 @@ class Options:
     `inventory` is a path, or None for Ansible's default. Empty `node_counts` mean all nodes that are chosen, empty
     `tests` all tests, and a `backend` of None what the inventory says. `settings` are `TEST.KEY=VALUE` or
     `nccl=VALUE`. `command` is
-    the command line as text, for plan.json and the report.
+    the command line as text, for plan.json and the report. `tuned`: whether what `runner tune` found is used.
     """
 
     results: Path
@@ -67,13 +70,15 @@ class Options:
     repeats: int = 1
     seed: int = 0
     settings: tuple[str, ...] = ()
+    tuned: bool = True
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Checked options: the planner's input, and the nodes to choose among.
 
-    `plan` is the plan on the first of these nodes, before any of them was contacted.
+    `plan` is the plan on the first of these nodes, before any of them was contacted, `untuned` the request without what
+    `runner tune` found (`tuned`), and `notes` are lines for the user about that.
     """
 
     options: Options
@@ -81,6 +86,9 @@ class Prepared:
     nodes: tuple[Node, ...]
     request: Request
     plan: Plan
+    untuned: Request
+    tuned: tuned.Asked
+    notes: tuple[str, ...] = ()
 
     @property
     def weights_on_nodes(self) -> str | None:
@@ -144,11 +152,41 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
         nccl=wanted,
         nccl_root=nodes[0].nccl_root if wanted == nccl.BUILT else None,
     )
-    plan = build.build(request, nodes)
-    _judge_deepspeed(plan, model["deepspeed"], settings=bool(overrides.get("deepspeed")))
+    asked = _asked_of_tuning(options, overrides, model["deepspeed"], request)
+    settled = tuned.settle(request, nodes, asked, {})
+    plan = settled.plan
+    changed = bool(overrides.get("deepspeed") or settled.request.deepspeed != deepspeed)
+    _judge_deepspeed(plan, model["deepspeed"], settings=changed)
     if options.weights and plan.models:
         _judge_weights(options.weights, model, remote=BACKENDS[request.backend].remote)
-    return Prepared(options, inventory, nodes, request, plan)
+    return Prepared(options, inventory, nodes, settled.request, plan, request, asked, settled.notes)
+
+
+def _asked_of_tuning(
+    options: Options, overrides: Mapping[str, Mapping[str, Any]], name: str, request: Request
+) -> tuned.Asked:
+    """Where results of tuning are, what holds a setting against them, and the command that makes them."""
+    file = config.load_deepspeed(name, {})
+    own = deepspeed_config.digest(file) not in deepspeed_config.SHIPPED
+    defaults = config.load_test(tuning.SECTION, {}).model_dump()
+    where = f"configs/deepspeed/{name}.json"
+    holds = tuning.held(overrides, defaults, file, where, shipped=not own)
+    words = ["runner", "tune"]
+    if options.inventory is not None:
+        words += ["-i", options.inventory]
+    if options.results != Path("results"):
+        words += ["--results", str(options.results)]
+    words += ["--nodes", str(max(request.node_counts)), "--model", options.model]
+    if options.hosts:
+        words += ["--hosts", options.hosts]
+    if options.backend:
+        words += ["--backend", options.backend]
+    for setting in options.settings:
+        key = setting.partition("=")[0]
+        of_training = key.startswith((f"{tuning.SECTION}.", f"{tuning.FILE}.", "slurm."))
+        if of_training and (key not in tuning.TUNABLE or key == tuning.PRECISION):
+            words += ["--set", setting]
+    return tuned.Asked(options.results, shlex.join(words), holds, options.tuned)
 
 
 def _judge_weights(given: str, model: Mapping[str, Any], remote: bool) -> None:

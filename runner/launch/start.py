@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.cluster.ssh import rendered
 from runner.errors import UsageError
-from runner.launch import carry, preflight
+from runner.launch import carry, preflight, tuned
 from runner.launch.carry import Dependencies, RunResult
 from runner.launch.prepare import Prepared, run_dir
 from runner.launch.run import Policy
@@ -22,12 +22,13 @@ from runner.plan import build, config
 from runner.plan.plan import Plan
 from runner.plan.request import Request
 from runner.report.progress import Display
+from runner.results import tuned as results
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The nodes of a run, its spares, the skipped nodes with their problems, the access to nodes, their hardware, and
-    the NCCL of their ranks (as in Plan).
+    """The nodes of a run, its spares, the skipped nodes with their problems, the access to nodes, their hardware,
+    the NCCL of their ranks (as in Plan), and the versions that they have (`results.tuned.versions`; empty: not known).
     """
 
     access: preflight.NodeAccess
@@ -37,6 +38,7 @@ class Chosen:
     nccl_root: str | None
     spares: tuple[Node, ...] = ()
     passed_over: tuple[Mapping[str, str], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def start(prepared: Prepared, display: Display, dependencies: Dependencies | None = None) -> RunResult:
@@ -56,15 +58,19 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
             slurm = carry.observed(prepared.request.slurm, prepared.inventory, ssh_config, options.results)
             prepared = replace(prepared, request=replace(prepared.request, slurm=slurm))
             chosen = _choose(prepared, ssh_config, display, dependencies)
+            # Again, now that hardware and versions are known.
+            untuned = replace(prepared.untuned, slurm=slurm, hardware=chosen.hardware)
+            settled = tuned.settle(untuned, (*chosen.nodes, *chosen.spares), prepared.tuned, chosen.versions)
+            for note in settled.notes:
+                display.note(note)
 
             def made(run_id: str) -> Plan:
                 request = replace(
-                    prepared.request,
+                    settled.request,
                     run_id=run_id,
                     run_dir=run_dir(options, run_id),
                     ssh_config=ssh_config,
                     passed_over=chosen.passed_over,
-                    hardware=chosen.hardware,
                     nccl=chosen.nccl,
                     nccl_root=chosen.nccl_root,
                 )
@@ -107,7 +113,9 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
             display.note(f"NCCL: torch's own, since {reason}")
         access = dependencies.access(*made, nccl_root=root, weights=weights)
     hardware = _hardware(request, good, answers.gpus)
-    return Chosen(access, good, hardware, which, root, spares if options.replace_bad_nodes else (), passed_over)
+    versions = results.versions({node.name: answers.environments.get(node.name, {}) for node in good})
+    spares = spares if options.replace_bad_nodes else ()
+    return Chosen(access, good, hardware, which, root, spares, passed_over, versions)
 
 
 def _hardware(request: Request, nodes: Sequence[Node], gpus: Mapping[str, str]) -> Mapping[str, Any]:

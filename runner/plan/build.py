@@ -84,6 +84,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         job_array=request.job_array,
         nccl=request.nccl,
         nccl_root=request.nccl_root,
+        tuned=request.tuned,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runner import failures
-from runner.plan import memory, speed
+from runner.plan import memory, speed, tuned
 from runner.plan.plan import Plan, Prediction, rank_environment
 from runner.system.wording import counted
 
@@ -24,6 +24,7 @@ def describe(plan: Plan, fold: Any) -> str:
     lines = [f"run {plan.run_id}: {counted(len(plan.cells), 'cell')}, backend {plan.backend}, engine {plan.engine}"]
     lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
     lines += [f"passed over {line}" for line in failures.node_lines(plan.passed_over)]
+    lines += _tuned(plan)
     aliases = {node.name: node.alias for node in plan.nodes}
     for cell in plan.cells:
         lines += [
@@ -89,3 +90,14 @@ def _wrapped(text: str) -> list[str]:
     """`text` in lines that do not end between a number and its unit, nor between an option and its value."""
     kept = text.replace(" %", "\u00a0%").replace("--set ", "--set\u00a0")
     return [line.replace("\u00a0", " ") for line in textwrap.wrap(kept, _WIDTH, break_on_hyphens=False)]
+
+
+def _tuned(plan: Plan) -> list[str]:
+    """What `runner tune` has found and the plan uses, and what of it is decided otherwise."""
+    if plan.tuned is None:
+        return []
+    used, date = plan.tuned["settings"], plan.tuned["created"][:10]
+    first = (
+        f"tuned: {tuned.named(used)} (runner tune on {date})" if used else f"tuned on {date}, and none of it is open"
+    )
+    return [first, *(f"  not {setting}: {why}" for setting, why in plan.tuned["overridden"].items())]

@@ -115,6 +115,7 @@ class Plan:
     job_array: bool = False
     nccl: str | None = None  # "torch" or "built"; None: as each node has it
     nccl_root: str | None = None  # the folder of the built one, None: torch's own
+    tuned: Mapping[str, Any] | None = None  # settings that `runner tune` found: `plan.tuned.apply`
     schema: int = SCHEMA
     version: str = __version__
 
