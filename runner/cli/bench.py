@@ -90,7 +90,6 @@ MODELS = _names("models")
     help="Change a setting, e.g. sft.steps=20, nccl=torch.",
 )
 @click.option("--tune", is_flag=True, help="First find the fastest settings, as runner tune, if none are known.")
-@click.option("--untuned", is_flag=True, help="Do not use what runner tune found.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; connect to no node, start no run.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
 @click.pass_context
@@ -116,7 +115,6 @@ def _start(
     num_nodes: int | None,
     sweep: str | None,
     tune: bool,
-    untuned: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -125,18 +123,17 @@ def _start(
     from runner.launch import prepare
     from runner.report.progress import Display
 
-    if tune and untuned:
-        raise errors.UsageError("--tune and --untuned exclude each other: give one of them")
-    counts = _counts(num_nodes, sweep)
-    asked = prepare.Options(command=typed_command(), inventory=source, node_counts=counts, tuned=not untuned, **options)
+    asked = prepare.Options(command=typed_command(), inventory=source, node_counts=_counts(num_nodes, sweep), **options)
     prepared = prepare.prepare(asked, read_inventory)
     if tune and prepared.request.tuned is None:
+        if not prepared.tuned.use:
+            raise errors.UsageError("--tune and --set tuned=false exclude each other: give one of them")
         prepared = _tuned(asked, prepared, dry_run)
     if dry_run:
         plan = prepared.plan
-        for note in prepared.notes:
-            click.echo(note, err=True)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else _described(plan, plan.cells))
+        for note in prepared.notes:
+            click.echo(note if as_json else f"\n{note}", err=as_json)
         return errors.EXIT_OK
     from runner.launch import start  # not on the way of a dry run
 

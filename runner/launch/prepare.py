@@ -48,7 +48,7 @@ class Options:
     `inventory` is a path, or None for Ansible's default. Empty `node_counts` mean all nodes that are chosen, empty
     `tests` all tests, and a `backend` of None what the inventory says. `settings` are `TEST.KEY=VALUE` or
     `nccl=VALUE`. `command` is
-    the command line as text, for plan.json and the report. `tuned`: whether what `runner tune` found is used.
+    the command line as text, for plan.json and the report.
     """
 
     results: Path
@@ -70,7 +70,6 @@ class Options:
     repeats: int = 1
     seed: int = 0
     settings: tuple[str, ...] = ()
-    tuned: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def _asked_of_tuning(
         of_training = key.startswith((f"{tuning.SECTION}.", f"{tuning.FILE}.", "slurm."))
         if of_training and (key not in tuning.TUNABLE or key == tuning.PRECISION):
             words += ["--set", setting]
-    return tuned.Asked(options.results, shlex.join(words), holds, options.tuned)
+    return tuned.Asked(options.results, shlex.join(words), holds, overrides[config.RUN].get("tuned", True))
 
 
 def _judge_weights(given: str, model: Mapping[str, Any], remote: bool) -> None:

@@ -138,7 +138,7 @@ def prepared(options: Options, read: Read) -> Task:
     bench = replace(
         options.bench,
         tests=(SECTION,),
-        tuned=False,
+        settings=(*options.bench.settings, "tuned=false"),
         repeats=1,
         node_counts=tuple(sorted(options.bench.node_counts)[-1:]),
     )

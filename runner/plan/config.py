@@ -57,9 +57,12 @@ RUN = "run"  # the section of settings of the whole run, which are written witho
 
 
 class RunSettings(ConfigFile):
-    """Settings of a whole run. `nccl`: torch's own or the built one; None: as the nodes have it."""
+    """Settings of a whole run. `nccl`: torch's own or the built one; None: as the nodes have it. `tuned`: whether what
+    `runner tune` found is used.
+    """
 
     nccl: Choice | None = None
+    tuned: bool = True
 
 
 class Hardware(ConfigFile):

@@ -120,6 +120,7 @@ def apply(request: Request, found: Tuned, holds: Mapping[str, str], batch: Batch
             config = _with(config, name.split("."), value)
     if request.scaling != "weak" and len(request.node_counts) > 1 and ACCUMULATION in used:
         params[ACCUMULATION.partition(".")[2]] = None  # it differs from one number of nodes to the next
+        config[_OF_FILE[ACCUMULATION]] = "auto"
         del used[ACCUMULATION]
     return replace(
         request,

@@ -31,6 +31,7 @@ def test_the_options_of_bench_are_frozen():
         "-i", "--inventory", "--results", "--nodes", "--sweep", "--hosts", "--skip-bad-nodes", "--model", "--weights",
         "--test", "--engine", "--backend", "--scaling", "--repeats", "--seed", "--set", "--dry-run", "--json",
         "--retries", "--replace-bad-nodes", "--resume", "--accept-drift", "--one-allocation", "--job-array",
+        "--tune",
     ])
     # fmt: on
 
