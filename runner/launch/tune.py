@@ -264,8 +264,10 @@ def tune(task: Task, read: Read, display: Display, dependencies: Dependencies | 
     if best is None:
         reasons = "; ".join(dict.fromkeys(probe.note for probe in tuner.probes if probe.note))
         raise UsageError(f"none of {counted(len(tuner.probes), 'probe')} has enough memory: {reasons}")
-    found = tuner.result(best, complete=True)
-    return Ended(found, results.save(task.options.bench.results, found), tuner.probes[0], best)
+    found = tuner.result(best)
+    file = results.save(tuner.folder, found)
+    results.save_begun(tuner.folder, tuner.asked, None)
+    return Ended(found, file, tuner.probes[0], best)
 
 
 class _Tuner:
@@ -276,7 +278,8 @@ class _Tuner:
         self.folder = task.options.bench.results
         subject = tuned.subject(task.prepared.untuned)
         assert subject is not None
-        self.subject: Subject = subject
+        self.asked: Subject = subject
+        self.subject = subject  # with the hardware that the nodes turn out to have
         self.versions: dict[str, str] = {}
         self.matmul: float | None = None
         self.probes: list[Probe] = []
@@ -308,13 +311,11 @@ class _Tuner:
     def _earlier(self) -> Tuned | None:
         """What an interrupted search has measured for the same subject and batch."""
         try:
-            found = results.load(self.folder, self.subject)
+            found = results.find_begun(self.folder, self.asked)
         except UsageError as error:
             self.display.note(f"{error}: it is written again")
             return None
-        if found is None or found.complete or found.global_batch != self.task.global_batch:
-            return None
-        return found
+        return found if found is not None and found.global_batch == self.task.global_batch else None
 
     # --- one probe ----------------------------------------------------------------------------------
 
@@ -428,23 +429,18 @@ class _Tuner:
             for host, seen in hosts.items()
         }  # fmt: skip
         self.versions = results.versions(environments) or self.versions
-        if self.earlier is not None and self.earlier.outdated(self.versions):
-            changed = "; ".join(self.earlier.outdated(self.versions))
-            self.earlier = None
-            self.save()
-            raise UsageError(
-                f"what was measured before is of no use, it was with {changed}: run the same command again"
-            )
+        if self.earlier is not None and (changed := self.earlier.outdated(self.versions)):
+            raise _Outdated("; ".join(changed))
 
     # --- what is kept -------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Keep what was measured until now, as a result that is not complete."""
+        """Keep what was measured until now."""
         if self.probes:
             best = max(self.probes, key=lambda probe: probe.positions_per_s_per_gpu or 0.0)
-            results.save(self.folder, self.result(best, complete=False))
+            results.save_begun(self.folder, self.asked, self.result(best))
 
-    def result(self, best: Probe, complete: bool) -> Tuned:
+    def result(self, best: Probe) -> Tuned:
         """The result with the settings of `best`, for the planned batch."""
         micro = best.settings[MICRO_BATCH]
         settings = {MICRO_BATCH: micro, ACCUMULATION: self.task.planned // micro}
@@ -464,7 +460,6 @@ class _Tuner:
             tokens_per_s_per_gpu=best.tokens_per_s_per_gpu,
             probes=tuple(self.probes),
             matmul_tflop_per_s=self.matmul,
-            complete=complete,
         )
 
 

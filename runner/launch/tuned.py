@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.cluster.inventory import Node
@@ -11,6 +12,7 @@ from runner.errors import UsageError
 from runner.plan import build, tuned
 from runner.plan.plan import Plan
 from runner.plan.request import Request
+from runner.plan.speed import Rate
 from runner.results import tuned as results
 from runner.workloads.registry import trains
 
@@ -44,10 +46,11 @@ def settle(request: Request, nodes: tuple[Node, ...], asked: Asked, versions: Ma
 
     Raises UsageError where the request cannot be planned; with what was found alone it can fail without an error.
     """
-    plan = build.build(request, nodes)
     subject = tuned.subject(request)
     if subject is None or not asked.use:
-        return Settled(request, plan)
+        return Settled(request, build.build(request, nodes))
+    request = replace(request, rates=_rates(request, subject, asked.folder, versions))
+    plan = build.build(request, nodes)
     try:
         found = results.find(asked.folder, subject)
     except UsageError as error:
@@ -61,9 +64,20 @@ def settle(request: Request, nodes: tuple[Node, ...], asked: Asked, versions: Ma
     assert batch is not None
     try:
         changed = tuned.apply(request, found, asked.held, batch)
+        changed = replace(changed, rates=_rates(changed, subject, asked.folder, versions))
         return Settled(changed, build.build(changed, nodes))
     except UsageError as error:
         return Settled(request, plan, (f"what was tuned on {found.date} is not used: {error}",))
+
+
+def _rates(request: Request, subject: results.Subject, folder: Path, versions: Mapping[str, str]) -> tuple[Rate, ...]:
+    """What was measured on one node: how fast GPUs and hosts are, whatever the network between nodes."""
+    one = replace(subject, num_nodes=1, world_size=request.gpus_per_node)
+    with suppress(UsageError):  # a damaged file of the request's own subject is told
+        found = results.find(folder, one)
+        if found is not None and not found.outdated(versions):
+            return tuned.rates(found, request)
+    return ()
 
 
 def _hint(request: Request, subject: results.Subject, asked: Asked) -> list[str]:

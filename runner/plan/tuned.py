@@ -10,6 +10,7 @@ from typing import Any
 
 from runner.plan.plan import Batch
 from runner.plan.request import Request
+from runner.plan.speed import Rate
 from runner.results.tuned import Subject, Tuned, architecture
 from runner.system.wording import counted
 from runner.workloads.registry import TESTS
@@ -137,6 +138,23 @@ def apply(request: Request, found: Tuned, holds: Mapping[str, str], batch: Batch
             "versions": dict(found.versions),
         },
     )
+
+
+def rates(found: Tuned, request: Request) -> tuple[Rate, ...]:
+    """What the probes of a result have measured, those with the compiler and the precision of `request` alone; of a
+    micro-batch, recompute and stage the best.
+    """
+    params = request.tests[SECTION]
+    best: dict[tuple[int, str, int], float] = {}
+    for probe in found.probes:
+        same = probe.settings.get(COMPILE, False) == params["compile"] and probe.settings.get(
+            PRECISION, found.subject.given.get(PRECISION)
+        ) == params.get(PRECISION.partition(".")[2])
+        if same and probe.positions_per_s_per_gpu and STAGE in probe.settings:
+            key = (probe.settings[MICRO_BATCH], probe.settings[RECOMPUTE], probe.settings[STAGE])
+            best[key] = max(best.get(key, 0.0), probe.positions_per_s_per_gpu)
+    source = f"measured by runner tune on {found.date}"
+    return tuple(Rate(*key, rate, source) for key, rate in best.items())
 
 
 def typed(settings: Mapping[str, Any]) -> str:

@@ -97,7 +97,7 @@ class Tuned:
     """What tuning found for a subject: `settings` (`sft.micro_batch`: 4, …) as `--set` takes them.
 
     `global_batch` is in sequences; `created` is a time as in `system.clock`, `command` what was typed. `versions` are
-    by name those of VERSIONS that the nodes had. A result that is not `complete` was interrupted, and is not used.
+    by name those of VERSIONS that the nodes had.
     """
 
     subject: Subject
@@ -109,7 +109,6 @@ class Tuned:
     tokens_per_s_per_gpu: float | None
     probes: Sequence[Probe]
     matmul_tflop_per_s: float | None = None
-    complete: bool = True
     schema: int = SCHEMA
 
     @property
@@ -174,35 +173,54 @@ def path(results: Path, subject: Subject) -> Path:
 
 def save(results: Path, tuned: Tuned) -> Path:
     """Write a result in place of an earlier one; returns its file. Raises InfrastructureError where that cannot be."""
-    target = path(results, tuned.subject)
-    with disk_errors(results):
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json_atomic(target, tuned.to_dict())
-    return target
-
-
-def load(results: Path, subject: Subject) -> Tuned | None:
-    """The result of a subject, complete or not; None where there is none. Raises UsageError for a damaged file."""
-    return _read(path(results, subject))
+    return _write(results, path(results, tuned.subject), tuned)
 
 
 def find(results: Path, subject: Subject) -> Tuned | None:
-    """The complete result of a subject; None where there is none. Raises UsageError for a damaged file."""
-    found = load(results, subject)
-    return found if found is not None and found.complete else None
+    """The result of a subject; None where there is none. Raises UsageError for a damaged file."""
+    return _read(path(results, subject))
+
+
+def save_begun(results: Path, subject: Subject, tuned: Tuned | None) -> None:
+    """Keep what a search for `subject` has measured until now, beside a result of it that remains; None: it has ended.
+
+    Raises InfrastructureError where that cannot be written.
+    """
+    file = _begun(results, subject)
+    if tuned is not None:
+        _write(results, file, tuned)
+    else:
+        with disk_errors(results):
+            file.unlink(missing_ok=True)
+
+
+def find_begun(results: Path, subject: Subject) -> Tuned | None:
+    """What an interrupted search has measured; None where there was none. Raises UsageError for a damaged file."""
+    return _read(_begun(results, subject))
 
 
 def nearest(results: Path, subject: Subject) -> Tuned | None:
-    """The complete result of the same architecture that differs least from `subject`; damaged files are passed over."""
+    """The result for the same architecture that differs least from `subject`; damaged files are passed over."""
     others = []
     for file in sorted((results / FOLDER).glob("*.json")):
         try:
             found = _read(file)
         except UsageError:
             continue
-        if found and found.complete and found.subject.architecture == subject.architecture:
+        if found and found.subject.architecture == subject.architecture:
             others.append(found)
     return min(others, key=lambda other: len(other.subject.differs(subject)), default=None)
+
+
+def _begun(results: Path, subject: Subject) -> Path:
+    return path(results, subject).with_suffix(".begun")
+
+
+def _write(results: Path, file: Path, tuned: Tuned) -> Path:
+    with disk_errors(results):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json_atomic(file, tuned.to_dict())
+    return file
 
 
 def _read(file: Path) -> Tuned | None:

@@ -151,7 +151,7 @@ def test_the_fastest_that_fits_is_found_kept_and_used_by_the_next_bench(nodes):
     settings = ended.tuned.settings
     assert settings["sft.micro_batch"] == 4 and settings["deepspeed.zero_optimization.stage"] == 1
     assert settings["sft.micro_batch"] * settings["sft.gradient_accumulation"] * 16 == before.global_batch
-    assert ended.tuned.versions["packages.torch"] == "2.13.0" and ended.tuned.complete
+    assert ended.tuned.versions["packages.torch"] == "2.13.0"
     assert ended.path.parent == nodes.results / "tuned" and ended.tuned == results.find(
         nodes.results, ended.tuned.subject
     )
@@ -230,7 +230,7 @@ def test_a_search_that_is_interrupted_keeps_what_it_measured_and_goes_on_there(n
     nodes.fault = interrupt
     with pytest.raises(Interrupted, match="after 2 probes; the same command goes on there"):
         nodes.tune(probes=30, minutes=1000)
-    assert nodes.plan().plan.tuned is None
+    assert nodes.plan().plan.tuned is None  # what was begun is not used
     nodes.fault, notes = memory, Notes()
     nodes.cells.clear()
     ended = nodes.tune(probes=30, minutes=1000, display=notes)

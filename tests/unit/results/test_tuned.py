@@ -58,15 +58,20 @@ FOUND = Tuned(
 def test_it_is_found_again_as_it_was_saved(tmp_path):
     file = tuned.save(tmp_path, FOUND)
     assert file == tmp_path / "tuned" / f"{SUBJECT.digest}.json"
-    assert tuned.find(tmp_path, SUBJECT) == tuned.load(tmp_path, SUBJECT) == FOUND
+    assert tuned.find(tmp_path, SUBJECT) == FOUND
     assert FOUND.date == "2026-01-31" and [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_an_interrupted_one_is_kept_and_not_used(tmp_path):
-    tuned.save(tmp_path, replace(FOUND, complete=False))
-    assert tuned.find(tmp_path, SUBJECT) is None
-    assert tuned.load(tmp_path, SUBJECT) == replace(FOUND, complete=False)
+def test_what_was_begun_is_kept_beside_a_result_and_not_used(tmp_path):
+    begun = replace(FOUND, probes=PROBES[:1])
+    tuned.save_begun(tmp_path, SUBJECT, begun)
+    assert tuned.find(tmp_path, SUBJECT) is None and tuned.find_begun(tmp_path, SUBJECT) == begun
     assert tuned.nearest(tmp_path, replace(SUBJECT, num_nodes=2)) is None
+    tuned.save(tmp_path, FOUND)
+    assert tuned.find(tmp_path, SUBJECT) == FOUND and tuned.find_begun(tmp_path, SUBJECT) == begun
+    tuned.save_begun(tmp_path, SUBJECT, None)
+    tuned.save_begun(tmp_path, SUBJECT, None)
+    assert tuned.find(tmp_path, SUBJECT) == FOUND and tuned.find_begun(tmp_path, SUBJECT) is None
 
 
 OTHERS = {

@@ -184,6 +184,11 @@ def test_a_sweep_uses_one_result_on_every_number_of_nodes(cluster, tmp_path):
     batches = {cell.num_nodes: cell.batch for cell in settled.plan.cells}
     assert {count: batch.global_batch for count, batch in batches.items()} == {1: 128, 2: 256, 4: 512, 8: 1024}
     assert {(b.micro_batch, b.gradient_accumulation) for b in batches.values()} == {(4, 4)}
+    strong = replace(request, scaling="strong")
+    settled = use.settle(strong, cluster.nodes, asked(tmp_path), {})
+    assert {c.num_nodes: (c.batch.global_batch, c.batch.micro_batch) for c in settled.plan.cells} == dict.fromkeys(
+        (1, 2, 4, 8), (1024, 4)
+    )
 
 
 def test_the_dry_run_says_what_is_used_since_when_and_the_plan_keeps_it(cluster, tmp_path):
@@ -201,7 +206,7 @@ def test_the_dry_run_says_what_is_used_since_when_and_the_plan_keeps_it(cluster,
 def test_without_a_result_gpus_are_told_how_to_get_one_and_cpus_are_not(cluster, machine, tmp_path):
     request = plans.request(cluster, model="llama-2-7b")
     settled = use.settle(request, cluster.nodes, asked(tmp_path), {})
-    assert settled.request is request and settled.plan.tuned is None
+    assert settled.request == request and settled.plan.tuned is None
     assert settled.notes == ("not tuned for llama-2-7b, h200-sxm, 8 nodes (64 ranks), 4096 tokens: runner tune -i x",)
     assert use.settle(plans.request(machine), machine.nodes, asked(tmp_path), {}).notes == ()
     results.save(tmp_path, found(request, subject={"num_nodes": 4, "world_size": 32}))
@@ -215,7 +220,7 @@ def test_what_was_tuned_with_other_versions_is_not_used(cluster, tmp_path):
     results.save(tmp_path, found(request, versions={"packages.torch": "2.11.0"}))
     assert use.settle(request, cluster.nodes, asked(tmp_path), {"packages.torch": "2.11.0"}).request.tuned
     settled = use.settle(request, cluster.nodes, asked(tmp_path), {"packages.torch": "2.13.0"})
-    assert settled.request is request
+    assert settled.request == request
     assert settled.notes == (
         "what was tuned on 2026-01-31 is not used: it was tuned with torch 2.11.0, nodes have 2.13.0; "
         "tune again: runner tune -i x",
@@ -230,7 +235,7 @@ def test_a_result_that_cannot_be_read_or_planned_leaves_the_request_as_it_was(cl
     assert str(file) in note and "runner tune -i x" in note
     results.save(tmp_path, found(request, {"sft.micro_batch": 16, "sft.recompute": "none"}))
     settled = use.settle(request, cluster.nodes, asked(tmp_path), {})
-    assert settled.request is request and "needs about" in settled.notes[0]
+    assert settled.request == request and "needs about" in settled.notes[0]
     with pytest.raises(UsageError, match="seq_len"):
         use.settle(
             replace(request, tests={"sft": {**request.tests["sft"], "seq_len": 8192}}),
@@ -246,3 +251,25 @@ def test_settings_as_they_are_typed():
     )
     typed = config.parse_settings(["sft.micro_batch=4", "sft.recompute=none", "sft.compile=true"])
     assert typed == {"sft": {"micro_batch": 4, "recompute": "none", "compile": True}}
+
+
+def test_what_was_measured_on_one_node_is_what_the_plan_predicts_from(cluster, tmp_path):
+    request = plans.request(cluster, model="llama-2-7b")
+    settings = {"sft.micro_batch": 4, "sft.recompute": "none", "deepspeed.zero_optimization.stage": 3}
+    probes = (
+        results.Probe(settings, "ok", 7600.0, 7777.0, 0.01),
+        results.Probe({**settings, "sft.compile": True}, "ok", 9000.0, 9000.0, 0.01),
+        results.Probe({**settings, "sft.micro_batch": 8}, "out_of_memory"),
+    )
+    one = found(request, settings, probes=probes, subject={"num_nodes": 1, "world_size": 8})
+    results.save(tmp_path, one)
+    settled = use.settle(request, cluster.nodes, asked(tmp_path), {})
+    [rate] = settled.request.rates
+    assert (rate.micro_batch, rate.recompute, rate.stage) == (4, "none", 3)
+    assert (rate.positions_per_s_per_gpu, rate.source) == (7777.0, "measured by runner tune on 2026-01-31")
+    literal = plans.request(cluster, model="llama-2-7b", settings=["sft.micro_batch=4", "sft.recompute=none"])
+    text = describe(use.settle(literal, cluster.nodes, asked(tmp_path), {}).plan, ",".join)
+    assert "measured by runner tune on 2026-01-31" in text
+    compiled = plans.request(cluster, model="llama-2-7b", settings=["sft.compile=true"])
+    [rate] = use.settle(compiled, cluster.nodes, asked(tmp_path), {}).request.rates
+    assert rate.positions_per_s_per_gpu == 9000.0
