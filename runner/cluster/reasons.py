@@ -119,9 +119,13 @@ _SSH = (
 
 _RSYNC = (
     _line(r"\[\w+\] io timeout after \d+ seconds.*", "hung", "it no longer reads or writes its files"),
-    _line(r"rsync: .*: No space left on device \(28\)", "disk_full", "its disk is full"),
-    _line(r"rsync: .*: Disk quota exceeded \(122\)", "disk_full", "its disk quota is used up"),
-    _line(r"rsync: .*: Permission denied \(13\)", "not_permitted", "its files may not be read or written by this user"),
+    _line(r"rsync: .*: No space left on device(?: \(28\))?", "disk_full", "its disk is full"),
+    _line(r"rsync: .*: Disk quota exceeded(?: \(122\))?", "disk_full", "its disk quota is used up"),
+    _line(
+        r"rsync: .*: Permission denied(?: \(13\))?",
+        "not_permitted",
+        "its files may not be read or written by this user",
+    ),
     _line(r"rsync error: remote command not found .*", "environment_missing", "it has no rsync"),
     _line(r"rsync: connection unexpectedly closed.*", "lost_connection", _LOST, last_resort=True),
     _line(
