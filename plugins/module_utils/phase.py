@@ -35,6 +35,11 @@ CHANGING = ("install", "configure")
 SETUP = "`runner setup"
 
 
+def counted(number, noun):
+    """`1 node`, `3 nodes`, `0 nodes`: a number with its noun, which takes an s."""
+    return f"{number} {noun if number == 1 else noun + 's'}"
+
+
 class Stop(Exception):
     """Ends the phase at once, since it cannot continue. Its problem is reported with those found before."""
 

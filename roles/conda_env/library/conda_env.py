@@ -20,7 +20,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.conda_env_index import check_index, check_url
 from ansible.module_utils.conda_env_lock import PROFILES, Lock, canonical, oldest_driver, platform_parts, same
 from ansible.module_utils.nvidia import driver, version
-from ansible.module_utils.phase import Stop, main, read, write
+from ansible.module_utils.phase import Stop, counted, main, read, write
 
 FACT = "/etc/ansible/facts.d/conda.fact"
 STAMP = ".shakedown.json"
@@ -288,7 +288,7 @@ def install(phase):
         if not re.fullmatch(r"(local|lock)-[0-9a-f]{12}", name):
             continue  # somebody else's wheels
         shutil.rmtree(os.path.join(wheels, name), ignore_errors=True)
-    phase.done.append(f"{prefix} -> {os.path.basename(place)}, {len(packages)} packages")
+    phase.done.append(f"{prefix} -> {os.path.basename(place)}, {counted(len(packages), 'package')}")
 
 
 def profile(lock):
@@ -525,7 +525,7 @@ def verify(phase):
     if built_for:
         check_driver(phase, built_for)
     phase.facts.update(prefix=prefix, python=answer["python"], packages=len(found), imported=modules)
-    phase.done.append(f"{len(expected)} packages as pinned, imported: {', '.join(modules) or 'nothing'}")
+    phase.done.append(f"{counted(len(expected), 'package')} as pinned, imported: {', '.join(modules) or 'nothing'}")
 
 
 PHASES = {"validate": validate, "install": install, "configure": configure, "verify": verify}

@@ -57,7 +57,7 @@ class ActionModule(ActionBase):
         mine = problems.get(task_vars.get("runner_alias", task_vars["inventory_hostname"]), [])
         lines = [f"{p['what']}: expected {p['expected']}, found {p['found']} ({p['remedy']})" for p in mine]
         answer.update(changed=False, failed=bool(mine), problems=mine)
-        answer["msg"] = "; ".join(lines) or f"compared {len(versions)} nodes"
+        answer["msg"] = "; ".join(lines) or f"compared {len(versions)} node{'' if len(versions) == 1 else 's'}"
         if warnings:
             answer["warnings"] = warnings
         return answer

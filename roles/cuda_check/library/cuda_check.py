@@ -23,7 +23,7 @@ from ansible.module_utils.nvidia import (
     query,
     version,
 )
-from ansible.module_utils.phase import Off, Stop, main, read
+from ansible.module_utils.phase import Off, Stop, counted, main, read
 
 REPLACE = "replace the GPU; NVIDIA's field diagnostic decides on the RMA"
 SETUP = "run `runner setup --tags cuda_check`"
@@ -241,10 +241,10 @@ def judge_nvlink(gpus, links, want, findings):
         remedy = "look for Xid 74 and SXids in the kernel log, restart the fabric manager, reset the GPUs"
         if len(up) < want["nvlinks"]:
             if uuid == last and not down:
-                findings.unknown(gpu, "NVLink", f"{len(up)} of {want['nvlinks']} links listed")
+                findings.unknown(gpu, "NVLink", f"{len(up)} of {counted(want['nvlinks'], 'link')} listed")
             else:
                 names = f" (inactive: {', '.join(map(str, down)) if up else 'all'})" if down else ""
-                findings.problem(gpu, "NVLink", f"{want['nvlinks']} links up", f"{len(up)}{names}", remedy)
+                findings.problem(gpu, "NVLink", f"{counted(want['nvlinks'], 'link')} up", f"{len(up)}{names}", remedy)
         slow = {link: rate for link, rate in rates.items() if rate and rate < want["nvlink_gb_per_s"]}
         if slow:
             found = ", ".join(f"{rate:g} on link {link}" for link, rate in slow.items())
@@ -350,7 +350,9 @@ def ask(phase):
             raise Stop(*broken)
         phase.problem(*broken)
     elif not report.driver and not report.gpus:
-        raise Stop("nvidia-smi -q", "a report", f"{len(outcome.stdout)} characters without one", "run it manually")
+        raise Stop(
+            "nvidia-smi -q", "a report", f"{counted(len(outcome.stdout), 'character')} without one", "run it manually"
+        )
     return report
 
 

@@ -57,7 +57,7 @@ from ansible.module_utils.nccl_prefix import (
     unpack,
 )
 from ansible.module_utils.nvidia import query, version
-from ansible.module_utils.phase import Stop, main, read
+from ansible.module_utils.phase import Stop, counted, main, read
 
 SETUP = "run `runner setup --tags nccl_build`"
 # torch loads the first file of this name below a folder of sys.path: with PYTHONPATH, the library in use.
@@ -406,7 +406,7 @@ def verify(phase):
     for path, expected, found in differing[:NAMED_FILES]:
         phase.problem(f"{current}/{path}", expected, found, again)
     if len(differing) > NAMED_FILES:
-        phase.problem("files of the build", "as stamped", f"{len(differing)} others", again)
+        phase.problem("files of the build", "as stamped", f"{len(differing)} differ", again)
     _verify_library(phase, f"{current}/lib/libnccl.so.2")
     _warn_of_another_library(phase, f"{current}/lib")
     if want["tests"] and _verify_links(phase, f"{current}/bin/all_reduce_perf") and want["verify_collective"]:
@@ -490,7 +490,7 @@ def _verify_collective(phase, binary):
         return
     outcome = phase.run([binary, "-b", "8M", "-e", "8M", "-g", len(rows)], phase.want["verify_timeout_s"])
     wrong, average = collective(outcome.stdout)
-    what, remedy = f"all-reduce over {len(rows)} GPUs", f"run {binary} -g {len(rows)} with NCCL_DEBUG=INFO"
+    what, remedy = f"all-reduce over {counted(len(rows), 'GPU')}", f"run {binary} -g {len(rows)} with NCCL_DEBUG=INFO"
     if wrong:
         phase.problem(what, "0 values out of bounds", wrong, "a GPU or link corrupts data: see the role cuda_check")
     elif not outcome.ok or wrong is None:

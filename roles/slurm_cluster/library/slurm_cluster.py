@@ -27,7 +27,7 @@ import time
 
 from ansible.module_utils import slurm_states
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.phase import Stop, also, ids, main, read
+from ansible.module_utils.phase import Stop, also, counted, ids, main, read
 from ansible.module_utils.slurm_conf import (
     DATABASE,
     MARK,
@@ -386,7 +386,7 @@ def configure(phase):
     }
     phase.write(FACT, json.dumps(published, indent=1, sort_keys=True) + "\n")
     resume(phase, want)
-    phase.done.append(f"{want['node']} of {len(want['nodes'])} nodes is configured")
+    phase.done.append(f"{want['node']} of {counted(len(want['nodes']), 'node')} is configured")
 
 
 def own_keys(phase):

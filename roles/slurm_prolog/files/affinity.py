@@ -66,7 +66,7 @@ def main():
             json.dump(found, file, indent=1, sort_keys=True)
         os.chmod(partial, 0o644)
         os.replace(partial, PUBLISHED)
-    print(f"{len(found)} GPUs")
+    print(f"{len(found)} GPU{'' if len(found) == 1 else 's'}")
     return 0
 
 

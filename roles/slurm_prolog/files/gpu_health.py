@@ -32,10 +32,10 @@ def judge(text, gpus):
     """What is wrong with the GPUs of `text`, the answer to --query-gpu=FIELDS; [] for nothing. N/A is not judged."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
     rows = [row for row in rows if len(row) == len(FIELDS) and row[0].isdigit()]
-    wrong = [] if len(rows) >= gpus else [f"{len(rows)} of {gpus} GPUs answer"]
+    wrong = [] if len(rows) >= gpus else [f"{len(rows)} of {gpus} {'GPU answers' if gpus == 1 else 'GPUs answer'}"]
     for index, uncorrected, pending, failure in rows:
         if uncorrected.isdigit() and int(uncorrected):
-            wrong.append(f"GPU {index}: {uncorrected} uncorrectable ECC errors")
+            wrong.append(f"GPU {index}: {uncorrected} uncorrectable ECC error{'' if uncorrected == '1' else 's'}")
         if failure.lower() in ("yes", "1"):
             wrong.append(f"GPU {index}: row remapping failed")
         elif pending.lower() in ("yes", "1"):

@@ -12,7 +12,7 @@ import re
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.phase import main, read
+from ansible.module_utils.phase import counted, main, read
 
 MARK = "# Written by the Ansible role slurm_prolog; changes made here are lost.\n"
 SETUP = "run `runner setup --tags slurm_prolog`"
@@ -162,7 +162,8 @@ def install(phase):
     for path in (os.path.join(want["dir"], name) for name in (*own, MODULE)):
         if path not in texts:
             phase.remove(path)
-    phase.done.append(f"{sum(map(len, parts(want, '').values()))} parts are installed")
+    number = sum(map(len, parts(want, "").values()))
+    phase.done.append(f"{counted(number, 'part')} {'is' if number == 1 else 'are'} installed")
 
 
 def configure(phase):

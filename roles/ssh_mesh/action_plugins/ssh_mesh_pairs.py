@@ -100,5 +100,5 @@ class ActionModule(ActionBase):
         mine = verdicts(found, known, aliases, setup).get(task_vars["inventory_hostname"], [])
         lines = [f"{p['what']}: expected {p['expected']}, found {p['found']} ({p['remedy']})" for p in mine]
         answer.update(changed=False, failed=bool(mine), problems=mine)
-        answer["msg"] = "; ".join(lines) or f"compared {len(found)} nodes"
+        answer["msg"] = "; ".join(lines) or f"compared {len(found)} node{'' if len(found) == 1 else 's'}"
         return answer

@@ -33,7 +33,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.phase import Stop, main, read
+from ansible.module_utils.phase import Stop, counted, main, read
 
 TAG = "shakedown-mesh:"
 _OURS = re.compile(r"^(?P<entry>\S.*\S)\s+" + TAG + r"(?P<name>\S+)\s*$")
@@ -545,7 +545,7 @@ def configure(phase, account=pwd.getpwnam, etc="/etc/ssh"):
         keys = {name: entries for name, entries in ours(text).items() if name in node.members}
         keys.update({one["name"]: [one["public_key"]] for one in seen if one["name"] in node.members})
         phase.write(node.authorized_keys, replaced(text, keys), node.mode_of_keys())
-    phase.done.append(f"{len(pins)} nodes pinned, {len(keys)} keys accepted")
+    phase.done.append(f"{counted(len(pins), 'node')} pinned, {counted(len(keys), 'key')} accepted")
 
 
 def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
@@ -592,7 +592,9 @@ def verify(phase, account=pwd.getpwnam, etc="/etc/ssh"):
         phase.left_to_others(f"ssh to {', '.join(silent)}")
     reached = len(targets) - len(silent)
     phase.facts.update(pairs=pairs, reached=reached, elapsed_s=round(time.monotonic() - started, 2))
-    phase.done.append(f"{reached} of {len(targets)} nodes answer, this one included")
+    phase.done.append(
+        f"{reached} of {counted(len(targets), 'node')} {'answers' if reached == 1 else 'answer'}, this one included"
+    )
 
 
 def spellings(hosts, step):
