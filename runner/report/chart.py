@@ -1,4 +1,4 @@
-"""Static SVG charts for the report: lines with intervals, and strips of points. Pure: they return SVG text.
+"""Static SVG charts for the report: lines with intervals, strips of points, and bars. Pure: they return SVG text.
 
 A chart is drawn for a column of 340 to 600 px: its text stays at least 11 px high on a phone. Colours are CSS
 classes (`c0` … `c6`, `ink`, `grid`) of the page, so that one drawing serves light and dark. Every point
@@ -53,6 +53,17 @@ class Rule:
     title: str
     colour: int | None = None
     x: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar from 0 to `value`, which is written as `text`; `marks` are dashed lines across it, such as a ceiling."""
+
+    name: str
+    value: float
+    text: str
+    colour: int = 0
+    marks: Sequence[Rule] = ()
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,40 @@ def strips(
             ordered = sorted(p.x for p in points)
             middle = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
             parts.append(_line(px(middle), at - 8, px(middle), at + 8, "median", f"{name}: median {middle:.4g}"))
+    return _svg(parts, height, description)
+
+
+def bars(rows: Sequence[Bar], x: Axis, description: str) -> str:
+    """A bar chart as an SVG element: one horizontal bar per row, its value written inside it, or beside a short one.
+
+    The axis must begin at 0. A mark is a vertical line at its `y`, in its own colour.
+    """
+    longest = max((labels.width(row.name, TEXT, bold=False) for row in rows), default=0.0)
+    left = 16 + longest
+    pitch, thick = 34, 20
+    height = TOP + BOTTOM + pitch * max(len(rows), 2)
+    width, bottom = WIDTH - left - RIGHT, height - BOTTOM
+
+    def px(value: float) -> float:
+        return left + width * x.place(value)
+
+    parts = [_line(px(value), TOP, px(value), bottom, "grid") for value, _ in x.ticks]
+    parts += [_text(at, bottom + 17, text, "middle") for at, text in _spaced(x.ticks, px)]
+    parts.append(_text(left + width / 2, height - 6, x.label, "middle"))
+    for index, row in enumerate(rows):
+        top = TOP + pitch * index + (pitch - thick) / 2
+        end, base = px(row.value), top + thick / 2 + 4.5
+        parts.append(_text(left - 8, base, row.name, "end"))
+        parts.append(
+            f'<rect class="bar c{row.colour % COLOURS}" x="{left:.1f}" y="{top:.1f}" width="{end - left:.1f}" '
+            f'height="{thick}"><title>{escape(f"{row.name}: {row.text}")}</title></rect>'
+        )
+        inside = end - left > labels.width(row.text, TEXT) + 14
+        at, anchor = (left + 7, "start") if inside else (end + 7, "start")
+        for mark in row.marks:
+            name = "rule" if mark.colour is None else f"rule c{mark.colour % COLOURS}"
+            parts.append(_line(px(mark.y), top - 5, px(mark.y), top + thick + 5, name, mark.title))
+        parts.append(_text(at, base, row.text, anchor, "within" if inside else "value"))
     return _svg(parts, height, description)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from runner.report import chart
 from runner.report.figures import Figure, Row, node_colours, nodes_text, number
@@ -22,6 +23,9 @@ GLOSSARY = {
     "step_time_s": "One optimizer step, all accumulation included; p50, p95 and MAD (median absolute deviation) "
     "over measured steps.",
     "mfu": "Model FLOP utilisation: useful arithmetic ÷ the GPUs' dense bf16 peak. Recomputation is not counted.",
+    "mfu_of_matmul": "Useful arithmetic ÷ the rate of matrix products of this model's shapes on the same GPUs, taken "
+    "before the first step: what is missing is the trainer's, not the GPU's.",
+    "expected": "What the plan predicts for this model, batch and hardware, before anything ran: docs/sft.md.",
     "gpu_util_pct_mean": "Share of time in which NVML saw a kernel on the GPU, over measured steps. "
     "It does not show how well the kernel used the GPU: compare it with MFU.",
     "peak_memory_gib": "Largest memory of any rank: allocated GPU memory, or resident memory on a CPU.",
@@ -40,6 +44,19 @@ COLUMNS = {
     "MFU, %": "MFU, %",
 }
 
+# How a cell was trained, by what its ranks reported, in the order of the columns.
+USED = {
+    "attention": "attention",
+    "precision": "precision",
+    "recompute": "recompute",
+    "zero_stage": "ZeRO",
+    "batch": "batch",
+    "compile": "compiled",
+    "liger": "Liger",
+    "trainer": "trainer",
+    "source": "settings from",
+}
+
 TERMS = (
     ("tokens_per_s", "tokens/s"),
     ("tokens_per_s_per_gpu", "per GPU"),
@@ -48,6 +65,7 @@ TERMS = (
     ("step_time_s", "step"),
     ("peak_memory_gib", "memory"),
     ("mfu", "MFU"),
+    ("mfu_of_matmul", "of matmul"),
     ("gpu_util_pct_mean", "GPU util"),
 )
 
@@ -56,7 +74,29 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     """One row per cell, without columns that are empty in every cell."""
     rows = _rows(cells)
     shown = " ".join(rows[0]) if rows else ""
-    return [Table(rows, COLUMNS, [(term, text) for term, text in TERMS if text in shown])]
+    found = [Table(rows, COLUMNS, [(term, text) for term, text in TERMS if text in shown])]
+    if used := _used(cells):
+        found.append(Table(used, {}))
+    return found
+
+
+def _used(cells: Sequence[Row]) -> list[dict[str, str]]:
+    """How the cells were trained; one row for cells that were trained alike."""
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for cell in cells:
+        if used := cell.get("used"):
+            row = tuple((title, _word(used.get(key))) for key, title in USED.items())
+            alike.setdefault(row, []).append(cell["id"])
+    rows = [{"cell": " ".join(ids), **dict(row)} for row, ids in alike.items()]
+    if len(rows) == 1:
+        rows[0]["cell"] = "every cell"
+    return without_empty(rows)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
 
 
 def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
@@ -77,6 +117,7 @@ def _rows(cells: Sequence[Row]) -> list[dict[str, str]]:
                 "memory, GiB": cell_number(m, "peak_memory_gib"),
                 "loss": loss,
                 "MFU, %": f"{100 * m['mfu']:.1f}" if "mfu" in m else "",
+                "of matmul, %": f"{100 * m['mfu_of_matmul']:.1f}" if "mfu_of_matmul" in m else "",
                 "GPU util, %": f"{m['gpu_util_pct_mean']:.1f}" if "gpu_util_pct_mean" in m else "",
                 "first step, s": cell_number(m, "time_to_first_step_s"),
                 "took": took(cell),
@@ -129,7 +170,7 @@ def _figures(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row
                 title = f"{short(str(record.host))}, rank {record.rank}: {number(record.value)} GiB"
                 memory.setdefault(str(record.host), []).append(chart.Point(record.value, 0, title))
     where = f"{model}, {nodes_text(nodes)}"
-    figures = []
+    figures = _against_possible(run, groups)
     if any(times.values()):
         axis = chart.linear("seconds", [p.x for points in times.values() for p in points])
         svg = chart.strips([(short(h), points) for h, points in times.items()], axis, f"step times, {where}")
@@ -168,3 +209,46 @@ def _figures(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row
         )
         figures.append(Figure("Peak memory per node, GiB", svg, about))
     return figures
+
+
+def _against_possible(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row]]) -> list[Figure]:
+    """Rates against what the plan predicts, and arithmetic against both ceilings, where ranks had GPUs."""
+    expected = {cell["id"]: cell.get("expected") or {} for cell in run.plan["cells"]}
+    peak = run.plan.get("hardware", {}).get("bf16_peak_tflop_per_s")
+    several = len({model for model, _ in groups}) > 1
+    colours = node_colours(run.summary)
+    rates, flops = [], []
+    for (model, nodes), cells in groups.items():
+        if cells[0]["device"] == "cpu":
+            continue
+        name = f"{model}, {nodes}n" if several else nodes_text(nodes)
+        rate = median(cells, "processed_tokens_per_s_per_gpu")
+        possible = expected[cells[0]["id"]].get("tokens_per_s_per_gpu")
+        if rate is not None and possible:
+            mark = chart.Rule(possible, f"possible by the plan: {number(possible)} tokens/s per GPU")
+            rates.append(chart.Bar(name, rate, f"{number(rate)} ({rate / possible:.0%})", colours[nodes], [mark]))
+        done, matmul = median(cells, "tflop_per_s_per_gpu"), median(cells, "matmul_tflop_per_s")
+        if done is not None and (matmul or peak):
+            marks = [chart.Rule(peak, f"data sheet: {number(peak)} TFLOP/s", 6)] if peak else []
+            if matmul:
+                marks.append(chart.Rule(matmul, f"matrix products measured: {number(matmul)} TFLOP/s"))
+            flops.append(chart.Bar(name, done, number(done), colours[nodes], marks))
+    found = []
+    for title, rows, about in (
+        (
+            "Tokens/s per GPU, of what is possible",
+            rates,
+            "All real tokens. Dashed: what the plan predicts for this configuration, and from what: see the plan.",
+        ),
+        (
+            "Arithmetic, TFLOP/s per GPU",
+            flops,
+            "Useful arithmetic, recomputation not counted. Dashed: the rate of matrix products of this model's shapes, "
+            "measured on these GPUs in this run; grey: the data sheet's dense peak.",
+        ),
+    ):
+        if rows:
+            ends = [*(row.value for row in rows), *(mark.y for row in rows for mark in row.marks)]
+            axis = chart.linear(title.rpartition(", ")[2] if rows is flops else "tokens/s", ends, from_zero=True)
+            found.append(Figure(title, chart.bars(rows, axis, title), about))
+    return found

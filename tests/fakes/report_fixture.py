@@ -65,7 +65,8 @@ def plan(*, model: str, hardware: str, counts: tuple[int, ...], repeats: int, gp
             "world_size": n * gpus,
             "device": device,
             "params": {"steps": 12, "warmup_steps": 2},
-            "batch": {"global_batch": 16 * n * gpus, "micro_batch": 1, "gradient_accumulation": 16},
+            "batch": {"global_batch": 16 * n * gpus, "micro_batch": 4, "gradient_accumulation": 4},
+            "expected": {"tokens_per_s_per_gpu": 12_600.0} if test == "sft" and device == "cuda" else None,
         }
         for test in ("torch", "sft")
         for n in counts
