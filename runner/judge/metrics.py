@@ -60,6 +60,7 @@ def summarise_cell(
         "state": entry.get("state", "incomplete"),
         "took_s": took_s(entry),
         "used": dict(entry.get("used", {})),
+        "chosen": cell.get("chosen", ""),
         "queued_s": queued_s(entry),
         "metrics": {},
         "limits": {},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from runner.plan import speed
 from runner.report import chart
 from runner.report.figures import Figure, Row, node_colours, nodes_text, number
 from runner.report.sections import Charts, Measured, Tile
@@ -25,7 +26,6 @@ GLOSSARY = {
     "mfu": "Model FLOP utilisation: useful arithmetic ÷ the GPUs' dense bf16 peak. Recomputation is not counted.",
     "mfu_of_matmul": "Useful arithmetic ÷ the rate of matrix products of this model's shapes on the same GPUs, taken "
     "before the first step: what is missing is the trainer's, not the GPU's.",
-    "expected": "What the plan predicts for this model, batch and hardware, before anything ran: docs/sft.md.",
     "gpu_util_pct_mean": "Share of time in which NVML saw a kernel on the GPU, over measured steps. "
     "It does not show how well the kernel used the GPU: compare it with MFU.",
     "peak_memory_gib": "Largest memory of any rank: allocated GPU memory, or resident memory on a CPU.",
@@ -50,11 +50,12 @@ USED = {
     "precision": "precision",
     "recompute": "recompute",
     "zero_stage": "ZeRO",
-    "batch": "batch",
+    "micro_batch": "micro-batch",
+    "gradient_accumulation": "accumulation",
     "compile": "compiled",
     "liger": "Liger",
     "trainer": "trainer",
-    "source": "settings from",
+    "optimizer": "optimizer",
 }
 
 TERMS = (
@@ -76,7 +77,8 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     shown = " ".join(rows[0]) if rows else ""
     found = [Table(rows, COLUMNS, [(term, text) for term, text in TERMS if text in shown])]
     if used := _used(cells):
-        found.append(Table(used, {}))
+        chosen = dict.fromkeys(cell["chosen"] for cell in cells if cell.get("chosen"))
+        found.append(Table(used, {}, remark=" ".join(f"Chosen: {text}." for text in chosen)))
     return found
 
 
@@ -143,7 +145,9 @@ def tiles(run: Measured) -> list[Tile]:
             note = f"{nodes_text(nodes)} against {row['base_nodes']}"
             tiles.append(Tile("scaling efficiency", f"{100 * row['efficiency']:.1f} %", note, row["verdict"]))
     if (mfu := median(cells, "mfu")) is not None:
-        tiles.append(Tile("MFU", f"{100 * mfu:.1f} %", where))
+        of_matmul = median(cells, "mfu_of_matmul")
+        note = where if of_matmul is None else f"{where}, {100 * of_matmul:.0f} % of the matmul rate"
+        tiles.append(Tile("MFU", f"{100 * mfu:.1f} %", note))
     if (util := median(cells, "gpu_util_pct_mean")) is not None:
         tiles.append(Tile("GPU utilisation", f"{util:.1f} %", where))
     return tiles
@@ -170,7 +174,7 @@ def _figures(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row
                 title = f"{short(str(record.host))}, rank {record.rank}: {number(record.value)} GiB"
                 memory.setdefault(str(record.host), []).append(chart.Point(record.value, 0, title))
     where = f"{model}, {nodes_text(nodes)}"
-    figures = _against_possible(run, groups)
+    figures = [*_against_plan(run, groups), *_arithmetic(run, groups)]
     if any(times.values()):
         axis = chart.linear("seconds", [p.x for points in times.values() for p in points])
         svg = chart.strips([(short(h), points) for h, points in times.items()], axis, f"step times, {where}")
@@ -211,44 +215,54 @@ def _figures(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row
     return figures
 
 
-def _against_possible(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row]]) -> list[Figure]:
-    """Rates against what the plan predicts, and arithmetic against both ceilings, where ranks had GPUs."""
-    expected = {cell["id"]: cell.get("expected") or {} for cell in run.plan["cells"]}
-    peak = run.plan.get("hardware", {}).get("bf16_peak_tflop_per_s")
+def _bars(title: str, rows: Sequence[chart.Bar], about: str) -> list[Figure]:
+    if not rows:
+        return []
+    ends = [*(row.value for row in rows), *(mark.y for row in rows for mark in row.marks)]
+    return [Figure(title, chart.bars(rows, chart.linear("", ends, from_zero=True), title), about)]
+
+
+def _names(groups: Iterable[tuple[str | None, int]]) -> dict[tuple[str | None, int], str]:
     several = len({model for model, _ in groups}) > 1
-    colours = node_colours(run.summary)
-    rates, flops = [], []
-    for (model, nodes), cells in groups.items():
-        if cells[0]["device"] == "cpu":
-            continue
-        name = f"{model}, {nodes}n" if several else nodes_text(nodes)
-        rate = median(cells, "processed_tokens_per_s_per_gpu")
-        possible = expected[cells[0]["id"]].get("tokens_per_s_per_gpu")
-        if rate is not None and possible:
-            mark = chart.Rule(possible, f"possible by the plan: {number(possible)} tokens/s per GPU")
-            rates.append(chart.Bar(name, rate, f"{number(rate)} ({rate / possible:.0%})", colours[nodes], [mark]))
+    return {(model, n): f"{model}, {n}n" if several else nodes_text(n) for model, n in groups}
+
+
+def _against_plan(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row]]) -> list[Figure]:
+    """Rates against what the plan predicts, where it can."""
+    expected = {cell["id"]: cell.get("expected") or {} for cell in run.plan["cells"]}
+    names, colours, rows, notes = _names(groups), node_colours(run.summary), [], []
+    for key, cells in groups.items():
+        rate, plan = median(cells, "positions_per_s_per_gpu"), expected[cells[0]["id"]]
+        if rate is not None and plan:
+            possible = plan["positions_per_s_per_gpu"]
+            mark = chart.Rule(possible, f"the plan predicts {number(possible)} positions/s per GPU")
+            rows.append(
+                chart.Bar(names[key], rate, f"{number(rate)} ({100 * rate / possible:.0f} %)", colours[key[1]], [mark])
+            )
+            notes += [f"{names[key]}: {speed.bound_by(plan)}.", f"Rates {plan['rate_source']}."]
+    about = "Everything that is computed, padding included. Dashed: the plan's prediction. "
+    return _bars("Rate against the plan, positions/s per GPU", rows, about + " ".join(dict.fromkeys(notes)))
+
+
+def _arithmetic(run: Measured, groups: Mapping[tuple[str | None, int], Sequence[Row]]) -> list[Figure]:
+    """Useful arithmetic against both ceilings, where ranks had GPUs."""
+    peak = run.plan.get("hardware", {}).get("bf16_peak_tflop_per_s")
+    names, colours, rows, measured = _names(groups), node_colours(run.summary), [], []
+    for key, cells in groups.items():
         done, matmul = median(cells, "tflop_per_s_per_gpu"), median(cells, "matmul_tflop_per_s")
-        if done is not None and (matmul or peak):
-            marks = [chart.Rule(peak, f"data sheet: {number(peak)} TFLOP/s", 6)] if peak else []
-            if matmul:
-                marks.append(chart.Rule(matmul, f"matrix products measured: {number(matmul)} TFLOP/s"))
-            flops.append(chart.Bar(name, done, number(done), colours[nodes], marks))
-    found = []
-    for title, rows, about in (
-        (
-            "Tokens/s per GPU, of what is possible",
-            rates,
-            "All real tokens. Dashed: what the plan predicts for this configuration, and from what: see the plan.",
-        ),
-        (
-            "Arithmetic, TFLOP/s per GPU",
-            flops,
-            "Useful arithmetic, recomputation not counted. Dashed: the rate of matrix products of this model's shapes, "
-            "measured on these GPUs in this run; grey: the data sheet's dense peak.",
-        ),
-    ):
-        if rows:
-            ends = [*(row.value for row in rows), *(mark.y for row in rows for mark in row.marks)]
-            axis = chart.linear(title.rpartition(", ")[2] if rows is flops else "tokens/s", ends, from_zero=True)
-            found.append(Figure(title, chart.bars(rows, axis, title), about))
-    return found
+        if cells[0]["device"] != "cpu" and done is not None and matmul is not None:
+            marks = [chart.Rule(matmul, f"matrix products: {number(matmul)} TFLOP/s")]
+            marks += [chart.Rule(peak, f"data sheet: {number(peak)} TFLOP/s", 6)] if peak else []
+            rows.append(
+                chart.Bar(names[key], done, f"{number(done)} ({100 * done / matmul:.0f} %)", colours[key[1]], marks)
+            )
+            measured.append(matmul)
+    if not rows:
+        return []
+    low, high = number(min(measured)), number(max(measured))
+    rate = low if low == high else f"{low} to {high}"
+    about = (
+        "Useful arithmetic, recomputation not counted. Dashed: the rate of matrix products in this model's shapes, "
+        f"measured on the same GPUs: {rate}." + (f" Grey: the data sheet's dense peak, {number(peak)}." if peak else "")
+    )
+    return _bars("Arithmetic, TFLOP/s per GPU", rows, about)

@@ -16,9 +16,9 @@ from runner.system.wording import took_text
 class Table:
     """A table of a test's cells: `rows` are texts by column name, which includes the unit.
 
-    `columns` maps the columns that a terminal shows too to their shorter names there. `terms` are (glossary term,
-    text) of the columns that the glossary explains; `remark` follows them. `note` is printed above the table. In the
-    columns `faults`, any value but 0 is highlighted.
+    `columns` maps the columns that a terminal shows too to their shorter names there; without any it shows no table.
+    `terms` are (glossary term, text) of the columns that the glossary explains; `remark` follows them. `note` is
+    printed above the table. In the columns `faults`, any value but 0 is highlighted.
     """
 
     rows: Sequence[Mapping[str, str]]

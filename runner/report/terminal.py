@@ -20,7 +20,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
         return tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, colalign=("left",))
 
     parts = []
-    for shown in (shown for tables in sections.tables(summary).values() for shown in tables):
+    for shown in (shown for tables in sections.tables(summary).values() for shown in tables if shown.columns):
         if shown.note:
             parts.append(_wrapped(shown.note))
         columns = shown.columns

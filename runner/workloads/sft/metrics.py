@@ -90,6 +90,7 @@ def summarise(
         metrics["tokens_per_s_per_gpu"] = metrics["tokens_per_s"] / cell["world_size"]
         metrics["processed_tokens_per_s"] = processed
         metrics["processed_tokens_per_s_per_gpu"] = processed / cell["world_size"]
+        metrics["positions_per_s_per_gpu"] = sum(step.positions for step in measured) / total_s / cell["world_size"]
         metrics["step_time_s_p50"] = statistics.median(times)
         metrics["step_time_s_p95"] = quantile(times, 0.95)
         metrics["step_time_s_mad"] = spread(times)

@@ -248,7 +248,7 @@ def test_a_tests_report_module_offers_a_section(name: str) -> None:
     assert section.TITLE and re.fullmatch("[a-z]+", section.ANCHOR)
     fixture = report_fixture.healthy((1, 2))
     summary = analysis.summarise(*fixture.arguments)
-    (table,) = sections.tables(summary)[name]
+    table = sections.tables(summary)[name][0]
     assert set(table.columns) & set(table.rows[0]) and {term for term, _ in table.terms} <= set(section.GLOSSARY)
     nobody = sections.Measured(name, fixture.plan, {**summary, "cells": []}, {}, str)
     assert section.tiles(nobody) == [] and section.charts(nobody) == sections.Charts()
@@ -345,3 +345,49 @@ def test_the_page_has_the_nodes_names_beside_their_aliases_and_the_time_that_eac
     assert "150 s" not in markdown and re.search(r"^\| torch-1n-r1 .*\| 2 min \|$", markdown, re.MULTILINE)
     broken, _ = written(tmp_path, report_fixture.broken())
     assert "node003 (fukushimadc-02-hgx-0003): rank19 died" in broken
+
+
+def test_rates_are_drawn_against_the_plan_and_arithmetic_against_both_ceilings(tmp_path: Path) -> None:
+    html, _ = written(tmp_path, report_fixture.healthy())
+    words = Page(html).words
+    assert "1 node: bound by GPU" in words and "assumed from one H200, not measured here" in words
+    assert "the plan predicts 12,900 positions/s per GPU" in html and "matrix products: 7" in html
+    assert "data sheet: 989 TFLOP/s" in html and "% of the matmul rate" in words
+
+
+def cells_of(html: str) -> str:
+    """The page's words, with a blank between the cells of a table."""
+    return " ".join(re.sub(r"<[^>]*>", " ", html).split())
+
+
+def test_the_page_says_with_what_cells_were_trained(tmp_path: Path) -> None:
+    fixture = report_fixture.healthy(counts=(1, 2), repeats=1)
+    html, _ = written(tmp_path, fixture)
+    words = cells_of(html)
+    assert "every cell varlen bf16 none 3 4 4 no loss fast AdamW fused" in words and report_fixture.CHOSEN in words
+    last = next(cell for cell in fixture.plan["cells"] if cell["test"] == "sft" and cell["num_nodes"] == 2)
+    fixture.status["cells"][last["id"]]["used"]["attention"] = "sdpa"
+    words = cells_of(written(tmp_path, fixture)[0])
+    assert f"{last['id']} sdpa bf16" in words and "every cell" not in words
+
+
+def test_a_run_of_an_earlier_version_has_neither(tmp_path: Path) -> None:
+    fixture = report_fixture.healthy(counts=(1,), repeats=1)
+    for cell in fixture.plan["cells"]:
+        del cell["expected"], cell["chosen"]
+    for entry in fixture.status["cells"].values():
+        entry.pop("used")
+    fixture.records = [record for record in fixture.records if record.metric != "matmul_tflop_per_s"]
+    html, _ = written(tmp_path, fixture)
+    assert "Rate against the plan" not in html and "Arithmetic, TFLOP/s" not in html and "Chosen" not in html
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8), st.floats(0, 2e6))
+def test_a_bar_and_its_text_stay_in_the_chart(values: list[float], ceiling: float) -> None:
+    rows = [
+        chart.Bar(f"{i} nodes", value, f"{value:,.0f}", i, [chart.Rule(ceiling, "c")]) for i, value in enumerate(values)
+    ]
+    svg = chart.bars(rows, chart.linear("", [*values, ceiling], from_zero=True), "bars")
+    drawn = re.findall(r'<rect class="bar c\d" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
+    assert len(drawn) == len(values)
+    assert all(float(x) + float(width) <= chart.WIDTH for x, width in drawn)
