@@ -39,6 +39,7 @@ def estimate(
     )
     if zero is None or kind not in _ADAM or halved:
         return None
+    recompute = params.get("recompute", "auto")  # plans of earlier versions left that to the ranks
     accumulated = section(deepspeed, "data_types").get("grad_accum_dtype")
     found = memory_estimate(
         model,
@@ -47,7 +48,7 @@ def estimate(
         micro_batch,
         hardware["gpu_memory_gib"],
         zero.stage,
-        recompute=params["recompute"],
+        recompute="full" if recompute == "auto" else recompute,
         inputs_offloaded=bool(section(deepspeed, "activation_checkpointing").get("cpu_checkpointing")),
         fused_loss=str(params["liger"]).lower() != "false",
         # DeepSpeed accumulates in bf16 unless it is given fp32. ZeRO-3's step adds fp32 copies, a group at a time.

@@ -366,4 +366,7 @@ def test_plans_carry_the_prediction_and_older_ones_load_without(cluster):
     assert Plan.from_dict(data).cells[0].expected == built.cells[0].expected is not None
     for cell in data["cells"]:
         del cell["expected"], cell["chosen"]
-    assert Plan.from_dict(data).cells[0].expected is None
+        cell["params"]["recompute"] = "auto"
+    older = Plan.from_dict(data)
+    assert older.cells[0].expected is None and memory.of_cell(older, older.cells[0]).fits
+    assert "speed" not in describe.describe(older, nodeset.fold)
