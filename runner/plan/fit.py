@@ -55,7 +55,7 @@ def settle(request: Request, params: Mapping[str, Any], shape: Shape) -> tuple[d
         return least, ""
     sequences = [batch.micro_batch * batch.gradient_accumulation for batch in batches.values()]
     micros = [m for m in MICRO_BATCHES if all(s % m == 0 for s in sequences)] if open_batch else [micro]
-    found: list[tuple[float, float, dict[str, Any]]] = []
+    found: list[tuple[Prediction, float, dict[str, Any]]] = []
     fitting = 0
     for recompute in RECOMPUTE if open_recompute else [params["recompute"]]:
         for each in micros:
@@ -64,12 +64,15 @@ def settle(request: Request, params: Mapping[str, Any], shape: Shape) -> tuple[d
             if need is None:
                 continue
             fitting += need <= FILL
-            rate = _predicted(request, tried, shape, max(request.node_counts)) if need <= FILL else None
-            if rate is not None:
-                found.append((rate.positions_per_s_per_gpu, need, tried))
+            predicted = _predicted(request, tried, shape, max(request.node_counts)) if need <= FILL else None
+            if predicted is not None:
+                found.append((predicted, need, tried))
+    # What was measured is not compared with assumptions.
+    found = [each for each in found if each[0].rate_source != speed.ASSUMED] or found
     if found:
-        best = max(rate for rate, _, _ in found)
-        _, _, chosen = min(found, key=lambda each: each[1] if each[0] >= TIE * best else float("inf"))
+        best = max(each.positions_per_s_per_gpu for each, _, _ in found)
+        as_fast = [each for each in found if each[0].positions_per_s_per_gpu >= TIE * best]
+        _, _, chosen = min(as_fast, key=lambda each: each[1])
         why = f"fastest by prediction of {counted(len(found), 'choice')} that fit"
     else:
         chosen, why = {**least, "micro_batch": 1} if open_batch else least, "needs least memory"

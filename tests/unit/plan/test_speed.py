@@ -265,6 +265,14 @@ def test_recompute_that_is_given_is_kept(cluster, recompute):
     )
 
 
+def test_what_was_measured_is_chosen_from_where_something_was(cluster):
+    """Micro-batch 4 is the fastest by the assumption; here 2 was measured to be as fast, and 1 to be slow."""
+    rates = tuple(Rate(micro, "none", 3, rate, "runner tune") for micro, rate in ((1, 6000.0), (2, 11_000.0)))
+    cell = cells(cluster, model="llama-2-7b", rates=rates)[0]
+    assert cell.batch.micro_batch == 2 and cell.expected.rate_source == "runner tune"
+    assert cells(cluster, model="llama-2-7b", rates=rates, settings=["sft.micro_batch=8"])[0].batch.micro_batch == 8
+
+
 def test_every_cell_of_a_sweep_does_the_same_work_on_a_gpu(cluster):
     """Chosen so that it fits on the fewest nodes, where each GPU has the most of the model's states."""
     small = {"hardware": {**H200, "gpu_memory_gib": 100.0}, "settings": ["sft.recompute=none"]}
