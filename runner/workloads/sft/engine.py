@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.workloads.job import RankJob
-from runner.workloads.sft import versions
+from runner.workloads.sft import float8, layers, versions
 from runner.workloads.sft.attention import Attention
 from runner.workloads.sft.model import build_model
 from runner.workloads.sft.resolve import Settings
@@ -40,10 +40,7 @@ def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
     torch.manual_seed(job.seed)
     config = optimizer_for(settings.deepspeed, versions.has_fused_adamw(job.device))
     alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3
-    if settings.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
+    _use_liger(settings.liger)
     model = build_model(
         job.model or {},
         attention=attention.register(),
@@ -52,9 +49,12 @@ def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
         seed=job.seed,
     )
     del alive
-    recompute = job.params.get("recompute", "full")
-    if recompute != "none":
-        model._set_gradient_checkpointing(True, versions.checkpoint(config))
+    if settings.fp8_recipe:
+        float8.require_gpu(settings.fp8_recipe)
+        float8.convert(model, settings.fp8_recipe)
+    layers.arrange(
+        model, recomputed=settings.recompute, compiled=settings.compile, checkpoint=versions.checkpoint(config)
+    )
     model.train()
     size = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     total = sum(size.values())
@@ -66,19 +66,17 @@ def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
         "model_parameters_non_embedding": total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel())),
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    if job.params.get("compile", False):
-        engine.compile()
     used = {
         "trainer": "reference" if settings.plain else "fast",
         "attention": attention.name,
         "attention_detail": attention.detail,
-        "precision": PRECISIONS[settings.dtype],
-        "recompute": recompute,
+        "precision": f"fp8 {settings.fp8_recipe}" if settings.fp8_recipe else PRECISIONS[settings.dtype],
+        "recompute": settings.recompute,
         "zero_stage": engine.zero_optimization_stage(),
         "micro_batch": settings.micro_batch,
         "gradient_accumulation": settings.gradient_accumulation,
-        "compile": bool(job.params.get("compile", False)),
-        "liger": "all" if settings.liger else "none",
+        "compile": settings.compile,
+        "liger": settings.liger,
         "optimizer": optimizer_name(engine),
     }
     return Built(engine, attention.flat, counts, used)
@@ -91,6 +89,18 @@ def optimizer_name(engine: Any) -> str:
         optimizer = optimizer.optimizer
     fused = any(group.get("fused") for group in getattr(optimizer, "param_groups", ()))
     return type(optimizer).__name__ + (" fused" if fused else "")
+
+
+def _use_liger(kernels: str) -> None:
+    """Replace functions of transformers by Liger's kernels: `all`, only the `loss` with its projection, or `none`."""
+    if kernels == "none":
+        return
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    if kernels == "all":
+        apply_liger_kernel_to_llama()
+    else:
+        apply_liger_kernel_to_llama(rope=False, rms_norm=False, swiglu=False)
 
 
 def optimizer_for(config: Mapping[str, Any], fused: bool) -> dict[str, Any]:

@@ -8,10 +8,12 @@ every micro-batch's sum is divided by the same count.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
-from runner.workloads.sft import versions
+from runner.workloads.sft import layers, versions
 from runner.workloads.sft.data import PackedData
 from runner.workloads.sft.model import inputs, labels, token_loss
 from runner.workloads.sft.resolve import Settings, resolve
@@ -46,7 +48,7 @@ def run(job: RankJob, events: Events) -> None:
     model = job.model or {}
     # Otherwise DeepSpeed searches for accelerators, and prints what it finds.
     os.environ.setdefault("DS_ACCELERATOR", job.device)
-    if not job.params.get("compile", False):
+    if not settings.compile:
         # DeepSpeed decorates an optimizer that is not used here, which imports the whole compiler (1.3 s).
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     total_steps = settings.warmup_steps + settings.steps
@@ -60,6 +62,8 @@ def run(job: RankJob, events: Events) -> None:
 
     imported_s = process_age_s()
     deepspeed.utils.logger.setLevel("WARNING")
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports it, which tells what else it could use
+        logging.getLogger(name).setLevel("ERROR")
     # DeepSpeed uses names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     device = torch.device(job.device)
@@ -76,15 +80,16 @@ def run(job: RankJob, events: Events) -> None:
     )
     deepspeed.init_distributed(dist_backend=job.comm_backend, timeout=PATIENCE, verbose=False)
     try:
-        rate = matmul.tflop_per_s(model, settings.micro_batch * data.seq_len, device, dtype)
-        events.value("matmul_tflop_per_s", rate)
-        connected_s = process_age_s()
-        built = engine.build(job, settings, chosen)
-        if events.rank == 0:
-            events("used", **built.used)
-            events.value("import_time_s", imported_s)
-            events.value("build_time_s", process_age_s() - connected_s)
-        _train(job, settings, data, built, dtype, events)
+        with layers.compiling() if settings.compile else nullcontext():
+            rate = matmul.tflop_per_s(model, settings.micro_batch * data.seq_len, device, dtype)
+            events.value("matmul_tflop_per_s", rate)
+            connected_s = process_age_s()
+            built = engine.build(job, settings, chosen)
+            if events.rank == 0:
+                events("used", **built.used)
+                events.value("import_time_s", imported_s)
+                events.value("build_time_s", process_age_s() - connected_s)
+            _train(job, settings, data, built, dtype, events)
     except torch.cuda.OutOfMemoryError as error:
         raise UsageError(
             f"out of GPU memory with {settings.micro_batch} × {data.seq_len} tokens a micro-batch on "
@@ -109,7 +114,7 @@ def _train(
     on_gpu = job.device == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     total_steps = settings.warmup_steps + settings.steps
-    loss_of = torch.compile(token_loss) if job.params.get("compile", False) else token_loss
+    loss_of = torch.compile(token_loss) if settings.compile else token_loss
     squares = lengths = 0
 
     for step in range(total_steps):
@@ -129,7 +134,9 @@ def _train(
         for batch in batches:
             arguments = inputs(batch, flat=flat, device=engine.device, dtype=dtype)
             expected = labels(batch, flat=flat, device=engine.device)
-            if settings.liger:  # computes it with the output layer, so that the logits are never in memory
+            if settings.compile:
+                layers.mark_dynamic(arguments)
+            if settings.liger != "none":  # computes it with the output layer, so that the logits are never in memory
                 loss = engine(**arguments, labels=expected, num_items_in_batch=share).loss
             else:
                 loss = loss_of(engine(**arguments).logits, expected, share)

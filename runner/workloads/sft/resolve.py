@@ -23,7 +23,10 @@ class Settings:
     gradient_accumulation: int
     attention: str  # as it was asked for: what `auto` is depends on the GPU
     plain: bool  # DeepSpeed and Transformers alone
-    liger: bool
+    liger: str  # "all", "loss" or "none"
+    recompute: str  # "none", "selective" or "full"
+    compile: bool
+    fp8_recipe: str | None  # None: no products in 8 bits
     dtype: str  # a name in torch
     deepspeed: Mapping[str, Any]
 
@@ -48,6 +51,10 @@ def resolve(job: RankJob) -> Settings:
     if params.get("lr") is not None and "optimizer" in config:
         optimizer = config["optimizer"]
         config = {**config, "optimizer": {**optimizer, "params": {**optimizer.get("params", {}), "lr": params["lr"]}}}
+    fp8_recipe = _fp8_recipe(params, job.device)
+    # Layers in 8 bits are slow unless they are compiled, and keep weights that ZeRO-3 has released.
+    compiled = bool(params.get("compile", False)) or fp8_recipe is not None
+    plain = params.get("trainer", "fast") == "reference"
     dtypes = {"bf16": "bfloat16", "fp16": "float16"}
     return Settings(
         steps=params["steps"],
@@ -55,16 +62,32 @@ def resolve(job: RankJob) -> Settings:
         micro_batch=micro,
         gradient_accumulation=accumulation,
         attention=params.get("attention", "auto"),
-        plain=(plain := params.get("trainer", "fast") == "reference"),
-        liger=not plain and _liger(str(params.get("liger", "auto")).lower(), job.device),
+        plain=plain,
+        liger="none" if plain else _liger(str(params.get("liger", "auto")).lower(), job.device, compiled),
+        recompute=params.get("recompute", "full"),
+        compile=compiled,
+        fp8_recipe=fp8_recipe,
         dtype=next((dtypes[key] for key in dtypes if config.get(key, {}).get("enabled")), "float32"),
         deepspeed=config,
     )
 
 
-def _liger(requested: str, device: str) -> bool:
+def _liger(requested: str, device: str, compiled: bool) -> str:
     installed = importlib.util.find_spec("liger_kernel") is not None
     if requested == "true" and not (device == "cuda" and installed):
         need = "the package liger-kernel, which is not installed" if device == "cuda" else "a GPU"
         raise UsageError(f"sft.liger=true needs {need}; leave it on auto")
-    return requested != "false" and device == "cuda" and installed
+    if requested == "false" or device != "cuda" or not installed:
+        return "none"
+    # torch.compile fuses what Liger does inside layers, and fails to compile Liger's kernels there.
+    return "loss" if compiled else "all"
+
+
+def _fp8_recipe(params: Mapping[str, Any], device: str) -> str | None:
+    if params.get("precision", "auto") != "fp8":
+        return None
+    if device != "cuda":
+        raise UsageError("sft.precision=fp8 needs a GPU; leave it on auto")
+    if importlib.util.find_spec("torchao") is None:
+        raise UsageError("sft.precision=fp8 needs the package torchao, which is not installed; leave it on auto")
+    return str(params.get("fp8_recipe", "tensorwise"))

@@ -28,7 +28,8 @@ class SftTest(ConfigFile):
     `samples` counts rows of the dataset, `seq_len` tokens, `global_batch` and `micro_batch` packed sequences. The
     planner decides an `auto` of `recompute`: which activations the backward pass computes again instead of keeping.
     An `auto` of `attention` is decided on the GPU (`attention.KINDS`). The trainer `reference` is DeepSpeed and
-    Transformers alone: what `fast` learns is held against it.
+    Transformers alone: what `fast` learns is held against it. `precision` is that of matrix products; auto: the
+    DeepSpeed file's.
     """
 
     steps: PositiveInt
@@ -43,7 +44,9 @@ class SftTest(ConfigFile):
     gradient_accumulation: PositiveInt | None
     trainer: Literal["fast", "reference"]
     attention: Literal["auto", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager"]
-    recompute: Literal["auto", "none", "full"]
+    recompute: Literal["auto", "none", "selective", "full"]
+    precision: Literal["auto", "fp8"]
+    fp8_recipe: Literal["tensorwise", "rowwise"]
     liger: Literal["auto", "true", "false"]
     compile: bool
     timeout_s: PositiveFloat

@@ -53,7 +53,9 @@ def test_a_batch_that_does_not_multiply_is_refused():
 
 
 def test_what_needs_a_gpu_is_refused_without_one():
-    assert resolve.resolve(job()).liger is False
+    assert resolve.resolve(job()).liger == "none"
+    with pytest.raises(UsageError, match=r"sft\.precision=fp8 needs a GPU"):
+        resolve.resolve(job(precision="fp8"))
     with pytest.raises(UsageError, match="liger=true needs a GPU"):
         resolve.resolve(job(liger="true"))
 
