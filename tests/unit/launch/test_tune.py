@@ -198,6 +198,7 @@ def test_the_bounds_of_probes_and_minutes_hold(nodes):
 
 
 def test_what_is_held_is_neither_tried_nor_kept(nodes):
+    assert nodes.plan().tuned.held == {}  # by the files that come with the product
     task = nodes.task("sft.recompute=full", "deepspeed.zero_optimization.stage=3")
     assert task.space.recompute == ["full"] and not task.space.stages
     ended = nodes.tune("sft.recompute=full", "deepspeed.zero_optimization.stage=3", minutes=1000, probes=30)
