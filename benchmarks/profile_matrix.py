@@ -266,11 +266,10 @@ def report(outcomes: list[Outcome], arguments: str, seconds: float) -> tuple[str
         good &= max(rounding.values()) <= MOST_ROUNDING
         lines += [
             "",
-            f"Rounding alone: `{first.profile}` with attention computed in another way (eager instead of sdpa) is "
-            + ", ".join(f"{part:.3%} apart ({start})" for start, part in rounding.items())
-            + f", at most {MOST_ROUNDING:.1%}.",
-            f"The learning rate is {LEARNING_RATE:g}. With the tiny model's own, 0.003, the loss jumps at step 13,",
-            "and this rounding alone makes 1.2 % of it.",
+            f"Rounding alone: `{first.profile}` with attention computed in another way, eager instead of sdpa, is",
+            " and ".join(f"{part:.3%} ({start})" for start, part in rounding.items())
+            + f" apart, at most {MOST_ROUNDING:.1%}. The learning rate is {LEARNING_RATE:g}: with the tiny model's",
+            "own, 0.003, the loss jumps at step 13, and this rounding alone makes 1.2 % of it.",
         ]
     if with_stand_ins := [f"`{outcome.profile}`" for outcome in outcomes if outcome.stand_ins]:
         lines += [
