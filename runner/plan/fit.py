@@ -30,7 +30,7 @@ ERROR = 0.15  # of the estimate, which is added there to what grows with the bat
 MOST_NODES = 1024  # the largest number of nodes that is tried as one that fits
 MICRO_BATCHES = range(1, 9)  # sequences: more gain less than the prediction's error
 TIE = 0.98  # of the best rate: no difference; then what needs less memory is chosen
-RECOMPUTE = ("none", "full")  # in the order in which they cost time
+RECOMPUTE = ("none", "full")  # in the order in which they cost time; what "selective" costs, tuning measures
 
 
 def shape_of(nodes: Sequence[Node], gpus_per_node: int) -> Shape:

@@ -42,8 +42,9 @@ HOST_ZERO3_S = 0.0119
 HOST_RECOMPUTED = 1.56  # times that where a layer's forward pass is run again
 # GPU and host work beside each other, though not perfectly: t = (gpu^p + host^p)^(1/p).
 BESIDE = 2.6
-# Of the FLOP and the bytes of the layers' forward pass, how much is computed again; selective: what is no product.
-RECOMPUTED = {"none": 0.0, "selective": 0.1, "full": 1.0}
+# The share that is computed again of the FLOP of the layers' forward pass, and of what is no product, of which that
+# pass has a third. With "full" no more of the latter was measured; "selective" is assumed.
+RECOMPUTED = {"none": (0.0, 0.0), "selective": (0.0, 1 / 3), "full": (1.0, 0.0)}
 NIC_OF_WIRE = 0.91  # 91 of 100 GB/s of 2 × 400 Gbit/s
 GATHER_OF_NVLINK = 0.75  # all-gather 361 and reduce-scatter 363 where all-reduce gives 480 GB/s
 HOST_LINK_GB_PER_S = 50  # of one GPU: 52–55 measured
@@ -229,13 +230,13 @@ def _step(
 
 def _gpu_s_per_token(model: Mapping[str, Any], hardware: Mapping[str, Any], params: Mapping[str, Any]) -> float:
     peak, memory = hardware["bf16_peak_tflop_per_s"] * 1e12, hardware["hbm_gb_per_s"] * 1e9
-    count, again = limits.parameters(model), RECOMPUTED[params["recompute"]]
+    count, (again, passed_again) = limits.parameters(model), RECOMPUTED[params["recompute"]]
     in_layers = count.total - count.embedding - count.head
     masked = params.get("attention") in ("sdpa", "eager")
     length = 0 if masked else min(SAMPLE_TOKENS, params["seq_len"])
     flop = limits.flops_per_token(model, length, causal=True) + 2 * in_layers * again
     matmul = MATMUL_OF_PEAK * peak * (FP8_SPEEDUP if params.get("precision") == "fp8" else 1.0)
-    passed = PASSED_BYTES * model["num_layers"] * model["hidden_size"]
+    passed = PASSED_BYTES * (1 + passed_again) * model["num_layers"] * model["hidden_size"]
     whole = 12 * model["num_layers"] * model["hidden_size"] * params["seq_len"] * (1 + again / 3) if masked else 0.0
     return flop / matmul + passed / memory + whole / (MASKED_OF_PEAK * peak)
 

@@ -74,6 +74,15 @@ def test_one_sequence_is_bound_by_the_host_under_zero_3_and_four_are_not():
         assert [each.binds for each in found] == ["host", "GPU"]
 
 
+def test_what_is_computed_again_costs_time_in_the_order_of_what_it_saves():
+    found = [
+        predict(model, H200, Shape(8, None), zero(3), params(recompute=recompute), Batch(128, 4, 4), 1).step_s
+        for model in (SEVEN, ONE)
+        for recompute in ("none", "selective", "full")
+    ]
+    assert found[:3] == sorted(found[:3]) and found[3:] == sorted(found[3:]) and len(set(found)) == 6
+
+
 # --- 7B, 1,024 sequences, on 8 nodes of 2 × 400 Gbit/s ------------------------------------------------
 
 
