@@ -1,0 +1,202 @@
+"""What only a machine with a GPU can show, in one command within eight minutes.
+
+    python benchmarks/gpu.py                # into $OUT, or else benchmarks/results
+    python benchmarks/gpu.py --cpu          # the same with a tiny model, where there is no GPU: that it works
+
+The tests marked `gpu`, then benchmarks/sft_speed.py with half of the time, then `runner bench` of a 7B on this
+machine. Each part has a limit of its own and a page of its own, named after the card, which is written as soon as the
+part ends (that of sft_speed.py after each of its processes). The project and pytest must be installed for the Python
+that runs this, nothing else; TRL where its arm is wanted. The exit code is 1 where a part failed or had no time, and 2
+without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.node import sampler
+from runner.system import process
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS_S = 100.0  # for the tests, at most
+GRACE_S = 10.0  # for a part to end after its limit
+# Of the cell, in this order where they were measured.
+METRICS = (
+    "processed_tokens_per_s", "tokens_per_s", "step_time_s_p50", "steps_measured", "mfu", "mfu_of_matmul",
+    "matmul_tflop_per_s", "tflop_per_s_per_gpu", "gpu_util_pct_mean", "peak_memory_gib", "setup_time_s",
+    "time_to_first_step_s", "loss_first", "loss_last", "packing_utilisation_pct",
+)  # fmt: skip
+
+
+def run(argv: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+    """(exit status, stdout) of a command whose stderr is shown as it comes; None where it was ended after `limit_s`."""
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        stdout, _ = child.communicate(timeout=limit_s)
+        return child.returncode, stdout
+    except subprocess.TimeoutExpired:
+        process.stop_group(child, GRACE_S)
+        return None, child.communicate()[0]
+    except BaseException:  # Ctrl-C
+        process.stop_group(child, GRACE_S)
+        raise
+
+
+def tests(limit_s: float, scratch: Path) -> tuple[str, bool]:
+    """(The page of the tests that need a GPU, whether none failed)."""
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    outcomes = scratch / "outcomes.xml"
+    # The versions here may be others than those of the project's own tests, whose warnings are errors.
+    argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "filterwarnings=", f"--junitxml={outcomes}"]
+    rc, stdout = run([*argv, *(str(path) for path in files)], limit_s)
+    lines = ["| test | outcome | s |", "| --- | --- | ---: |", *rows_of_tests(outcomes)]
+    if len(lines) == 2:
+        return f"Nothing ran: {ending(rc, stdout, limit_s)}\n", False
+    return "\n".join([*lines, "", f"{ending(rc, stdout, limit_s)}\n"]), rc == 0
+
+
+def rows_of_tests(outcomes: Path) -> list[str]:
+    """A row of the table for each test in pytest's XML; none where it was not written."""
+    if not outcomes.exists():
+        return []
+    rows = []
+    for case in ElementTree.parse(outcomes).iter("testcase"):
+        bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        outcome = "passed" if bad is None else f"{bad.tag}: {' '.join(bad.get('message', '').split())[:200]}"
+        rows.append(f"| `{case.get('name')}` | {outcome.replace('|', '/')} | {float(case.get('time', 0)):.1f} |")
+    return rows
+
+
+def ending(rc: int | None, stdout: str, limit_s: float) -> str:
+    """How a command ended, in a sentence."""
+    if rc is None:
+        return f"Ended after {limit_s:.0f} s, the time that it had."
+    last = (stdout.strip().splitlines() or [""])[-1].strip("= ")
+    return f"Exit code {rc}{f': {last}' if last else ''}."
+
+
+def bench(cpu: bool, limit_s: float, results: Path) -> tuple[str, bool]:
+    """(The page of a `runner bench` of the trainer, whether its cell is complete); the run stays in `results`.
+
+    A model that does not fit into this GPU is passed over for the next smaller one.
+    """
+    began, refused = time.monotonic(), []
+    for model in ("tiny",) if cpu else ("llama-2-7b", "llama-3.2-1b"):
+        argv = [sys.executable, "-m", "runner.cli.main", "bench", "-i", str(ROOT / "inventory" / "local")]
+        argv += ["--model", model, "--test", "sft", "--results", str(results), "--json"]
+        for setting in (f"global_batch={8 if cpu else 16}", f"steps={3 if cpu else 5}", "warmup_steps=1"):
+            argv += ["--set", f"sft.{setting}"]
+        planned = process.run([*argv, "--dry-run"], timeout_s=limit_s)
+        if planned.rc == 0:
+            break
+        refused.append(f"{planned.last_line}\n\n")
+    left_s = limit_s - (time.monotonic() - began)
+    # The cell ends early enough for the run to conclude.
+    argv += ["--set", f"sft.timeout_s={max(10.0, left_s - 2 * GRACE_S):.0f}"]
+    rc, stdout = run(argv, left_s)
+    head = "".join([*refused, f"    {command_line(argv)}"])
+    try:
+        summary, plan = json.loads(stdout), json.loads((results / "latest" / "plan.json").read_text())
+    except (ValueError, OSError):
+        return f"{head}\n\nNo summary. {ending(rc, stdout, left_s)}\n", False
+    lines = [head, "", *rows_of_bench(summary, plan)]
+    return "\n".join(lines) + "\n", [cell["state"] for cell in summary["cells"]] == ["complete"]
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command of `runner` that `argv` starts, as a line to type; without the folder of its results."""
+    words = ["runner", *argv[3:]]
+    at = words.index("--results")
+    return shlex.join([*words[:at], *words[at + 2 :]]).replace(str(ROOT) + "/", "")
+
+
+def rows_of_bench(summary: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """The table of the only cell of a run: what it used, what was expected, what it measured."""
+    (cell,), (planned,) = summary["cells"], plan["cells"]
+    batch = planned["batch"]
+    sizes = (
+        f"{batch['global_batch']} = {batch['micro_batch']} × {batch['gradient_accumulation']} × {cell['world_size']}"
+    )
+    rows = ["| what | value |", "| --- | ---: |", f"| state | {cell['state']} |", f"| batch | {sizes} |"]
+    rows += [f"| used: {name} | {value} |" for name, value in (cell.get("used") or {}).items()]
+    expected = (planned.get("expected") or {}).get("tokens_per_s_per_gpu")
+    rows += [f"| positions/s that the plan expected | {expected:,.0f} |"] if expected else []
+    metrics = cell["metrics"]
+    rows += [f"| {name} | {metrics[name]:,.4g} |" if metrics[name] < 1000 else f"| {name} | {metrics[name]:,.0f} |"
+             for name in METRICS if name in metrics]  # fmt: skip
+    return [*rows, "", f"Verdict: {summary['verdict']}{f' ({why})' if (why := summary.get('reason')) else ''}."]
+
+
+def slug(card: str) -> str:
+    """The name of a card as a part of a file's name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def main() -> int:
+    """Run all parts, print each page as soon as it is written, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="run where there is no GPU, with a tiny model")
+    parser.add_argument("--minutes", type=float, default=8.0, help="the time for all; default: 8")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
+    options = parser.parse_args()
+    names = sampler.gpu_names()
+    if not names and not options.cpu:
+        print("gpu: NVML finds no GPU on this machine; --cpu shows with a tiny model that all works", file=sys.stderr)
+        return 2
+    card = "CPU" if options.cpu else names[0]
+    started, total_s = time.monotonic(), 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    good = []
+
+    def left() -> float:
+        return total_s - (time.monotonic() - started) - GRACE_S
+
+    def part(name: str, title: str, make: Callable[[], tuple[str, bool]]) -> None:
+        began = time.monotonic()
+        text, fine = make()
+        took = f"{datetime.date.today()}, {card}, {time.monotonic() - began:.0f} s."
+        page = options.out / f"{name}_{slug(card)}.md"
+        page.write_text(f"# {title}: {card}\n\n{took}\n\n{text}")
+        print(page.read_text(), flush=True)
+        good.append(fine)
+
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        scratch = Path(folder)
+        part("gpu_tests", "Tests that need a GPU", lambda: tests(min(TESTS_S, left() / 4), scratch))
+
+        minutes = options.minutes / 2
+        page = options.out / f"sft_speed_{slug(card)}.md"
+        argv = [
+            sys.executable,
+            str(ROOT / "benchmarks" / "sft_speed.py"),
+            "--minutes",
+            f"{minutes:g}",
+            "--out",
+            str(page),
+        ]
+        rc, stdout = run(
+            [*argv, *(["--device", "cpu"] if options.cpu else [])], min(60 * minutes + 3 * GRACE_S, left())
+        )
+        print(stdout or ending(rc, stdout, 60 * minutes), flush=True)  # it has written its page itself
+        good.append(rc == 0)
+
+        results = options.out / "runs" if os.environ.get("OUT") else scratch / "runs"
+        part("bench", "runner bench of the trainer", lambda: bench(options.cpu, left(), results))
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
