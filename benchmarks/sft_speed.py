@@ -6,8 +6,8 @@
 
 Arms, most important first (`--arms` chooses):
 
-    fast           the product as it comes, with what `--set` adds
-    fast-fp8       the same with sft.precision=fp8 and sft.compile=true, on GPUs with FP8
+    fast           the product as it comes, with what `runner tune` has found for this GPU and what `--set` adds
+    fast-fp8       the same with sft.precision=fp8, which compiles its layers, on GPUs with FP8
     trl            trl.SFTTrainer tuned: packing, no recomputation, Liger, attention and micro-batch by a short search
     stock          transformers.Trainer with its defaults in bf16: batches of 8 samples, padded
     stock-tuned    the same with the best padded batch of a short search
@@ -85,7 +85,7 @@ class Arm:
 # In the order of their importance.
 ARMS = {
     "fast": Arm(extra=True),
-    "fast-fp8": Arm(("sft.precision=fp8", "sft.compile=true"), extra=True),
+    "fast-fp8": Arm(("sft.precision=fp8",), extra=True),
     "trl": Arm(trainer="trl"),
     "stock": Arm(trainer="defaults", same_batches=False),
     "stock-tuned": Arm(trainer="padded"),
@@ -290,7 +290,7 @@ def rounds(names: Sequence[str]) -> list[list[str]]:
 
 @dataclass
 class Page:
-    """What is written: facts about the run, and what each arm did so far."""
+    """What is written: facts about the run, and what each arm did so far; `ratios` is whether rates are compared."""
 
     device: str  # its name
     about: list[str]
@@ -298,6 +298,7 @@ class Page:
     flop_per_token: float
     processes: dict[str, list[Process]]
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # arm -> what, and why
+    ratios: bool = True
 
     @property
     def matmul_tflop_per_s(self) -> float | None:
@@ -366,8 +367,7 @@ class Page:
             cell(described(used)),
             f"{found.tokens_per_s:,.0f}",
             f"{100 * found.over_blocks:.1f}, {between}",
-            ratio(found, rows.get("stock")),
-            ratio(found, rows.get("trl")),
+            *(ratio(found, rows.get(other) if self.ratios else None) for other in ("stock", "trl")),
             f"{100 * share:.1f}" if share else "–",
             f"{found.positions_per_s:,.0f}",
             f"{statistics.mean(utilisation):.0f}" if utilisation else "–",
@@ -467,6 +467,7 @@ class Bench:
             model=model,
             flop_per_token=limits.flops_per_token(model, round(attended(data)), causal=True),
             processes={name: [] for name in options.arms},
+            ratios=self.device == "cuda",
         )
         self.jobs: dict[str, dict[str, Any]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
@@ -514,7 +515,9 @@ class Bench:
         mean = manifest["n_tokens"] / manifest["n_samples"]
         versions.insert(0, f"Python {platform.python_version()}")
         meaning = (
-            [] if self.device == "cuda" else ["On a CPU the losses count, and that every arm runs; the rates do not."]
+            []
+            if self.device == "cuda"
+            else ["On a CPU the losses count, and that every arm runs; the rates say nothing and are not compared."]
         )
         return [
             f"{datetime.date.today()}, {self.card}{driver()}, {', '.join(versions)}.",

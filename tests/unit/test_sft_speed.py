@@ -134,6 +134,7 @@ def test_the_page_has_ratios_shares_and_reasons():
     assert rows["fast-fp8"] == ["out of / GPU memory more", *["–"] * 10]
     assert rows["trl"][2:5] == ["0.0, –", "5.00", "1.00"]
     assert rows["stock"][-1] == "–", "its batches are its own"
+    assert rows["trl"][-1] == "0.000"
     assert "- Result: no fault." in text
 
 

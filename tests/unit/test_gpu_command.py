@@ -1,0 +1,99 @@
+"""benchmarks/gpu.py: its limits, and pages that say what happened."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    if gpu.sampler.gpu_names():
+        pytest.skip("this machine has a GPU")
+    ended = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.startswith("gpu: NVML finds no GPU on this machine; --cpu ")
+    assert ended.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_a_part_ends_at_its_limit_with_what_it_started_and_keeps_what_it_said():
+    slow = "import subprocess, sys; print('so far', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    began = time.monotonic()
+    rc, stdout = gpu.run([sys.executable, "-c", slow], 1.0)
+    assert time.monotonic() - began < 30, "what it started held its output open"
+    assert (rc, stdout) == (None, "so far\n")
+    assert gpu.ending(rc, stdout, 1.0) == "Ended after 1 s, the time that it had."
+    assert gpu.run([sys.executable, "-c", "print(1); raise SystemExit(3)"], 30) == (3, "1\n")
+
+
+def test_the_outcome_of_every_test_is_a_row(tmp_path):
+    outcomes = tmp_path / "outcomes.xml"
+    assert gpu.rows_of_tests(outcomes) == []
+    outcomes.write_text(
+        '<testsuites><testsuite><testcase name="good" time="1.25"/>'
+        '<testcase name="bad" time="0.1"><failure message="assert 1 | 2&#10;more">text</failure></testcase>'
+        '<testcase name="off" time="0"><skipped message="no NVLink"/></testcase></testsuite></testsuites>'
+    )
+    assert gpu.rows_of_tests(outcomes) == [
+        "| `good` | passed | 1.2 |",
+        "| `bad` | failure: assert 1 / 2 more | 0.1 |",
+        "| `off` | skipped: no NVLink | 0.0 |",
+    ]
+
+
+def test_a_bench_is_told_as_what_it_used_expected_and_measured():
+    cell = {
+        "state": "complete",
+        "world_size": 1,
+        "used": {"attention": "varlen"},
+        "metrics": {"mfu": 0.5123, "tokens_per_s": 9478.3},
+    }
+    planned = {
+        "batch": {"global_batch": 16, "micro_batch": 2, "gradient_accumulation": 8},
+        "expected": {"tokens_per_s_per_gpu": 10820.0},
+    }
+    summary = {"cells": [cell], "verdict": "fail", "reason": "gpu-utilisation"}
+    assert gpu.rows_of_bench(summary, {"cells": [planned]}) == [
+        "| what | value |",
+        "| --- | ---: |",
+        "| state | complete |",
+        "| batch | 16 = 2 × 8 × 1 |",
+        "| used: attention | varlen |",
+        "| positions/s that the plan expected | 10,820 |",
+        "| tokens_per_s | 9,478 |",
+        "| mfu | 0.5123 |",
+        "",
+        "Verdict: fail (gpu-utilisation).",
+    ]
+
+
+def test_the_command_on_the_page_can_be_typed():
+    argv = [
+        "/usr/bin/python3",
+        "-m",
+        "runner.cli.main",
+        "bench",
+        "-i",
+        f"{ROOT}/inventory/local",
+        "--results",
+        "/tmp/x",
+        "--json",
+    ]
+    assert gpu.command_line(argv) == "runner bench -i inventory/local --json"
+
+
+@pytest.mark.parametrize(
+    ("card", "part"),
+    [("NVIDIA H200", "nvidia-h200"), ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"), ("CPU", "cpu")],
+)
+def test_a_page_is_named_after_the_card(card, part):
+    assert gpu.slug(card) == part
