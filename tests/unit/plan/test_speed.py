@@ -357,7 +357,9 @@ def test_a_network_that_binds_a_fast_gpu_is_said_with_hpz_among_the_ways_out(clu
     assert "bound by network in this configuration, not by this cluster: at most 69 % of the rate on 1 node" in said
     assert "(runner tune)" in text
     line = speed.explained(asdict(built.cells[0].expected))
-    assert line.startswith("bound by network") and "--set sft.micro_batch=4" in line and "\n" not in line
+    assert line.startswith("bound by network") and "\n" not in line
+    for way in ("sft.micro_batch=4", "zero_optimization.stage=1", "zero_hpz_partition_size=8"):
+        assert way in line
 
 
 def test_the_cluster_is_not_cleared_where_no_setting_helps(cluster):
