@@ -215,5 +215,13 @@ def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
         "deepspeed": dict(cell.deepspeed) if cell.deepspeed else None,
         "data": data,
         "hardware": dict(plan.hardware),
-        "env": rank_environment(cell, node),
+        "env": {**kernel_caches(node), **rank_environment(cell, node)},
+    }
+
+
+def kernel_caches(node: Node) -> dict[str, str]:
+    """Where ranks on `node` keep the kernels that are compiled for them: on a disk of its own, for the next cell."""
+    return {
+        "TRITON_CACHE_DIR": f"{node.scratch}/kernels/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{node.scratch}/kernels/inductor",
     }

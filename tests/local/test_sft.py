@@ -314,6 +314,18 @@ def test_random_weights_are_given_by_the_seed_alone():
         )
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_shares_the_weights_of_the_embedding_where_the_model_says_so(tied):
+    import torch
+
+    model = build_model({**MODEL, "tie_embeddings": tied}, attention="sdpa", dtype=torch.float32)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert (
+        sum(weight.numel() for weight in model.parameters())
+        == limits.parameters({**MODEL, "tie_embeddings": tied}).total
+    )
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     import torch
 

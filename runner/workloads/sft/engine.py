@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.llama import modeling_llama  # noqa: F401  # seconds, which are not those of building a model
+
 from runner.workloads.job import RankJob
 from runner.workloads.sft import float8, layers, versions
 from runner.workloads.sft.attention import Attention
@@ -33,10 +38,6 @@ def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
 
     Raises UsageError for weights that cannot be read or are of another architecture.
     """
-    import deepspeed
-    import torch
-    from transformers.integrations import HfDeepSpeedConfig
-
     torch.manual_seed(job.seed)
     config = optimizer_for(settings.deepspeed, versions.has_fused_adamw(job.device))
     alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3

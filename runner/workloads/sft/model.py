@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UsageError
@@ -37,7 +37,9 @@ def build_model(
     if weights is None:
         known = inspect.signature(LlamaConfig.__init__).parameters
         config = LlamaConfig(**architecture.arguments(model, known))
-        built = LlamaForCausalLM._from_config(config, attn_implementation=attention, **versions.dtype(dtype))
+        with versions.without_weights():
+            built = LlamaForCausalLM._from_config(config, attn_implementation=attention, **versions.dtype(dtype))
+        built.tie_weights()  # which transformers 5 does as it draws them
         _fill(built, seed)
         return built
     try:
@@ -65,7 +67,9 @@ def _fill(model: Any, seed: int) -> None:
     import torch
 
     for number, weight in enumerate(model.parameters()):
-        with _whole(weight), torch.no_grad():
+        with _whole(weight) as writes, torch.no_grad():
+            if not writes:
+                continue
             if weight.dim() == 1:  # of a norm
                 weight.fill_(1.0)
                 continue
@@ -75,13 +79,16 @@ def _fill(model: Any, seed: int) -> None:
             weight.copy_(values.normal_(0.0, model.config.initializer_range, generator=generator))
 
 
-def _whole(weight: torch.nn.Parameter) -> Any:
-    """A context with all of `weight`, which ZeRO-3 may have divided among ranks; what rank 0 writes into it remains."""
+@contextmanager
+def _whole(weight: torch.nn.Parameter) -> Iterator[bool]:
+    """A context with all of `weight`, which ZeRO-3 may have divided among ranks: whether this rank writes it."""
     if not hasattr(weight, "ds_id"):
-        return nullcontext()
+        yield True
+        return
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+        yield deepspeed.comm.get_rank() == 0
 
 
 def inputs(batch: Batch, *, flat: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

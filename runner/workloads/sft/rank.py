@@ -8,12 +8,14 @@ every micro-batch's sum is divided by the same count.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
+import threading
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,27 +56,34 @@ def run(job: RankJob, events: Events) -> None:
     total_steps = settings.warmup_steps + settings.steps
     events.progress(0, total_steps, "loading")
 
-    import deepspeed
+    # Imports make a million objects, all of which remain: nothing to collect among them, now and later.
+    gc.disable()
     import torch
+
+    device = torch.device(job.device, int(os.environ["LOCAL_RANK"])) if job.device == "cuda" else torch.device("cpu")
+    dtype = getattr(torch, settings.dtype)
+    ready = threading.Thread(target=_make_ready, args=(device, dtype), daemon=True)
+    ready.start()
+    import deepspeed
     import torch.distributed as dist
 
     from runner.workloads.sft import attention, engine, matmul
 
+    gc.freeze()
+    gc.enable()
+    ready.join()
     imported_s = process_age_s()
     deepspeed.utils.logger.setLevel("WARNING")
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports it, which tells what else it could use
         logging.getLogger(name).setLevel("ERROR")
     # DeepSpeed uses names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    device = torch.device(job.device)
     if job.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         # A faster all-reduce between ranks of one node, compiled on first use; nodes have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         versions.finish_gathers()
-    dtype = getattr(torch, settings.dtype)
     chosen = attention.choose(
         settings.attention, device, attention.shape(model, dtype, data.seq_len), plain=settings.plain
     )
@@ -100,6 +109,17 @@ def run(job: RankJob, events: Events) -> None:
         # Only after success: after a failure it could wait for ranks that have ended. Not gloo's: torch 2.3 holds
         # Python's lock while it waits for a thread that may wait for that lock. The process ends now anyway.
         dist.destroy_process_group()
+
+
+def _make_ready(device: torch.device, dtype: torch.dtype) -> None:
+    """Create a GPU's context and load its library of matrix products: seconds without Python, beside the imports."""
+    import torch
+
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # whatever it is, the rank's own thread meets it again
+            square = torch.ones((64, 64), device=device, dtype=dtype)
+            torch.mm(square, square)
+            torch.cuda.synchronize(device)
 
 
 def _train(

@@ -6,7 +6,8 @@ Each function asks the installed library what it can do, never which version it 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,30 @@ def dtype(value: torch.dtype) -> dict[str, Any]:
     from transformers.models.llama.configuration_llama import LlamaConfig
 
     return {"dtype" if hasattr(LlamaConfig(), "dtype") else "torch_dtype": value}
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """A context in which transformers builds a model whose weights are not drawn: somebody else writes them.
+
+    Under ZeRO-3 version 5 gathers every parameter to draw it, after the model was built.
+    """
+    from transformers import modeling_utils
+    from transformers.integrations import deepspeed
+
+    drawing = getattr(deepspeed, "initialize_weights_zero3", None)
+    if drawing is None:
+        with modeling_utils.no_init_weights():  # type: ignore[attr-defined]
+            yield
+        return
+    from transformers.initialization import no_init_weights
+
+    deepspeed.initialize_weights_zero3 = lambda model: None
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        deepspeed.initialize_weights_zero3 = drawing
 
 
 def has_fused_adamw(device: str) -> bool:

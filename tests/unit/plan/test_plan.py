@@ -161,6 +161,14 @@ def test_each_node_keeps_its_own_environment(cluster):
     assert sent == ["mlx5_0,mlx5_1", "mlx5_0,mlx5_1", "mlx5_7"]
 
 
+def test_compiled_kernels_are_kept_on_the_node_for_the_next_cell(cluster):
+    own = replace(cluster.nodes[0], scratch="/local/s", env={"TRITON_CACHE_DIR": "/mine"})
+    built = build.build(request(cluster, node_counts=(1,)), (own,))
+    first, again = (plan.job(built, cell, own, None)["env"] for cell in (built.cells[0], built.cells[-1]))
+    assert first["TORCHINDUCTOR_CACHE_DIR"] == again["TORCHINDUCTOR_CACHE_DIR"] == "/local/s/kernels/inductor"
+    assert first["TRITON_CACHE_DIR"] == "/mine"
+
+
 @pytest.mark.parametrize(
     "setting", ["sft.seq_len=99999", "deepspeed.train_batch_size=-8", "deepspeed.gradient_accumulation_steps=1.5"]
 )
