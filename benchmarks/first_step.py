@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/first_step.py --against ../before --pairs 5
 
 One rank on the CPU trains one step of a few tokens, so that almost all of it is the start: the tiny model, where that
-is imports, and one of 244 M parameters, which also has to be built. Seconds of CPU are those of the rank and of torchrun
-together, which other processes on the machine hardly change; the others are the rank's own records, on the clock.
+is imports, and one of 244 M parameters, which also has to be built. Seconds of CPU are those of the rank and of
+torchrun together, which other processes on the machine hardly change; the others are the rank's own records, on the
+clock.
 """
 
 from __future__ import annotations
