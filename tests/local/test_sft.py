@@ -109,6 +109,7 @@ def test_rank_0_says_what_it_chose_before_its_first_step(two_ranks):
     assert {name: value for name, value in used.items() if name not in ("event", "rank", "time_s")} == {
         "trainer": "fast", "attention": "sdpa", "attention_detail": "scaled_dot_product_attention of each sample",
         "precision": "bf16", "recompute": "full", "compile": False, "liger": "none", "optimizer": "AdamW fused",
+        "zero_stage": 3, "micro_batch": 2, "gradient_accumulation": 2,
     }  # fmt: skip
     assert all(event["event"] != "used" for event in two_ranks.ranks[1])
 
