@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, given
@@ -389,3 +390,10 @@ def test_plans_carry_the_prediction_and_older_ones_load_without(cluster):
     older = Plan.from_dict(data)
     assert older.cells[0].expected is None and memory.of_cell(older, older.cells[0]).fits
     assert "speed" not in describe.describe(older, nodeset.fold)
+
+
+def test_the_example_of_the_docs_is_what_a_dry_run_says(cluster):
+    docs = (Path(__file__).parents[3] / "docs" / "sft.md").read_text()
+    (example,) = re.findall(r"```\n(  speed .*?)```", docs, re.DOTALL)
+    asked = request(cluster, model="llama-2-7b", settings=[LITERAL], node_counts=(8,))
+    assert example in describe.describe(build.build(asked, cluster.nodes), nodeset.fold)
