@@ -175,7 +175,8 @@ def test_a_node_that_hung_until_slurm_gave_it_up_is_resumed_by_setup(slurm3, req
         assert until(lambda: state().startswith("down"), 120)
     finally:
         podman("unpause", hung)
-    # It answers again and stays down, for ever; for 100 s Slurm does not even ask it.
+    # It answers again, and stays down where the cluster is set to that; for 100 s Slurm does not even ask it.
+    settings = ["--set", "slurm_cluster_accounting=true", "--set", "slurm_cluster_return_to_service=0"]
     argv = [
         str(RUNNER),
         "setup",
@@ -186,7 +187,7 @@ def test_a_node_that_hung_until_slurm_gave_it_up_is_resumed_by_setup(slurm3, req
         "--tags",
         "slurm_cluster",
     ]
-    done = process.run([*argv, "--set", "slurm_cluster_accounting=true"], timeout_s=300, check=True)
+    done = process.run([*argv, *settings], timeout_s=300, check=True)
     words = "was DOWN in Slurm, reason: Not responding"
     assert words in done.stdout and "(NOT_RESPONDING)" in done.stdout
     assert state() == "idle"
