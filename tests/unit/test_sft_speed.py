@@ -212,6 +212,21 @@ def test_a_packed_sequence_becomes_its_samples_without_padding():
     assert [len(sample["input_ids"]) for sample in trainers.samples_of(full)] == [2, 3]
 
 
+def test_samples_for_a_gpu_are_as_long_as_instruction_data(tmp_path):
+    file = tmp_path / "conversations.jsonl"
+    speed.write_conversations(file, 512)
+    samples = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    assert len(samples) == 512
+    for messages in samples:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+    prepared = speed.prepare(str(file), seq_len=1024, cache_dir=tmp_path / "cache")
+    assert prepared.manifest["n_samples"] == 512
+    assert prepared.manifest["n_tokens"] / 512 == pytest.approx(180, rel=0.1)
+    other = tmp_path / "again.jsonl"
+    speed.write_conversations(other, 512)
+    assert other.read_text() == file.read_text(), "the same on every machine"
+
+
 @pytest.mark.parametrize(
     ("device", "trainer", "global_batch", "expected"),
     [
