@@ -47,10 +47,7 @@ from runner.system.clock import now
 from runner.system.wording import counted
 from runner.workloads.registry import TESTS, trains
 
-PROBES = {
-    "cuda": 14,
-    "cpu": 6,
-}  # at most, by device, if not asked otherwise; a CPU shows that it works, not what is fast
+PROBES = {"cuda": 15, "cpu": 5}  # at most, by device: a CPU shows that it works, not what is best
 MINUTES = 20.0
 STEPS, WARMUP = 4, 2  # of a probe
 TOKENS = 65536  # of a GPU in a step of a probe: the planned step's may take a minute
@@ -59,8 +56,7 @@ OUT_OF = ("cuda_out_of_memory", "out_of_memory")  # kinds of failure that answer
 _BY_COST = ("none", "selective", "full")  # of recompute, from what costs least time
 _BUCKET = 500_000_000  # DeepSpeed's default, in elements
 _BUCKETS = (0.25, 4)  # times the configured sizes
-# What is tried beside micro-batch, recompute, stage and buckets: name -> the change, whether without being asked, and
-# what it needs.
+# What can be asked for, beside micro-batch, recompute, stage and buckets: what it is, and where it is possible.
 ASKED = {
     "compile": "torch.compile, on GPUs; tried in any case there",
     "hpz": "weights gathered within a node, on several nodes under ZeRO-3; tried in any case there",
@@ -105,6 +101,11 @@ class Task:
         return self.cell.batch.global_batch
 
     @property
+    def tried(self) -> int:
+        """How many probes may be run before the settings without tuning are measured once more."""
+        return self.probes - 1 if self.probes > 2 else self.probes
+
+    @property
     def probe_batch(self) -> int:
         """The global batch of a probe, in sequences."""
         return self.global_batch // self.planned * self.sequences
@@ -130,7 +131,7 @@ class _Outdated(Exception):
 def prepared(options: Options, read: Read) -> Task:
     """Check the options and plan the search; no node is contacted.
 
-    Raises UsageError for options that cannot be planned, and where nothing is left to tune.
+    Raises UsageError for options that cannot be planned.
     """
     for name in options.tries:
         if name not in ASKED:
@@ -178,22 +179,20 @@ def _space(ready: prepare.Prepared, cell: Cell, sequences: int, tries: Sequence[
     offloads = tuned.value_in(config, f"{STAGE.rpartition('.')[0]}.offload_param") is not None
     stages = [1, 2] if stage == 3 and not offloads else []
     several, on_gpu = cell.num_nodes > 1, cell.device != "cpu"
-    changes: list[Change] = []
-    if zero and cell.world_size > 1:
-        sizes = {key: tuned.value_in(config, key) or _BUCKET for key in (REDUCE_BUCKET, PREFETCH_BUCKET)}
-        for factor in _BUCKETS:
-            changes.append(
-                Change({key: max(1, round(size * factor)) for key, size in sizes.items() if key not in held})
-            )
+    changes: list[Change] = []  # what may gain most is first
     sharded = {STAGE: 3}
+    gpu = ready.request.hardware
+    eight_bits = gpu["fp8_peak_tflop_per_s"] is not None or not gpu["gpu_memory_gib"]  # 0: not known yet
     optional: dict[str, tuple[bool, bool, Change]] = {  # possible here, without being asked, the change
-        "hpz": (several and on_gpu and stage == 3, True, Change({HPZ: cell.gpus_per_node}, sharded)),
         "compile": (on_gpu and "compile" in known and not params["compile"], True, Change({COMPILE: True})),
         "fp8": (
-            on_gpu and "precision" in known and ready.request.hardware.get("fp8_peak_tflop_per_s") is not None,
+            on_gpu
+            and "precision" in known
+            and (eight_bits is not None or not ready.request.hardware["gpu_memory_gib"]),
             False,
             Change({PRECISION: "fp8", COMPILE: True}),
         ),
+        "hpz": (several and on_gpu and stage == 3, True, Change({HPZ: cell.gpus_per_node}, sharded)),
         "quantised": (on_gpu and stage == 3, False, Change({QUANTIZED: True}, sharded)),
         "deepcompile": (on_gpu and stage in (1, 3), False, Change({DEEPCOMPILE: True})),
     }
@@ -202,6 +201,10 @@ def _space(ready: prepare.Prepared, cell: Cell, sequences: int, tries: Sequence[
             raise UsageError(f"--try {name}: {ASKED[name]}; not so here")
         if possible and (unasked or name in tries):
             changes.append(change)
+    if zero and cell.world_size > 1:
+        sizes = {key: tuned.value_in(config, key) or _BUCKET for key in (REDUCE_BUCKET, PREFETCH_BUCKET)}
+        sizes = {key: size for key, size in sizes.items() if key not in held}
+        changes += [Change({key: max(1, round(size * factor)) for key, size in sizes.items()}) for factor in _BUCKETS]
     return Space(
         base=base,
         micro_batches=[cell.batch.micro_batch] if MICRO_BATCH in held else every,
@@ -216,7 +219,7 @@ def listed(task: Task) -> list[Settings]:
     found: list[Settings] = []
 
     def measure(settings: Settings) -> Probe:
-        if len(found) >= max(1, task.probes - 1):  # the last one is for the settings without tuning once more
+        if len(found) >= task.tried:
             raise Spent
         found.append(settings)
         return Probe(settings, OK, float(len(found)), 2.0 ** len(found), 0.0)
@@ -325,7 +328,7 @@ class _Tuner:
         if known and known[0].outcome != FAILED:
             self._keep(known[0], "measured before")
             return known[0]
-        if self.ran >= max(1, self.task.probes - 1) or not self._in_time():
+        if self.ran >= self.task.tried or not self._in_time():
             raise Spent
         return self._measured(settings)
 
@@ -488,6 +491,8 @@ def conclusion(ended: Ended) -> str:
         return f"without tuning: {gave(default)}"
     if best is not default:
         return f"{best.positions_per_s_per_gpu / default.positions_per_s_per_gpu:.2f} × the rate without tuning"
+    if all(probe.settings == default.settings for probe in ended.tuned.probes if probe.outcome == OK):
+        return "the settings without tuning remain: nothing else was measured"
     rates = [
         probe.positions_per_s_per_gpu
         for probe in ended.tuned.probes

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from runner.cli import main, tune
-from runner.launch.tune import ASKED, PROBES
+from runner.launch.tune import ASKED, MINUTES, PROBES
 
 LOCAL = ("-i", "inventory/local")
 
@@ -28,6 +28,9 @@ def typed(monkeypatch, tmp_path, capsys):
 
 def test_what_may_be_asked_for_is_what_can_be_tried():
     assert tuple(ASKED) == tune.TRIES
+    shown = {option.name: option for option in tune.tune.params}
+    assert f"default: {PROBES['cuda']}, on CPUs {PROBES['cpu']}" in shown["probes"].help
+    assert shown["minutes"].default == MINUTES
 
 
 def test_a_dry_run_says_what_would_be_tried_and_writes_nothing(typed, tmp_path):

@@ -190,11 +190,13 @@ def test_out_of_memory_is_an_answer_and_rates_leave_padding_out(nodes):
 
 def test_the_bounds_of_probes_and_minutes_hold(nodes):
     assert nodes.task().probes == tune.PROBES["cuda"]
-    nodes.tune(probes=3)
-    assert 1 < len(nodes.cells) <= 3
-    nodes.cells.clear()
+    for most in (1, 2, 3, 5):
+        nodes.tune(probes=most)
+        assert min(most, 2) <= len(nodes.cells) <= most
+        nodes.cells.clear()
     ended = nodes.tune(minutes=1e-9)
     assert len(nodes.cells) == 1 and ended.best is ended.default
+    assert tune.conclusion(ended).endswith("nothing else was measured")
 
 
 def test_what_is_held_is_neither_tried_nor_kept(nodes):
