@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 from runner.cluster import nccl, slurm
 from runner.cluster.backends import BACKENDS
@@ -108,6 +108,13 @@ def _params(request: Request, name: str, params: Mapping[str, Any]) -> Mapping[s
     test = TESTS[name]
     defaults = test.defaults.get(request.device, {})
     params = {**params, **{key: value for key, value in defaults.items() if params.get(key) is None}}
+    for key, values in test.gpu_only.items():
+        if request.device != "cuda" and params.get(key) in values:
+            known = get_args(test.load_settings().model_fields[key].annotation)
+            works = [value for value in known if value not in values]
+            raise UsageError(
+                f"{name}.{key}={params[key]} needs a GPU; on the CPUs of these nodes take {' or '.join(works)}"
+            )
     if not test.trains:
         return params
     params = {**params, "seq_len": params["seq_len"] or request.model["seq_len"]}

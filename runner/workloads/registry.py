@@ -58,9 +58,9 @@ class Test:
 
     `summary` is what it measures, in a few words. `settings` is MODULE:CLASS of configs/tests/<name>.yaml; `rank`,
     `metrics` and `report` are modules with the interfaces RankModule, MetricsModule and `runner.report.sections`.
-    `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null. A test
-    that `trains` takes a model with its DeepSpeed file and weights, a batch and prepared data, and its rate is compared
-    over node counts.
+    `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null, and
+    `gpu_only`, by setting, the values that cannot work without a GPU. A test that `trains` takes a model with its
+    DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts.
     """
 
     summary: str
@@ -70,6 +70,7 @@ class Test:
     report: str
     packages: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gpu_only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trains: bool = False
 
     def load_settings(self) -> type[ConfigFile]:
@@ -106,6 +107,11 @@ TESTS: Mapping[str, Test] = {
         metrics="runner.workloads.sft.metrics",
         report="runner.report.sft",
         packages=("torch", "deepspeed", "transformers", "accelerate"),
+        gpu_only={
+            "attention": ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"),
+            "precision": ("fp8",),
+            "liger": ("true",),
+        },
         trains=True,
     ),
 }

@@ -170,6 +170,23 @@ def test_compiled_kernels_are_kept_on_the_node_for_the_next_cell(cluster):
 
 
 @pytest.mark.parametrize(
+    ("setting", "works"),
+    [
+        ("sft.attention=varlen", "auto or sdpa or eager"),
+        ("sft.attention=flash_attention_2", "auto or sdpa or eager"),
+        ("sft.attention=flash_attention_3", "auto or sdpa or eager"),
+        ("sft.attention=flash_attention_4", "auto or sdpa or eager"),
+        ("sft.liger=true", "auto or false"),
+        ("sft.precision=fp8", "auto"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_for_cpus_before_anything_starts(cluster, setting, works):
+    with pytest.raises(UsageError, match=rf"^{setting} needs a GPU; on the CPUs of these nodes take {works}$"):
+        build.build(replace(request(cluster, settings=[setting]), device="cpu"), cluster.nodes)
+    assert build.build(request(cluster, settings=[setting]), cluster.nodes).cells
+
+
+@pytest.mark.parametrize(
     "setting", ["sft.seq_len=99999", "deepspeed.train_batch_size=-8", "deepspeed.gradient_accumulation_steps=1.5"]
 )
 def test_what_no_rank_could_run_is_refused_before_it_starts(cluster, setting):
