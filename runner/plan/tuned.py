@@ -103,7 +103,7 @@ def apply(request: Request, found: Tuned, holds: Mapping[str, str], batch: Batch
     left: dict[str, str] = {}
     for key, value in found.settings.items():
         if key in holds:
-            left[f"{key}={json.dumps(value)}"] = holds[key]
+            left[f"{key}={_text(value)}"] = holds[key]
         elif key not in (MICRO_BATCH, ACCUMULATION):
             used[key] = value
     micro, sequences = found.settings.get(MICRO_BATCH), batch.micro_batch * batch.gradient_accumulation

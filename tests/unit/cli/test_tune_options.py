@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import ROOT
-from runner.cli import main, tune
+from runner.cli import bench, main, tune
+from runner.launch import start
+from runner.launch import tune as use_case
 from runner.launch.tune import ASKED, MINUTES, PROBES
+from runner.plan import tuned as tuning
+from runner.results import tuned as results
 
 LOCAL = ("-i", "inventory/local")
 
@@ -77,3 +82,29 @@ def test_on_gpus_a_bench_that_nothing_was_tuned_for_names_the_command(typed, tmp
     assert "--set sft.seq_len=2048" in command
     code, out, _ = typed("bench", *asked, "--test", "torch", "--dry-run")
     assert code == 0 and "tune" not in out
+
+
+def test_bench_with_tune_runs_what_tuning_finds_and_tunes_once(typed, monkeypatch):
+    tuned_for, ran = [], []
+
+    def tuned(task, *_):
+        tuned_for.append(task)
+        request = task.prepared.untuned
+        settings = {"sft.micro_batch": 1, "sft.gradient_accumulation": 4, "sft.recompute": "none"}
+        probe = results.Probe(settings, results.OK, 900.0, 1000.0, 0.01)
+        found = results.Tuned(
+            tuning.subject(request), {}, "2026-01-31T12:00:00Z", "runner", 8, settings, 900.0, (probe,)
+        )
+        return use_case.Ended(found, results.save(task.options.bench.results, found), probe, probe)
+
+    monkeypatch.setattr(use_case, "tune", tuned)
+    monkeypatch.setattr(
+        start, "start", lambda prepared, _: ran.append(prepared) or SimpleNamespace(run=None, summary={})
+    )
+    monkeypatch.setattr(bench, "print_conclusion", lambda *_: 0)
+    for _ in range(2):
+        code, out, err = typed("bench", *LOCAL, "--test", "sft", "--tune")
+        assert (code, out) == (0, "")
+    assert len(tuned_for) == 1 and len(ran) == 2 and "micro_batch" not in err
+    for prepared in ran:
+        assert prepared.plan.tuned["settings"]["sft.micro_batch"] == 1 and prepared.plan.cells[0].batch.micro_batch == 1

@@ -166,7 +166,7 @@ def test_what_is_held_wins_and_is_named(request_7b):
     changed = tuned.apply(request_7b, found(request_7b), held, BATCH)
     assert changed.deepspeed["zero_optimization"]["stage"] == 3 and changed.tests["sft"]["recompute"] == "auto"
     assert changed.tuned["overridden"] == {
-        'sft.recompute="none"': "--set",
+        "sft.recompute=none": "--set",
         "deepspeed.zero_optimization.stage=1": "FILE",
     }
 
@@ -197,7 +197,7 @@ def test_the_dry_run_says_what_is_used_since_when_and_the_plan_keeps_it(cluster,
     settled = use.settle(request, cluster.nodes, asked(tmp_path, held={"sft.recompute": "--set"}), {})
     text = describe(settled.plan, ",".join)
     assert "tuned: sft.micro_batch=4 sft.gradient_accumulation=4 deepspeed.zero_optimization.stage=1" in text
-    assert "(runner tune on 2026-01-31)" in text and '  not sft.recompute="none": --set' in text
+    assert "(runner tune on 2026-01-31)" in text and "  not sft.recompute=none: --set" in text
     assert settled.notes == ()
     assert Plan.from_dict(settled.plan.to_dict()).tuned == settled.plan.tuned
     assert "tuned" not in describe(build.build(request, cluster.nodes), ",".join)
