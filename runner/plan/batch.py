@@ -1,4 +1,4 @@
-"""Batch sizes: global batch = micro-batch × accumulation × ranks. Pure."""
+"""Batch sizes: global batch = micro-batch × accumulation × ranks that do not share their data. Pure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from runner.errors import UsageError
 from runner.plan.plan import Batch
 from runner.plan.request import Request
+from runner.plan.zero import split
 from runner.system.wording import counted
 
 SEQUENCES_PER_GPU = 16  # in a step, where neither settings nor the DeepSpeed file say
@@ -21,7 +22,7 @@ def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_
     where the batch does not divide.
     """
     global_batch, micro_batch, accumulation = asked(request, params)
-    most = max(request.node_counts)
+    most, parts = max(request.node_counts), split(request.deepspeed)
     if global_batch and request.scaling == "weak" and num_nodes != most:
         if global_batch * num_nodes % most:
             raise UsageError(
@@ -31,8 +32,8 @@ def batch_of(request: Request, params: Mapping[str, Any], num_nodes: int, world_
             )
         global_batch = global_batch * num_nodes // most
     if global_batch is None and request.scaling == "strong" and accumulation is None:
-        global_batch = resolve_batch(None, micro_batch, None, most * request.gpus_per_node).global_batch
-    return resolve_batch(global_batch, micro_batch, accumulation, world_size)
+        global_batch = resolve_batch(None, micro_batch, None, most * request.gpus_per_node // parts).global_batch
+    return resolve_batch(global_batch, micro_batch, accumulation, world_size // parts)
 
 
 def asked(request: Request, params: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:

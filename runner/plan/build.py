@@ -47,10 +47,12 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         raise UsageError(reason)
     if BACKENDS[request.backend].by_ssh:
         _refuse_ways(request, nodes[:most])
+    request = _split(request)
     cells = []
     shape = fit.shape_of(nodes[:most], request.gpus_per_node)
     for name, given in request.tests.items():
         params = _params(request, name, given)
+        _refuse_settings(request, name, params)
         settled, chosen = fit.settle(request, params, shape) if TESTS[name].trains else (params, "")
         for num_nodes in request.node_counts:
             for repeat in range(1, request.repeats + 1):
@@ -100,6 +102,28 @@ def _refuse_ways(request: Request, nodes: Sequence[Node]) -> None:
             raise UsageError(
                 f"{node.name}: ansible_become: engine {request.engine} starts ranks as the user that logs in: "
                 "use --engine torchrun: it runs every test, DeepSpeed's too"
+            )
+
+
+def _split(request: Request) -> Request:
+    """`request` with the tensor parallelism of its settings in the DeepSpeed configuration, where it takes effect."""
+    for name, params in request.tests.items():
+        if TESTS[name].trains and params.get("tensor_parallel", 1) > 1:
+            parts = params["tensor_parallel"]
+            request = replace(request, deepspeed=TESTS[name].load_refusals().with_split(request.deepspeed, parts))
+    return request
+
+
+def _refuse_settings(request: Request, name: str, params: Mapping[str, Any]) -> None:
+    if TESTS[name].trains:
+        for num_nodes in request.node_counts:
+            TESTS[name].load_refusals().refuse(
+                params,
+                request.model,
+                request.deepspeed,
+                device=request.device,
+                gpus_per_node=request.gpus_per_node,
+                world_size=num_nodes * request.gpus_per_node,
             )
 
 

@@ -36,9 +36,10 @@ def describe(plan: Plan, fold: Any) -> str:
         lines.append(f"  hosts  {hosts}")
         if cell.batch:
             b = cell.batch
+            shares = b.global_batch // (b.micro_batch * b.gradient_accumulation)  # ranks, or groups that share layers
             lines.append(
                 f"  batch  {counted(b.global_batch, 'sequence')} = "
-                f"{b.micro_batch} × {b.gradient_accumulation} × {cell.world_size} of {cell.params['seq_len']} tokens"
+                f"{b.micro_batch} × {b.gradient_accumulation} × {shares} of {cell.params['seq_len']} tokens"
             )
             if cell.chosen:
                 lines += [f"         {text}" for text in _wrapped(f"chosen: {cell.chosen}")]

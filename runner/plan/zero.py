@@ -42,6 +42,11 @@ def zero_of(deepspeed: Mapping[str, Any]) -> Zero | None:
     )
 
 
+def split(deepspeed: Mapping[str, Any]) -> int:
+    """The number of ranks that share each layer, and so the same data, by AutoTP; 1 without."""
+    return int(section(deepspeed, "tensor_parallel").get("autotp_size") or 1)
+
+
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The section of that name; empty where there is none."""
     found = config.get(name)

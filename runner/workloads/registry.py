@@ -52,6 +52,25 @@ class TrainingMetricsModule(MetricsModule, Protocol):
         """(tokens in the loss per GPU, seconds) of each measured step: what scaling is judged by."""
 
 
+class RefusalsModule(Protocol):
+    """The interface of the module that says what a test's settings cannot be together. Pure."""
+
+    def refuse(
+        self,
+        params: Mapping[str, Any],
+        model: Mapping[str, Any],
+        deepspeed: Mapping[str, Any],
+        *,
+        device: str,
+        gpus_per_node: int,
+        world_size: int,
+    ) -> None:
+        """Raise UsageError for settings that cannot work on this model, DeepSpeed configuration and nodes."""
+
+    def with_split(self, deepspeed: Mapping[str, Any], parts: int) -> dict[str, Any]:
+        """A copy of a DeepSpeed configuration in which `parts` ranks share each layer."""
+
+
 @dataclass(frozen=True)
 class Test:
     """One test.
@@ -60,7 +79,8 @@ class Test:
     `metrics` and `report` are modules with the interfaces RankModule, MetricsModule and `runner.report.sections`.
     `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null, and
     `gpu_only`, by setting, the values that cannot work without a GPU. A test that `trains` takes a model with its
-    DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts.
+    DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts; its `refusals` are
+    a module with the interface RefusalsModule.
     """
 
     summary: str
@@ -72,6 +92,7 @@ class Test:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gpu_only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trains: bool = False
+    refusals: str = ""
 
     def load_settings(self) -> type[ConfigFile]:
         """Import the class of the test's settings."""
@@ -85,6 +106,10 @@ class Test:
     def load_metrics(self) -> MetricsModule:
         """Import the module that computes metrics from records."""
         return cast(MetricsModule, import_module(self.metrics))
+
+    def load_refusals(self) -> RefusalsModule:
+        """What the settings of a test that `trains` cannot be together."""
+        return cast(RefusalsModule, import_module(self.refusals))
 
     def load_training_metrics(self) -> TrainingMetricsModule:
         """The metrics module of a test that `trains`."""
@@ -113,6 +138,7 @@ TESTS: Mapping[str, Test] = {
             "liger": ("true",),
         },
         trains=True,
+        refusals="runner.workloads.sft.refusals",
     ),
 }
 

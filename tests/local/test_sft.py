@@ -128,19 +128,24 @@ def test_the_output_of_the_ranks_has_no_noise(two_ranks):
 
 
 def test_the_split_into_ranks_and_micro_batches_does_not_change_the_training(tmp_path, data):
-    """The same global batch on 2 ranks and on one, with and without checkpoints: the same losses, in float32.
+    """The same global batch on 2 ranks, on one, and on 2 that share layers, with and without checkpoints: the same losses.
 
-    A loss that averaged averages would differ, since micro-batches hold different numbers of loss tokens.
+    A loss that averaged averages would differ, since micro-batches hold different numbers of loss tokens. In float32.
     """
     losses = []
-    for world_size, micro, recompute in ((2, 2, "full"), (1, 4, "none")):
+    tokens = []
+    for world_size, parts, micro, recompute in ((2, 1, 2, "full"), (1, 1, 4, "none"), (2, 2, 4, "full")):
         cell = job(data, world_size, micro, 2, params={"steps": 4, "recompute": recompute})
         cell["deepspeed"].pop("bf16")
-        ended = ranks.start(tmp_path / str(world_size), cell)
+        cell["deepspeed"] |= {"train_batch_size": 8, "tensor_parallel": {"autotp_size": parts}}
+        ended = ranks.start(tmp_path / f"{world_size}-{parts}", cell)
         assert ended.outcome.rc == 0, ended.outcome.stderr
         losses.append(ended.values("loss"))
+        tokens.append(sum(sum(ended.values("tokens", rank)) for rank in range(world_size)))
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_the_fast_trainer_learns_as_the_reference_does(tmp_path, data):

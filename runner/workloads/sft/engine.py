@@ -11,8 +11,9 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.llama import modeling_llama  # noqa: F401  # seconds, which are not those of building a model
 
+from runner.errors import UsageError
 from runner.workloads.job import RankJob
-from runner.workloads.sft import float8, layers, versions
+from runner.workloads.sft import float8, layers, refusals, versions
 from runner.workloads.sft.attention import Attention
 from runner.workloads.sft.model import build_model
 from runner.workloads.sft.resolve import Settings
@@ -40,6 +41,10 @@ def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
     """
     torch.manual_seed(job.seed)
     config = optimizer_for(settings.deepspeed, versions.has_fused_adamw(job.device))
+    if settings.tensor_parallel > 1:  # DeepSpeed's own arithmetic takes every rank for one with data of its own
+        config = refusals.with_split(config, settings.tensor_parallel)
+        config["train_batch_size"] = settings.micro_batch * settings.gradient_accumulation * job.world_size
+    _require_operations(config)
     alive = HfDeepSpeedConfig(config)  # transformers finds it by a weak reference, to build under ZeRO-3
     _use_liger(settings.liger)
     model = build_model(
@@ -67,6 +72,8 @@ def build(job: RankJob, settings: Settings, attention: Attention) -> Built:
         "model_parameters_non_embedding": total - (0 if tied else getattr(embedding, "ds_numel", embedding.numel())),
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    if settings.deepcompile:
+        engine.compile()
     used = {
         "trainer": "reference" if settings.plain else "fast",
         "attention": attention.name,
@@ -90,6 +97,25 @@ def optimizer_name(engine: Any) -> str:
         optimizer = optimizer.optimizer
     fused = any(group.get("fused") for group in getattr(optimizer, "param_groups", ()))
     return type(optimizer).__name__ + (" fused" if fused else "")
+
+
+def _require_operations(config: Mapping[str, Any]) -> None:
+    """Raise UsageError where DeepSpeed would have to build CUDA operations of its own, and cannot on this node."""
+    zero = config.get("zero_optimization") or {}
+    needed = [
+        (f"deepspeed.zero_optimization.{key}", "quantizer", "QUANTIZER") for key in refusals.QUANTIZED if zero.get(key)
+    ]
+    if refusals.deepcompiles(config):
+        needed.append(("deepspeed.compile.deepcompile", "dc", "DEEP_COMPILE"))
+    for setting, operation, build in needed:
+        from deepspeed.git_version_info import installed_ops
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None and not installed_ops.get(operation):
+            raise UsageError(
+                f"{setting} needs an operation that DeepSpeed builds with nvcc: install the CUDA toolkit on every "
+                f"node, or DeepSpeed with DS_BUILD_{build}=1"
+            )
 
 
 def _use_liger(kernels: str) -> None:

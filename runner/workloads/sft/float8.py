@@ -20,14 +20,14 @@ RECIPES: Mapping[str, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0
 _MULTIPLE = 16  # of every dimension of a product in 8 bits
 
 
-def refuse_shapes(model: Mapping[str, Any], tokens: int) -> None:
-    """Raise UsageError where `model` (configs/models/) or `tokens` of a micro-batch cannot be multiplied in 8 bits."""
+def refuse_shapes(model: Mapping[str, Any], seq_len: int) -> None:
+    """Raise UsageError where `model` (configs/models/) or `seq_len` tokens cannot be multiplied in 8 bits."""
     kv = model["hidden_size"] * model["num_kv_heads"] // model["num_heads"]
     sizes = {
         "hidden_size": model["hidden_size"],
         "intermediate_size": model["intermediate_size"],
         "the width of key and value heads": kv,
-        "sft.micro_batch × sft.seq_len": tokens,
+        "sft.seq_len": seq_len,
     }
     if wrong := [f"{name} is {size}" for name, size in sizes.items() if size % _MULTIPLE]:
         raise UsageError(f"sft.precision=fp8 needs multiples of {_MULTIPLE}: {', '.join(wrong)}")

@@ -50,7 +50,7 @@ def run(job: RankJob, events: Events) -> None:
     model = job.model or {}
     # Otherwise DeepSpeed searches for accelerators, and prints what it finds.
     os.environ.setdefault("DS_ACCELERATOR", job.device)
-    if not settings.compile:
+    if not (settings.compile or settings.deepcompile):
         # DeepSpeed decorates an optimizer that is not used here, which imports the whole compiler (1.3 s).
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     total_steps = settings.warmup_steps + settings.steps
@@ -64,6 +64,8 @@ def run(job: RankJob, events: Events) -> None:
     dtype = getattr(torch, settings.dtype)
     ready = threading.Thread(target=_make_ready, args=(device, dtype), daemon=True)
     ready.start()
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports it, which tells what else it could use
+        logging.getLogger(name).setLevel("ERROR")
     import deepspeed
     import torch.distributed as dist
 
@@ -74,8 +76,6 @@ def run(job: RankJob, events: Events) -> None:
     ready.join()
     imported_s = process_age_s()
     deepspeed.utils.logger.setLevel("WARNING")
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports it, which tells what else it could use
-        logging.getLogger(name).setLevel("ERROR")
     # DeepSpeed uses names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if job.device == "cuda":
@@ -129,6 +129,8 @@ def _train(
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
+    parts = settings.tensor_parallel  # neighbours, which read the same rows
+    share_of_data, shares = rank // parts, world // parts
     micro, accumulation = settings.micro_batch, settings.gradient_accumulation
     engine, flat = built.engine, built.flat
     on_gpu = job.device == "cuda"
@@ -143,8 +145,9 @@ def _train(
         synchronize()
         started = time.perf_counter()
         started_s = round(time.time(), 3)
-        first = step * accumulation * world * micro
-        batches = [data.read(first + (k * world + rank) * micro, micro, job.seed) for k in range(accumulation)]
+        first = step * accumulation * shares * micro
+        places = [first + (k * shares + share_of_data) * micro for k in range(accumulation)]
+        batches = [data.read(place, micro, job.seed) for place in places]
         loss_tokens = sum(batch.loss_tokens for batch in batches)
         # DeepSpeed averages gradients over ranks and micro-batches: with this divisor that is a mean over tokens.
         share = torch.tensor(float(loss_tokens), device=engine.device)
@@ -175,9 +178,9 @@ def _train(
         context = {"step": step, "measured": step >= settings.warmup_steps}
         # `started_s` selects the telemetry that was taken during measured steps.
         events.value("step_time_s", step_time_s, **context, started_s=started_s)
-        events.value("tokens", sum(batch.tokens for batch in batches), **context)
-        events.value("loss_tokens", loss_tokens, **context)
-        events.value("positions", sum(batch.input_ids.size for batch in batches), **context)
+        events.value("tokens", sum(batch.tokens for batch in batches) / parts, **context)
+        events.value("loss_tokens", loss_tokens / parts, **context)
+        events.value("positions", sum(batch.input_ids.size for batch in batches) / parts, **context)
         if rank == 0:
             events.value("loss", mean_loss, **context)
             for batch in batches:

@@ -11,6 +11,7 @@ from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.deepspeed_config import unresolved
 from runner.workloads.job import RankJob
+from runner.workloads.sft import refusals
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Settings:
     plain: bool  # DeepSpeed and Transformers alone
     liger: str  # "all", "loss" or "none"
     recompute: str  # "none", "selective" or "full"
-    compile: bool
+    compile: bool  # each layer
+    deepcompile: bool  # the whole model, by DeepSpeed
     fp8_recipe: str | None  # None: no products in 8 bits
+    tensor_parallel: int  # ranks that share each layer and their data
     dtype: str  # a name in torch
     deepspeed: Mapping[str, Any]
 
@@ -43,10 +46,12 @@ def resolve(job: RankJob) -> Settings:
         total = config["train_batch_size"]
     except KeyError as error:
         raise UsageError(f"DeepSpeed configuration: {error.args[0]} is missing") from None
-    if micro * accumulation * job.world_size != total:
+    parts = refusals.split(config)
+    shares = job.world_size // parts
+    if micro * accumulation * shares != total:
         raise UsageError(
             f"DeepSpeed configuration: train_batch_size {total} is not micro-batch {micro} × accumulation "
-            f"{accumulation} × {counted(job.world_size, 'rank')} = {micro * accumulation * job.world_size}"
+            f"{accumulation} × {counted(shares, 'rank' if parts == 1 else 'group')} = {micro * accumulation * shares}"
         )
     if params.get("lr") is not None and "optimizer" in config:
         optimizer = config["optimizer"]
@@ -55,6 +60,8 @@ def resolve(job: RankJob) -> Settings:
     # Layers in 8 bits are slow unless they are compiled, and keep weights that ZeRO-3 has released.
     compiled = bool(params.get("compile", False)) or fp8_recipe is not None
     plain = params.get("trainer", "fast") == "reference"
+    # Liger's loss would read the weights of a head that AutoTP has replaced.
+    without_liger = plain or parts > 1
     dtypes = {"bf16": "bfloat16", "fp16": "float16"}
     return Settings(
         steps=params["steps"],
@@ -63,10 +70,12 @@ def resolve(job: RankJob) -> Settings:
         gradient_accumulation=accumulation,
         attention=params.get("attention", "auto"),
         plain=plain,
-        liger="none" if plain else _liger(str(params.get("liger", "auto")).lower(), job.device, compiled),
+        liger="none" if without_liger else _liger(str(params.get("liger", "auto")).lower(), job.device, compiled),
         recompute=params.get("recompute", "full"),
         compile=compiled,
+        deepcompile=refusals.deepcompiles(config),
         fp8_recipe=fp8_recipe,
+        tensor_parallel=parts,
         dtype=next((dtypes[key] for key in dtypes if config.get(key, {}).get("enabled")), "float32"),
         deepspeed=config,
     )

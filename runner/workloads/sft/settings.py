@@ -29,7 +29,7 @@ class SftTest(ConfigFile):
     planner decides an `auto` of `recompute`: which activations the backward pass computes again instead of keeping.
     An `auto` of `attention` is decided on the GPU (`attention.KINDS`). The trainer `reference` is DeepSpeed and
     Transformers alone: what `fast` learns is held against it. `precision` is that of matrix products; auto: the
-    DeepSpeed file's.
+    DeepSpeed file's. `tensor_parallel` counts the GPUs of a node that share each layer.
     """
 
     steps: PositiveInt
@@ -49,6 +49,7 @@ class SftTest(ConfigFile):
     fp8_recipe: Literal["tensorwise", "rowwise"]
     liger: Literal["auto", "true", "false"]
     compile: bool
+    tensor_parallel: PositiveInt
     timeout_s: PositiveFloat
 
     @model_validator(mode="after")
