@@ -303,6 +303,60 @@ def test_on_a_gpu_attention_does_not_cross_the_samples_of_a_sequence(kind, data)
     packed_and_alone(kind, "cuda", data)
 
 
+def test_a_kernel_gets_one_row_its_boundaries_and_a_bound_that_no_batch_changes(data):
+    """A STAND-IN for a GPU's kernel notes what each layer hands it; key and value heads are not repeated."""
+    import torch
+
+    from runner.workloads.sft import attention
+
+    seen = []
+
+    def kernel(q, k, v, bounds, longest):
+        seen.append((q.shape, k.shape, v.shape, bounds, longest, q.stride(-1), q.dtype))
+        return attention.by_sample(q, k, v, bounds, longest)
+
+    chosen = attention.Attention("varlen", "a stand-in", kernel)
+    model = build_model(MODEL, attention=chosen.register(), dtype=torch.bfloat16)
+    cpu, size = torch.device("cpu"), 3 * ranks.SEQ_LEN
+    batches = [PackedData(data).read(first, 3, seed=0) for first in (0, 3)]
+    for batch in batches:
+        arguments = inputs(batch, flat=True, device=cpu, dtype=torch.bfloat16)
+        assert arguments["input_ids"].shape == arguments["position_ids"].shape == (1, size)
+        assert labels(batch, flat=True, device=cpu).shape == (1, size)
+        model(**arguments)
+    heads, pairs = (size, 4, 16), (size, 2, 16)
+    assert [call[:3] for call in seen] == [(heads, pairs, pairs)] * 4  # two layers of two batches
+    assert {call[4:] for call in seen} == {(ranks.SEQ_LEN, 1, torch.bfloat16)}
+    for call, batch in zip(seen[::2], batches, strict=True):
+        starts = [place for place in range(size) if batch.position_ids.reshape(-1)[place] == 0]
+        assert call[3].dtype == torch.int32 and call[3].tolist() == [*starts, size]
+    assert seen[0][3].tolist() != seen[2][3].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="no GPU")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 64), (32, 32, 128), (64, 8, 128)])
+def test_on_a_gpu_auto_needs_no_mask_and_products_have_a_rate(heads, kv_heads, head_dim):
+    """The heads of 1B, 7B and 70B."""
+    import torch
+
+    from runner.workloads.sft import attention, matmul
+
+    gpu = torch.device("cuda", 0)
+    if torch.cuda.get_device_capability(gpu)[0] < 8:
+        pytest.skip("compute capability below 8.0")
+    pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10")
+    chosen = attention.choose("auto", gpu, attention.Shape(heads, kv_heads, head_dim, torch.bfloat16, 4096))
+    assert chosen.flat and ";" not in chosen.detail  # nothing that is installed is broken
+    model = {**MODEL, "hidden_size": heads * head_dim, "num_heads": heads, "num_kv_heads": kv_heads}
+    model |= {"intermediate_size": 3 * heads * head_dim, "num_layers": 8, "vocab_size": 32000}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    rate = matmul.tflop_per_s(model, 16384, gpu, torch.bfloat16)
+    assert 50 < rate < 5000
+    assert torch.cuda.memory_reserved() <= before + (256 << 20)  # the workspace of the library stays
+
+
 def test_random_weights_are_given_by_the_seed_alone():
     import torch
 
