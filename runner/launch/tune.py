@@ -50,6 +50,7 @@ from runner.workloads.registry import TESTS, trains
 PROBES = {"cuda": 15, "cpu": 5}  # at most, by device: a CPU shows that it works, not what is best
 MINUTES = 20.0
 STEPS, WARMUP = 4, 2  # of a probe
+PATIENCE_S = 600.0  # with a probe, at least: its ranks may have to compile
 TOKENS = 65536  # of a GPU in a step of a probe: the planned step's may take a minute
 OUT_OF = ("cuda_out_of_memory", "out_of_memory")  # kinds of failure that answer a probe
 
@@ -373,6 +374,7 @@ class _Tuner:
             f"{SECTION}.global_batch": task.probe_batch,
             f"{SECTION}.steps": STEPS,
             f"{SECTION}.warmup_steps": WARMUP,
+            f"{SECTION}.timeout_s": min(task.cell.params["timeout_s"], max(PATIENCE_S, 60 * task.options.minutes)),
         }
         set_ = tuple(f"{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in given.items())
         bench = task.options.bench
