@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional
+from torch.nn import attention, functional
 
 from runner.errors import UsageError
 
@@ -264,7 +264,6 @@ def from_package(flash_attn_varlen_func: Callable[..., Any]) -> Kernel:
 
 def _varlen(implementation: str | None = None) -> Kernel:
     """torch's, with the FlashAttention `implementation` of a package ("FA3", "FA4") or the one that it contains."""
-    from torch.nn import attention
     from torch.nn.attention.varlen import varlen_attn
 
     if implementation is not None:
@@ -276,24 +275,26 @@ def _varlen(implementation: str | None = None) -> Kernel:
 
 def _flash_attention(implementation: str | None, module: str) -> Kernel:
     """The kernel of a package: through torch, where it can take `implementation` from it, or else its own function."""
-    if implementation is not None and hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+    if implementation is not None and TAKES_OVER:
         return _varlen(implementation)
     return from_package(importlib.import_module(module).flash_attn_varlen_func)
 
 
+TAKES_OVER = hasattr(attention, "activate_flash_attention_impl")
+THROUGH = "through torch.nn.attention.varlen" if TAKES_OVER else "by its package's own function"
 # From the fastest, for GPUs that it is made for. varlen comes before the package flash-attn, the same algorithm: it is
 # in torch, and torch.compile knows its operator. Where there is no GPU, sdpa computes each sample by itself.
 KINDS = (
     Kind(
         "flash_attention_3",
-        "FlashAttention 3",
+        f"FlashAttention 3 {THROUGH}",
         load=partial(_flash_attention, "FA3", "flash_attn_interface"),
         package="the package flash-attn-3",
         majors=(9,),
     ),
     Kind(
         "flash_attention_4",
-        "FlashAttention 4",
+        f"FlashAttention 4 {THROUGH}",
         load=partial(_flash_attention, "FA4", "flash_attn.cute"),
         package="the package flash-attn-4",
         majors=(9, 10),

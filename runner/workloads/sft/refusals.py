@@ -9,6 +9,14 @@ from runner.errors import UsageError
 from runner.system.wording import counted
 from runner.workloads.sft import float8
 
+# What the trainer `reference` does not have, by setting.
+FAST_ONLY = {
+    "attention": ("varlen", "flash_attention_3", "flash_attention_4"),
+    "recompute": ("selective",),
+    "precision": ("fp8",),
+    "liger": ("true",),
+    "compile": (True,),
+}
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 
 
@@ -28,11 +36,22 @@ def refuse(
     parts = split(deepspeed)
     if params.get("precision") == "fp8":
         float8.refuse_shapes(model, params["seq_len"])
+    if reason := by_reference(params):
+        raise UsageError(f"sft: {reason}")
     faults = [*_tensor_parallel(params, model, deepspeed, parts, gpus_per_node)] if parts > 1 else []
     faults += [*_zero_plus_plus(deepspeed, device, gpus_per_node, world_size)]
     faults += [*_deepcompile(params, deepspeed, device, parts)]
     if faults:
         raise UsageError(faults[0])
+
+
+def by_reference(params: Mapping[str, Any]) -> str | None:
+    """Why the trainer that `params` ask for cannot have the rest of them; None where it can."""
+    for name, values in FAST_ONLY.items():
+        value = params.get(name)
+        if params.get("trainer") == "reference" and value in values:
+            return f"trainer reference has no {name} {str(value).lower()}: leave it out, or take fast"
+    return None
 
 
 def split(deepspeed: Mapping[str, Any]) -> int:

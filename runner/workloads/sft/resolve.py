@@ -39,6 +39,8 @@ def resolve(job: RankJob) -> Settings:
     params, config = job.params, job.deepspeed
     if job.model is None or config is None or job.data is None:
         raise UsageError("test sft needs a model, a DeepSpeed configuration and prepared data")
+    if reason := refusals.by_reference(params):
+        raise UsageError(f"sft: {reason}")
     if left := list(unresolved(config)):
         raise UsageError(f'DeepSpeed configuration: {", ".join(left)} is still "auto"; give a value')
     try:

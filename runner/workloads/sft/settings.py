@@ -11,15 +11,7 @@ from pydantic import (
 )
 
 from runner.system.schema import ConfigFile, PositiveInt
-
-# What the trainer `reference` does not have, by setting.
-FAST_ONLY = {
-    "attention": ("varlen", "flash_attention_3", "flash_attention_4"),
-    "recompute": ("selective",),
-    "precision": ("fp8",),
-    "liger": ("true",),
-    "compile": (True,),
-}
+from runner.workloads.sft import refusals
 
 
 class SftTest(ConfigFile):
@@ -54,8 +46,6 @@ class SftTest(ConfigFile):
 
     @model_validator(mode="after")
     def _reference_is_plain(self) -> SftTest:
-        for name, values in FAST_ONLY.items():
-            value = getattr(self, name, None)
-            if self.trainer == "reference" and value in values:
-                raise ValueError(f"trainer reference has no {name} {str(value).lower()}: leave it out, or take fast")
+        if reason := refusals.by_reference(self.model_dump()):
+            raise ValueError(reason)
         return self

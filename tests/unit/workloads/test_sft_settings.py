@@ -75,6 +75,14 @@ def test_the_reference_refuses_what_only_the_fast_trainer_has(setting):
     assert config.load_test("sft", {**settings, "trainer": "fast"})
 
 
+def test_the_reference_refuses_what_was_chosen_for_it_as_well():
+    """A planner or a tuner that chooses settings does not pass them through the file's schema."""
+    with pytest.raises(
+        UsageError, match=r"^sft: trainer reference has no recompute selective: leave it out, or take fast$"
+    ):
+        resolve.resolve(job(trainer="reference", recompute="selective"))
+
+
 @pytest.mark.parametrize("name", ["auto", "sdpa", "eager", "flash_attention_2"])
 def test_the_reference_has_the_attention_of_transformers(name):
     settings = config.load_test("sft", {"trainer": "reference", "attention": name}).model_dump()
