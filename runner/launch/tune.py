@@ -195,7 +195,7 @@ def _space(ready: prepare.Prepared, cell: Cell, sequences: int, tries: Sequence[
         ),
         "hpz": (several and on_gpu and stage == 3, True, Change({HPZ: cell.gpus_per_node}, sharded)),
         "quantised": (on_gpu and stage == 3, False, Change({QUANTIZED: True}, sharded)),
-        "deepcompile": (on_gpu and stage in (1, 3), False, Change({DEEPCOMPILE: True})),
+        "deepcompile": (on_gpu and stage in (1, 3), False, Change({DEEPCOMPILE: True, COMPILE: False})),
     }
     for name, (possible, unasked, change) in optional.items():
         if name in tries and not possible:
@@ -362,7 +362,7 @@ class _Tuner:
 
     def _keep(self, probe: Probe, how: str = "") -> None:
         self.probes.append(probe)
-        said = gave(probe) + (f", {how}" if how else "")
+        said = gave(probe, self.subject) + (f", {how}" if how else "")
         self.display.note(f"probe {len(self.probes)}: {tuned.short(probe.settings)}: {said}")
 
     def _run(self, settings: Settings) -> Probe:
@@ -413,7 +413,7 @@ class _Tuner:
         if not metrics.get("step_time_s_p50"):
             return Probe(settings, FAILED, note="no step was measured", run=where)
         step_s = metrics["step_time_s_p50"]
-        positions = self.task.sequences * cell["params"]["seq_len"] / step_s
+        positions = self.task.probe_batch * cell["params"]["seq_len"] / step_s / cell["world_size"]
         self.matmul = metrics.get("matmul_tflop_per_s", self.matmul)
         return Probe(
             settings,
@@ -490,7 +490,7 @@ def conclusion(ended: Ended) -> str:
     """In a line whether tuning was worth it: the best against the settings without it."""
     best, default = ended.best, ended.default
     if not best.positions_per_s_per_gpu or not default.positions_per_s_per_gpu:
-        return f"without tuning: {gave(default)}"
+        return f"without tuning: {gave(default, ended.tuned.subject)}"
     if best is not default:
         return f"{best.positions_per_s_per_gpu / default.positions_per_s_per_gpu:.2f} × the rate without tuning"
     if all(probe.settings == default.settings for probe in ended.tuned.probes if probe.outcome == OK):

@@ -81,9 +81,12 @@ def _rates(request: Request, subject: results.Subject, folder: Path, versions: M
 
 
 def _hint(request: Request, subject: results.Subject, asked: Asked) -> list[str]:
-    """That a GPU's settings are not tuned; ranks on CPUs are no measure of anything that tuning could improve."""
-    if request.device == "cpu" or subject.hardware in _NOT_KNOWN:
-        return []
+    """That settings are not tuned, on GPUs; on CPUs only to who has tuned something similar there."""
     near = results.nearest(asked.folder, subject)
+    if request.device == "cpu":
+        if near is None or near.subject.device != subject.device:
+            return []
+    elif subject.hardware in _NOT_KNOWN:
+        return []
     other = f" (what was tuned on {near.date} has {', '.join(near.subject.differs(subject))})" if near else ""
     return [f"not tuned for {subject.text()}{other}: {asked.command}"]

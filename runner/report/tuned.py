@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from runner.report.figures import number
-from runner.results.tuned import FAILED, OK, OUT_OF_MEMORY, REFUSED, Probe, Tuned
+from runner.report.figures import number, per_rank
+from runner.results.tuned import FAILED, OK, OUT_OF_MEMORY, REFUSED, Probe, Subject, Tuned
 
 _WORDS = {OUT_OF_MEMORY: "out of memory", REFUSED: "not run", FAILED: "failed"}
 _NOTE = 60  # characters of a reason in the table
 
 
-def gave(probe: Probe) -> str:
-    """What a probe gave, in a few words."""
+def gave(probe: Probe, subject: Subject) -> str:
+    """What a probe for `subject` gave, in a few words."""
     if probe.outcome == OK:
         memory = f", {probe.peak_memory_gib:.1f} GiB" if probe.peak_memory_gib else ""
-        return f"{number(probe.tokens_per_s_per_gpu or 0.0)} tokens/s per GPU{memory}"
+        return f"{number(probe.tokens_per_s_per_gpu or 0.0)} tokens/s per {_each(subject)}{memory}"
     words = _WORDS[probe.outcome]
     return words if probe.outcome == OUT_OF_MEMORY or not probe.note else f"{words}: {probe.note}"
 
@@ -27,7 +27,9 @@ def table(found: Tuned, default: Probe, best: Probe) -> str:
     for probe in found.probes:
         row = {key.rpartition(".")[2]: _value(probe.settings.get(key)) for key in keys}
         ok = probe.outcome == OK
-        row["tokens/s/GPU"] = number(probe.tokens_per_s_per_gpu or 0.0) if ok else _WORDS[probe.outcome]
+        row[f"tokens/s per {_each(found.subject)}"] = (
+            number(probe.tokens_per_s_per_gpu or 0.0) if ok else _WORDS[probe.outcome]
+        )
         row["± %"] = f"{100 * (probe.noise or 0.0):.1f}" if ok else ""
         row["peak GiB"] = f"{probe.peak_memory_gib:.1f}" if probe.peak_memory_gib else ""
         row["s"] = f"{probe.seconds:.0f}" if probe.seconds else ""
@@ -40,3 +42,7 @@ def table(found: Tuned, default: Probe, best: Probe) -> str:
 
 def _value(value: object) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _each(subject: Subject) -> str:
+    return per_rank([{"device": subject.device}])

@@ -187,7 +187,7 @@ def test_out_of_memory_is_an_answer_and_rates_leave_padding_out(nodes):
     assert best.tokens_per_s_per_gpu == pytest.approx(0.97 * best.positions_per_s_per_gpu)
     assert best.peak_memory_gib == 64.0
     text = table(ended.tuned, ended.default, ended.best)
-    assert "out of memory" in text and "without tuning" in text and "best" in text
+    assert "tokens/s per GPU" in text and "out of memory" in text and "without tuning" in text and "best" in text
     assert "× the rate without tuning" in tune.conclusion(ended)
 
 

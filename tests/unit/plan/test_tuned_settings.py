@@ -213,6 +213,10 @@ def test_without_a_result_gpus_are_told_how_to_get_one_and_cpus_are_not(cluster,
     [note] = use.settle(request, cluster.nodes, asked(tmp_path), {}).notes
     assert "what was tuned on 2026-01-31 has num_nodes 4, not 8, world_size 32, not 64" in note
     assert use.settle(request, cluster.nodes, asked(tmp_path, use=False), {}).notes == ()
+    small = plans.request(machine)
+    results.save(tmp_path, found(small, subject={"seq_len": 64}))
+    [note] = use.settle(small, machine.nodes, asked(tmp_path), {}).notes
+    assert note.startswith("not tuned for tiny, ") and "has seq_len 64, not 256" in note
 
 
 def test_what_was_tuned_with_other_versions_is_not_used(cluster, tmp_path):
