@@ -7,6 +7,7 @@ FOLDER/arms.json holds a list of arms; rank 0 writes FOLDER/found.json with one 
     losses    of each step
     graphs    that torch.compile has made, of how many `frames` it has looked at
     gathered  weights of layers (in numbers) that are in memory between forward and backward pass
+    optimizer what updates the weights
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional
 import model_probe
 
 SEQ_LEN = 64
-STEPS = 4
+STEPS = 3
 
 
 def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **more: Any) -> Any:
@@ -46,20 +47,26 @@ def batch(draw: torch.Generator) -> dict[str, Any]:
 
 
 def run(
-    stage: int, num_layers: int, recomputed: str = "none", compiled: bool = False, recipe: str | None = None
+    stage: int,
+    num_layers: int,
+    recomputed: str = "none",
+    compiled: bool = False,
+    recipe: str | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Train a model of `num_layers` with ZeRO `stage` for some steps."""
+    """Train a model of `num_layers` with ZeRO `stage` for some steps; `more` goes into DeepSpeed's section."""
     import deepspeed
     import torch.distributed as dist
     from transformers.integrations import HfDeepSpeedConfig
 
     from runner.workloads.sft import float8, layers, versions
+    from runner.workloads.sft.engine import optimizer_name
     from runner.workloads.sft.model import build_model
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 10}
-    zero |= {"stage3_prefetch_bucket_size": 10, "stage3_max_reuse_distance": 10}
+    zero |= {"stage3_prefetch_bucket_size": 10, "stage3_max_reuse_distance": 10, **more}
     config = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
@@ -105,6 +112,7 @@ def run(
         "frames": counters["frames"]["total"],
         "breaks": dict(counters["graph_break"]),
         "gathered": held,
+        "optimizer": optimizer_name(engine),
     }
 
 

@@ -38,6 +38,7 @@ def start(
     job: Mapping[str, Any],
     program: Sequence[str] = ("-m", "runner.workloads"),
     env: Mapping[str, str] | None = None,
+    timeout_s: float = 180,
 ) -> Ended:
     """Run `job` on its `world_size` ranks with torchrun, until all have ended; `env` is added to the environment."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def start(
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     kept = {name: value for name, value in os.environ.items() if name != "SHAKEDOWN_CELL"}
     every = {**kept, "OMP_NUM_THREADS": "1", **(env or {})}
-    outcome = process.run([*launch, *program, str(folder)], timeout_s=180, env=every)
+    outcome = process.run([*launch, *program, str(folder)], timeout_s=timeout_s, env=every)
     files = [folder / f"rank{rank}.jsonl" for rank in range(world)]
     return Ended(
         outcome, [[json.loads(line) for line in f.read_text().splitlines()] if f.exists() else [] for f in files]

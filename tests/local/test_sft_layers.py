@@ -16,12 +16,13 @@ import ranks
 pytestmark = pytest.mark.local
 with_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
-FEW, MANY = {"num_layers": 2}, {"num_layers": 9}  # torch gives up when it has compiled the same code 8 times
+FEW, MANY = {"num_layers": 1}, {"num_layers": 9}  # torch gives up when it has compiled the same code 8 times
 ARMS = {
     **{f"stage {stage}": {**FEW, "stage": stage} for stage in (0, 1, 2, 3)},
     **{f"fp8 stage {stage}": {**FEW, "stage": stage, "recipe": "tensorwise"} for stage in (0, 1, 2, 3)},
     "fp8 rowwise": {**FEW, "stage": 3, "recipe": "rowwise"},
     "fp8 compiled": {**FEW, "stage": 3, "recipe": "tensorwise", "compiled": True},
+    "hpz": {**FEW, "stage": 3, "zero_hpz_partition_size": 2},
     "plain": {**MANY, "stage": 3},
     "selective": {**MANY, "stage": 3, "recomputed": "selective"},
     "full": {**MANY, "stage": 3, "recomputed": "full"},
@@ -41,7 +42,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("layers")
     (folder / "arms.json").write_text(json.dumps(list(ARMS.values())))
     probe = str(Path(ranks.__file__).parent / "layers_probe.py")
-    ended = ranks.start(folder, ranks.job("sft", 2, {}), program=[probe])
+    ended = ranks.start(folder, ranks.job("sft", 2, {}), program=[probe], timeout_s=400)
     assert ended.outcome.rc == 0, ended.outcome.stderr
     return dict(zip(ARMS, json.loads((folder / "found.json").read_text()), strict=True))
 
@@ -60,7 +61,7 @@ def test_one_graph_serves_all_layers_and_all_batches(found, name):
 def test_what_is_compiled_or_recomputed_computes_the_same(found, name):
     """As a graph rounds to bfloat16 at other places, not to the last bit."""
     plain = found["plain"]["losses"]
-    assert plain[-1] < plain[0] - 0.2
+    assert plain[-1] < plain[0] - 0.1
     assert found[name]["losses"] == pytest.approx(plain, rel=2e-3)
 
 
@@ -85,3 +86,12 @@ def test_a_compiled_layer_releases_the_weights_that_zero_3_gathered(found):
         assert found[name]["gathered"] == 0, name
     if "fp8 stage 3" in ARMS:
         assert found["fp8 stage 3"]["gathered"] > 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_kernel_updates_all_weights_under_every_stage(found, stage):
+    assert found[f"stage {stage}"]["optimizer"] == "AdamW fused"
+
+
+def test_a_second_copy_of_the_weights_in_a_group_changes_no_loss(found):
+    assert found["hpz"]["losses"] == pytest.approx(found["stage 3"]["losses"], rel=1e-6)

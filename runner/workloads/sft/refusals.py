@@ -38,6 +38,11 @@ def refuse(
         float8.refuse_shapes(model, params["seq_len"])
     if reason := by_reference(params):
         raise UsageError(f"sft: {reason}")
+    if device != "cuda" and params.get("compile") and params.get("recompute") == "selective":
+        raise UsageError(
+            "sft.compile=true compiles nothing on CPUs with sft.recompute=selective, since their attention is not one "
+            "operation: set sft.recompute=none or full"
+        )
     faults = [*_tensor_parallel(params, model, deepspeed, parts, gpus_per_node)] if parts > 1 else []
     faults += [*_zero_plus_plus(deepspeed, device, gpus_per_node, world_size)]
     faults += [*_deepcompile(params, deepspeed, device, parts)]

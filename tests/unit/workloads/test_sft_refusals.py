@@ -45,6 +45,7 @@ def test_what_works_together_is_planned(settings):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
+        ({"device": "cpu", "sft": {"compile": True, "recompute": "selective"}}, "compiles nothing on CPUs"),
         (
             {"sft": {"precision": "fp8", "seq_len": 1000}},
             "sft.precision=fp8 needs multiples of 16: sft.seq_len is 1000",
