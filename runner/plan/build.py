@@ -13,7 +13,7 @@ from runner.cluster import nccl, slurm
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
-from runner.plan import fit
+from runner.plan import fit, tuned
 from runner.plan.batch import batch_of, with_batch
 from runner.plan.engines.ranks import Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
@@ -60,7 +60,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
                 if cell.batch is not None:
                     fit.refuse(request, params, settled, shape, num_nodes, cell.batch)
                     expected = fit.expect(request, settled, shape, num_nodes, cell.batch)
-                    cell = replace(cell, chosen=chosen, expected=expected)
+                    how = "; ".join(text for text in (tuned.chosen(request), chosen) if text)
+                    cell = replace(cell, chosen=how, expected=expected)
                 cells.append(cell)
     return Plan(
         run_id=request.run_id,

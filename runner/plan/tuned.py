@@ -140,6 +140,13 @@ def apply(request: Request, found: Tuned, holds: Mapping[str, str], batch: Batch
     )
 
 
+def chosen(request: Request) -> str:
+    """What tuning has decided in `request`, with the day on which it was found; empty for nothing."""
+    if request.tuned is None or not request.tuned["settings"]:
+        return ""
+    return f"{named(request.tuned['settings'])}: found by runner tune on {request.tuned['created'][:10]}"
+
+
 def rates(found: Tuned, request: Request) -> tuple[Rate, ...]:
     """What the probes of a result have measured, those with the compiler and the precision of `request` alone; of a
     micro-batch, recompute and stage the best.

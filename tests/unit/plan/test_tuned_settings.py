@@ -199,6 +199,8 @@ def test_the_dry_run_says_what_is_used_since_when_and_the_plan_keeps_it(cluster,
     assert "tuned: sft.micro_batch=4 sft.gradient_accumulation=4 deepspeed.zero_optimization.stage=1" in text
     assert "(runner tune on 2026-01-31)" in text and "  not sft.recompute=none: --set" in text
     assert settled.notes == ()
+    [chosen] = {cell.chosen for cell in settled.plan.cells}  # which the report shows
+    assert chosen.startswith("sft.micro_batch=4 ") and "found by runner tune on 2026-01-31" in chosen
     assert Plan.from_dict(settled.plan.to_dict()).tuned == settled.plan.tuned
     assert "tuned" not in describe(build.build(request, cluster.nodes), ",".join)
 
