@@ -62,6 +62,10 @@ def resolve(job: RankJob) -> Settings:
     # Layers in 8 bits are slow unless they are compiled, and keep weights that ZeRO-3 has released.
     compiled = bool(params.get("compile", False)) or fp8_recipe is not None
     plain = params.get("trainer", "fast") == "reference"
+    recompute = params.get("recompute", "full")
+    # torch.compile fuses what Liger does inside layers, and fails to compile Liger's kernels there. Its rotary
+    # embeddings write into the output of a matrix product, which selective recompute has kept to begin with it again.
+    alone = compiled or recompute == "selective"
     # Liger's loss would read the weights of a head that AutoTP has replaced.
     without_liger = plain or parts > 1
     dtypes = {"bf16": "bfloat16", "fp16": "float16"}
@@ -72,8 +76,8 @@ def resolve(job: RankJob) -> Settings:
         gradient_accumulation=accumulation,
         attention=params.get("attention", "auto"),
         plain=plain,
-        liger="none" if without_liger else _liger(str(params.get("liger", "auto")).lower(), job.device, compiled),
-        recompute=params.get("recompute", "full"),
+        liger="none" if without_liger else _liger(str(params.get("liger", "auto")).lower(), job.device, alone),
+        recompute=recompute,
         compile=compiled,
         deepcompile=refusals.deepcompiles(config),
         fp8_recipe=fp8_recipe,
@@ -83,15 +87,14 @@ def resolve(job: RankJob) -> Settings:
     )
 
 
-def _liger(requested: str, device: str, compiled: bool) -> str:
+def _liger(requested: str, device: str, loss_alone: bool) -> str:
     installed = importlib.util.find_spec("liger_kernel") is not None
     if requested == "true" and not (device == "cuda" and installed):
         need = "the package liger-kernel, which is not installed" if device == "cuda" else "a GPU"
         raise UsageError(f"sft.liger=true needs {need}; leave it on auto")
     if requested == "false" or device != "cuda" or not installed:
         return "none"
-    # torch.compile fuses what Liger does inside layers, and fails to compile Liger's kernels there.
-    return "loss" if compiled else "all"
+    return "loss" if loss_alone else "all"
 
 
 def _fp8_recipe(params: Mapping[str, Any], device: str) -> str | None:

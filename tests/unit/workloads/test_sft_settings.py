@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -167,3 +168,28 @@ def test_architectures_have_the_published_number_of_parameters(name, billions):
     from runner.cluster import limits
 
     assert limits.parameters(config.load_model(name).model_dump()).total / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "kernels"),
+    [
+        ({}, "all"),
+        ({"recompute": "none"}, "all"),
+        ({"recompute": "full"}, "all"),
+        ({"recompute": "selective"}, "loss"),
+        ({"compile": True, "recompute": "none"}, "loss"),
+        ({"precision": "fp8"}, "loss"),
+        ({"liger": "false"}, "none"),
+        ({"trainer": "reference"}, "none"),
+    ],
+    ids=str,
+)
+def test_liger_replaces_what_works_with_the_other_settings(monkeypatch, given, kernels):
+    """Its kernels for rotary embeddings write into what selective recompute keeps; inside a graph they do not compile."""
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name in ("liger_kernel", "torchao") or installed(name)
+    )
+    resolved = resolve.resolve(job(device="cuda", **given))
+    assert resolved.liger == kernels
+    assert resolved.compile is bool(given.get("compile") or given.get("precision"))
