@@ -318,7 +318,10 @@ def test_a_kernel_gets_one_row_its_boundaries_and_a_bound_that_no_batch_changes(
     chosen = attention.Attention("varlen", "a stand-in", kernel)
     model = build_model(MODEL, attention=chosen.register(), dtype=torch.bfloat16)
     cpu, size = torch.device("cpu"), 3 * ranks.SEQ_LEN
-    batches = [PackedData(data).read(first, 3, seed=0) for first in (0, 3)]
+    packed = PackedData(data)
+    batches = [packed.read(first, 3, seed=0) for first in (0, 3)]
+    lengths = [np.diff(packed.read(0, packed.count, seed=0).bounds).max(), *(np.diff(b.bounds).max() for b in batches)]
+    assert packed.longest == lengths[0] < ranks.SEQ_LEN and len({*lengths}) > 1
     for batch in batches:
         arguments = inputs(batch, flat=True, device=cpu, dtype=torch.bfloat16)
         assert arguments["input_ids"].shape == arguments["position_ids"].shape == (1, size)
@@ -326,7 +329,7 @@ def test_a_kernel_gets_one_row_its_boundaries_and_a_bound_that_no_batch_changes(
         model(**arguments)
     heads, pairs = (size, 4, 16), (size, 2, 16)
     assert [call[:3] for call in seen] == [(heads, pairs, pairs)] * 4  # two layers of two batches
-    assert {call[4:] for call in seen} == {(ranks.SEQ_LEN, 1, torch.bfloat16)}
+    assert {call[4:] for call in seen} == {(packed.longest, 1, torch.bfloat16)}
     for call, batch in zip(seen[::2], batches, strict=True):
         starts = [place for place in range(size) if batch.position_ids.reshape(-1)[place] == 0]
         assert call[3].dtype == torch.int32 and call[3].tolist() == [*starts, size]

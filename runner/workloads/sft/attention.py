@@ -5,8 +5,8 @@ across them. The others get rows, and a mask under which most of the scores that
 
 A flat kind has a kernel: a function of queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim],
 boundaries int32 [samples + 1] on the same device, and a bound of the samples' lengths. The bound is the same for every
-batch: for each new one, torch.compile would compile again. The result has the shape of the queries. The scale is
-1 ÷ √head_dim, as in every Llama.
+batch, since torch.compile would compile again for each new one, and tight, since kernels begin work for as many tokens
+of each sample. The result has the shape of the queries. The scale is 1 ÷ √head_dim, as in every Llama.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ TOLERANCE = 0.2
 
 @dataclass(frozen=True)
 class Shape:
-    """What attention is to compute: a model's heads, their type, and the longest sequence in tokens."""
+    """What attention is to compute: a model's heads, their type, and the longest sample in tokens."""
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    seq_len: int
+    longest: int
 
 
-def shape(model: Mapping[str, Any], dtype: torch.dtype, seq_len: int) -> Shape:
-    """The attention of `model` (fields of configs/models/) in `dtype` over sequences of `seq_len` tokens."""
+def shape(model: Mapping[str, Any], dtype: torch.dtype, longest: int) -> Shape:
+    """The attention of `model` (fields of configs/models/) in `dtype` over samples of at most `longest` tokens."""
     heads = model["num_heads"]
-    return Shape(heads, model["num_kv_heads"], model["hidden_size"] // heads, dtype, seq_len)
+    return Shape(heads, model["num_kv_heads"], model["hidden_size"] // heads, dtype, longest)
 
 
 class Unusable(Exception):
@@ -166,7 +166,7 @@ def trial(kernel: Kernel, device: torch.device, shape: Shape) -> str | None:
     """Why `kernel` does not compute attention on `device`, forward and backward; None where it does.
 
     It takes milliseconds. Packages are often built for another torch or GPU, and what they compute wrongly no loss
-    would show for long. `shape.seq_len` is the bound, as in training.
+    would show for long. `shape.longest` is the bound, as in training.
     """
     lengths = [1, 7, 64, 33, 128]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
@@ -181,7 +181,7 @@ def trial(kernel: Kernel, device: torch.device, shape: Shape) -> str | None:
         # Both begin with what the type of the model keeps.
         leaves = [value.to(shape.dtype).to(dtype).requires_grad_() for value in inputs]
         try:
-            result = compute(*leaves, bounds, max(shape.seq_len, max(lengths)))
+            result = compute(*leaves, bounds, max(shape.longest, *lengths))
             gradients = torch.autograd.grad(result, leaves, towards.to(shape.dtype).to(dtype))
             found.append([value.detach().float() for value in (result, *gradients)])
         except Exception as error:

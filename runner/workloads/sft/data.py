@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+LOOKED_THROUGH = 1 << 30  # bytes of positions: less than a second, where they have just been copied
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a rank as int32 arrays [micro_batch, seq_len]."""
+    """One micro-batch of a rank as int32 arrays [micro_batch, seq_len].
+
+    `longest` is a bound of the lengths of its samples in tokens, the same for all batches of the data.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     tokens: int  # without padding
+    longest: int
 
     @property
     def loss_tokens(self) -> int:
@@ -78,7 +85,13 @@ class PackedData:
     def read(self, first: int, count: int, seed: int) -> Batch:
         """Sequences [first, first + count) of the endless shuffled stream that all ranks share, given by `seed`."""
         rows = [place(first + i, self.count, seed) for i in range(count)]
-        return Batch(self._ids[rows], self._labels[rows], self._positions[rows], tokens=int(self._tokens[rows].sum()))
+        tokens = int(self._tokens[rows].sum())
+        return Batch(self._ids[rows], self._labels[rows], self._positions[rows], tokens, self.longest)
+
+    @cached_property
+    def longest(self) -> int:
+        """The longest run of padding or sample in tokens; of a large data set, which would take long, `seq_len`."""
+        return int(self._positions.max()) + 1 if self._positions.nbytes <= LOOKED_THROUGH else self.seq_len
 
 
 def place(position: int, count: int, seed: int) -> int:

@@ -108,7 +108,7 @@ def inputs(batch: Batch, *, flat: bool, device: torch.device, dtype: torch.dtype
     }
     if flat:
         arguments["cu_seq_lens_q"] = torch.from_numpy(batch.bounds).to(device, non_blocking=True)
-        arguments["max_length_q"] = batch.input_ids.shape[1]
+        arguments["max_length_q"] = batch.longest
     else:
         sample = (arguments["position_ids"] == 0).cumsum(1)
         visible = (sample[:, :, None] == sample[:, None, :]).tril()

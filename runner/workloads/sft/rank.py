@@ -85,7 +85,7 @@ def run(job: RankJob, events: Events) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         versions.finish_gathers()
     chosen = attention.choose(
-        settings.attention, device, attention.shape(model, dtype, data.seq_len), plain=settings.plain
+        settings.attention, device, attention.shape(model, dtype, data.longest), plain=settings.plain
     )
     deepspeed.init_distributed(dist_backend=job.comm_backend, timeout=PATIENCE, verbose=False)
     try:

@@ -12,7 +12,7 @@ from runner.workloads.sft import attention
 from runner.workloads.sft.attention import Attention, Kind, Shape, Unusable, by_sample
 
 CPU = torch.device("cpu")
-SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, seq_len=4096)
+SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, longest=4096)
 
 
 # ---- stand-ins on a CPU: the forms that torch's and the packages' functions have ----
@@ -20,7 +20,7 @@ SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, seq_len=40
 
 def _called(q, k, v, bounds, other_bounds, longest, other_longest, grouped):
     assert bounds is other_bounds and bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == len(q)
-    assert longest == other_longest == SHAPE.seq_len  # the same for every batch
+    assert longest == other_longest == SHAPE.longest  # the same for every batch
     assert grouped or q.shape == k.shape == v.shape
     return by_sample(q, k, v, bounds, longest)
 

@@ -134,6 +134,13 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
         data.PackedData(tmp_path / "none")
 
 
+def test_the_bound_of_samples_is_that_of_all_data_or_of_what_fits_where_it_is_large(tmp_path, monkeypatch):
+    found = packed(tmp_path)
+    assert found.longest == found.read(0, 2, seed=0).longest == 1  # every position is 0
+    monkeypatch.setattr(data, "LOOKED_THROUGH", 8)
+    assert packed(tmp_path).longest == 32
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_shipped_model_trains_with_its_deepspeed_configuration(name):
     model = config.load_model(name)
