@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import model_probe
 import ranks
 
 pytestmark = pytest.mark.local
@@ -95,3 +96,61 @@ def test_one_kernel_updates_all_weights_under_every_stage(found, stage):
 
 def test_a_second_copy_of_the_weights_in_a_group_changes_no_loss(found):
     assert found["hpz"]["losses"] == pytest.approx(found["stage 3"]["losses"], rel=1e-6)
+
+
+# ---- on a GPU: torch.compile writes kernels, products are in 8 bits, attention is one operation ----
+
+ON_GPU = {
+    "plain": {"recompute": "none"},
+    "selective": {"recompute": "selective"},
+    "compiled": {"recompute": "none", "compile": True},
+    "fp8": {"recompute": "none", "precision": "fp8"},
+}
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory) -> dict[str, ranks.Ended]:
+    """Each arm in a process of its own, some 20 s each."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    folder = tmp_path_factory.mktemp("gpu")
+    data = ranks.write_packed_data(folder / "data")
+    settings = {"steps": 6, "warmup_steps": 2, "lr": 1e-3, "attention": "auto", "liger": "auto"}
+    config = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    }
+    model = {**model_probe.MODEL, **MANY}
+    return {
+        name: ranks.start(
+            folder / name,
+            ranks.job("sft", 1, {**settings, **given}, model=model, deepspeed=config, data=str(data), device="cuda"),
+        )
+        for name, given in ON_GPU.items()
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "apart"), [("selective", 0.01), ("compiled", 0.01), ("fp8", 0.02)])
+def test_on_a_gpu_the_losses_are_those_of_plain_layers(on_gpu, name, apart):
+    """A layer that is compiled for each batch would end the run."""
+    import torch
+
+    if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        assert "needs a GPU of compute capability 8.9" in on_gpu[name].outcome.stderr
+        return
+    assert on_gpu[name].outcome.rc == 0, on_gpu[name].outcome.stderr
+    plain = on_gpu["plain"].values("loss")
+    assert plain[-1] < plain[0] - 0.1
+    assert on_gpu[name].values("loss") == pytest.approx(plain, rel=apart)
+    (used,) = [event for event in on_gpu[name].ranks[0] if event["event"] == "used"]
+    assert used["compile"] is (name in ("compiled", "fp8"))
+    assert used["precision"] == ("fp8 tensorwise" if name == "fp8" else "bf16")
+    assert used["optimizer"] == "AdamW fused" and used["liger"] in ("loss", "none")
