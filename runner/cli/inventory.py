@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from runner import errors
-from runner.cli.options import inventory_option, read_inventory
+from runner.cli.options import POSITIVE, inventory_option, read_inventory
 from runner.cluster.backends import BACKENDS, LOCAL, SLURM, SSH
 from runner.system.wording import counted
 
@@ -150,7 +150,7 @@ def _gpus(text: str) -> int | str:
     help="One of configs/hardware.",
 )
 @click.option("--nics", default=1, show_default=True, type=click.IntRange(min=0), help="Of the fabric, per node.")
-@click.option("--nic-gbit", type=click.FloatRange(min=0, min_open=True), help="Rate of a NIC in Gb/s, one way.")
+@click.option("--nic-gbit", type=POSITIVE, help="Rate of a NIC in Gb/s, one way.")
 @click.option("--partition", help="Of Slurm; default: Slurm's own.")
 @click.option("--account", help="Of Slurm; default: Slurm's own.")
 @click.option("--login", metavar="HOST", help="Where Slurm's commands run, over ssh; default: on this machine.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,17 @@ from runner.system.places import cache_dir
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory
+
+
+class _Positive(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+POSITIVE = _Positive(min=0, min_open=True)  # a number above 0; click's own takes NaN too
 
 
 def inventory_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from runner.cli.options import POSITIVE
 from runner.errors import EXIT_INFRASTRUCTURE, UsageError
 from runner.provision.testbed.containers import OnProgress, down, dry_run, require_root, status, up
 from runner.provision.testbed.layout import DEFAULT_NAME, MAX_NODES, Options
@@ -60,7 +61,7 @@ def testbed() -> None:
 @click.option("--inventory", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder for the generated inventory.  [default: inventory/testbed]")  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Memory of each node, e.g. 4g.")
-@click.option("--cpus", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Processors of each node.")
+@click.option("--cpus", type=POSITIVE, metavar="N", help="Processors of each node.")
 @click.option("--image", metavar="IMAGE", help="Build on this image of a registry instead of debootstrap.")
 @click.option("--release", metavar="NAME",
               help="Code name of the nodes' release, e.g. trixie.  [default: this machine's]")  # fmt: skip

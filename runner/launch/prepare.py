@@ -154,8 +154,10 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
     asked = _asked_of_tuning(options, overrides, model["deepspeed"], request)
     settled = tuned.settle(request, nodes, asked, {})
     plan = settled.plan
-    changed = bool(overrides.get("deepspeed") or settled.request.deepspeed != deepspeed)
-    _judge_deepspeed(plan, model["deepspeed"], settings=changed)
+    changes = ["--set deepspeed"] if overrides.get("deepspeed") else []
+    if settled.request.deepspeed != deepspeed:
+        changes.append("what runner tune found, which --set tuned=false leaves out")
+    _judge_deepspeed(plan, model["deepspeed"], changes)
     if options.weights and plan.models:
         _judge_weights(options.weights, model, remote=BACKENDS[request.backend].remote)
     return Prepared(options, inventory, nodes, settled.request, plan, request, asked, settled.notes)
@@ -201,10 +203,13 @@ def _judge_weights(given: str, model: Mapping[str, Any], remote: bool) -> None:
     architecture.refuse(given, model)
 
 
-def _judge_deepspeed(plan: Plan, name: str, settings: bool) -> None:
-    """Raise UsageError for a DeepSpeed configuration that DeepSpeed would refuse, or ignore in part."""
+def _judge_deepspeed(plan: Plan, name: str, changes: Sequence[str]) -> None:
+    """Raise UsageError for a DeepSpeed configuration that DeepSpeed would refuse, or ignore in part.
+
+    `changes` name what was applied to the file.
+    """
     configs = [cell.deepspeed for cell in plan.cells if cell.deepspeed is not None]
-    where = f"configs/deepspeed/{name}.json" + (" with --set deepspeed" if settings else "")
+    where = f"configs/deepspeed/{name}.json" + (f" with {' and '.join(changes)}" if changes else "")
     for config_ in configs[:1]:  # of one plan they differ in their batches only
         if left := list(deepspeed_config.unresolved(config_)):
             raise UsageError(f'{where}: {", ".join(left)} is still "auto": give a value')

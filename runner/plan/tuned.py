@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from runner.errors import UsageError
 from runner.plan.plan import Batch
 from runner.plan.request import Request
 from runner.plan.speed import Rate
 from runner.results.tuned import Subject, Tuned, architecture
+from runner.system.schema import check
 from runner.system.wording import counted
 from runner.workloads.registry import TESTS
 
@@ -97,8 +99,9 @@ def apply(request: Request, found: Tuned, holds: Mapping[str, str], batch: Batch
     """`request` with the settings of `found` where nothing in `holds` decides them; its global batch stays.
 
     `batch` is that of the largest number of nodes without them. What is used and what is not, with the reason, is in
-    the field `tuned` of the result.
+    the field `tuned` of the result. Raises UsageError for a setting that tuning does not change, or another value.
     """
+    _refuse(found.settings, request.tests[SECTION])
     used: dict[str, Any] = {}
     left: dict[str, str] = {}
     for key, value in found.settings.items():
@@ -147,6 +150,13 @@ def chosen(request: Request) -> str:
     return f"{named(request.tuned['settings'])}: found by runner tune on {request.tuned['created'][:10]}"
 
 
+def _refuse(settings: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    if strange := [key for key in settings if key not in TUNABLE]:
+        raise UsageError(f"it has {strange[0]}, which runner tune does not change")
+    given = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{SECTION}.")}
+    check(TESTS[SECTION].load_settings(), {**params, **given}, SECTION)
+
+
 def rates(found: Tuned, request: Request) -> tuple[Rate, ...]:
     """What the probes of a result have measured, those with the compiler and the precision of `request` alone; of a
     micro-batch, recompute and stage the best.
@@ -157,7 +167,7 @@ def rates(found: Tuned, request: Request) -> tuple[Rate, ...]:
         same = probe.settings.get(COMPILE, False) == params["compile"] and probe.settings.get(
             PRECISION, found.subject.given.get(PRECISION)
         ) == params.get(PRECISION.partition(".")[2])
-        if same and probe.positions_per_s_per_gpu and STAGE in probe.settings:
+        if same and probe.positions_per_s_per_gpu and {MICRO_BATCH, RECOMPUTE, STAGE} <= probe.settings.keys():
             key = (probe.settings[MICRO_BATCH], probe.settings[RECOMPUTE], probe.settings[STAGE])
             best[key] = max(best.get(key, 0.0), probe.positions_per_s_per_gpu)
     source = f"measured by runner tune on {found.date}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,16 @@ class Tuned:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Tuned:
-        """The result from the contents of its file; raises KeyError, TypeError or ValueError for anything else."""
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']}")
-        probes = tuple(_made(Probe, probe) for probe in data["probes"])
-        if wrong := {probe.outcome for probe in probes} - set(OUTCOMES):
+    def from_json(cls, text: str) -> Tuned:
+        """The result from the text of its file; raises ValueError for any other, where a type is wrong too."""
+        from pydantic import TypeAdapter
+
+        found = TypeAdapter(cls).validate_json(text, strict=True)
+        if found.schema != SCHEMA:
+            raise ValueError(f"schema {found.schema}")
+        if wrong := {probe.outcome for probe in found.probes} - set(OUTCOMES):
             raise ValueError(f"outcome {wrong.pop()}")
-        return _made(cls, {**data, "subject": _made(Subject, data["subject"]), "probes": probes})
+        return replace(found, probes=tuple(found.probes))
 
 
 def architecture(model: Mapping[str, Any]) -> str:
@@ -177,8 +179,12 @@ def save(results: Path, tuned: Tuned) -> Path:
 
 
 def find(results: Path, subject: Subject) -> Tuned | None:
-    """The result of a subject; None where there is none. Raises UsageError for a damaged file."""
-    return _read(path(results, subject))
+    """The result of a subject; None where there is none. Raises UsageError for a damaged file, or another subject's."""
+    file = path(results, subject)
+    found = _read(file)
+    if found is not None and found.subject.digest != subject.digest:
+        raise UsageError(f"{file} is of another subject: {found.subject.text()}")
+    return found
 
 
 def save_begun(results: Path, subject: Subject, tuned: Tuned | None) -> None:
@@ -231,14 +237,9 @@ def _read(file: Path) -> Tuned | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
     try:
-        return Tuned.from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return Tuned.from_json(text)
+    except ValueError:
         raise UsageError(f"{file} is damaged or of another version") from None
-
-
-def _made(kind: Any, values: Mapping[str, Any]) -> Any:
-    known = {field.name for field in fields(kind)}
-    return kind(**{key: value for key, value in values.items() if key in known})
 
 
 def _digest(values: Mapping[str, Any]) -> str:

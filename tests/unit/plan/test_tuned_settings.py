@@ -233,6 +233,35 @@ def test_what_was_tuned_with_other_versions_is_not_used(cluster, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sft.micro_batch", "four"),
+        ("sft.micro_batch", 0),
+        ("sft.micro_batch", -4),
+        ("sft.micro_batch", True),
+        ("sft.recompute", "sometimes"),
+        ("sft.nothing", 3),
+        ("sft.steps", 100000),
+        ("deepspeed.optimizer.params.lr", 7),
+        ("nothing", 1),
+    ],
+)
+def test_a_setting_that_tuning_does_not_find_leaves_the_request_as_it_was(cluster, tmp_path, key, value):
+    request = plans.request(cluster, model="llama-2-7b")
+    results.save(tmp_path, found(request, {**SETTINGS, key: value}))
+    settled = use.settle(request, cluster.nodes, asked(tmp_path), {})
+    assert settled.request == request
+    [note] = settled.notes
+    assert note.startswith("what was tuned on 2026-01-31 is not used: ") and key.rpartition(".")[2] in note
+
+
+def test_a_probe_without_a_recompute_measures_nothing(cluster, tmp_path):
+    request = plans.request(cluster, model="llama-2-7b", node_counts=(1,))
+    probe = results.Probe({"sft.micro_batch": 4, "deepspeed.zero_optimization.stage": 3}, "ok", 1.0, 1.0)
+    assert tuned.rates(found(request, probes=(probe,)), request) == ()
+
+
 def test_a_result_that_cannot_be_read_or_planned_leaves_the_request_as_it_was(cluster, tmp_path):
     request = plans.request(cluster, model="llama-2-7b")
     file = results.save(tmp_path, found(request))
