@@ -9,7 +9,7 @@ import click
 
 from runner import errors
 from runner.cli.bench import MODELS, complete, typed_command
-from runner.cli.options import inventory_option, read_inventory, results_option
+from runner.cli.options import POSITIVE, inventory_option, read_inventory, results_option
 
 TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
 
@@ -48,7 +48,7 @@ TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
 @click.option("--probes", type=click.IntRange(min=1), metavar="N", help="Run N probes at most; default: 15, on CPUs 5.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=20.0,
     show_default=True,
     metavar="M",

@@ -137,6 +137,8 @@ def prepared(options: Options, read: Read) -> Task:
     for name in options.tries:
         if name not in ASKED:
             raise UsageError(f"--try {name}: known: {', '.join(ASKED)}")
+    if given := next((each for each in options.bench.settings if each.partition("=")[0] == "tuned"), None):
+        raise UsageError(f"--set {given}: what was tuned before is not used while tuning: leave it out")
     bench = replace(
         options.bench,
         tests=(SECTION,),
@@ -187,9 +189,7 @@ def _space(ready: prepare.Prepared, cell: Cell, sequences: int, tries: Sequence[
     optional: dict[str, tuple[bool, bool, Change]] = {  # possible here, without being asked, the change
         "compile": (on_gpu and "compile" in known and not params["compile"], True, Change({COMPILE: True})),
         "fp8": (
-            on_gpu
-            and "precision" in known
-            and (eight_bits is not None or not ready.request.hardware["gpu_memory_gib"]),
+            on_gpu and "precision" in known and eight_bits,
             False,
             Change({PRECISION: "fp8", COMPILE: True}),
         ),
@@ -231,7 +231,7 @@ def listed(task: Task) -> list[Settings]:
 
 def described(task: Task) -> str:
     """What would be tried, as text: what each setting may become, what is held, and the probes if each is faster."""
-    space, subject = task.space, tuned.subject(task.prepared.untuned)
+    space, subject, tried = task.space, tuned.subject(task.prepared.untuned), listed(task)
     assert subject is not None
     values: dict[str, Sequence[Any]] = {
         MICRO_BATCH: space.micro_batches,
@@ -246,8 +246,8 @@ def described(task: Task) -> str:
         *(f"  tried: {tuned.short(change.settings)}" for change in space.changes),
         *(f"  held: {key} by {why}" for key, why in task.prepared.tuned.held.items()),
         "probes in order, if each is faster than the one before and memory suffices:",
-        *(f"  {number}. {tuned.short(settings)}" for number, settings in enumerate(listed(task), 1)),
-        "and once more the settings without tuning",
+        *(f"  {number}. {tuned.short(settings)}" for number, settings in enumerate(tried, 1)),
+        *(["and once more the settings without tuning"] if 1 < len(tried) < task.probes else []),
     ]
     return "\n".join(lines)
 
@@ -341,8 +341,11 @@ class _Tuner:
             if not self.probes:
                 raise  # the settings without tuning: it is the user's request that is wrong
             made = Probe(settings, REFUSED, note=str(error))
-        except RunnerError:
+        except RunnerError as error:
             self.save()
+            # A probe is not what is finished: what the run of it says to the user is left out.
+            done = counted(len(self.probes), "probe")
+            error.__notes__ = [f"{done} kept; the same command goes on there"] if self.probes else []
             raise
         if made.outcome != REFUSED:
             self.ran += 1
@@ -491,15 +494,15 @@ def conclusion(ended: Ended) -> str:
     best, default = ended.best, ended.default
     if not best.positions_per_s_per_gpu or not default.positions_per_s_per_gpu:
         return f"without tuning: {gave(default, ended.tuned.subject)}"
-    if best is not default:
-        return f"{best.positions_per_s_per_gpu / default.positions_per_s_per_gpu:.2f} × the rate without tuning"
-    if all(probe.settings == default.settings for probe in ended.tuned.probes if probe.outcome == OK):
-        return "the settings without tuning remain: nothing else was measured"
     rates = [
         probe.positions_per_s_per_gpu
         for probe in ended.tuned.probes
         if probe.settings == default.settings and probe.positions_per_s_per_gpu
     ]
+    if best is not default:
+        return f"{best.positions_per_s_per_gpu / max(rates):.2f} × the rate without tuning"
+    if all(probe.settings == default.settings for probe in ended.tuned.probes if probe.outcome == OK):
+        return "the settings without tuning remain: nothing else was measured"
     noise = max((probe.noise or 0.0 for probe in ended.tuned.probes), default=0.0)
     differs = f"{100 * max(noise, max(rates) / min(rates) - 1):.0f} %"
     return (

@@ -74,17 +74,22 @@ def describe(plan: Plan, fold: Any) -> str:
 
 def _speed(found: Prediction) -> Iterator[str]:
     """A prediction as lines: the rate, what a step needs of each resource, what binds and what would not."""
-    yield f"about {found.positions_per_s_per_gpu:,.0f} positions/s per GPU, {found.step_s:.3g} s a step"
+    yield f"about {found.positions_per_s_per_gpu:,.0f} positions/s per GPU, {_seconds(found.step_s, 3)} a step"
     yield f"({found.rate_source})"
     needs = {"GPU": found.compute_s, "host": found.host_s, "NVLink": found.nvlink_s, "network": found.nic_s}
     parts = [
-        f"{name} {'not known' if s is None else f'{s:.2g} s'}"
+        f"{name} {'not known' if s is None else _seconds(s)}"
         for name, s in needs.items()
         if s is None or s > found.step_s / 100
     ]
-    yield ", ".join(parts) + (f"; hidden {found.hidden_s:.2g} s" if found.hidden_s > found.step_s / 100 else "")
+    yield ", ".join(parts) + (f"; hidden {_seconds(found.hidden_s)}" if found.hidden_s > found.step_s / 100 else "")
     yield from _wrapped(speed.bound_by(asdict(found)))
     yield from (f"bound by {speed.GPU} with {way}" for way in found.ways)
+
+
+def _seconds(value: float, digits: int = 2) -> str:
+    """`0.44 s`, `37 s`, `1,024 s`: no powers of ten where a step is long."""
+    return f"{value:,.0f} s" if value >= 10**digits else f"{value:.{digits}g} s"
 
 
 def _wrapped(text: str) -> list[str]:

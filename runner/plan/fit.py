@@ -77,12 +77,14 @@ def settle(request: Request, params: Mapping[str, Any], shape: Shape) -> tuple[d
     else:
         chosen, why = {**least, "micro_batch": 1} if open_batch else least, "needs least memory"
         if fitting or _most_needed(request, least) is None:
-            why += "; the memory or the speed of what it runs on is not known"
+            why += "; what this needs here of memory or time is not known"
     if request.device != "cuda" and not open_batch:  # nobody asks that of a CPU
         return chosen, ""
     text = f"recompute {chosen['recompute']}: {why}"
     if open_batch:
         literal = f"--set sft.gradient_accumulation={sequences[-1]} makes it 1 × {sequences[-1]}"
+        if len(set(sequences)) > 1:  # strong scaling: no accumulation is that of all node counts
+            literal = "--set sft.micro_batch=1 makes it 1"
         text = f"micro-batch {chosen['micro_batch']}, {text}" + (f"; {literal}" if chosen["micro_batch"] > 1 else "")
     return chosen, text
 

@@ -288,6 +288,11 @@ def bound_by(expected: Mapping[str, Any]) -> str:
         text, most = f"bound by {binds} in this configuration, not by this cluster", ": at most "
     else:
         text, most = f"bound by {binds}, and no other split of this batch avoids it", ": at most "
+    if expected["nic_s"] is None:
+        unknown = (
+            "the network counts for nothing, as runner_nics_per_node and runner_nic_gbit_per_s do not say its rate"
+        )
+        return f"{text}, as far as is known: {unknown}"
     if efficiency is None:
         return text
     return f"{text}{most}{100 * efficiency:.0f} % of the rate on {counted(expected['base_nodes'], 'node')} is possible"

@@ -19,7 +19,7 @@ def gave(probe: Probe, subject: Subject) -> str:
 
 
 def table(found: Tuned, default: Probe, best: Probe) -> str:
-    """All probes of a result, one a row; `default` are the settings without tuning, `best` those that were chosen."""
+    """All probes of a result, one a row; `default` has the settings without tuning, `best` is the one chosen."""
     from tabulate import tabulate
 
     keys = list(dict.fromkeys(key for probe in found.probes for key in probe.settings))
@@ -33,7 +33,11 @@ def table(found: Tuned, default: Probe, best: Probe) -> str:
         row["± %"] = f"{100 * (probe.noise or 0.0):.1f}" if ok else ""
         row["peak GiB"] = f"{probe.peak_memory_gib:.1f}" if probe.peak_memory_gib else ""
         row["s"] = f"{probe.seconds:.0f}" if probe.seconds else ""
-        marks = [name for name, is_it in (("without tuning", probe == default), ("best", probe == best)) if is_it]
+        marks = [
+            name
+            for name, is_it in (("without tuning", probe.settings == default.settings), ("best", probe == best))
+            if is_it
+        ]
         note = probe.note if len(probe.note) <= _NOTE else probe.note[: _NOTE - 1] + "…"
         row[""] = ", ".join(marks) or ("" if probe.outcome == OUT_OF_MEMORY else note)
         rows.append(row)

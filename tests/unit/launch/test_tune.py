@@ -225,6 +225,22 @@ def test_settings_without_tuning_that_are_as_fast_the_second_time_remain(nodes):
     assert ended.tuned.settings["sft.micro_batch"] == ended.default.settings["sft.micro_batch"]
 
 
+def test_the_gain_is_over_the_better_of_the_two_measurements_without_tuning(nodes):
+    """The first probe of a machine may be slow for reasons of its own."""
+
+    def slow_at_first(cell):
+        nodes.slowness = 2.0 if len(nodes.cells) == 1 else 1.0
+        return None
+
+    nodes.fault = slow_at_first
+    ended = nodes.tune()
+    first, *_, again = ended.tuned.probes
+    assert first.settings == again.settings and again.positions_per_s_per_gpu > 1.9 * first.positions_per_s_per_gpu
+    gained = ended.best.positions_per_s_per_gpu / again.positions_per_s_per_gpu
+    assert tune.conclusion(ended) == f"{gained:.2f} × the rate without tuning"
+    assert table(ended.tuned, ended.default, ended.best).count("without tuning") == 2
+
+
 def test_a_search_that_is_interrupted_keeps_what_it_measured_and_goes_on_there(nodes):
     memory, count = nodes.fault, 0
 
@@ -283,6 +299,15 @@ def test_a_node_that_fails_ends_it_and_settings_that_fail_do_not(nodes):
         nodes.tune()
 
 
+def test_what_ends_it_names_the_command_that_goes_on_and_not_the_probes_run(nodes):
+    for number, notes in ((1, []), (2, ["1 probe kept; the same command goes on there"])):
+        nodes.cells.clear()
+        nodes.fault = lambda _: InfrastructureError("planted") if len(nodes.cells) == number else None  # noqa: B023
+        with pytest.raises(InfrastructureError, match="planted") as ended:
+            nodes.tune()
+        assert ended.value.__notes__ == notes
+
+
 def test_settings_without_tuning_that_cannot_run_end_it(nodes):
     nodes.fault = lambda cell: blame.error("rank_crashed", "planted", cell.hosts[0])
     with pytest.raises(InfrastructureError, match="without tuning cannot be measured: planted"):
@@ -313,6 +338,7 @@ def test_a_dry_run_lists_what_would_be_tried(nodes):
     text = tune.described(task)
     assert "llama-2-7b, h200-sxm, 2 nodes (16 ranks), 4096 tokens, global batch 1024: 4 probes" in text
     assert len(tune.listed(task)) == 3 and tune.listed(task)[0] == task.space.base
+    assert "once more" in text and "once more" not in tune.described(nodes.task(probes=1))
     assert "  held: sft.recompute by --set" in tune.described(nodes.task("sft.recompute=full"))
     assert nodes.cells == [] and not nodes.results.exists()
 

@@ -370,6 +370,34 @@ def test_the_cluster_is_not_cleared_where_no_setting_helps(cluster):
     assert "not by this cluster" not in speed.bound_by(asdict(cell.expected))
 
 
+@pytest.mark.parametrize("lacks", ["nics", "nic_gbit_per_s"])
+@pytest.mark.parametrize("settings", [[], [LITERAL]])
+def test_what_binds_several_nodes_is_said_with_a_reserve_where_the_network_is_not_known(cluster, lacks, settings):
+    unknown = tuple(replace(node, **{lacks: 0 if lacks == "nics" else None}) for node in cluster.nodes)
+    asked = request(cluster, model="llama-2-7b", settings=settings, node_counts=(1, 8))
+    one, eight = (speed.bound_by(asdict(cell.expected)) for cell in build.build(asked, unknown).cells)
+    assert "as far as is known" in eight and "runner_nic_gbit_per_s" in eight
+    assert "as far as is known" not in one
+    assert "as far" not in speed.bound_by(asdict(build.build(asked, cluster.nodes).cells[1].expected))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"), [("weak", "sft.gradient_accumulation=16"), ("strong", "sft.micro_batch=1")]
+)
+def test_the_settings_that_are_named_for_one_sequence_do_that_on_every_node_count(cluster, scaling, said):
+    asked = request(cluster, model="llama-2-7b", node_counts=(1, 8), scaling=scaling)
+    hints = {re.findall(r"--set (\S+) makes", cell.chosen)[0] for cell in build.build(asked, cluster.nodes).cells}
+    assert hints == {said}
+    literal = request(cluster, model="llama-2-7b", node_counts=(1, 8), scaling=scaling, settings=[said])
+    assert {cell.batch.micro_batch for cell in build.build(literal, cluster.nodes).cells} == {1}
+
+
+def test_long_steps_are_said_without_powers_of_ten(cluster):
+    asked = request(cluster, model="llama-2-70b", node_counts=(1,), settings=["sft.global_batch=8192"])
+    text = describe.describe(build.build(asked, cluster.nodes), nodeset.fold)
+    assert re.search(r"[1-9],\d{3} s a step", text) and not re.search(r"\de\+\d", text)
+
+
 def test_lines_of_a_prediction_fit_a_terminal(cluster):
     text = describe.describe(
         build.build(request(cluster, model="llama-2-7b", settings=[LITERAL]), cluster.nodes), nodeset.fold
