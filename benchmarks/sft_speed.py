@@ -70,6 +70,7 @@ BLOCKS = 3  # of measured steps in each process
 MOST_APART = 0.005  # as a part of the loss
 MOST_SPREAD = 0.05  # that passes without a word
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "trl", "liger-kernel", "torchao", "flash-attn")
+UNKNOWN_GPU = ("sft.micro_batch=4", "sft.recompute=none")  # of all arms of the product, unless `--set` says otherwise
 SHORTEST_S = 20.0  # less time is not enough for any process
 FP8_SINCE = (8, 9)  # compute capability
 
@@ -466,6 +467,10 @@ class Bench:
             self.dataset = str(folder / "conversations.jsonl")
             write_conversations(Path(self.dataset))
         self.plain = self._job(())
+        # Without its memory nothing is chosen from it, and one sequence at a time says little about a GPU.
+        self.given = UNKNOWN_GPU if self.plain["hardware"]["name"] == "unknown" and not options.settings else ()
+        if self.given:
+            self.plain = self._job(self.given)
         data = PackedData(Path(self.plain["data"]))
         model = self.plain["model"]
         self.page = Page(
@@ -533,6 +538,11 @@ class Bench:
             f"`{Path(self.dataset).name}` with {mean:.0f} tokens a sample. Rates are medians over blocks of measured "
             "steps; tokens are real ones, without padding, which positions count as well.",
             *meaning,
+            *(
+                [f"No file of configs/hardware describes this GPU: planned with {' '.join(self.given)}."]
+                if self.given
+                else []
+            ),
             "",
             f"    {shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}",
         ]
@@ -579,7 +589,7 @@ class Bench:
             return Process(0.0, failure=reason)
         try:
             if name not in self.jobs:
-                extra = self.options.settings if arm.extra else ()
+                extra = self.options.settings if arm.extra and self.options.settings else self.given
                 self.jobs[name] = self._job((*arm.settings, *extra)) if arm.settings or extra else self.plain
         except RunnerError as error:
             return Process(time.monotonic() - started, failure=str(error))
