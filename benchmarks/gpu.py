@@ -33,6 +33,7 @@ from runner.system import process
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_S = 100.0  # for the tests, at most
 GRACE_S = 10.0  # for a part to end after its limit
+ANOTHER_S = 60.0  # that another model needs
 # Of the cell, in this order where they were measured.
 METRICS = (
     "processed_tokens_per_s", "tokens_per_s", "step_time_s_p50", "steps_measured", "mfu", "mfu_of_matmul",
@@ -88,32 +89,40 @@ def ending(rc: int | None, stdout: str, limit_s: float) -> str:
     return f"Exit code {rc}{f': {last}' if last else ''}."
 
 
-def bench(cpu: bool, limit_s: float, results: Path) -> tuple[str, bool]:
-    """(The page of a `runner bench` of the trainer, whether its cell is complete); the run stays in `results`.
+def bench(models: Sequence[tuple[str, int]], limit_s: float, results: Path) -> tuple[str, bool]:
+    """(The page of `runner bench` of the trainer, whether a cell is complete); the runs stay in `results`.
 
-    A model that does not fit into this GPU is passed over for the next smaller one.
+    `models` are (name, sequences of a global batch), largest first: one that does not fit into this GPU, by the plan or
+    in fact, is told and followed by the next while there is time.
     """
-    began, refused = time.monotonic(), []
-    for model in ("tiny",) if cpu else ("llama-2-7b", "llama-3.2-1b"):
+    deadline, texts = time.monotonic() + limit_s, []
+    for model, batch in models:
+        left_s = deadline - time.monotonic()
+        if texts and left_s < ANOTHER_S:
+            break
         argv = [sys.executable, "-m", "runner.cli.main", "bench", "-i", str(ROOT / "inventory" / "local")]
         argv += ["--model", model, "--test", "sft", "--results", str(results), "--json"]
-        for setting in (f"global_batch={8 if cpu else 16}", f"steps={3 if cpu else 5}", "warmup_steps=1"):
+        # The cell ends early enough for the run to conclude.
+        cell_s = max(10.0, left_s - 3 * GRACE_S)
+        for setting in (f"global_batch={batch}", "steps=5", "warmup_steps=1", f"timeout_s={cell_s:.0f}"):
             argv += ["--set", f"sft.{setting}"]
-        planned = process.run([*argv, "--dry-run"], timeout_s=limit_s)
-        if planned.rc == 0:
-            break
-        refused.append(f"{planned.last_line}\n\n")
-    left_s = limit_s - (time.monotonic() - began)
-    # The cell ends early enough for the run to conclude.
-    argv += ["--set", f"sft.timeout_s={max(10.0, left_s - 2 * GRACE_S):.0f}"]
-    rc, stdout = run(argv, left_s)
-    head = "".join([*refused, f"    {command_line(argv)}"])
-    try:
-        summary, plan = json.loads(stdout), json.loads((results / "latest" / "plan.json").read_text())
-    except (ValueError, OSError):
-        return f"{head}\n\nNo summary. {ending(rc, stdout, left_s)}\n", False
-    lines = [head, "", *rows_of_bench(summary, plan)]
-    return "\n".join(lines) + "\n", [cell["state"] for cell in summary["cells"]] == ["complete"]
+        planned = process.run([*argv, "--dry-run"], timeout_s=max(GRACE_S, left_s))
+        if planned.rc:
+            texts.append(f"{planned.last_line}\n")
+            continue
+        rc, stdout = run(argv, deadline - time.monotonic())
+        head = f"    {command_line(argv)}\n"
+        try:
+            summary, plan = json.loads(stdout), json.loads((results / "latest" / "plan.json").read_text())
+        except (ValueError, OSError):
+            texts.append(f"{head}\nNo summary. {ending(rc, stdout, limit_s)}\n")
+            continue
+        (cell,) = summary["cells"]
+        if cell["state"] == "complete":
+            return "\n".join([*texts, head, *rows_of_bench(summary, plan)]) + "\n", True
+        why = next((finding["evidence"] for finding in summary.get("findings", ())), "no finding")
+        texts.append(f"{head}\nIts cell is {cell['state']}: {' '.join(why.split())}\n")
+    return "\n".join(texts), False
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -193,8 +202,9 @@ def main() -> int:
         print(stdout or ending(rc, stdout, 60 * minutes), flush=True)  # it has written its page itself
         good.append(rc == 0)
 
+        models = [("tiny", 8)] if options.cpu else [("llama-2-7b", 16), ("llama-3.2-1b", 16)]
         results = options.out / "runs" if os.environ.get("OUT") else scratch / "runs"
-        part("bench", "runner bench of the trainer", lambda: bench(options.cpu, left(), results))
+        part("bench", "runner bench of the trainer", lambda: bench(models, left(), results))
     return 0 if all(good) else 1
 
 

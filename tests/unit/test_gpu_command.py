@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from conftest import ROOT
+from runner.system import process
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
@@ -74,6 +76,35 @@ def test_a_bench_is_told_as_what_it_used_expected_and_measured():
         "",
         "Verdict: fail (gpu-utilisation).",
     ]
+
+
+def test_a_model_that_does_not_fit_is_told_and_followed_by_the_next(tmp_path, monkeypatch):
+    cell = {"state": "complete", "world_size": 1, "metrics": {}}
+    (tmp_path / "latest").mkdir()
+    planned = {"batch": {"global_batch": 16, "micro_batch": 2, "gradient_accumulation": 8}}
+    (tmp_path / "latest" / "plan.json").write_text(json.dumps({"cells": [planned]}))
+    states = {"middle": "failed", "small": "complete"}
+
+    def plan(argv, timeout_s):
+        return process.Outcome(tuple(argv), 2 if "large" in argv else 0, 0.1, "", "runner: large does not fit")
+
+    def ran(argv, limit_s):
+        cells = [{**cell, "state": states[argv[argv.index("--model") + 1]]}]
+        findings = [{"evidence": "out of GPU memory\nwith 2"}] if cells[0]["state"] == "failed" else []
+        return 0, json.dumps({"cells": cells, "verdict": "not_judged", "findings": findings})
+
+    monkeypatch.setattr(gpu.process, "run", plan)
+    monkeypatch.setattr(gpu, "run", ran)
+    models = [("large", 16), ("middle", 16), ("small", 16)]
+    text, good = gpu.bench(models, 200.0, tmp_path)
+    assert good and text.startswith("runner: large does not fit\n")
+    assert (
+        "--model middle" in text
+        and "Its cell is failed: out of GPU memory with 2\n" in text
+        and "| state | complete |" in text
+    )
+    text, good = gpu.bench(models, 50.0, tmp_path)
+    assert not good and text == "runner: large does not fit\n", "no time for another"
 
 
 def test_the_command_on_the_page_can_be_typed():
