@@ -204,11 +204,11 @@ def test_a_packed_sequence_becomes_its_samples_without_padding():
     ids = np.array([[5, 6, 7, 8, 9, 0, 0]], np.int32)
     labels = np.array([[IGNORED, 6, IGNORED, IGNORED, 9, IGNORED, IGNORED]], np.int32)
     positions = np.array([[0, 1, 0, 1, 2, 0, 1]], np.int32)
-    assert trainers.samples_of(Batch(ids, labels, positions, tokens=5)) == [
+    assert trainers.samples_of(Batch(ids, labels, positions, tokens=5, longest=7)) == [
         {"input_ids": [5, 6], "labels": [IGNORED, 6]},
         {"input_ids": [7, 8, 9], "labels": [IGNORED, IGNORED, 9]},
     ]
-    full = Batch(ids[:, :5], labels[:, :5], positions[:, :5], tokens=5)
+    full = Batch(ids[:, :5], labels[:, :5], positions[:, :5], tokens=5, longest=7)
     assert [len(sample["input_ids"]) for sample in trainers.samples_of(full)] == [2, 3]
 
 
