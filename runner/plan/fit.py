@@ -73,7 +73,12 @@ def settle(request: Request, params: Mapping[str, Any], shape: Shape) -> tuple[d
         best = max(each.positions_per_s_per_gpu for each, _, _ in found)
         as_fast = [each for each in found if each[0].positions_per_s_per_gpu >= TIE * best]
         _, _, chosen = min(as_fast, key=lambda each: each[1])
-        why = f"fastest by prediction of {counted(len(found), 'choice')} that fit"
+        if found[0][0].rate_source != speed.ASSUMED:
+            why = "fastest of what was measured"
+        elif len(found) == 1:
+            why = "the only choice that fits"
+        else:
+            why = f"fastest by prediction of {len(found)} choices that fit"
     else:
         chosen, why = {**least, "micro_batch": 1} if open_batch else least, "needs least memory"
         if fitting or _most_needed(request, least) is None:

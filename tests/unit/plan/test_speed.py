@@ -398,6 +398,19 @@ def test_long_steps_are_said_without_powers_of_ten(cluster):
     assert re.search(r"[1-9],\d{3} s a step", text) and not re.search(r"\de\+\d", text)
 
 
+def test_how_many_choices_there_were_is_said_of_what_was_compared(cluster):
+    measured = (Rate(2, "none", 3, 6400.0, "measured by runner tune on 2026-01-31"),)
+    asked = request(cluster, model="llama-2-7b", rates=measured)
+    assert (
+        "micro-batch 2, recompute none: fastest of what was measured"
+        in build.build(asked, cluster.nodes).cells[0].chosen
+    )
+    held = request(cluster, model="llama-2-7b", settings=["sft.recompute=none", "sft.global_batch=832"])
+    assert "recompute none: the only choice that fits" in build.build(held, cluster.nodes).cells[0].chosen
+    only = request(cluster, model="llama-2-70b", settings=["sft.micro_batch=4", "sft.global_batch=256"])
+    assert "recompute full: the only choice that fits" in build.build(only, cluster.nodes).cells[0].chosen
+
+
 def test_lines_of_a_prediction_fit_a_terminal(cluster):
     text = describe.describe(
         build.build(request(cluster, model="llama-2-7b", settings=[LITERAL]), cluster.nodes), nodeset.fold
