@@ -45,7 +45,7 @@ TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
     help=f"Try these too: {', '.join(TRIES)}. Precision is never changed unless it is asked for here.",
     shell_complete=complete(TRIES),
 )
-@click.option("--probes", type=click.IntRange(min=1), metavar="N", help="Run N probes at most; default: 15, on CPUs 5.")
+@click.option("--probes", type=click.IntRange(min=1), metavar="N", help="Run N probes at most; default: 16, on CPUs 6.")
 @click.option(
     "--minutes",
     type=POSITIVE,

@@ -47,7 +47,7 @@ from runner.system.clock import now
 from runner.system.wording import counted
 from runner.workloads.registry import TESTS, trains
 
-PROBES = {"cuda": 15, "cpu": 5}  # at most, by device: a CPU shows that it works, not what is best
+PROBES = {"cuda": 16, "cpu": 6}  # at most, by device: a CPU shows that it works, not what is best
 MINUTES = 20.0
 STEPS, WARMUP = 4, 2  # of a probe
 PATIENCE_S = 600.0  # with a probe, at least: its ranks may have to compile
@@ -103,8 +103,8 @@ class Task:
 
     @property
     def tried(self) -> int:
-        """How many probes may be run before the settings without tuning are measured once more."""
-        return self.probes - 1 if self.probes > 2 else self.probes
+        """How many probes may be run before the settings without tuning and the best are measured once more."""
+        return min(self.probes, max(2, self.probes - 2))
 
     @property
     def probe_batch(self) -> int:
@@ -247,7 +247,11 @@ def described(task: Task) -> str:
         *(f"  held: {key} by {why}" for key, why in task.prepared.tuned.held.items()),
         "probes in order, if each is faster than the one before and memory suffices:",
         *(f"  {number}. {tuned.short(settings)}" for number, settings in enumerate(tried, 1)),
-        *(["and once more the settings without tuning"] if 1 < len(tried) < task.probes else []),
+        *(
+            ["and once more the settings without tuning, and the best if it is faster still"]
+            if 1 < len(tried) < task.probes
+            else []
+        ),
     ]
     return "\n".join(lines)
 
@@ -301,16 +305,24 @@ class _Tuner:
             return self._confirmed(search(self.task.space, self.measure))
 
     def _confirmed(self, best: Probe | None) -> Probe | None:
-        """`best`, or the settings without tuning where they are as fast when they are measured once more, at the end:
-        a machine is not the same at two times, and the steps of one process do not show that.
+        """The slower of two measurements of the best settings, or the settings without tuning where that is not faster
+        than both of theirs: a machine is not the same at two times, which the steps of one process do not show, and
+        the best of many measurements of equal settings is one by luck.
         """
         default = self.probes[0]
-        if best is None or best is default or default.outcome != OK or not self._in_time():
+        if best is None or best is default or default.outcome != OK:
             return best
-        if self.ran >= self.task.probes:
-            return best
-        again = self._measured(default.settings)
-        return best if faster(best, again) else default
+        for settings in (default.settings, best.settings):
+            if self.ran >= self.task.probes or not self._in_time():
+                break
+            again = self._measured(settings)
+            rate = again.positions_per_s_per_gpu or 0.0  # 0: it has failed now
+            if settings == best.settings and rate < (best.positions_per_s_per_gpu or 0.0):
+                best = again
+            defaults = [probe for probe in self.probes if probe.settings == default.settings]
+            if not all(faster(best, probe) for probe in defaults):
+                return default
+        return best
 
     def _earlier(self) -> Tuned | None:
         """What an interrupted search has measured for the same subject and batch."""

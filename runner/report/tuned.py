@@ -35,7 +35,10 @@ def table(found: Tuned, default: Probe, best: Probe) -> str:
         row["s"] = f"{probe.seconds:.0f}" if probe.seconds else ""
         marks = [
             name
-            for name, is_it in (("without tuning", probe.settings == default.settings), ("best", probe == best))
+            for name, is_it in (
+                ("without tuning", probe.settings == default.settings),
+                ("best", probe.settings == best.settings),
+            )
             if is_it
         ]
         note = probe.note if len(probe.note) <= _NOTE else probe.note[: _NOTE - 1] + "…"
