@@ -50,14 +50,18 @@ class Space:
     changes: Sequence[Change] = ()
 
 
+def least_gain(one: Probe, other: Probe) -> float:
+    """The relative gain that equal settings can show too: GAIN, or more where the steps of the two differ by more."""
+    return max(GAIN, 2 * math.hypot(one.noise or 0.0, other.noise or 0.0))
+
+
 def faster(one: Probe, other: Probe) -> bool:
     """Whether `one` is faster than `other` by more than GAIN and by more than the steps of both differ."""
     if one.outcome != OK or not one.positions_per_s_per_gpu:
         return False
     if other.outcome != OK or not other.positions_per_s_per_gpu:
         return True
-    noise = 2 * math.hypot(one.noise or 0.0, other.noise or 0.0)
-    return one.positions_per_s_per_gpu > other.positions_per_s_per_gpu * (1 + max(GAIN, noise))
+    return one.positions_per_s_per_gpu > other.positions_per_s_per_gpu * (1 + least_gain(one, other))
 
 
 def search(space: Space, measure: Callable[[Settings], Probe]) -> Probe | None:

@@ -20,7 +20,7 @@ from runner.errors import InfrastructureError, Interrupted, RunnerError, UsageEr
 from runner.failures import KINDS, NODE, current
 from runner.launch import prepare, start
 from runner.launch.carry import Dependencies
-from runner.launch.search import Change, Settings, Space, Spent, faster, search
+from runner.launch.search import Change, Settings, Space, Spent, faster, least_gain, search
 from runner.plan import tuned
 from runner.plan.plan import Cell
 from runner.plan.tuned import (
@@ -506,16 +506,14 @@ def conclusion(ended: Ended) -> str:
     best, default = ended.best, ended.default
     if not best.positions_per_s_per_gpu or not default.positions_per_s_per_gpu:
         return f"without tuning: {gave(default, ended.tuned.subject)}"
-    rates = [
-        probe.positions_per_s_per_gpu
-        for probe in ended.tuned.probes
-        if probe.settings == default.settings and probe.positions_per_s_per_gpu
-    ]
+    probes = [probe for probe in ended.tuned.probes if probe.outcome == OK]
+    defaults = [probe for probe in probes if probe.settings == default.settings]
+    rates = [probe.positions_per_s_per_gpu for probe in defaults if probe.positions_per_s_per_gpu]
     if best is not default:
         return f"{best.positions_per_s_per_gpu / max(rates):.2f} × the rate without tuning"
-    if all(probe.settings == default.settings for probe in ended.tuned.probes if probe.outcome == OK):
+    if defaults == probes:
         return "the settings without tuning remain: nothing else was measured"
-    noise = max((probe.noise or 0.0 for probe in ended.tuned.probes), default=0.0)
+    noise = max(least_gain(probe, other) for probe in probes for other in defaults)
     differs = f"{100 * max(noise, max(rates) / min(rates) - 1):.0f} %"
     return (
         f"the settings without tuning remain: nothing is faster by more than what repeats differ by (up to {differs})"

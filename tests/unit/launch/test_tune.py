@@ -245,6 +245,17 @@ def test_settings_that_are_faster_once_by_luck_are_not_chosen(nodes, lucky):
     assert max(filter(None, rates)) > 1.1 * min(filter(None, rates))
 
 
+def test_what_repeats_differ_by_is_what_a_gain_must_exceed(nodes):
+    default, other = {"sft.micro_batch": 1}, {"sft.micro_batch": 2}
+    probes = (
+        results.Probe(default, "ok", 1344.0, 1344.0, 0.032),
+        results.Probe(other, "ok", 1564.0, 1564.0, 0.099),
+    )
+    found = replace(nodes.tune(minutes=1e-9).tuned, probes=probes)
+    text = tune.conclusion(tune.Ended(found, Path("x"), probes[0], probes[0]))
+    assert text.endswith("by more than what repeats differ by (up to 21 %)")  # 16 % is not more
+
+
 def test_the_gain_is_over_the_better_of_the_two_measurements_without_tuning(nodes):
     """The first probe of a machine may be slow for reasons of its own."""
 
