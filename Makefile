@@ -42,8 +42,8 @@ test:
 	time $(MAKE) --no-print-directory lint
 	time $(MAKE) --no-print-directory -j2 --output-sync=target half other-half
 
-HALF := tests/roles tests/unit $(addprefix tests/local/test_,collectives.py data_prepare.py node.py sft.py \
-		sft_layers.py sft_speed_on_cpu.py tune_on_cpu.py) \
+HALF := tests/roles tests/unit $(addprefix tests/local/test_,collectives.py data_prepare.py node.py sft.py sft_attention.py \
+		sft_layers.py sft_matmul.py sft_recompute.py sft_speed_on_cpu.py sft_versions.py tune_on_cpu.py) \
 	$(addprefix tests/testbed/test_,joints.py newer_slurm.py)
 
 half:

@@ -412,3 +412,16 @@ def numbers_with_plurals(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 def test_one_function_writes_numbers_with_their_nouns():
     assert found(modules(), numbers_with_plurals) == []
     assert list(numbers_with_plurals(ast.parse('f"{len(nodes)} nodes"'))), "the rule finds them"
+
+
+# --- unit tests run in seconds, and what they ask of an environment without torch is not answered by one that is loaded
+
+
+def test_no_unit_test_imports_torch_when_it_is_collected() -> None:
+    heavy = {"torch", "deepspeed", "transformers"}
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        for node in tree_of(path).body:
+            names = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            )
+            assert not heavy & {name.partition(".")[0] for name in names}, f"{path}: belongs to tests/local"
