@@ -147,7 +147,12 @@ _THERE = (
     _line(r"\S*sh: .*: Permission denied", "not_permitted", "its environment may not be used by this user"),
     _line(r"(?:OSError: \[Errno 28\] |\S*sh: .*: )No space left on device.*", "disk_full", "its disk is full"),
     _line(r"(?:OSError: \[Errno 122\] |\S*sh: .*: )Disk quota exceeded.*", "disk_full", "its disk quota is used up"),
-    _line(r"\S*python[\d.]*: No module named .*", "environment_missing", "its environment lacks this package"),
+    _line(
+        r"\S*python[\d.]*: (?:Error while finding module specification for .*)?\(?(?:ModuleNotFoundError: )?"
+        r"No module named .*",
+        "environment_missing",
+        "its environment lacks this package",
+    ),
     _line(r"ModuleNotFoundError: No module named .*", "environment_missing", "its environment lacks a package"),
 )
 
