@@ -102,7 +102,7 @@ def test_summaries_have_the_same_cells_targets_and_verdict(runs, way):
     def shape(run: RunDir) -> dict:
         said = summary(run)
         cells = [
-            {**cell, "hosts": len(cell["hosts"]), "metrics": sorted(cell["metrics"]), "took_s": 0}
+            {**cell, "hosts": len(cell["hosts"]), "metrics": sorted(cell["metrics"]), "took_s": 0, "queued_s": 0}
             for cell in said.pop("cells")
         ]
         return {**said, "run_id": "", "cells": cells}
