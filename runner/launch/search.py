@@ -116,6 +116,11 @@ class _Search:
                     ended = smaller
             elif number == 0:
                 self._descend(recompute, start)
+            elif ended == start:  # the largest that fits of those between what fitted before and this
+                fitted = self.best.settings[MICRO_BATCH] if self.best else 0
+                for smaller in reversed([m for m in self.space.micro_batches if fitted < m < start]):
+                    if not _lacks_memory(self._at(recompute, smaller)):
+                        break
             if ended is None:
                 return
             start = ended

@@ -77,6 +77,12 @@ def test_what_fits_between_two_powers_of_two_is_tried():
     assert found(machine, space(sequences=12, stages=(), recompute=("none",))) == (6, "none", 3)
 
 
+def test_what_fits_below_the_one_that_ended_it_is_tried_with_less_kept():
+    """Of 22, selective leaves room for 4 sequences, and 12 do not fit in full recomputation either; but 6 do."""
+    machine = Machine(host=8.0, cost=(1.0, 1.125, 1.5), keeps=(8.0, 3.0, 2.0), states={3: 10.0}, memory=22.0)
+    assert found(machine, space(sequences=12, stages=())) == (6, "full", 3)
+
+
 def test_where_memory_did_not_end_it_nothing_is_computed_again():
     machine = Machine(memory=1000.0)
     found(machine, space(stages=()))
