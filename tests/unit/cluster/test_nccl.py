@@ -113,6 +113,7 @@ def torch_needs(tmp_path, monkeypatch):
         body = "".join(f"int {name}(void); int use_{name}(void) {{ return {name}(); }}\n" for name in functions)
         stand_ins.library(folder / "lib" / "libtorch_cuda.so", body)
         monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "torch", raising=False)  # of which other tests may have the real one
 
     return needs
 
