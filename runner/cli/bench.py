@@ -17,7 +17,16 @@ from click.core import ParameterSource
 
 from runner import errors
 from runner.cli.conclusion import print_conclusion
-from runner.cli.options import inventory_option, read_inventory, results_option, run_names
+from runner.cli.options import (
+    backend_option,
+    engine_option,
+    hosts_option,
+    inventory_option,
+    read_inventory,
+    results_option,
+    run_names,
+    seed_option,
+)
 from runner.system.places import CONFIGS
 from runner.workloads.registry import TESTS
 
@@ -43,7 +52,7 @@ MODELS = _names("models")
 @results_option
 @click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all.")
 @click.option("--sweep", metavar="1,2,4,8", help="Run on each of these node counts: the scaling curve.")
-@click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
+@hosts_option
 @click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones.")
 @click.option(
     "--model",
@@ -62,8 +71,8 @@ MODELS = _names("models")
     metavar="NAME",
     shell_complete=complete(list(TESTS)),
 )
-@click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
-@click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
+@engine_option
+@backend_option
 @click.option(
     "--scaling", default="weak", show_default=True, help="weak: same work per GPU; strong: same global batch."
 )
@@ -81,7 +90,7 @@ MODELS = _names("models")
 @click.option("--one-allocation", is_flag=True, help="Slurm: one job for all cells instead of one each.")
 @click.option("--job-array", is_flag=True, help="Slurm: one job array for the cells of each number of nodes.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 1000), help="Repeats of each cell.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
+@seed_option
 @click.option(
     "--set",
     "settings",

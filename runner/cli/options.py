@@ -1,4 +1,4 @@
-"""Options that several commands share: the inventory and the folder of runs."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--results", envvar="RUNNER_RESULTS", default="results", show_default=True, metavar="DIR",
         help="Folder of run directories.", type=click.Path(path_type=Path),
     )(command)  # fmt: skip
+
+
+# The same words in every command that has them.
+hosts_option = click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
+engine_option = click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
+backend_option = click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
+seed_option = click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
 
 
 def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

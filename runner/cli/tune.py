@@ -9,7 +9,16 @@ import click
 
 from runner import errors
 from runner.cli.bench import MODELS, complete, typed_command
-from runner.cli.options import POSITIVE, inventory_option, read_inventory, results_option
+from runner.cli.options import (
+    POSITIVE,
+    backend_option,
+    engine_option,
+    hosts_option,
+    inventory_option,
+    read_inventory,
+    results_option,
+    seed_option,
+)
 
 TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
 
@@ -18,7 +27,7 @@ TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
 @inventory_option
 @results_option
 @click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Tune for N nodes; default: all.")
-@click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
+@hosts_option
 @click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes.")
 @click.option(
     "--model",
@@ -28,9 +37,9 @@ TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
     help=f"The model to tune: {', '.join(MODELS)}; or the path of your own file (.yaml).",
     shell_complete=complete(MODELS),
 )
-@click.option("--engine", default="torchrun", show_default=True, help="torchrun or deepspeed.")
-@click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
+@engine_option
+@backend_option
+@seed_option
 @click.option(
     "--set",
     "settings",

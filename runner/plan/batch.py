@@ -8,8 +8,8 @@ from typing import Any
 from runner.errors import UsageError
 from runner.plan.plan import Batch
 from runner.plan.request import Request
-from runner.plan.zero import split
 from runner.system.wording import counted
+from runner.workloads.deepspeed_config import split
 
 SEQUENCES_PER_GPU = 16  # in a step, where neither settings nor the DeepSpeed file say
 

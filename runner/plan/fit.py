@@ -18,8 +18,9 @@ from runner.plan.batch import asked, batch_of
 from runner.plan.plan import Batch, Prediction
 from runner.plan.request import Request
 from runner.plan.speed import Rate, Shape
-from runner.plan.zero import offloads, section
+from runner.plan.zero import offloads
 from runner.system.wording import counted
+from runner.workloads.deepspeed_config import section
 
 # The ratio of needed to available memory above which a cell is refused. The estimate was too high by this factor where
 # it was compared with a measurement (7B on one H200: 117 GiB estimated, 106.5 measured): of the 18 B per parameter

@@ -12,7 +12,8 @@ from typing import Any
 
 from runner.cluster.limits import GIB, MemoryEstimate, memory_estimate, parameters
 from runner.plan.plan import Cell, Plan
-from runner.plan.zero import section, zero_of
+from runner.plan.zero import zero_of
+from runner.workloads.deepspeed_config import section
 
 _ADAM = ("adam", "adamw")
 

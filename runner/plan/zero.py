@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.workloads.deepspeed_config import section
+
 _SPLIT = {"tensor_parallel", "sequence_parallel_size"}  # sections that divide a model or a sequence in other ways
 
 
@@ -40,17 +42,6 @@ def zero_of(deepspeed: Mapping[str, Any]) -> Zero | None:
         optimizer_offloaded=stage > 0 and offloads(zero, "offload_optimizer"),
         weights_offloaded=stage == 3 and offloads(zero, "offload_param"),
     )
-
-
-def split(deepspeed: Mapping[str, Any]) -> int:
-    """The number of ranks that share each layer, and so the same data, by AutoTP; 1 without."""
-    return int(section(deepspeed, "tensor_parallel").get("autotp_size") or 1)
-
-
-def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The section of that name; empty where there is none."""
-    found = config.get(name)
-    return found if isinstance(found, Mapping) else {}
 
 
 def offloads(zero: Mapping[str, Any], name: str) -> bool:

@@ -63,6 +63,17 @@ def refuse(config: Mapping[str, Any], where: str, cache: Path | None = None) -> 
         raise UsageError(f"{where}: {verdict}")
 
 
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The section `name` of a DeepSpeed configuration, empty where it is not there or no section."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def split(config: Mapping[str, Any]) -> int:
+    """The number of ranks that share each layer, and so the same data, by AutoTP; 1 without."""
+    return int(section(config, "tensor_parallel").get("autotp_size") or 1)
+
+
 def unresolved(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a DeepSpeed configuration whose value is still "auto"."""
     for key, value in config.items():

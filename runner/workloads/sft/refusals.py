@@ -7,6 +7,7 @@ from typing import Any
 
 from runner.errors import UsageError
 from runner.system.wording import counted
+from runner.workloads.deepspeed_config import section, split
 from runner.workloads.sft import float8
 
 # What the trainer `reference` does not have, by setting.
@@ -17,6 +18,8 @@ FAST_ONLY = {
     "liger": ("true",),
     "compile": (True,),
 }
+# What is done to each layer by itself, by setting.
+_OF_LAYERS = {"compile": True, "precision": "fp8", "recompute": "selective"}
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 
 
@@ -59,11 +62,6 @@ def by_reference(params: Mapping[str, Any]) -> str | None:
     return None
 
 
-def split(deepspeed: Mapping[str, Any]) -> int:
-    """The number of ranks that share each layer, and so their data, by a DeepSpeed configuration; 1: none do."""
-    return int(_section(deepspeed, "tensor_parallel").get("autotp_size") or 1)
-
-
 def with_split(deepspeed: Mapping[str, Any], parts: int) -> dict[str, Any]:
     """A copy of a DeepSpeed configuration in which `parts` ranks share each layer.
 
@@ -71,13 +69,18 @@ def with_split(deepspeed: Mapping[str, Any], parts: int) -> dict[str, Any]:
     """
     if parts == 1:
         return dict(deepspeed)
-    section = {**_section(deepspeed, "tensor_parallel"), "autotp_size": parts, "vocab_parallel_lm_head": False}
-    return {**deepspeed, "tensor_parallel": section}
+    divided = {**section(deepspeed, "tensor_parallel"), "autotp_size": parts, "vocab_parallel_lm_head": False}
+    return {**deepspeed, "tensor_parallel": divided}
 
 
 def deepcompiles(deepspeed: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed is to compile the model itself, communication included."""
-    return bool(_section(deepspeed, "compile").get("deepcompile"))
+    return bool(section(deepspeed, "compile").get("deepcompile"))
+
+
+def _of_layers(params: Mapping[str, Any]) -> Iterator[str]:
+    """The settings of `params` that change each layer by itself, as they are typed."""
+    return (f"sft.{name}={str(value).lower()}" for name, value in _OF_LAYERS.items() if params.get(name) == value)
 
 
 def _tensor_parallel(
@@ -94,21 +97,19 @@ def _tensor_parallel(
     if gpus_per_node % parts:
         of_node = counted(gpus_per_node, "GPU")
         yield f"sft.tensor_parallel={parts} does not divide the {of_node} of a node, in which it has to stay"
-    if not _section(deepspeed, "zero_optimization").get("stage", 0):
+    if not section(deepspeed, "zero_optimization").get("stage", 0):
         yield (
             "sft.tensor_parallel needs ZeRO stage 1, 2 or 3, since DeepSpeed clips gradients by a wrong norm without: "
             "--set deepspeed.zero_optimization.stage=1"
         )
-    if _section(deepspeed, "tensor_parallel").get("vocab_parallel_lm_head"):
+    if section(deepspeed, "tensor_parallel").get("vocab_parallel_lm_head"):
         yield "deepspeed.tensor_parallel.vocab_parallel_lm_head: the loss needs all logits of a token: leave it out"
-    for name, value in (("compile", True), ("precision", "fp8"), ("recompute", "selective")):
-        if params.get(name) == value:
-            said = str(value).lower()
-            yield f"sft.tensor_parallel does not go with sft.{name}={said}: its layers communicate in their midst"
+    for setting in _of_layers(params):
+        yield f"sft.tensor_parallel does not go with {setting}: its layers communicate in their midst"
 
 
 def _zero_plus_plus(deepspeed: Mapping[str, Any], device: str, gpus_per_node: int, world_size: int) -> Iterator[str]:
-    zero = _section(deepspeed, "zero_optimization")
+    zero = section(deepspeed, "zero_optimization")
     stage, group = zero.get("stage", 0), zero.get("zero_hpz_partition_size", 1)
     name = "deepspeed.zero_optimization"
     if isinstance(group, int) and group > 1:
@@ -132,18 +133,9 @@ def _deepcompile(params: Mapping[str, Any], deepspeed: Mapping[str, Any], device
         return
     if device != "cuda":
         yield "deepspeed.compile.deepcompile needs GPUs: it adds DeepSpeed's CUDA operations to the graph"
-    if _section(deepspeed, "zero_optimization").get("stage", 0) not in (1, 2, 3):
+    if section(deepspeed, "zero_optimization").get("stage", 0) not in (1, 2, 3):
         yield "deepspeed.compile.deepcompile needs deepspeed.zero_optimization.stage 1, 2 or 3"
-    for name, value in (("compile", True), ("precision", "fp8"), ("recompute", "selective")):
-        if params.get(name) == value:
-            yield (
-                f"deepspeed.compile.deepcompile compiles the whole model, sft.{name}={str(value).lower()} each layer: "
-                "set one of them"
-            )
+    for setting in _of_layers(params):
+        yield f"deepspeed.compile.deepcompile compiles the whole model, {setting} each layer: set one of them"
     if parts > 1:
         yield "deepspeed.compile.deepcompile does not go with sft.tensor_parallel: set one of them"
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    return found if isinstance(found, Mapping) else {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.errors import UsageError
 from runner.system.wording import counted
-from runner.workloads.deepspeed_config import unresolved
+from runner.workloads.deepspeed_config import split, unresolved
 from runner.workloads.job import RankJob
 from runner.workloads.sft import refusals
 
@@ -48,7 +48,7 @@ def resolve(job: RankJob) -> Settings:
         total = config["train_batch_size"]
     except KeyError as error:
         raise UsageError(f"DeepSpeed configuration: {error.args[0]} is missing") from None
-    parts = refusals.split(config)
+    parts = split(config)
     shares = job.world_size // parts
     if micro * accumulation * shares != total:
         raise UsageError(
