@@ -191,6 +191,22 @@ class Problem:
     message: str
 
 
+@dataclass(frozen=True)
+class Suspect:
+    """What the records of a test show to be wrong: a kind in KINDS, where it was seen, and the evidence for it.
+
+    `host` is the node at fault, None where no single node can be named; `confidence` is `high`, `medium` or NOBODY. An
+    `observation` is worth knowing but proves no fault: it never fails a run.
+    """
+
+    kind: str
+    where: str
+    evidence: str
+    confidence: str
+    host: str | None = None
+    observation: bool = False
+
+
 def node_lines(bad: Iterable[Mapping[str, str] | str]) -> list[str]:
     """One line per node with all its problems, from {"host", "alias", "kind", "message"} of each problem in `bad`.
 

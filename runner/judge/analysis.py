@@ -50,7 +50,10 @@ def summarise(
     }
     scaling = judge_scaling(plan, cells, by_cell, unfair)
     targets = judge_targets(plan, cells, scaling, by_cell, unfair)
-    faults = findings.find(cells, status, by_cell, facts)
+    for cell in cells:
+        cell["not_judged"] = unfair[cell["id"]]
+    suspects = findings.suspects(plan, cells, by_cell, facts)
+    faults = findings.find(cells, status, suspects, facts)
     verdict, reason = _overall(targets, faults, unfair, cells, status)
     return {
         "schema": SCHEMA,
@@ -62,6 +65,7 @@ def summarise(
         "scaling": scaling,
         "targets": targets,
         "findings": faults,
+        "observations": findings.observations(suspects),
         "replaced": list(status.get("replaced", ())),
         "attempts": {
             cell: entry["attempt"] for cell, entry in status.get("cells", {}).items() if entry.get("attempt", 1) > 1

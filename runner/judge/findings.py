@@ -2,7 +2,8 @@
 
 A finding is {"host", "kind", "where", "evidence", "confidence", "fault"}; that of a node that was given up during the
 run has `replaced_by` as well, the node that took its place or None. `kind` is one of `failures.KINDS`, which
-gives the fault and the advice at the end of the evidence; `host` is None where no single node can be named.
+gives the fault and the advice at the end of the evidence; `host` is None where no single node can be named. An
+observation has the same shape, but proves no fault: it never fails a run.
 """
 
 from __future__ import annotations
@@ -12,32 +13,57 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runner.cluster import facts as facts_of
-from runner.failures import KINDS, NOBODY, NODE, current
+from runner.failures import KINDS, NOBODY, NODE, Suspect, current
 from runner.results.records import Record
 from runner.results.status import each_error
 from runner.system.wording import counted
+from runner.workloads.registry import TESTS
 
 Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]  # cell id -> host -> facts.json
 
 
-def find(
+def suspects(
+    plan: Mapping[str, Any],
     cells: Sequence[Mapping[str, Any]],
-    status: Mapping[str, Any],
     by_cell: Mapping[str, Sequence[Record]],
     facts: Facts,
+) -> list[Suspect]:
+    """What the tests find in their own records, faults and observations.
+
+    `plan` is the contents of plan.json, `cells` are those of summary.json, `by_cell` maps cell ids to records.
+    """
+    found: list[Suspect] = []
+    for name, test in TESTS.items():
+        own = [cell for cell in cells if cell["test"] == name]
+        if own and (module := test.load_findings()):
+            found += module.find(plan, own, by_cell, facts)
+    return found
+
+
+def find(
+    cells: Sequence[Mapping[str, Any]], status: Mapping[str, Any], found: Sequence[Suspect], facts: Facts
 ) -> list[dict[str, Any]]:
     """Every finding of a run, the most serious first.
 
-    `cells` are those of summary.json, `status` is the contents of status.json, `by_cell` maps cell ids to records.
+    `cells` are those of summary.json, `status` is the contents of status.json, `found` are the tests' suspects.
     """
     failures = list(_failures(cells, status))
     return [
         *failures,
         *_given_up(status, failures),
-        *_wrong_values(by_cell),
+        *(_of(suspect) for suspect in found if not suspect.observation),
         *_without_records(cells),
         *_differences(properties(facts)),
     ]
+
+
+def observations(found: Sequence[Suspect]) -> list[dict[str, Any]]:
+    """What is worth knowing of a run but proves no fault, in the shape of findings."""
+    return [_of(suspect) for suspect in found if suspect.observation]
+
+
+def _of(suspect: Suspect) -> dict[str, Any]:
+    return _finding(suspect.kind, suspect.where, suspect.evidence, suspect.confidence, host=suspect.host)
 
 
 def _finding(
@@ -92,22 +118,6 @@ def _given_up(status: Mapping[str, Any], failures: Sequence[Mapping[str, Any]]) 
                 confidence="high",
                 host=host,
                 replaced_by=swap.get("by"),
-            )
-
-
-def _wrong_values(by_cell: Mapping[str, Sequence[Record]]) -> Iterable[dict[str, Any]]:
-    for cell, records in by_cell.items():
-        wrong: dict[str, dict[int, float]] = defaultdict(dict)
-        for record in records:
-            if record.metric == "wrong_values" and record.value > 0:
-                context = record.context
-                wrong[str(context.get("collective", "collective"))][int(context.get("size_bytes", 0))] = record.value
-        for collective, sizes in wrong.items():
-            yield _finding(
-                "wrong_values",
-                where=f"{cell}: {collective}, {', '.join(f'{size:,} B' for size in sorted(sizes))}",
-                evidence=f"{counted(round(sum(sizes.values())), 'wrong element')} in the result of {collective}",
-                confidence=NOBODY,  # every rank took part: the values do not show which one is at fault
             )
 
 

@@ -153,21 +153,28 @@ def _page(
         "scaling_figures": figures.scaling(summary),
         "sections": _sections(runs, summary),
         "environment": _environment(facts, naming),
-        "findings": [
-            {
-                **f,
-                "title": title(f["kind"]),
-                "who": naming.long(f["host"]),
-                "evidence": _with_aliases(f["evidence"], naming.long, naming),
-            }
-            for f in summary["findings"]
-        ],
+        "findings": _found(summary["findings"], naming),
+        "observations": _found(summary.get("observations", ()), naming),
         "unfinished": _unfinished(summary["cells"], status, naming),
         "glossary": sections.glossary(),
         "number": number,
         "counted": counted,
         "svg": Markup,
     }
+
+
+def _found(found: Iterable[Mapping[str, Any]], naming: Naming) -> list[dict[str, Any]]:
+    """Findings or observations as the page shows them, with their titles and the nodes' aliases."""
+    return [
+        {
+            **one,
+            "title": title(one["kind"]),
+            "who": naming.long(one["host"]),
+            "where": _with_aliases(one["where"], naming.short, naming),
+            "evidence": _with_aliases(one["evidence"], naming.long, naming),
+        }
+        for one in found
+    ]
 
 
 def _with_aliases(text: str, named: Callable[[str], str], naming: Naming) -> str:

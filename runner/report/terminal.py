@@ -43,9 +43,10 @@ def terminal(summary: Mapping[str, Any]) -> str:
                 ]
             )
         )
-    for finding in summary["findings"]:
-        who = f"{finding['host']}: " if finding["host"] else ""
-        parts.append(_wrapped(f"✕ {title(finding['kind'])}: {who}{finding['evidence']}"))
+    for sign, found in (("✕", summary["findings"]), ("•", summary.get("observations", ()))):
+        for one in found:
+            who = f"{one['host']}: " if one["host"] else ""
+            parts.append(_wrapped(f"{sign} {title(one['kind'])}: {who}{one['evidence']}"))
     # The findings above give the reason already, or nothing was judged yet.
     why = "" if summary["findings"] or summary["state"] == "cancelled" else f": {summary['reason']}"
     parts.append(_wrapped(f"{SIGNS[summary['verdict']]} {headline(summary)}{why}"))

@@ -7,12 +7,13 @@ since training is what a cluster is bought for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from runner.failures import Suspect
     from runner.results.records import Record
     from runner.system.schema import ConfigFile
     from runner.workloads.job import Events, RankJob
@@ -43,6 +44,25 @@ class MetricsModule(Protocol):
         self, target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
     ) -> float | None:
         """What a cell of summary.json has for the target's metric, in its unit; None where it was not measured."""
+
+
+class FindingsModule(Protocol):
+    """The interface of the module that says what a test's records show to be wrong. Pure."""
+
+    def find(
+        self,
+        plan: Mapping[str, Any],
+        cells: Sequence[Mapping[str, Any]],
+        by_cell: Mapping[str, Sequence[Record]],
+        facts: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    ) -> Iterable[Suspect]:
+        """Suspects of one run, the most serious first.
+
+        `plan` is the contents of plan.json, and `cells` are the test's entries of summary.json, complete or not. A
+        cell's `not_judged` is the reason why its speed means nothing (CPU ranks, nodes that share a kernel), and None
+        where it can be judged: no speed is suspected in a cell that has one. `by_cell` maps cell ids to records;
+        `facts` is cell id -> host -> facts.json.
+        """
 
 
 class TrainingMetricsModule(MetricsModule, Protocol):
@@ -76,7 +96,8 @@ class Test:
     """One test.
 
     `summary` is what it measures, in a few words. `settings` is MODULE:CLASS of configs/tests/<name>.yaml; `rank`,
-    `metrics` and `report` are modules with the interfaces RankModule, MetricsModule and `runner.report.sections`.
+    `metrics` and `report` are modules with the interfaces RankModule, MetricsModule and `runner.report.sections`;
+    `findings`, empty for a test whose records show no faults, is one with the interface FindingsModule.
     `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null, and
     `gpu_only`, by setting, the values that cannot work without a GPU. A test that `trains` takes a model with its
     DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts; its `refusals` are
@@ -88,6 +109,7 @@ class Test:
     rank: str
     metrics: str
     report: str
+    findings: str = ""
     packages: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gpu_only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -107,6 +129,10 @@ class Test:
         """Import the module that computes metrics from records."""
         return cast(MetricsModule, import_module(self.metrics))
 
+    def load_findings(self) -> FindingsModule | None:
+        """Import the module that finds faults in the test's records; None for a test without one."""
+        return cast(FindingsModule, import_module(self.findings)) if self.findings else None
+
     def load_refusals(self) -> RefusalsModule:
         """What the settings of a test that `trains` cannot be together."""
         return cast(RefusalsModule, import_module(self.refusals))
@@ -123,6 +149,7 @@ TESTS: Mapping[str, Test] = {
         rank="runner.workloads.collectives.rank",
         metrics="runner.workloads.collectives.metrics",
         report="runner.report.collectives",
+        findings="runner.workloads.collectives.findings",
         defaults={"cuda": {"max_bytes": 8 << 30}, "cpu": {"max_bytes": 1 << 20}},
     ),
     "sft": Test(

@@ -532,24 +532,24 @@ def with_driver(*versions: str | None) -> dict[str, dict[str, Any]]:
 
 def test_what_an_image_sets_and_nccl_does_not_read_is_no_difference() -> None:
     facts = {"cell": {"n1": {"env": {"NCCL_VERSION": "2.19.3-1"}}, "n2": {"env": {}}, "n3": {"env": {}}}}
-    assert (findings.properties(facts), findings.find([], {}, {}, facts)) == ([], [])
+    assert (findings.properties(facts), findings.find([], {}, [], facts)) == ([], [])
 
 
 def test_the_odd_one_out_is_named() -> None:
-    (found,) = findings.find([], {}, {}, with_driver("570", "550", "570", "570"))
+    (found,) = findings.find([], {}, [], with_driver("570", "550", "570", "570"))
     assert (found["host"], found["where"], found["confidence"]) == ("n2", "driver", "high")
     assert found["evidence"] == "driver is 550 here, 570 on 3 other nodes; make it the same on all nodes"
     assert found["fault"] == "configuration"
 
 
 def test_a_missing_version_is_a_difference() -> None:
-    (found,) = findings.find([], {}, {}, with_driver("570", None, "570"))
+    (found,) = findings.find([], {}, [], with_driver("570", None, "570"))
     assert (found["host"], found["confidence"]) == ("n2", "medium")
     assert "absent here" in found["evidence"]
 
 
 def test_without_a_majority_nobody_is_blamed() -> None:
-    (found,) = findings.find([], {}, {}, with_driver("570", "550"))
+    (found,) = findings.find([], {}, [], with_driver("570", "550"))
     assert (found["host"], found["confidence"]) == (None, "not identifiable")
     assert "570 on n1; 550 on n2" in found["evidence"]
 
@@ -564,7 +564,7 @@ def test_other_differences_are_marked_but_are_no_finding() -> None:
         "majority": "6.8",
         "minority": ["n0"],
     }
-    assert findings.find([], {}, {}, facts) == []
+    assert findings.find([], {}, [], facts) == []
 
 
 def test_what_must_be_unique_is_not_compared(healthy: Fixture) -> None:

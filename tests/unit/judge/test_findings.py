@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from report_fixture import NAMES
 
 from runner import errors
 from runner.cli import conclusion
-from runner.judge import analysis
+from runner.failures import KINDS, Suspect
+from runner.judge import analysis, findings
 from runner.report import page, terminal, words
 from runner.results.rundir import RunDir
 from runner.results.status import joined
@@ -79,3 +81,46 @@ def test_another_mtu_on_the_interface_that_carries_the_traffic_is_a_finding() ->
     (found,) = analysis.summarise(*fixture.arguments)["findings"]
     assert (found["host"], found["kind"], found["where"]) == (NAMES[1], "environment", "traffic nic eth0")
     assert "MTU 1200 here" in found["evidence"] and "MTU 1500 on 3 other nodes" in found["evidence"]
+
+
+SLOW = Suspect("environment", "gpu-8n-r1", "4 % slower than the others", "medium", NAMES[1])
+
+
+def test_what_a_test_suspects_is_a_finding_with_its_fault_and_advice() -> None:
+    (found,) = findings.find([], {}, [SLOW, replace(SLOW, observation=True)], {})
+    kind = KINDS[SLOW.kind]
+    assert found == {
+        "host": NAMES[1],
+        "kind": "environment",
+        "where": "gpu-8n-r1",
+        "evidence": f"4 % slower than the others; {kind.advice}",
+        "confidence": "medium",
+        "fault": kind.fault,
+    }
+
+
+def test_an_observation_is_told_apart_from_findings_and_fails_nothing(tmp_path, capsys) -> None:
+    fixture = report_fixture.testbed((1, 2))
+    summary = analysis.summarise(*fixture.arguments)
+    assert summary["observations"] == []
+    summary["observations"] = findings.observations([SLOW, replace(SLOW, observation=True)])
+    assert [one["host"] for one in summary["observations"]] == [NAMES[1]], "the other is a finding"
+    page.write(tmp_path, *fixture.arguments[:2], summary, *fixture.arguments[2:])
+    for text in ((tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()):
+        assert "Observations" in text and "4 % slower than the others" in text and "Findings" not in text
+    told = terminal.terminal(summary)
+    assert f"• Nodes are set up differently: {NAMES[1]}: 4 % slower" in told and "✕" not in told
+    assert conclusion.print_conclusion(RunDir(tmp_path), summary, False) == 0
+
+
+def test_a_summary_from_before_observations_is_shown() -> None:
+    summary = summary_of([])
+    del summary["observations"]
+    assert terminal.terminal(summary)
+
+
+def test_a_cell_says_why_its_speed_means_nothing() -> None:
+    assert {cell["not_judged"] for cell in summary_of([])["cells"]} == {
+        "2 nodes share one kernel (same boot id): speeds prove that the system works, not how fast it is",
+        "ranks ran on the CPU: targets are for GPUs",
+    }
