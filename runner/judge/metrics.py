@@ -45,7 +45,7 @@ def summarise_cell(
     """The entry of one cell in summary.json.
 
     `plan` and `cell` are the contents of plan.json and its entry, `records` those of the cell, and `telemetry` is
-    host -> samples. `metrics` and `limits` are empty for a test that this version does not have.
+    host -> samples. `metrics`, `limits` and `details` are empty for a test that this version does not have.
     """
     entry = status.get("cells", {}).get(cell["id"], {})
     result: dict[str, Any] = {
@@ -64,9 +64,12 @@ def summarise_cell(
         "queued_s": queued_s(entry),
         "metrics": {},
         "limits": {},
+        "details": {},
     }
     if test := TESTS.get(cell["test"]):
         result["metrics"], result["limits"] = test.load_metrics().summarise(plan, cell, records)
+        if module := test.load_details():
+            result["details"] = module.details(plan, cell, records)
     _add_utilisation(result, records, telemetry)
     return result
 

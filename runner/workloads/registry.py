@@ -65,6 +65,13 @@ class FindingsModule(Protocol):
         """
 
 
+class DetailsModule(Protocol):
+    """The interface of the module that says of a cell what is no single number: what tables are made of. Pure."""
+
+    def details(self, plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+        """`details` of the cell's entry in summary.json, as JSON; `plan` and `cell` are plan.json and its entry."""
+
+
 class TrainingMetricsModule(MetricsModule, Protocol):
     """The metrics of a test that trains."""
 
@@ -101,7 +108,8 @@ class Test:
     `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null, and
     `gpu_only`, by setting, the values that cannot work without a GPU. A test that `trains` takes a model with its
     DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts; its `refusals` are
-    a module with the interface RefusalsModule.
+    a module with the interface RefusalsModule. `details` is one with the interface DetailsModule, for a test whose
+    tables show more than metrics.
     """
 
     summary: str
@@ -115,6 +123,7 @@ class Test:
     gpu_only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trains: bool = False
     refusals: str = ""
+    details: str = ""
 
     def load_settings(self) -> type[ConfigFile]:
         """Import the class of the test's settings."""
@@ -136,6 +145,10 @@ class Test:
     def load_refusals(self) -> RefusalsModule:
         """What the settings of a test that `trains` cannot be together."""
         return cast(RefusalsModule, import_module(self.refusals))
+
+    def load_details(self) -> DetailsModule | None:
+        """What makes the `details` of the test's cells; None for a test whose cells have none."""
+        return cast(DetailsModule, import_module(self.details)) if self.details else None
 
     def load_training_metrics(self) -> TrainingMetricsModule:
         """The metrics module of a test that `trains`."""
