@@ -34,8 +34,9 @@ def test_nothing_of_the_way_there_is_left(host):
 def test_a_program_gets_this_nccl_without_an_environment(host):
     run = host.run(f"{CURRENT}/bin/all_reduce_perf -b 8M -e 8M -g 8")
     assert run.rc == 0
-    assert "NCCL 22602" in run.stdout
-    assert run.stdout.count("Rank") == 8
+    assert "nccl-library=22602" in run.stdout
+    assert "# Out of bounds values : 0 OK" in run.stdout
+    assert run.stdout.count("#  Rank") == 8
 
 
 def test_the_environment_file_names_this_nccl(host):
