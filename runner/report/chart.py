@@ -43,6 +43,7 @@ class Series:
     points: Sequence[Point]
     colour: int = 0
     dashed: bool = False  # without points: an ideal, not a measurement
+    pale: bool = False  # thin, without points or a name at its end: beside another line of the same colour
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def lines(
     `value_text` formats the value that is written next to each point of the first series where there is room;
     `name_ends` labels each line at its end where there are several.
     """
-    named = name_ends and len(series) > 1
-    plot = _Plot(x, y, RIGHT + (max(len(s.name) for s in series) * 7.2 + 4 if named else 0))
+    ended = [one for one in series if not one.pale]
+    named = name_ends and len(ended) > 1
+    plot = _Plot(x, y, RIGHT + (max(len(s.name) for s in ended) * 7.2 + 4 if named else 0))
     parts = [*_frame(plot)]
     for rule in rules:
         name = "rule" if rule.colour is None else f"rule c{rule.colour % COLOURS}"
@@ -155,7 +157,7 @@ def lines(
     if value_text and series:
         parts += _values(series, rules, plot, value_text)
     if named:
-        ends = [(plot.py(s.points[-1].y), s) for s in series if s.points]
+        ends = [(plot.py(s.points[-1].y), s) for s in ended if s.points]
         for height, one in _apart(ends, TEXT):
             parts.append(_text(plot.right + 6, height + 4, one.name, "start", f"name c{one.colour % COLOURS}"))
     return _svg(parts, HEIGHT, description)
@@ -200,7 +202,7 @@ class _Plot:
 
 
 def _curve(one: Series, plot: _Plot) -> list[str]:
-    """The SVG of a series: its intervals, its line, and its points unless it is dashed."""
+    """The SVG of a series: its intervals, its line, and its points unless it is dashed or pale."""
     colour = f"c{one.colour % COLOURS}"
     parts = []
     for point in one.points:
@@ -208,11 +210,11 @@ def _curve(one: Series, plot: _Plot) -> list[str]:
             bar = plot.interval(point)
             parts.append(_line(bar.x1, bar.y1, bar.x2, bar.y2, f"interval {colour}"))
     path = " ".join(f"{plot.px(p.x):.1f},{plot.py(p.y):.1f}" for p in one.points)
-    dashed = " dashed" if one.dashed else ""
+    manner = " dashed" if one.dashed else " pale" if one.pale else ""
     parts.append(
-        f'<polyline class="line {colour}{dashed}" points="{path}"><title>{escape(one.name)}</title></polyline>'
+        f'<polyline class="line {colour}{manner}" points="{path}"><title>{escape(one.name)}</title></polyline>'
     )
-    if not one.dashed:
+    if not (one.dashed or one.pale):
         parts += [_dot(plot.px(p.x), plot.py(p.y), DOT, colour, p.title or f"{one.name}: {p.y:g}") for p in one.points]
     return parts
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.cluster import limits
-from runner.report import chart
+from runner.report import bandwidth, chart
 from runner.report.figures import Figure, Row, node_colours, nodes_text, number
 from runner.report.sections import Charts, Measured, Tile
 from runner.report.tables import Table, cell_number, median, state, took, without_empty
@@ -144,64 +144,20 @@ def charts(run: Measured) -> Charts:
 
 
 def _busbw(run: Measured) -> list[Figure]:
-    """busbw in GB/s against message size in bytes (median over repeats).
-
-    One figure per collective with a line for each node count, and one figure for all collectives inside one node:
-    links there are so much faster that they would flatten the other lines.
-    """
-    curves: dict[str, dict[int, chart.Series]] = defaultdict(dict)
-    ceilings: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
-    groups = {nodes: cells for (_, nodes), cells in run.groups().items()}
-    colours = node_colours(run.summary)
-    for nodes, cells in groups.items():
+    """busbw in GB/s against message size in bytes (median over repeats)."""
+    curves = []
+    for (_, nodes), cells in run.groups().items():
         values: dict[tuple[str, int], list[float]] = defaultdict(list)
         for cell in cells:
             for record in run.by_cell[cell["id"]]:
                 if record.metric == "busbw_gb_per_s" and cell["world_size"] > 1:
                     values[record.context["collective"], int(record.context["size_bytes"])].append(record.value)
-        for place, collective in enumerate(limits.COLLECTIVES):
-            points = [
-                chart.Point(
-                    size,
-                    y,
-                    f"{_label(collective)}, {nodes_text(nodes)}, {chart.size_text(size)}: {number(y)} GB/s",
-                )
-                for (name, size), found in sorted(values.items())
-                if name == collective and (y := statistics.median(found)) is not None
-            ]
-            if points:
-                inside = nodes == 1
-                name, colour = (_label(collective), place) if inside else (f"{nodes}n", colours[nodes])
-                curves["" if inside else collective][place if inside else nodes] = chart.Series(name, points, colour)
-                if collective in cells[0]["limits"]:
-                    ceilings["" if inside else collective][nodes] = cells[0]["limits"][collective]
-    figures = []
-    for collective in ("", *limits.COLLECTIVES):
-        lines = list(curves[collective].values())
-        if not lines:
-            continue
-        rules = []
-        alike: dict[tuple[str, str], list[int]] = defaultdict(list)  # (ceiling, what binds) -> node counts
-        for nodes, limit in sorted(ceilings[collective].items()):
-            value = number(limit["busbw_gb_per_s"])
-            alike[value, limit["binds"]].append(nodes)
-            title = f"ceiling of {nodes_text(nodes)}: {value} GB/s ({limit['binds']})"
-            rules.append(chart.Rule(limit["busbw_gb_per_s"], title, colours[nodes] if collective else None))
-        notes = [
-            f"{', '.join(map(str, counts))} {'node' if counts == [1] else 'nodes'} {value} ({binds})"
-            for (value, binds), counts in alike.items()
-        ]
-        title = f"{_label(collective).capitalize()} across nodes, GB/s" if collective else "Inside one node, GB/s"
-        x_axis = chart.bytes_axis("message size", [p.x for line in lines for p in line.points])
-        y_axis = chart.linear("", [p.y for line in lines for p in line.points] + [r.y for r in rules], from_zero=True)
-        svg = chart.lines(lines, x_axis, y_axis, f"{title} against message size", rules, name_ends=bool(collective))
-        legend = [(line.colour, nodes_text(int(line.name[:-1])) if collective else line.name) for line in lines]
-        figures.append(Figure(title, svg, legend=legend, ceilings=notes))
-    return figures
-
-
-def _label(collective: str) -> str:
-    return collective.replace("_", "-")
+        for collective in dict.fromkeys(name for name, _ in values):
+            busbw = {size: statistics.median(found) for (name, size), found in values.items() if name == collective}
+            limit = cells[0]["limits"].get(collective)
+            ceilings = [bandwidth.Ceiling(limit["busbw_gb_per_s"], limit["binds"])] if limit else []
+            curves.append(bandwidth.Curve(collective, nodes, busbw, ceilings=ceilings))
+    return bandwidth.figures(curves, node_colours(run.summary), limits.COLLECTIVES)
 
 
 def _no_ceiling(plan: Mapping[str, Any]) -> str:
