@@ -14,12 +14,13 @@ class Backend:
     """One backend.
 
     `remote`: nodes are other machines, reached with an ssh_config. `scheduled`: a scheduler starts the cells as its
-    jobs, which outlive their controller; it allocates nodes exclusively and may choose them. `also`: further backends
-    that can be used for nodes which the inventory declares for this one.
+    jobs, which outlive their controller; it allocates nodes exclusively and may choose them. `mpi` is the engine that
+    starts MPI programs. `also`: further backends that can be used for nodes which the inventory declares for this one.
     """
 
     name: str
     remote: bool
+    mpi: str = "mpirun"
     scheduled: bool = False
     also: tuple[str, ...] = ()
 
@@ -36,6 +37,6 @@ BACKENDS: Mapping[str, Backend] = {
     for backend in (
         Backend(LOCAL, remote=False),
         Backend(SSH, remote=True, also=(SLURM,)),
-        Backend(SLURM, remote=True, scheduled=True),
+        Backend(SLURM, remote=True, mpi="srun", scheduled=True),
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -18,6 +18,7 @@ from runner.launch.run import Policy, Run
 from runner.launch.signals import deferred
 from runner.launch.slurm import commands
 from runner.launch.transport import Transport
+from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan
 from runner.report.progress import Display
 from runner.report.terminal import to_finish
@@ -212,13 +213,14 @@ def observed(
 
 
 def require_launcher(plan: Plan) -> None:
-    """Raise UsageError if the engine's launcher must run on this machine and is not installed here."""
-    head = plan.cells[0].launch.head
-    if head and not os.access(head[0], os.X_OK):
-        raise UsageError(
-            f"engine {plan.engine} starts {head[0]} on this machine, where it is not installed: "
-            "run from a machine with the nodes' environment, or use --engine torchrun"
-        )
+    """Raise UsageError if an engine's launcher must run on this machine and is not installed here."""
+    for cell in plan.cells:
+        head = cell.launch.head
+        if head and shutil.which(head[0]) is None:
+            raise UsageError(
+                f"engine {cell.engine} starts {head[0]} on this machine, where it is not installed: "
+                f"{ENGINES[cell.engine].needs}"
+            )
 
 
 def carry_out(

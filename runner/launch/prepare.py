@@ -16,7 +16,7 @@ from runner.launch import tuned
 from runner.launch.carry import new_id
 from runner.plan import config
 from runner.plan import tuned as tuning
-from runner.plan.engines.registry import ENGINES
+from runner.plan.engines.registry import offered
 from runner.plan.plan import Plan
 from runner.plan.request import Request
 from runner.system.clock import now
@@ -223,8 +223,8 @@ def run_dir(options: Options, run_id: str) -> str:
 
 def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
     """The names of the tests, and the settings by section; raises UsageError for an unknown name or value."""
-    if options.engine not in ENGINES:
-        raise unknown("engine", options.engine, ENGINES)
+    if options.engine not in offered():
+        raise unknown("engine", options.engine, offered())
     if options.backend is not None and options.backend not in BACKENDS:
         raise unknown("backend", options.backend, BACKENDS)
     if options.scaling not in SCALING:

@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -27,6 +28,11 @@ from runner.workloads.registry import TESTS
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
+def engine_of(test: str, backend: str, chosen: str) -> str:
+    """The engine that starts the ranks of `test` over `backend`; `chosen` is the one for torch's programs."""
+    return BACKENDS[backend].mpi if TESTS[test].mpi else chosen
+
+
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     """The plan of `request` on `nodes`, which are those to choose from, in inventory order.
 
@@ -38,15 +44,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         raise UsageError(
             f"{counted(most, 'node')} asked for: the inventory {request.inventory} has {len(nodes)} to choose from"
         )
-    if BACKENDS[request.backend].scheduled and ENGINES[request.engine].headed:
-        raise UsageError(
-            f"engine {request.engine} reaches nodes over ssh, backend {request.backend} does not: "
-            "use --engine torchrun: it runs every test, DeepSpeed's too"
-        )
-    if reason := obstacle(request.engine, nodes[:most]):
-        raise UsageError(reason)
-    if BACKENDS[request.backend].by_ssh:
-        _refuse_ways(request, nodes[:most])
+    for engine in dict.fromkeys(engine_of(name, request.backend, request.engine) for name in request.tests):
+        _refuse_engine(engine, request, nodes[:most])
     request = _split(request)
     cells = []
     shape = fit.shape_of(nodes[:most], request.gpus_per_node)
@@ -55,11 +54,12 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         _refuse_settings(request, name, params)
         settled, chosen = fit.settle(request, params, shape) if TESTS[name].trains else (params, "")
         for num_nodes in request.node_counts:
-            for repeat in range(1, request.repeats + 1):
-                cell = _cell(request, nodes[:num_nodes], name, settled, repeat)
+            variants = TESTS[name].split(settled, num_nodes, request.gpus_per_node)
+            for repeat, (suffix, own) in product(range(1, request.repeats + 1), variants.items()):
+                cell = _cell(request, nodes[:num_nodes], name, suffix, own, repeat)
                 if cell.batch is not None:
-                    fit.refuse(request, params, settled, shape, num_nodes, cell.batch)
-                    expected = fit.expect(request, settled, shape, num_nodes, cell.batch)
+                    fit.refuse(request, params, own, shape, num_nodes, cell.batch)
+                    expected = fit.expect(request, own, shape, num_nodes, cell.batch)
                     how = "; ".join(text for text in (tuned.chosen(request), chosen) if text)
                     cell = replace(cell, chosen=how, expected=expected)
                 cells.append(cell)
@@ -91,18 +91,28 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     )
 
 
-def _refuse_ways(request: Request, nodes: Sequence[Node]) -> None:
-    """Refuse ways to nodes that the controller has, and other nodes or the engine's launcher have not."""
+def _refuse_engine(engine: str, request: Request, nodes: Sequence[Node]) -> None:
+    """Refuse an engine that cannot start ranks on `nodes` over this backend, and ways to nodes that the controller has,
+    and other nodes or the engine's launcher have not.
+    """
+    if BACKENDS[request.backend].scheduled and ENGINES[engine].headed:
+        raise UsageError(
+            f"engine {engine} reaches nodes over ssh, backend {request.backend} does not: {ENGINES[engine].instead}"
+        )
+    if reason := obstacle(engine, nodes):
+        raise UsageError(reason)
+    if not BACKENDS[request.backend].by_ssh:
+        return
     for node in nodes:
         if "%" in node.address and len(nodes) > 1:
             raise UsageError(
                 f"{node.name}: ansible_host {node.address} has a zone, an interface of this machine: give an address "
                 "by which the other nodes reach it as well"
             )
-        if node.become and ENGINES[request.engine].headed:
+        if node.become and ENGINES[engine].headed:
             raise UsageError(
-                f"{node.name}: ansible_become: engine {request.engine} starts ranks as the user that logs in: "
-                "use --engine torchrun: it runs every test, DeepSpeed's too"
+                f"{node.name}: ansible_become: engine {engine} starts ranks as the user that logs in: "
+                f"{ENGINES[engine].instead}"
             )
 
 
@@ -151,12 +161,15 @@ def _params(request: Request, name: str, params: Mapping[str, Any]) -> Mapping[s
     return params
 
 
-def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[str, Any], repeat: int) -> Cell:
+def _cell(
+    request: Request, nodes: tuple[Node, ...], name: str, suffix: str, params: Mapping[str, Any], repeat: int
+) -> Cell:
+    """One cell of the test `name`; `suffix` tells it from the test's others, as `Variants` names them."""
     test, num_nodes = TESTS[name], len(nodes)
     world_size = num_nodes * request.gpus_per_node
     model = request.model["name"] if test.trains else None
-    parts = [name, *([_UNSAFE.sub("_", model)] if model else []), f"{num_nodes}n", f"r{repeat}"]
-    cell_id = "-".join(parts)
+    parts = [name, suffix, _UNSAFE.sub("_", model) if model else "", f"{num_nodes}n", f"r{repeat}"]
+    cell_id = "-".join(part for part in parts if part)
     port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
     batch = batch_of(request, params, num_nodes, world_size) if test.trains else None
     cell = Cell(
@@ -176,6 +189,7 @@ def _cell(request: Request, nodes: tuple[Node, ...], name: str, params: Mapping[
         cell_dir="",
         master_port=port,
         launch=Launch(argv=()),
+        engine=engine_of(name, request.backend, request.engine),
     )
     placed = place(cell, nodes, request, request.ssh_config)
     return placed if request.named else replace(placed, hosts=())
@@ -188,7 +202,7 @@ def _nccl_env(where: Request | Plan) -> dict[str, str]:
 def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: str | None) -> Cell:
     """A copy of `cell` with its hosts, folder and commands set for `nodes`.
 
-    `where` gives run id, run directory, backend and engine; `ssh_config` is the path of the OpenSSH configuration that
+    `where` gives run id, run directory and backend; `ssh_config` is the path of the OpenSSH configuration that
     reaches the nodes, None on this machine. Under Slurm there are no commands yet: the agents get them from the engine
     once Slurm has placed the job.
     """
@@ -211,4 +225,4 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
         marker=cell_marker(where.run_id, cell.id),
         env=_nccl_env(where),
     )
-    return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[where.engine].launch(ranks))
+    return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[cell.engine].launch(ranks))

@@ -60,8 +60,8 @@ class Cell:
     """One (test, model, num_nodes, repeat) of a plan. Ranks rendezvous on `hosts[0]`, port `master_port`.
 
     `hosts` is empty as long as Slurm has not placed the cell. `params` are the test's settings, `cell_dir` is the
-    cell's folder on every node, and `attempt` counts from 1. `chosen` says how the planner decided what was left open,
-    and `expected` is what it predicts, None where it cannot.
+    cell's folder on every node, `engine` starts its ranks, and `attempt` counts from 1. `chosen` says how the planner
+    decided what was left open, and `expected` is what it predicts, None where it cannot.
     """
 
     id: str
@@ -80,6 +80,7 @@ class Cell:
     cell_dir: str
     master_port: int
     launch: ranks.Launch
+    engine: str
     attempt: int = 1
     chosen: str = ""
     expected: Prediction | None = None
@@ -141,7 +142,7 @@ class Plan:
             cells = [
                 made(
                     Cell,
-                    cell,
+                    {"engine": data["engine"], **cell},  # once, all cells had the plan's
                     hosts=tuple(cell["hosts"]),
                     batch=made(Batch, cell["batch"]) if cell["batch"] else None,
                     launch=made(ranks.Launch, cell["launch"], argv=tuple(cell["launch"]["argv"])),
@@ -177,7 +178,7 @@ def fingerprint(plan: Plan, cell: Cell) -> str:
         "test": cell.test,
         "model": plan.models.get(cell.model) if cell.model else None,
         "weights": plan.weights,
-        "engine": plan.engine,
+        "engine": cell.engine,
         "scaling": plan.scaling,
         "seed": plan.seed,
         **{

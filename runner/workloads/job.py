@@ -84,9 +84,23 @@ class Events:
         self._file.close()
 
 
+# By what MPI's launchers call them: rank, number of ranks, rank on its node. Open MPI's own, then those under srun.
+_OF_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMIX_RANK", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
 def rank_from_env() -> int:
-    """The rank from the variable RANK, which torchrun and DeepSpeed set; exits with a message where it is missing."""
+    """The rank from the variable RANK, which torchrun and DeepSpeed set, or else from those of mpirun and srun, which
+    are then set under torch's names as well; exits with a message where there is none.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for theirs in _OF_MPI:
+        if "RANK" not in os.environ and all(os.environ.get(name, "").isdigit() for name in theirs):
+            os.environ.update({name: os.environ[their] for name, their in zip(names, theirs, strict=True)})
     try:
         return int(os.environ["RANK"])
     except (KeyError, ValueError):
-        sys.exit("RANK is not set: start workloads with torchrun or deepspeed, not by hand")
+        sys.exit("RANK is not set: start workloads with torchrun, deepspeed, mpirun or srun, not by hand")

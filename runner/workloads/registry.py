@@ -98,6 +98,18 @@ class RefusalsModule(Protocol):
         """A copy of a DeepSpeed configuration in which `parts` ranks share each layer."""
 
 
+class Variants(Protocol):
+    """A function that splits a test into cells. Pure."""
+
+    def __call__(
+        self, params: Mapping[str, Any], num_nodes: int, gpus_per_node: int
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Suffix of a cell's id -> its settings, in the order in which they are measured: at least one.
+
+        `params` are the test's settings. Raises UsageError where none of them can be measured on these nodes.
+        """
+
+
 @dataclass(frozen=True)
 class Test:
     """One test.
@@ -110,6 +122,10 @@ class Test:
     DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts; its `refusals` are
     a module with the interface RefusalsModule. `details` is one with the interface DetailsModule, for a test whose
     tables show more than metrics.
+
+    `variants` is MODULE:FUNCTION with the interface Variants; without one, each node count and repeat is one cell. The
+    ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
+    `programs` are files below the `current` of what role nccl_build has installed, which ranks execute.
     """
 
     summary: str
@@ -124,11 +140,19 @@ class Test:
     trains: bool = False
     refusals: str = ""
     details: str = ""
+    variants: str = ""
+    mpi: bool = False
+    programs: tuple[str, ...] = ()
 
     def load_settings(self) -> type[ConfigFile]:
         """Import the class of the test's settings."""
-        module, _, name = self.settings.partition(":")
-        return cast("type[ConfigFile]", getattr(import_module(module), name))
+        return cast("type[ConfigFile]", _named(self.settings))
+
+    def split(self, params: Mapping[str, Any], num_nodes: int, gpus_per_node: int) -> Mapping[str, Mapping[str, Any]]:
+        """The test's cells on so many nodes, as `Variants`; without variants one, whose suffix is empty."""
+        if not self.variants:
+            return {"": params}
+        return cast(Variants, _named(self.variants))(params, num_nodes, gpus_per_node)
 
     def load_rank(self) -> RankModule:
         """Import the module that ranks execute."""
@@ -153,6 +177,12 @@ class Test:
     def load_training_metrics(self) -> TrainingMetricsModule:
         """The metrics module of a test that `trains`."""
         return cast(TrainingMetricsModule, import_module(self.metrics))
+
+
+def _named(path: str) -> Any:
+    """What MODULE:NAME stands for."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 TESTS: Mapping[str, Test] = {

@@ -454,7 +454,7 @@ def prepare(
         common = rank_environment(cell, first)
         request = StepRequest(
             **agents.cell_fields(plan, cell),
-            engine=plan.engine,
+            engine=cell.engine,
             gpus_per_node=cell.gpus_per_node,
             master_port=cell.master_port,
             timeout_s=cell.params["timeout_s"],

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+# Settings of Open MPI, whose programs use it only to meet: data goes over what they measure. Its own ways over fast
+# networks are left out, which differ from node to node, pin memory and warn; names that a version lacks do not matter.
+MPI_SETTINGS: Mapping[str, str] = {
+    "pml": "ob1",
+    "btl": "^openib,ofi,uct,usnic,smcuda",
+    "btl_vader_single_copy_mechanism": "none",
+    "coll": "^hcoll",
+}
+
 
 class Host(Protocol):
     """The properties of a node that an engine needs; under Slurm an agent knows no others of its peers."""
 
     @property
     def alias(self) -> str:
-        """The node's alias, such as `node001`."""
+        """The node's alias, such as `node001`; under Slurm, the name that Slurm has for it."""
 
     @property
     def python(self) -> str:
@@ -26,7 +35,8 @@ class Ranks:
     `cell_dir` is the cell's folder on every node, `launcher_dir` its folder on the controller, `ssh_config` the path
     of the OpenSSH configuration that reaches the nodes (None: the node is this machine), and `marker` the value of the
     environment variable that marks the cell's processes. `env` are variables that must be set before a rank's process
-    starts: an agent sets them for what it starts itself, and the job file comes too late for them.
+    starts: an agent sets them for what it starts itself, and the job file comes too late for them. `mpi_plugin` is what
+    srun calls the way by which the ranks of an MPI program meet.
     """
 
     nodes: Sequence[Host]
@@ -38,13 +48,14 @@ class Ranks:
     ssh_config: str | None
     marker: str
     env: Mapping[str, str] = field(default_factory=dict)
+    mpi_plugin: str = "pmix"
 
 
 @dataclass(frozen=True)
 class Launch:
     """The commands that start a cell: `argv` by node, and `head` with its environment `head_env` on the controller.
 
-    The ranks of a node whose argv is None are started by `head`.
+    The ranks of a node whose argv is None are started by `head`, or by the argv of the first node.
     """
 
     argv: tuple[tuple[str, ...] | None, ...]

@@ -1,7 +1,8 @@
 """The engines: how ranks are started on the chosen nodes, one row each.
 
 An engine is a pure function from a cell's ranks to a Launch: what each node runs, what (if anything) the controller
-runs, and which files those commands need. It does not know how its commands reach the nodes.
+runs, and which files those commands need. It does not know how its commands reach the nodes. A user chooses one of
+those for torch's programs; an MPI program has the one of its backend (`plan.build.engine_of`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from runner.plan.engines import deepspeed, torchrun
+from runner.plan.engines import deepspeed, mpirun, srun, torchrun
 from runner.plan.engines.ranks import Host, Launch, Ranks
 
 
@@ -18,18 +19,46 @@ class Engine:
     """One engine: its function, and its requirements.
 
     `headed`: one command on the controller starts all ranks and connects to the nodes itself, over ssh, with the same
-    Python path on all of them. `packages` must be installed on every node.
+    Python path on all of them; `needs` is what to do where its program is missing, `instead` where it cannot work.
+    `packages` must be installed on every node, `programs` be on its PATH. `mpi`: what it starts are MPI programs.
+    `open_mpi`: it is Open MPI's own launcher, whose version must be the same wherever it runs.
     """
 
     launch: Callable[[Ranks], Launch]
     headed: bool = False
+    needs: str = ""
+    instead: str = ""
     packages: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
+    mpi: bool = False
+    open_mpi: bool = False
 
 
 ENGINES: Mapping[str, Engine] = {
     "torchrun": Engine(torchrun.launch),
-    "deepspeed": Engine(deepspeed.launch, headed=True, packages=("deepspeed",)),
+    "deepspeed": Engine(
+        deepspeed.launch,
+        headed=True,
+        needs="run from a machine with the nodes' environment, or use --engine torchrun",
+        instead="use --engine torchrun: it runs every test, DeepSpeed's too",
+        packages=("deepspeed",),
+    ),
+    "mpirun": Engine(
+        mpirun.launch,
+        headed=True,
+        needs="install Open MPI as on the nodes (Debian, Ubuntu: apt install openmpi-bin), or leave this test out",
+        instead="log in as that user (ansible_user), or leave this test out",
+        programs=("mpirun",),
+        mpi=True,
+        open_mpi=True,
+    ),
+    "srun": Engine(srun.launch, programs=("srun",), mpi=True),
 }
+
+
+def offered() -> tuple[str, ...]:
+    """The engines among which a user chooses."""
+    return tuple(name for name, engine in ENGINES.items() if not engine.mpi)
 
 
 def obstacle(engine: str, nodes: Sequence[Host]) -> str | None:
@@ -38,6 +67,6 @@ def obstacle(engine: str, nodes: Sequence[Host]) -> str | None:
     if ENGINES[engine].headed and len(pythons) > 1:
         return (
             f"engine {engine} starts every node's ranks with one Python, the inventory has {' and '.join(pythons)}: "
-            "install alike, or use --engine torchrun"
+            f"install alike, or {ENGINES[engine].instead.partition(':')[0]}"
         )
     return None

@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 
+import mpi_probe
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,12 +17,12 @@ from golden_files import check as golden
 from runner.errors import UsageError
 from runner.plan import build, config, describe, plan
 from runner.plan.batch import resolve_batch
-from runner.plan.engines.registry import ENGINES
+from runner.plan.engines.registry import offered
 from runner.system import nodeset
 
 
 @pytest.mark.parametrize("backend", ["local", "ssh"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", offered())
 def test_every_engine_on_every_backend(cluster, machine, engine, backend):
     source = machine if backend == "local" else cluster
     asked = request(source, engine=engine, node_counts=(1,) if backend == "local" else (3,))
@@ -29,13 +30,61 @@ def test_every_engine_on_every_backend(cluster, machine, engine, backend):
 
 
 @pytest.mark.parametrize("backend", ["local", "ssh"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", offered())
 def test_every_engine_on_every_backend_with_the_built_nccl(cluster, machine, engine, backend):
     source = machine if backend == "local" else cluster
     counts = (1,) if backend == "local" else (2,)
     asked = request(source, engine=engine, node_counts=counts, nccl="built", nccl_root="/opt/nccl")
     text = describe.describe(build.build(asked, source.nodes), nodeset.fold)
     golden(f"plan/{engine}-{backend}-built-nccl.txt", text + "\n")
+
+
+@pytest.fixture
+def mpi_test(monkeypatch):
+    mpi_probe.register(monkeypatch)
+    return {mpi_probe.NAME: config.load_test("torch", {}).model_dump()}
+
+
+@pytest.mark.parametrize(("backend", "count"), [("local", 1), ("ssh", 1), ("ssh", 3)])
+def test_mpirun_starts_an_mpi_test_whatever_engine_the_others_have(cluster, machine, mpi_test, backend, count):
+    source = machine if backend == "local" else cluster
+    given = dict(tests=mpi_test, node_counts=(count,), engine="deepspeed", nccl="built", nccl_root="/opt/nccl")
+    text = describe.describe(build.build(request(source, **given), source.nodes), nodeset.fold)
+    golden(f"plan/mpirun-{backend}-{count}.txt", text + "\n")
+
+
+def test_a_test_with_variants_has_a_cell_for_each(cluster, mpi_test):
+    built = build.build(request(cluster, tests=mpi_test, node_counts=(1, 2), repeats=2), cluster.nodes)
+    assert [cell.id for cell in built.cells] == [
+        "probe-all_reduce-1n-r1", "probe-alltoall-1n-r1", "probe-all_reduce-1n-r2", "probe-alltoall-1n-r2",
+        "probe-all_reduce-2n-r1", "probe-alltoall-2n-r1", "probe-all_reduce-rail-2n-r1",
+        "probe-all_reduce-2n-r2", "probe-alltoall-2n-r2", "probe-all_reduce-rail-2n-r2",
+    ]  # fmt: skip
+    assert {cell.params["collective"] for cell in built.cells} == {"all_reduce", "alltoall"}
+    assert len({plan.fingerprint(built, cell) for cell in built.cells}) == len(built.cells)
+    assert len({cell.master_port for cell in built.cells}) == len(built.cells)
+
+
+def test_each_cell_has_its_engine_and_an_older_plan_the_one_that_it_had(cluster, mpi_test):
+    tests = {"torch": config.load_test("torch", {}).model_dump(), **mpi_test}
+    built = build.build(request(cluster, tests=tests, node_counts=(2,)), cluster.nodes)
+    assert [cell.engine for cell in built.cells] == ["torchrun", "mpirun", "mpirun", "mpirun"]
+    saved = json.loads(json.dumps(built.to_dict()))
+    assert [cell.engine for cell in plan.Plan.from_dict(saved).cells] == [cell.engine for cell in built.cells]
+    for cell in saved["cells"]:
+        del cell["engine"]
+    assert {cell.engine for cell in plan.Plan.from_dict(saved).cells} == {"torchrun"}
+
+
+def test_mpirun_logs_in_as_the_user_of_the_ranks_and_finds_one_python(cluster, mpi_test):
+    for change, said in (
+        ({"become": "bench"}, "ansible_user"),
+        ({"python": "/usr/bin/python3"}, "install alike"),
+    ):
+        odd = (*cluster.nodes[:7], replace(cluster.nodes[7], **change))
+        with pytest.raises(UsageError, match=said) as error:
+            build.build(request(cluster, tests=mpi_test), odd)
+        assert "engine mpirun" in str(error.value)
 
 
 def test_the_users_own_lists_follow_the_built_nccl(cluster):
