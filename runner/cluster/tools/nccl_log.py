@@ -220,7 +220,7 @@ def parse(text: str) -> Evidence:
 def _messages(line: str) -> list[tuple[str, str]]:
     """The messages of NCCL on a line, as (level, words): several where lines ran into each other."""
     begins = list(MESSAGE.finditer(line))
-    ends = [*(begin.start() for begin in begins[1:]), len(line)]
+    ends = [begin.start() for begin in begins[1:]] + [len(line)] * bool(begins)
     split = (_LEVEL.search(line[begin.start() : end]) for begin, end in zip(begins, ends, strict=True))
     return [(each[1], each[2]) for each in split if each]
 
