@@ -67,7 +67,8 @@ MODELS = _names("models")
     "--test",
     "tests",
     multiple=True,
-    help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items()) + "; default: all.",
+    help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items())
+    + f"; default: {' and '.join(name for name, test in TESTS.items() if not test.on_request)}.",
     metavar="NAME",
     shell_complete=complete(list(TESTS)),
 )

@@ -18,6 +18,7 @@ from runner.judge.targets import judge_targets
 from runner.judge.verdict import not_judged_reason
 from runner.results.records import Record
 from runner.system.wording import counted
+from runner.workloads.registry import trains
 
 Telemetry = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # cell id -> host -> samples
 
@@ -45,7 +46,9 @@ def summarise(
     ]
     models = plan.get("models", {})
     unfair = {
-        cell["id"]: not_judged_reason(cell, facts.get(cell["id"], {}), models.get(cell.get("model")))
+        cell["id"]: not_judged_reason(
+            cell, facts.get(cell["id"], {}), models.get(cell.get("model")) if trains(cell["test"]) else None
+        )
         for cell in plan["cells"]
     }
     scaling = judge_scaling(plan, cells, by_cell, unfair)

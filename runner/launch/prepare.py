@@ -24,7 +24,7 @@ from runner.system.places import state_dir
 from runner.system.schema import check
 from runner.system.wording import counted
 from runner.workloads import architecture, deepspeed_config, weights
-from runner.workloads.registry import TESTS
+from runner.workloads.registry import TESTS, trains
 
 SCALING = ("weak", "strong")
 
@@ -46,9 +46,8 @@ class Options:
     """The options of `runner bench`, not checked yet; `prepare` checks them.
 
     `inventory` is a path, or None for Ansible's default. Empty `node_counts` mean all nodes that are chosen, empty
-    `tests` all tests, and a `backend` of None what the inventory says. `settings` are `TEST.KEY=VALUE` or
-    `nccl=VALUE`. `command` is
-    the command line as text, for plan.json and the report.
+    `tests` those that are not on request, and a `backend` of None what the inventory says. `settings` are
+    `TEST.KEY=VALUE` or `nccl=VALUE`. `command` is the command line as text, for plan.json and the report.
     """
 
     results: Path
@@ -93,7 +92,8 @@ class Prepared:
     def weights_on_nodes(self) -> str | None:
         """The folder that nodes must have, if the run loads weights from a path that means the same there."""
         given = self.options.weights
-        return given if given and self.plan.models and Path(given).is_absolute() else None
+        training = any(trains(cell.test) for cell in self.plan.cells)
+        return given if given and training and Path(given).is_absolute() else None
 
 
 def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: Callable[[], str] = new_id) -> Prepared:
@@ -158,7 +158,7 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
     if settled.request.deepspeed != deepspeed:
         changes.append("what runner tune found, which --set tuned=false leaves out")
     _judge_deepspeed(plan, model["deepspeed"], changes)
-    if options.weights and plan.models:
+    if options.weights and any(trains(cell.test) for cell in plan.cells):
         _judge_weights(options.weights, model, remote=BACKENDS[request.backend].remote)
     return Prepared(options, inventory, nodes, settled.request, plan, request, asked, settled.notes)
 
@@ -234,7 +234,8 @@ def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any
     for name in overrides.keys() & TESTS.keys():  # an error in the settings of a test that is not run is an error, too
         config.load_test(name, overrides[name])
     overrides[config.RUN] = given
-    return tuple(dict.fromkeys(options.tests)) or tuple(TESTS), overrides
+    usual = tuple(name for name, test in TESTS.items() if not test.on_request)
+    return tuple(dict.fromkeys(options.tests)) or usual, overrides
 
 
 def _over(

@@ -76,7 +76,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         weights=request.weights,
         nodes=nodes[:most] if request.named else nodes,
         hardware=request.hardware,
-        models={request.model["name"]: request.model} if any(TESTS[name].trains for name in request.tests) else {},
+        models={request.model["name"]: request.model} if any(TESTS[name].model for name in request.tests) else {},
         targets=request.targets,
         cells=tuple(cells),
         passed_over=request.passed_over,
@@ -167,7 +167,7 @@ def _cell(
     """One cell of the test `name`; `suffix` tells it from the test's others, as `Variants` names them."""
     test, num_nodes = TESTS[name], len(nodes)
     world_size = num_nodes * request.gpus_per_node
-    model = request.model["name"] if test.trains else None
+    model = request.model["name"] if test.model else None
     parts = [name, suffix, _UNSAFE.sub("_", model) if model else "", f"{num_nodes}n", f"r{repeat}"]
     cell_id = "-".join(part for part in parts if part)
     port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]

@@ -212,7 +212,7 @@ def job(plan: Plan, cell: Cell, node: Node, data: str | None) -> dict[str, Any]:
         "seed": plan.seed,
         "params": dict(cell.params),
         "model": dict(plan.models[cell.model]) if cell.model else None,
-        "weights": plan.weights if cell.model else None,
+        "weights": plan.weights if cell.deepspeed else None,
         "deepspeed": dict(cell.deepspeed) if cell.deepspeed else None,
         "data": data,
         "hardware": dict(plan.hardware),

@@ -1,8 +1,8 @@
 """The tests, one row each: the modules that a test consists of, by dotted path, and its requirements.
 
 Each module is imported only through its row: a rank does not import the report, and the controller does not import
-torch. A run measures the tests in this order, from the network up to training. A report shows them in reverse order,
-since training is what a cluster is bought for.
+torch. A run measures the tests in this order, from a GPU by itself over the network up to training. A report shows them
+in reverse order, since training is what a cluster is bought for.
 """
 
 from __future__ import annotations
@@ -118,10 +118,12 @@ class Test:
     `metrics` and `report` are modules with the interfaces RankModule, MetricsModule and `runner.report.sections`;
     `findings`, empty for a test whose records show no faults, is one with the interface FindingsModule.
     `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null, and
-    `gpu_only`, by setting, the values that cannot work without a GPU. A test that `trains` takes a model with its
-    DeepSpeed file and weights, a batch and prepared data, and its rate is compared over node counts; its `refusals` are
-    a module with the interface RefusalsModule. `details` is one with the interface DetailsModule, for a test whose
-    tables show more than metrics.
+    `gpu_only`, by setting, the values that cannot work without a GPU. `details` is a module with the interface
+    DetailsModule, for a test whose tables show more than metrics.
+
+    Ranks of a test with a `model` get its architecture. One that `trains` it takes its DeepSpeed file and weights, a
+    batch and prepared data as well, and its rate is compared over node counts; its `refusals` are a module with the
+    interface RefusalsModule. A test `on_request` runs only where it is named, as one that looks for a fault.
 
     `variants` is MODULE:FUNCTION with the interface Variants; without one, each node count and repeat is one cell. The
     ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
@@ -137,7 +139,9 @@ class Test:
     packages: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gpu_only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model: bool = False
     trains: bool = False
+    on_request: bool = False
     refusals: str = ""
     details: str = ""
     variants: str = ""
@@ -186,6 +190,16 @@ def _named(path: str) -> Any:
 
 
 TESTS: Mapping[str, Test] = {
+    "gpu": Test(
+        summary="each GPU by itself",
+        settings="runner.workloads.gpu.settings:GpuTest",
+        rank="runner.workloads.gpu.rank",
+        metrics="runner.workloads.gpu.metrics",
+        report="runner.report.gpu",
+        defaults={"cuda": {"soak_s": 20.0, "copy_bytes": 1 << 30}, "cpu": {"soak_s": 2.0, "copy_bytes": 64 << 20}},
+        model=True,
+        on_request=True,
+    ),
     "torch": Test(
         summary="collectives over torch.distributed",
         settings="runner.workloads.collectives.settings:TorchTest",
@@ -207,6 +221,7 @@ TESTS: Mapping[str, Test] = {
             "precision": ("fp8",),
             "liger": ("true",),
         },
+        model=True,
         trains=True,
         refusals="runner.workloads.sft.refusals",
     ),

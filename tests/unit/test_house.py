@@ -170,6 +170,7 @@ REGISTRIES = {"workloads/registry.py": TESTS, "plan/engines/registry.py": ENGINE
 # The same word for something else.
 ALIKE = {
     "'slurm' in overrides": "a section of --set",
+    "one.name == 'gpu'": "Slurm's kind of resource",
     "values.ansible_connection != 'local'": "Ansible's connection",
     "values.ansible_connection == 'local'": "Ansible's connection",
 }

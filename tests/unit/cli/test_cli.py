@@ -15,6 +15,7 @@ import pytest
 from conftest import NAMES, ROOT
 from runner.cli.bench import bench
 from runner.cli.main import cli
+from runner.workloads.registry import TESTS
 
 RUNNER = Path(sys.executable).with_name("runner")
 
@@ -149,7 +150,7 @@ def test_every_command_has_help():
 MODELS = ("tiny", "llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3.2-1b")
 
 
-@pytest.mark.parametrize(("option", "names"), [("--model", MODELS), ("--test", ("sft", "torch"))])
+@pytest.mark.parametrize(("option", "names"), [("--model", MODELS), ("--test", tuple(TESTS))])
 def test_models_and_tests_are_listed_by_help_error_and_completion(option, names):
     shown = " ".join(run("bench", "--help").stdout.split())
     said = run("bench", option, f"{names[0]}y", "--dry-run").stderr

@@ -1,0 +1,1 @@
+"""Test `gpu`: each GPU by itself, all of them at the same time."""

@@ -1,0 +1,160 @@
+"""What a rank measures: its GPU, or a CPU where there is none. Everything that is asked of CUDA itself is here."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from runner.errors import InfrastructureError
+from runner.workloads.gpu import numa
+
+
+class Device(Protocol):
+    """A device that computes. `index` is its number on its node, as nvidia-smi gives it."""
+
+    index: int
+    uuid: str | None
+    place: torch.device
+    precisions: Sequence[str]
+
+    def free_bytes(self) -> int:
+        """Memory that this process may still take."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was started has ended."""
+
+    def release(self) -> None:
+        """Give back memory that is not used any more."""
+
+    @contextmanager
+    def named(self, phase: str) -> Iterator[None]:
+        """Errors of the device are raised as InfrastructureError, which names it, what it did and who else uses it."""
+        yield
+
+
+class Cpu:
+    """A rank's share of a CPU."""
+
+    def __init__(self, local: int) -> None:
+        self.index, self.place = local, torch.device("cpu")
+        self.uuid: str | None = None
+        self.precisions: Sequence[str] = ("float32", "bf16")
+
+    def free_bytes(self) -> int:
+        """Not asked: what runs on a CPU is small."""
+        return 1 << 30
+
+    def synchronize(self) -> None:
+        """Nothing runs beside the caller."""
+
+    def release(self) -> None:
+        """Memory is given back at once."""
+
+    @contextmanager
+    def named(self, phase: str) -> Iterator[None]:
+        """A CPU's errors name themselves."""
+        yield
+
+
+class Gpu:
+    """The GPU that CUDA calls `local` in this process; `index` and `uuid` are NVML's, `others` who else uses it."""
+
+    def __init__(self, local: int, index: int, uuid: str | None, others: str) -> None:
+        self.index, self.uuid, self.place, self._others = index, uuid, torch.device("cuda", local), others
+        with self.named("starting"):
+            torch.cuda.set_device(self.place)
+            major, minor = torch.cuda.get_device_capability(self.place)
+        self.precisions: Sequence[str] = (
+            ("bf16", "fp8") if (major, minor) >= (8, 9) and not torch.version.hip else ("bf16",)
+        )
+
+    def free_bytes(self) -> int:
+        """Memory of the GPU that is free."""
+        return int(torch.cuda.mem_get_info(self.place)[0])
+
+    def synchronize(self) -> None:
+        """Wait until all that was started on it has ended."""
+        torch.cuda.synchronize(self.place)
+
+    def release(self) -> None:
+        """Return what PyTorch keeps for the next allocation."""
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def named(self, phase: str) -> Iterator[None]:
+        """Errors of CUDA are raised as InfrastructureError with the GPU, what it did and who else uses it."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            if "CUDA" not in said and "cu" not in said.lower():
+                raise
+            who = f"; {self._others}" if self._others else ""
+            raise InfrastructureError(f"GPU {self.index} ({self.uuid}), {phase}: {said}{who}") from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two GPUs of a node, by CUDA's numbers, of which the first sends to the second."""
+
+    source: int
+    target: int
+
+    def synchronize(self) -> None:
+        """Wait until all that was started on either has ended."""
+        torch.cuda.synchronize(self.source)
+        torch.cuda.synchronize(self.target)
+
+    @property
+    def direct(self) -> bool:
+        """Whether one reaches the other's memory by itself; else the driver copies through the host."""
+        return torch.cuda.can_device_access_peer(self.target, self.source)
+
+
+class Waits(Protocol):
+    """Anything that waits for its work."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was started has ended."""
+
+
+def seconds(on: Waits, run: Callable[[], object], repeats: int) -> float:
+    """The time of `repeats` calls of `run`, between two synchronisations."""
+    on.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    on.synchronize()
+    return time.perf_counter() - started
+
+
+class HostBuffer:
+    """`size_bytes` of the host's memory that a GPU reads and writes by itself, touched first on the CPUs `allowed`.
+
+    `words` are its 64-bit words, and `node` the NUMA node that they are on, None where the kernel does not say.
+    """
+
+    def __init__(self, size_bytes: int, allowed: set[int]) -> None:
+        with numa.on(allowed):
+            self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.words = torch.frombuffer(self._memory, dtype=torch.int64)
+            self.words.zero_()
+            self._registered = False
+            if torch.cuda.is_available():
+                code = torch.cuda.cudart().cudaHostRegister(self.words.data_ptr(), size_bytes, 0)
+                self._registered = int(code) == 0
+                if not self._registered:  # some virtual machines do not let memory be pinned afterwards
+                    self.words = torch.zeros(size_bytes // 8, dtype=torch.int64, pin_memory=True)
+        self.node = numa.where(self.words.data_ptr())
+
+    def free(self) -> None:
+        """Give the memory back; the buffer must not be used any more."""
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self.words.data_ptr())
+        del self.words

@@ -1,0 +1,25 @@
+"""The settings of test `gpu`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat
+
+from runner.system.schema import ConfigFile, PositiveInt, Size
+
+
+class GpuTest(ConfigFile):
+    """configs/tests/gpu.yaml: `soak_s` seconds of matrix products, then copies of these sizes.
+
+    Each rate is measured `blocks` times, that of the products at least as often. `timeout_s` is the time limit of a
+    cell in seconds.
+    """
+
+    soak_s: PositiveFloat | None = Field(description="None: 20 s on GPUs, 2 s on CPUs")
+    rows: PositiveInt
+    copy_bytes: Size | None = Field(description="None: 1 GiB on GPUs, 64 MiB on CPUs")
+    host_bytes: Size
+    peer_bytes: Size
+    blocks: Annotated[int, Field(ge=5, strict=True)]
+    timeout_s: PositiveFloat
