@@ -154,6 +154,73 @@ KINDS: Mapping[str, Kind] = {
         "run the test on fewer nodes at a time to find the node, GPU or link at fault",
         headline="Collectives return wrong results",
     ),
+    "torn_output": Kind(
+        "The output of a tool is torn",
+        TOOL,
+        False,
+        "see the rank's own output among the artefacts, and measure the cell again",
+        headline="Measurements are incomplete",
+    ),
+    "socket_fallback": Kind(
+        "NCCL uses sockets, not RDMA",
+        CONFIGURATION,
+        False,
+        "see that the NICs and libibverbs are there (ibv_devinfo), that NCCL_IB_DISABLE is not set, and that "
+        "NCCL_IB_HCA names them",
+        headline="NCCL does not use RDMA",
+    ),
+    "rail_missing": Kind(
+        "A NIC carries nothing",
+        NODE,
+        False,
+        "see its link and its port (ibv_devinfo, role roce_qos), and that NCCL_IB_HCA names every NIC",
+        headline="A NIC is not used",
+    ),
+    "wrong_nic": Kind(
+        "Other NICs than on other nodes", CONFIGURATION, False, "name the same ones on every node in NCCL_IB_HCA"
+    ),
+    "no_gpudirect": Kind(
+        "No GPUDirect RDMA",
+        CONFIGURATION,
+        False,
+        "load nvidia_peermem or use a driver with DMA-BUF, turn ACS off; --set nccl.gpudirect=true takes it at any "
+        "distance between GPU and NIC",
+        headline="Data between nodes goes through host memory",
+    ),
+    "no_nvls": Kind(
+        "No NVLink SHARP",
+        CONFIGURATION,
+        False,
+        "start the fabric manager in the driver's version, and see that NCCL_NVLS_ENABLE is not 0",
+        headline="NVLink SHARP is not used",
+    ),
+    "setting_ignored": Kind(
+        "A setting had no effect",
+        CONFIGURATION,
+        False,
+        "compare with a run without it before you rely on it",
+        headline="NCCL did not do what it was told",
+    ),
+    "slow_rail": Kind(
+        "A rail is slower than the others",
+        NOBODY,
+        False,
+        "see both ends of it, its cables and its switch: link rate, error counters, PFC (role roce_qos)",
+        headline="A rail is slow",
+    ),
+    "slow_fabric": Kind(
+        "The fabric is far from its ceiling",
+        NOBODY,
+        False,
+        "run with --set nccl.splits=[none,node,rail] to see whether NVLink or a rail is slow, and see PFC and ECN",
+        headline="The fabric is slow",
+    ),
+    "above_ceiling": Kind(
+        "Faster than the hardware allows",
+        CONFIGURATION,
+        False,
+        "compare runner_nics_per_node, runner_nic_gbit_per_s and the hardware file with the nodes",
+    ),
     "no_records": Kind(
         "Nothing was measured",
         TOOL,

@@ -98,6 +98,20 @@ def busbw_ceilings(
     return ceilings
 
 
+def collnet_ceiling(
+    num_nodes: int, gpus_per_node: int, nic_gb_per_s: float | None, nvlink_busbw_gb_per_s: float | None
+) -> Limit | None:
+    """The ceiling in GB/s of the busbw of an all-reduce that the switches combine (SHARP); None where it is unknown.
+
+    A node sends S and receives S for an all-reduce of S bytes, however many nodes there are: busbw ≤ 2·B·(n−1)/n. Few
+    fabrics have it, so that `busbw_ceiling` leaves it out. The arguments are those of `busbw_ceilings`.
+    """
+    if num_nodes < 2 or not nic_gb_per_s:
+        return None
+    nvlink = nvlink_busbw_gb_per_s if gpus_per_node > 1 and nvlink_busbw_gb_per_s else None
+    return _capped(nic_gb_per_s * busbw_factor("all_reduce", num_nodes * gpus_per_node), nvlink)
+
+
 def busbw_ceiling(
     collective: str,
     num_nodes: int,

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -20,6 +20,7 @@ from runner.errors import UsageError, unknown
 from runner.system.places import CONFIGS
 from runner.system.schema import ConfigFile, PositiveInt, Size, check, read_yaml
 from runner.workloads.collectives.settings import Collective
+from runner.workloads.nccl.settings import Collective as NcclCollective
 from runner.workloads.registry import TESTS
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
@@ -74,12 +75,15 @@ class Hardware(ConfigFile):
     fp8_peak_tflop_per_s: float | None
     hbm_gb_per_s: float | None
     nvlink_busbw_gb_per_s: float | None
+    nvls: bool = False  # whether its NVSwitches combine (NVLink SHARP)
 
 
 if TYPE_CHECKING:
     TestName = str
+    CollectiveName = str
 else:
     TestName = Literal[*TESTS]
+    CollectiveName = Literal[*dict.fromkeys((*get_args(Collective), *get_args(NcclCollective)))]
 
 
 class Target(ConfigFile):
@@ -93,7 +97,7 @@ class Target(ConfigFile):
     value: float
     source: str
     scaling: Literal["weak", "strong"] | None = None
-    collective: Collective | None = None
+    collective: CollectiveName | None = None
     min_bytes: Size | None = None
     max_bytes: Size | None = None
 

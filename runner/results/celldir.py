@@ -71,6 +71,10 @@ class CellDir:
         """The output of a rank on stdout or stderr; `name` is one of STREAMS."""
         return self.path / f"{rank_name(rank)}.{name}"
 
+    def nccl_log(self, rank: int) -> Path:
+        """What NCCL says of itself to a rank that keeps it apart from its output."""
+        return self.path / f"{rank_name(rank)}.nccl"
+
     def all_events(self) -> list[Path]:
         """The files of events of all ranks that have started; a file's stem is the rank's name."""
         return sorted(self.path.glob(f"rank*{_EVENTS}"))

@@ -76,10 +76,12 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     stderr_to_stdout: bool = False,
+    bound: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start `argv` in a new session with pipes on all three streams (unbuffered bytes).
 
-    `env` replaces the whole environment. Raises InfrastructureError when the program is missing or does not start.
+    `env` replaces the whole environment. A `bound` process is killed as soon as the thread that started it ends, whatever
+    ends that. Raises InfrastructureError when the program is missing or does not start.
     """
     try:
         return subprocess.Popen(
@@ -91,11 +93,26 @@ def spawn(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if stderr_to_stdout else subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=_bind(os.getpid()) if bound else None,
         )
     except FileNotFoundError as error:
         raise InfrastructureError(f"program {argv[0]!r} is not installed or not on PATH") from error
     except OSError as error:
         raise InfrastructureError(f"cannot start {argv[0]!r}: {error.strerror}") from error
+
+
+def _bind(parent: int) -> Callable[[], None]:
+    """What a child does before its program starts, so that the kernel kills it when `parent` ends (prctl(2))."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)  # before the fork, since loading takes locks
+
+    def bind() -> None:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # which ended before
+            os._exit(1)
+
+    return bind
 
 
 def exit_fd(child: subprocess.Popen[bytes]) -> int | None:

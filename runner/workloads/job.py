@@ -53,13 +53,14 @@ class RankJob:
 class Events:
     """Writes events to `rank<K>.jsonl`, one JSON object per line, each flushed so that a killed rank loses none.
 
-    `start` is the first event and `end` the last: a file without `end` is incomplete, never zero. Calling the object
+    `folder` is the cell's. `start` is the first event and `end` the last: a file without `end` is incomplete, never zero. Calling the object
     writes an event with any fields; it raises ValueError for a NaN or infinite value.
     """
 
     def __init__(self, cell_dir: Path, rank: int) -> None:
         self.rank = rank
-        self._file = open(CellDir(cell_dir).events(rank), "w", buffering=1)  # noqa: SIM115
+        self.folder = CellDir(cell_dir)
+        self._file = open(self.folder.events(rank), "w", buffering=1)  # noqa: SIM115
 
     def __call__(self, event: str, **fields: Any) -> None:
         line = {"event": event, "rank": self.rank, "time_s": round(time.time(), 6), **fields}

@@ -1,0 +1,1 @@
+"""Test `nccl`: nccl-tests, the fabric by itself."""
