@@ -80,8 +80,8 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start `argv` in a new session with pipes on all three streams (unbuffered bytes).
 
-    `env` replaces the whole environment. A `bound` process is killed as soon as the thread that started it ends, whatever
-    ends that. Raises InfrastructureError when the program is missing or does not start.
+    `env` replaces the whole environment. A `bound` process is killed as soon as the thread that started it ends,
+    whatever ends that. Raises InfrastructureError when the program is missing or does not start.
     """
     try:
         return subprocess.Popen(

@@ -53,8 +53,8 @@ class RankJob:
 class Events:
     """Writes events to `rank<K>.jsonl`, one JSON object per line, each flushed so that a killed rank loses none.
 
-    `folder` is the cell's. `start` is the first event and `end` the last: a file without `end` is incomplete, never zero. Calling the object
-    writes an event with any fields; it raises ValueError for a NaN or infinite value.
+    `folder` is the cell's. `start` is the first event and `end` the last: a file without `end` is incomplete, never
+    zero. Calling the object writes an event with any fields; it raises ValueError for a NaN or infinite value.
     """
 
     def __init__(self, cell_dir: Path, rank: int) -> None:

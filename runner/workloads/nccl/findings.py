@@ -70,7 +70,7 @@ def _lost_rows(cells: Cells, by_cell: Mapping[str, Sequence[Record]]) -> Iterato
             yield Suspect(
                 "torn_output",
                 where=cell["id"],
-                evidence=f"{counted(round(lost), 'row')} of the table of nccl-tests did not arrive whole and were left out",
+                evidence=f"{counted(round(lost), 'row')} of the table of nccl-tests did not arrive whole: left out",
                 confidence="high",
             )
 
@@ -144,7 +144,9 @@ def _used(records: Iterable[Record]) -> frozenset[str]:
     return frozenset(
         name
         for record in records
-        if record.metric == "channels" and record.context.get("net") not in (None, "Socket") and record.context.get("nic")
+        if record.metric == "channels"
+        and record.context.get("net") not in (None, "Socket")
+        and record.context.get("nic")
         for name in str(record.context["nic"]).split("+")
     )
 
@@ -231,7 +233,11 @@ def _settings(
     found: dict[str, tuple[str, list[str]]] = {}
     for cell in cells:
         params, records = planned[cell["id"]]["params"], by_cell.get(cell["id"], [])
-        for setting, evidence in (*_not_used(params, records), *_not_chosen(params, records), *_not_read(params, records)):
+        for setting, evidence in (
+            *_not_used(params, records),
+            *_not_chosen(params, records),
+            *_not_read(params, records),
+        ):
             found.setdefault(setting, (evidence, []))[1].append(cell["id"])
     for setting, (evidence, where) in found.items():
         yield Suspect("setting_ignored", _places(where), f"--set nccl.{setting}: {evidence}", "high")
@@ -342,9 +348,12 @@ def _shares(
     by_cell: Mapping[str, Sequence[Record]],
     explained: bool,
 ) -> Iterator[Suspect]:
-    """What is far from its ceiling, or above it. `explained`: a transport that is at fault explains slowness."""
+    """What is far from its ceiling, or above it; rails are compared with each other instead.
+
+    `explained`: a transport that is at fault explains slowness.
+    """
     for cell in cells:
-        if cell.get("not_judged"):
+        if cell.get("not_judged") or planned[cell["id"]]["params"]["split"] == "rail":
             continue
         found = metrics.rows(plan, planned[cell["id"]], by_cell.get(cell["id"], []))
         above = [row for row in found if row.verdict == "above"]
@@ -373,4 +382,6 @@ def _shares(
 
 def _sizes(rows: Sequence[metrics.Row]) -> str:
     sizes = sorted({row.size_bytes for row in rows})
-    return f"{sizes[0]:,} B" if len(sizes) == 1 else f"{counted(len(sizes), 'size')} from {sizes[0]:,} to {sizes[-1]:,} B"
+    return (
+        f"{sizes[0]:,} B" if len(sizes) == 1 else f"{counted(len(sizes), 'size')} from {sizes[0]:,} to {sizes[-1]:,} B"
+    )

@@ -11,8 +11,8 @@ from runner.cluster import limits
 from runner.results.records import Record
 
 # Below so many times the latency of the smallest size, the time of an operation is not that of its bytes: not judged.
-BYTES_COUNT = 20
-LOW = 0.7  # of the ceiling; healthy fabrics reach 75 to 98 % of theirs
+BYTES_COUNT = 100
+LOW = 0.65  # of the ceiling; healthy fabrics reach 75 to 98 % of theirs
 ABOVE = 1.05  # of the ceiling: rates of hardware are rounded
 
 # The ceiling in `limits` that holds for an algorithm of NCCL, across nodes. Inside one node all are
@@ -36,9 +36,10 @@ _ONE_FLOW = ("send_recv",)
 class Row:
     """One size of a cell, in place or out of place: what was measured, and its verdict.
 
-    `time_us` is of one operation; `algorithm` and `protocol` are NCCL's, None where it did not say. `limit` is the ceiling
-    for that algorithm, or the highest of all where it is unknown; None without a rate of the hardware. `share` is busbw ÷
-    `limit`. `verdict` is `good`, `low`, `above` (which is suspicious itself) or `not_judged`, and `reason` says why.
+    `time_us` is of one operation; `algorithm` and `protocol` are NCCL's, None where it did not say. `limit` is the
+    ceiling for that algorithm, or the highest of all where it is unknown; None without a rate of the hardware. `share`
+    is busbw ÷ `limit`. `verdict` is `good`, `low`, `above` (which is suspicious itself) or `not_judged`, and `reason`
+    says why.
     """
 
     size_bytes: int
@@ -113,8 +114,8 @@ def _verdict(
 def limit_of(plan: Mapping[str, Any], cell: Mapping[str, Any], algorithm: str | None) -> limits.Limit | None:
     """The ceiling of a cell's collective by an algorithm of NCCL, in GB/s of busbw; the highest of all for None.
 
-    None on CPUs, and where the rate of what would limit it is unknown. A rail has its share of the node's NICs, since all
-    rails are measured at the same time.
+    None on CPUs, and where the rate of what would limit it is unknown. A rail has its share of the node's NICs, since
+    all rails are measured at the same time.
     """
     params = cell["params"]
     if cell["device"] == "cpu" or params["collective"] in _UNLIMITED:

@@ -48,7 +48,7 @@ def run(job: RankJob, events: Events) -> None:
     for metric, value, context in measured(evidence):
         events.value(metric, value, **reading.context, **context)
     if version := evidence.nccl_version or output.nccl_version:
-        events("nccl", libraries={f"{root}/current/lib/{nccl.LIBRARY}": version})
+        events("nccl", libraries={f"{root}/current/lib/{nccl.LIBRARY}": version.partition("+")[0]})
     if reason := failure(status, output, evidence, said, events.rank == 0):
         raise InfrastructureError(f"{Path(argv[0]).name} {reason}")
     if events.rank == 0:
@@ -145,19 +145,22 @@ def failure(
 ) -> str | None:
     """How nccl-tests failed with `status`, in one line and in its own words; None where it has measured.
 
-    `said` is its stderr, and `printed` whether this rank prints the table. Every rank's program fails after wrong values,
-    which have been measured: they are no failure. One that ends well without a row has not done what it was asked for.
+    `said` is its stderr, and `printed` whether this rank prints the table. Every rank's program fails after wrong
+    values, which have been measured: they are no failure. One that ends well without a row has measured nothing.
     """
-    words = [problem for problem in output.problems if not _TORN.search(problem)]
+    words = [*output.problems, *nccl_tests.parse(said).problems]
+    words = [problem for problem in words if not _TORN.search(problem)]
     first_hand = [problem for problem in words if not _RELAYED.search(problem)]
-    if status == 0 or (output.out_of_bounds if printed else status > 0 and not first_hand and not said.strip()):
+    last = [line.strip() for line in said.splitlines() if line.strip()][-1:]
+    if printed:
+        wrong = output.out_of_bounds or any(one.wrong for one in output.measurements)
+    else:  # which versions before 2.17 end with status 1 and without a word
+        wrong = not first_hand and bool(words or (status == 1 and not last))
+    if status == 0 or (status > 0 and wrong):
         if not printed or output.measurements:
             return None
-        last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
-        return f"ended without a measurement{last and f': {last}'}"
-    causes = [*(first_hand or words)[:1], *(f"NCCL: {warning}" for warning in evidence.warnings[-2:])]
-    if not causes:
-        causes = [line.strip() for line in said.splitlines() if line.strip()][-1:]
+        return ": ".join(["ended without a measurement", *last])
+    causes = [*(first_hand or words)[:1], *(f"NCCL: {warning}" for warning in evidence.warnings[-2:])] or last
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
     return f"{how}: {'; '.join(causes)}" if causes else how
 

@@ -1,17 +1,20 @@
-"""The cells of test `nccl`: one for each launch of nccl-tests, since a process may be part of one MPI job only. Pure."""
+"""The cells of test `nccl`: one for each launch of nccl-tests, since a process takes part in one MPI job only. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from runner.errors import UsageError
+from runner.system.wording import counted
+
 
 def variants(params: Mapping[str, Any], num_nodes: int, gpus_per_node: int) -> dict[str, dict[str, Any]]:
-    """The suffix of a cell's id -> its settings, which have `collective`, `split` and `rail` in place of the lists.
+    """The suffix of a cell's id -> its settings, with the cell's own `collective`, `split` and `rail`.
 
-    Without more than one node of several GPUs, the splits are what split `none` is. `rail` is the local index of the
-    GPUs that rank 0 is one of: nccl-tests prints the times of rank 0's group, so that each rail has a launch in which it
-    is that one, while all others carry their own at the same time. A hypercube is defined for a power of two of ranks.
+    Without several nodes of several GPUs, the splits are what split `none` is. A rail has the GPUs of that local index:
+    nccl-tests prints the times of rank 0's group, so each rail has a launch in which it is that group, while all others
+    carry as much at the same time. A hypercube is defined for powers of two. Raises UsageError where no cell is left.
     """
     ranks = num_nodes * gpus_per_node
     cells = {}
@@ -24,6 +27,12 @@ def variants(params: Mapping[str, Any], num_nodes: int, gpus_per_node: int) -> d
                 cells[f"{collective}-node"] = {"collective": collective, "split": "node", "rail": None}
             for rail in range(gpus_per_node) if "rail" in params["splits"] else ():
                 cells[f"{collective}-rail{rail}"] = {"collective": collective, "split": "rail", "rail": rail}
+    if not cells:
+        splits = ",".join(params["splits"])
+        raise UsageError(
+            f"nccl.splits=[{splits}] with nccl.collectives=[{','.join(params['collectives'])}] leaves nothing to "
+            f"measure on {counted(num_nodes, 'node')} of {counted(gpus_per_node, 'GPU')}: add none, or all_reduce"
+        )
     smallest = min(params["split_min_bytes"], params["max_bytes"])
     return {
         suffix: {**params, **cell, "min_bytes": params["min_bytes"] if cell["split"] == "none" else smallest}
