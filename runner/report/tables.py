@@ -18,7 +18,8 @@ class Table:
 
     `columns` maps the columns that a terminal shows too to their shorter names there; without any it shows no table.
     `terms` are (glossary term, text) of the columns that the glossary explains; `remark` follows them. `note` is
-    printed above the table. In the columns `faults`, any value but 0 is highlighted.
+    printed above the table. In the columns `faults`, any value but 0 is highlighted, and anywhere a value that begins
+    with ✕. The columns `words` have sentences, which wrap.
     """
 
     rows: Sequence[Mapping[str, str]]
@@ -27,6 +28,7 @@ class Table:
     remark: str = ""
     note: str = ""
     faults: Sequence[str] = ()
+    words: Sequence[str] = ()
 
 
 def plus_minus(value: float, spread: float) -> str:

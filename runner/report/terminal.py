@@ -9,7 +9,10 @@ from typing import Any
 
 from runner.report import sections
 from runner.report.figures import nodes_text
+from runner.report.tables import Table
 from runner.report.words import SIGNS, VERDICTS, headline, title
+
+WIDTH = 100
 
 
 def terminal(summary: Mapping[str, Any]) -> str:
@@ -23,10 +26,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
     for shown in (shown for tables in sections.tables(summary).values() for shown in tables if shown.columns):
         if shown.note:
             parts.append(_wrapped(shown.note))
-        columns = shown.columns
-        parts.append(
-            table([{columns[key]: _cut(value) for key, value in row.items() if key in columns} for row in shown.rows])
-        )
+        parts.append(table(_columns(shown)))
     curve = [row for row in summary["scaling"] if row["num_nodes"] != row["base_nodes"]]
     if curve:
         parts.append(
@@ -61,6 +61,29 @@ def to_finish(run: Path) -> str:
     return f"to finish it: runner bench --resume {run.name}{where}"
 
 
+def _columns(shown: Table) -> list[dict[str, str]]:
+    """The rows of a table with the columns and the texts that a terminal shows, which 100 columns have room for."""
+    import textwrap
+
+    keys = [key for key in shown.rows[0] if key in shown.columns]
+    widths = [
+        max(len(shown.columns[key]), *(len(_cut(row[key])) for row in shown.rows))
+        for key in keys
+        if key not in shown.words
+    ]
+    sentences = len(keys) - len(widths)
+    room = (WIDTH - sum(widths) - 2 * (len(keys) - 1)) // sentences if sentences else 0
+    return [
+        {
+            shown.columns[key]: "\n".join(textwrap.wrap(row[key], room, break_on_hyphens=False))
+            if key in shown.words
+            else _cut(row[key])
+            for key in keys
+        }
+        for row in shown.rows
+    ]
+
+
 def _cut(text: str, width: int = 28) -> str:
     """The end of a long text, since a cell's id ends with its node count and repeat."""
     return text if len(text) <= width else "…" + text[1 - width :]
@@ -69,4 +92,4 @@ def _cut(text: str, width: int = 28) -> str:
 def _wrapped(text: str) -> str:
     import textwrap
 
-    return textwrap.fill(text, 100, subsequent_indent="  ")
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")

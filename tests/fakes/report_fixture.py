@@ -1,8 +1,9 @@
 """Synthetic runs for tests and pictures. The numbers are invented, after published ones; none was measured.
 
 `healthy()` is a 1, 2, 4, 8-node sweep of the real cluster, `testbed()` eight containers on one kernel, and
-`broken()` a cluster with a dead cell, wrong results, a slow scaling and an odd driver on one node.
-`python tests/fakes/report_fixture.py DIR` writes the three reports.
+`broken()` a cluster with a dead cell, wrong results, a slow scaling and an odd driver on one node. `nccl()` is test nccl
+on a healthy cluster, `nccl_sockets()` on one without RDMA, `nccl_slow_rail()` with one bad rail.
+`python tests/fakes/report_fixture.py DIR` writes their reports.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from typing import Any
 import yaml
 
 from runner.cluster.limits import busbw_factor
+from runner.plan import config
 from runner.results.records import Record
+from runner.workloads.nccl import command
+from runner.workloads.nccl.variants import variants
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [f"fukushimadc-02-hgx-{n:04d}" for n in (1, 2, 3, 4, 5, 6, 7, 9)]
@@ -380,6 +384,152 @@ def broken() -> Fixture:
     return fixture
 
 
+NCCL_SIZES = tuple(2**exponent for exponent in range(3, 34))
+NCCL_COLLECTIVES = (
+    *("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"),
+    *("reduce", "send_recv", "gather", "scatter", "hypercube"),
+)
+
+
+def _nccl_peak(collective: str, nodes: int) -> float:
+    """Bus bandwidth of healthy nodes at the largest size, in GB/s."""
+    known = _peaks(nodes)
+    inside = nodes == 1
+    if not inside:  # by rings, which cross each boundary of nodes once
+        known |= {"all_gather": 93.1, "reduce_scatter": 93.8}
+    known |= {
+        "reduce": 330.0 if inside else 90.0,
+        "send_recv": 360.0 if inside else 44.0,
+        "gather": 341.0 if inside else 88.0 / nodes,
+        "scatter": 344.0 if inside else 87.0 / nodes,
+        "hypercube": 210.0 if inside else 11.0,
+    }
+    return known[collective]
+
+
+def _algorithm(collective: str, nodes: int, size: int) -> tuple[str, str]:
+    """(algorithm, protocol) as NCCL might choose them."""
+    protocol = "LL" if size < 64 << 10 else "LL128" if size < 4 << 20 else "SIMPLE"
+    if collective == "all_reduce":
+        if nodes == 1:
+            return ("NVLS", "SIMPLE") if size >= 1 << 20 else ("RING", protocol)
+        return ("RING" if size < 1 << 20 else "NVLS_TREE" if size >= 64 << 20 else "TREE"), protocol
+    return "RING", protocol
+
+
+def _nccl_cells(
+    base: dict[str, Any], counts: tuple[int, ...], repeats: int, settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The cells that the test's default settings, with `settings` over them, give."""
+    params = {**config.load_test("nccl", settings).model_dump(), "max_bytes": NCCL_SIZES[-1]}
+    for n in counts:
+        for suffix, chosen in variants(params, n, 8).items():
+            for repeat in range(1, repeats + 1):
+                yield {
+                    **base,
+                    "id": f"nccl-{suffix}-{n}n-r{repeat}",
+                    "num_nodes": n,
+                    "repeat": repeat,
+                    "hosts": NAMES[:n],
+                    "world_size": 8 * n,
+                    "params": chosen,
+                }
+
+
+def nccl_records(
+    plan: dict[str, Any],
+    cell: dict[str, Any],
+    *,
+    sockets: tuple[str, ...],
+    undirected: tuple[str, ...],
+    slow_rail: int | None,
+) -> Iterator[Record]:
+    """What the ranks of one cell say: rank 0 what nccl-tests printed, every rank what NCCL told of its transport."""
+    rng = random.Random(cell["id"])
+    params, nodes = cell["params"], cell["num_nodes"]
+    collective, split = params["collective"], params["split"]
+    fallen = sockets and nodes > 1 and split != "node"
+    groups = {"none": (nodes, 8), "node": (1, 8), "rail": (nodes, 1)}[split]
+    peak = _nccl_peak(collective, groups[0]) / (8 if split == "rail" else 1)
+    if split == "rail":
+        peak = 11.6 * rng.uniform(0.99, 1.01) * (0.45 if params["rail"] == slow_rail else 1)
+    elif slow_rail is not None and nodes > 1 and split == "none":
+        peak *= 0.46
+    peak = min(peak, 4.1 if split == "none" else 0.5) if fallen else peak
+    factor = {"reduce": 1.0, "gather": 1 - 1 / (8 * nodes), "scatter": 1 - 1 / (8 * nodes), "hypercube": 1.0}.get(
+        collective
+    ) or busbw_factor(collective, groups[0] * groups[1])
+    alone_us = (9.0 if groups[0] == 1 else 18.0 + 4 * nodes) * (3 if fallen else 1)
+    for size in (size for size in NCCL_SIZES if size >= params["min_bytes"]):
+        algorithm, protocol = _algorithm(collective, groups[0], size)
+        for in_place in (False, True):
+            slower = 1.12 if in_place and nodes > 1 and collective in ("all_to_all", "hypercube") else 1.0
+            knee = 1 + 0.25 / (1 + size / (32 << 20))
+            time_us = alone_us * rng.uniform(0.98, 1.04) + size * factor / (peak * 1e3) * slower * knee
+            context = {
+                "collective": collective,
+                "size_bytes": size,
+                "in_place": in_place,
+                "dtype": "float32",
+                "split": split,
+            }
+            yield _record(plan, cell, "latency_us_mean", time_us, 0, **context)
+            yield _record(plan, cell, "algbw_gb_per_s", size / time_us / 1e3, 0, **context)
+            yield _record(plan, cell, "busbw_gb_per_s", size / time_us / 1e3 * factor, 0, **context)
+            yield _record(plan, cell, "wrong_values", 0, 0, **context)
+        # NCCL counts one rank's share of what is gathered or scattered.
+        share = groups[0] * groups[1] if collective in ("all_gather", "reduce_scatter") else 1
+        yield _record(plan, cell, "algorithm", size / share, 0, algorithm=algorithm, protocol=protocol)
+    for rank in range(cell["world_size"]):
+        host = cell["hosts"][rank // 8]
+        names = ["eth0"] if sockets else ["mlx5_0", "mlx5_1"]
+        net = {"net": "Socket", "link": None} if sockets else {"net": "IB", "link": "RoCE"}
+        yield _record(plan, cell, "nics", len(names), rank, **net, names=names)
+        if read := command.variables(params):
+            yield _record(plan, cell, "settings", len(read), rank, values=read)
+        if groups[0] > 1:
+            direct = not sockets and host not in undirected
+            for number, nic in enumerate(names):
+                via = f"NET/{net['net']}/{number}" + ("/GDRDMA" if direct else "")
+                yield _record(plan, cell, "channels", 8, rank, via=via, net=net["net"], nic=nic, gpudirect=direct)
+            yield _record(plan, cell, "gpudirect", float(direct), rank)
+        if groups[1] > 1:
+            yield _record(plan, cell, "channels", 16, rank, via="P2P/CUMEM", net=None, nic=None, gpudirect=False)
+        yield _record(plan, cell, "nvls", float(groups[1] > 1), rank)
+        yield _record(plan, cell, "collnet", 0.0, rank)
+
+
+def nccl(
+    counts: tuple[int, ...] = (1, 2, 4, 8),
+    repeats: int = 1,
+    *,
+    sockets: bool = False,
+    undirected: tuple[str, ...] = (),
+    slow_rail: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Fixture:
+    """Test nccl on 8 × H200 nodes, without RDMA (`sockets`), without GPUDirect on some nodes, or with a slow rail."""
+    p = plan(model="llama-2-7b", hardware="h200-sxm", counts=counts, repeats=1, gpus=8, device="cuda")
+    base = {**p["cells"][0], "test": "nccl", "model": None, "batch": None, "chosen": "", "expected": None}
+    p["cells"] = list(_nccl_cells(base, counts, repeats, settings or {}))
+    p["command"] += " --test nccl"
+    records = [
+        r for c in p["cells"] for r in nccl_records(p, c, sockets=sockets, undirected=undirected, slow_rail=slow_rail)
+    ]
+    return Fixture(p, status(p), records, facts(p, one_kernel=False))
+
+
+def nccl_sockets() -> Fixture:
+    """Nodes without RDMA: whatever leaves a node goes over TCP."""
+    return nccl((1, 2, 4), sockets=True)
+
+
+def nccl_slow_rail() -> Fixture:
+    """Rail 5 of two nodes has half of its rate, and with it whatever uses all rails; one node has no GPUDirect."""
+    settings = {"gpudirect": True, "buffsize": 8 << 20, "collnet": True}
+    return nccl((2,), slow_rail=5, undirected=(NAMES[1],), settings=settings)
+
+
 if __name__ == "__main__":
     import sys
 
@@ -387,6 +537,7 @@ if __name__ == "__main__":
     from runner.report import page
 
     made_of = {"healthy": healthy, "testbed": testbed, "broken": broken, "one-gpu": one_gpu}
+    made_of |= {"nccl": nccl, "nccl-sockets": nccl_sockets, "nccl-slow-rail": nccl_slow_rail}
     for name, made in {name: make() for name, make in made_of.items()}.items():
         folder = Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)
