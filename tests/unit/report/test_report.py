@@ -246,7 +246,7 @@ def test_a_run_of_the_version_before_with_one_rank_is_still_shown(tmp_path: Path
 def test_a_tests_report_module_offers_a_section(name: str) -> None:
     section = sections.sections()[name]
     assert section.TITLE and re.fullmatch("[a-z]+", section.ANCHOR)
-    fixture = report_fixture.healthy((1, 2))
+    fixture = report_fixture.nccl() if name == "nccl" else report_fixture.healthy((1, 2))
     summary = analysis.summarise(*fixture.arguments)
     cells = [cell for cell in summary["cells"] if cell["test"] == name]
     table = section.tables(cells or [{**cell, "test": name, "metrics": {}} for cell in summary["cells"]])[0]
