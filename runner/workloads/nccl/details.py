@@ -3,14 +3,14 @@
 `details` in summary.json has
 
 - `collective`, `split` and `rail` of the cell;
-- `verdicts`: {"verdict", "from_bytes", "to_bytes", "pct"} for each run of sizes with the same verdict, from the smallest
-  size up, `pct` being the lowest and the highest share of the ceiling among them in %, or None;
+- `verdicts`: {"verdict", "from_bytes", "to_bytes", "pct"} for each run of sizes with the same verdict, from the
+  smallest size up, `pct` being the lowest and the highest share of the ceiling among them in %, or None;
 - `algorithms`: {"algorithm", "protocol", "from_bytes", "to_bytes"} for each run of sizes that NCCL chose the same for;
 - `transport`: {"hosts", "net", "link", "nics", "gpudirect", "nvls", "collnet", "via"} for each group of hosts with the
-  same evidence: networks, what they speak, the adapters that channels use, whether "all", "some" or "none" of these have
-  GPUDirect RDMA, whether NVLink SHARP and the switches' SHARP were used, and the ways of channels inside a node;
-- `settings`: {"setting", "asked", "read"} of each setting of NCCL that the cell has: its variables as they were asked for,
-  and what NCCL says it read, None where it does not say.
+  same evidence: networks, what they speak, the adapters that channels use, whether "all", "some" or "none" of these
+  have GPUDirect RDMA, whether NVLink SHARP and the switches' SHARP were used, and the ways of channels inside a node;
+- `settings`: {"setting", "asked", "read"} of each setting of NCCL that the cell has: its variables as they were asked
+  for, and what NCCL says it read, None where it does not say.
 
 None is what was not observed; the lists are empty where nothing was.
 """

@@ -6,9 +6,9 @@ import os
 import shlex
 from pathlib import Path
 
-import golden_files
 import pytest
 
+import golden_files
 from runner.cluster.tools import nccl_log, nccl_tests
 from runner.errors import UsageError
 from runner.launch.spellings import kind_of
@@ -54,7 +54,7 @@ def test_a_split_begins_no_higher_than_it_ends():
 
 @pytest.mark.parametrize("given", ["nccl.splits=[node, rail]", "nccl.collectives=[hypercube]"])
 def test_where_nothing_is_left_to_measure_that_is_said(given):
-    with pytest.raises(UsageError, match="leaves nothing to measure on .*: add none, or all_reduce"):
+    with pytest.raises(UsageError, match=r"leaves nothing to measure on .*: add none, or all_reduce"):
         variants(settings(given), 1, 3)
 
 
