@@ -3,11 +3,11 @@
     python benchmarks/gpu.py                # into $OUT, or else benchmarks/results
     python benchmarks/gpu.py --cpu          # the same with a tiny model, where there is no GPU: that it works
 
-The tests marked `gpu`, then benchmarks/sft_speed.py with half of the time, then `runner bench` of a 7B on this
-machine. Each part has a limit of its own and a page of its own, named after the card, which is written as soon as the
-part ends (that of sft_speed.py after each of its processes). The project and pytest must be installed for the Python
-that runs this, nothing else; TRL where its arm is wanted. The exit code is 1 where a part failed or had no time, and 2
-without a GPU.
+The tests marked `gpu`, then `runner bench` of test `gpu`, then benchmarks/sft_speed.py with 40 % of the time, then
+`runner bench` of a 7B on this machine. Each part has a limit of its own and a page of its own, named after the card,
+which is written as soon as the part ends (that of sft_speed.py after each of its processes). The project and pytest
+must be installed for the Python that runs this, nothing else; TRL where its arm is wanted. The exit code is 1 where a
+part failed or had no time, and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from runner.system import process
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_S = 100.0  # for the tests, at most
+ALONE_S = 90.0  # for test `gpu`, at most
 GRACE_S = 10.0  # for a part to end after its limit
 ANOTHER_S = 60.0  # that another model needs
 # Of the cell, in this order where they were measured.
@@ -100,12 +101,10 @@ def bench(models: Sequence[tuple[str, int]], limit_s: float, results: Path) -> t
         left_s = deadline - time.monotonic()
         if texts and left_s < ANOTHER_S:
             break
-        argv = [sys.executable, "-m", "runner.cli.main", "bench", "-i", str(ROOT / "inventory" / "local")]
-        argv += ["--model", model, "--test", "sft", "--results", str(results), "--json"]
         # The cell ends early enough for the run to conclude.
         cell_s = max(10.0, left_s - 3 * GRACE_S)
-        for setting in (f"global_batch={batch}", "steps=5", "warmup_steps=1", f"timeout_s={cell_s:.0f}"):
-            argv += ["--set", f"sft.{setting}"]
+        settings = (f"global_batch={batch}", "steps=5", "warmup_steps=1", f"timeout_s={cell_s:.0f}")
+        argv = command("sft", model, [f"sft.{setting}" for setting in settings], results)
         planned = process.run([*argv, "--dry-run"], timeout_s=max(GRACE_S, left_s))
         if planned.rc:
             texts.append(f"{planned.last_line}\n")
@@ -123,6 +122,35 @@ def bench(models: Sequence[tuple[str, int]], limit_s: float, results: Path) -> t
         why = next((finding["evidence"] for finding in summary.get("findings", ())), "no finding")
         texts.append(f"{head}\nIts cell is {cell['state']}: {' '.join(why.split())}\n")
     return "\n".join(texts), False
+
+
+def alone(model: str, settings: Sequence[str], limit_s: float, results: Path) -> tuple[str, bool]:
+    """(The page of `runner bench` of test `gpu`, whether its cell is complete); the run stays in `results`."""
+    argv = command("gpu", model, settings, results)
+    rc, stdout = run(argv, limit_s)
+    head = f"    {command_line(argv)}\n"
+    try:
+        summary = json.loads(stdout)
+    except ValueError:
+        return f"{head}\nNo summary. {ending(rc, stdout, limit_s)}\n", False
+    (cell,) = summary["cells"]
+    rows = ["| what | value |", "| --- | ---: |", f"| state | {cell['state']} |"]
+    rows += [f"| used: {name} | {value} |" for name, value in (cell.get("used") or {}).items()]
+    rows += [f"| {name} | {value:,.5g} |" for name, value in cell["metrics"].items()]
+    said = [f"- {each['kind']}: {' '.join(each['evidence'].split())}" for each in told(summary)]
+    return "\n".join([head, *rows, "", *said]) + "\n", cell["state"] == "complete"
+
+
+def told(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The findings of a run, and what it only observed."""
+    return [*summary.get("findings", ()), *summary.get("observations", ())]
+
+
+def command(test: str, model: str, settings: Sequence[str], results: Path) -> list[str]:
+    """The command that measures `test` on this machine."""
+    argv = [sys.executable, "-m", "runner.cli.main", "bench", "-i", str(ROOT / "inventory" / "local")]
+    argv += ["--model", model, "--test", test, "--results", str(results), "--json"]
+    return argv + [word for setting in settings for word in ("--set", setting)]
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -186,7 +214,15 @@ def main() -> int:
         scratch = Path(folder)
         part("gpu_tests", "Tests that need a GPU", lambda: tests(min(TESTS_S, left() / 4), scratch))
 
-        minutes = options.minutes / 2
+        results = options.out / "runs" if os.environ.get("OUT") else scratch / "runs"
+        model, settings = ("tiny", ["gpu.soak_s=2"]) if options.cpu else ("llama-2-7b", [])
+        part(
+            "gpu_alone",
+            "runner bench of test gpu",
+            lambda: alone(model, settings, min(ALONE_S, left() / 3), results / "gpu"),
+        )
+
+        minutes = options.minutes * 2 / 5
         page = options.out / f"sft_speed_{slug(card)}.md"
         argv = [
             sys.executable,
@@ -203,8 +239,7 @@ def main() -> int:
         good.append(rc == 0)
 
         models = [("tiny", 8)] if options.cpu else [("llama-2-7b", 16), ("llama-3.2-1b", 16)]
-        results = options.out / "runs" if os.environ.get("OUT") else scratch / "runs"
-        part("bench", "runner bench of the trainer", lambda: bench(models, left(), results))
+        part("bench", "runner bench of the trainer", lambda: bench(models, left(), results / "sft"))
     return 0 if all(good) else 1
 
 

@@ -32,7 +32,7 @@ def collect(environment: Mapping[str, str]) -> dict[str, Any]:
         "kernel": uname.release,
         "boot_id": _text("/proc/sys/kernel/random/boot_id"),
         "os": _os_name(),
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "cores": os.cpu_count()},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         **gpus(),
         "nccl": nccl.version_of(library) if library else None,  # until ranks have said what they loaded
@@ -117,7 +117,8 @@ def _os_name() -> str:
         return platform.system()
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The name of this machine's CPU, None where it has none."""
     for line in (_text("/proc/cpuinfo") or "").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

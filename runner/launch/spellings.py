@@ -133,6 +133,7 @@ SPELLINGS = (
         r"cudaErrorDevicesUnavailable",
         r"CUDA_ERROR_DEVICE_UNAVAILABLE",
     ),
+    Spelling("in_use", "runner.workloads.gpu", r"it is used by others: "),
     Spelling(
         "cuda_out_of_memory", "PyTorch", r"\bcuda out of memory", r"cuda\.OutOfMemoryError", r"torch\.OutOfMemoryError"
     ),

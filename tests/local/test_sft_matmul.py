@@ -9,13 +9,14 @@ import torch
 
 from runner.cluster import limits
 from runner.plan import config
+from runner.workloads.gpu import products
 from runner.workloads.sft import matmul
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama-3.2-1b", "llama-2-7b", "llama-2-13b", "llama-2-70b"])
 def test_the_products_are_those_of_all_weights_that_multiply(name):
     model = config.load_model(name).model_dump()
-    weights = sum(inputs * outputs * number for inputs, outputs, number in matmul.shapes(model))
+    weights = sum(inputs * outputs * number for inputs, outputs, number in products.weights(model))
     norms = (2 * model["num_layers"] + 1) * model["hidden_size"]
     assert weights == limits.parameters(model).non_embedding - norms
 
@@ -32,9 +33,9 @@ def test_a_shape_counts_by_its_share_of_the_arithmetic():
     """Twice the time for the head alone, of a fifth of the arithmetic, is a sixth less."""
     model = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
     model |= {"vocab_size": 112}  # 7 matrices of 64 x 64, and one of 64 x 112: a fifth
-    assert sum(i * o * n for i, o, n in matmul.shapes(model)) * 0.2 == 64 * 112
+    assert sum(i * o * n for i, o, n in products.weights(model)) * 0.2 == 64 * 112
 
-    def seconds(rows, inputs, outputs, device, dtype):
-        return rows * inputs * outputs * 2e-12 * (2 if outputs == 112 else 1)
+    def seconds(shape, device, dtype):
+        return shape.flop * 1e-12 * (2 if shape.outputs == 112 else 1)
 
     assert matmul.tflop_per_s(model, 64, torch.device("cpu"), torch.float32, seconds) == pytest.approx(1 / 1.2)

@@ -78,6 +78,34 @@ def test_a_bench_is_told_as_what_it_used_expected_and_measured():
     ]
 
 
+def test_test_gpu_is_told_as_all_that_it_measured_and_found(tmp_path, monkeypatch):
+    cell = {"state": "complete", "used": {"products": "llama-2-7b"}, "metrics": {"matmul_bf16_tflop_per_s": 731.234}}
+    finding = {"kind": "throttled", "evidence": "GPU 0: hot\n(87 °C)"}
+    summary = {
+        "cells": [cell],
+        "verdict": "fail",
+        "findings": [finding],
+        "observations": [{**finding, "kind": "slow_gpu"}],
+    }
+    monkeypatch.setattr(gpu, "run", lambda argv, limit_s: (1, json.dumps(summary)))
+    text, good = gpu.alone("llama-2-7b", ["gpu.soak_s=5"], 60.0, tmp_path)
+    assert good and text.splitlines() == [
+        "    runner bench -i inventory/local --model llama-2-7b --test gpu --json --set gpu.soak_s=5",
+        "",
+        "| what | value |",
+        "| --- | ---: |",
+        "| state | complete |",
+        "| used: products | llama-2-7b |",
+        "| matmul_bf16_tflop_per_s | 731.23 |",
+        "",
+        "- throttled: GPU 0: hot (87 °C)",
+        "- slow_gpu: GPU 0: hot (87 °C)",
+    ]
+    monkeypatch.setattr(gpu, "run", lambda argv, limit_s: (None, ""))
+    text, good = gpu.alone("llama-2-7b", [], 60.0, tmp_path)
+    assert not good and text.endswith("No summary. Ended after 60 s, the time that it had.\n")
+
+
 def test_a_model_that_does_not_fit_is_told_and_followed_by_the_next(tmp_path, monkeypatch):
     cell = {"state": "complete", "world_size": 1, "metrics": {}}
     (tmp_path / "latest").mkdir()

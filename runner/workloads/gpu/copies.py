@@ -38,7 +38,7 @@ def within(device: Device, size_bytes: int, blocks: int, seed: int) -> tuple[lis
 
 @dataclass
 class HostCopies:
-    """Copies between a GPU and buffers of its host, of which one is near the GPU and one far from it.
+    """Copies between a GPU and pinned buffers of its host, of which one is near the GPU and one far from it.
 
     Buffers are made and compared outside of `measure`, which has the host for itself for as long as it takes.
     """
@@ -50,12 +50,13 @@ class HostCopies:
 
     def __post_init__(self) -> None:
         known = numa.nodes()
-        self._buffers = [HostBuffer(self.size_bytes, known[node]) for node in numa.near_and_far(self.local, known)]
-        self._expected = pattern(self.size_bytes, self.seed, self.device.place)
-        self._there = [torch.zeros_like(self._expected) for _ in self._buffers]
+        places = numa.near_and_far(self.local, known)
+        self._buffers = [HostBuffer(self.size_bytes, node, known[node]) for node in places]
+        self._is_only = len(known) == 1
+        self._words = pattern(self.size_bytes, self.seed, torch.device("cpu"))
+        self._there = [torch.zeros(len(self._words), dtype=torch.int64, device=self.device.place) for _ in places]
         for buffer in self._buffers:
-            buffer.words.copy_(self._expected)
-        self.device.synchronize()
+            buffer.words.copy_(self._words)
 
     def measure(self, blocks: int) -> Iterator[tuple[str, Mapping[str, Any], list[float]]]:
         """(Metric, where its host buffer is, rates in GB/s) of each direction and buffer."""
@@ -67,18 +68,18 @@ class HostCopies:
             down = rates(self.device, partial(buffer.words.copy_, there, non_blocking=True), self.size_bytes, blocks)
             yield "device_to_host_gb_per_s", place, down
 
-    def _is_local(self, node: int | None) -> bool | None:
-        """None where it is not known where the GPU or the buffer is, unless there is one node only."""
-        if len(numa.nodes()) == 1:
+    def _is_local(self, node: int) -> bool | None:
+        """None where it is not known which node the GPU is at, unless there is one only."""
+        if self._is_only:
             return True
-        return None if self.local is None or node is None else node == self.local
+        return None if self.local is None else node == self.local
 
     def wrong(self) -> Iterator[tuple[str, int]]:
         """(Direction, wrong words) of each, after `measure`; then the buffers are gone."""
-        host = self._expected.cpu()
+        expected = pattern(self.size_bytes, self.seed, self.device.place)
         for buffer, there in zip(self._buffers, self._there, strict=True):
-            yield "host to device", int((there != self._expected).sum())
-            yield "device to host", int((buffer.words != host).sum())
+            yield "host to device", int((there != expected).sum())
+            yield "device to host", int((buffer.words != self._words).sum())
             buffer.free()
         self._buffers, self._there = [], []
 

@@ -1,30 +1,36 @@
-"""What a rank measures: its GPU, or a CPU where there is none. Everything that is asked of CUDA itself is here."""
+"""What a rank measures: its GPU, or a CPU where there is none. What is asked of CUDA itself is here."""
 
 from __future__ import annotations
 
 import mmap
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from runner.cluster import facts
 from runner.errors import InfrastructureError
 from runner.workloads.gpu import numa
 
+FP8 = (8, 9)  # the least compute capability whose products take 8 bits
+_SAYS = re.compile(r"CUDA|cuBLAS|NVIDIA", re.IGNORECASE)  # an error of the GPU, its driver or its libraries
+
 
 class Device(Protocol):
-    """A device that computes. `index` is its number on its node, as nvidia-smi gives it."""
+    """A device that computes. `index` is its number on its node, as nvidia-smi gives it.
+
+    Two devices of the same `model` give the same bits for the same product.
+    """
 
     index: int
     uuid: str | None
     place: torch.device
     precisions: Sequence[str]
-
-    def free_bytes(self) -> int:
-        """Memory that this process may still take."""
+    model: str
 
     def synchronize(self) -> None:
         """Wait until all that was started has ended."""
@@ -45,10 +51,7 @@ class Cpu:
         self.index, self.place = local, torch.device("cpu")
         self.uuid: str | None = None
         self.precisions: Sequence[str] = ("float32", "bf16")
-
-    def free_bytes(self) -> int:
-        """Not asked: what runs on a CPU is small."""
-        return 1 << 30
+        self.model = f"{facts.cpu_model()}, PyTorch {torch.__version__}"
 
     def synchronize(self) -> None:
         """Nothing runs beside the caller."""
@@ -69,10 +72,11 @@ class Gpu:
         self.index, self.uuid, self.place, self._others = index, uuid, torch.device("cuda", local), others
         with self.named("starting"):
             torch.cuda.set_device(self.place)
-            major, minor = torch.cuda.get_device_capability(self.place)
-        self.precisions: Sequence[str] = (
-            ("bf16", "fp8") if (major, minor) >= (8, 9) and not torch.version.hip else ("bf16",)
-        )
+            torch.zeros((), device=self.place)
+            found = torch.cuda.get_device_properties(self.place)
+        software = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuBLAS {_cublas()}"
+        self.model = f"{found.name}, {found.multi_processor_count} SMs, {software}"
+        self.precisions: Sequence[str] = ("bf16", "fp8") if (found.major, found.minor) >= FP8 else ("bf16",)
 
     def free_bytes(self) -> int:
         """Memory of the GPU that is free."""
@@ -92,11 +96,16 @@ class Gpu:
         try:
             yield
         except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            if "CUDA" not in said and "cu" not in said.lower():
+            said = (str(error).splitlines() or [""])[0]
+            if not _SAYS.search(said):
                 raise
             who = f"; {self._others}" if self._others else ""
             raise InfrastructureError(f"GPU {self.index} ({self.uuid}), {phase}: {said}{who}") from error
+
+
+def _cublas() -> str | None:
+    """The version of the library that chooses the kernels of products, where a package brought it."""
+    return next((found for name in ("nvidia-cublas", "nvidia-cublas-cu12") if (found := facts.version_of(name))), None)
 
 
 @dataclass(frozen=True)
@@ -135,23 +144,25 @@ def seconds(on: Waits, run: Callable[[], object], repeats: int) -> float:
 
 
 class HostBuffer:
-    """`size_bytes` of the host's memory that a GPU reads and writes by itself, touched first on the CPUs `allowed`.
+    """`size_bytes` of the host's memory that a GPU reads and writes by itself, on a NUMA node with the CPUs `cpus`.
 
-    `words` are its 64-bit words, and `node` the NUMA node that they are on, None where the kernel does not say.
+    `words` are its 64-bit words. `node` is where they are, as the kernel says, or else where they were to be.
     """
 
-    def __init__(self, size_bytes: int, allowed: set[int]) -> None:
-        with numa.on(allowed):
+    def __init__(self, size_bytes: int, node: int, cpus: set[int]) -> None:
+        with numa.on(cpus):
+            # Of its own, since the kernel tells the pages of this memory, and not of what cudaHostAlloc returns.
             self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.words = torch.frombuffer(self._memory, dtype=torch.int64)
             self.words.zero_()
-            self._registered = False
-            if torch.cuda.is_available():
-                code = torch.cuda.cudart().cudaHostRegister(self.words.data_ptr(), size_bytes, 0)
-                self._registered = int(code) == 0
-                if not self._registered:  # some virtual machines do not let memory be pinned afterwards
-                    self.words = torch.zeros(size_bytes // 8, dtype=torch.int64, pin_memory=True)
-        self.node = numa.where(self.words.data_ptr())
+            code = torch.cuda.cudart().cudaHostRegister(self.words.data_ptr(), size_bytes, 0)
+            self._registered = int(code) == 0
+            if not self._registered:  # as on some virtual machines
+                with suppress(RuntimeError):  # the next kernel raises the error that was only returned
+                    torch.ones((), device="cuda")
+                self.words = torch.zeros(size_bytes // 8, dtype=torch.int64, pin_memory=True)
+        found = numa.where(self.words.data_ptr())
+        self.node = node if found is None else found
 
     def free(self) -> None:
         """Give the memory back; the buffer must not be used any more."""

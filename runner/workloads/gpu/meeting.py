@@ -41,12 +41,16 @@ class Meeting:
             self._store.set(go, "")
         self._store.wait([go], PATIENCE)
 
-    def share(self, value: float) -> list[float]:
-        """The values of all ranks, in the order of ranks."""
+    def share(self, value: str) -> list[str]:
+        """The texts of all ranks, in the order of ranks."""
         name = f"value{self._met}"
-        self._store.set(f"{name}/{self.rank}", repr(value))
+        self._store.set(f"{name}/{self.rank}", value)
         self.wait()
-        return [float(text) for text in self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])]
+        return [text.decode() for text in self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])]
+
+    def numbers(self, value: float) -> list[float]:
+        """The numbers of all ranks, in the order of ranks."""
+        return [float(text) for text in self.share(repr(value))]
 
     def turns(self) -> Iterator[bool]:
         """Whether it is this rank's turn, once for each rank of a node: one of each node has it at the same time."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+ON_GPU = 16384  # the most rows of a product: more are no faster
 # Below this width a product on a GPU is the start of its kernel, and says nothing of the GPU.
 SMALL = 1024
 SQUARE = 8192
@@ -50,14 +51,12 @@ class Shape:
         return read * operand + 3 * self.rows * self.outputs * result  # a comparison takes as much again
 
 
-def on_gpu(
-    model: Mapping[str, Any], rows: int, free_bytes: float, precisions: Sequence[str]
-) -> tuple[str, list[Shape]]:
+def on_gpu(model: Mapping[str, Any], free_bytes: float, precisions: Sequence[str]) -> tuple[str, list[Shape]]:
     """(What the products are, their shapes) on a GPU with `free_bytes` of memory, half of which they may take.
 
-    They are those of `model` with at most `rows` rows; of a model that is too small to load a GPU, one square.
+    They are those of `model` with as many rows as fit; of a model that is too small to load a GPU, one square.
     """
-    matrices, name = list(weights(model)), str(model["name"])
+    matrices, name, rows = list(weights(model)), str(model["name"]), ON_GPU
     if model["hidden_size"] < SMALL:
         matrices, name, rows = [(SQUARE, SQUARE, 1)], f"{SQUARE:,} x {SQUARE:,} ({name} is too small)", SQUARE
     while True:
@@ -85,32 +84,50 @@ def _whole(size: int) -> int:
 
 
 class Product:
-    """A product of random numbers: its operands, its last result, and the first one, which every other must equal."""
+    """A product of random numbers on a device, and its last result. `dtype` may be any of 8, 16 or 32 bits."""
 
-    def __init__(self, shape: Shape, precision: str, device: torch.device, seed: int) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         import torch
 
-        self.shape, self.precision = shape, precision
+        self.shape = shape
         draw = torch.Generator(device).manual_seed(seed)
-        dtype = getattr(torch, PRECISIONS[precision])
         left, right = (
-            torch.randn(size, generator=draw, device=device, dtype=torch.bfloat16 if dtype.itemsize < 4 else dtype)
+            torch.randn(size, generator=draw, device=device, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
             for size in ((shape.rows, shape.inputs), (shape.outputs, shape.inputs))
         )
         self._multiply = _multiplication(left.to(dtype), right.to(dtype))
-        self.result = self._multiply()
-        self.first = self.result.clone()
+        self.run()
 
     def run(self) -> None:
         """Compute it once more; on a GPU, the result is there once the device is synchronised."""
         self.result = self._multiply()
 
-    def wrong_values(self) -> int:
-        """The number of elements of the last result that differ from the first one in any bit."""
+    @property
+    def bits(self) -> torch.Tensor:
+        """The last result as integers: what is not a number equals itself, and zeros have a sign."""
         import torch
 
-        bits = {2: torch.int16, 4: torch.int32}[self.result.dtype.itemsize]
-        return int((self.result.view(bits) != self.first.view(bits)).sum())
+        return self.result.view({2: torch.int16, 4: torch.int32}[self.result.dtype.itemsize])
+
+
+class Repeated(Product):
+    """A product whose later results are compared with its first one."""
+
+    def __init__(self, shape: Shape, precision: str, device: torch.device, seed: int) -> None:
+        import torch
+
+        super().__init__(shape, getattr(torch, PRECISIONS[precision]), device, seed)
+        self._first = self.bits.clone()
+
+    def wrong_values(self) -> int:
+        """The number of elements of the last result that differ from the first one in any bit."""
+        return int((self.bits != self._first).sum())
+
+    def digest(self) -> int:
+        """A number for the first result, which another result has by chance only."""
+        import torch
+
+        return int(self._first.sum(dtype=torch.int64))
 
 
 def _multiplication(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runner.workloads.gpu import products, state
@@ -69,29 +71,33 @@ def run(job: RankJob, events: Events) -> None:
 
     Raises InfrastructureError for an error of CUDA, with the GPU and what it was doing.
     """
-    params, local = job.params, int(os.environ["LOCAL_RANK"])
-    on_gpu = job.device == "cuda"
-    peers = job.gpus_per_node * (job.gpus_per_node - 1) if on_gpu else 0
-    progress = Progress(
-        events,
-        {
-            "preparing": PREPARE_S if on_gpu else 0.1,
-            "matrix products": params["soak_s"],
-            "copies in memory": COPY_S,
-            "copies to and from hosts": TURN_S * job.gpus_per_node if on_gpu else 0,
-            "copies between GPUs": PAIR_S * peers,
-        },
-    )
-    progress.enter("preparing")
+    params, local, on_gpu = job.params, int(os.environ["LOCAL_RANK"]), job.device == "cuda"
     monitor = state.Monitor.of(local) if on_gpu else None
-    before = monitor.before() if monitor else None
-    device = _device(local, monitor, before, on_gpu)
+    before = monitor.before() if monitor else None  # this process, too, will use it
+    shared = not (monitor and monitor.exclusive)
+    pairs = job.gpus_per_node * (job.gpus_per_node - 1) if on_gpu and shared else 0
+    expected_s = {"preparing": PREPARE_S, "matrix products": params["soak_s"], "copies in memory": COPY_S}
+    if on_gpu:
+        expected_s |= {"copies to and from hosts": TURN_S * job.gpus_per_node, "copies between GPUs": PAIR_S * pairs}
+    progress = Progress(events, expected_s)
+    progress.enter("preparing")
+
+    gpu = _gpu(local, monitor, before) if on_gpu else None
+    device = gpu or _cpu(local)
     out = Output(events, {"gpu": device.index, "uuid": device.uuid})
     for metric, value, context in before.values() if before else ():
         out(metric, value, **context)
     meeting = Meeting.from_environment(job.gpus_per_node)
     with device.named("multiplying matrices"):
-        _soak(job, device, monitor, meeting, out, progress)
+        load = _load(job, device, gpu, meeting, out)
+        if meeting.rank == 0:
+            peers = {"peers": "not measured: GPUs are in exclusive compute mode"} if not shared else {}
+            rows = max(shape.rows for shape in load.shapes)
+            events("used", products=load.name, rows=rows, precisions=", ".join(load.products), **peers)
+        progress.enter("matrix products")
+        meeting.wait()
+        _soak(job, device, monitor, load, out, progress)
+        del load
     device.release()
 
     from runner.workloads.gpu import copies
@@ -104,84 +110,109 @@ def run(job: RankJob, events: Events) -> None:
     out.blocks("hbm_copy_gb_per_s", rates, size_bytes=size_bytes)
     out("wrong_values", wrong, check="copy in memory", seed=job.seed)
     device.release()
-    if on_gpu:
-        gpu: Gpu = device  # type: ignore[assignment]
+    if gpu:
         progress.enter("copies to and from hosts")
-        _host_copies(job, gpu, monitor, meeting, out, progress.at)
+        _host_copies(job, gpu, monitor, meeting, out, progress)
         device.release()
         meeting.wait()
         progress.enter("copies between GPUs")
-        if local == 0 and peers:
-            _pairs(job, gpu, out, lambda done: progress.at(done / peers))
+        if local == 0 and pairs:
+            _pairs(job, gpu, out, lambda done: progress.at(done / pairs))
     progress.enter("")
 
 
-def _device(local: int, monitor: state.Monitor | None, before: state.Before | None, on_gpu: bool) -> Device:
-    from runner.workloads.gpu.device import Cpu, Gpu
+def _cpu(local: int) -> Device:
+    from runner.workloads.gpu.device import Cpu
 
-    if not on_gpu:
-        return Cpu(local)
+    return Cpu(local)
+
+
+def _gpu(local: int, monitor: state.Monitor | None, before: state.Before | None) -> Gpu:
+    from runner.workloads.gpu.device import Gpu
+
     index, uuid = (monitor.index, monitor.uuid) if monitor else (local, None)
     return Gpu(local, index, uuid, before.others if before else "")
 
 
-def _soak(
-    job: RankJob,
-    device: Device,
-    monitor: state.Monitor | None,
-    meeting: Meeting,
-    out: Output,
-    progress: Progress,
-) -> None:
-    """Blocks of matrix products in each precision by turns, for `soak_s`; each result is compared with the first."""
+@dataclass(frozen=True)
+class Load:
+    """The matrix products of a soak: what they are, and by precision how often each is computed in a block."""
+
+    name: str
+    shapes: Sequence[products.Shape]
+    products: Mapping[str, Sequence[products.Repeated]]
+    rounds: Mapping[str, Sequence[int]]
+
+    def run(self, precision: str) -> None:
+        """A block."""
+        for product, times in zip(self.products[precision], self.rounds[precision], strict=True):
+            for _ in range(times):
+                product.run()
+
+    def flop(self, precision: str) -> int:
+        """Of a block."""
+        each = zip(self.products[precision], self.rounds[precision], strict=True)
+        return sum(product.shape.flop * times for product, times in each)
+
+    def wrong_values(self, precision: str) -> int:
+        """Elements of the last results that differ from the first ones in any bit."""
+        return sum(product.wrong_values() for product in self.products[precision])
+
+
+def _load(job: RankJob, device: Device, gpu: Gpu | None, meeting: Meeting, out: Output) -> Load:
+    """Products that are the same on all ranks, so that their rates compare, and their first results as well."""
     from runner.workloads.gpu.device import seconds
 
-    params, model = job.params, job.model or {}
-    free = min(meeting.share(device.free_bytes()))  # of all alike, so that rates compare
-    if job.device == "cuda":
-        name, shapes = products.on_gpu(model, params["rows"], free, device.precisions)
+    model = job.model or {}
+    if gpu:
+        free = min(meeting.numbers(gpu.free_bytes()))
+        name, shapes = products.on_gpu(model, free, device.precisions)
     else:
         name, shapes = products.on_cpu(model)
-    made = {
-        precision: [products.Product(shape, precision, device.place, job.seed + n) for n, shape in enumerate(shapes)]
-        for precision in device.precisions
-    }
-    if meeting.rank == 0:
-        out.events("used", products=name, rows=max(s.rows for s in shapes), precisions=", ".join(device.precisions))
-    block_s = min(max(params["soak_s"] / BLOCKS, BLOCK_S[0]), BLOCK_S[1])
-    rounds = {}
-    for precision, each in made.items():
-        pass_s = sum(seconds(device, p.run, 2) / 2 * p.shape.number for p in each)
-        rounds[precision] = products.repeats(shapes, statistics.median(meeting.share(pass_s)), block_s)
-    rates: dict[str, list[float]] = {precision: [] for precision in made}
-    progress.enter("matrix products")
-    meeting.wait()
+    block_s = min(max(job.params["soak_s"] / BLOCKS, BLOCK_S[0]), BLOCK_S[1])
+    made, rounds = {}, {}
+    for precision in device.precisions:
+        made[precision] = [
+            products.Repeated(shape, precision, device.place, job.seed + place) for place, shape in enumerate(shapes)
+        ]
+        pass_s = sum(seconds(device, each.run, 2) / 2 * each.shape.number for each in made[precision])
+        rounds[precision] = products.repeats(shapes, statistics.median(meeting.numbers(pass_s)), block_s)
+        digest = ",".join(str(each.digest()) for each in made[precision])
+        alike = [text for text in meeting.share(f"{digest} {device.model}") if text.endswith(f" {device.model}")]
+        context = {"precision": precision, "seed": job.seed, "compared": len(alike)}
+        out("wrong_values", odd(f"{digest} {device.model}", alike), check="same product on all", **context)
+    return Load(name, shapes, made, rounds)
+
+
+def odd(mine: str, alike: Sequence[str]) -> bool:
+    """Whether a result is not that of most; where there is no majority, whether there are several."""
+    common, count = Counter(alike).most_common(1)[0]
+    return mine != common if 2 * count > len(alike) else len(set(alike)) > 1
+
+
+def _soak(
+    job: RankJob, device: Device, monitor: state.Monitor | None, load: Load, out: Output, progress: Progress
+) -> None:
+    """Blocks of each precision by turns, for `soak_s`; after each, its last results are compared with the first."""
+    from runner.workloads.gpu.device import seconds
+
+    soak_s, least = job.params["soak_s"], job.params["blocks"]
+    rates: dict[str, list[float]] = {precision: [] for precision in load.products}
     started = time.monotonic()
     with state.Watch(monitor) if monitor else nullcontext() as watch:
-        while (elapsed := time.monotonic() - started) < params["soak_s"] or len(rates[precision]) < params["blocks"]:
-            progress.at(elapsed / params["soak_s"])
-            for precision, each in made.items():
-                block = len(rates[precision])
-                took_s = seconds(device, _all_of(each, rounds[precision]), 1)
-                flop = sum(p.shape.flop * times for p, times in zip(each, rounds[precision], strict=True))
-                rates[precision].append(flop / took_s / 1e12)
-                context = {"precision": precision, "block": block}
-                out("matmul_tflop_per_s", rates[precision][-1], shapes=name, **context)
-                wrong = sum(p.wrong_values() for p in each)
+        while (elapsed := time.monotonic() - started) < soak_s or min(map(len, rates.values())) < least:
+            progress.at(elapsed / soak_s)
+            for precision, values in rates.items():
+                context = {"precision": precision, "block": len(values)}
+                took_s = seconds(device, partial(load.run, precision), 1)
+                values.append(load.flop(precision) / took_s / 1e12)
+                out("matmul_tflop_per_s", values[-1], shapes=load.name, **context)
+                wrong = load.wrong_values(precision)
                 out("wrong_values", wrong, check="repeated product", seed=job.seed, **context)
     for precision, values in rates.items():
         out("matmul_drift_pct", drift_pct(values), precision=precision)
     for metric, value, context in watch.values() if watch else ():
         out(metric, value, **context)
-
-
-def _all_of(each: Sequence[products.Product], rounds: Sequence[int]) -> Callable[[], None]:
-    def run() -> None:
-        for product, times in zip(each, rounds, strict=True):
-            for _ in range(times):
-                product.run()
-
-    return run
 
 
 def drift_pct(values: Sequence[float]) -> float:
@@ -196,7 +227,7 @@ def _host_copies(
     monitor: state.Monitor | None,
     meeting: Meeting,
     out: Output,
-    report: Callable[[float], None],
+    progress: Progress,
 ) -> None:
     """One GPU of each node after the other: its host's memory serves it alone."""
     from runner.workloads.gpu import copies, numa
@@ -207,7 +238,7 @@ def _host_copies(
     with gpu.named(phase):
         host = copies.HostCopies(gpu, size_bytes, job.seed, local)
     for turn, mine in enumerate(meeting.turns()):
-        report(turn / job.gpus_per_node)
+        progress.at(turn / job.gpus_per_node)
         if mine:
             with gpu.named(phase):
                 for metric, place, rates in host.measure(job.params["blocks"]):

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+JOIN_S = 5.0  # NVML may not return from a GPU that is lost
 PERIOD_S = 0.25  # between two readings, each of which takes well under a millisecond
 # NVML's bits of what keeps clocks down, but for an idle GPU. A power cap is usual under matrix products.
 REASONS = {
@@ -117,6 +118,14 @@ class Monitor:
         )
 
     @property
+    def exclusive(self) -> bool:
+        """Whether the GPU lets one process use it only."""
+        import pynvml
+
+        alone = (pynvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD, pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS)
+        return self._read("nvmlDeviceGetComputeMode") in alone
+
+    @property
     def pci(self) -> str | None:
         """The name of the device in /sys/bus/pci/devices."""
         info = self._read("nvmlDeviceGetPciInfo")
@@ -136,9 +145,11 @@ class Monitor:
 
     def sample(self) -> dict[str, float]:
         """Clock in MHz, temperature in °C, power in W, and the bits of `throttle`."""
+        import pynvml
+
         readings = {
-            "sm_clock_mhz": self._read("nvmlDeviceGetClockInfo", 1),
-            "temperature_c": self._read("nvmlDeviceGetTemperature", 0),
+            "sm_clock_mhz": self._read("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            "temperature_c": self._read("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
             "power_w": self._read("nvmlDeviceGetPowerUsage"),
             "throttle": self._read("nvmlDeviceGetCurrentClocksThrottleReasons"),
         }
@@ -148,10 +159,13 @@ class Monitor:
 
     def counters(self) -> dict[str, float]:
         """Errors since the driver was loaded (ECC, PCIe) and rows of memory that were ever replaced, by metric."""
+        import pynvml
+
         rows = self._read("nvmlDeviceGetRemappedRows")
+        ecc, since = "nvmlDeviceGetTotalEccErrors", pynvml.NVML_VOLATILE_ECC
         found = {
-            "ecc_corrected": self._read("nvmlDeviceGetTotalEccErrors", 0, 0),
-            "ecc_uncorrected": self._read("nvmlDeviceGetTotalEccErrors", 1, 0),
+            "ecc_corrected": self._read(ecc, pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, since),
+            "ecc_uncorrected": self._read(ecc, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, since),
             "pcie_replays": self._read("nvmlDeviceGetPcieReplayCounter"),
         }
         if rows:
@@ -161,7 +175,9 @@ class Monitor:
 
     def limits(self) -> Iterator[Value]:
         """What the GPU is allowed: its highest clock in MHz, and the power in W, beside the one it was built for."""
-        if (clock := self._read("nvmlDeviceGetMaxClockInfo", 1)) is not None:
+        import pynvml
+
+        if (clock := self._read("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_SM)) is not None:
             yield "sm_clock_max_mhz", clock, {}
         if (power := self._read("nvmlDeviceGetEnforcedPowerLimit")) is not None:
             usual = self._read("nvmlDeviceGetPowerManagementDefaultLimit")
@@ -204,7 +220,7 @@ class Watch:
 
     def __exit__(self, *failure: object) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(JOIN_S)
 
     def _watch(self) -> None:
         xids = self.monitor.xids()

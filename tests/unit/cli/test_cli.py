@@ -162,6 +162,21 @@ def test_models_and_tests_are_listed_by_help_error_and_completion(option, names)
     assert names[0] in {item.value for item in param.shell_complete(click.Context(bench), names[0][:2])}
 
 
+@pytest.mark.parametrize(
+    ("asked", "planned"),
+    [
+        ((), ["torch", "sft"]),
+        (("--test", "gpu"), ["gpu"]),
+        (("--test", "torch", "--test", "gpu", "--test", "torch"), ["torch", "gpu"]),
+    ],
+    ids=["none is named", "on request", "several"],
+)
+def test_a_run_has_the_tests_that_are_named_or_the_usual_ones(asked, planned):
+    cells = json.loads(run("bench", "-i", "inventory/local", *asked, "--dry-run", "--json").stdout)["cells"]
+    assert [cell["test"] for cell in cells] == planned
+    assert {cell["model"] for cell in cells if TESTS[cell["test"]].model} <= {"tiny"}
+
+
 @pytest.mark.parametrize("on_path", [True, False])
 def test_the_command_that_repeats_a_run_can_be_pasted(on_path, tmp_path):
     """With the program where no PATH finds it, and with what came from the environment."""
