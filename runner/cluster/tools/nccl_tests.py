@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -443,6 +443,8 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
     layout = run.layout or _guess(texts)
     if layout is None:
         return ()
+    if layout.redop and _unnamed(begin, tokens):
+        layout = replace(layout, redop=False)
     redop = root = None
     at = 0
     if layout.redop:
@@ -489,6 +491,11 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
     )
 
 
+def _unnamed(begin: re.Match[str], tokens: Sequence[re.Match[str]]) -> bool:
+    """Whether the column of redop is blank, as hypercube prints it: root follows after as much room as both take."""
+    return bool(tokens) and bool(re.match(r"-?\d+$", tokens[0][0])) and tokens[0].end() - begin.end() >= 16
+
+
 def _guess(texts: Sequence[str]) -> _Layout | None:
     """The layout of a row without a header, by how many numbers it has: two halves, with or without redop and root."""
     redop = bool(texts) and bool(_WORD.match(texts[0]))
@@ -523,7 +530,12 @@ def _aligned(line: str, begin: re.Match[str], halves: Sequence[Sequence[re.Match
         before = ends[-1]
     if all(gap == 1 for half in widths for _, gap in half):
         return True  # somebody has squeezed the blanks
-    return all(a == b or (gap if a > b else other) <= 2 for (a, gap), (b, other) in zip(*widths))
+    # Where only one half is checked, "N/A" stands for the number, a blank narrower.
+    unchecked = [[token[0] == "N/A" for token in half] for half in halves]
+    return all(
+        a == b or (gap if a > b else other) <= 2 or (one != another and abs(a - b) == 1)
+        for (a, gap), (b, other), one, another in zip(*widths, *unchecked)
+    )
 
 
 def _sized(run: _Run, line: str, begin: re.Match[str]) -> bool:

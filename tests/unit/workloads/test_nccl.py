@@ -250,3 +250,32 @@ def test_groups_that_nccl_tests_did_not_make_are_a_failure(split, groups, fails)
     reason = rank.unsplit({"split": split}, 2, 4, output)
     assert bool(reason) is fails and (not fails or "NCCL_TESTS_SPLIT" in reason)
     assert os.linesep not in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("collective", "row", "wrong"),
+    [
+        # sendrecv does not check what it does in place, hypercube has no operator.
+        (
+            "sendrecv",
+            "        4096          1024     float     sum      -1     3.59    1.14    1.14       0     4.58    0.89    0.89"
+            "    N/A",
+            [0, None],
+        ),
+        (
+            "hypercube",
+            "        8192          1024     float              -1     5.90    0.69    0.69       0     6.40    0.64    0.64"
+            "       0",
+            [0, 0],
+        ),
+    ],
+)
+def test_the_rows_of_each_program_are_read(collective, row, wrong):
+    ranks = "".join(
+        f"#  Rank {number:2} Group  0 Pid {number:6} on node001 device {number:2} [0000:1b:00] H200\n"
+        for number in (0, 1)
+    )
+    output = nccl_tests.parse(f"# Collective test starting: {collective}_perf\n{ranks}{HEADER}{row}\n")
+    assert [one.wrong for one in output.measurements] == wrong and output.problems == ()
+    cut = nccl_tests.parse(f"# Collective test starting: {collective}_perf\n{ranks}{HEADER}{row[:38]}{row[50:]}\n")
+    assert cut.measurements == ()
