@@ -220,6 +220,77 @@ KINDS: Mapping[str, Kind] = {
         CONFIGURATION,
         False,
         "compare runner_nics_per_node, runner_nic_gbit_per_s and the hardware file with the nodes",
+    "gpu_wrong_values": Kind(
+        "A GPU computes wrong values",
+        NODE,
+        False,
+        "take the node out of use and run dcgmi diag -r 4 there; if the same GPU errs again, replace it",
+        headline="A GPU computes wrong values",
+    ),
+    "gpu_memory_errors": Kind(
+        "A GPU's memory has errors",
+        NODE,
+        False,
+        "see nvidia-smi -q -d ECC,ROW_REMAPPER there; drain the node and reset the GPU, replace it if rows cannot be "
+        "remapped",
+        headline="A GPU's memory has errors",
+    ),
+    "slow_node": Kind(
+        "All GPUs of a node are slow",
+        NODE,
+        False,
+        "compare its power limits, clocks, driver settings, BIOS and cooling with those of another node",
+        headline="A node is slower than the others",
+    ),
+    "slow_gpu": Kind(
+        "A GPU is slow",
+        NODE,
+        False,
+        "compare nvidia-smi -q of this GPU with a good one's; run the test on its node alone, and replace the GPU if "
+        "it stays slow",
+        headline="A GPU is slower than the others",
+    ),
+    "throttled": Kind(
+        "A GPU is throttled",
+        NODE,
+        False,
+        "see nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE there: its cooling and power supply, and its power limit "
+        "and clock settings",
+        headline="A GPU is throttled",
+    ),
+    "gpu_drift": Kind(
+        "A GPU becomes slower as it works",
+        NODE,
+        False,
+        "run --test gpu --set gpu.soak_s=600 on its node and see its temperature, its fans or its cold plate",
+        headline="A GPU becomes slower as it works",
+    ),
+    "slow_pcie": Kind(
+        "The link between a GPU and its host is slow",
+        NODE,
+        False,
+        "see LnkSta of the GPU in lspci -vv: its width and rate, on every bridge above it; reseat the GPU or its riser",
+        headline="A GPU's link to its host is slow",
+    ),
+    "slow_peer": Kind(
+        "The link between GPUs is slow",
+        NODE,
+        False,
+        "see nvidia-smi nvlink -s and -e there, and the log of the fabric manager; drain the node and reset its GPUs",
+        headline="A link between GPUs is slow",
+    ),
+    "busy_gpu": Kind(
+        "A GPU is used by somebody else",
+        CONFIGURATION,
+        False,
+        "end what uses it, or wait for it, and measure again",
+        headline="A GPU was used by somebody else",
+    ),
+    "below_hardware": Kind(
+        "All GPUs are slower than their hardware allows",
+        NOBODY,
+        False,
+        "see whether runner_hardware names these GPUs, and what limits their power and clocks",
     ),
     "no_records": Kind(
         "Nothing was measured",

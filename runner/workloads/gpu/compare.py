@@ -1,0 +1,205 @@
+"""How the GPUs of a run compare: each against the median of its node and of the cluster, with an interval. Pure.
+
+Blocks of all GPUs run side by side, so that a block is compared with the others' of the same number: what slows all of
+them alike cancels out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from runner.results.records import Record
+from runner.results.statistics import student_quantile
+
+ENOUGH = 3  # of fewer, a median does not show which is the odd one
+CONFIDENCE = 0.95  # that of all comparisons of a kind nobody is outside of its interval
+OUTLIER = 4  # standard deviations below its own median, from where on a single block is a hiccup
+
+Unit = TypeVar("Unit", bound=Hashable)
+Block = tuple[str, int]  # cell id and the block's number
+Series = Mapping[Block, float]
+
+
+class Gpu(NamedTuple):
+    """A GPU: its node, its number there, and its UUID (None for a rank on a CPU)."""
+
+    host: str
+    number: int
+    uuid: str | None = None
+
+    def __str__(self) -> str:
+        return f"GPU {self.number}, {self.uuid}" if self.uuid else f"rank {self.number}"
+
+
+class Pair(NamedTuple):
+    """Two GPUs of a node by their numbers: `source` is read, `target` written."""
+
+    host: str
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A rate by which GPUs are compared, in `unit`: the values of `metric` with this `context`."""
+
+    key: str
+    metric: str
+    name: str
+    unit: str
+    context: Mapping[str, Any]
+
+
+RATES = (
+    Measure("bf16", "matmul_tflop_per_s", "bf16 matmul", "TFLOP/s", {"precision": "bf16"}),
+    Measure("fp8", "matmul_tflop_per_s", "fp8 matmul", "TFLOP/s", {"precision": "fp8"}),
+    Measure("float32", "matmul_tflop_per_s", "float32 matmul", "TFLOP/s", {"precision": "float32"}),
+    Measure("hbm", "hbm_copy_gb_per_s", "memory copy", "GB/s", {}),
+)
+LINKS = (
+    Measure("to_gpu", "host_to_device_gb_per_s", "host to GPU", "GB/s", {}),
+    Measure("to_host", "device_to_host_gb_per_s", "GPU to host", "GB/s", {}),
+)
+
+
+def gpu_of(record: Record) -> Gpu:
+    """The GPU that a record is of; its rank where it does not say."""
+    return Gpu(str(record.host), int(record.context.get("gpu", record.rank or 0)), record.context.get("uuid"))
+
+
+def by_gpu(records: Iterable[Record], measure: Measure) -> dict[Gpu, dict[Block, float]]:
+    """GPU -> block -> value. Copies over the host count where the buffer was nearest to the GPU."""
+    near: dict[tuple[Gpu, Block], tuple[bool, float]] = {}
+    for record in records:
+        context = record.context
+        if record.metric == measure.metric and all(context.get(k) == v for k, v in measure.context.items()):
+            key = gpu_of(record), (record.cell, int(context.get("block", 0)))
+            is_near = context.get("local") is not False
+            if key not in near or is_near > near[key][0]:
+                near[key] = is_near, record.value
+    found: dict[Gpu, dict[Block, float]] = defaultdict(dict)
+    for (gpu, block), (_, value) in near.items():
+        found[gpu][block] = value
+    return dict(found)
+
+
+def by_pair(records: Iterable[Record]) -> dict[Pair, dict[Block, float]]:
+    """Pair of GPUs -> block -> GB/s."""
+    found: dict[Pair, dict[Block, float]] = defaultdict(dict)
+    for record in records:
+        if record.metric == "peer_gb_per_s" and record.host:
+            pair = Pair(record.host, int(record.context["source"]), int(record.context["target"]))
+            found[pair][record.cell, int(record.context.get("block", 0))] = record.value
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a value is from a median: `share` of it (-0.12: 12 % under), with the interval `low` to `high`.
+
+    `value` and `reference` are medians over blocks, in the measure's unit. Without enough blocks the interval is
+    everything.
+    """
+
+    share: float
+    low: float
+    high: float
+    value: float
+    reference: float
+
+    def under(self, threshold: float) -> bool:
+        """Whether it is more than `threshold` under, by its value alone."""
+        return self.share < -threshold
+
+    def surely_under(self, threshold: float) -> bool:
+        """Whether the whole interval is more than `threshold` under."""
+        return self.high < -threshold
+
+
+def distances(values: Mapping[Unit, Series], comparisons: int) -> dict[Unit, Distance]:
+    """Each unit's distance from the median of all, by block.
+
+    Of an even number the median is the higher of the two in the middle: hardware is slower than it should be, not
+    faster, so that half of the units are found as well. `comparisons` is the number of all that are made beside each
+    other: intervals are wide enough for all of them together. Noise is that of all units (the median of their standard
+    deviations), or of the unit itself where that is larger, so that five blocks that agree by luck prove nothing.
+    """
+    reference = _per_block(values, statistics.median_high)
+    logs = {
+        unit: [math.log(value / reference[block]) for block, value in series.items() if value > 0]
+        for unit, series in values.items()
+    }
+    logs = {unit: each for unit, each in logs.items() if each}
+    counts = [len(each) for each in logs.values() if len(each) > 1]
+    # The median of sample deviations is below the true one, by Wilson and Hilferty's approximation of chi-squared.
+    degrees = statistics.median(counts) - 1 if counts else 0
+    typical = statistics.median(statistics.stdev(each) for each in logs.values() if len(each) > 1) if counts else 0.0
+    noise = typical / (1 - 2 / (9 * degrees)) ** 1.5 if degrees else 0.0
+    found = {}
+    for unit, each in logs.items():
+        # A block far below the unit's others is a hiccup: it says nothing about the others, in either direction.
+        floor = statistics.median(each) - OUTLIER * noise
+        kept = [max(one, floor) for one in each]
+        middle, half = statistics.fmean(kept), math.inf
+        if len(kept) >= ENOUGH:
+            own = statistics.stdev(kept)
+            alike = own <= 2 * noise
+            freedom = max(degrees, len(logs) * degrees / 2) if alike else len(kept) - 1
+            t = student_quantile(1 - (1 - CONFIDENCE) / 2 / max(1, comparisons), freedom)
+            half = t * max(own, noise) / math.sqrt(len(kept))
+        value = statistics.median(values[unit].values())
+        base = statistics.median(reference[block] for block in values[unit])
+        found[unit] = Distance(
+            math.expm1(middle), math.expm1(middle - half), math.expm1(min(middle + half, 100.0)), value, base
+        )
+    return found
+
+
+def _per_block(values: Mapping[Unit, Series], middle: Callable[[Sequence[float]], float]) -> dict[Block, float]:
+    blocks: dict[Block, list[float]] = defaultdict(list)
+    for series in values.values():
+        for block, value in series.items():
+            blocks[block].append(value)
+    return {block: middle(each) or 1.0 for block, each in blocks.items()}
+
+
+def node_series(values: Mapping[Gpu, Series]) -> dict[str, dict[Block, float]]:
+    """Node -> block -> the median of its GPUs."""
+    nodes: dict[str, dict[Gpu, Series]] = defaultdict(dict)
+    for gpu, series in values.items():
+        nodes[gpu.host][gpu] = series
+    return {host: _per_block(own, statistics.median_high) for host, own in nodes.items()}
+
+
+def slowed(values: Mapping[Gpu, Series], comparisons: int) -> dict[Gpu, Distance]:
+    """How far each GPU's last fifth of blocks is from its first fifth, beside what the others changed by.
+
+    `value` and `reference` are the GPU's own medians of the last and the first fifth. Empty below ten blocks a cell.
+    """
+    reference = _per_block(values, statistics.median_high)
+    changes: dict[Gpu, dict[Block, float]] = {}
+    ends: dict[Gpu, tuple[float, float]] = {}
+    for gpu, series in values.items():
+        cells: dict[str, list[Block]] = defaultdict(list)
+        for block in sorted(series):
+            cells[block[0]].append(block)
+        pairs: dict[Block, float] = {}
+        first: list[float] = []
+        last: list[float] = []
+        for cell, blocks in cells.items():
+            fifth = len(blocks) // 5
+            if fifth < 2:
+                continue
+            for number, (begin, end) in enumerate(zip(blocks[:fifth], blocks[-fifth:], strict=True)):
+                pairs[cell, number] = (series[end] / reference[end]) / (series[begin] / reference[begin])
+                first.append(series[begin])
+                last.append(series[end])
+        if pairs:
+            changes[gpu] = pairs
+            ends[gpu] = statistics.median(last), statistics.median(first)
+    return {gpu: Distance(d.share, d.low, d.high, *ends[gpu]) for gpu, d in distances(changes, comparisons).items()}
