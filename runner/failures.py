@@ -220,12 +220,13 @@ KINDS: Mapping[str, Kind] = {
         CONFIGURATION,
         False,
         "compare runner_nics_per_node, runner_nic_gbit_per_s and the hardware file with the nodes",
+    ),
     "gpu_wrong_values": Kind(
-        "A GPU computes wrong values",
+        "A GPU gives wrong values",
         NODE,
         False,
         "take the node out of use and run dcgmi diag -r 4 there; if the same GPU errs again, replace it",
-        headline="A GPU computes wrong values",
+        headline="A GPU gives wrong values",
     ),
     "gpu_memory_errors": Kind(
         "A GPU's memory has errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -27,6 +28,7 @@ def spread(values: Sequence[float]) -> float:
     return statistics.median(abs(value - middle) for value in values)
 
 
+@lru_cache(maxsize=256)
 def student_quantile(p: float, degrees: float) -> float:
     """The quantile of Student's t distribution with at least one degree of freedom, for 0.5 <= p < 1.
 
@@ -36,14 +38,14 @@ def student_quantile(p: float, degrees: float) -> float:
     if degrees >= 200:
         return statistics.NormalDist().inv_cdf(p)
 
-    def area(end: float, parts: int = 200) -> float:
+    def area(end: float, parts: int = 100) -> float:
         step = end / parts
         heights = [max(0.0, math.cos(step * i)) ** (degrees - 1) for i in range(parts + 1)]
         return step / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]))
 
     wanted = (2 * p - 1) * area(math.pi / 2)
     low, high = 0.0, math.pi / 2
-    for _ in range(50):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if area(middle) < wanted else (low, middle)
     return math.sqrt(degrees) * math.tan(low)

@@ -43,6 +43,9 @@ class Pair(NamedTuple):
     source: int
     target: int
 
+    def __str__(self) -> str:
+        return f"GPU {self.source} to GPU {self.target}"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -72,6 +75,13 @@ def gpu_of(record: Record) -> Gpu:
     return Gpu(str(record.host), int(record.context.get("gpu", record.rank or 0)), record.context.get("uuid"))
 
 
+def pair_of(record: Record) -> Pair | None:
+    """The two GPUs that a record is of; None for one that is of a single GPU."""
+    if "source" not in record.context or "target" not in record.context:
+        return None
+    return Pair(str(record.host), int(record.context["source"]), int(record.context["target"]))
+
+
 def by_gpu(records: Iterable[Record], measure: Measure) -> dict[Gpu, dict[Block, float]]:
     """GPU -> block -> value. Copies over the host count where the buffer was nearest to the GPU."""
     near: dict[tuple[Gpu, Block], tuple[bool, float]] = {}
@@ -92,8 +102,7 @@ def by_pair(records: Iterable[Record]) -> dict[Pair, dict[Block, float]]:
     """Pair of GPUs -> block -> GB/s."""
     found: dict[Pair, dict[Block, float]] = defaultdict(dict)
     for record in records:
-        if record.metric == "peer_gb_per_s" and record.host:
-            pair = Pair(record.host, int(record.context["source"]), int(record.context["target"]))
+        if record.metric == "peer_gb_per_s" and (pair := pair_of(record)):
             found[pair][record.cell, int(record.context.get("block", 0))] = record.value
     return dict(found)
 
@@ -135,29 +144,45 @@ def distances(values: Mapping[Unit, Series], comparisons: int) -> dict[Unit, Dis
         for unit, series in values.items()
     }
     logs = {unit: each for unit, each in logs.items() if each}
-    counts = [len(each) for each in logs.values() if len(each) > 1]
-    # The median of sample deviations is below the true one, by Wilson and Hilferty's approximation of chi-squared.
-    degrees = statistics.median(counts) - 1 if counts else 0
-    typical = statistics.median(statistics.stdev(each) for each in logs.values() if len(each) > 1) if counts else 0.0
-    noise = typical / (1 - 2 / (9 * degrees)) ** 1.5 if degrees else 0.0
+    noise, degrees = _noise([(statistics.stdev(each), len(each) - 1) for each in logs.values() if len(each) > 1])
     found = {}
     for unit, each in logs.items():
         # A block far below the unit's others is a hiccup: it says nothing about the others, in either direction.
         floor = statistics.median(each) - OUTLIER * noise
         kept = [max(one, floor) for one in each]
-        middle, half = statistics.fmean(kept), math.inf
-        if len(kept) >= ENOUGH:
-            own = statistics.stdev(kept)
-            alike = own <= 2 * noise
-            freedom = max(degrees, len(logs) * degrees / 2) if alike else len(kept) - 1
-            t = student_quantile(1 - (1 - CONFIDENCE) / 2 / max(1, comparisons), freedom)
-            half = t * max(own, noise) / math.sqrt(len(kept))
+        own = statistics.stdev(kept) if len(kept) >= ENOUGH else math.inf
+        half = _half(own, len(kept) - 1, noise, degrees, comparisons) / math.sqrt(len(kept))
         value = statistics.median(values[unit].values())
         base = statistics.median(reference[block] for block in values[unit])
-        found[unit] = Distance(
-            math.expm1(middle), math.expm1(middle - half), math.expm1(min(middle + half, 100.0)), value, base
-        )
+        found[unit] = _distance(statistics.fmean(kept), half, value, base)
     return found
+
+
+def _noise(deviations: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The usual standard deviation of units, from each one's own with its degrees of freedom; and its own degrees.
+
+    The median withstands units that are noisier than the others. That of sample deviations is below the true one, by
+    Wilson and Hilferty's approximation of chi-squared. Half of the degrees pay for the median's lower efficiency.
+    """
+    if not deviations:
+        return 0.0, 0.0
+    degrees = statistics.median(freedom for _, freedom in deviations)
+    typical = statistics.median(deviation for deviation, _ in deviations)
+    return typical / (1 - 2 / (9 * degrees)) ** 1.5, max(degrees, len(deviations) * degrees / 2)
+
+
+def _half(own: float, freedom: int, noise: float, degrees: float, comparisons: int) -> float:
+    """Half of an interval, in which a unit's `own` deviation counts where it is far above the usual `noise`."""
+    if math.isinf(own):
+        return math.inf
+    by = degrees if own <= 2 * noise else freedom
+    return student_quantile(1 - (1 - CONFIDENCE) / 2 / max(1, comparisons), by) * max(own, noise)
+
+
+def _distance(middle: float, half: float, value: float, reference: float) -> Distance:
+    """From logarithms."""
+    high = math.inf if math.isinf(half) else math.expm1(middle + half)
+    return Distance(math.expm1(middle), math.expm1(middle - half), high, value, reference)
 
 
 def _per_block(values: Mapping[Unit, Series], middle: Callable[[Sequence[float]], float]) -> dict[Block, float]:
@@ -177,29 +202,37 @@ def node_series(values: Mapping[Gpu, Series]) -> dict[str, dict[Block, float]]:
 
 
 def slowed(values: Mapping[Gpu, Series], comparisons: int) -> dict[Gpu, Distance]:
-    """How far each GPU's last fifth of blocks is from its first fifth, beside what the others changed by.
+    """How much each GPU changed from the first to the last block, beside what the others changed by.
 
-    `value` and `reference` are the GPU's own medians of the last and the first fifth. Empty below ten blocks a cell.
+    It is the slope of a straight line through the blocks of each cell. `value` and `reference` are the GPU's own
+    medians of the last and of the first fifth. Empty for fewer than five blocks.
     """
     reference = _per_block(values, statistics.median_high)
-    changes: dict[Gpu, dict[Block, float]] = {}
+    slopes: dict[Gpu, tuple[float, float, float, int]] = {}
     ends: dict[Gpu, tuple[float, float]] = {}
     for gpu, series in values.items():
         cells: dict[str, list[Block]] = defaultdict(list)
         for block in sorted(series):
-            cells[block[0]].append(block)
-        pairs: dict[Block, float] = {}
-        first: list[float] = []
-        last: list[float] = []
-        for cell, blocks in cells.items():
+            if series[block] > 0:
+                cells[block[0]].append(block)
+        points: list[tuple[float, float]] = []  # (place in the cell, -0.5 to 0.5; how far from the cell's mean)
+        first, last = [], []
+        for blocks in (blocks for blocks in cells.values() if len(blocks) >= 5):
+            logs = [math.log(series[block] / reference[block]) for block in blocks]
+            middle = statistics.fmean(logs)
+            points += [(i / (len(logs) - 1) - 0.5, one - middle) for i, one in enumerate(logs)]
             fifth = len(blocks) // 5
-            if fifth < 2:
-                continue
-            for number, (begin, end) in enumerate(zip(blocks[:fifth], blocks[-fifth:], strict=True)):
-                pairs[cell, number] = (series[end] / reference[end]) / (series[begin] / reference[begin])
-                first.append(series[begin])
-                last.append(series[end])
-        if pairs:
-            changes[gpu] = pairs
+            first += [series[block] for block in blocks[:fifth]]
+            last += [series[block] for block in blocks[-fifth:]]
+        if points:
+            lever = sum(x * x for x, _ in points)
+            slope = sum(x * y for x, y in points) / lever
+            freedom = max(1, len(points) - 1 - len(cells))
+            own = math.sqrt(sum((y - slope * x) ** 2 for x, y in points) / freedom)
+            slopes[gpu] = slope, lever, own, freedom
             ends[gpu] = statistics.median(last), statistics.median(first)
-    return {gpu: Distance(d.share, d.low, d.high, *ends[gpu]) for gpu, d in distances(changes, comparisons).items()}
+    noise, degrees = _noise([(own, freedom) for _, _, own, freedom in slopes.values()])
+    return {
+        gpu: _distance(slope, _half(own, freedom, noise, degrees, comparisons) / math.sqrt(lever), *ends[gpu])
+        for gpu, (slope, lever, own, freedom) in slopes.items()
+    }

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.results.records import Record
+from runner.results.statistics import spread as spread_of
 from runner.system.wording import counted
 from runner.workloads.gpu import compare
 from runner.workloads.gpu.compare import Gpu
 
 LOWER = 0.95  # of the others' clock or power limit: below it explains
-EXCESS_PCT = 5.0  # points of the time that a reason is active beyond the others' median: that explains
+# Points of the time that a reason is active beyond the others' median, from where on it explains: of heat and of faulty
+# power supply, and of what healthy GPUs have as well. It also has to be as many of their deviations away.
+EXCESS_PCT, EXCESS_OF_USUAL_PCT, SPREADS = 5.0, 20.0, 5.0
+USUAL = {"sw_power_cap", "sync_boost", "applications_clocks", "display_clocks"}
 USED_MEMORY = 0.05  # of a GPU's memory, taken before the test began: somebody else uses it
 USED_PCT = 5.0  # utilisation before the test began: likewise
 # Of several cells the lowest is kept of these, the highest of all others.
@@ -81,16 +85,21 @@ class Condition:
             return "busy_gpu", used
         because = []
         for (metric, reason), share in self.values.items():
-            if metric == "throttle_share_pct" and reason != "gpu_idle":
-                usual = _median(other.get(metric, reason) for other in others) or 0.0
-                if share >= usual + EXCESS_PCT:
-                    because.append(f"{reason} in {share:.0f} % of the time, of the others in {usual:.0f} %")
+            if metric != "throttle_share_pct" or reason == "gpu_idle":
+                continue
+            usual, spread = _usual(other.get(metric, reason) for other in others)
+            if usual is None and reason in USUAL:
+                continue
+            excess = EXCESS_OF_USUAL_PCT if reason in USUAL else EXCESS_PCT
+            if share >= (usual or 0.0) + max(excess, SPREADS * spread):
+                rest = f", of the others in {usual:.0f} %" if usual is not None else ""
+                because.append(f"{reason} in {share:.0f} % of the time{rest}")
         clock = self.get("sm_clock_mhz", "mean")
-        usual_clock = _median(other.get("sm_clock_mhz", "mean") for other in others)
-        if clock and usual_clock and clock < LOWER * usual_clock:
-            because.append(f"its clock was {clock:,.0f} MHz, the others' {usual_clock:,.0f} MHz")
+        usual, spread = _usual(other.get("sm_clock_mhz", "mean") for other in others)
+        if clock and usual and clock < min(LOWER * usual, usual - SPREADS * spread):
+            because.append(f"its clock was {clock:,.0f} MHz, the others' {usual:,.0f} MHz")
         limit, default = self.get("power_limit_w"), self.contexts.get("power_limit_w", {}).get("default_w")
-        usual_limit = _median(other.get("power_limit_w") for other in others) or default
+        usual_limit = _usual(other.get("power_limit_w") for other in others)[0] or default
         if limit and usual_limit and limit < LOWER * usual_limit:
             because.append(f"its power limit is {limit:,.0f} W instead of {usual_limit:,.0f} W")
         if because and (hottest := self.get("temperature_c", "max")) is not None:
@@ -122,6 +131,7 @@ def conditions(records: Iterable[Record]) -> dict[Gpu, Condition]:
     }
 
 
-def _median(values: Iterable[float | None]) -> float | None:
+def _usual(values: Iterable[float | None]) -> tuple[float | None, float]:
+    """(median of those that are known, None without any; their median absolute deviation)."""
     known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+    return (statistics.median(known), spread_of(known)) if known else (None, 0.0)

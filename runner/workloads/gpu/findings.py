@@ -91,30 +91,21 @@ class _Group:
     # --- what needs no comparison -------------------------------------------------------------------------
 
     def _wrong(self) -> Iterator[tuple[Key, Suspect]]:
-        wrong: dict[Gpu, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        """GPUs that gave wrong values, and pairs of GPUs between which they came to be."""
+        wrong: dict[Gpu | Pair, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
         for record in self._records:
             if record.metric == "wrong_values" and record.value > 0:
                 context = record.context
-                words = [str(context[key]) for key in ("check", "precision") if context.get(key)]
-                if "source" in context and "target" in context:
-                    words.append(f"from GPU {context['source']} to GPU {context['target']}")
-                wrong[compare.gpu_of(record)][" ".join(words)].append(record)
-        for gpu, checks in wrong.items():
+                check = " ".join(str(context[key]) for key in ("check", "precision") if context.get(key))
+                wrong[compare.pair_of(record) or compare.gpu_of(record)][check].append(record)
+        for of, checks in wrong.items():
             texts = []
             for check, records in checks.items():
                 seeds = ", ".join(dict.fromkeys(str(r.context["seed"]) for r in records if "seed" in r.context))
                 count = counted(round(sum(record.value for record in records)), "wrong element")
                 texts.append(f"{check}: {count}" + (f" with seed {seeds}" if seeds else ""))
-            yield (
-                ("wrong", gpu),
-                Suspect(
-                    "gpu_wrong_values",
-                    self._where(gpu),
-                    f"{gpu}: {'; '.join(texts)}, where each repetition must give the same bits",
-                    "high",
-                    gpu.host,
-                ),
-            )
+            text = f"{of}: {'; '.join(texts)}, where every repetition and copy must be the same in every bit"
+            yield ("wrong", of), Suspect("gpu_wrong_values", self._where(of), text, "high", of.host)
 
     def _errors(self) -> Iterator[tuple[Key, Suspect]]:
         for gpu, state in self._states.items():
@@ -149,13 +140,12 @@ class _Group:
             for values in self._families(measure):
                 self._compare(measure, values, under, nodes, unknown)
         for host, texts in nodes.items():
-            own = [gpu for gpu in self._states if gpu.host == host]
+            own = self._of(host)
             explained = [why for gpu in own if (why := self._explained(gpu))]
             kind = "throttled" if len(explained) >= MOST * len(own) else "slow_node"
             because = f"; {explained[0][1]}" if kind == "throttled" else ""
             text = f"all its GPUs together: {'; '.join(texts)}{because}"
-            where = f"{self._cells}: all {len(own)} GPUs"
-            yield ("slow node", host), Suspect(kind, where, text, "high" if because else "medium", host)
+            yield ("slow node", host), Suspect(kind, self._whole(host), text, "high" if because else "medium", host)
             slow.update(dict.fromkeys(own, texts))
         for gpu, found in under.items():
             slow[gpu] = [one.text for one in found]
@@ -278,7 +268,7 @@ class _Group:
         narrow = {gpu: text for gpu, state in self._states.items() if (text := state.narrow_link())}
         for host, texts in nodes.items():
             text = f"all its GPUs together: {'; '.join(texts)}"
-            yield ("links", host), Suspect("slow_pcie", f"{self._cells}: all GPUs", text, "medium", host)
+            yield ("links", host), Suspect("slow_pcie", self._whole(host), text, "medium", host)
         if narrow and len(narrow) == len(self._states):
             example = next(iter(narrow.values()))
             text = f"the links of all GPUs are below what they can be: {example}"
@@ -345,12 +335,13 @@ class _Group:
                     continue  # told with the other direction
                 way = "and back" if back in bad else "alone"
                 text = (
-                    f"GPU {pair.source} to GPU {pair.target} {way}: {distance.value:,.0f} GB/s, "
+                    f"{pair} {way}: {distance.value:,.0f} GB/s, "
                     f"{_percent(distance)} the median of such pairs ({distance.reference:,.0f} GB/s)"
                 )
                 sure = distance.surely_under(UNDER)
-                where = f"{self._cells}: GPU {pair.source} to GPU {pair.target}"
-                suspect = Suspect("slow_peer", where, text, "medium" if sure else "low", host, observation=not sure)
+                suspect = Suspect(
+                    "slow_peer", self._where(pair), text, "medium" if sure else "low", host, observation=not sure
+                )
                 yield ("pair", pair), suspect
 
     def _bad_peer(self, host: str, number: int, pairs: Mapping[Pair, Distance]) -> tuple[Key, Suspect]:
@@ -414,8 +405,14 @@ class _Group:
     def _family(self, gpu: Gpu) -> str:
         return self._names.get((gpu.host, gpu.number), "")
 
-    def _where(self, gpu: Gpu) -> str:
-        return f"{self._cells}: {gpu}"
+    def _of(self, host: str) -> list[Gpu]:
+        return [gpu for gpu in self._states if gpu.host == host]
+
+    def _whole(self, host: str) -> str:
+        return f"{self._cells}: all {len(self._of(host))} GPUs"
+
+    def _where(self, of: Gpu | Pair) -> str:
+        return f"{self._cells}: {of}"
 
     def _one_of_two(self, kind: str, gpu: Gpu, one: _Under) -> Suspect:
         text = f"{gpu} of {gpu.host}: {one.text}; two GPUs do not show which of them is the odd one"
