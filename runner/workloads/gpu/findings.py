@@ -409,7 +409,7 @@ class _Group:
         return [gpu for gpu in self._states if gpu.host == host]
 
     def _whole(self, host: str) -> str:
-        return f"{self._cells}: all {len(self._of(host))} GPUs"
+        return f"{self._cells}: all {counted(len(self._of(host)), 'GPU')}"
 
     def _where(self, of: Gpu | Pair) -> str:
         return f"{self._cells}: {of}"
