@@ -114,10 +114,11 @@ _ROW = re.compile(rf"(?<![\w.+,/-])(\d+)[ \t]+(\d+)[ \t]+({'|'.join(_ELEMENT_BYT
 _HEADER = re.compile(r"#\s+((?:size|bytes)\s+(?:count|N)\s+type\s.*)")
 _PLACES = re.compile(r"#\s+((?:out-of-place|in-place)\b.*)")
 _PARAMETERS = re.compile(r"nThreads?:? \d+ nGpus:? \d+ ")
-_VERSION = re.compile(r"# nccl-tests version (\S+)(?: .*nccl-library=(\d+))?|rccl-tests: Version (\S+)")
+_VERSION = re.compile(r"# nccl-tests version (\S+)(?: .*nccl-library=(\d+))?")
+_RCCL_VERSION = re.compile(r"rccl-tests: Version (\S+)")
 _STARTING = re.compile(r"# Collective test starting: (\w+?)(?:_perf)?\s*$")
 _BINARY = re.compile(rf"\b({'|'.join(COLLECTIVES)})_perf\b")
-_NCCL_VERSION = re.compile(r"\bR?CCL version (\d+\.\d+\S*)|\bNCCL version (\d+\.\d+\S*)")
+NCCL_VERSION = re.compile(r"\b[NR]CCL version(?: ?:)? (\d+\.\d+\S*)")
 _DEVICE = re.compile(
     r"#\s+Rank\s+(\d+)(?:\s+Group\s+(\d+))?(?:\s+Pid\s+(\d+))?\s+on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]+)\]\s*(.*?)\s*$"
 )
@@ -376,9 +377,11 @@ class Reader:
         run = self._runs[-1]
         if version := _VERSION.search(line):
             run = self._begin(1)
-            run.version = version[1] or version[3]
+            run.version = version[1]
             if version[2]:
                 run.library = _of_code(int(version[2]))
+        elif version := _RCCL_VERSION.search(line):
+            run.version = version[1]
         elif starting := _STARTING.search(line):
             run = self._begin(2)
             run.collective = starting[1]
@@ -407,8 +410,8 @@ class Reader:
             run.out_of_bounds, run.begun = bounds[2] == "FAILED" or int(bounds[1]) > 0, 4
         elif average := _AVERAGE.search(line):
             run.average = float(average[1])
-        elif version := _NCCL_VERSION.search(line):
-            run.nccl_version = version[1] or version[2]
+        elif version := NCCL_VERSION.search(line):
+            run.nccl_version = version[1]
         elif failure := _FAILURE.search(line):
             run.failures[f"{failure[1]}: {failure[2]} failure: {failure[3].strip(' /')}"] = None
         elif relay := _RELAY.search(line):
@@ -574,13 +577,10 @@ def _sized(run: _Run, line: str, begin: re.Match[str]) -> bool:
     if run.collective == "alltoallv":
         return size >= count * element
     ratio, rest = divmod(size, count * element)
+    if rest or ratio < 2:
+        return not rest and ratio == 1
     padded = len(line[: begin.end(1)]) - len(line[: begin.start(1)].rstrip(" ")) >= 12
-    squeezed = begin.start(2) - begin.end(1) == 1
-    counted = squeezed or begin.end(2) - begin.end(1) >= 14
-    if rest or not counted or not ratio:
-        return False
-    if ratio == 1:
-        return True
+    padded = padded and begin.end(2) - begin.end(1) >= 14
     known = run.ratio or run.ranks()
     if padded and run.ratio is None:
         run.ratio = ratio
