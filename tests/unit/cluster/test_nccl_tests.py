@@ -1,5 +1,6 @@
 """What nccl-tests and rccl-tests print, in every layout, torn, interleaved and labelled."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,10 +168,11 @@ def test_a_torn_row_is_no_measurement_and_the_others_remain(drawn, data):
         "tail": line[:start],
         "other": line[:start] + "Warning: something 12 " + line[start:],
         "broken": line[:start] + "\n" + line[start:],
-        "merged": line[:start] + lines[i - 1].rstrip("\n")[end:],
+        "merged": line[:start] + lines[i - 1].rstrip("\n"),
     }[how]
     output = nccl_tests.parse(WIDE + "".join(lines[:i]) + torn + "\n" + "".join(lines[i + 1 :]) + FOOTER)
-    assert set(output.measurements) <= set(whole)
+    # A sign that is lost before the root leaves a row that is possible: nothing else of it may be wrong.
+    assert {replace(each, root=None) for each in output.measurements} <= set(whole)
     rest = [each for j, each in enumerate(whole) if j // 2 != i]
     assert set(rest) <= set(output.measurements)
 
