@@ -22,7 +22,14 @@ from runner.report import chart, figures, sections, terminal
 from runner.report.page import write
 from runner.workloads.registry import TESTS
 
-RUNS = {"healthy": report_fixture.healthy, "testbed": report_fixture.testbed, "broken": report_fixture.broken}
+RUNS = {
+    "healthy": report_fixture.healthy,
+    "testbed": report_fixture.testbed,
+    "broken": report_fixture.broken,
+    "nccl": report_fixture.nccl,
+    "nccl-sockets": report_fixture.nccl_sockets,
+    "nccl-slow-rail": report_fixture.nccl_slow_rail,
+}
 HOSTILE = "<script>alert('x')</script>"
 
 
