@@ -54,7 +54,12 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     groups = _groups(cells)
     below = f"{100 * metrics.LOW:.0f} %"
     if rows := _rows(groups, _busbw):
-        columns = {BEFORE: BEFORE, **{label(name): label(name) for name in MAIN}, "below": "below"}
+        columns = {
+            BEFORE: "GB/s, nodes",
+            "state": "state",
+            **{label(name): label(name) for name in MAIN},
+            "below": "below",
+        }
         terms = [("busbw_gb_per_s", "GB/s"), ("ceiling", "ceiling")]
         remark = f"the highest of all sizes, with its share of the ceiling; ✕: below {below} at some sizes."
         found.append(Table(rows, columns, terms, remark, words=("below",)))
@@ -70,7 +75,8 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     if rows := _rows(together, _time):
         found.append(Table(rows, {}, [("latency_us_mean", "time of one operation, µs")], "at the smallest size."))
     if rows := _rails(groups):
-        columns = {key: key for key in rows[0]} if len(rows[0]) <= 10 else {}
+        columns = {key: key for key in (BEFORE, "collective", "state")}
+        columns |= {"median": "median rail, GB/s", "slowest": "slowest rail"}
         remark = "the highest of all sizes of each GPU's rail, while all rails work; its distance from their median."
         found.append(Table(rows, columns, [("rail", "rail"), ("busbw_gb_per_s", "GB/s")], remark))
     if rows := _transports(groups):
@@ -199,17 +205,23 @@ def _slow(rails: Mapping[int, float]) -> set[int]:
     return {rail for rail, busbw in rails.items() if busbw < findings.SLOW_RAIL * best}
 
 
+def _distance(value: float, middle: float) -> str:
+    """How far a value is from the median, in brackets; empty where that is little."""
+    away = 100 * (value / middle - 1) if middle else 0.0
+    return f" ({away:+.0f} %)".replace("-", "−") if abs(away) >= FAR else ""
+
+
 def _rails(groups: Mapping[tuple[int, str], Sequence[Row]]) -> list[dict[str, str]]:
     rows = []
     for (nodes, split), cells in groups.items():
         for name, rails in _rails_of(cells).items() if split == RAIL else ():
             middle, slow = statistics.median(rails.values()), _slow(rails)
-            row = {BEFORE: str(nodes), "collective": label(name), "state": _state(cells)}
-            for rail, busbw in rails.items():
-                away = 100 * (busbw / middle - 1) if middle else 0.0
-                far = f" ({away:+.0f} %)".replace("-", "−") if abs(away) >= FAR else ""
-                row[f"rail {rail}"] = ("✕ " if rail in slow else "") + number(busbw) + far
-            rows.append(row)
+            shown = {rail: number(busbw) + _distance(busbw, middle) for rail, busbw in rails.items()}
+            last = min(rails, key=lambda rail: rails[rail])
+            many = f"{len(slow)} rails, " if len(slow) > 1 else ""
+            row = {BEFORE: str(nodes), "collective": label(name), "state": _state(cells), "median": number(middle)}
+            row["slowest"] = ("✕ " if slow else "") + f"{many}rail {last}: {shown[last]}"
+            rows.append(row | {f"rail {rail}": ("✕ " if rail in slow else "") + text for rail, text in shown.items()})
     if len({row["collective"] for row in rows}) == 1:
         rows = [{key: value for key, value in row.items() if key != "collective"} for row in rows]
     return without_empty(rows)

@@ -66,8 +66,8 @@ def _columns(shown: Table) -> list[dict[str, str]]:
     import textwrap
 
     keys = [key for key in shown.rows[0] if key in shown.columns]
-    widths = [
-        max(len(shown.columns[key]), *(len(_cut(row[key])) for row in shown.rows))
+    widths = [  # tabulate leaves two columns after a header
+        max(len(shown.columns[key]) + 2, *(len(_cut(row[key])) for row in shown.rows))
         for key in keys
         if key not in shown.words
     ]
