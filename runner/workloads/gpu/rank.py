@@ -179,15 +179,17 @@ def _load(job: RankJob, device: Device, gpu: Gpu | None, meeting: Meeting, out: 
         rounds[precision] = products.repeats(shapes, statistics.median(meeting.share(pass_s)), block_s)
         digests = [each.digest() for each in made[precision]]
         alike = [theirs for model, theirs in meeting.share([device.model, digests]) if model == device.model]
-        context = {"precision": precision, "seed": job.seed, "compared": len(alike)}
-        out("wrong_values", odd(digests, alike), check="same product on all", **context)
+        others, majority = odd(digests, alike)
+        context = {"precision": precision, "seed": job.seed, "compared": len(alike), "majority": majority}
+        out("wrong_values", others, check="same product on all", **context)
     return Load(name, shapes, made, rounds)
 
 
-def odd(mine: Sequence[int], alike: Sequence[Sequence[int]]) -> bool:
-    """Whether a result is not that of most; where there is no majority, whether there are several."""
+def odd(mine: Sequence[int], alike: Sequence[Sequence[int]]) -> tuple[bool, bool]:
+    """(Whether a result is not that of most, or that there is no such; whether most have the same)."""
     common, count = max(((each, alike.count(each)) for each in alike), key=lambda found: found[1])
-    return mine != common if 2 * count > len(alike) else count < len(alike)
+    majority = 2 * count > len(alike)
+    return mine != common or not majority, majority
 
 
 def _soak(
