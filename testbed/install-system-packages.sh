@@ -14,6 +14,8 @@ if [[ ${1:-} == python ]]; then
 else
     # podman alone pulls in crun, which refuses cgroup v1; netavark calls iptables without depending on it.
     packages+=(podman runc netavark iptables debootstrap pdsh rsync openssh-client openssh-server)
+    # mpirun of the nodes' own version; with its compiler, by which the stand-in for nccl-tests is built.
+    packages+=(openmpi-bin libopenmpi-dev)
     # Ubuntu's chromium is a snap, for which a service must run: any browser of the family will do.
     if ! command -v chromium chromium-browser google-chrome >/dev/null; then
         packages+=(chromium)

@@ -94,6 +94,19 @@ def obstacle(root: str) -> str | None:
     )
 
 
+def program_obstacle(program: Path) -> str | None:
+    """Why ranks cannot execute this program of nccl-tests, in one line, or None."""
+    if not program.exists():
+        return f"no nccl-tests in {program.parent}: {SETUP}"
+    try:
+        calls_mpi = bool(elf.symbols(program, "MPI_")[0])
+    except (OSError, ValueError):
+        return None  # what cannot be read is unknown
+    if calls_mpi:
+        return None
+    return f"{program} was built without MPI, so that its ranks do not meet: {SETUP}, with nccl_build_mpi: true"
+
+
 def _torch_library() -> Path | None:
     """The library of the environment's torch that calls NCCL; None without torch, and for a build without CUDA."""
     spec = importlib.util.find_spec("torch")

@@ -99,8 +99,12 @@ def _told_apart(
     """The errors of the hosts that failed first-hand, and of those that only lost a peer.
 
     A launcher on this machine that fails together with nodes is a victim of them, and so is a rank that fails in a
-    collective without a reason.
+    collective without a reason. Where one launcher of MPI started all ranks and saw which one ended first, a host whose
+    ranks tell nothing of themselves was ended by it.
     """
+    seen = next((found for one in outcomes.values() if (found := _told_by_mpi(one))), {})
+    root = next(iter(seen), None)
+    away = any(root in one.ranks for one in outcomes.values())  # else it died before it had a file of its own
     suspects: list[dict[str, Any]] = []
     vague: list[dict[str, Any]] = []
     victims: list[dict[str, Any]] = []
@@ -113,12 +117,21 @@ def _told_apart(
             suspects.append(_no_outcome(session))
         elif outcome.error:
             suspects.append(error(outcome.kind or "unknown", outcome.error, session.name))
-        elif not outcome.ended_well and outcome.stopped not in _STOPPED_BY_AGENT and session.name != LAUNCHER:
-            death = _failure(outcome, _seen_by_launcher(outcomes), alone=len(hosts) == 1)
+        elif session.name != LAUNCHER and _failed(outcome, root):
+            death = _failure(outcome, _seen_by_launcher(outcomes), alone=len(hosts) == 1, table=seen)
+            if away and root not in outcome.ranks and death.quiet(root) and _rank_of(death.kind) != 0:
+                continue
             told = victims if death.complains else vague if death.vague else suspects
             told.append(death.error(session.name))
     of_nodes = [suspect for suspect in suspects if suspect["host"] != LAUNCHER]
     return of_nodes or vague or suspects, victims
+
+
+def _failed(outcome: Outcome, root: str | None) -> bool:
+    """Whether ranks of this node failed: others were ended by their agent. Where their launcher, elsewhere, saw `root`
+    end first, that one's agent was told so, perhaps before it saw it itself.
+    """
+    return not outcome.ended_well and (outcome.stopped not in _STOPPED_BY_AGENT or root in outcome.ranks)
 
 
 def _no_outcome(session: AgentSession) -> dict[str, Any]:
@@ -228,12 +241,12 @@ def _rank_of(kind: str) -> int:
     return 0 if KINDS[kind].fault == NODE else 1
 
 
-def _failure(outcome: Outcome, seen: int | None, alone: bool) -> _Death:
+def _failure(outcome: Outcome, seen: int | None, alone: bool, table: Mapping[str, int]) -> _Death:
     """What failed on a node: a GPU of which the kernel says so, else what its first rank to die says.
 
-    `alone`: no other node takes part, so no network can have lost one.
+    `alone`: no other node takes part, so no network can have lost one. `table` is what the launcher of all ranks saw.
     """
-    death = _first_to_die(outcome, seen)
+    death = _first_to_die(outcome, seen, table)
     if failed := xids.serious("\n".join(outcome.kernel)):
         told = ", ".join(f"{xid.name} on {xid.pci}" for xid in failed)
         kernel = f"{told}: {failed[0].text}" if failed[0].text else told
@@ -244,7 +257,7 @@ def _failure(outcome: Outcome, seen: int | None, alone: bool) -> _Death:
     return death
 
 
-def _first_to_die(outcome: Outcome, seen: int | None) -> _Death:
+def _first_to_die(outcome: Outcome, seen: int | None, told: Mapping[str, int]) -> _Death:
     """The rank that failed on its own on this node; the engine if it was killed or no rank started.
 
     What proves a failure of the node counts first, then the rank that torchrun saw fail first, then what a rank says of
@@ -256,8 +269,9 @@ def _first_to_die(outcome: Outcome, seen: int | None) -> _Death:
     if not dead:
         status = _status(outcome)
         return _death(None, seen if status is None else status, outcome.engine_stderr, outcome.oom_kills)
-    table = _table(outcome)
-    root = next(iter(table), None)
+    own = _table(outcome)
+    table = {name: status for name, status in told.items() if name in outcome.ranks} or own
+    root = next(iter(told or own), None)
     deaths = []
     for name, rank in dead.items():
         status = table.get(name) if table else outcome.rc
@@ -265,7 +279,7 @@ def _first_to_die(outcome: Outcome, seen: int | None) -> _Death:
         if status is None and not table and not death.complains:
             death = _death(name, seen, rank.stderr, outcome.oom_kills)
         deaths.append(death)
-    if root and root not in outcome.ranks:  # it died before it had a file of its own
+    if root and root in own and root not in outcome.ranks:  # it died before it had a file of its own
         deaths.append(_death(root, table[root], outcome.engine_stderr, outcome.oom_kills))
     return min(deaths, key=lambda one: (one.quiet(root), _rank_of(one.kind) != 0, *_order(one, root)))
 
@@ -291,6 +305,35 @@ def _table(outcome: Outcome) -> dict[str, int]:
     return {rank_name(rank): _signalled(int(status)) for rank, status in found}
 
 
+# What Open MPI says of the rank that it saw end first; the name of the program and the breaks of lines differ.
+_NOTICED = re.compile(r"noticed that process rank (\d+) with PID \d+ on node \S+\s+exited\s+on\s+signal\s+(\d+)")
+_DETECTED = re.compile(r"The first process to do so was:\s+Process name:\s*\[.*,(\d+)\]\s+Exit code:\s*(-?\d+)")
+# srun names the tasks of a node that ended alike, the first to end first.
+_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w[\w ]*))", re.MULTILINE)
+_BY_NAME = {signal.strsignal(number): -int(number) for number in signal.Signals}
+
+
+def _told_by_mpi(outcome: Outcome) -> dict[str, int]:
+    """The status by rank of what mpirun or srun saw of all ranks of a cell, the first that ended first; else empty."""
+    text = "\n".join(outcome.engine_stderr)
+    if found := _NOTICED.search(text):
+        return {rank_name(found[1]): -int(found[2])}
+    if found := _DETECTED.search(text):
+        return {rank_name(found[1]): _signalled(int(found[2]))}
+    seen: dict[str, int] = {}
+    for tasks, code, name in _TASKS.findall(text):
+        status = _signalled(int(code)) if code else _BY_NAME.get(name.strip())
+        if status is not None:
+            seen.update({rank_name(task): status for task in _numbers(tasks) if rank_name(task) not in seen})
+    return seen
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of Slurm's `0-2,5`."""
+    ranges = [part.partition("-") for part in text.split(",") if part]
+    return [number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)]
+
+
 def _signalled(status: int) -> int:
     """A process's status; that of a shell, 128 + N, as Python has it after signal N."""
     return 128 - status if status - 128 in _SIGNALS else status
@@ -314,8 +357,6 @@ def _status(outcome: Outcome) -> int | None:
 # The innermost frame of a rank that waits for others: in a collective, or for a device on which one may be running.
 # Frames of the workloads count as well: nothing else in them takes long without another frame.
 _WAITING = ("torch/distributed/", "torch/cuda/", "torch/autograd/", "deepspeed/comm/", "runner/workloads/")
-# Where ranks wait for each other only: while one does, another that waits for its device waits for no other rank.
-_MEETING = "runner/workloads/gpu/meeting.py"
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits in the kernel", "Z": "is dead"}
 
 
@@ -328,8 +369,6 @@ def hang_error(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[
     stuck: list[tuple[str, str, list[str]]] = []
     busy: list[tuple[str, str, list[str]]] = []
     waiting: list[str] = []
-    innermost = [rank.frames[0] for outcome in outcomes.values() for rank in outcome.stacks.values() if rank.frames]
-    waits = _MEETING if any(frame.startswith(_MEETING) for frame in innermost) else _WAITING
     for host, outcome in outcomes.items():
         for name, rank in outcome.stacks.items():
             frames = list(rank.frames)
@@ -337,7 +376,7 @@ def hang_error(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[
                 stuck.append((host, f"{name} {_STATES[rank.state]}", frames))
             elif not frames:
                 stuck.append((host, f"{name} is alive but gives no stack", frames))
-            elif frames[0].startswith(waits):
+            elif frames[0].startswith(_WAITING):
                 waiting.append(f"{name} in {frames[0]}")
             else:
                 busy.append((host, f"{name} is in {frames[0]}", frames))

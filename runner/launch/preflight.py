@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from runner import __version__
-from runner.cluster import addresses, facts, nccl
+from runner.cluster import addresses, facts, mpi, nccl
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import setup_command
@@ -22,6 +22,7 @@ from runner.launch.slurm.allocations import Allocations
 from runner.launch.transport import Transport
 from runner.node import check
 from runner.node.protocol import SILENCE_S, Checked, CheckRequest
+from runner.plan.build import engine_of
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
@@ -108,6 +109,8 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
             break
         time.sleep(1)
     problems = {name: [failure] for name, failure in failures.items()}
+    headed = request.open_mpi and len(nodes) > 1 and BACKENDS[backend].by_ssh
+    own_mpi = mpi.version() if headed else None
     for name in by_name.keys() - answers.keys() - failures.keys():
         problems[name] = [Problem("version_mismatch", "its agent answered in a form that this version cannot read")]
     environments = {}
@@ -118,7 +121,8 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
         texts = [text.replace(nccl.SETUP, _build_nccl(by_name[name])) for text in answer.problems]
         pairs = zip_longest(answer.kinds, texts, fillvalue="unknown")
         address = [Problem("wrong_address", misled[name])] if name in misled else []
-        if bad := [*(Problem(kind, text) for kind, text in pairs), *([clock] if clock else []), *address]:
+        other = [Problem("version_mismatch", odd)] if (odd := _other_mpi(answer.open_mpi, own_mpi)) else []
+        if bad := [*(Problem(kind, text) for kind, text in pairs), *([clock] if clock else []), *address, *other]:
             problems[name] = bad
         added = {**CELL_ENV, **by_name[name].env}
         seen = {**answer.facts, "env": {**answer.facts["env"], **facts.relevant(added)}}
@@ -126,6 +130,13 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
     built = {name: nccl.Built(**told) for name, answer in answers.items() if (told := answer.facts.get("nccl_built"))}
     gpus = {name: answer.facts["gpus"][0]["name"] for name, answer in answers.items() if answer.facts.get("gpus")}
     return Answers(problems, environments, built, gpus)
+
+
+def _other_mpi(theirs: str | None, own: str | None) -> str | None:
+    """Why a node's Open MPI and the controller's do not fit, in one line; None if they do or either is unknown."""
+    if theirs is None or own is None or theirs == own:
+        return None
+    return f"has Open MPI {theirs}, this controller {own}, and its daemon refuses another: install the same on both"
 
 
 def checks(
@@ -137,20 +148,25 @@ def checks(
     weights: str | None = None,
 ) -> CheckRequest:
     """The request that checks a node for these tests; `first` is any node, as all chosen ones are alike."""
+    engines = [ENGINES[engine_of(name, first.backend, engine)] for name in tests]
+    programs = [program for name in tests for program in TESTS[name].programs]
     return CheckRequest(
         version=__version__,
         scratch=first.scratch,
         min_free_disk_gib=first.min_free_disk_gib,
-        packages=sorted(set(ENGINES[engine].packages).union(*(TESTS[name].packages for name in tests))),
+        packages=sorted({p for one in engines for p in one.packages}.union(*(TESTS[name].packages for name in tests))),
         programs=["rsync"] if BACKENDS[first.backend].by_ssh else [],
         gpus=first.gpus if device == "cuda" else 0,
         nccl_root=nccl_root,
         weights=weights,
+        nccl_tests=[f"{first.nccl_root}/current/{program}" for program in dict.fromkeys(programs)],
+        open_mpi=any(one.mpi and not one.step for one in engines),
+        slurm_mpi=any(one.step for one in engines),
     )
 
 
 def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Problems:
-    """Why `bench` would refuse any of these `nodes`, which may differ, for any of the tests on `engine`."""
+    """Why `bench` would refuse any of these `nodes`, which may differ, for any test that runs unasked, on `engine`."""
     alike: dict[tuple[Any, ...], list[Node]] = {}
     for node in nodes:
         root = node.nccl_root if node.nccl == nccl.BUILT else None
@@ -158,7 +174,8 @@ def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Pro
         alike.setdefault(key, []).append(node)
     problems: dict[str, Sequence[Problem]] = {}
     for (*_, root), group in alike.items():
-        request = checks(group[0], group[0].device, engine, tuple(TESTS), nccl_root=root)
+        tests = tuple(name for name, test in TESTS.items() if not test.on_request)
+        request = checks(group[0], group[0].device, engine, tests, nccl_root=root)
         problems.update(ask_agents(group, request, ssh_config).problems)
     return problems
 

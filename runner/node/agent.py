@@ -62,7 +62,8 @@ class NodeCell:
             with gate.locked(self.request):
                 self._prepare()
                 try:
-                    rc = self._carry_out()
+                    with gate.linked(self.request):
+                        rc = self._carry_out()
                 finally:
                     process.stop_marked(self.request.marker, self.request.grace_s)
                     self._record_nccl()

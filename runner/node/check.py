@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from runner import __version__
-from runner.cluster import addresses, facts, nccl, slurm_names
+from runner.cluster import addresses, facts, mpi, nccl, slurm_names
 from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
 from runner.workloads import weights
@@ -45,6 +45,10 @@ def check(request: CheckRequest) -> Checked:
     missing = [name for name in request.programs if shutil.which(name) is None]
     if missing:
         problems.append(("environment_missing", f"lacks {', '.join(missing)}"))
+    reasons = [nccl.program_obstacle(Path(program)) for program in request.nccl_tests]
+    reasons += [mpi.obstacle()] if request.open_mpi else []
+    reasons += [mpi.step_obstacle()] if request.slurm_mpi else []
+    problems += [("environment_missing", reason) for reason in dict.fromkeys(reasons) if reason]
     if request.version != __version__:
         text = f"has shakedown {__version__}, this controller is {request.version}"
         problems.append(("version_mismatch", text))
@@ -65,6 +69,7 @@ def check(request: CheckRequest) -> Checked:
         time_s=time.time(),
         facts=observed,
         addresses=addresses.resolve(request.names),
+        open_mpi=mpi.version() if request.open_mpi else None,
     )
 
 

@@ -86,11 +86,11 @@ class OwnProcess:
 
 
 class OthersRanks:
-    """Ranks that a launcher elsewhere starts here (DeepSpeed's, over pdsh), found by the cell's marker."""
+    """Ranks that a launcher elsewhere starts here (over pdsh, mpirun's daemon, Slurm's), found by the cell's marker."""
 
     def __init__(self, marker: str, folder: CellDir) -> None:
         self._marker, self._folder = marker, folder
-        self._seen, self._next = False, 0.0
+        self._next = 0.0
         self.pid: int | None = None
 
     def streams(self) -> Sequence[tuple[Any, BinaryIO]]:
@@ -98,13 +98,12 @@ class OthersRanks:
         return ()
 
     def ended(self) -> bool:
-        """Whether ranks were seen and none runs any more; processes are scanned every LOOK_S."""
+        """Whether ranks have begun and none runs any more; processes are scanned every LOOK_S."""
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + LOOK_S
-        alive = bool(process.marked(self._marker))
-        self._seen = self._seen or alive
-        return self._seen and not alive and bool(self._folder.all_events())
+        begun = bool(self._folder.all_events())
+        return begun and not process.marked(self._marker)
 
     def stop(self) -> None:
         """Does nothing: every process of the ranks carries the marker."""

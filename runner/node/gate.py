@@ -73,6 +73,24 @@ def locked(request: CellRequest) -> Iterator[None]:
         file.truncate(0)
 
 
+@contextlib.contextmanager
+def linked(request: CellRequest) -> Iterator[None]:
+    """Have the request's link, if it has one, lead to the cell's folder: ranks that another node starts wait for it."""
+    if request.link is None:
+        yield
+        return
+    link = Path(request.link)
+    link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(request.cell_dir)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # others' folders may be beside it
+            link.unlink()
+            link.parent.rmdir()
+
+
 def empty(folder: CellDir) -> None:
     """Remove the files of an earlier attempt at the cell: they were gathered and must not count for this attempt."""
     for path in folder.path.iterdir():

@@ -180,24 +180,28 @@ _WARNING = (
     r"^\[?[WI]\d{4} |^\[[WI]\b|^\[[WI]\d|\w*Warning: |^\s*warnings\.warn\(|^\s*warning_cache\.warn\(|\bWARNING\b"
     r"|leaked \w+ objects to clean up|\bNCCL INFO\b|^NCCL version |^\*\*\*\*\*+$"
 )
-# torchrun's table of the ranks that failed, and pdsh's of nodes: no end of the launcher, but kept for whoever reads it.
+# The tables of ranks that failed: torchrun's and mpirun's. No end of the launcher, but kept for whoever reads them.
 _TABLE = (
-    r"^Failures:$|^Root Cause \(first observed failure\):|^\s+(?:rank|exitcode)\s+:|^pdsh@\S+: \S+: ssh exited with"
+    r"^Failures:$|^Root Cause \(first observed failure\):|^\s+(?:rank|exitcode)\s+:"
+    r"|\bnoticed that process rank \d|^(?:exited on )?signal \d+ \(|\bThe first process to do so was:$"
+    r"|^\s+(?:Process name|Exit code): "
 )
+# Those of srun and pdsh are kept as well, and may be all that is known of an end.
+_TABLES = re.compile(_TABLE + r"|^srun: error: \S+: tasks? [\d,-]+: |^pdsh@\S+: \S+: ssh exited with")
 _OF_OTHERS = (  # launchers about the processes that they started
-    _TABLE.rpartition("|")[0] + r"|^[=─-]{5,}$|^\s*<(?:N/A|NO_OTHER_FAILURES)>$|^\[\d+\]:$"
+    _TABLE + r"|^[=─-]{5,}$|^\s*<(?:N/A|NO_OTHER_FAILURES)>$|^\[\d+\]:$"
     r"|^\s+(?:time|host|error_file|traceback)\s+:|^\S+ FAILED$|closing signal SIG"
     r"|^(?:[EWI]\d{4} |[A-Z]+:).*distributed[./]elastic|^torch\.distributed\.elastic\S*: \["
     r"|^srun: (?:error: )?(?:.*Exited with exit code|.*: (?:Killed|Terminated|Aborted))"
     r"|^srun: (?:error: )?(?:Job step aborted|Terminating|[Ff]orcing|got SIG|Force)"
     r"|^slurmstepd: error: \*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ \*\*\*"
     r"|Killing subprocess \d+|sigkill_handler|Main process received SIG"
-    r"|^mpirun (?:detected|noticed) that|^(?:Primary job|a non-zero exit code|the job to be terminated)"
-    r"|^\s+(?:Process name|Exit code): "
+    r"|^(?:mpi|orte|prte)run (?:detected|noticed) that"
+    r"|^(?:Primary job|a non-zero exit code|(?:thus causing )?the job to be terminated)"
 )
 _ALIVE = r"\d+%\|.*\||\bit/s\b|s/it\b|\bINFO\b|\b(?:step|iteration|iter|epoch)\b[ =:/]*\d+"
 _NOISE = re.compile("|".join((_HELP, _STACK, _WARNING, _OF_OTHERS, r"^Fatal Python error: Aborted")))
-_TABLES, _HELPS, _LIVES = re.compile(_TABLE), re.compile(_HELP), re.compile(_ALIVE, re.IGNORECASE)
+_HELPS, _LIVES = re.compile(_HELP), re.compile(_ALIVE, re.IGNORECASE)
 
 _WHAT = re.compile(r"^\s*what\(\):\s*(.*)")
 _ABORTS = re.compile(

@@ -107,7 +107,8 @@ class CheckRequest:
     `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
     `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node. `nccl_root` is
     the folder with the built NCCL that ranks are to use (None: torch's own), `weights` one of weights to be loaded.
-    `names` are to be resolved.
+    `names` are to be resolved. `nccl_tests` are programs of nccl-tests that ranks execute, by their paths; `open_mpi`:
+    Open MPI's launcher starts them, `slurm_mpi`: Slurm does.
     """
 
     version: str  # of the controller
@@ -119,6 +120,9 @@ class CheckRequest:
     nccl_root: str | None = None
     weights: str | None = None
     names: Sequence[str] = ()
+    nccl_tests: Sequence[str] = ()
+    open_mpi: bool = False
+    slurm_mpi: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is sent."""
@@ -145,7 +149,7 @@ class _OfCell:
 # Omitted from a request that has no such thing.
 _OF_LAUNCHERS = ("isolated", "hold")
 _OF_NODES = ("job", "secrets", "rendezvous_port")
-_OF_STEPS = ("timeout_s", "check", "environment")
+_OF_STEPS = ("timeout_s", "check", "environment", "link")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,8 @@ class CellRequest(_OfCell):
     ranks read; `env` and `secrets` are added to the agent's own environment, or replace most of it if `isolated`.
     `hold`: start only at the word "go". `rendezvous_port` must be free on this node.
 
-    The last three are only set under Slurm (`StepRequest`), where no controller is connected to stdin.
+    The last four are only set under Slurm (`StepRequest`), where no controller is connected to stdin. `link` is a path
+    that is to lead to `cell_dir` from when ranks may start.
     """
 
     heartbeat_timeout_s: float = SILENCE_S
@@ -174,6 +179,7 @@ class CellRequest(_OfCell):
     timeout_s: float | None = None
     check: CheckRequest | None = None
     environment: Mapping[str, str | None] | None = None
+    link: str | None = None
 
     @property
     def under_slurm(self) -> bool:
@@ -407,7 +413,8 @@ class Outcome(Message):
 @dataclass(frozen=True)
 class Checked(Message):
     """What would stop a cell on this node: `problems`, one line each, and their `kinds`; the node's clock (`time_s`,
-    seconds since the epoch), its facts, and the addresses that it has for the `names` of the request.
+    seconds since the epoch), its facts, the addresses that it has for the `names` of the request, and the version of
+    its Open MPI if that was asked for.
     """
 
     MESSAGE: ClassVar[str] = "check"
@@ -416,6 +423,7 @@ class Checked(Message):
     time_s: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     addresses: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    open_mpi: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.cluster import nccl
+from runner.cluster import mpi, nccl
 from runner.node.agent import NodeCell
 from runner.node.output import send_message
 from runner.node.protocol import CellRequest, Placed, StepRequest
@@ -36,10 +36,13 @@ def run(step: StepRequest) -> int:
 
 
 def placed(
-    step: StepRequest, environ: Mapping[str, str], built: Callable[[], nccl.Built | None] = nccl.built
+    step: StepRequest,
+    environ: Mapping[str, str],
+    built: Callable[[], nccl.Built | None] = nccl.built,
+    plugins: Callable[[], Sequence[str]] = mpi.plugins,
 ) -> tuple[CellRequest, list[str]]:
-    """This node's own request, from the step's request (the same for all nodes), the environment of this task and the
-    NCCL that was `built` here; and the names of all the cell's nodes in rank order.
+    """This node's own request, from the step's request (the same for all nodes), the environment of this task, the NCCL
+    that was `built` here and the `plugins` for MPI that Slurm has; and the names of all the cell's nodes in rank order.
 
     Raises ValueError, naming what is missing from Slurm's environment.
     """
@@ -51,18 +54,11 @@ def placed(
     index = hosts.index(own)
     names = [step.names.get(host, host) for host in hosts]
     cell_dir = str(Path(step.shared_root, names[index], step.cell)) if step.shared_root else step.cell_dir
-    launch = ENGINES[step.engine].launch(
-        Ranks(
-            nodes=[_Host(name, sys.executable) for name in names],
-            gpus_per_node=step.gpus_per_node,
-            master_address=step.addresses.get(hosts[0], hosts[0]),
-            master_port=step.master_port,
-            cell_dir=cell_dir,
-            launcher_dir=cell_dir,
-            ssh_config=None,
-            marker=step.marker,
-        )
-    )
+    engine = ENGINES[step.engine]
+    ranks = ranks_of(step, hosts, sys.executable, link(step) if engine.step else cell_dir)
+    if engine.step and index == 0:  # srun starts all ranks, here
+        ranks = replace(ranks, mpi_plugin=mpi.plugin(plugins()) or ranks.mpi_plugin)
+    launch = engine.launch(ranks)
     env = {**step.env, **step.node_env.get(own, {})}
     if step.nccl_if_built and (here := built()) and not here.obstacle:
         env = nccl.joined(nccl.environment(here.root), env)
@@ -83,8 +79,30 @@ def placed(
         timeout_s=step.timeout_s,
         check=step.check,
         environment=step.environment,
+        link=link(step) if engine.step else None,
     )
     return request, names
+
+
+def link(step: StepRequest) -> str:
+    """The path that leads to the cell's folder on every node, for a launcher that starts the ranks of all with one
+    command: folders that nodes share differ by node. It is there from when ranks may start until the cell has ended.
+    """
+    return str(Path(step.scratch, step.run_id, f"{step.cell}.{step.attempt}"))
+
+
+def ranks_of(step: StepRequest, hosts: Sequence[str], python: str, cell_dir: str) -> Ranks:
+    """The ranks of a cell on `hosts`, Slurm's names in rank order."""
+    return Ranks(
+        nodes=[_Host(host, python) for host in hosts],
+        gpus_per_node=step.gpus_per_node,
+        master_address=step.addresses.get(hosts[0], hosts[0]),
+        master_port=step.master_port,
+        cell_dir=cell_dir,
+        launcher_dir=cell_dir,
+        ssh_config=None,
+        marker=step.marker,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from runner import failures
 from runner.plan import memory, speed, tuned
+from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Plan, Prediction, rank_environment
 from runner.system.wording import counted
 
@@ -30,7 +31,8 @@ def describe(plan: Plan, fold: Any) -> str:
         lines += [
             "",
             f"cell {cell.id}: {counted(cell.world_size, 'rank')} "
-            f"({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})",
+            f"({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})"
+            + (f", engine {cell.engine}" if cell.engine != plan.engine else ""),
         ]
         hosts = f"{fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}" if cell.hosts else "placed by Slurm"
         lines.append(f"  hosts  {hosts}")
@@ -59,7 +61,7 @@ def describe(plan: Plan, fold: Any) -> str:
             for value, names in by_value.items():
                 where = "" if len(by_value) == 1 else f" on {fold(names)}"
                 lines.append(f"  env    {key}={value}{where}" if value is not None else f"  env    no {key}{where}")
-        if plan.nccl is None and cell.device == "cuda":
+        if plan.nccl is None and cell.device == "cuda" and not ENGINES[cell.engine].mpi:
             lines.append("  nccl   the one that role nccl_build has built, where the nodes have one, else torch's own")
         if cell.launch.head:
             extra = [f"{k}={v}" for k, v in cell.launch.head_env.items()]

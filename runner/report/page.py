@@ -192,6 +192,9 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
     number = first["gpus_per_node"]
     ranks = counted(number, "CPU rank" if first["device"] == "cpu" else "GPU") + " each" * (len(hosts) > 1)
     models = ", ".join(plan.get("models", {}))
+    engines = (
+        " and ".join(dict.fromkeys(cell.get("engine", plan["engine"]) for cell in plan["cells"])) or plan["engine"]
+    )
     rows = [
         ("Run", f"{plan['run_id']}, {summary['state']}"),
         ("Started", str(plan["created"]).replace("T", " ").replace("Z", " UTC")),
@@ -201,7 +204,7 @@ def _about(plan: Mapping[str, Any], summary: Mapping[str, Any], naming: Naming) 
         ("Inventory", plan["inventory"]),
         (
             "Started by",
-            f"{plan['engine']} over {plan['backend']}, {plan['scaling']} scaling, shakedown {plan['version']}",
+            f"{engines} over {plan['backend']}, {plan['scaling']} scaling, shakedown {plan['version']}",
         ),
     ]
     if plan.get("passed_over"):

@@ -21,7 +21,9 @@ from runner.launch.slurm.ledger import JobShare, Ledger
 from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, render
 from runner.launch.talk import AgentSession
 from runner.launch.watch import CellContext, CellRun
+from runner.node import slurm_step
 from runner.node.protocol import CheckRequest, StepRequest, Stopped
+from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.rundir import RunDir
 from runner.results.status import joined
@@ -472,7 +474,8 @@ def prepare(
             nccl_if_built=plan.nccl is None,
         )
         hosts = tuple(request.hosts)
-        steps.append(Step(cell.id, cell.num_nodes, request.to_json(), hosts, cell.params["timeout_s"]))
+        inner = _inner(cell, request, first.python)
+        steps.append(Step(cell.id, cell.num_nodes, request.to_json(), hosts, cell.params["timeout_s"], inner))
     return BatchJob(
         name=name,
         steps=tuple(steps),
@@ -483,6 +486,15 @@ def prepare(
         secrets=tuple(agents.secrets()),
         array=plan.job_array,
     )
+
+
+def _inner(cell: Cell, request: StepRequest, python: str) -> tuple[str, ...] | None:
+    """The command by which the agent of the cell's first node starts all ranks, None if each starts its own."""
+    engine = ENGINES[cell.engine]
+    if not engine.step:
+        return None
+    hosts = request.hosts or [f"HOST{number}" for number in range(1, cell.num_nodes + 1)]  # as Slurm places it
+    return engine.launch(slurm_step.ranks_of(request, hosts, python, slurm_step.link(request))).argv[0]
 
 
 def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:

@@ -40,7 +40,8 @@ class Step:
     """One cell in a job. `hosts` are Slurm names in rank order; none: Slurm places.
 
     srun starts tasks in Slurm's own order of nodes whatever the order of `hosts`, so an agent takes the rank order
-    from its request, or without one from `slurm_step.placement`.
+    from its request, or without one from `slurm_step.placement`. `inner` is the command by which the first node's agent
+    starts the ranks of all nodes; None: each agent starts those of its own.
     """
 
     cell: str
@@ -48,6 +49,7 @@ class Step:
     request: Mapping[str, Any]
     hosts: tuple[str, ...] = ()
     timeout_s: float = 3600
+    inner: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,18 @@ def _srun(job: BatchJob, step: Step) -> list[str]:
         # A cell that hangs must not use up the time of the others; alone, it has the job's own limit.
         "time": clock(math.ceil((step.timeout_s + STARTUP_S) / 60) * 60) if together else None,
     }
+    # Without the first agent no rank goes on: nor do the agents that watch them. A minute later, at the latest.
+    bad_exit, wait_s = (1, 60) if step.inner else (0, 0)
     words = [shlex.quote(f"--{name}={value}") for name, value in _unbroken(options)]
     ((_, python),) = _unbroken({"python": job.python})
     return [
         "",
         f"# {_summary(step)}",
+        *([f"# The agent of its first node starts all ranks: {shlex.join(step.inner)}"] if step.inner else []),
         *([f"echo {shlex.quote(heading(step.cell))}"] if together else []),
         f"srun {' '.join(words)} \\",
         # export: everything that the job's own --export allowed; without it, that option would apply here as well.
-        "  --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --input=all --export=ALL \\",
+        f"  --cpu-bind=none --kill-on-bad-exit={bad_exit} --wait={wait_s} --input=all --export=ALL \\",
         f"  {shlex.quote(python)} -P -u -m runner.node <<'{delimiter}'",
         request,
         delimiter,

@@ -20,8 +20,8 @@ class Engine:
 
     `headed`: one command on the controller starts all ranks and connects to the nodes itself, over ssh, with the same
     Python path on all of them; `needs` is what to do where its program is missing, `instead` where it cannot work.
-    `packages` must be installed on every node, `programs` be on its PATH. `mpi`: what it starts are MPI programs.
-    `open_mpi`: it is Open MPI's own launcher, whose version must be the same wherever it runs.
+    `packages` must be installed on every node. `mpi`: what it starts are MPI programs; by Slurm's own plugin if `step`,
+    else by Open MPI's launcher, whose version must be the same wherever it runs.
     """
 
     launch: Callable[[Ranks], Launch]
@@ -29,9 +29,8 @@ class Engine:
     needs: str = ""
     instead: str = ""
     packages: tuple[str, ...] = ()
-    programs: tuple[str, ...] = ()
     mpi: bool = False
-    open_mpi: bool = False
+    step: bool = False
 
 
 ENGINES: Mapping[str, Engine] = {
@@ -48,11 +47,9 @@ ENGINES: Mapping[str, Engine] = {
         headed=True,
         needs="install Open MPI as on the nodes (Debian, Ubuntu: apt install openmpi-bin), or leave this test out",
         instead="log in as that user (ansible_user), or leave this test out",
-        programs=("mpirun",),
         mpi=True,
-        open_mpi=True,
     ),
-    "srun": Engine(srun.launch, programs=("srun",), mpi=True),
+    "srun": Engine(srun.launch, mpi=True, step=True),
 }
 
 

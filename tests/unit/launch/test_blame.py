@@ -383,20 +383,6 @@ def test_a_host_is_named_only_with_a_suspect_on_it_and_on_no_other(ranks):
         assert stopped <= {found["host"]} and hosts[found["host"]] != []
 
 
-@pytest.mark.parametrize(
-    "frame", ["torch/cuda/__init__.py:1083 synchronize", "runner/workloads/gpu/products.py:128 <lambda>"]
-)
-def test_a_rank_at_its_device_hangs_while_the_others_have_come_to_the_meeting(frame):
-    """No rank of such a test computes with another: a device that does not answer is at fault itself."""
-    assert (ROOT / blame._MEETING).exists()
-    meets = stands(f"{blame._MEETING}:46 wait")
-    found = hang_error(a=[meets, meets], b=[meets, stands(frame)])
-    said = f"{REASON}: rank3 is in {frame}, while 3 wait for others (first: rank0 in {blame._MEETING}:46 wait)"
-    assert (found["kind"], found["host"], found["message"]) == ("rank_hung", "b", said)
-    assert hang_error(a=[meets], b=[meets])["host"] is None
-    assert hang_error(a=[stands(frame)], b=[stands(frame)])["host"] is None, "nobody waits for another"
-
-
 def test_stacks_are_read_as_faulthandler_writes_them():
     text = (
         "Stack (most recent call first):\n"
@@ -465,3 +451,83 @@ def test_a_node_with_several_problems_is_one_line_and_so_is_one_of_an_earlier_ve
     told = {"host": "gpu-b", "alias": "node002", "kind": "clock", "message": "late"}
     assert node_lines([told, {**told, "message": "full"}]) == node_lines(["node002 (gpu-b): late; full"])
     assert node_lines(["node002 (gpu-b): late; full"]) == ["node002 (gpu-b): late; full"]
+
+
+# --- one launcher of MPI for the ranks of all nodes ---
+
+NOTICED = [
+    "-" * 74,
+    "{} noticed that process rank 1 with PID 336 on node b exited on",
+    "signal 9 (Killed).",
+    "-" * 74,
+]
+NOTICED_IN_ONE_LINE = ["{} noticed that process rank 1 with PID 336 on node b exited on signal 9 (Killed)."]
+DETECTED = [
+    "-" * 74,
+    "Primary job  terminated normally, but 1 process returned",
+    "a non-zero exit code. Per user-direction, the job has been aborted.",
+    "-" * 74,
+    "{} detected that one or more processes exited with non-zero status, thus causing",
+    "the job to be terminated. The first process to do so was:",
+    "",
+    "  Process name: [[12345,1],1]",
+    "  Exit code:    1",
+    "-" * 74,
+]
+DETECTED_BY_5 = [*DETECTED[:-3], "   Process name: [prterun-a-711@1,1]", "   Exit code:    1"]
+DISCONNECTED = [
+    "An MPI communication peer process has unexpectedly disconnected.  This",
+    "usually indicates a failure in the peer process (e.g., a crash or",
+    "otherwise exiting without calling MPI_FINALIZE first).",
+]
+
+
+def one_launcher(lines: list[str], rc: int = 137, **of_b):
+    """Ranks 0 on a and 1 on b, as mpirun's lines and what rank 1 has written tell their end."""
+    outcomes = {
+        "a": Outcome.from_json({"rc": None, "stopped": "done", "ranks": {"rank0": {"started": True}}}),
+        "b": Outcome.from_json({"rc": None, "stopped": "done", "ranks": {"rank1": {"started": True, **of_b}}}),
+        celldir.LAUNCHER: outcome(rc=rc, ranks={}, engine_stderr=lastwords.keep(lines)),
+    }
+    return blame.blame(sessions("a", "b", celldir.LAUNCHER), outcomes)
+
+
+@pytest.mark.parametrize("name", ["mpirun", "prterun", "orterun"])
+@pytest.mark.parametrize("lines", [NOTICED, NOTICED_IN_ONE_LINE])
+@pytest.mark.parametrize("said", [[], DISCONNECTED])
+def test_a_rank_that_mpirun_saw_killed_is_blamed_on_its_node(name, lines, said):
+    found = one_launcher([line.format(name) for line in lines], stderr=said)
+    assert (found["host"], found["kind"], found["message"]) == ("b", "rank_killed", "rank1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("lines", [DETECTED, DETECTED_BY_5])
+def test_a_rank_that_mpirun_saw_fail_is_blamed_in_its_own_words(lines):
+    words = ["rank 1: no nccl-tests: /opt/nccl/current/bin/all_reduce_perf is missing"]
+    found = one_launcher([line.format("mpirun") for line in lines], stderr=words)
+    assert found["host"] == "b" and found["message"].startswith("rank1 died with status 1: no nccl-tests")
+
+
+def test_without_a_rank_that_it_saw_the_launcher_is_told_in_its_words():
+    lines = ["bash: line 1: orted: command not found"]
+    found = one_launcher(lines, rc=1)
+    assert found["host"] is None and "orted: command not found" in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("srun: error: n2: task 1: Killed", "rank1 was killed by SIGKILL"),
+        ("srun: error: n2: tasks 1-2: Exited with exit code 1", "rank1 died with status 1"),
+        ("srun: error: n2: task 1: Segmentation fault (core dumped)", "rank1 was killed by SIGSEGV"),
+    ],
+)
+@pytest.mark.parametrize("stopped", [None, "stop"])
+def test_a_task_that_srun_saw_end_first_is_blamed_on_its_node(line, message, stopped):
+    lines = [line, "srun: Terminating StepId=7.1", "slurmstepd: error: *** STEP 7.1 ON n1 CANCELLED AT x ***"]
+    lines += ["srun: error: n1: task 0: Terminated"]
+    outcomes = {
+        "a": outcome(rc=137, engine_stderr=lastwords.keep(lines)),
+        "b": Outcome.from_json({"rc": None, "stopped": stopped, "ranks": {"rank1": {"started": True}}}),
+    }
+    found = blame.blame(sessions("a", "b"), outcomes)
+    assert (found["host"], found["message"]) == ("b", message)

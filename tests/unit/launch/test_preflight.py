@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 
+import mpi_probe
 import pytest
 
 from conftest import NAMES
@@ -70,6 +72,60 @@ def test_nodes_that_use_another_nccl_are_asked_for_theirs(cluster, answering):
     assert [(names, request.nccl_root) for names, request in answering[1]] == [
         (NAMES[:2], None), (NAMES[2:3], "/srv/nccl"),
     ]  # fmt: skip
+
+
+# --- what an MPI test needs ---
+
+
+@pytest.fixture
+def mpi_access(monkeypatch):
+    """Access to nodes over ssh for an MPI test; this controller has Open MPI 4.1.4."""
+    mpi_probe.register(monkeypatch)
+    monkeypatch.setattr(preflight.mpi, "version", lambda: "4.1.4")
+    return preflight.NodeAccess("ssh", "cuda", "deepspeed", (mpi_probe.NAME,), None)
+
+
+def test_nodes_are_asked_for_what_an_mpi_test_needs_and_for_nothing_of_the_others_engine(
+    cluster, answering, mpi_access
+):
+    mpi_access.ask(cluster.nodes[:2])
+    ((_, request),) = answering[1]
+    assert list(request.nccl_tests) == [f"{cluster.nodes[0].nccl_root}/current/bin/all_reduce_perf"]
+    assert request.open_mpi and not request.slurm_mpi and not request.packages
+    scheduled = replace(cluster.nodes[0], backend="slurm")
+    asked = preflight.checks(scheduled, "cuda", "torchrun", (mpi_probe.NAME,))
+    assert asked.slurm_mpi and not asked.open_mpi
+
+
+def test_another_open_mpi_than_the_controllers_is_told_for_its_node(cluster, answering, mpi_access):
+    answers, _ = answering
+    answers[NAMES[0]], answers[NAMES[1]] = {"open_mpi": "4.1.4"}, {"open_mpi": "4.1.2"}
+    ((name, (problem,)),) = mpi_access.ask(cluster.nodes[:2]).problems.items()
+    assert name == NAMES[1] and problem.kind == "version_mismatch"
+    assert problem.message.startswith("has Open MPI 4.1.2, this controller 4.1.4")
+    assert not mpi_access.ask(cluster.nodes[1:2]).problems  # on one node the controller's takes no part
+
+
+def test_missing_nccl_tests_are_told_with_the_command_that_builds_them(cluster, tmp_path, mpi_access):
+    here = {"backend": "local", "inventory": "inventory/lab", "scratch": str(tmp_path), "device": "cpu", "gpus": 0}
+    node = replace(cluster.nodes[0], **here, min_free_disk_gib=0.0, nccl_root=str(tmp_path / "nccl"))
+    access = replace(mpi_access, backend="local", device="cpu")
+
+    def told():
+        return [problem for problem in access.ask([node]).problems.get(node.name, ()) if "nccl" in problem.message]
+
+    (problem,) = told()
+    assert problem.kind == "environment_missing"
+    assert problem.message.startswith(
+        f"no nccl-tests in {tmp_path}/nccl/current/bin: run `{setup_command(node, 'nccl_build')}"
+    )
+    program = tmp_path / "nccl" / "current" / "bin" / "all_reduce_perf"
+    program.parent.mkdir(parents=True)
+    shutil.copy("/bin/true", program)  # a program that calls no MPI
+    (problem,) = told()
+    assert "built without MPI" in problem.message and "nccl_build_mpi: true" in problem.message
+    program.write_text("#!/bin/sh\n")  # what cannot be read is unknown
+    assert not told()
 
 
 def test_an_agent_answers_with_the_addresses_it_has(tmp_path):
