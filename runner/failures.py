@@ -69,10 +69,11 @@ KINDS: Mapping[str, Kind] = {
         "start the node's fabric manager in the driver's version, and see its log",
     ),
     "driver_too_old": Kind(
-        "The driver is too old for this CUDA",
+        "The driver is missing, or too old for this CUDA",
         CONFIGURATION,
         False,
-        "upgrade the driver, or take a PyTorch for an older CUDA (conda_env_profile)",
+        "see nvidia-smi there: install or upgrade the driver, or take software for an older CUDA (conda_env_profile, "
+        "nccl_build_cuda_home)",
     ),
     "nic_failed": Kind("A network adapter failed", NODE, True, "see its port, its cable and the node's kernel log"),
     "interface_missing": Kind(
@@ -115,7 +116,12 @@ KINDS: Mapping[str, Kind] = {
     # how ranks end
     "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for what killed it"),
     "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),
-    "cuda_out_of_memory": Kind("GPU memory ran out", USER, False, "lower the micro batch or use more nodes"),
+    "cuda_out_of_memory": Kind(
+        "GPU memory ran out",
+        USER,
+        False,
+        "lower the micro batch or use more nodes; see with nvidia-smi whether others use that GPU",
+    ),
     "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank is stuck"),
     "rank_crashed": Kind("A rank crashed", NOBODY, False, "read its last lines"),
     "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),

@@ -17,6 +17,7 @@ from runner.cluster import reasons, xids
 from runner.failures import KINDS, NODE, Problem
 from runner.launch.spellings import COMPLAINT, kind_of, waited
 from runner.launch.talk import AgentSession
+from runner.launch.unstarted import Unstarted, unstarted
 from runner.node import lastwords
 from runner.node.protocol import LAST_WORDS, Outcome, Stopped
 from runner.results.celldir import LAUNCHER, rank_name
@@ -55,8 +56,12 @@ LATE: Mapping[str | None, str] = {Stopped.TIME_LIMIT: "time_limit", Stopped.TIME
 _STOPPED_BY_AGENT = (*LAST_WORDS, *LATE)
 
 
-def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def blame(
+    sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome], aliases: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The error of a cell some of whose ranks or agents failed: one for each host that failed first-hand.
+
+    `aliases` has the host by each name that a launcher on this machine has for it, where that is another.
 
     A host whose ranks only report a lost peer is a victim, and is blamed for nothing while another host has failed.
     What no other try can change, and what fails alike on several hosts, is no fault of theirs: none is named.
@@ -71,9 +76,18 @@ def blame(sessions: Sequence[AgentSession], outcomes: Mapping[str, Outcome]) -> 
         message = f"only lost peers were reported, by {names}; first: {victims[0]['message']}"
         return error(COMPLAINT, message, stderr=victims[0]["stderr"])
     launcher = outcomes.get(LAUNCHER, Outcome())
+    if found := unstarted(launcher.engine_stderr):
+        host = _by_its_name(found.host, {session.name: session.name for session in sessions} | dict(aliases or {}))
+        where = f" ({found.host})" if found.host and not host else ""
+        return error(found.kind, f"{found.message}{where}", host, lastwords.evidence(launcher.engine_stderr, None))
     death = _death(None, _status(launcher), launcher.engine_stderr)
     kind = "launcher_failed" if death.kind in (*_UNPROVED, COMPLAINT) else death.kind
     return error(kind, f"the launcher {death.how}", stderr=death.evidence)
+
+
+def _by_its_name(name: str | None, hosts: Mapping[str, str]) -> str | None:
+    """The host that a launcher means by `name`, with or without its domain; None if it is none of `hosts`."""
+    return hosts.get(name or "", hosts.get((name or "").partition(".")[0]))
 
 
 def _alike(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -155,7 +169,7 @@ def _no_outcome(session: AgentSession) -> dict[str, Any]:
 _OF_SSH = (255, reasons.GIVEN_UP)
 # Kinds that tell nothing of the cause: another node's failure may have led to them.
 _UNPROVED = ("rank_crashed", "unknown")
-_COLLECTIVE = re.compile(r"\bNCCL (?:error|communicator)|DistBackendError|ProcessGroup|\bgloo\b", re.IGNORECASE)
+_COLLECTIVE = re.compile(r"\bNCCL (?:error|failure|communicator)|DistBackendError|ProcessGroup|\bgloo\b", re.IGNORECASE)
 # Signals by which somebody ends a process; any other is the process's own fault.
 _SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What a signal says where the rank said nothing.
@@ -172,6 +186,7 @@ class _Death:
     ending: lastwords.Ending | None
     evidence: Sequence[str]
     kernel: str = ""  # what the kernel said of a GPU that failed
+    unstarted: Unstarted | None = None  # why a launcher of MPI started no rank
 
     @property
     def complains(self) -> bool:
@@ -195,6 +210,8 @@ class _Death:
     @property
     def how(self) -> str:
         """How it ended, for people, such as "died with status 1: ValueError: x"."""
+        if self.unstarted:
+            return f"started no rank: {self.unstarted.message}"
         if self.kind == "out_of_memory" and self.status in (None, -signal.SIGKILL):
             return "was killed by the kernel, which was out of memory"
         writer = f"{self.ending.writer}: " if self.ending and self.ending.writer else ""
@@ -212,10 +229,11 @@ class _Death:
 
 def _death(name: str | None, status: int | None, stderr: Sequence[str], oom_kills: int = 0) -> _Death:
     """How the process ended that wrote `stderr`; of several that wrote it, the one that proves most."""
+    found = unstarted(stderr) if name is None else None
     told = lastwords.endings(stderr)
     ending = min(told, key=lambda one: _rank_of(_kind(status, one, oom_kills)), default=None)
-    kind = _kind(status, ending, oom_kills)
-    return _Death(name, status, kind, ending, lastwords.evidence(stderr, ending))
+    kind = found.kind if found else _kind(status, ending, oom_kills)
+    return _Death(name, status, kind, ending, lastwords.evidence(stderr, ending), unstarted=found)
 
 
 def _kind(status: int | None, ending: lastwords.Ending | None, oom_kills: int) -> str:

@@ -36,6 +36,7 @@ WAITED = (
     r"collective timeout",
     r"dump signal",
     r"detected by watchdog",
+    r"\btest timeout \(\d+s\)",  # nccl-tests
 )
 
 SPELLINGS = (
@@ -105,6 +106,12 @@ SPELLINGS = (
         r"CUDA_ERROR_INVALID_DEVICE",
     ),
     Spelling("gpu_unavailable", "NCCL", r"duplicate gpu detected"),
+    Spelling(
+        "gpu_unavailable",
+        "nccl-tests, rccl-tests",
+        r"invalid number of GPUs: \d+ requested",
+        r"number of requested GPUs \(\d+\) is greater",
+    ),
     Spelling(
         "gpu_unavailable",
         "CUDA, NCCL",
@@ -331,6 +338,7 @@ SPELLINGS = (
     ),
     Spelling("environment_missing", "NumPy", r"numpy\.dtype size changed", r"compiled using numpy 1\.x cannot be run"),
     Spelling("environment_missing", "Linux (SIGILL)", r"illegal instruction"),
+    Spelling("environment_missing", "nccl-tests", r"incompatible NCCL versions"),
     # Limits of the node. Permissions first: a folder may be /dev/shm, and a device may be of InfiniBand.
     Spelling(
         "not_permitted",
@@ -455,7 +463,7 @@ SPELLINGS = (
     Spelling(
         "interface_missing",
         "NCCL",
-        r"no (?:socket )?interface found",
+        r"no (?:socket |IP )?interface found",
         r"no device found",
         r"bootstrap : no",
         r"ibv_modify_qp .*(?:invalid argument|no data available|network is unreachable)",

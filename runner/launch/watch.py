@@ -168,7 +168,12 @@ class CellRun:
         over = [session for session in self.sessions if session.name in self.outcomes or not session.alive]
         if all(self.outcomes.get(session.name, _NONE).ended_well for session in over):
             return []
-        return each_error(blame(over, self.outcomes))
+        return each_error(blame(over, self.outcomes, self._names()))
+
+    def _names(self) -> dict[str, str]:
+        """The host by its name in the launcher's file of hosts, which are in the order of the cell's."""
+        lines = self.cell.launch.files.get("hostfile", "").splitlines()
+        return {line.split()[0]: host for line, host in zip(lines, self.cell.hosts, strict=False)}
 
     def _tell(self, found: Mapping[str, Any]) -> None:
         """Notify of the error of a host, once."""
@@ -191,7 +196,7 @@ class CellRun:
             silent = [_silent(session.name) for session in self.sessions if session.name in self.silent]
             failed = [*silent, *first_hand(self.sessions, self.outcomes, but=self.silent)]
             return "incomplete", joined(failed) if failed else hang_error(self.kind, self.reason, self.outcomes)
-        found = blame(self.sessions, self.outcomes)
+        found = blame(self.sessions, self.outcomes, self._names())
         return "incomplete" if found["kind"] in LATE.values() else "failed", found
 
 

@@ -76,7 +76,7 @@ def keep(lines: Sequence[str]) -> list[str]:
 
     An empty line stands for noise that was left out.
     """
-    wanted = set([index for index, line in enumerate(lines) if _TABLES.search(line)][-_ROWS:])
+    wanted = set([index for index, line in enumerate(lines) if _TABLES.search(line) or _STARTS.search(line)][-_ROWS:])
     for stream in _streams(lines).values():
         blocks = _blocks(stream)
         ending = _chosen(blocks)
@@ -202,6 +202,15 @@ _OF_OTHERS = (  # launchers about the processes that they started
 _ALIVE = r"\d+%\|.*\||\bit/s\b|s/it\b|\bINFO\b|\b(?:step|iteration|iter|epoch)\b[ =:/]*\d+"
 _NOISE = re.compile("|".join((_HELP, _STACK, _WARNING, _OF_OTHERS, r"^Fatal Python error: Aborted")))
 _HELPS, _LIVES = re.compile(_HELP), re.compile(_ALIVE, re.IGNORECASE)
+
+# Why a launcher could not start ranks on a node, and which: mpirun writes paragraphs of advice below it.
+_STARTS = re.compile(
+    r"^ssh: |^Host key verification failed|Permission denied \([\w,-]*\)|^(?:kex|ssh)_exchange_identification: "
+    r"|^Connection (?:closed|reset) by |host key is known for |unable to (?:reliably )?start one or more daemons"
+    r"|mismatch in versions between|unable to (?:launch|find) the specified|^There are not enough slots"
+    r"|lost communication with a remote daemon"
+    r"|^\s*(?:target node|Peer host|(?:Local|Peer) \S+(?: MPI)? version|Executable|Node|Remote daemon)\s*:"
+)
 
 _WHAT = re.compile(r"^\s*what\(\):\s*(.*)")
 _ABORTS = re.compile(

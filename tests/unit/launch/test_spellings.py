@@ -44,6 +44,7 @@ SAID: dict[str, list[str]] = {
         "Unable to determine the device handle for GPU0000:9B:00.0: Unknown Error",
     ],
     "fabric_not_ready": [
+        "rank 0: all_reduce_perf failed with status 2: gpu: CUDA failure: system not yet initialized",
         "RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
         "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized",
         "RuntimeError: cuda runtime error (802) : system not yet initialized at /tmp/THCGeneral.cpp:50",
@@ -55,12 +56,16 @@ SAID: dict[str, list[str]] = {
     "driver_too_old": [
         "RuntimeError: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver",
         "host: Test CUDA failure util.cu:674 'CUDA driver version is insufficient for CUDA runtime version'",
+        "rank 0: all_reduce_perf failed with status 2: host: CUDA failure: CUDA driver version is insufficient for CUDA runtime version",
         nccl(CUDA, "Cuda failure 35 'CUDA driver version is insufficient for CUDA runtime version'"),
         "RuntimeError: CUDA error: the provided PTX was compiled with an unsupported toolchain.",
         "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 804: forward compatibility was attempted on non supported HW",
         "nvidia-container-cli: requirement error: unsatisfied condition: cuda>=12.4, please update your driver: unknown",
     ],
     "gpu_unavailable": [
+        'rank 0: all_reduce_perf failed with status 2: node1: CUDA failure: invalid device ordinal',
+        'rank 0: all_reduce_perf failed with status 5: Invalid number of GPUs: 8 requested but only 4 were found.',
+        'rank 0: all_reduce_perf failed with status 1: [ERROR] The number of requested GPUs (8) is greater than the number of GPUs available (4)',
         'RuntimeError: CUDA error: unknown error',
         'RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 999: unknown error',
         'Failed to initialize NVML: Unknown Error',
@@ -74,6 +79,7 @@ SAID: dict[str, list[str]] = {
         "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
     ],
     "in_use": [
+        'rank 0: all_reduce_perf failed with status 2: node1: CUDA failure: all CUDA-capable devices are busy or unavailable',
         "RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable",
         "RuntimeError: CUDA error: all CUDA-capable devices are busy or unavailable",
         nccl(CUDA, "Cuda failure 46 'CUDA-capable device(s) is/are busy or unavailable'"),
@@ -81,6 +87,8 @@ SAID: dict[str, list[str]] = {
         "cupy_backends.cuda.api.driver.CUDADriverError: CUDA_ERROR_DEVICE_UNAVAILABLE: busy",
     ],
     "cuda_out_of_memory": [
+        'rank 0: all_reduce_perf failed with status 2: node1: CUDA failure: out of memory',
+        "rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: unhandled cuda error (run with NCCL_DEBUG=INFO for details) / Cuda failure 2 'out of memory'",
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB",
         "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB",
         "RuntimeError: CUDA error: out of memory",
@@ -119,6 +127,8 @@ SAID: dict[str, list[str]] = {
         "ssl.SSLCertVerificationError: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate",
     ],
     "environment_missing": [
+        'rank 0: all_reduce_perf failed with status 127: all_reduce_perf: error while loading shared libraries: libmpi.so.40: cannot open shared object file: No such file or directory',
+        'rank 0: all_reduce_perf failed with status 1: Incompatible NCCL versions. nccl-tests was compiled with NCCL 2.28, but is running with NCCL 22707.',
         'RuntimeError: The detected CUDA version (12.1) mismatches the version that was used to compile PyTorch (11.8).',
         'RuntimeError: operator torchvision::nms does not exist',
         "OSError: /env/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by /env/x.so)",
@@ -193,6 +203,7 @@ SAID: dict[str, list[str]] = {
         "bash: line 1: cd: /home/user: Stale NFS file handle",
     ],
     "limit_reached": [
+        'rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: unhandled system error / Call to ibv_reg_mr_iova2 failed with error Cannot allocate memory',
         nccl(SYSTEM, "Call to ibv_reg_mr failed with error Cannot allocate memory"),
         nccl(SYSTEM, "Call to ibv_create_qp failed with error Cannot allocate memory"),
         nccl(SYSTEM, "Call to ibv_create_qp failed with error Unknown error -12"),
@@ -201,6 +212,7 @@ SAID: dict[str, list[str]] = {
         "BlockingIOError: [Errno 11] Resource temporarily unavailable",
     ],
     "interface_missing": [
+        'rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: internal error / NET/IB : No IP interface found.',
         nccl(INTERNAL, "Bootstrap : no socket interface found"),
         nccl(SYSTEM, "Call to ibv_modify_qp failed with error Invalid argument errno 22"),
         nccl(SYSTEM, "Call to ibv_modify_qp failed with 19 No such device"),
@@ -220,6 +232,8 @@ SAID: dict[str, list[str]] = {
         "RuntimeError: IBV_EVENT_PORT_ERR on mlx5_2",
     ],
     "lost_peers": [
+        'rank 0: all_reduce_perf failed with status 4: node1: Test timeout (600s) common.cu:523',
+        'rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: remote process exited or there was a network error',
         "[rank3]:[F1121 04:58:56.5 ProcessGroupNCCL.cpp:1553] [PG ID 0 PG GUID 0(default_pg) Rank 3] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress in monitoring enqueued collectives.",
         '[rank5]:[E1121 04:58:56.5 ProcessGroupNCCL.cpp:1375] [PG ID 0 Rank 5] Received a dump signal due to a collective timeout from rank 3',
         nccl(REMOTE, "socketProgressOpt: Call to recv from 10.0.0.2<33759> failed : Connection reset by peer"),
