@@ -131,9 +131,9 @@ def alone(model: str, settings: Sequence[str], limit_s: float, results: Path) ->
     head = f"    {command_line(argv)}\n"
     try:
         summary = json.loads(stdout)
-    except ValueError:
+        (cell,) = summary["cells"]
+    except (ValueError, KeyError):  # with what was wrong before anything started
         return f"{head}\nNo summary. {ending(rc, stdout, limit_s)}\n", False
-    (cell,) = summary["cells"]
     rows = ["| what | value |", "| --- | ---: |", f"| state | {cell['state']} |"]
     rows += [f"| used: {name} | {value} |" for name, value in (cell.get("used") or {}).items()]
     rows += [f"| {name} | {value:,.5g} |" for name, value in cell["metrics"].items()]

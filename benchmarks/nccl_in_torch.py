@@ -34,7 +34,7 @@ from runner.plan.request import Request
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ROOT / "roles" / "conda_env" / "files" / "profiles"
-BUILT = ("2.26.2", "2.30.7")  # the role's default, and a newer one
+BUILT = ("2.26.2", "2.30.7")  # an older one, and the role's default
 ASK = """
 import json, sys
 sys.path.append(sys.argv[1])

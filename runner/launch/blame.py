@@ -375,6 +375,8 @@ def _status(outcome: Outcome) -> int | None:
 # The innermost frame of a rank that waits for others: in a collective, or for a device on which one may be running.
 # Frames of the workloads count as well: nothing else in them takes long without another frame.
 _WAITING = ("torch/distributed/", "torch/cuda/", "torch/autograd/", "deepspeed/comm/", "runner/workloads/")
+# Where ranks wait for each other only: while one does, another that waits for its device waits for no other rank.
+_MEETING = "runner/workloads/gpu/meeting.py"
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits in the kernel", "Z": "is dead"}
 
 
@@ -387,6 +389,8 @@ def hang_error(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[
     stuck: list[tuple[str, str, list[str]]] = []
     busy: list[tuple[str, str, list[str]]] = []
     waiting: list[str] = []
+    innermost = [rank.frames[0] for outcome in outcomes.values() for rank in outcome.stacks.values() if rank.frames]
+    waits = _MEETING if any(frame.startswith(_MEETING) for frame in innermost) else _WAITING
     for host, outcome in outcomes.items():
         for name, rank in outcome.stacks.items():
             frames = list(rank.frames)
@@ -394,7 +398,7 @@ def hang_error(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[
                 stuck.append((host, f"{name} {_STATES[rank.state]}", frames))
             elif not frames:
                 stuck.append((host, f"{name} is alive but gives no stack", frames))
-            elif frames[0].startswith(_WAITING):
+            elif frames[0].startswith(waits):
                 waiting.append(f"{name} in {frames[0]}")
             else:
                 busy.append((host, f"{name} is in {frames[0]}", frames))

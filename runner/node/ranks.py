@@ -74,7 +74,7 @@ class Stacks:
             except OSError:
                 text = ""
             age_s = round(time.time() - path.stat().st_mtime, 1)
-            found[path.stem] = RankStack(process.state(pid), age_s, frames(text)[:FRAMES])
+            found[path.stem] = RankStack(process.state_with_children(pid), age_s, frames(text)[:FRAMES])
         return found
 
 

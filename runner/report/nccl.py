@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.report import bandwidth, chart
@@ -29,14 +29,15 @@ GLOSSARY = {
     "its iterations and ranks.",
     "verdict_by_size": "Each message size is compared with the ceiling of the algorithm that NCCL used for it. Sizes "
     "whose time is latency, not bytes, are not judged, and no average over sizes is.",
+    "wrong_values": "Elements of a collective's result that differ from the exact answer.",
     "rail": "GPU k of every node, with the NICs that it uses. All rails work at the same time, each by itself.",
     "transport": "What NCCL says it used, not what it was asked for: NCCL_DEBUG of every rank.",
 }
 
 ALL, NODE, RAIL = "none", "node", "rail"
-OUT_OF = {ALL: "", NODE: ", each node alone"}
-BEFORE = "nodes"
-MAIN = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")  # what a terminal has room for
+OUT_OF = {ALL: "", NODE: ", each alone"}
+BUSBW, RAILS = "busbw, GB/s", "rails, GB/s"
+MAIN, SHOWN = ("all_reduce", "all_gather", "all_to_all"), 3  # what a terminal shows first, and has room for
 FAR = 5  # % from the median of the rails: written beside the value
 
 _ALGORITHMS = {
@@ -52,35 +53,39 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     """A row for each number of nodes and split: bandwidth, verdict by size, time; then rails, transport, settings."""
     found = []
     groups = _groups(cells)
-    below = f"{100 * metrics.LOW:.0f} %"
-    if rows := _rows(groups, _busbw):
-        columns = {BEFORE: BEFORE, **{label(name): label(name) for name in MAIN}, "below": "below"}
-        terms = [("busbw_gb_per_s", "GB/s"), ("ceiling", "ceiling")]
-        remark = f"the highest of all sizes, with its share of the ceiling; ✕: below {below} at some sizes."
-        found.append(Table(rows, columns, terms, remark, words=("below",)))
-    if rows := _rows(groups, _verdict):
+    good = f"{100 * metrics.LOW:.0f} %"
+    whole = {group: several for group, several in groups.items() if group[1] != RAIL}
+    if rows := _bandwidth(whole):
+        names = sorted(_names(whole), key=lambda name: name not in MAIN)[:SHOWN]
+        shown = ("state", *map(label, names), "below")
+        columns = {BUSBW: "GB/s", **{key: key for key in shown}}
+        terms = [("busbw_gb_per_s", "GB/s"), ("ceiling", "ceiling"), ("wrong_values", "wrong values")]
+        remark = f"the highest of all sizes, with its share of the ceiling; ✕: below {good} at some sizes."
+        found.append(Table(rows, columns, terms, remark, faults=("wrong values",), words=("below",)))
+    if rows := _rows("verdict", whole, _verdict):
         remark = (
-            f"sizes of {below} and more of their algorithm's ceiling are good. Judged is a size that takes "
+            f"sizes of {good} and more of their algorithm's ceiling are good. Judged is a size that takes "
             f"{metrics.BYTES_COUNT} times as long as the smallest; no average over sizes is."
         )
         found.append(Table(rows, {}, [("verdict_by_size", "verdict by size")], remark))
-    together = {
-        group: several for group, several in groups.items() if group[1] == ALL
-    }  # a split begins with large ones
-    if rows := _rows(together, _time):
-        found.append(Table(rows, {}, [("latency_us_mean", "time of one operation, µs")], "at the smallest size."))
-    if rows := _rails(groups):
-        columns = {key: key for key in rows[0]} if len(rows[0]) <= 10 else {}
+    # A split begins with sizes whose time is that of their bytes.
+    if rows := _rows("time, µs", {group: several for group, several in groups.items() if group[1] == ALL}, _time):
+        found.append(Table(rows, {}, [("latency_us_mean", "time of one operation")], "at the smallest size."))
+    if rows := _rails({nodes: several for (nodes, split), several in groups.items() if split == RAIL}):
+        columns = {key: key for key in (RAILS, "collective", "state", "median", "slowest")}
         remark = "the highest of all sizes of each GPU's rail, while all rails work; its distance from their median."
         found.append(Table(rows, columns, [("rail", "rail"), ("busbw_gb_per_s", "GB/s")], remark))
-    if rows := _transports(groups):
-        columns = {BEFORE: BEFORE, "hosts": "hosts", "transport": "transport", "algorithms": "algorithms"}
+    if rows := _transports({nodes: several for (nodes, split), several in groups.items() if split == ALL}):
+        columns = {key: key for key in rows[0]}
         words = ("transport", "algorithms")
         found.append(Table(rows, columns, [("transport", "transport")], "by NCCL's own words.", words=words))
-    if rows := _settings(groups):
-        columns = {key: key for key in ("setting", "asked", "NCCL says")}
+    if rows := _settings([cell for (_, split), several in groups.items() if split == ALL for cell in several]):
+        columns = {key: key for key in rows[0]}
         found.append(Table(rows, columns, remark="what was asked for, and what evidence shows.", words=("NCCL says",)))
     return found
+
+
+Groups = Mapping[tuple[int, str], Sequence[Row]]  # by num_nodes and split
 
 
 def _groups(cells: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
@@ -98,27 +103,46 @@ def _by_collective(cells: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _rows(groups: Mapping[tuple[int, str], Sequence[Row]], text: Any) -> list[dict[str, str]]:
-    """A row for each group but rails: `text(collective, its cells)` in a column of each collective."""
+def _names(groups: Groups) -> list[str]:
+    """The collectives of all groups, in the order in which they are planned."""
+    return list(dict.fromkeys(name for cells in groups.values() for name in _by_collective(cells)))
+
+
+def _rows(head: str, groups: Groups, text: Callable[[str, Sequence[Row]], str]) -> list[dict[str, str]]:
+    """A row for each group of which there is something to say: `text(collective, its cells)` in a column of each."""
     rows = []
-    names = dict.fromkeys(name for cells in groups.values() for name in _by_collective(cells))
+    names = _names(groups)
     for (nodes, split), cells in groups.items():
-        if split == RAIL:
-            continue
         by_name = _by_collective(cells)
         shown = {label(name): text(name, by_name[name]) if name in by_name else "" for name in names}
+        if any(shown.values()):
+            rows.append({head: nodes_text(nodes) + OUT_OF[split], **shown})
+    return without_empty(rows)
+
+
+def _bandwidth(groups: Groups) -> list[dict[str, str]]:
+    rows = {row[BUSBW]: row for row in _rows(BUSBW, groups, _busbw)}
+    found = []
+    for (nodes, split), cells in groups.items():
+        head, state = nodes_text(nodes) + OUT_OF[split], _state(cells)
+        if head not in rows and not state:
+            continue
+        by_name = _by_collective(cells)
         judged = [name for name, several in by_name.items() if _judged(several)]
         low = [label(name) for name in judged if _ranges(by_name[name], "low")]
-        row = {BEFORE: f"{nodes}{OUT_OF[split]}", "state": _state(cells) if text is _busbw else "", **shown}
-        if text is _busbw:
-            every = len(judged) > 1 and len(low) == len(judged)
-            row["below"] = (
-                f"✕ {'all that are judged' if every else ', '.join(low)}" if low else "none" if judged else ""
-            )
-            row["took"] = span_text(sum(cell.get("took_s") or 0.0 for cell in cells))
-        if any(shown.values()) or row["state"]:
-            rows.append(row)
-    return without_empty(rows)
+        which = "all" if 1 < len(low) == len(judged) else ", ".join(low)
+        wrong = [cell["metrics"]["wrong_values"] for cell in cells if "wrong_values" in cell["metrics"]]
+        found.append(
+            {
+                BUSBW: head,
+                "state": state,
+                **{label(name): rows.get(head, {}).get(label(name), "") for name in _names(groups)},
+                "below": f"✕ {which}" if low else "none" if judged else "",
+                "wrong values": f"{sum(wrong):,.0f}" if wrong else "",
+                "took": span_text(sum(cell.get("took_s") or 0.0 for cell in cells)),
+            }
+        )
+    return without_empty(found)
 
 
 def _state(cells: Sequence[Row]) -> str:
@@ -199,17 +223,28 @@ def _slow(rails: Mapping[int, float]) -> set[int]:
     return {rail for rail, busbw in rails.items() if busbw < findings.SLOW_RAIL * best}
 
 
-def _rails(groups: Mapping[tuple[int, str], Sequence[Row]]) -> list[dict[str, str]]:
+def _distance(value: float, middle: float) -> str:
+    """How far a value is from the median, in brackets; empty where that is little."""
+    away = 100 * (value / middle - 1) if middle else 0.0
+    return f" ({away:+.0f} %)".replace("-", "−") if abs(away) >= FAR else ""
+
+
+def _rails(groups: Mapping[int, Sequence[Row]]) -> list[dict[str, str]]:
     rows = []
-    for (nodes, split), cells in groups.items():
-        for name, rails in _rails_of(cells).items() if split == RAIL else ():
+    for nodes, cells in groups.items():
+        for name, rails in _rails_of(cells).items():
             middle, slow = statistics.median(rails.values()), _slow(rails)
-            row = {BEFORE: str(nodes), "collective": label(name), "state": _state(cells)}
-            for rail, busbw in rails.items():
-                away = 100 * (busbw / middle - 1) if middle else 0.0
-                far = f" ({away:+.0f} %)".replace("-", "−") if abs(away) >= FAR else ""
-                row[f"rail {rail}"] = ("✕ " if rail in slow else "") + number(busbw) + far
-            rows.append(row)
+            shown = {rail: number(busbw) + _distance(busbw, middle) for rail, busbw in rails.items()}
+            last = min(rails, key=lambda rail: rails[rail])
+            many = f"{len(slow)} rails, " if len(slow) > 1 else ""
+            row = {
+                RAILS: nodes_text(nodes),
+                "collective": label(name),
+                "state": _state(cells),
+                "median": number(middle),
+            }
+            row["slowest"] = ("✕ " if slow else "") + f"{many}rail {last}: {shown[last]}"
+            rows.append(row | {f"rail {rail}": ("✕ " if rail in slow else "") + text for rail, text in shown.items()})
     if len({row["collective"] for row in rows}) == 1:
         rows = [{key: value for key, value in row.items() if key != "collective"} for row in rows]
     return without_empty(rows)
@@ -271,12 +306,10 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _transports(groups: Mapping[tuple[int, str], Sequence[Row]]) -> list[dict[str, str]]:
+def _transports(groups: Mapping[int, Sequence[Row]]) -> list[dict[str, str]]:
     """A row for each number of nodes and group of hosts that say the same."""
     rows = []
-    for (nodes, split), cells in groups.items():
-        if split != ALL:
-            continue
+    for nodes, cells in groups.items():
         algorithms: dict[str, list[str]] = defaultdict(list)
         for name, several in _by_collective(cells).items():
             if words := algorithm_words(several[0]["details"]["algorithms"]):
@@ -285,7 +318,7 @@ def _transports(groups: Mapping[tuple[int, str], Sequence[Row]]) -> list[dict[st
         every = {host for cell in cells for host in cell["hosts"]}
         for words, hosts in _by_words(cells, nodes > 1).items():
             who = "all" if hosts == every else fold(hosts)
-            rows.append({BEFORE: str(nodes), "hosts": who, "transport": words, "algorithms": said})
+            rows.append({"nodes": str(nodes), "hosts": who, "transport": words, "algorithms": said})
     return without_empty(list(_alike(rows)))
 
 
@@ -293,9 +326,9 @@ def _alike(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
     """The rows, one for all numbers of nodes that are the same otherwise."""
     found: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        found[tuple(row[key] for key in row if key != BEFORE)].append(row)
+        found[tuple(row[key] for key in row if key != "nodes")].append(row)
     for several in found.values():
-        yield {**several[0], BEFORE: ", ".join(row[BEFORE] for row in several)}
+        yield {**several[0], "nodes": ", ".join(row["nodes"] for row in several)}
 
 
 def _most_last(algorithms: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]:
@@ -333,9 +366,8 @@ _SHOWN_BY = {
 }
 
 
-def _settings(groups: Mapping[tuple[int, str], Sequence[Row]]) -> list[dict[str, str]]:
+def _settings(cells: Sequence[Row]) -> list[dict[str, str]]:
     """A row for each variable of NCCL that was asked for: what NCCL says it read, and what it did."""
-    cells = [cell for (_, split), several in groups.items() if split == ALL for cell in several]
     read: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell in cells:
         for one in cell["details"]["settings"]:

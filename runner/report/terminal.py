@@ -13,6 +13,7 @@ from runner.report.tables import Table
 from runner.report.words import SIGNS, VERDICTS, headline, title
 
 WIDTH = 100
+NARROW = 8  # columns that a sentence has at least
 
 
 def terminal(summary: Mapping[str, Any]) -> str:
@@ -66,13 +67,13 @@ def _columns(shown: Table) -> list[dict[str, str]]:
     import textwrap
 
     keys = [key for key in shown.rows[0] if key in shown.columns]
-    widths = [
-        max(len(shown.columns[key]), *(len(_cut(row[key])) for row in shown.rows))
+    widths = [  # tabulate leaves two columns after a header
+        max(len(shown.columns[key]) + 2, *(len(_cut(row[key])) for row in shown.rows))
         for key in keys
         if key not in shown.words
     ]
     sentences = len(keys) - len(widths)
-    room = (WIDTH - sum(widths) - 2 * (len(keys) - 1)) // sentences if sentences else 0
+    room = max(NARROW, (WIDTH - sum(widths) - 2 * (len(keys) - 1)) // max(1, sentences))
     return [
         {
             shown.columns[key]: "\n".join(textwrap.wrap(row[key], room, break_on_hyphens=False))

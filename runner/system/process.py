@@ -241,6 +241,22 @@ def state(pid: int) -> str | None:
         return None
 
 
+STUCK = "TtD"  # the letters of processes that do not run, and do not wait for input either
+
+
+def state_with_children(pid: int) -> str | None:
+    """The state letter of a process, or of the first of its descendants that is stuck where it is not itself."""
+    import psutil
+
+    own = state(pid)
+    try:
+        below = [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return own
+    states = [own, *(state(child) for child in below)]
+    return next((each for each in states if each and each in STUCK), own)
+
+
 def oom_kills() -> int:
     """The number of processes in this process's memory cgroup that the kernel's OOM killer ended; 0 if unknown.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_a_wrong_word_of_a_copy_is_counted():
         patch.setattr(torch, "zeros_like", lambda source: targets.append(zeros_like(source)) or targets[-1])
         rates, wrong = copies.within(Flipping(0), 1 << 16, 5, seed=3)
     assert (len(rates), wrong) == (5, 1)
+
+
+def test_the_kernel_says_on_which_node_memory_was_touched():
+    from runner.workloads.gpu import numa
+    from runner.workloads.gpu.device import touched
+
+    before = os.sched_getaffinity(0)
+    for node, cpus in numa.nodes().items():
+        with numa.on(cpus):
+            words = touched(1 << 22)
+        assert int(words.sum()) == 0 and len(words) == 1 << 19
+        assert numa.where(words.data_ptr()) in (node, None), "None where /proc has no numa_maps"
+    assert os.sched_getaffinity(0) == before
 
 
 def test_words_of_a_copy_differ_from_each_other_and_with_the_seed():

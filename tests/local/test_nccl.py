@@ -179,18 +179,26 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def test_nccl_tests_ends_with_its_rank_whatever_ends_that(begin):
-    launched, _ = begin(planted="fail.1 hang")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nccl_tests_ends_with_its_rank_whatever_ends_that(tmp_path, number):
+    """It may be stuck in the driver, and no longer read from the launcher: here it is a program that only sleeps."""
+    program = tmp_path / "root" / "current" / "bin" / "all_reduce_perf"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    params = config.load_test("nccl", {"root": str(tmp_path / "root"), "max_bytes": 8}).model_dump()
+    (tmp_path / "job.json").write_text(json.dumps(ranks.job("nccl", 1, variants(params, 1, 1)["all_reduce"])))
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", process.MARKER: f"run/{tmp_path.name}"}
+    rank = subprocess.Popen([sys.executable, "-m", "runner.workloads", str(tmp_path)], env=env)
     deadline = time.monotonic() + 60
-    programs: list[int] = []
-    while len(programs) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-        python = children(launched.pid)
-        programs = [child for rank in python for child in children(rank)]
-    assert len(programs) == 2
-    os.kill(python[1], signal.SIGKILL)
-    launched.communicate(timeout=30)
+    while not (programs := children(rank.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(programs) == 1
+    rank.send_signal(number)
+    rank.wait(30)
     deadline = time.monotonic() + 10
-    while any(process.state(pid) not in (None, "Z") for pid in programs) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert [process.state(pid) for pid in programs if process.state(pid) != "Z"] in ([], [None, None])
+    while process.state(programs[0]) not in (None, "Z") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left, state = process.marked(f"run/{tmp_path.name}"), process.state(programs[0])
+    process.stop_marked(f"run/{tmp_path.name}", 1)
+    assert left == [] and state in (None, "Z")

@@ -262,6 +262,16 @@ def test_a_stopped_rank_is_seen_as_such(tmp_path):
     assert agent.alive() == []
 
 
+def test_a_rank_whose_own_program_is_stopped_is_seen_as_such(tmp_path):
+    """As one of nccl-tests that waits in the kernel: the rank itself waits for its output, as all others do."""
+    program = f"""import subprocess
+    child = subprocess.Popen(["sleep", "60"])
+    child.send_signal({int(signal.SIGSTOP)})
+    {ANSWERS % 0}"""
+    rank = stacks(Agent(tmp_path, python(program)))
+    assert (rank["state"], rank["frames"][0].split()[-1]) == ("T", "stand_here")
+
+
 def test_a_rank_that_is_not_prepared_for_the_question_lives_on(tmp_path):
     agent = Agent(tmp_path, python("""events.write(json.dumps({"event": "progress"}) + "\\n"); time.sleep(3)"""))
     assert until(lambda: '"progress"' in read(agent.folder / "rank0.jsonl"))

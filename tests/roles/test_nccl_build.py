@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import stand_ins
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from role_modules import ROOT, carry_out, load
 from runner.cluster import nccl
+from runner.cluster.tools import nccl_log
 
 module = load("nccl_build")
 nccl_inputs = importlib.import_module("ansible.module_utils.nccl_inputs")
@@ -30,6 +32,7 @@ PROGRAMS = (
     "all_gather", "all_reduce", "alltoall", "broadcast", "gather", "hypercube", "reduce", "reduce_scatter", "scatter",
     "sendrecv",
 )  # fmt: skip
+MPI = stand_ins.mpi_home()
 ROCE = {"hca": ["mlx5_0:1", "mlx5_1:1"], "gid_index": 3, "traffic_class": 106}
 
 
@@ -43,7 +46,7 @@ def defaults():
 def archives(tmp_path_factory):
     """The stand-ins for NCCL's trees as archives: {name: (url, sha256)}."""
     folder, found = tmp_path_factory.mktemp("archives"), {}
-    for tree in ("nccl-2.26.2-1", "nccl-tests-2.19.6"):
+    for tree in ("nccl-2.30.7-1", "nccl-tests-2.19.6"):
         path = folder / f"{tree}.tar.gz"
         with tarfile.open(path, "w:gz") as tar:
             tar.add(STAND_INS / "nccl" / tree, arcname=tree)
@@ -69,7 +72,7 @@ def settings(tmp_path, archives, node):
     return defaults() | {
         "root": str(node / "nccl"), "etc": str(node / "etc"), "cuda_home": str(tmp_path / "cuda"),
         "url": url, "sha256": sha, "tests_url": tests_url, "tests_sha256": tests_sha,
-        "mpi": False, "cxx": "gcc", "archs": ["90"], "free_gib": 0.001, "jobs": 1, "builds": True, "host_known": True,
+        "mpi": bool(MPI), "cxx": "gcc", "archs": ["90"], "free_gib": 0.001, "jobs": 1, "builds": True, "host_known": True,
     }  # fmt: skip
 
 
@@ -111,6 +114,7 @@ def only(answer):
         ("2.26.2", "12.8", "fine"),
         ("2.26.2", "13.0", "refused"),  # tried: does not compile
         ("2.30.7", "13.0", "fine"),  # tried: compiles
+        ("2.30.7", "12.8", "fine"),
         ("2.27.7", "13.0", "fine"),
         ("2.27.5", "13.0", "unknown"),
         ("2.26.2", "11.8", "unknown"),
@@ -127,11 +131,12 @@ def test_the_pair_of_nccl_and_cuda_is_judged_before_a_build(nccl, cuda, verdict)
 def test_a_refused_pair_stops_with_the_reason_and_nothing_is_built(settings, monkeypatch):
     nvcc = Path(settings["cuda_home"], "bin", "nvcc")
     nvcc.write_text(nvcc.read_text().replace("echo 12.8", "echo 13.0"))
-    what, expected, found = only(carry_out(module.PHASES, "validate", settings))
+    old = settings | {"version": "2.26.2"}
+    what, expected, found = only(carry_out(module.PHASES, "validate", old))
     assert what == "toolkit for NCCL 2.26.2"
     assert "older than 13" in expected
     assert found == f"CUDA 13.0 in {settings['cuda_home']}"
-    assert only(install(settings, "build"))[0] == what
+    assert only(install(old, "build"))[0] == what
     assert [path.name for path in Path(settings["root"]).iterdir()] == [".lock"]
 
 
@@ -140,7 +145,7 @@ def test_an_untried_pair_is_a_warning(settings):
     nvcc.write_text(nvcc.read_text().replace("echo 12.8", "echo 12.0"))
     answer = carry_out(module.PHASES, "validate", settings)
     assert answer.ok
-    assert "NCCL 2.26.2 with CUDA 12.0 is untried" in answer.warnings[0]
+    assert "NCCL 2.30.7 with CUDA 12.0 is untried" in answer.warnings[0]
 
 
 def test_an_architecture_that_nvcc_does_not_know_is_found_by_compiling_for_it(settings):
@@ -152,7 +157,7 @@ def test_an_architecture_that_nvcc_does_not_know_is_found_by_compiling_for_it(se
 
 @pytest.mark.skipif(not os.path.exists("/usr/local/cuda/bin/nvcc"), reason="no CUDA toolkit on this machine")
 def test_the_real_nvcc_is_found_and_compiles_the_probe(settings):
-    real = settings | {"cuda_home": "", "cxx": "g++", "version": "2.30.7", "sha256": "0" * 64}
+    real = settings | {"cuda_home": "", "cxx": "g++", "sha256": "0" * 64}
     answer = carry_out(module.PHASES, "validate", real)
     assert answer.ok, answer.msg
     unknown = only(carry_out(module.PHASES, "validate", real | {"archs": ["35"]}))
@@ -167,7 +172,7 @@ def test_a_known_checksum_is_taken_and_an_unknown_one_is_asked_for(settings):
     answer = carry_out(module.PHASES, "validate", unknown)
     assert only(answer) == ("checksum of nccl-tests 2.19.6", "a SHA-256", "none given and none known")
     assert "curl -L" in answer.problems[0]["remedy"]
-    assert nccl_inputs.sources(unknown)[0][3].startswith("74c6ab40")
+    assert nccl_inputs.sources(unknown)[0][3].startswith("292a7f7a")
     assert carry_out(module.PHASES, "validate", unknown | {"allow_unverified": True}).ok
 
 
@@ -183,7 +188,7 @@ def test_a_node_that_does_not_build_needs_no_toolkit(settings):
     bare = settings | {"cuda_home": "/nowhere", "url": "file:///nowhere", "archs": []}
     assert carry_out(module.PHASES, "validate", bare | {"builds": False}).ok
     whats = [problem["what"] for problem in carry_out(module.PHASES, "validate", bare).problems]
-    assert whats == ["CUDA toolkit", "GPU architecture", "archive of nccl 2.26.2"]
+    assert whats == ["CUDA toolkit", "GPU architecture", "archive of nccl 2.30.7"]
 
 
 def test_mpi_is_found_through_its_compiler(settings, tmp_path, monkeypatch):
@@ -245,10 +250,10 @@ def test_a_build_is_installed_whole_and_put_in_use(settings, built):
     assert (stamp["cuda"], stamp["archs"]) == ("12.8", ["90"])
     assert sorted(set(stamp["files"]) - {f"bin/{name}_perf" for name in PROGRAMS}) == [
         "bin/ncclras", "include/nccl.h",
-        "lib/libnccl.so", "lib/libnccl.so.2", "lib/libnccl.so.2.26.2", "lib/pkgconfig/nccl.pc",
+        "lib/libnccl.so", "lib/libnccl.so.2", "lib/libnccl.so.2.30.7", "lib/pkgconfig/nccl.pc",
     ]  # fmt: skip
     assert {path.name for path in (built / "bin").glob("*_perf")} == {f"{name}_perf" for name in PROGRAMS}
-    assert stamp["files"]["lib/libnccl.so.2"] == "-> libnccl.so.2.26.2"
+    assert stamp["files"]["lib/libnccl.so.2"] == "-> libnccl.so.2.30.7"
     assert f"prefix={os.path.realpath(built)}\n" in (built / "lib" / "pkgconfig" / "nccl.pc").read_text()
     left = {path.name for path in built.parent.iterdir() if path.name.startswith(".")}
     assert left == {".lock"}
@@ -288,7 +293,7 @@ def test_the_previous_build_stays_and_can_be_put_in_use_again(settings, built):
 
 def test_a_wrong_checksum_stops_with_both_and_leaves_nothing(settings):
     assert only(install(settings, "build", sha256="0" * 64)) == (
-        "checksum of nccl 2.26.2",
+        "checksum of nccl 2.30.7",
         "0" * 64,
         settings["sha256"],
     )
@@ -299,13 +304,13 @@ def test_an_archive_that_is_none_is_one_clear_problem(settings, tmp_path):
     path = tmp_path / "page.html"
     path.write_text("<html>Not Found</html>")
     broken = settings | {"url": path.as_uri(), "sha256": nccl_prefix.digest(str(path))}
-    assert only(install(broken, "build"))[:2] == ("archive of nccl 2.26.2", "a tar archive")
+    assert only(install(broken, "build"))[:2] == ("archive of nccl 2.30.7", "a tar archive")
 
 
 def test_a_build_that_fails_names_the_first_error_and_the_log(settings, tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "gcc", "echo 'init.cc:12:3: error: no such member' >&2; exit 1")
     answer = install(settings, "build")
-    assert only(answer) == ("build of NCCL 2.26.2", "make succeeds", "init.cc:12:3: error: no such member")
+    assert only(answer) == ("build of NCCL 2.30.7", "make succeeds", "init.cc:12:3: error: no such member")
     assert ".build.log" in answer.problems[0]["remedy"]
     assert not any(path.is_dir() for path in Path(settings["root"]).iterdir())
 
@@ -490,18 +495,18 @@ def test_the_version_that_the_library_answers(code, text):
 
 
 def test_a_library_of_another_version_is_named_with_both(settings, built):
-    library = built / "lib" / "libnccl.so.2.26.2"
+    library = built / "lib" / "libnccl.so.2.30.7"
     library.unlink()
     source = "int ncclGetVersion(int *v) { *v = 21803; return 0; }"
     subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source, text=True, check=True)
     problems = {problem["what"]: problem for problem in carry_out(module.PHASES, "verify", settings).problems}
     answered = problems[f"ncclGetVersion of {built}/lib/libnccl.so.2"]
-    assert (answered["expected"], answered["found"]) == ("2.26.2", "2.18.3")
-    assert f"{built}/lib/libnccl.so.2.26.2" in problems
+    assert (answered["expected"], answered["found"]) == ("2.30.7", "2.18.3")
+    assert f"{built}/lib/libnccl.so.2.30.7" in problems
 
 
 def test_a_library_that_cannot_be_loaded_is_a_problem_and_not_a_crash(settings, built):
-    (built / "lib" / "libnccl.so.2.26.2").write_bytes(b"\x7fELF" + bytes(10))
+    (built / "lib" / "libnccl.so.2.30.7").write_bytes(b"\x7fELF" + bytes(10))
     problems = [problem["what"] for problem in carry_out(module.PHASES, "verify", settings).problems]
     assert f"ncclGetVersion of {built}/lib/libnccl.so.2" in problems
 
@@ -531,8 +536,8 @@ def test_the_link_by_which_torch_finds_it_is_made_checked_and_mended(settings, b
 def test_what_the_role_leaves_is_what_the_runner_puts_before_torchs_own(settings, built):
     fact = Path(settings["etc"]) / "ansible" / "facts.d" / "nccl.fact"
     told = nccl.built(fact)
-    assert told == nccl.Built(settings["root"], "2.26.2", None)
-    assert nccl.version_of(Path(nccl.environment(told.root)["LD_PRELOAD"])) == "2.26.2"
+    assert told == nccl.Built(settings["root"], "2.30.7", None)
+    assert nccl.version_of(Path(nccl.environment(told.root)["LD_PRELOAD"])) == "2.30.7"
 
 
 def test_a_build_without_its_stamp_is_no_build(settings, built):
@@ -558,6 +563,46 @@ def test_the_collective_is_run_over_all_gpus(settings, built, tmp_path, monkeypa
     answer = carry_out(module.PHASES, "verify", settings)
     assert answer.ok, answer.msg
     assert answer.facts["all_reduce_busbw_gb_per_s"] > 0
+
+
+@pytest.mark.skipif(not (MPI and shutil.which("mpirun")), reason="no Open MPI with its headers on this machine")
+def test_what_was_built_runs_on_several_ranks_and_needs_no_environment_for_it(built):
+    ranks = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2"]
+    outcome = subprocess.run(
+        [*ranks, built / "bin" / "all_reduce_perf", "-b", "1K", "-e", "1K", "-n", "1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert outcome.returncode == 0 and outcome.stdout.count("#  Rank") == 2, outcome.stdout + outcome.stderr
+    assert "nccl-library=23007" in outcome.stdout and "# Out of bounds values : 0 OK" in outcome.stdout
+
+
+def test_the_settings_that_it_writes_are_those_of_the_ranks(settings, built, tmp_path):
+    """As test nccl reads them back: of the NIC that nccl.conf leaves out no rank says that it uses it."""
+    etc, planted, log = Path(settings["etc"]), tmp_path / "planted", tmp_path / "log"
+    (etc / "ansible" / "facts.d" / "roce.fact").write_text(json.dumps(ROCE | {"hca": ["mlx5_1:1"]}))
+    assert carry_out(module.PHASES, "configure", settings | {"conf": {"NCCL_ALGO": "Ring"}}).changed
+    planted.write_text("net IB\nnics mlx5_0:1/RoCE mlx5_1:1/RoCE\n")
+    files = {"NCCL_CONF_FILE": etc / "nccl.conf", "NCCL_DEBUG_FILE": log, "NCCL_TESTS_STAND_IN": planted}
+    env = dict(os.environ, NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT,NET,ENV", **{k: str(v) for k, v in files.items()})
+    subprocess.run(
+        [built / "bin" / "all_reduce_perf", "-b", "1K", "-e", "1K", "-g", "2"], env=env, check=True, timeout=60
+    )
+    evidence = nccl_log.parse(log.read_text())
+    assert evidence.settings == {
+        "NCCL_ALGO": "Ring", "NCCL_BUFFSIZE": "8388608", "NCCL_IB_GID_INDEX": "3", "NCCL_IB_HCA": "=mlx5_1:1",
+        "NCCL_IB_TC": "106",
+    }  # fmt: skip
+    assert (evidence.net, evidence.link, evidence.nics) == ("IB", "RoCE", ("mlx5_1",))
+
+
+@pytest.mark.skipif(not MPI, reason="no Open MPI with its headers on this machine")
+def test_a_library_of_mpi_that_a_node_lacks_is_named_with_what_to_install(settings, built, tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, "ldd", "echo 'libmpi.so.40 => not found'")
+    problems = carry_out(module.PHASES, "verify", settings).problems
+    (lacking,) = [problem for problem in problems if "libmpi.so.40" in problem["what"]]
+    assert lacking["found"] == "not found" and "openmpi-bin" in lacking["remedy"]
 
 
 captured = pytest.mark.skipif(not CAPTURED.exists(), reason=f"no captured outputs in {CAPTURED}")

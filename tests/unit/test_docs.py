@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,19 @@ def test_every_setting_of_slurm_is_explained():
     section = (ROOT / "docs" / "slurm.md").read_text().partition("\n## Settings")[2].partition("\n## ")[0]
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", section, re.MULTILINE)))
     assert named == list(Settings.model_fields)
+
+
+def test_every_setting_and_finding_of_test_nccl_is_explained():
+    from runner.workloads.nccl import findings
+    from runner.workloads.nccl.settings import NcclTest
+
+    def first_column(title):
+        section = (ROOT / "docs" / "nccl.md").read_text().partition(f"\n## {title}")[2].partition("\n## ")[0]
+        return re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", section, re.MULTILINE)))
+
+    assert sorted(first_column("Settings")) == sorted(NcclTest.model_fields)
+    found = {word for word in re.findall(r'"(\w+)"', Path(findings.__file__).read_text()) if word in KINDS}
+    assert sorted(first_column("Findings")) == sorted(found)
 
 
 def test_every_door_is_described():

@@ -101,6 +101,9 @@ def test_test_gpu_is_told_as_all_that_it_measured_and_found(tmp_path, monkeypatc
         "- throttled: GPU 0: hot (87 °C)",
         "- slow_gpu: GPU 0: hot (87 °C)",
     ]
+    monkeypatch.setattr(gpu, "run", lambda argv, limit_s: (3, '{"error": {"message": "node001 is in use"}}'))
+    text, good = gpu.alone("llama-2-7b", [], 60.0, tmp_path)
+    assert not good and text.endswith('Exit code 3: {"error": {"message": "node001 is in use"}}.\n')
     monkeypatch.setattr(gpu, "run", lambda argv, limit_s: (None, ""))
     text, good = gpu.alone("llama-2-7b", [], 60.0, tmp_path)
     assert not good and text.endswith("No summary. Ended after 60 s, the time that it had.\n")

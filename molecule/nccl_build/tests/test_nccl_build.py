@@ -34,9 +34,14 @@ def test_nothing_of_the_way_there_is_left(host):
 def test_a_program_gets_this_nccl_without_an_environment(host):
     run = host.run(f"{CURRENT}/bin/all_reduce_perf -b 8M -e 8M -g 8")
     assert run.rc == 0
-    assert "nccl-library=22602" in run.stdout
+    assert "nccl-library=23007" in run.stdout
     assert "# Out of bounds values : 0 OK" in run.stdout
     assert run.stdout.count("#  Rank") == 8
+
+
+def test_on_a_node_that_never_had_mpis_headers_its_ranks_meet(host):
+    run = host.run(f"mpirun --allow-run-as-root --oversubscribe -np 2 {CURRENT}/bin/all_reduce_perf -b 1K -e 1K -n 1")
+    assert run.rc == 0 and run.stdout.count("#  Rank") == 2, run.stdout + run.stderr
 
 
 def test_the_environment_file_names_this_nccl(host):
@@ -62,6 +67,7 @@ def test_nccl_reads_what_was_found_of_roce_and_what_the_user_set(host):
 
 def test_the_fact_says_what_is_in_use(host):
     fact = json.loads(host.file("/etc/ansible/facts.d/nccl.fact").content_string)
-    assert (fact["version"], fact["cuda"], fact["architectures"]) == ("2.26.2", "12.8", ["90"])
+    assert (fact["version"], fact["cuda"], fact["architectures"]) == ("2.30.7", "12.8", ["90"])
+    assert (fact["nccl_tests"], fact["mpi"]) == ("2.19.6", True)
     assert host.file(f"{fact['prefix']}/lib/libnccl.so.2").exists
     assert host.file(CURRENT).linked_to == fact["prefix"]

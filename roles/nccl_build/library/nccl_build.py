@@ -3,8 +3,8 @@
 
 The folder `root` (/opt/nccl) has
 
-    2.26.2-cuda12.8-sm90-1f3a…/   one build: lib, include, bin and stamp.json; never changes once it exists
-    current -> 2.26.2-…           the build in use
+    2.30.7-cuda12.8-sm90-1f3a…/   one build: lib, include, bin and stamp.json; never changes once it exists
+    current -> 2.30.7-…           the build in use
     2.26.2-….build.log            the output of make
     .lock, .build, .….partial     of a build in progress; leftovers of an interrupted run are removed by the next
 
@@ -78,7 +78,7 @@ def validate(phase):
         phase.problem("nccl_build_host", "a host of the inventory", want["host"], "see `ansible-inventory --list`")
     for name, ver, url, sha in sources(want):
         if not version(ver)[2:]:
-            phase.problem(f"version of {name}", "three numbers such as 2.26.2", ver, "see its tags on GitHub")
+            phase.problem(f"version of {name}", "three numbers such as 2.30.7", ver, "see its tags on GitHub")
         if sha and not re.fullmatch(r"[0-9a-f]{64}", sha):
             phase.problem(f"checksum of {name}", "64 hexadecimal digits", sha, f"see `sha256sum` of {url}")
         if not sha and not want["allow_unverified"]:
@@ -230,8 +230,11 @@ def _make_all(phase, work, prefix, partial, home, archs, lock):
         f"CUDA_HOME={home}", f"CUDA_LIB={lib}", f"CUDA_INC={home}/include",
         f"NVCC_GENCODE={gencode(archs)}", f"CXX={want['cxx']}",
     ]  # fmt: skip
-    # nccl-tests sets no run path: the linker takes it from here, so that the binaries use this NCCL.
-    env = dict(os.environ, LC_ALL="C.UTF-8", LD_RUN_PATH=f"{prefix}/lib:{lib}")
+    mpi = mpi_home(phase)[0] if fixed_inputs(want)["mpi"] else ""
+    # nccl-tests sets no run path: the linker takes it from here, so that the binaries use this NCCL, and this MPI where
+    # it is one that the loader does not know (HPC-X).
+    run_path = [f"{prefix}/lib", lib, *([f"{mpi}/lib"] if mpi else [])]
+    env = dict(os.environ, LC_ALL="C.UTF-8", LD_RUN_PATH=":".join(run_path))
     log = f"{prefix}.build.log"
     if os.path.exists(log):
         os.unlink(log)
@@ -256,8 +259,8 @@ def _make_all(phase, work, prefix, partial, home, archs, lock):
     make(f"NCCL {want['version']}", nccl, "install", f"BUILDDIR={objects}", f"PREFIX={partial}", *common)
     if want["tests"]:
         tests, words = f"{work}/nccl-tests", [f"NCCL_HOME={partial}", *common]
-        if want["mpi"]:
-            words += ["MPI=1", f"MPI_HOME={mpi_home(phase)[0]}"]
+        if mpi:
+            words += ["MPI=1", f"MPI_HOME={mpi}"]
         make(f"nccl-tests {want['tests_version']}", tests, f"BUILDDIR={tests}/build", *words)
         os.makedirs(f"{partial}/bin", exist_ok=True)  # NCCL itself installs ncclras there since 2.24
         for binary in sorted(os.listdir(f"{tests}/build")):
@@ -458,9 +461,11 @@ def _verify_links(phase, binary):
     if not outcome.ok:
         phase.problem(binary, "a program whose libraries are found", outcome.last_line, SETUP)
     for library in re.findall(r"^\s*(\S+) => not found", outcome.stdout, re.MULTILINE):
-        phase.problem(
-            f"{binary} needs {library}", "found by the loader", "not found", f"install {library} on this node"
+        package = (
+            " (Open MPI: openmpi-bin, or HPC-X where it was built with that)" if library.startswith("libmpi.") else ""
         )
+        remedy = f"install {library} on this node{package}"
+        phase.problem(f"{binary} needs {library}", "found by the loader", "not found", remedy)
     nccl = re.findall(r"^\s*libnccl\.so\.2 => (/\S+)", outcome.stdout, re.MULTILINE)
     ours = os.path.realpath(os.path.dirname(os.path.dirname(binary)))
     if nccl and not os.path.realpath(nccl[0]).startswith(f"{ours}/"):

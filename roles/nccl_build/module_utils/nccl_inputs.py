@@ -13,11 +13,16 @@ import tempfile
 from ansible.module_utils.nvidia import query, version
 from ansible.module_utils.phase import read, write
 
-# Source: Spack's packages nccl and nccl-tests (archives of GitHub's tags).
+# Of the archives of GitHub's tags, as others have published them: 2.30.7 in TensorFlow's third_party/nccl, 2.27.7 there
+# and in Spack, all others in Spack's packages nccl and nccl-tests. `git archive` of a tag and `gzip -n` give the same.
 KNOWN_SHA256 = {
+    ("nccl", "2.30.7"): "292a7f7a27b6754acaf46b5506a60758ca7b18cc1dfbd3d1d4e1e229d0863b4e",
+    ("nccl", "2.27.7"): "98e6262bd55932c51e7c8ffc50cc764f019e4b94a8fd6694d839ae828ec8d128",
     ("nccl", "2.26.2"): "74c6ab40c864d79c2139508e9419de5970cb406ec85f001d5f834d5f5c0c4f3b",
     ("nccl", "2.22.3"): "45151629a9494460e73375281e8b0fe379141528879301899ece9b776faca024",
     ("nccl", "2.21.5"): "1923596984d85e310b5b6c52b2c72a1b93da57218f2bc5a5c7ac3d59297a3303",
+    ("nccl-tests", "2.17.6"): "38974e70342150ede0e3fb8fd24bfe60ccbde90fa20241716ba8bb338e6b61a0",
+    ("nccl-tests", "2.16.3"): "ec373552e216c0df03414718bd588585a1719971b20a5939a2f9488c8ce767eb",
     ("nccl-tests", "2.13.6"): "52b472a58a4918d3221a9b8c4bd9335382643d7e241983918b64692d685cc3d1",
 }
 
@@ -29,7 +34,8 @@ def pair(nccl, cuda):
     """Whether this version of NCCL builds with this version of CUDA: ("refused" | "unknown" | "fine", reason).
 
     Sources: 2.26.2 was tried with CUDA 13.0 and does not compile, 2.30.7 does; NVIDIA publishes nvidia-nccl-cu13
-    from 2.27.7 on (PyPI); CUDA 11 is no longer tested since 2.22 (NVIDIA/nccl#1408).
+    from 2.27.7 on (PyPI), and 2.30.7 built with CUDA 12.9 and 13.3; CUDA 11 is no longer tested since 2.22
+    (NVIDIA/nccl#1408).
     """
     nccl_version, cuda_version = version(nccl), version(cuda)
     if cuda_version < (11,):
@@ -136,7 +142,10 @@ def check_tools(phase):
     if want["tests"] and want["mpi"]:
         home, reason = mpi_home(phase)
         if not home:
-            remedy = "install Open MPI with its headers, or set nccl_build_mpi_home, or nccl_build_mpi: false"
+            remedy = (
+                "install Open MPI with its headers (Debian, Ubuntu: libopenmpi-dev), or set nccl_build_mpi_home, "
+                "or nccl_build_mpi: false"
+            )
             phase.problem("MPI for nccl-tests", "mpicc and mpi.h", reason, remedy)
     home, cuda, reason = cuda_toolkit(phase)
     if not home:

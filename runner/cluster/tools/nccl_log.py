@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from runner.cluster.tools.nccl_tests import MESSAGE
+from runner.cluster.tools.nccl_tests import MESSAGE, NCCL_VERSION
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,11 @@ class Evidence:
 
 
 _LEVEL = re.compile(r"CCL (INFO|WARN) (.*)", re.DOTALL)
-_VERSION = re.compile(r"\bN?R?CCL version (\d+\.\d+\S*)")
 _NET = re.compile(r"(?:Using network |Assigned NET plugin )(.+?)(?: to comm)?\s*$")
 _VIA = re.compile(
     r"(?:Channel|CollNet) \d+(?:/\d+)? : .* via "
     r"(?:(NET|COLLNET)/(.+?)/(\d+)(?:\(\d+\))?(/GDRDMA)?(?:\(PCI\))?(?:/Shared)?"
-    r"|(P2P)/([A-Za-z ]+)(?:/.*)?|(SHM)(?:/.*)?)\s*$"
+    r"|(P2P)/(CUMEM|IPC|MNNVL|direct pointer|indirect)(?:/.*)?|(SHM)(?:/.*)?)\s*$"
 )
 _IB = re.compile(r"NET/\S+ : Using (\[.*)")
 _DEVICE = re.compile(r"\[(\d+)\] ?([\w.-]+):\d+/(\w+)")
@@ -119,7 +118,7 @@ _COLLECTIVES = {
 def parse(text: str) -> Evidence:
     """The evidence in a rank's log, or in output that has its messages among others'."""
     version = net = link = None
-    names: dict[tuple[str, int], str] = {}  # by network and number
+    names: dict[tuple[str | None, int], str] = {}  # by network and number
     found: Counter[tuple[str, str | None, int, bool]] = Counter()  # transport, network, number, GPUDirect
     local: Counter[str] = Counter()
     supported: dict[str, bool] = {}
@@ -128,8 +127,8 @@ def parse(text: str) -> Evidence:
     settings: dict[str, str] = {}
     warnings: dict[str, None] = {}
     initialised = False
-    for line in text.splitlines():
-        if told := _VERSION.search(line):
+    for line in text.splitlines(keepends=True):
+        if told := NCCL_VERSION.search(line):
             version = told[1]
         for message in _messages(line):
             level, words = message
@@ -139,10 +138,12 @@ def parse(text: str) -> Evidence:
                 continue
             initialised = initialised or bool(_INITIALISED.search(words))
             if via := _VIA.search(words):
+                if not words.endswith("\n"):
+                    continue  # cut there: whether /GDRDMA followed is not known
                 if via[1]:
                     found[via[1], via[2], int(via[3]), bool(via[4])] += 1
                 else:
-                    local["SHM" if via[7] else f"P2P/{via[6].strip()}"] += 1
+                    local["SHM" if via[7] else f"P2P/{via[6]}"] += 1
             elif choice := _CHOICE.search(words):
                 algorithms[_COLLECTIVES.get(choice[1], choice[1]), int(choice[2])] = (
                     _named(choice[3], _ALGORITHMS),
@@ -155,21 +156,18 @@ def parse(text: str) -> Evidence:
             elif told := _SOCKET.match(words):
                 names |= {("Socket", int(number)): name for number, name in _INTERFACE.findall(told[1])}
             elif told := _IB.match(words):
-                devices = {int(number): (name, kind) for number, name, kind in _DEVICE.findall(told[1])}
-                links = {kind for _, kind in devices.values() if kind in ("IB", "RoCE")}
+                links = {kind for _, _, kind in _DEVICE.findall(told[1]) if kind in ("IB", "RoCE")}
                 link = "/".join(sorted(links)) or link
                 merged = {
                     int(number): "+".join(name for _, name, _ in _DEVICE.findall(members))
                     for number, members in _MERGED.findall(told[1])
                 }
-                names |= {("IB", number): name for number, (name, _) in devices.items()} if not merged else {}
-                alone = _DEVICE.findall(_MERGED.sub("", told[1])) if merged else []
-                names |= {("IB", number): name for number, name in merged.items()}
-                names |= {("IB", int(number)): name for number, name, _ in alone}
+                alone = {int(number): name for number, name, _ in _DEVICE.findall(_MERGED.sub("", told[1]))}
+                names |= {("IB", number): name for number, name in (alone | merged).items()}
             elif told := _VIRTUAL.search(words):
                 names["IB", int(told[1])] = told[2]
             elif told := _HCA.search(words):
-                names.setdefault((told[1], int(told[3])), told[4])
+                names.setdefault((_family(told[1]), int(told[3])), told[4])
             elif _DMABUF.search(words):
                 supported["dmabuf"] = True
             elif told := _NVLS.search(words):
@@ -189,7 +187,7 @@ def parse(text: str) -> Evidence:
             f"{transport}/{network}/{number}{'/GDRDMA' if direct else ''}",
             transport,
             network,
-            _nic(names, network, number),
+            names.get((_family(network), number), str(number)),
             direct,
             count,
         )
@@ -219,9 +217,8 @@ def parse(text: str) -> Evidence:
 
 def _messages(line: str) -> list[tuple[str, str]]:
     """The messages of NCCL on a line, as (level, words): several where lines ran into each other."""
-    begins = list(MESSAGE.finditer(line))
-    ends = [begin.start() for begin in begins[1:]] + [len(line)] * bool(begins)
-    split = (_LEVEL.search(line[begin.start() : end]) for begin, end in zip(begins, ends, strict=True))
+    begins = [begin.start() for begin in MESSAGE.finditer(line)] or [0]
+    split = (_LEVEL.search(line[begin:end]) for begin, end in zip(begins, [*begins[1:], len(line)], strict=True))
     return [(each[1], each[2]) for each in split if each]
 
 
@@ -231,13 +228,5 @@ def _named(text: str, names: tuple[str, ...]) -> str:
 
 
 def _family(net: str | None) -> str | None:
-    """The network whose numbering of adapters a plugin has: those derived from IB print its lines."""
-    return "IB" if net is not None and net.startswith(("IB", "gIB")) else net
-
-
-def _nic(names: Mapping[tuple[str, int], str], network: str | None, number: int) -> str:
-    """The name of a network's adapter, or its number."""
-    for family in (network, _family(network)):
-        if family is not None and (family, number) in names:
-            return names[family, number]
-    return str(number)
+    """The network whose numbering of adapters a plugin has: those made from IB print its lines."""
+    return "IB" if net is not None and net.startswith(("IB", "gIB", "SHARP")) else net

@@ -85,39 +85,40 @@ COLLECTIVES = (
     "hypercube",
 )
 
-# Bytes of an element by the names that the tests print.
+# Bytes of an element by the names that the tests print: what else a column may have is a piece of one of these.
 _ELEMENT_BYTES = {
     **dict.fromkeys(("int8", "uint8", "char", "f8e4m3", "f8e5m2", "fp8_e4m3", "fp8_e5m2"), 1),
     **dict.fromkeys(("half", "bfloat16", "float16"), 2),
     **dict.fromkeys(("int32", "uint32", "int", "float", "float32"), 4),
     **dict.fromkeys(("int64", "uint64", "double", "float64"), 8),
 }
+_REDOPS = ("sum", "prod", "max", "min", "avg", "mulsum", "premulsum", "none")
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # Open MPI's --tag-output, old and new, stands wherever a process began to write, in the middle of a line too.
-_TAG = re.compile(r"\[(?:[\w.@-]*@)?\d+,\d+\](?:\[[^\]\s]*\])?<std(?:out|err)>: ?")
+_TAG = re.compile(r"\[\d+,\d+\]<std(?:out|err)>:|\[[\w.-]+@\d+,\d+\](?:\[[^\]\s]*\])?<std(?:out|err)>: ?")
 _SRUN_LABEL = re.compile(r"^ *(\d+): ")
-# A message of NCCL or RCCL, which takes the rest of its line and its end. A number before it belongs to the row that it
-# interrupts: "-1node1:12:34 [0] NCCL INFO" is the end "-1" and the host node1.
+# A message of NCCL or RCCL, which takes the rest of its line and its end.
 MESSAGE = re.compile(
-    r"(?:\[\d{4}-\d\d-\d\d[ T][\d:.]+\] )?"
-    r"(?:(?<![\w.-])[A-Za-z0-9][\w.-]*|(?<=\d)[A-Za-z][\w.-]*):\d+:\d+ "
+    r"(?:\[\d{4}-\d\d-\d\d[ T][\d:.]+\] )?(?P<host>\b\w[\w.-]*):\d+:\d+ "
     r"(?:\[\d+\] )?(?:\d+\.\d+ )?(?:\S+:\d+ )?(?:\(\w+\) )?N?R?CCL (?:INFO|WARN|TRACE|CALL)"
 )
+# What a row may end with before a message that interrupts it, without a blank: "-1node1:12:34 [0] NCCL INFO".
+_BEFORE_HOST = re.compile(rf"(?:\d+|A|{'|'.join((*_ELEMENT_BYTES, *_REDOPS))})(?=[A-Za-z])")
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d{2,})?$")
+_NUMBER = re.compile(r"\d+(?:\.\d{1,3})?(?:e[+-]\d{2,})?$")
 _ERRORS = re.compile(r"(?:\d+(?:\.\d+)?(?:e[+-]\d{2,})?\*?|N/A|-?nan|inf)$")
-_WORD = re.compile(r"[a-z]\w*$")
 _TOKEN = re.compile(r"\S+")
-_ROW = re.compile(r"(?<![\w.+,/-])(\d+)[ \t]+(\d+)[ \t]+([a-z]\w*)(?=\s|$)")
+_ROW = re.compile(rf"(?<![\w.+,/-])(\d+)[ \t]+(\d+)[ \t]+({'|'.join(_ELEMENT_BYTES)})(?=\s|$)")
 
 _HEADER = re.compile(r"#\s+((?:size|bytes)\s+(?:count|N)\s+type\s.*)")
 _PLACES = re.compile(r"#\s+((?:out-of-place|in-place)\b.*)")
 _PARAMETERS = re.compile(r"nThreads?:? \d+ nGpus:? \d+ ")
-_VERSION = re.compile(r"# nccl-tests version (\S+)(?: .*nccl-library=(\d+))?|rccl-tests: Version (\S+)")
+_VERSION = re.compile(r"# nccl-tests version (\S+)(?: .*nccl-library=(\d+))?")
+_RCCL_VERSION = re.compile(r"rccl-tests: Version (\S+)")
 _STARTING = re.compile(r"# Collective test starting: (\w+?)(?:_perf)?\s*$")
 _BINARY = re.compile(rf"\b({'|'.join(COLLECTIVES)})_perf\b")
-_NCCL_VERSION = re.compile(r"\bR?CCL version (\d+\.\d+\S*)|\bNCCL version (\d+\.\d+\S*)")
+NCCL_VERSION = re.compile(r"\b[NR]CCL version(?: ?:)? (\d+\.\d+\S*)")
 _DEVICE = re.compile(
     r"#\s+Rank\s+(\d+)(?:\s+Group\s+(\d+))?(?:\s+Pid\s+(\d+))?\s+on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]+)\]\s*(.*?)\s*$"
 )
@@ -258,6 +259,7 @@ class Reader:
         self._rest = ""
         self._runs = [_Run()]
         self._streams: dict[str, _Stream] = {}
+        self._hosts: set[str] = set()  # of messages that begin a line
         self._new: list[Measurement] = []
 
     def feed(self, text: str) -> tuple[Measurement, ...]:
@@ -301,18 +303,27 @@ class Reader:
             stream = self._streams.setdefault(writer, _Stream())
             message = MESSAGE.search(piece)
             if message:
-                self._interrupt(stream, piece[: message.start()])
+                stream.interrupted = True
+                if piece[: self._start(piece, message)].strip():
+                    stream.open += piece[: self._start(piece, message)]
             elif i < len(pieces) - 1:
                 stream.open += piece
             else:
                 whole, stream.open = stream.open + piece, ""
                 self._logical(stream, whole, ended)
 
-    def _interrupt(self, stream: _Stream, begun: str) -> None:
-        """A message came after `begun`, whose line goes on after it."""
-        if begun.strip():
-            stream.open += begun
-        stream.interrupted = True
+    def _start(self, piece: str, message: re.Match[str]) -> int:
+        """Where a message starts: after the end of a row that its host follows without a blank."""
+        host = message["host"]
+        if not piece[: message.start()] or (not piece[: message.start()].strip() and not host[0].isdigit()):
+            self._hosts.add(host)
+        if message.start() < message.start("host") or host in self._hosts:
+            return message.start()
+        known = max((each for each in self._hosts if host.endswith(each)), key=len, default=None)
+        glued = _BEFORE_HOST.match(host)
+        if known:
+            return message.end("host") - len(known)
+        return message.start() + (len(glued[0]) if glued and piece[: message.start()].strip() else 0)
 
     def _give_up(self, stream: _Stream) -> None:
         """What was begun in `stream` did not go on."""
@@ -326,9 +337,14 @@ class Reader:
             return
         if stream.partial:
             joined = stream.partial + line
-            if stream.interrupted and not _ROW.search(line) and self._rows(joined, ended, joined=True):
-                stream.partial, stream.interrupted = "", False
-                return
+            if stream.interrupted and not _ROW.search(line):
+                stream.interrupted = False
+                if self._rows(joined, ended):
+                    stream.partial = ""
+                    return
+                if ended and _is_beginning(joined):
+                    stream.partial = joined
+                    return
             self._give_up(stream)
         stream.interrupted = False
         if self._rows(line, ended):
@@ -338,7 +354,7 @@ class Reader:
             return
         self._note(line)
 
-    def _rows(self, line: str, ended: bool, joined: bool = False) -> bool:
+    def _rows(self, line: str, ended: bool) -> bool:
         """Read the rows that stand on `line`; whether there was at least one. Others that begin there are torn."""
         run = self._runs[-1]
         begins = list(_ROW.finditer(line))
@@ -350,7 +366,7 @@ class Reader:
                 run.begun = 4
                 run.measurements += measured
                 self._new += measured
-            elif begin[3] in _ELEMENT_BYTES:
+            else:
                 torn += 1
         if found:
             run.torn += torn
@@ -361,9 +377,11 @@ class Reader:
         run = self._runs[-1]
         if version := _VERSION.search(line):
             run = self._begin(1)
-            run.version = version[1] or version[3]
+            run.version = version[1]
             if version[2]:
                 run.library = _of_code(int(version[2]))
+        elif version := _RCCL_VERSION.search(line):
+            run.version = version[1]
         elif starting := _STARTING.search(line):
             run = self._begin(2)
             run.collective = starting[1]
@@ -392,15 +410,15 @@ class Reader:
             run.out_of_bounds, run.begun = bounds[2] == "FAILED" or int(bounds[1]) > 0, 4
         elif average := _AVERAGE.search(line):
             run.average = float(average[1])
-        elif version := _NCCL_VERSION.search(line):
-            run.nccl_version = version[1] or version[2]
+        elif version := NCCL_VERSION.search(line):
+            run.nccl_version = version[1]
         elif failure := _FAILURE.search(line):
             run.failures[f"{failure[1]}: {failure[2]} failure: {failure[3].strip(' /')}"] = None
         elif relay := _RELAY.search(line):
             run.relays[f"{relay[1]}: the test failed"] = None
         elif _FAILED.search(line):
             run.failures[line.strip()] = None
-        elif _is_remainder(line) or any(begin[3] in _ELEMENT_BYTES for begin in _ROW.finditer(line)):
+        elif _ROW.search(line) or _is_remainder(line):
             run.torn += 1
         if run.collective is None and (binary := _BINARY.search(line)):
             run.collective = binary[1]
@@ -421,19 +439,19 @@ def _of_code(code: int) -> str:
 
 def _is_beginning(line: str) -> bool:
     """Whether a line ends inside the columns of its last row."""
-    begin = list(_ROW.finditer(line))[-1]
-    return begin[3] in _ELEMENT_BYTES and all(
-        _NUMBER.match(token) or _ERRORS.match(token) or _WORD.match(token) for token in line[begin.end() :].split()
-    )
+    *whole, _ = line[list(_ROW.finditer(line))[-1].end() :].split() or [""]
+    return all(_is_cell(token) for token in whole)
 
 
 def _is_remainder(line: str) -> bool:
-    """Whether a line has only what rows have, and several numbers."""
+    """Whether a line has only what rows have, and several of it."""
     tokens = line.split()
-    return len(tokens) > 3 and all(
-        _NUMBER.match(token) or _ERRORS.match(token) or token in _ELEMENT_BYTES or token in ("sum", "none")
-        for token in tokens
-    )
+    return len(tokens) > 3 and all(_is_cell(token) or token in _ELEMENT_BYTES for token in tokens)
+
+
+def _is_cell(token: str) -> bool:
+    """Whether a row may have this after its type."""
+    return bool(_NUMBER.match(token) or _ERRORS.match(token)) or token in _REDOPS or token == "-1"
 
 
 def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> tuple[Measurement, ...]:
@@ -448,7 +466,7 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
     redop = root = None
     at = 0
     if layout.redop:
-        if not texts or not _WORD.match(texts[0]):
+        if not texts or texts[0] not in _REDOPS:
             return ()
         redop, at = texts[0], 1
     if layout.root:
@@ -458,16 +476,14 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
     width = len(layout.half)
     halves = [tokens[at + i * width : at + (i + 1) * width] for i in range(len(layout.in_place))]
     after = texts[at + width * len(halves) :]
-    if any(len(half) < width for half in halves) or (after and _ERRORS.match(after[0])):
+    if any(len(half) < width for half in halves) or (after and (_is_cell(after[0]) or after[0] in _ELEMENT_BYTES)):
         return ()
     last = halves[-1][-1]
     if not ended and last.end() == len(line) and last[0] not in ("0", "N/A"):
         return ()  # cut there, who knows after which digit
     cells = [dict(zip(layout.half, (token[0] for token in half))) for half in halves]
-    for half in cells:
-        for name, text in half.items():
-            if not (_ERRORS if name in ("wrong", "error") else _NUMBER).match(text):
-                return ()
+    if not all(_printed(name, text, layout) for half in cells for name, text in half.items()):
+        return ()
     before = tokens[at - 1].end() if at else begin.end()
     if (
         not _aligned(line, begin, halves, before)
@@ -496,12 +512,25 @@ def _unnamed(begin: re.Match[str], tokens: Sequence[re.Match[str]]) -> bool:
     return bool(tokens) and bool(re.match(r"-?\d+$", tokens[0][0])) and tokens[0].end() - begin.end() >= 16
 
 
+def _printed(name: str, text: str, layout: _Layout) -> bool:
+    """Whether a cell is as it is printed: with two decimals, and fewer only where the number is too wide for them."""
+    if name in ("wrong", "error"):
+        return bool(_ERRORS.match(text))
+    if not _NUMBER.match(text):
+        return False
+    if name not in ("time", "algbw", "busbw") or layout.milliseconds or "e" in text:
+        return True
+    decimals, value = len(text.partition(".")[2]), float(text)
+    widest = 100 if name == "time" else 1000  # of values that always have both
+    return decimals == 2 or (decimals < 2 and value >= widest and (name != "time" or decimals == 1 or value >= 10000))
+
+
 def _guess(texts: Sequence[str]) -> _Layout | None:
     """The layout of a row without a header, by how many numbers it has: two halves, with or without redop and root."""
-    redop = bool(texts) and bool(_WORD.match(texts[0]))
+    redop = bool(texts) and texts[0] in _REDOPS
     numbers = 0
     for text in texts[redop:]:
-        if not _NUMBER.match(text) and not _ERRORS.match(text):
+        if not _is_cell(text):
             break
         numbers += 1
     for root in (False, True):
@@ -540,21 +569,18 @@ def _aligned(line: str, begin: re.Match[str], halves: Sequence[Sequence[re.Match
 
 def _sized(run: _Run, line: str, begin: re.Match[str]) -> bool:
     """Whether size and count agree: the size is that of the count, or of as many counts as there are ranks."""
-    size, count, element = int(begin[1]), int(begin[2]), _ELEMENT_BYTES.get(begin[3])
+    size, count, element = int(begin[1]), int(begin[2]), _ELEMENT_BYTES[begin[3]]
     if any(len(text) > 1 and text[0] == "0" for text in begin.group(1, 2)):
         return False
-    if element is None or not size or not count:
-        return not size and not count if element else size >= count
+    if not size or not count:
+        return size == count
     if run.collective == "alltoallv":
         return size >= count * element
     ratio, rest = divmod(size, count * element)
+    if rest or ratio < 2:
+        return not rest and ratio == 1
     padded = len(line[: begin.end(1)]) - len(line[: begin.start(1)].rstrip(" ")) >= 12
-    squeezed = begin.start(2) - begin.end(1) == 1
-    counted = squeezed or begin.end(2) - begin.end(1) >= 14
-    if rest or not counted or not ratio:
-        return False
-    if ratio == 1:
-        return True
+    padded = padded and begin.end(2) - begin.end(1) >= 14
     known = run.ratio or run.ranks()
     if padded and run.ratio is None:
         run.ratio = ratio

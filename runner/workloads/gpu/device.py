@@ -143,6 +143,15 @@ def seconds(on: Waits, run: Callable[[], object], repeats: int) -> float:
     return time.perf_counter() - started
 
 
+def touched(size_bytes: int) -> torch.Tensor:
+    """Memory of 64-bit words that the caller's CPU was the first to write to, and of which the kernel tells the pages.
+
+    It does not of what cudaHostAlloc returns.
+    """
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.int64).zero_()  # which keeps the memory
+
+
 class HostBuffer:
     """`size_bytes` of the host's memory that a GPU reads and writes by itself, on a NUMA node with the CPUs `cpus`.
 
@@ -151,10 +160,7 @@ class HostBuffer:
 
     def __init__(self, size_bytes: int, node: int, cpus: set[int]) -> None:
         with numa.on(cpus):
-            # Of its own, since the kernel tells the pages of this memory, and not of what cudaHostAlloc returns.
-            self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.words = torch.frombuffer(self._memory, dtype=torch.int64)
-            self.words.zero_()
+            self.words = touched(size_bytes)
             code = torch.cuda.cudart().cudaHostRegister(self.words.data_ptr(), size_bytes, 0)
             self._registered = int(code) == 0
             if not self._registered:  # as on some virtual machines

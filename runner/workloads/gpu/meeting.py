@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# Longer than any phase differs between ranks, shorter than a person waits for a rank that hangs.
-PATIENCE = timedelta(minutes=10)
+# Longer than the controller waits for a sign of life: by the stacks of ranks it knows which one hangs.
+PATIENCE = timedelta(minutes=15)
 
 
 class Meeting:
     """All ranks of a cell. Every rank calls the same methods in the same order.
 
-    Each raises what torch.distributed raises where a rank does not come within ten minutes.
+    Each raises what torch.distributed raises where a rank does not come within a quarter of an hour.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, per_node: int) -> None:
@@ -41,16 +42,12 @@ class Meeting:
             self._store.set(go, "")
         self._store.wait([go], PATIENCE)
 
-    def share(self, value: str) -> list[str]:
-        """The texts of all ranks, in the order of ranks."""
+    def share(self, value: Any) -> list[Any]:
+        """What each rank gives, any JSON, in the order of ranks."""
         name = f"value{self._met}"
-        self._store.set(f"{name}/{self.rank}", value)
+        self._store.set(f"{name}/{self.rank}", json.dumps(value))
         self.wait()
-        return [text.decode() for text in self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])]
-
-    def numbers(self, value: float) -> list[float]:
-        """The numbers of all ranks, in the order of ranks."""
-        return [float(text) for text in self.share(repr(value))]
+        return [json.loads(text) for text in self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])]
 
     def turns(self) -> Iterator[bool]:
         """Whether it is this rank's turn, once for each rank of a node: one of each node has it at the same time."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -164,30 +163,33 @@ def _load(job: RankJob, device: Device, gpu: Gpu | None, meeting: Meeting, out: 
     from runner.workloads.gpu.device import seconds
 
     model = job.model or {}
+    able = meeting.share([list(device.precisions), gpu.free_bytes() if gpu else 0])
+    precisions = [each for each in device.precisions if all(each in theirs for theirs, _ in able)]
     if gpu:
-        free = min(meeting.numbers(gpu.free_bytes()))
-        name, shapes = products.on_gpu(model, free, device.precisions)
+        name, shapes = products.on_gpu(model, min(free for _, free in able), precisions)
     else:
         name, shapes = products.on_cpu(model)
     block_s = min(max(job.params["soak_s"] / BLOCKS, BLOCK_S[0]), BLOCK_S[1])
     made, rounds = {}, {}
-    for precision in device.precisions:
+    for precision in precisions:
         made[precision] = [
             products.Repeated(shape, precision, device.place, job.seed + place) for place, shape in enumerate(shapes)
         ]
         pass_s = sum(seconds(device, each.run, 2) / 2 * each.shape.number for each in made[precision])
-        rounds[precision] = products.repeats(shapes, statistics.median(meeting.numbers(pass_s)), block_s)
-        digest = ",".join(str(each.digest()) for each in made[precision])
-        alike = [text for text in meeting.share(f"{digest} {device.model}") if text.endswith(f" {device.model}")]
-        context = {"precision": precision, "seed": job.seed, "compared": len(alike)}
-        out("wrong_values", odd(f"{digest} {device.model}", alike), check="same product on all", **context)
+        rounds[precision] = products.repeats(shapes, statistics.median(meeting.share(pass_s)), block_s)
+        digests = [each.digest() for each in made[precision]]
+        alike = [theirs for model, theirs in meeting.share([device.model, digests]) if model == device.model]
+        others, majority = odd(digests, alike)
+        context = {"precision": precision, "seed": job.seed, "compared": len(alike), "majority": majority}
+        out("wrong_values", others, check="same product on all", **context)
     return Load(name, shapes, made, rounds)
 
 
-def odd(mine: str, alike: Sequence[str]) -> bool:
-    """Whether a result is not that of most; where there is no majority, whether there are several."""
-    common, count = Counter(alike).most_common(1)[0]
-    return mine != common if 2 * count > len(alike) else len(set(alike)) > 1
+def odd(mine: Sequence[int], alike: Sequence[Sequence[int]]) -> tuple[bool, bool]:
+    """(Whether a result is not that of most, or that there is no such; whether most have the same)."""
+    common, count = max(((each, alike.count(each)) for each in alike), key=lambda found: found[1])
+    majority = 2 * count > len(alike)
+    return mine != common or not majority, majority
 
 
 def _soak(

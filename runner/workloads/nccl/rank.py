@@ -49,7 +49,8 @@ def run(job: RankJob, events: Events) -> None:
         events.value(metric, value, **reading.context, **context)
     if version := evidence.nccl_version or output.nccl_version:
         events("nccl", libraries={f"{root}/current/lib/{nccl.LIBRARY}": version.partition("+")[0]})
-    if reason := failure(status, output, evidence, said, events.rank == 0):
+    driver = Path("/proc/driver/nvidia/version").exists()
+    if reason := failure(status, output, evidence, said, events.rank == 0, driver):
         raise InfrastructureError(f"{Path(argv[0]).name} {reason}")
     if events.rank == 0:
         events.value("lost_rows", lost(params, output, reading.shortened), **reading.context)
@@ -141,12 +142,13 @@ def measured(evidence: nccl_log.Evidence) -> Iterator[tuple[str, float, dict[str
 
 
 def failure(
-    status: int, output: nccl_tests.Output, evidence: nccl_log.Evidence, said: str, printed: bool
+    status: int, output: nccl_tests.Output, evidence: nccl_log.Evidence, said: str, printed: bool, driver: bool
 ) -> str | None:
     """How nccl-tests failed with `status`, in one line and in its own words; None where it has measured.
 
-    `said` is its stderr, and `printed` whether this rank prints the table. Every rank's program fails after wrong
-    values, which have been measured: they are no failure. One that ends well without a row has measured nothing.
+    `said` is its stderr, `printed` whether this rank prints the table, `driver` whether the machine has NVIDIA's. Every
+    rank's program fails after wrong values, which have been measured: they are no failure. One that ends well without a
+    row has measured nothing.
     """
     words = [*output.problems, *nccl_tests.parse(said).problems]
     words = [problem for problem in words if not _TORN.search(problem)]
@@ -160,11 +162,16 @@ def failure(
         if not printed or output.measurements:
             return None
         return ": ".join(["ended without a measurement", *last])
-    causes = [*(first_hand or words)[:1], *(f"NCCL: {warning}" for warning in evidence.warnings[-2:])] or last
+    causes = (first_hand or words)[:1]
+    causes += [f"NCCL: {warning}" for warning in evidence.warnings[-2:] if not any(warning in each for each in causes)]
+    causes = causes or last
+    if not driver and any(_NO_DRIVER in cause for cause in causes):
+        causes.insert(0, "no NVIDIA driver is loaded here")
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
     return f"{how}: {'; '.join(causes)}" if causes else how
 
 
+_NO_DRIVER = "driver version is insufficient"  # what CUDA says of an old one, and of none
 # What `nccl_tests` tells beside failures, and of a failure of a function that it called.
 _TORN = re.compile(r"(\d+) rows? (?:was|were) torn and left out$")
 _RELAYED = re.compile(r": the test failed$")

@@ -11,7 +11,7 @@ import report_fixture
 from report_fixture import NAMES, Fixture
 
 from runner.judge import analysis
-from runner.report import bandwidth, nccl, sections, terminal
+from runner.report import bandwidth, nccl, sections
 from runner.workloads.nccl.details import transport
 
 GIB = 2**30
@@ -41,13 +41,13 @@ def test_a_row_is_a_number_of_nodes_and_a_split_and_a_column_a_collective():
     fixture = report_fixture.nccl((1, 2), repeats=2)
     tables = tables_of(fixture)
     assert len(fixture.plan["cells"]) == 2 * (10 + 10 + 1 + 8)
-    assert [row["nodes"] for row in tables["busbw_gb_per_s"]] == ["1", "2", "2, each node alone"]
+    assert [row["busbw, GB/s"] for row in tables["busbw_gb_per_s"]] == ["1 node", "2 nodes", "2 nodes, each alone"]
     one, two, inside = tables["busbw_gb_per_s"]
     assert one["all-reduce"] == inside["all-reduce"] == "477 (99 %)"
     assert two["all-reduce"] == "171 (91 %)" and two["gather"] == "44.0"  # no ceiling is known of gather
     assert inside["all-to-all"] == ""
-    assert [row["nodes"] for row in tables["rail"]] == ["2"]
-    assert [key for key in tables["rail"][0] if key.startswith("rail")] == [f"rail {k}" for k in range(8)]
+    assert [row["rails, GB/s"] for row in tables["rail"]] == ["2 nodes"]
+    assert [key for key in tables["rail"][0] if key.startswith("rail ")] == [f"rail {k}" for k in range(8)]
 
 
 def test_sizes_are_judged_one_by_one():
@@ -74,10 +74,16 @@ def test_a_size_of_which_latency_is_the_time_is_not_judged():
     assert smallest and 32 <= int(smallest[1]) <= 512
 
 
+def test_a_terminal_shows_the_first_collectives_whichever_they_are():
+    settings = {"collectives": ["broadcast", "scatter", "all_to_all"], "splits": ["none"]}
+    table = sections.tables(summary_of(report_fixture.nccl((2,), settings=settings)))["nccl"][0]
+    assert [key for key in table.rows[0] if key in table.columns][1:4] == ["broadcast", "scatter", "all-to-all"]
+
+
 def test_the_time_of_an_operation_is_of_all_gpus_together():
     """A split begins with sizes whose time is that of their bytes."""
     rows = tables_of(report_fixture.nccl((1, 2)))["latency_us_mean"]
-    assert [row["nodes"] for row in rows] == ["1", "2"]
+    assert [row["time, µs"] for row in rows] == ["1 node", "2 nodes"]
     assert float(rows[0]["all-reduce"]) < 10
 
 
@@ -108,8 +114,17 @@ def test_what_means_nothing_has_no_verdict():
     tables = tables_of(fixture)
     assert "verdict_by_size" not in tables
     assert not any("✕" in value or "%" in value for row in tables["busbw_gb_per_s"] for value in row.values())
-    text = terminal.terminal(summary_of(fixture))
-    assert "✕" not in text and "none" not in text
+    assert "below" not in tables["busbw_gb_per_s"][0]
+
+
+def test_wrong_values_are_marked_and_are_a_finding():
+    fixture = report_fixture.nccl((2,), settings={"splits": ["none"]})
+    index = next(i for i, r in enumerate(fixture.records) if r.metric == "wrong_values")
+    fixture.records[index] = replace(fixture.records[index], value=96)
+    summary = summary_of(fixture)
+    assert [finding["kind"] for finding in summary["findings"]] == ["wrong_values"]
+    table = sections.tables(summary)["nccl"][0]
+    assert table.rows[0]["wrong values"] == "96" and "wrong values" in table.faults
 
 
 # --- rails --------------------------------------------------------------------------------------------------
@@ -119,7 +134,8 @@ def test_the_slow_rail_stands_out_in_table_and_chart():
     fixture = report_fixture.nccl_slow_rail()
     (row,) = tables_of(fixture)["rail"]
     assert row["rail 5"] == "✕ 5.17 (−55 %)"
-    assert not [key for key, value in row.items() if "✕" in value and key != "rail 5"]
+    assert (row["median"], row["slowest"]) == ("11.6", "✕ rail 5: 5.17 (−55 %)")
+    assert not [key for key, value in row.items() if "✕" in value and key not in ("rail 5", "slowest")]
     bars = next(figure for figure in charts_of(fixture).figures if "each rail" in figure.title)
     assert re.findall(r'class="bar (c\d)"', bars.svg) == ["c0"] * 5 + ["c1"] + ["c0"] * 2
     assert "12.5 GB/s (NICs of a node)" in bars.svg

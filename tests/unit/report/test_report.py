@@ -20,9 +20,17 @@ from runner.cluster import limits
 from runner.judge import analysis
 from runner.report import chart, figures, sections, terminal
 from runner.report.page import write
+from runner.workloads.nccl.command import PROGRAMS
 from runner.workloads.registry import TESTS
 
-RUNS = {"healthy": report_fixture.healthy, "testbed": report_fixture.testbed, "broken": report_fixture.broken}
+RUNS = {
+    "healthy": report_fixture.healthy,
+    "testbed": report_fixture.testbed,
+    "broken": report_fixture.broken,
+    "nccl": report_fixture.nccl,
+    "nccl-sockets": report_fixture.nccl_sockets,
+    "nccl-slow-rail": report_fixture.nccl_slow_rail,
+}
 HOSTILE = "<script>alert('x')</script>"
 
 
@@ -262,11 +270,10 @@ def test_every_term_of_the_glossary_is_in_the_reference_of_metrics() -> None:
 
 def test_every_metric_of_a_summary_is_in_the_reference_of_metrics() -> None:
     reference = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-    summaries = [
-        analysis.summarise(*made.arguments) for made in (report_fixture.healthy((1, 2)), report_fixture.one_gpu())
-    ]
+    made = (report_fixture.healthy((1, 2)), report_fixture.one_gpu(), report_fixture.nccl((1, 2)))
+    summaries = [analysis.summarise(*each.arguments) for each in made]
     names = {name for summary in summaries for cell in summary["cells"] for name in cell["metrics"]}
-    collectives = "|".join((*limits.COLLECTIVES, "barrier"))
+    collectives = "|".join((*limits.COLLECTIVES, "barrier", *PROGRAMS))
     general = {re.sub(rf"^({collectives})_", "<collective>_", name) for name in names}
     assert sorted(name for name in general if f"`{name}`" not in reference) == []
 

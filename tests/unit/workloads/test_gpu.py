@@ -78,17 +78,19 @@ def test_a_block_has_products_by_their_share_and_each_at_least_once() -> None:
 @pytest.mark.parametrize(
     ("mine", "alike", "expected"),
     [
-        ("a", ["a"], False),
-        ("a", ["a", "a", "a"], False),
-        ("b", ["a", "a", "b"], True),
-        ("a", ["a", "a", "b"], False),
-        ("a", ["a", "b"], True),  # nobody can tell which
-        ("b", ["a", "b"], True),
-        ("c", ["a", "a", "b", "c"], True),
+        ([1], [[1]], (False, True)),
+        ([1], [[1], [1], [1]], (False, True)),
+        ([2], [[1], [1], [2]], (True, True)),
+        ([1], [[1], [1], [2]], (False, True)),
+        ([1], [[1], [2]], (True, False)),  # nobody can tell which
+        ([2], [[1], [2]], (True, False)),
+        ([3], [[1], [1], [2], [3]], (True, False)),
     ],
 )
-def test_a_result_is_odd_that_is_not_that_of_most(mine: str, alike: list[str], expected: bool) -> None:
-    assert rank.odd(mine, alike) is expected
+def test_a_result_is_odd_that_is_not_that_of_most(
+    mine: list[int], alike: list[list[int]], expected: tuple[bool, bool]
+) -> None:
+    assert rank.odd(mine, alike) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,10 @@ WRONG = "# Out of bounds values : 4 FAILED\n# Avg bus bandwidth    : 4.79995\n"
 RELAY = " .. node001 pid 662195: Test failure common.cu:1189\n"
 
 
-def ended(status: int, text: str, said: str = "", log: str = "", printed: bool = True) -> str | None:
-    return rank.failure(status, nccl_tests.parse(text), nccl_log.parse(log), said, printed)
+def ended(
+    status: int, text: str, said: str = "", log: str = "", printed: bool = True, driver: bool = True
+) -> str | None:
+    return rank.failure(status, nccl_tests.parse(text), nccl_log.parse(log), said, printed, driver)
 
 
 def kind(reason: str | None) -> str | None:
@@ -187,27 +190,44 @@ def test_a_rank_ends_with_the_words_of_cuda(said, expected, printed):
     text = f"node003: Test CUDA failure util.cu:674 '{said}'\n .. node003 pid 19987: Test failure common.cu:1454\n"
     reason = ended(2, text, printed=printed)
     assert reason == f"failed with status 2: node003: CUDA failure: {said}"
-    if expected != "driver_too_old":  # of a machine without a driver as well
-        assert kind(reason) == expected
+    assert kind(reason) == expected
+
+
+def test_a_machine_without_a_driver_is_told_from_one_with_an_old_driver():
+    """CUDA says the same of both."""
+    text = "node003: Test CUDA failure util.cu:674 'CUDA driver version is insufficient for CUDA runtime version'\n"
+    none = ended(2, text, printed=False, driver=False)
+    assert none == (
+        "failed with status 2: no NVIDIA driver is loaded here; node003: CUDA failure: CUDA driver version is "
+        "insufficient for CUDA runtime version"
+    )
+    assert (kind(none), kind(ended(2, text, printed=False))) == ("gpu_unavailable", "driver_too_old")
+    assert "no NVIDIA driver" not in ended(2, "node003: Test CUDA failure x.cu:1 'out of memory'\n", driver=False)
 
 
 def test_ncclis_warning_tells_what_its_error_does_not():
     log = "node003:12:12 [0] transport/net_ib.cc:1 NCCL WARN NET/IB : Got completion from peer with status=12\n"
     text = "node003: Test NCCL failure common.cu:573 'unhandled system error (run with NCCL_DEBUG=INFO for details)'\n"
     reason = ended(3, text, log=log, printed=False)
-    assert "unhandled system error" in reason and reason.endswith("NET/IB : Got completion from peer with status=12")
+    assert (
+        "unhandled system error" in reason
+        and reason.count("status=12") == 1
+        and reason.endswith("NET/IB : Got completion from peer with status=12")
+    )
 
 
 @pytest.mark.parametrize(
     ("status", "said", "expected"),
     [
         (-11, "", "was killed by SIGSEGV"),
+        (-9, "", "was killed by SIGKILL"),
         (127, "x_perf: error while loading shared libraries: libmpi.so.40: cannot open", "libmpi.so.40"),
         (1, "[node003:1] *** An error occurred in MPI_Init", "An error occurred in MPI_Init"),
     ],
 )
 def test_what_is_no_failure_of_a_test_is_told_too(status, said, expected):
-    assert expected in ended(status, "", said, printed=False)
+    reason = ended(status, "", said, printed=False)
+    assert expected in reason and (kind(reason) == "rank_killed") is (status == -signal.SIGKILL)
 
 
 def test_a_program_that_ends_well_without_a_row_has_measured_nothing():

@@ -1,0 +1,4 @@
+##### version
+NCCL_MAJOR   := 2
+NCCL_MINOR   := 30
+NCCL_PATCH   := 7
