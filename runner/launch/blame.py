@@ -375,8 +375,9 @@ def _status(outcome: Outcome) -> int | None:
 # The innermost frame of a rank that waits for others: in a collective, or for a device on which one may be running.
 # Frames of the workloads count as well: nothing else in them takes long without another frame.
 _WAITING = ("torch/distributed/", "torch/cuda/", "torch/autograd/", "deepspeed/comm/", "runner/workloads/")
-# Where ranks wait for each other only: while one does, another that waits for its device waits for no other rank.
-_MEETING = "runner/workloads/gpu/meeting.py"
+# Where ranks wait for each other only, or for a program that does: while one does, another that waits for its device,
+# or whose program stands still, waits for no other rank.
+_MEETING = ("runner/workloads/gpu/meeting.py", "runner/workloads/nccl/computing.py")
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits in the kernel", "Z": "is dead"}
 
 
@@ -390,7 +391,7 @@ def hang_error(kind: str, reason: str, outcomes: Mapping[str, Outcome]) -> dict[
     busy: list[tuple[str, str, list[str]]] = []
     waiting: list[str] = []
     innermost = [rank.frames[0] for outcome in outcomes.values() for rank in outcome.stacks.values() if rank.frames]
-    waits = _MEETING if any(frame.startswith(_MEETING) for frame in innermost) else _WAITING
+    waits: tuple[str, ...] = _MEETING if any(frame.startswith(_MEETING) for frame in innermost) else _WAITING
     for host, outcome in outcomes.items():
         for name, rank in outcome.stacks.items():
             frames = list(rank.frames)

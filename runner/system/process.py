@@ -241,6 +241,16 @@ def state(pid: int) -> str | None:
         return None
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of processor time that a process and its threads have used so far; 0 where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            user, system = file.read().rpartition(")")[2].split()[11:13]
+    except OSError:
+        return 0.0
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 STUCK = "TtD"  # the letters of processes that do not run, and do not wait for input either
 
 

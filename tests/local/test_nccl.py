@@ -21,6 +21,7 @@ from runner.node.output import last_lines
 from runner.plan import config
 from runner.results.celldir import CellDir
 from runner.system import process
+from runner.workloads.nccl import computing
 from runner.workloads.nccl.command import PROGRAMS
 from runner.workloads.nccl.variants import variants
 
@@ -202,3 +203,19 @@ def test_nccl_tests_ends_with_its_rank_whatever_ends_that(tmp_path, number):
     left, state = process.marked(f"run/{tmp_path.name}"), process.state(programs[0])
     process.stop_marked(f"run/{tmp_path.name}", 1)
     assert left == [] and state in (None, "Z")
+
+
+@pytest.mark.parametrize(("program", "busy"), [("while :; do :; done", True), ("exec sleep 60", False)])
+def test_a_program_that_stands_still_is_told_from_one_that_computes(program, busy):
+    """A rank of NCCL or MPI that waits for its peers polls, one that is stuck in its driver does not."""
+    child = process.spawn(["sh", "-c", program])
+    watched = computing.Program(child.pid)
+    assert watched.computes(), "not known yet"
+    deadline = time.monotonic() + 10
+    while watched.computes() is not busy and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(computing.LOOK_S)
+    found = watched.computes()
+    process.kill_group(child)
+    child.wait()
+    assert found is busy

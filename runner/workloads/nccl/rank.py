@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import selectors
+import select
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from runner.errors import InfrastructureError
 from runner.system import process
 from runner.system.wording import counted
 from runner.workloads.job import Events, RankJob
-from runner.workloads.nccl import command
+from runner.workloads.nccl import command, computing
 
 _BLOCK = 1 << 16
 
@@ -107,21 +107,29 @@ def _pass_on(child: subprocess.Popen[bytes], reading: _Reading) -> str:
     child.stdin.close()
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     errors = b""
-    with selectors.DefaultSelector() as selector:
-        for pipe, own in ((child.stdout, 1), (child.stderr, 2)):
-            selector.register(pipe, selectors.EVENT_READ, own)
-        while selector.get_map():
-            for key, _ in selector.select():
-                data = os.read(key.fd, _BLOCK)
-                if not data:
-                    selector.unregister(key.fileobj)
-                    continue
-                os.write(key.data, data)
-                if key.data == 1:
-                    reading.feed(decode(data))
-                else:
-                    errors += data
+    program = computing.Program(child.pid)
+    own = {child.stdout.fileno(): 1, child.stderr.fileno(): 2}
+    poller = select.poll()
+    for pipe in own:
+        poller.register(pipe, select.POLLIN)
+    while own:
+        for pipe, _ in computing.wait(poller) if program.computes() else _stands_still(poller):
+            data = os.read(pipe, _BLOCK)
+            if not data:
+                poller.unregister(pipe)
+                del own[pipe]
+                continue
+            os.write(own[pipe], data)
+            if own[pipe] == 1:
+                reading.feed(decode(data))
+            else:
+                errors += data
     return errors.decode(errors="replace")
+
+
+def _stands_still(poller: select.poll) -> list[tuple[int, int]]:
+    """As `computing.wait`, for a program that does not."""
+    return poller.poll(computing.LOOK_S * 1000)
 
 
 def measured(evidence: nccl_log.Evidence) -> Iterator[tuple[str, float, dict[str, Any]]]:

@@ -384,14 +384,19 @@ def test_a_host_is_named_only_with_a_suspect_on_it_and_on_no_other(ranks):
 
 
 @pytest.mark.parametrize(
-    "frame", ["torch/cuda/__init__.py:1083 synchronize", "runner/workloads/gpu/products.py:128 <lambda>"]
+    ("meeting", "frame"),
+    [
+        (blame._MEETING[0], "torch/cuda/__init__.py:1083 synchronize"),
+        (blame._MEETING[0], "runner/workloads/gpu/products.py:128 <lambda>"),
+        (blame._MEETING[1], "runner/workloads/nccl/rank.py:128 _stands_still"),
+    ],
 )
-def test_a_rank_at_its_device_hangs_while_the_others_have_come_to_the_meeting(frame):
+def test_a_rank_at_its_device_hangs_while_the_others_have_come_to_the_meeting(meeting, frame):
     """No rank of such a test computes with another: a device that does not answer is at fault itself."""
-    assert (ROOT / blame._MEETING).exists()
-    meets = stands(f"{blame._MEETING}:46 wait")
+    assert (ROOT / meeting).exists()
+    meets = stands(f"{meeting}:46 wait")
     found = hang_error(a=[meets, meets], b=[meets, stands(frame)])
-    said = f"{REASON}: rank3 is in {frame}, while 3 wait for others (first: rank0 in {blame._MEETING}:46 wait)"
+    said = f"{REASON}: rank3 is in {frame}, while 3 wait for others (first: rank0 in {meeting}:46 wait)"
     assert (found["kind"], found["host"], found["message"]) == ("rank_hung", "b", said)
     assert hang_error(a=[meets], b=[meets])["host"] is None
     assert hang_error(a=[stands(frame)], b=[stands(frame)])["host"] is None, "nobody waits for another"
