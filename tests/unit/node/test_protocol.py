@@ -31,7 +31,9 @@ from runner.node.protocol import (
     Word,
 )
 
-CHECK = CheckRequest("1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8, names=["gpu-2"])
+CHECK = CheckRequest(
+    "1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8, names=["gpu-2"], nccl_tests=["/n/x_perf"], open_mpi=True
+)
 OF_CELL = {"run_id": "r", "cell": "c", "attempt": 2, "marker": "r/c"}
 NODE = CellRequest(
     **OF_CELL, host="n1", scratch="/scratch", cell_dir="/scratch/r/c", job={"a": 1}, argv=["python"], env={"A": "b"}
