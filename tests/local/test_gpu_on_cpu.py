@@ -143,12 +143,36 @@ def test_a_wrong_word_of_a_copy_is_counted():
                 found[11] = 1
 
     targets: list[torch.Tensor] = []
-    assert copies.within(Cpu(0), 1 << 16, 5, seed=3)[1] == 0
+    assert copies.within(Cpu(), 1 << 16, 5, seed=3)[1] == 0
     with pytest.MonkeyPatch.context() as patch:
         zeros_like = torch.zeros_like
         patch.setattr(torch, "zeros_like", lambda source: targets.append(zeros_like(source)) or targets[-1])
-        rates, wrong = copies.within(Flipping(0), 1 << 16, 5, seed=3)
+        rates, wrong = copies.within(Flipping(), 1 << 16, 5, seed=3)
     assert (len(rates), wrong) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+            "GPU 3 (GPU-1b), copying: CUDA error: an illegal memory access was encountered",
+        ),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", "GPU 3 (GPU-1b), copying: CUDA out of memory. Tried"),
+        ("No CUDA GPUs are available", "GPU 3 (GPU-1b), copying: No CUDA GPUs are available"),
+        ("mat1 and mat2 shapes cannot be multiplied", None),  # a fault of ours: with its traceback
+    ],
+)
+def test_an_error_of_cuda_names_the_gpu_and_what_it_did(said, told):
+    from runner.errors import InfrastructureError
+    from runner.workloads.gpu.device import Gpu
+
+    gpu = Gpu.__new__(Gpu)  # there is none to start
+    gpu._name, gpu._others = "GPU 3 (GPU-1b)", "it is used by others: pid 41"
+    with pytest.raises(InfrastructureError if told else RuntimeError) as error, gpu.named("copying"):
+        raise RuntimeError(said)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(told or said) and (not told or str(error.value).endswith("; " + gpu._others))
 
 
 def test_the_kernel_says_on_which_node_memory_was_touched():

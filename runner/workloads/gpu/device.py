@@ -21,13 +21,8 @@ _SAYS = re.compile(r"CUDA|cuBLAS|NVIDIA", re.IGNORECASE)  # an error of the GPU,
 
 
 class Device(Protocol):
-    """A device that computes. `index` is its number on its node, as nvidia-smi gives it.
+    """A device that computes. Two of the same `model` give the same bits for the same product."""
 
-    Two devices of the same `model` give the same bits for the same product.
-    """
-
-    index: int
-    uuid: str | None
     place: torch.device
     precisions: Sequence[str]
     model: str
@@ -47,9 +42,8 @@ class Device(Protocol):
 class Cpu:
     """A rank's share of a CPU."""
 
-    def __init__(self, local: int) -> None:
-        self.index, self.place = local, torch.device("cpu")
-        self.uuid: str | None = None
+    def __init__(self) -> None:
+        self.place = torch.device("cpu")
         self.precisions: Sequence[str] = ("float32", "bf16")
         self.model = f"{facts.cpu_model()}, PyTorch {torch.__version__}"
 
@@ -66,10 +60,13 @@ class Cpu:
 
 
 class Gpu:
-    """The GPU that CUDA calls `local` in this process; `index` and `uuid` are NVML's, `others` who else uses it."""
+    """The GPU that CUDA calls `local` in this process.
+
+    For its errors: `index` and `uuid` as nvidia-smi has them, and `others`, who else uses it.
+    """
 
     def __init__(self, local: int, index: int, uuid: str | None, others: str) -> None:
-        self.index, self.uuid, self.place, self._others = index, uuid, torch.device("cuda", local), others
+        self.place, self._name, self._others = torch.device("cuda", local), f"GPU {index} ({uuid})", others
         with self.named("starting"):
             torch.cuda.set_device(self.place)
             torch.zeros((), device=self.place)
@@ -100,7 +97,7 @@ class Gpu:
             if not _SAYS.search(said):
                 raise
             who = f"; {self._others}" if self._others else ""
-            raise InfrastructureError(f"GPU {self.index} ({self.uuid}), {phase}: {said}{who}") from error
+            raise InfrastructureError(f"{self._name}, {phase}: {said}{who}") from error
 
 
 def _cublas() -> str | None:

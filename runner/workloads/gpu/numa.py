@@ -27,13 +27,16 @@ def cpus(text: str) -> set[int]:
 
 
 def nodes(root: Path = _NODES) -> dict[int, set[int]]:
-    """Node -> those of its CPUs that this thread may run on; nodes without one are left out."""
+    """Node -> those of its CPUs that this thread may run on; nodes without one are left out.
+
+    Where the machine does not say, it is one node.
+    """
     allowed = os.sched_getaffinity(0)
     found = {}
     for folder in root.glob("node[0-9]*"):
         if mine := cpus((folder / "cpulist").read_text()) & allowed:
             found[int(folder.name[4:])] = mine
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())) or {0: allowed}
 
 
 def node_of(pci: str, root: Path = _DEVICES) -> int | None:

@@ -81,11 +81,11 @@ def run(job: RankJob, events: Events) -> None:
     progress = Progress(events, expected_s)
     progress.enter("preparing")
 
-    gpu = _gpu(local, monitor, before) if on_gpu else None
-    device = gpu or _cpu(local)
-    out = Output(events, {"gpu": device.index, "uuid": device.uuid})
+    out = Output(events, {"gpu": monitor.index if monitor else local, "uuid": monitor.uuid if monitor else None})
     for metric, value, context in before.values() if before else ():
         out(metric, value, **context)
+    gpu = _gpu(local, monitor, before) if on_gpu else None
+    device = gpu or _cpu()
     meeting = Meeting.from_environment(job.gpus_per_node)
     with device.named("multiplying matrices"):
         load = _load(job, device, gpu, meeting, out)
@@ -120,10 +120,10 @@ def run(job: RankJob, events: Events) -> None:
     progress.enter("")
 
 
-def _cpu(local: int) -> Device:
+def _cpu() -> Device:
     from runner.workloads.gpu.device import Cpu
 
-    return Cpu(local)
+    return Cpu()
 
 
 def _gpu(local: int, monitor: state.Monitor | None, before: state.Before | None) -> Gpu:
@@ -181,7 +181,7 @@ def _load(job: RankJob, device: Device, gpu: Gpu | None, meeting: Meeting, out: 
         alike = [theirs for model, theirs in meeting.share([device.model, digests]) if model == device.model]
         others, majority = odd(digests, alike)
         context = {"precision": precision, "seed": job.seed, "compared": len(alike), "majority": majority}
-        out("wrong_values", others, check="same product on all", **context)
+        out("wrong_values", int(others), check="same product on all", **context)
     return Load(name, shapes, made, rounds)
 
 
@@ -245,7 +245,7 @@ def _host_copies(
             with gpu.named(phase):
                 for metric, place, rates in host.measure(job.params["blocks"]):
                     out.blocks(metric, rates, size_bytes=size_bytes, **place)
-            for metric, value, context in monitor.link() if monitor else ():
+            for metric, value, context in monitor.links() if monitor else ():
                 out(metric, value, **context)
     with gpu.named(phase):
         for direction, wrong in host.wrong():

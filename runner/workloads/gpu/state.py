@@ -134,14 +134,19 @@ class Monitor:
         text = info.busId.decode() if isinstance(info.busId, bytes) else str(info.busId)
         return text.lower()[-12:]
 
-    def link(self) -> Iterator[Value]:
-        """The PCIe link now, which an idle GPU makes slower: its generation and width, and the most it has."""
+    def links(self) -> Iterator[Value]:
+        """PCIe now, which an idle GPU makes slower: its generation and width, and the most it has; and NVLinks."""
         for metric, now, most in (
             ("pcie_generation", "nvmlDeviceGetCurrPcieLinkGeneration", "nvmlDeviceGetMaxPcieLinkGeneration"),
             ("pcie_width", "nvmlDeviceGetCurrPcieLinkWidth", "nvmlDeviceGetMaxPcieLinkWidth"),
         ):
             if (value := self._read(now)) is not None:
                 yield metric, value, {"max": self._read(most)}
+        import pynvml
+
+        states = [self._read("nvmlDeviceGetNvLinkState", link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
+        if known := [each for each in states if each is not None]:
+            yield "nvlinks_active", known.count(pynvml.NVML_FEATURE_ENABLED), {"links": len(known)}
 
     def sample(self) -> dict[str, float]:
         """Clock in MHz, temperature in °C, power in W, and the bits of `throttle`."""

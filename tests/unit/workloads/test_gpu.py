@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -155,6 +156,10 @@ def test_a_node_without_a_cpu_for_this_process_is_left_out(tmp_path: Path) -> No
     assert list(numa.nodes(root)) == [0]
 
 
+def test_a_machine_that_does_not_say_is_one_node(tmp_path: Path) -> None:
+    assert numa.nodes(tmp_path / "none") == {0: os.sched_getaffinity(0)}
+
+
 @pytest.mark.parametrize(
     ("local", "expected"),
     [(0, [0, 2]), (2, [2, 0]), (3, [3, 0]), (None, [0, 3]), (9, [0, 3])],
@@ -206,6 +211,15 @@ def test_every_function_and_constant_of_nvml_that_is_named_exists() -> None:
     texts = [node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     named = {text for text in texts if re.fullmatch(r"nvml\w+", text)} | set(re.findall(r"pynvml\.(\w+)", source))
     assert len(named) > 15 and [name for name in sorted(named) if not hasattr(pynvml, name)] == []
+
+
+def test_every_record_of_nvml_is_in_the_reference() -> None:
+    source = (ROOT / "runner" / "workloads" / "gpu" / "state.py").read_text()
+    yielded = set(re.findall(r'yield "(\w+)"', source)) | set(re.findall(r'^ +\("?(\w+)", "nvml', source, re.MULTILINE))
+    yielded |= set(re.findall(r'^ +"(\w+)": self\._read', source, re.MULTILINE)) - {"throttle"}
+    yielded |= set(re.findall(r'"(remap\w+)"', source))
+    reference = (ROOT / "docs" / "metrics.md").read_text()
+    assert len(yielded) > 15 and sorted(name for name in yielded if f"`{name}`" not in reference) == []
 
 
 def test_the_bits_of_what_keeps_clocks_down_are_nvmls() -> None:
