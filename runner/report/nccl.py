@@ -218,8 +218,9 @@ def _rails_of(cells: Iterable[Row]) -> dict[str, dict[int, float]]:
     return {name: rails for name, rails in found.items() if rails}
 
 
-def _slow(rails: Mapping[int, float]) -> set[int]:
-    best = max(rails.values())
+def _slow(rails: Mapping[int, float], cells: Iterable[Row]) -> set[int]:
+    """The rails that are slow beside the fastest one; none where speed means nothing."""
+    best = 0.0 if any(cell.get("not_judged") for cell in cells) else max(rails.values())
     return {rail for rail, busbw in rails.items() if busbw < findings.SLOW_RAIL * best}
 
 
@@ -233,7 +234,7 @@ def _rails(groups: Mapping[int, Sequence[Row]]) -> list[dict[str, str]]:
     rows = []
     for nodes, cells in groups.items():
         for name, rails in _rails_of(cells).items():
-            middle, slow = statistics.median(rails.values()), _slow(rails)
+            middle, slow = statistics.median(rails.values()), _slow(rails, cells)
             shown = {rail: number(busbw) + _distance(busbw, middle) for rail, busbw in rails.items()}
             last = min(rails, key=lambda rail: rails[rail])
             many = f"{len(slow)} rails, " if len(slow) > 1 else ""
@@ -496,7 +497,7 @@ def _rail_bars(name: str, nodes: int, rails: Mapping[int, float], cells: Sequenc
         marks = [
             chart.Rule(limit["busbw_gb_per_s"], f"its share: {number(limit['busbw_gb_per_s'])} GB/s ({limit['binds']})")
         ]
-    slow = _slow(rails)
+    slow = _slow(rails, cells)
     bars = [
         chart.Bar(f"rail {rail}", busbw, f"{number(busbw)} GB/s", 1 if rail in slow else 0, marks)
         for rail, busbw in rails.items()

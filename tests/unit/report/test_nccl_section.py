@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +69,19 @@ def test_sizes_are_judged_one_by_one():
     assert tables["busbw_gb_per_s"][0]["broadcast"] == "✕ 90.9 (91 %)"
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_size_is_as_good_as_the_worse_of_its_two_places(slow: bool):
+    fixture = report_fixture.nccl((2,), settings={"collectives": ["all_reduce"], "splits": ["none"]})
+    hit = {"busbw_gb_per_s": 1 / 3, "latency_us_mean": 3}
+    fixture.records = [
+        replace(r, value=r.value * hit.get(r.metric, 1))
+        if (r.context.get("size_bytes"), r.context.get("in_place")) == (GIB, slow)
+        else r
+        for r in fixture.records
+    ]
+    assert tables_of(fixture)["verdict_by_size"][0]["all-reduce"] == "✕ 1 GiB: 30 %"
+
+
 def test_a_size_of_which_latency_is_the_time_is_not_judged():
     row = tables_of(report_fixture.nccl((2,)))["verdict_by_size"][0]
     smallest = re.match(r"✓ (\d+) MiB – 8 GiB", row["all-reduce"])
@@ -107,13 +121,22 @@ def test_where_no_cell_ended_the_rows_still_say_so():
     assert [row["state"] for row in table.rows] == ["10 of 10 cancelled", "1 of 1 cancelled"]
 
 
-def test_what_means_nothing_has_no_verdict():
-    fixture = report_fixture.nccl((1, 2))
+def on_cpus(fixture: Fixture) -> None:
     for cell in fixture.plan["cells"]:
         cell["device"] = "cpu"
+
+
+def on_one_kernel(fixture: Fixture) -> None:
+    fixture.facts = report_fixture.facts(fixture.plan, one_kernel=True)
+
+
+@pytest.mark.parametrize("made_so", [on_cpus, on_one_kernel])
+def test_what_means_nothing_has_no_verdict(made_so: Callable[[Fixture], None]):
+    fixture = report_fixture.nccl((2,), slow_rail=5)
+    made_so(fixture)
     tables = tables_of(fixture)
     assert "verdict_by_size" not in tables
-    assert not any("✕" in value or "%" in value for row in tables["busbw_gb_per_s"] for value in row.values())
+    assert not [value for rows in tables.values() for row in rows for value in row.values() if "✕" in value]
     assert "below" not in tables["busbw_gb_per_s"][0]
 
 
