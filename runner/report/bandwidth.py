@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from runner.report import chart
 from runner.report.figures import Figure, nodes_text, number
@@ -52,6 +53,13 @@ class Curve:
 def label(collective: str) -> str:
     """A collective's name for people: `all-reduce`."""
     return collective.replace("_", "-")
+
+
+def no_ceiling(plan: Mapping[str, Any]) -> str:
+    """Why no ceiling is drawn."""
+    if any(cell["device"] == "cpu" for cell in plan["cells"]):
+        return "No ceiling is drawn: ranks ran on the CPU, and what carries their messages has no rated speed."
+    return "No ceiling is drawn: the inventory gives no NIC rate and the hardware file no NVLink rate for these nodes."
 
 
 def figures(curves: Sequence[Curve], colours: Mapping[int, int], order: Sequence[str]) -> list[Figure]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from runner.cluster import limits
 from runner.report import bandwidth, chart
@@ -139,7 +138,7 @@ def charts(run: Measured) -> Charts:
     figures = _busbw(run)
     if not figures:
         return Charts()
-    note = "" if any(figure.ceilings for figure in figures) else _no_ceiling(run.plan)
+    note = "" if any(figure.ceilings for figure in figures) else bandwidth.no_ceiling(run.plan)
     return Charts(figures, "bus bandwidth against message size", note)
 
 
@@ -158,10 +157,3 @@ def _busbw(run: Measured) -> list[Figure]:
             ceilings = [bandwidth.Ceiling(limit["busbw_gb_per_s"], limit["binds"])] if limit else []
             curves.append(bandwidth.Curve(collective, nodes, busbw, ceilings=ceilings))
     return bandwidth.figures(curves, node_colours(run.summary), limits.COLLECTIVES)
-
-
-def _no_ceiling(plan: Mapping[str, Any]) -> str:
-    """Why no ceiling is drawn."""
-    if any(cell["device"] == "cpu" for cell in plan["cells"]):
-        return "No ceiling is drawn: ranks ran on the CPU, and what carries their messages has no rated speed."
-    return "No ceiling is drawn: the inventory gives no NIC rate and the hardware file no NVLink rate for these nodes."

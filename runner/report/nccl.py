@@ -56,11 +56,14 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     good = f"{100 * metrics.LOW:.0f} %"
     whole = {group: several for group, several in groups.items() if group[1] != RAIL}
     if rows := _bandwidth(whole):
-        names = sorted(_names(whole), key=lambda name: name not in MAIN)[:SHOWN]
+        measured = [name for name in _names(whole) if label(name) in rows[0]]
+        names = sorted(measured, key=lambda name: name not in MAIN)[:SHOWN]
         shown = ("state", *map(label, names), "below")
         columns = {BUSBW: "GB/s", **{key: key for key in shown}}
         terms = [("busbw_gb_per_s", "GB/s"), ("ceiling", "ceiling"), ("wrong_values", "wrong values")]
-        remark = f"the highest of all sizes, with its share of the ceiling; ✕: below {good} at some sizes."
+        version = ", ".join(dict.fromkeys(str(cell["used"].get("nccl_tests", "")) for cell in cells if cell["used"]))
+        remark = f"the highest of all sizes, with its share of the ceiling; ✕: below {good} at some sizes. "
+        remark += f"Measured by nccl-tests{f' {version}' if version else ''}."
         found.append(Table(rows, columns, terms, remark, faults=("wrong values",), words=("below",)))
     if rows := _rows("verdict", whole, _verdict):
         remark = (
@@ -455,8 +458,9 @@ def charts(run: Measured) -> Charts:
     by_size = [algorithm_words(cell["details"]["algorithms"]) for cell in _by_collective(groups[nodes, ALL])[name]]
     several = len(parts) > 1
     parts += [f"{label(name).capitalize()}: {by_size[0]}"] if parts and by_size[0] else []
-    note = f"{nodes_text(nodes)}{'. ' if several else ': '}{'. '.join(parts)}." if parts else ""
-    return Charts(figures, "bus bandwidth against message size", note)
+    notes = [f"{nodes_text(nodes)}{'. ' if several else ': '}{'. '.join(parts)}."] if parts else []
+    notes += [] if any(figure.ceilings for figure in figures) else [bandwidth.no_ceiling(run.plan)]
+    return Charts(figures, "bus bandwidth against message size", " ".join(notes))
 
 
 def _curves(run: Measured, nodes: int, cells: Sequence[Row]) -> Iterator[bandwidth.Curve]:

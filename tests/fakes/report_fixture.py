@@ -510,13 +510,24 @@ def nccl(
 ) -> Fixture:
     """Test nccl on 8 × H200 nodes, without RDMA (`sockets`), without GPUDirect on some nodes, or with a slow rail."""
     p = plan(model="llama-2-7b", hardware="h200-sxm", counts=counts, repeats=1, gpus=8, device="cuda")
-    base = {**p["cells"][0], "test": "nccl", "model": None, "batch": None, "chosen": "", "expected": None}
+    base = {
+        **p["cells"][0],
+        "test": "nccl",
+        "engine": "mpirun",
+        "model": None,
+        "batch": None,
+        "chosen": "",
+        "expected": None,
+    }
     p["cells"] = list(_nccl_cells(base, counts, repeats, settings or {}))
     p["command"] += " --test nccl"
+    state = status(p)
+    for entry in state["cells"].values():
+        entry["used"] = {"nccl_tests": "2.17.6"}
     records = [
         r for c in p["cells"] for r in nccl_records(p, c, sockets=sockets, undirected=undirected, slow_rail=slow_rail)
     ]
-    return Fixture(p, status(p), records, facts(p, one_kernel=False))
+    return Fixture(p, state, records, facts(p, one_kernel=False))
 
 
 def nccl_sockets() -> Fixture:

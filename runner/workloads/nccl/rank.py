@@ -49,6 +49,8 @@ def run(job: RankJob, events: Events) -> None:
         events.value(metric, value, **reading.context, **context)
     if version := evidence.nccl_version or output.nccl_version:
         events("nccl", libraries={f"{root}/current/lib/{nccl.LIBRARY}": version.partition("+")[0]})
+    if events.rank == 0 and output.version:
+        events("used", nccl_tests=output.version)
     driver = Path("/proc/driver/nvidia/version").exists()
     if reason := failure(status, output, evidence, said, events.rank == 0, driver):
         raise InfrastructureError(f"{Path(argv[0]).name} {reason}")

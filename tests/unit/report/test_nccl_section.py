@@ -140,6 +140,15 @@ def test_what_means_nothing_has_no_verdict(made_so: Callable[[Fixture], None]):
     assert "below" not in tables["busbw_gb_per_s"][0]
 
 
+def test_what_measured_is_named_and_why_there_is_no_ceiling():
+    fixture = report_fixture.nccl((1, 2))
+    on_cpus(fixture)
+    for entry in fixture.status["cells"].values():
+        entry["used"] = {"nccl_tests": "2.19.6+STAND-IN"}
+    assert "nccl-tests 2.19.6+STAND-IN." in sections.tables(summary_of(fixture))["nccl"][0].remark
+    assert charts_of(fixture).note.endswith("what carries their messages has no rated speed.")
+
+
 def test_wrong_values_are_marked_and_are_a_finding():
     fixture = report_fixture.nccl((2,), settings={"splits": ["none"]})
     index = next(i for i, r in enumerate(fixture.records) if r.metric == "wrong_values")
