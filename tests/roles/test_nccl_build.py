@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -605,36 +606,45 @@ def test_a_library_of_mpi_that_a_node_lacks_is_named_with_what_to_install(settin
     assert lacking["found"] == "not found" and "openmpi-bin" in lacking["remedy"]
 
 
-captured = pytest.mark.skipif(not CAPTURED.exists(), reason=f"no captured outputs in {CAPTURED}")
-# Beside the runs that failed before they measured anything, whose names begin with "fail-".
-NO_FOOTER = {
-    "b200x2-1n-all_gather-no-footer.txt", "invalid-device-ordinal-nvls-warn.txt", "mpirun-not-enough-slots.txt",
-}  # fmt: skip
+OUTPUT = """\
+#       size         count      type   redop    root     time   algbw   busbw  #wrong     time   algbw   busbw  #wrong
+     8388608       2097152     float     sum      -1    80.00  104.86  104.86  {wrong:>6}    75.00  111.85  111.85  {wrong:>6}
+# Out of bounds values : {bad} {verdict}
+# Avg bus bandwidth    : 108.355
+"""
 
 
-@captured
-def test_the_footer_of_every_captured_run_is_read():
-    files = sorted((CAPTURED / "nccl-tests").glob("*.txt"))
-    results = {path.name: module.collective(path.read_text(errors="replace")) for path in files}
-    assert {name for name, result in results.items() if result == (None, None)} == NO_FOOTER | {
-        path.name for path in files if path.name.startswith("fail-")
-    }
-    assert {name for name, (wrong, _) in results.items() if wrong} == {"gh200x2-2n-wrong-values-FAILED-2.17.8.txt"}
-    assert results["gh200x2-2n-wrong-values-FAILED-2.17.8.txt"] == (4, 4.79995)
-    assert results["h100x16-2n-mpi-tag-output-elided.txt"] == (0, 52.9753)
-    assert results["a100x16-2n-nccltests-2.17.9-newlayout.txt"] == (0, 189.005)
+@pytest.mark.parametrize("says, status, found, rate", [
+    (OUTPUT.format(wrong=0, bad=0, verdict="OK"), 0, None, 111.85),
+    (OUTPUT.format(wrong=48, bad=2, verdict="FAILED"), 1, 96, 111.85),
+    (OUTPUT.format(wrong=0, bad=0, verdict="OK").split("# Out")[0], 0, "ended without a result", 111.85),
+    ("host: Test CUDA failure common.cu:1030 'system not yet initialized'\n .. host pid 3018: Test failure common.cu:937\n", 2,
+     "host: CUDA failure: system not yet initialized", None),
+    ("", 1, "killed", None),
+])  # fmt: skip
+def test_what_the_collective_says_is_read_by_the_runners_parser(
+    settings, built, tmp_path, monkeypatch, says, status, found, rate
+):
+    stand_in(tmp_path, monkeypatch, "nvidia-smi", 'case "$1" in *compute-apps*) ;; *) echo 0; echo 1;; esac')
+    (tmp_path / "says").write_text(says)
+    program = built / "bin" / "all_reduce_perf"
+    monkeypatch.setattr(module, "_verify_links", lambda phase, binary: True)
+    program.unlink()
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/says\n[ {status} = 0 ] || echo killed >&2\nexit {status}\n")
+    program.chmod(0o755)
+    answer = carry_out(module.PHASES, "verify", settings)
+    told = [problem["found"] for problem in answer.problems if problem["what"] == "all-reduce over 2 GPUs"]
+    assert told == ([] if found is None else [str(found)])
+    assert answer.facts["all_reduce_busbw_gb_per_s"] == rate
 
 
-@captured
-def test_a_run_that_was_cut_off_before_its_footer_has_no_result():
-    text = (CAPTURED / "nccl-tests" / "a100x8-1n-all_reduce-nccl2.16.txt").read_text()
-    for length in range(0, text.index("# Out of bounds"), 97):
-        assert module.collective(text[:length]) == (None, None)
-
-
-@given(st.text())
-def test_garbage_has_no_result(text):
-    assert module.collective(text) == (None, None)
+def test_the_role_and_the_runner_read_nccl_tests_by_one_parser():
+    there = ROOT / "plugins" / "module_utils" / "nccl_tests.py"
+    assert there.resolve() == ROOT / "runner" / "cluster" / "tools" / "nccl_tests.py"
+    tree = ast.parse(there.read_text(), feature_version=(3, 9))
+    imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imports == {"__future__", "collections.abc", "dataclasses"}  # it is taken to nodes alone
+    assert "strict=" not in there.read_text()  # of zip: Python 3.10
 
 
 @pytest.mark.parametrize("name", ["etc/nccl.conf", "nccl/env.sh", "etc/ansible/facts.d/nccl.fact"])

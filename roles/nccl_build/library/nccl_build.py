@@ -28,6 +28,7 @@ import time
 import urllib.error
 import urllib.request
 
+from ansible.module_utils import nccl_tests
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.nccl_inputs import (
     KNOWN_SHA256,
@@ -473,16 +474,6 @@ def _verify_links(phase, binary):
     return len(phase.problems) == before
 
 
-def collective(text):
-    """(number of values out of bounds, average bus bandwidth in GB/s) from nccl-tests' footer; None if missing.
-
-    A run that stopped early has no footer; its rows do not cover the values that it did not reach.
-    """
-    wrong = re.search(r"# Out of bounds values\s*:\s*(\d+)\s+(?:OK|FAILED)", text)
-    average = re.search(r"# Avg bus bandwidth\s*:\s*(\d+(?:\.\d+)?)", text)
-    return int(wrong[1]) if wrong else None, float(average[1]) if average else None
-
-
 def _verify_collective(phase, binary):
     """Run one all-reduce over the node's GPUs, unless they are busy: it would use a job's memory."""
     rows, reason = query(phase, ["index"])
@@ -494,13 +485,16 @@ def _verify_collective(phase, binary):
         phase.warn("all-reduce not run: " + ("the GPUs are in use" if busy.ok else busy.last_line))
         return
     outcome = phase.run([binary, "-b", "8M", "-e", "8M", "-g", len(rows)], phase.want["verify_timeout_s"])
-    wrong, average = collective(outcome.stdout)
+    output = nccl_tests.parse(outcome.stdout)
     what, remedy = f"all-reduce over {counted(len(rows), 'GPU')}", f"run {binary} -g {len(rows)} with NCCL_DEBUG=INFO"
-    if wrong:
+    if output.out_of_bounds:
+        wrong = sum(each.wrong or 0 for each in output.measurements) or "some"
         phase.problem(what, "0 values out of bounds", wrong, "a GPU or link corrupts data: see the role cuda_check")
-    elif not outcome.ok or wrong is None:
-        phase.problem(what, "completes", outcome.last_line if not outcome.ok else "ended without a result", remedy)
-    phase.facts["all_reduce_busbw_gb_per_s"] = average
+    elif not outcome.ok or not output.complete:
+        last = "ended without a result" if outcome.ok else outcome.last_line
+        phase.problem(what, "completes", output.problems[0] if output.problems else last, remedy)
+    rates = [each.busbw_gb_per_s for each in output.measurements if each.in_place]
+    phase.facts["all_reduce_busbw_gb_per_s"] = max(rates, default=None)
 
 
 PHASES = {"validate": validate, "install": install, "configure": configure, "verify": verify}
