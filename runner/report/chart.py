@@ -8,7 +8,7 @@ has a hover title. Legends belong to the page, where they wrap; a line is also l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -26,13 +26,17 @@ TOUCH = 0.5  # a line may reach this far into a text: the text's box is larger t
 
 @dataclass(frozen=True)
 class Point:
-    """A point in data coordinates. `low` and `high` draw an interval on y; `title` is shown on hover."""
+    """A point in data coordinates. `low` and `high` draw an interval on y; `title` is shown on hover.
+
+    On a strip a `label` is written beside the point, which is drawn in full colour.
+    """
 
     x: float
     y: float
     title: str = ""
     low: float | None = None
     high: float | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -274,7 +278,10 @@ def strips(
     for index, (name, points) in enumerate(rows):
         at = TOP + 22 * index + 11
         parts.append(_text(left - 8, at + 4.5, name, "end"))
-        parts += [_dot(px(p.x), at, 3.2, "c0 faint", p.title or f"{name}: {p.x:g}") for p in points]
+        for p in points:
+            parts.append(_dot(px(p.x), at, 3.2, "c1" if p.label else "c0 faint", p.title or f"{name}: {p.x:g}"))
+            if p.label:
+                parts.append(_text(px(p.x) + 7, at + 4.5, p.label, "start", "value"))
         if points:
             ordered = sorted(p.x for p in points)
             middle = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
@@ -314,6 +321,31 @@ def bars(rows: Sequence[Bar], x: Axis, description: str) -> str:
             parts.append(_line(px(mark.y), top - 5, px(mark.y), top + thick + 5, name, mark.title))
         parts.append(_text(at, base, row.text, anchor, "within" if inside else "value"))
     return _svg(parts, height, description)
+
+
+def heat(values: Mapping[tuple[int, int], float], reference: float, description: str) -> str:
+    """A table of numbers as an SVG element, (row, column) -> value: the further below `reference`, the deeper its
+    colour, up to 30 % below. Of more than 10 columns the values are in hover titles only.
+    """
+    rows, columns = sorted({row for row, _ in values}), sorted({column for _, column in values})
+    left, size = 34.0, (WIDTH - 34.0 - RIGHT) / max(len(columns), 2)
+    tall = min(size, 30.0)
+    parts = [_text(left + size * (i + 0.5), TOP + 2, str(column), "middle") for i, column in enumerate(columns)]
+    for i, row in enumerate(rows):
+        top = TOP + 8 + tall * i
+        parts.append(_text(left - 8, top + tall / 2 + 4.5, str(row), "end"))
+        for j, column in enumerate(columns):
+            if (value := values.get((row, column))) is None:
+                continue
+            depth = min(1.0, max(0.0, (1 - value / reference) / 0.3)) if reference else 0.0
+            at = left + size * j
+            parts.append(
+                f'<rect class="bar c1" fill-opacity="{depth:.2f}" x="{at + 1:.1f}" y="{top + 1:.1f}" '
+                f'width="{size - 2:.1f}" height="{tall - 2:.1f}"><title>{row} to {column}: {value:,.0f}</title></rect>'
+            )
+            if len(columns) <= 10:
+                parts.append(_text(at + size / 2, top + tall / 2 + 4.5, f"{value:,.0f}", "middle", "value"))
+    return _svg(parts, TOP + 14 + tall * len(rows), description)
 
 
 def _frame(plot: _Plot) -> list[str]:

@@ -19,7 +19,8 @@ class Table:
     `columns` maps the columns that a terminal shows too to their shorter names there; without any it shows no table.
     `terms` are (glossary term, text) of the columns that the glossary explains; `remark` follows them. `note` is
     printed above the table. In the columns `faults`, any value but 0 is highlighted, and anywhere a value that begins
-    with ✕. The columns `words` have sentences, which wrap.
+    with ✕. The columns `words` have sentences, which wrap. Where `shown` is not 0, the rows after as many are folded
+    away, and `rest` says of them what matters.
     """
 
     rows: Sequence[Mapping[str, str]]
@@ -29,6 +30,8 @@ class Table:
     note: str = ""
     faults: Sequence[str] = ()
     words: Sequence[str] = ()
+    shown: int = 0
+    rest: str = ""
 
 
 def plus_minus(value: float, spread: float) -> str:

@@ -27,7 +27,9 @@ def terminal(summary: Mapping[str, Any]) -> str:
     for shown in (shown for tables in sections.tables(summary).values() for shown in tables if shown.columns):
         if shown.note:
             parts.append(_wrapped(shown.note))
-        parts.append(table(_columns(shown)))
+        rows = _columns(shown)
+        folded = f"\n… {shown.rest}" if shown.shown else ""
+        parts.append(table(rows[: shown.shown or len(rows)]) + folded)
     curve = [row for row in summary["scaling"] if row["num_nodes"] != row["base_nodes"]]
     if curve:
         parts.append(
@@ -93,4 +95,4 @@ def _cut(text: str, width: int = 28) -> str:
 def _wrapped(text: str) -> str:
     import textwrap
 
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)

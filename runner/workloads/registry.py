@@ -197,6 +197,7 @@ TESTS: Mapping[str, Test] = {
         metrics="runner.workloads.gpu.metrics",
         report="runner.report.gpu",
         findings="runner.workloads.gpu.findings",
+        details="runner.workloads.gpu.details",
         defaults={"cuda": {"soak_s": 20.0, "copy_bytes": 1 << 30}, "cpu": {"soak_s": 2.0, "copy_bytes": 64 << 20}},
         model=True,
         on_request=True,

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import gpu_cells
 import yaml
 
 from runner.cluster.limits import busbw_factor
@@ -342,6 +343,24 @@ def one_gpu() -> Fixture:
     return Fixture(p, status(p), records, facts(p, one_kernel=False))
 
 
+def gpus() -> Fixture:
+    """Test gpu on eight nodes of 8 × H200: one GPU is slow, one is hot and throttled, one has lost NVLinks."""
+    p = plan(model="llama-2-7b", hardware="h200-sxm", counts=(8,), repeats=1, gpus=8, device="cuda")
+    shape = {"test": "gpu", "id": "gpu-llama-2-7b-8n-r1", "model": "llama-2-7b", "chosen": "", "expected": None}
+    p["cells"] = [{**p["cells"][0], **shape}]
+    p["command"] += " --test gpu"
+    hot = gpu_cells.Plant(
+        {"bf16": 0.9, "fp8": 0.88}, clock_mhz=1430.0, temperature_c=88.0, throttle={"hw_thermal_slowdown": 37.0}
+    )
+    plants = {
+        (NAMES[2], 5): gpu_cells.Plant({"bf16": 0.87, "fp8": 0.885}),
+        (NAMES[6], 1): hot,
+        (NAMES[4], 6): gpu_cells.Plant({"peer": 0.72}, values={"nvlinks": (18, {}), "nvlinks_active": (12, {})}),
+        (NAMES[0], 3): gpu_cells.Plant({"hbm": 0.943}),
+    }
+    return Fixture(p, status(p), gpu_cells.records(p, p["cells"][0], plants), facts(p, one_kernel=False))
+
+
 def broken() -> Fixture:
     """A dead rank on 8 nodes, an odd driver, wrong results of one collective, poor scaling on 4 nodes."""
     fixture = healthy(efficiency={**EFFICIENCY, 4: 0.87})
@@ -547,7 +566,7 @@ if __name__ == "__main__":
     from runner.judge import analysis
     from runner.report import page
 
-    made_of = {"healthy": healthy, "testbed": testbed, "broken": broken, "one-gpu": one_gpu}
+    made_of = {"healthy": healthy, "testbed": testbed, "broken": broken, "one-gpu": one_gpu, "gpus": gpus}
     made_of |= {"nccl": nccl, "nccl-sockets": nccl_sockets, "nccl-slow-rail": nccl_slow_rail}
     for name, made in {name: make() for name, make in made_of.items()}.items():
         folder = Path(sys.argv[1]) / name

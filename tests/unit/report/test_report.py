@@ -30,6 +30,7 @@ RUNS = {
     "nccl": report_fixture.nccl,
     "nccl-sockets": report_fixture.nccl_sockets,
     "nccl-slow-rail": report_fixture.nccl_slow_rail,
+    "gpus": report_fixture.gpus,
 }
 HOSTILE = "<script>alert('x')</script>"
 

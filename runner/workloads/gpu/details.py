@@ -1,0 +1,60 @@
+"""What a cell of test `gpu` says of each of its GPUs: the rows of the report. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runner.results.records import Record
+from runner.workloads.gpu import compare, condition
+from runner.workloads.gpu.compare import Gpu
+
+
+def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    """{"gpus": one entry a GPU, by host and number}; what was not measured or read is absent.
+
+    Of an entry, `rates` are medians over blocks by the keys of `compare.RATES` and `LINKS`, in their units, and
+    `distance_pct` how far each is from the median of all GPUs of the cell; `far` are the rates over the host's memory
+    on the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
+    """
+    gpus: dict[Gpu, dict[str, Any]] = defaultdict(lambda: {"rates": {}, "distance_pct": {}, "far": {}})
+    for measure in (*compare.RATES, *compare.LINKS):
+        values = {gpu: statistics.median(own.values()) for gpu, own in compare.by_gpu(records, measure).items()}
+        middle = statistics.median(values.values()) if values else 0.0
+        for gpu, value in values.items():
+            gpus[gpu]["rates"][measure.key] = value
+            if len(values) > 1 and middle:
+                gpus[gpu]["distance_pct"][measure.key] = 100 * (value / middle - 1)
+    far: dict[tuple[Gpu, str], list[float]] = defaultdict(list)
+    for record in records:
+        gpu = compare.gpu_of(record)
+        for link in compare.LINKS:
+            if record.metric == link.metric and record.context.get("local") is False:
+                far[gpu, link.key].append(record.value)
+            elif record.metric == link.metric and record.context.get("numa") is not None and gpu in gpus:
+                gpus[gpu]["numa"] = record.context["numa"]
+        if record.metric == "matmul_drift_pct":
+            gpus[gpu]["drift_pct"] = min(record.value, gpus[gpu].get("drift_pct", record.value))
+        if record.metric == "wrong_values":
+            gpus[gpu]["wrong_values"] = gpus[gpu].get("wrong_values", 0) + record.value
+    for (gpu, key), found in far.items():
+        gpus[gpu]["far"][key] = statistics.median(found)
+    for gpu, state in condition.conditions(records).items():
+        for name, metric, which in (
+            ("clock_mhz", "sm_clock_mhz", "mean"),
+            ("temperature_c", "temperature_c", "max"),
+        ):
+            if (read := state.get(metric, which)) is not None:
+                gpus[gpu][name] = read
+        shares = {reason: value for (metric, reason), value in state.values.items() if metric == "throttle_share_pct"}
+        if shares:
+            gpus[gpu]["throttled"] = {reason: value for reason, value in shares.items() if value > 0}
+    return {
+        "gpus": [
+            {"host": gpu.host, "gpu": gpu.number, "uuid": gpu.uuid, **entry}
+            for gpu, entry in sorted(gpus.items(), key=lambda item: (item[0].host, item[0].number))
+            if entry["rates"]
+        ]
+    }
