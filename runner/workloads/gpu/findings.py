@@ -93,19 +93,37 @@ class _Group:
     def _wrong(self) -> Iterator[tuple[Key, Suspect]]:
         """GPUs that gave wrong values, and pairs of GPUs between which they came to be."""
         wrong: dict[Gpu | Pair, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        apart: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record in self._records:
             if record.metric == "wrong_values" and record.value > 0:
                 context = record.context
                 check = " ".join(str(context[key]) for key in ("check", "precision") if context.get(key))
-                wrong[compare.pair_of(record) or compare.gpu_of(record)][check].append(record)
-        for of, checks in wrong.items():
+                if "compared" in context:  # with the results of as many GPUs
+                    apart[record.cell, check].append(record)
+                else:
+                    wrong[compare.pair_of(record) or compare.gpu_of(record)][check].append(record)
+        for (cell, check), records in apart.items():
+            of = int(records[0].context["compared"])
+            if records[0].context.get("majority"):
+                for record in records:
+                    wrong[compare.gpu_of(record)][check].append(record)
+                continue
+            differ = f"{counted(of, 'GPU')} have different results{_seeds(records)}, none of which most have"
+            text = f"{check}: {differ}"
+            yield ("apart", check), Suspect("gpu_wrong_values", f"{cell}: all GPUs", text, NOBODY)
+        for suspect, checks in wrong.items():
             texts = []
             for check, records in checks.items():
-                seeds = ", ".join(dict.fromkeys(str(r.context["seed"]) for r in records if "seed" in r.context))
-                count = counted(round(sum(record.value for record in records)), "wrong element")
-                texts.append(f"{check}: {count}" + (f" with seed {seeds}" if seeds else ""))
-            text = f"{of}: {'; '.join(texts)}, where every repetition and copy must be the same in every bit"
-            yield ("wrong", of), Suspect("gpu_wrong_values", self._where(of), text, "high", of.host)
+                if compared := records[0].context.get("compared"):
+                    said = f"not what most of {counted(compared, 'GPU')} have"
+                else:
+                    said = counted(round(sum(record.value for record in records)), "wrong element")
+                texts.append(f"{check}: {said}{_seeds(records)}")
+            text = f"{suspect}: {'; '.join(texts)}, where every repetition and copy must be the same in every bit"
+            yield (
+                ("wrong", suspect),
+                Suspect("gpu_wrong_values", self._where(suspect), text, "high", suspect.host),
+            )
 
     def _errors(self) -> Iterator[tuple[Key, Suspect]]:
         for gpu, state in self._states.items():
@@ -437,6 +455,11 @@ class _Under:
         spread = f", interval {-100 * d.high:.1f} to {-100 * d.low:.1f} %" if d.low > -1 else ""
         rate = f"{self.measure.name} {d.value:,.0f} {self.measure.unit}"
         return f"{rate}, {_percent(d)} {self.of} ({d.reference:,.0f}{spread})"
+
+
+def _seeds(records: Iterable[Record]) -> str:
+    seeds = ", ".join(dict.fromkeys(str(record.context["seed"]) for record in records if "seed" in record.context))
+    return f" with seed {seeds}" if seeds else ""
 
 
 def _percent(distance: Distance) -> str:

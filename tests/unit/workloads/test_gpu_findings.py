@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gpu_cells
@@ -158,6 +159,19 @@ def test_wrong_values_have_their_seed() -> None:
     assert "repeated product bf16: 3 wrong elements with seed 17" in suspect.evidence
 
 
+@pytest.mark.parametrize(("gpus", "odd", "blamed"), [(8, [5], "node1"), (2, [0, 1], None)])
+def test_the_gpu_whose_result_is_not_that_of_most_is_blamed_and_of_two_none(gpus, odd, blamed) -> None:
+    plan, cells, facts = gpu_cells.plan(1, gpus)
+    records = gpu_cells.records(plan, cells[0])
+    context = {"check": "same product on all", "precision": "bf16", "seed": 17, "compared": gpus, "majority": gpus > 2}
+    for number in range(gpus):
+        (like,) = [r for r in records if r.metric == "pcie_width" and r.context["gpu"] == number]
+        records.append(replace(like, metric="wrong_values", value=number in odd, context={**like.context, **context}))
+    (suspect,) = findings.find(plan, cells, {cells[0]["id"]: records}, facts)
+    assert (suspect.kind, suspect.host, suspect.observation) == ("gpu_wrong_values", blamed, False)
+    assert "with seed 17" in suspect.evidence and (blamed is None) == (suspect.confidence == NOBODY)
+
+
 def test_who_used_a_busy_gpu_is_named() -> None:
     (suspect,) = [s for s in found(2, PLANTED["a busy GPU"][1]) if not s.observation]
     assert "1 other process (pid 4711) used it before the test" in suspect.evidence
@@ -253,8 +267,6 @@ def test_pairs_that_are_wired_differently_are_not_compared() -> None:
 
 
 def _scaled(record: Any, factor: float) -> Any:
-    from dataclasses import replace
-
     return replace(record, value=record.value * factor)
 
 
