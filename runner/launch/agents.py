@@ -102,14 +102,14 @@ class Agents:
     def converse(self, plan: Plan, cell: Cell, watch: CellRun, data: str | None, context: CellContext) -> None:
         """Run the cell to its end; `watch` receives messages and decides what is sent. No process is left running."""
         self._silent = frozenset()
-        watch.sessions = self._sessions(plan, cell, data)
+        watch.sessions = self._sessions(plan, cell, data, watch.held)
         watch.begin()
         try:
             converse(watch.sessions, watch.receive, watch.next_word, patience_s=PATIENCE_S)
         finally:
             self._sweep(plan, cell, [session for session in watch.sessions if session.name not in watch.outcomes])
 
-    def _sessions(self, plan: Plan, cell: Cell, data: str | None) -> list[AgentSession]:
+    def _sessions(self, plan: Plan, cell: Cell, data: str | None, held: bool) -> list[AgentSession]:
         common = cell_fields(plan, cell)
         command = COMMANDS[plan.backend]
         sessions = []
@@ -120,7 +120,7 @@ class Agents:
                 host=host,
                 scratch=node.scratch,
                 cell_dir=cell.cell_dir,
-                job=job(plan, cell, node, data),
+                job={**job(plan, cell, node, data), "held": held},
                 argv=cell.launch.argv[index],
                 env=rank_environment(cell, node),
                 secrets=secrets(),

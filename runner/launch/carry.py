@@ -17,6 +17,7 @@ from runner.launch.preflight import NodeAccess, Problems
 from runner.launch.run import Policy, Run
 from runner.launch.signals import deferred
 from runner.launch.slurm import commands
+from runner.launch.supply import Data
 from runner.launch.transport import Transport
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan
@@ -34,24 +35,36 @@ NOT_BEGUN = "the run has not begun: it has no directory"
 NAMES = 20  # how many names are tried before the error is reported
 
 
-def prepare_data(plan: Plan, cells: Sequence[Cell], display: Display) -> str | None:
-    """The folder with the training data of `cells`, prepared now if it is not cached; None if none of them trains."""
+def prepare_data(plan: Plan, cells: Sequence[Cell], display: Display) -> Data | None:
+    """The training data of `cells`; None if none of them trains.
+
+    What is not cached is prepared now; but later, beside the imports of ranks, if the cell that runs first trains and
+    starts here. While other cells measure, nothing is prepared.
+    """
     cell = next((cell for cell in cells if trains(cell.test)), None)
     if cell is None:
         return None
     from runner.workloads.data import prepare as data
 
     display.note("preparing data")
-    prepared = data.prepare(
-        cell.params["dataset"],
-        seq_len=cell.params["seq_len"],
-        tokenizer=cell.params["tokenizer"],
-        cache_dir=cache_dir() / "data",
-        samples=cell.params["samples"],
-        seed=plan.seed,
-        on_progress=lambda done, total: display.at(done, total, "preparing data"),
-    )
-    return str(prepared.path)
+    cache = cache_dir() / "data"
+    asked = {name: cell.params[name] for name in ("seq_len", "tokenizer", "samples")} | {"seed": plan.seed}
+    folder = cache / data.resolve(cell.params["dataset"], **asked)[2]
+
+    def later(stopped: Callable[[], bool]) -> None:
+        def on_progress(done: int, total: int) -> None:
+            if stopped():
+                raise Interrupted("interrupted while data was prepared")
+            display.at(done, total, "preparing data")
+
+        prepared = data.prepare(cell.params["dataset"], **asked, cache_dir=cache, on_progress=on_progress)
+        if prepared.path != folder:
+            raise UsageError(f"data {cell.params['dataset']!r} changed before it was read; start again")
+
+    made = Data(str(folder), None if data.cached(folder) else later)
+    if not trains(cells[0].test) or BACKENDS[plan.backend].scheduled:
+        made.complete(lambda: False)
+    return made
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Dependencies:
     state: Path = field(default_factory=state_dir)
     hold: Callable[[Path, Mapping[str, str], str], AbstractContextManager[None]] = hold_nodes
     access: Callable[..., NodeAccess] = NodeAccess
-    data: Callable[[Plan, Sequence[Cell], Display], str | None] = prepare_data
+    data: Callable[[Plan, Sequence[Cell], Display], Data | None] = prepare_data
     folder: type[RunDir] = RunDir
 
 
@@ -228,14 +241,14 @@ def carry_out(
     run: RunDir,
     transport: Transport,
     display: Display,
-    data: str | None,
+    data: Data | None,
     policy: Policy,
     access: NodeAccess,
     bad: Problems,
 ) -> dict[str, Any]:
     """Run the cells that are not complete, in a run directory that the caller has locked; returns the summary.
 
-    `data` is the folder with the cells' data (None: they need none), `bad` the nodes not to use, with their problems.
+    `data` is that of the cells (None: they need none), `bad` the nodes not to use, with their problems.
     Raises InfrastructureError where the disk cannot be written, Interrupted on a signal.
     """
     process.allow_open_files()

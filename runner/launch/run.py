@@ -19,6 +19,7 @@ from runner.launch.signals import Stop
 from runner.launch.slurm import answers
 from runner.launch.slurm.ledger import JobShare
 from runner.launch.spares import Roster
+from runner.launch.supply import Data, Supply
 from runner.launch.transport import Transport
 from runner.launch.watch import CellContext, CellRun, read_outcomes
 from runner.plan.build import place
@@ -78,11 +79,11 @@ class Run:
         run: RunDir,
         transport: Transport,
         display: Display,
-        data: str | None,
+        data: Data | None,
         policy: Policy,
         access: NodeAccess,
     ) -> None:
-        """`data` is the folder with the cells' prepared data on this machine; None: they need none."""
+        """`data` is that of the cells; None: they need none."""
         backend = BACKENDS[plan.backend]
         self.run, self.transport, self.display, self.policy = run, transport, display, policy
         self.backend = backend
@@ -93,7 +94,7 @@ class Run:
         self.roster = Roster(self.current, self.journal, transport, access, sent)
         self.stop = Stop(display)
         self.source = data
-        self.data = transport.data_on_nodes(plan, data) if data else None
+        self.data = transport.data_on_nodes(plan, data.folder) if data else None
         self.progress = {cell.id: Progress() for cell in plan.cells}
         self.timings = Timings(run.path.parent)
         # Where a scheduler starts cells, only a new cell shows whether nodes have changed since.
@@ -186,7 +187,9 @@ class Run:
         """Copy the data to `nodes`; returns failures by node."""
         if self.source is None or not nodes:
             return {}
-        failures = self.transport.send(self.current.plan, nodes, self.source, lambda: self.stop.asked)
+        stopped: Callable[[], bool] = lambda: self.stop.asked  # noqa: E731
+        self.source.complete(stopped)
+        failures = self.transport.send(self.current.plan, nodes, self.source.folder, stopped)
         self.has_data |= {node.name for node in nodes} - failures.keys()
         self.has_not |= failures.keys()
         return failures
@@ -219,6 +222,30 @@ class Run:
             else:
                 self.journal.note(f"{self.current.alias(host)}: {what}; it is tried again before a cell that needs it")
         return joined(failed) if failed else None
+
+    def _supply(self, cell: Cell, send: Callable[[], dict[str, Any] | None]) -> Supply | None:
+        """Begin to prepare and `send` the data while the ranks of `cell` import; None where that is no gain: it is
+        ready, the cell does not train, or a scheduler will start it.
+        """
+        source = self.source
+        if source is None or source.ready or not trains(cell.test) or self.backend.scheduled:
+            return None
+
+        def work() -> dict[str, Any] | None:
+            source.complete(lambda: self.stop.asked)
+            return send()
+
+        return Supply(work)
+
+    def _supplied(self, cell: Cell, supply: Supply) -> dict[str, Any] | None:
+        """The error of an attempt at `cell` whose data cannot be sent. Raises what its preparation has raised: the run
+        ends as if the cell had not begun.
+        """
+        try:
+            return supply.result(lambda: self.stop.asked)
+        except Exception:  # not a second Ctrl-C
+            self.journal.cell_state(cell, "cancelled")
+            raise
 
     # --- a cell until it is settled -----------------------------------------------------------------
 
@@ -462,14 +489,19 @@ class Run:
             self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")
 
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
-        watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure)
+        send: Callable[[], dict[str, Any] | None] = lambda: self._send_data(cell, lambda: shown(0.0, "sending data"))  # noqa: E731
+        supply = self._supply(cell, send)
+        watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure, supply)
         try:
-            fault = self._send_data(cell, lambda: shown(0.0, "sending data"))
+            fault = send() if supply is None else None
             if fault is None and not self.stop.asked:
-                clock.enter("starting")
-                shown(0.0, "starting")
+                if supply is None:
+                    clock.enter("starting")
+                    shown(0.0, "starting")
                 context = self._context(cell, through, clock)
                 fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
+            if supply is not None:
+                fault = self._supplied(cell, supply) or fault
         finally:
             streams.close()
         if self.stop.asked:
@@ -501,8 +533,9 @@ class Run:
         self.journal.entry(cell)["nodes"] = watch.nodes()
         if state == "complete":
             clock.enter(None)
-            self.journal.entry(cell)["phases"] = clock.seconds
-            self.timings.add(self._kind(cell), clock.seconds)
+            if watch.supply is None:  # else its start is no measure for others
+                self.journal.entry(cell)["phases"] = clock.seconds
+                self.timings.add(self._kind(cell), clock.seconds)
             self._complete(cell)
         else:
             self.journal.cell_state(cell, state, error)

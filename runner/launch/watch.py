@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from runner.cluster.inventory import Node
 from runner.launch.blame import LATE, blame, error, first_hand, hang_error
 from runner.launch.signals import Stop
 from runner.launch.slurm.ledger import Ledger
+from runner.launch.supply import Supply
 from runner.launch.talk import AgentSession
 from runner.node.protocol import ALIVE_S, POLL_S, SILENCE_S, STACKS_S, Line, Message, Outcome, Started, Word
 from runner.plan.plan import Cell
@@ -60,7 +62,8 @@ class CellRun:
     """One cell while it runs: receives messages of its agents and decides what is sent to them.
 
     `on_progress` gets the fraction (0-1) and the phase, `on_line` host, file and line, `on_failure` the error of a node
-    as soon as it is known, while the others are still being stopped. Times are monotonic, in s.
+    as soon as it is known, while the others are still being stopped. Ranks are held until `supply` is done (None: what
+    they need is there): only then the time limit begins. Times are monotonic, in s.
     """
 
     cell: Cell
@@ -69,6 +72,9 @@ class CellRun:
     on_line: Callable[[str, str, str], None]
     on_look: Callable[[], None] = lambda: None
     on_failure: Callable[[Mapping[str, Any]], None] = lambda error: None
+    supply: Supply | None = None
+    released: bool = False  # its ranks may use the data
+    before_release: tuple[float, str] | None = None  # the last progress of held ranks
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sessions: list[AgentSession] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
@@ -84,8 +90,14 @@ class CellRun:
     looked: float = 0.0
 
     def begin(self, more_s: float = 0.0) -> None:
-        """Start the cell's time limit, `more_s` longer than planned."""
-        self.deadline = time.monotonic() + self.cell.params["timeout_s"] + more_s
+        """Start the cell's time limit, `more_s` longer than planned; of a held one there is none yet."""
+        limit_s = math.inf if self.held else self.cell.params["timeout_s"] + more_s
+        self.deadline = time.monotonic() + limit_s
+
+    @property
+    def held(self) -> bool:
+        """Whether its ranks wait for data before they go on."""
+        return self.supply is not None and not self.released
 
     def receive(self, session: AgentSession, message: Message) -> None:
         """Process a message from an agent."""
@@ -104,7 +116,18 @@ class CellRun:
                     if event.get("event") == "progress":
                         if event["done"] > 0:
                             self.stepped = time.monotonic()
-                        self.on_progress(event["done"] / max(1, event["total"]), event["phase"])
+                        progress = event["done"] / max(1, event["total"]), event["phase"]
+                        if self.held:
+                            self.before_release = progress
+                        else:
+                            self.on_progress(*progress)
+
+    def _release(self) -> None:
+        """The data are there: what ranks do from now on is the cell's own."""
+        self.released = True
+        self.begin()
+        if self.before_release:
+            self.on_progress(*self.before_release)
 
     def _failed(self) -> None:
         self.first_failure = self.first_failure or time.monotonic()
@@ -124,7 +147,7 @@ class CellRun:
                 return Word.GO if self.started >= set(self.cell.hosts) else None
             if LAUNCHER in self.outcomes:
                 return Word.DONE
-        return None
+        return Word.GO if self.released and session.name != LAUNCHER else None
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """The state of each node: starting, running, ended, failed or silent; `heard` is when its last output came."""
@@ -146,6 +169,11 @@ class CellRun:
 
     def _look_around(self, moment: float) -> None:
         self.on_look()
+        if self.supply and self.held and self.supply.done and not self.first_failure:
+            if self.supply.failed:
+                self._end("unknown", "it has no data", moment)
+            else:
+                self._release()
         for session in self.sessions:
             if session.rc is not None and session.name not in self.outcomes:
                 self._failed()

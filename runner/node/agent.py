@@ -147,6 +147,7 @@ class NodeCell:
 
         sampler, next_sample, next_alive = Sampler(), 0.0, 0.0
         stacks: ranks.Stacks | None = None
+        held = bool((self.request.job or {}).get("held"))
         with selectors.DefaultSelector() as selector:
             if self.leash.stdin:
                 selector.register(0, selectors.EVENT_READ, None)
@@ -154,6 +155,9 @@ class NodeCell:
             while True:
                 self._read(selector)
                 self.leash.tick()
+                if held and self.leash.go:
+                    self.folder.go.touch()
+                    held = False
                 self.tail.pass_on()
                 if time.monotonic() >= next_alive:
                     send_message(Alive())

@@ -42,7 +42,8 @@ STACKS_S = 2 * STACKS_ANSWER_S  # from "stacks" to "stop": the agent has read th
 class Word(StrEnum):
     """What a controller sends an agent whose cell runs. An empty line is a heartbeat."""
 
-    GO = "go"  # a launcher may start: every node has its job file
+    # What it waited for is there: to a launcher, that every node has its job file; to a node, the data of held ranks.
+    GO = "go"
     STACKS = "stacks"  # read the stack of each rank
     STOP = "stop"  # end the ranks
     DONE = "done"  # the launcher has ended, so its ranks have

@@ -30,6 +30,11 @@ class CellDir:
         return self.path / "job.json"
 
     @property
+    def go(self) -> Path:
+        """Written once the data of held ranks are there."""
+        return self.path / "go"
+
+    @property
     def facts(self) -> Path:
         """The node's hardware, software and environment (cluster.facts)."""
         return self.path / "facts.json"

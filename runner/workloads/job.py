@@ -13,6 +13,8 @@ from typing import Any
 
 from runner.results.celldir import CellDir
 
+WAIT_S = 0.05  # between two looks whether the data are there
+
 
 @dataclass(frozen=True)
 class RankJob:
@@ -36,6 +38,7 @@ class RankJob:
     weights: str | None = None  # Hugging Face id or path; None: random initial weights
     deepspeed: Mapping[str, Any] | None = None  # a complete DeepSpeed configuration
     data: str | None = None  # folder that `workloads.data` prepared
+    held: bool = False  # the data are not there before the agent writes `CellDir.go`
     hardware: Mapping[str, Any] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +81,15 @@ class Events:
     def value(self, metric: str, value: float, **context: Any) -> None:
         """Write a measured value with its context; the metric's name includes the unit (`busbw_gb_per_s`)."""
         self("value", metric=metric, value=value, context=context)
+
+    def wait_for_data(self, job: RankJob) -> float:
+        """Wait until the data of a held job are there; returns the seconds that it took. The agent ends who waits in
+        vain.
+        """
+        began = time.monotonic()
+        while job.held and not self.folder.go.exists():
+            time.sleep(WAIT_S)
+        return time.monotonic() - began
 
     def end(self) -> None:
         """Write the last event and close the file."""

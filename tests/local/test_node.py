@@ -305,6 +305,17 @@ def test_a_launcher_waits_for_its_word(tmp_path):
     assert agent.close()["rc"] == 0
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_held_ranks_see_that_their_data_is_there_once_the_controller_says_so(tmp_path, held):
+    agent = Agent(tmp_path, python("while not os.path.exists('over'): time.sleep(0.05)"), job={"held": held})
+    agent.hear("started")
+    assert not (agent.folder / "go").exists()
+    agent.say("go")
+    assert until(lambda: (agent.folder / "go").exists(), 5.0 if held else 0.5) == held
+    (agent.folder / "over").touch()
+    assert agent.close()["rc"] == 0
+
+
 def test_an_unwritable_folder_is_one_line(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")

@@ -104,7 +104,7 @@ def test_what_belongs_to_the_whole_cell_is_reported_once(two_ranks):
 
 def test_rank_0_says_what_it_chose_before_its_first_step(two_ranks):
     names = [event.get("metric", event["event"]) for event in two_ranks.ranks[0] if event["event"] != "progress"]
-    assert names[:6] == ["start", "matmul_tflop_per_s", "used", "import_time_s", "build_time_s", "step_time_s"]
+    assert names[:6] == ["start", "import_time_s", "matmul_tflop_per_s", "used", "build_time_s", "step_time_s"]
     (used,) = (event for event in two_ranks.ranks[0] if event["event"] == "used")
     assert {name: value for name, value in used.items() if name not in ("event", "rank", "time_s")} == {
         "trainer": "fast", "attention": "sdpa", "attention_detail": "scaled_dot_product_attention of each sample",

@@ -45,8 +45,6 @@ def run(job: RankJob, events: Events) -> None:
     finite.
     """
     settings = resolve(job)
-    data = PackedData(Path(job.data or ""))
-    data.check(job)
     model = job.model or {}
     # Otherwise DeepSpeed searches for accelerators, and prints what it finds.
     os.environ.setdefault("DS_ACCELERATOR", job.device)
@@ -74,7 +72,12 @@ def run(job: RankJob, events: Events) -> None:
     gc.freeze()
     gc.enable()
     ready.join()
-    imported_s = process_age_s()
+    if events.rank == 0:
+        events.value("import_time_s", process_age_s())
+    # Not its own time: the controller prepared the data meanwhile.
+    waited_s = events.wait_for_data(job)
+    data = PackedData(Path(job.data or ""))
+    data.check(job)
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed uses names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -96,9 +99,8 @@ def run(job: RankJob, events: Events) -> None:
             built = engine.build(job, settings, chosen)
             if events.rank == 0:
                 events("used", **built.used)
-                events.value("import_time_s", imported_s)
                 events.value("build_time_s", process_age_s() - connected_s)
-            _train(job, settings, data, built, dtype, events)
+            _train(job, settings, data, built, dtype, events, waited_s)
     except torch.cuda.OutOfMemoryError as error:
         raise UsageError(
             f"out of GPU memory with {settings.micro_batch} × {data.seq_len} tokens a micro-batch on "
@@ -123,7 +125,13 @@ def _make_ready(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _train(
-    job: RankJob, settings: Settings, data: PackedData, built: Built, dtype: torch.dtype, events: Events
+    job: RankJob,
+    settings: Settings,
+    data: PackedData,
+    built: Built,
+    dtype: torch.dtype,
+    events: Events,
+    waited_s: float,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -141,7 +149,7 @@ def _train(
 
     for step in range(total_steps):
         if step == 0:
-            setup_time_s = process_age_s()
+            setup_time_s = process_age_s() - waited_s
         synchronize()
         started = time.perf_counter()
         started_s = round(time.time(), 3)
@@ -169,7 +177,7 @@ def _train(
         synchronize()
         step_time_s = time.perf_counter() - started
         if step == 0:
-            time_to_first_step_s = process_age_s()
+            time_to_first_step_s = process_age_s() - waited_s
 
         dist.all_reduce(loss_sum)
         mean_loss = float(loss_sum) / (accumulation * world)

@@ -28,6 +28,7 @@ from runner.launch import agents, blame, drift
 from runner.launch import run as bench
 from runner.launch.signals import Stop
 from runner.launch.slurm import allocations, answers, ledger
+from runner.launch.supply import Data
 from runner.launch.watch import CellContext, CellRun
 from runner.plan import build, plan
 from runner.report import runs as reported
@@ -477,7 +478,7 @@ def test_nodes_without_work_get_no_data(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     built = replace(drift.load(run), nodes=cluster.nodes[:4])
     nodes = Nodes(run)
-    again = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", bench.Policy(), NodeAccess())
+    again = bench.Run(built, run, nodes, Display(quiet=True), Data("/data/x"), bench.Policy(), NodeAccess())
     again.execute({})
     assert nodes.sent == NAMES[:2]
 
@@ -509,7 +510,7 @@ def send_and_carry_out(cluster, tmp_path, problems, times=100, retries=0, replac
     run = RunDir.create(tmp_path, built.to_dict())
     nodes = Sending(run, problems, times)
     policy = bench.Policy(retries, replace_bad)
-    carried = bench.Run(built, run, nodes, Display(quiet=True), "/data/x", policy, NodeAccess())
+    carried = bench.Run(built, run, nodes, Display(quiet=True), Data("/data/x"), policy, NodeAccess())
     carried.stop.wait = lambda seconds: None
     carried.execute({})
     return nodes, run.read_status(), run
@@ -980,7 +981,7 @@ def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(clust
             return {nodes[1].name: Problem("unreachable", "no route to it")}
 
     carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
-    carried = bench.Run(built, run, carrier, Display(quiet=True), str(tmp_path), bench.Policy(), NodeAccess())
+    carried = bench.Run(built, run, carrier, Display(quiet=True), Data(str(tmp_path)), bench.Policy(), NodeAccess())
     with carried.journal.opened():
         assert carried._send_data(built.cells[0], lambda *_: None) is None
     assert carried.current.plan.slurm["exclude"] == ["node002"]

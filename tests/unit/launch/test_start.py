@@ -23,6 +23,7 @@ from runner.cluster import nccl
 from runner.cluster.inventory import Inventory
 from runner.errors import InfrastructureError, UsageError
 from runner.launch import carry, prepare, resume, start
+from runner.launch.supply import Data
 from runner.report import page
 from runner.report.progress import Display
 from runner.report.runs import describe
@@ -103,7 +104,7 @@ class Bench:
             state=self.state,
             hold=self.fails if self.step == "hold" else locks.hold_nodes,
             access=self.access,
-            data=self.fails if self.step == "data" else lambda *_: "/data/x",
+            data=self.fails if self.step == "data" else lambda *_: Data("/data/x"),
             folder=self.folder,
         )
 

@@ -15,6 +15,7 @@ from test_start import kept
 from runner.cluster import facts
 from runner.errors import InfrastructureError, Interrupted, UsageError
 from runner.launch import blame, carry, preflight, prepare, start, tune
+from runner.launch.supply import Data
 from runner.report import page
 from runner.report.progress import Display
 from runner.report.tuned import table
@@ -104,7 +105,7 @@ class Machine:
     @property
     def dependencies(self) -> carry.Dependencies:
         folder = type("Folder", (RunDir,), {"keep_transport": kept})
-        return carry.Dependencies(state=self.state, access=self.access, data=lambda *_: "/data/x", folder=folder)
+        return carry.Dependencies(state=self.state, access=self.access, data=lambda *_: Data("/data/x"), folder=folder)
 
     def asked(self, *settings: str, **options) -> prepare.Options:
         given = {"node_counts": (2,), "model": "llama-2-7b", "tests": ("sft",), "inventory": "x", **options}

@@ -1,0 +1,67 @@
+"""The training data of a run's cells, and what is done for it while the first of them already starts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runner.node.protocol import POLL_S
+
+
+class Data:
+    """The folder of the cells' data on this machine. `later(stopped)` prepares it, until `stopped` returns True; None:
+    it is ready.
+    """
+
+    def __init__(self, folder: str, later: Callable[[Callable[[], bool]], None] | None = None) -> None:
+        self.folder, self._later = folder, later
+
+    @property
+    def ready(self) -> bool:
+        """Whether the folder is complete."""
+        return self._later is None
+
+    def complete(self, stopped: Callable[[], bool]) -> None:
+        """Prepare what is not ready. Raises UsageError and InfrastructureError as `data.prepare.prepare`."""
+        if self._later is not None:
+            self._later(stopped)
+            self._later = None
+
+
+class Supply:
+    """Supplies the data of one cell in a thread of its own, while the cell's ranks import what they need.
+
+    `work` returns the error of an attempt at the cell that cannot go on without the data, or None.
+    """
+
+    def __init__(self, work: Callable[[], Mapping[str, Any] | None]) -> None:
+        self._work = work
+        self._fault: Mapping[str, Any] | None = None
+        self._error: BaseException | None = None
+        self.done = False
+        # The process may end before it: what a preparation leaves is removed by the next one.
+        threading.Thread(target=self._carry_out, daemon=True).start()
+
+    def _carry_out(self) -> None:
+        try:
+            self._fault = self._work()
+        except BaseException as error:
+            self._error = error
+        self.done = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended without the data on every node that needs it."""
+        return self.done and (self._fault is not None or self._error is not None)
+
+    def result(self, stopped: Callable[[], bool]) -> dict[str, Any] | None:
+        """Wait for its end, but not once `stopped`; returns what `work` has returned, and raises what it raised."""
+        while not self.done and not stopped():
+            time.sleep(POLL_S)
+        if stopped():
+            return None
+        if self._error is not None:
+            raise self._error
+        return dict(self._fault) if self._fault is not None else None
