@@ -39,6 +39,23 @@ def test_every_engine_on_every_backend_with_the_built_nccl(cluster, machine, eng
     golden(f"plan/{engine}-{backend}-built-nccl.txt", text + "\n")
 
 
+@pytest.mark.parametrize("backend", ["local", "ssh"])
+def test_each_gpu_by_itself_is_started_as_training_is_and_gets_the_model_alone(cluster, machine, backend):
+    source = machine if backend == "local" else cluster
+    gpu = {"gpu": config.load_test("gpu", {}).model_dump()}
+    asked = request(source, tests=gpu, model="llama-2-7b", node_counts=(1,) if backend == "local" else (2,))
+    built = build.build(asked, source.nodes)
+    golden(f"plan/gpu-{backend}.txt", describe.describe(built, nodeset.fold) + "\n")
+    (cell,) = built.cells
+    assert (cell.batch, cell.deepspeed, cell.expected) == (None, None, None)
+    job = plan.job(built, cell, source.nodes[0], None)
+    assert (job["model"]["name"], job["weights"], job["params"]["soak_s"]) == (
+        "llama-2-7b",
+        None,
+        {"cuda": 20, "cpu": 2}[cell.device],
+    )
+
+
 @pytest.fixture
 def mpi_test(monkeypatch):
     mpi_probe.register(monkeypatch)
