@@ -12,7 +12,10 @@ import pytest
 
 import ranks
 from conftest import ROOT
+from runner.failures import Suspect
 from runner.plan import config
+from runner.results import records
+from runner.workloads.gpu import findings
 
 pytestmark = pytest.mark.local
 
@@ -66,6 +69,10 @@ def test_every_result_was_compared_and_right(two_ranks):
         assert [(c["precision"], c["compared"], c["seed"]) for c in alike] == [("float32", 2, 7), ("bf16", 2, 7)]
 
 
+def test_nothing_is_suspected_of_a_machine_that_is_not_judged(two_ranks):
+    assert suspects(two_ranks, ["a", "b"]) == []
+
+
 def test_progress_has_every_phase(two_ranks):
     progress = [event for event in two_ranks.ranks[0] if event["event"] == "progress"]
     phases = list(dict.fromkeys(event["phase"] for event in progress))
@@ -112,6 +119,17 @@ main.main(pathlib.Path(sys.argv[1]))
 """
 
 
+def suspects(ended: ranks.Ended, hosts: list[str]) -> list[Suspect]:
+    """What is found in the records of ranks that were on these hosts."""
+    base = {"run_id": "r", "cell": "gpu-1n-r1", "test": "gpu", "model": "tiny"}
+    base |= {"num_nodes": len(hosts), "world_size": len(hosts), "repeat": 1}
+    found = [
+        r for host, events in zip(hosts, ended.ranks, strict=True) for r in records.from_events(events, base, host)
+    ]
+    cell = {"id": "gpu-1n-r1", "num_nodes": len(hosts), "state": "complete", "not_judged": "ranks ran on the CPU"}
+    return list(findings.find({}, [cell], {"gpu-1n-r1": found}, {}))
+
+
 def test_one_bit_of_one_result_is_seen_in_its_block_and_on_its_rank(tmp_path):
     (tmp_path / "once.py").write_text(ONCE)
     ended = ranks.start(tmp_path, job(2), program=[str(tmp_path / "once.py")])
@@ -119,6 +137,9 @@ def test_one_bit_of_one_result_is_seen_in_its_block_and_on_its_rank(tmp_path):
     assert {value for value in checks(ended, 0).values()} == {0}
     wrong = {key: value for key, value in checks(ended, 1).items() if value}
     assert wrong == {("repeated product", "bf16", 2): 1}
+    (suspect,) = suspects(ended, ["a", "b"])
+    assert (suspect.kind, suspect.host, suspect.observation) == ("gpu_wrong_values", "b", False)
+    assert "seed 7" in suspect.evidence
 
 
 def test_a_rank_that_is_always_wrong_alike_differs_from_the_others(tmp_path):
@@ -127,6 +148,7 @@ def test_a_rank_that_is_always_wrong_alike_differs_from_the_others(tmp_path):
     assert ended.outcome.rc == 0, ended.outcome.stderr
     wrong = [{key: value for key, value in checks(ended, rank).items() if value} for rank in range(3)]
     assert wrong == [{}, {("same product on all", precision, None): 1 for precision in ("float32", "bf16")}, {}]
+    assert [(one.kind, one.host) for one in suspects(ended, ["a", "b", "c"])] == [("gpu_wrong_values", "b")]
 
 
 def test_a_wrong_word_of_a_copy_is_counted():
