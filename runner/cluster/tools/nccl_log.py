@@ -98,6 +98,7 @@ _SETTING = re.compile(r"\b(NCCL_\w+) set (?:by environment )?to (.*?)\.?\s*$")
 _ALGORITHMS = ("TREE", "RING", "COLLNET_DIRECT", "COLLNET_CHAIN", "NVLS", "NVLS_TREE", "PAT")
 _PROTOCOLS = ("LL", "LL128", "SIMPLE")
 _MOST_WARNINGS = 50
+_LONGEST = 1 << 14  # characters of a line: NCCL writes at most a few thousand
 
 # NCCL's names of collectives as the tests of nccl-tests are called.
 _COLLECTIVES = {
@@ -128,6 +129,7 @@ def parse(text: str) -> Evidence:
     warnings: dict[str, None] = {}
     initialised = False
     for line in text.splitlines(keepends=True):
+        line = line if len(line) < _LONGEST else line[:_LONGEST]
         if told := NCCL_VERSION.search(line):
             version = told[1]
         for message in _messages(line):

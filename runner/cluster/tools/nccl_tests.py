@@ -5,7 +5,7 @@ per-iteration columns and timestamps (`-I`, `-S`), in place only, behind the lab
 logs. Other lines may stand between the rows or inside them.
 
 A row counts only as a whole, and where its own numbers agree: time, size and bandwidth, count and size, the widths of
-its two halves. What was torn is counted in `Output.problems` and is never a measurement.
+its two halves. What was torn is counted in `Output.torn` and is never a measurement.
 
 Standard library and Python 3.9 only: plugins/module_utils has a link to this file, by which Ansible takes it to nodes.
 """
@@ -56,8 +56,8 @@ class Output:
     `collective` is such as "all_reduce"; `version` that of the tests, `nccl_version` as NCCL prints it.
     `average_busbw_gb_per_s` is the footer's average over all sizes, for the record: never a measure of anything.
     `out_of_bounds` says whether the footer counted wrong values, None without it. `complete` means that
-    there are measurements and the footer was reached. `problems` are the failures that were printed, and how many rows
-    were torn.
+    there are measurements and the footer was reached. `problems` are the failures that were printed, `torn` the number
+    of rows that were torn and left out.
     """
 
     collective: str | None
@@ -69,6 +69,7 @@ class Output:
     out_of_bounds: bool | None
     complete: bool
     problems: tuple[str, ...]
+    torn: int
 
 
 COLLECTIVES = (
@@ -96,11 +97,11 @@ _REDOPS = ("sum", "prod", "max", "min", "avg", "mulsum", "premulsum", "none")
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # Open MPI's --tag-output, old and new, stands wherever a process began to write, in the middle of a line too.
-_TAG = re.compile(r"\[\d+,\d+\]<std(?:out|err)>:|\[[\w.-]+@\d+,\d+\](?:\[[^\]\s]*\])?<std(?:out|err)>: ?")
+_TAG = re.compile(r"\[\d+,\d+\]<std(?:out|err)>:|\[[\w.-]{1,253}@\d+,\d+\](?:\[[^\]\s]*\])?<std(?:out|err)>: ?")
 _SRUN_LABEL = re.compile(r"^ *(\d+): ")
 # A message of NCCL or RCCL, which takes the rest of its line and its end.
 MESSAGE = re.compile(
-    r"(?:\[\d{4}-\d\d-\d\d[ T][\d:.]+\] )?(?P<host>\b\w[\w.-]*):\d+:\d+ "
+    r"(?:\[\d{4}-\d\d-\d\d[ T][\d:.]+\] )?(?P<host>\b\w[\w.-]{0,252}):\d+:\d+ "
     r"(?:\[\d+\] )?(?:\d+\.\d+ )?(?:\S+:\d+ )?(?:\(\w+\) )?N?R?CCL (?:INFO|WARN|TRACE|CALL)"
 )
 # What a row may end with before a message that interrupts it, without a blank: "-1node1:12:34 [0] NCCL INFO".
@@ -125,7 +126,7 @@ _DEVICE = re.compile(
 _BOUNDS = re.compile(r"Out of bounds values\s*:\s*(\d+)\s+(OK|FAILED)\b")
 _AVERAGE = re.compile(r"Avg bus bandwidth\s*:\s*(\d+(?:\.\d+)?(?:e[+-]\d+)?)(?=\s|$)")
 
-_FAILURE = re.compile(r"(\S+): Test (CUDA|HIP|NCCL) failure \S+ '(.*)'")
+_FAILURE = re.compile(r"(\S{1,253}): Test (CUDA|HIP|NCCL) failure \S+ '(.*)'")
 _RELAY = re.compile(r"\.\. (\S+) pid \d+: Test failure ")
 # Failures of the tests themselves and of what starts them, one line each, told as they stand.
 _FAILED = re.compile(
@@ -228,8 +229,6 @@ class _Run:
 
     def output(self) -> Output:
         problems = [*self.failures, *(self.relays if not self.failures and not self.out_of_bounds else ())]
-        if self.torn:
-            problems.append(f"{self.torn} {'row was' if self.torn == 1 else 'rows were'} torn and left out")
         return Output(
             self.collective,
             self.version,
@@ -240,6 +239,7 @@ class _Run:
             self.out_of_bounds,
             self.out_of_bounds is not None and bool(self.measurements),
             tuple(problems),
+            self.torn,
         )
 
 
@@ -301,7 +301,7 @@ class Reader:
             pieces = [("", line)]
         for i, (writer, piece) in enumerate(pieces):
             stream = self._streams.setdefault(writer, _Stream())
-            message = MESSAGE.search(piece)
+            message = MESSAGE.search(piece) if "CCL " in piece else None
             if message:
                 stream.interrupted = True
                 if piece[: self._start(piece, message)].strip():
@@ -412,7 +412,7 @@ class Reader:
             run.average = float(average[1])
         elif version := NCCL_VERSION.search(line):
             run.nccl_version = version[1]
-        elif failure := _FAILURE.search(line):
+        elif " failure " in line and (failure := _FAILURE.search(line)):
             run.failures[f"{failure[1]}: {failure[2]} failure: {failure[3].strip(' /')}"] = None
         elif relay := _RELAY.search(line):
             run.relays[f"{relay[1]}: the test failed"] = None
@@ -635,6 +635,7 @@ def parse(text: str) -> Output:
         any(bounds) if bounds else None,
         all(each.complete for each in outputs),
         tuple(dict.fromkeys(problem for each in outputs for problem in each.problems)),
+        sum(each.torn for each in outputs),
     )
 
 

@@ -161,7 +161,6 @@ def failure(
     row has measured nothing.
     """
     words = [*output.problems, *nccl_tests.parse(said).problems]
-    words = [problem for problem in words if not _TORN.search(problem)]
     first_hand = [problem for problem in words if not _RELAYED.search(problem)]
     last = [line.strip() for line in said.splitlines() if line.strip()][-1:]
     if printed:
@@ -182,16 +181,14 @@ def failure(
 
 
 _NO_DRIVER = "driver version is insufficient"  # what CUDA says of an old one, and of none
-# What `nccl_tests` tells beside failures, and of a failure of a function that it called.
-_TORN = re.compile(r"(\d+) rows? (?:was|were) torn and left out$")
+# What `nccl_tests` tells of a failure of a function that it called.
 _RELAYED = re.compile(r": the test failed$")
 
 
 def lost(params: Mapping[str, Any], output: nccl_tests.Output, shortened: bool) -> int:
     """How many rows of the table are missing or torn. `shortened`: nccl-tests left out what exceeds the memory."""
-    torn = sum(int(found[1]) for problem in output.problems if (found := _TORN.search(problem)))
     whole = sum(not one.in_place for one in output.measurements)
-    return torn if shortened else max(torn, len(command.sizes(params)) - whole)
+    return output.torn if shortened else max(output.torn, len(command.sizes(params)) - whole)
 
 
 def unsplit(params: Mapping[str, Any], num_nodes: int, gpus_per_node: int, output: nccl_tests.Output) -> str | None:

@@ -1,5 +1,6 @@
 """What nccl-tests and rccl-tests print, in every layout, torn, interleaved and labelled."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_a_captured_table_is_read_whole(name):
     assert max(each.busbw_gb_per_s for each in inside) == best
     assert len(output.devices) == ranks
     assert output.complete is complete
-    assert output.problems == ()
+    assert output.problems == () and output.torn == 0
     assert output.out_of_bounds is (True if "wrong-values" in name else False if complete else None)
 
 
@@ -150,7 +151,7 @@ def test_every_row_that_is_printed_is_a_pair_of_measurements(drawn):
     ):
         assert first.time_us == pytest.approx(out, rel=0.01) and second.time_us == pytest.approx(inside, rel=0.01)
         assert first.wrong == second.wrong == (None if wrong == "N/A" else int(wrong))
-    assert output.complete and output.problems == () and output.average_busbw_gb_per_s == 31.337
+    assert output.complete and output.problems == () and output.torn == 0 and output.average_busbw_gb_per_s == 31.337
 
 
 @given(st.lists(rows, min_size=2, max_size=6), st.data())
@@ -187,7 +188,7 @@ def test_messages_inside_a_row_do_not_lose_it(drawn, data):
         text += parts[0] + data.draw(some) + parts[1] + data.draw(some) + parts[2] + "\n"
     output = nccl_tests.parse(text + FOOTER)
     assert output.measurements == nccl_tests.parse(PREAMBLE + WIDE + "".join(table(drawn))).measurements
-    assert output.problems == ()
+    assert output.problems == () and output.torn == 0
 
 
 @given(st.lists(rows, min_size=1, max_size=6), st.data())
@@ -295,13 +296,23 @@ def test_half_a_row_is_none_where_rows_have_two():
 
 def test_torn_rows_are_counted():
     lines = table([(8, 17.49, 16.41, "0"), (1 << 30, 2984.6, 2979.7, "0")])
-    assert nccl_tests.parse(WIDE + lines[0][:40] + "\n" + lines[1]).problems == ("1 row was torn and left out",)
+    assert nccl_tests.parse(WIDE + lines[0][:40] + "\n" + lines[1]).torn == 1
+    assert nccl_tests.parse(WIDE + lines[0] + lines[1]).torn == 0
 
 
 @pytest.mark.parametrize("last, kept", [("0", True), ("N/A", True), ("96", False)])
 def test_a_last_row_without_its_end_counts_only_if_nothing_can_follow(last, kept):
     text = WIDE + begin(8) + body(8, 17.49, last) + body(8, 16.41, last)
     assert bool(nccl_tests.parse(text).measurements) is kept
+
+
+@pytest.mark.parametrize(
+    "line", ["a." * 100000, "1 " * 100000, "1" * 200000, "-1" * 100000, "a:1:" * 50000, "[a.b-" * 40000]
+)
+def test_long_lines_take_no_longer_than_short_ones(line):
+    started = time.process_time()
+    assert nccl_tests.parse(line + "\n" + line).measurements == ()
+    assert time.process_time() - started < 5
 
 
 def test_numbers_that_disagree_are_no_measurement():
