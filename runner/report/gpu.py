@@ -25,8 +25,8 @@ GLOSSARY = {
     "counts twice.",
     "gpu_distance": "How far a GPU is from the median of all GPUs, in %. More than 5 % under is worth knowing.",
     "gpu_drift": "How much faster (+) or slower (−) products were in the last fifth of the time than in the first.",
-    "gpu_throttled": "Share of the time in which the driver kept the clock down, and why. A power cap is usual under "
-    "matrix products: it is shown only where there is no other reason.",
+    "gpu_throttled": "Share of the time in which the driver kept the clock down because of heat or power supply. "
+    "The usual power cap is left out: every healthy GPU reaches it under matrix products.",
     "peer_gb_per_s": "Bytes copied from one GPU's memory to another's in its node, per second, one pair at a time.",
     "gpu_far": "The same copy with the host's memory on the NUMA node that the GPU is not attached to.",
 }
@@ -47,6 +47,7 @@ RATES = {
     "hbm": "memory, GB/s",
     "to_gpu": "host to GPU, GB/s",
     "to_host": "GPU to host, GB/s",
+    "peer": "to other GPUs, GB/s",
 }
 GPU_COLUMNS = {
     "GPU": "GPU",
@@ -141,7 +142,7 @@ def _gpu_table(gpus: Sequence[Gpu]) -> Table:
             "GPU": f"{gpu['host']} {_name(gpu)}",
             **{title: _with_distance(gpu, key) for key, title in RATES.items()},
             "far NUMA node, GB/s": number(gpu["far"]["to_gpu"]) if "to_gpu" in gpu["far"] else "",
-            "drift, %": f"{gpu['drift_pct']:+.1f}" if "drift_pct" in gpu else "",
+            "drift, %": _signed(gpu["drift_pct"]) if "drift_pct" in gpu else "",
             "throttled": _throttled(gpu.get("throttled") or {}),
             "clock, MHz": f"{gpu['clock_mhz']:,.0f}" if "clock_mhz" in gpu else "",
             "°C": f"{gpu['temperature_c']:.0f}" if "temperature_c" in gpu else "",
@@ -156,10 +157,12 @@ def _gpu_table(gpus: Sequence[Gpu]) -> Table:
     if shown:
         furthest = -min(_worst(gpu) for gpu in gpus[shown:])
         rest = f"{counted(len(gpus) - shown, 'more GPU')}, none more than {max(0.0, furthest):.1f} % under the median"
+    rows = without_empty(rows)
+    words = " ".join(rows[0])
     return Table(
-        without_empty(rows),
+        rows,
         GPU_COLUMNS,
-        GPU_TERMS,
+        [(term, text) for term, text in GPU_TERMS if term == "gpu_distance" or text in words],
         "the slowest GPU first; in brackets its distance from the median of all.",
         faults=("wrong values",),
         shown=shown,
@@ -185,12 +188,9 @@ def _signed(value: float) -> str:
 
 
 def _throttled(shares: Mapping[str, float]) -> str:
-    """The reasons that healthy GPUs do not have; those that they have too only where there are no others."""
-    unusual = {reason: share for reason, share in shares.items() if reason not in USUAL}
-    chosen = unusual or shares
-    return ", ".join(
-        f"{reason.replace('_', ' ')} {share:.0f} %" for reason, share in sorted(chosen.items()) if share >= 1
-    )
+    """The reasons that healthy GPUs do not have."""
+    unusual = sorted((reason, share) for reason, share in shares.items() if reason not in USUAL and share >= 1)
+    return ", ".join(f"{reason.replace('_', ' ')} {share:.0f} %" for reason, share in unusual)
 
 
 def tiles(run: Measured) -> list[Tile]:

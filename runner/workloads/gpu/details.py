@@ -11,22 +11,28 @@ from runner.results.records import Record
 from runner.workloads.gpu import compare, condition
 from runner.workloads.gpu.compare import Gpu
 
+PEERS = "peer"
+
 
 def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """{"gpus": one entry a GPU, by host and number}; what was not measured or read is absent.
 
-    Of an entry, `rates` are medians over blocks by the keys of `compare.RATES` and `LINKS`, in their units, and
-    `distance_pct` how far each is from the median of all GPUs of the cell; `far` are the rates over the host's memory
-    on the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
+    Of an entry, `rates` are medians over blocks by the keys of `compare.RATES` and `LINKS`, in their units, and as
+    `peer` the median over its pairs; `distance_pct` is how far each is from the median of all GPUs of the cell. `far` are
+    the rates over the host's memory on the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
     """
     gpus: dict[Gpu, dict[str, Any]] = defaultdict(lambda: {"rates": {}, "distance_pct": {}, "far": {}})
-    for measure in (*compare.RATES, *compare.LINKS):
-        values = {gpu: statistics.median(own.values()) for gpu, own in compare.by_gpu(records, measure).items()}
+    medians = {
+        measure.key: {gpu: statistics.median(own.values()) for gpu, own in compare.by_gpu(records, measure).items()}
+        for measure in (*compare.RATES, *compare.LINKS)
+    }
+    medians[PEERS] = _with_peers(records)
+    for key, values in medians.items():
         middle = statistics.median(values.values()) if values else 0.0
         for gpu, value in values.items():
-            gpus[gpu]["rates"][measure.key] = value
+            gpus[gpu]["rates"][key] = value
             if len(values) > 1 and middle:
-                gpus[gpu]["distance_pct"][measure.key] = 100 * (value / middle - 1)
+                gpus[gpu]["distance_pct"][key] = 100 * (value / middle - 1)
     far: dict[tuple[Gpu, str], list[float]] = defaultdict(list)
     for record in records:
         gpu = compare.gpu_of(record)
@@ -58,3 +64,13 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
             if entry["rates"]
         ]
     }
+
+
+def _with_peers(records: Sequence[Record]) -> dict[Gpu, float]:
+    """GPU -> GB/s, the median of all pairs of its node that it is one of."""
+    names = {(gpu.host, gpu.number): gpu for gpu in map(compare.gpu_of, records)}
+    found: dict[Gpu, list[float]] = defaultdict(list)
+    for pair, series in compare.by_pair(records).items():
+        for end in (pair.source, pair.target):
+            found[names.get((pair.host, end), Gpu(pair.host, end))].append(statistics.median(series.values()))
+    return {gpu: statistics.median(rates) for gpu, rates in found.items()}
