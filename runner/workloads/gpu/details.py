@@ -18,7 +18,7 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
     """{"gpus": one entry a GPU, by host and number}; what was not measured or read is absent.
 
     Of an entry, `rates` are medians over blocks by the keys of `compare.RATES` and `LINKS`, in their units, and as
-    `peer` the median over its pairs; `distance_pct` is how far each is from the median of all GPUs of the cell. `far` are
+    `peer` the median over its pairs; `distance_pct` is how far each is from the median of all of the cell. `far` are
     the rates over the host's memory on the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
     """
     gpus: dict[Gpu, dict[str, Any]] = defaultdict(lambda: {"rates": {}, "distance_pct": {}, "far": {}})
