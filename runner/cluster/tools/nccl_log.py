@@ -78,7 +78,7 @@ _VIA = re.compile(
     r"|(P2P)/(CUMEM|IPC|MNNVL|direct pointer|indirect)(?:/.*)?|(SHM)(?:/.*)?)\s*$"
 )
 _IB = re.compile(r"NET/\S+ : Using (\[.*)")
-_DEVICE = re.compile(r"\[(\d+)\] ?([\w.-]+):\d+/(\w+)")
+_DEVICE = re.compile(r"\[(\d+)\] ?([\w.-]+):\d+(?::\d*)*/(\w+)")  # port, and where they are known rail and plane
 _MERGED = re.compile(r"\[(\d+)\]=\{([^}]*)\}")
 _VIRTUAL = re.compile(r"Made virtual device \[(\d+)\] name=(\S+)")
 _SOCKET = re.compile(r"NET/Socket : Using (\[.*)")

@@ -116,6 +116,13 @@ def test_merged_ports_are_one_adapter():
     assert new.used_nics == ("mlx5_0+mlx5_1",)
 
 
+@pytest.mark.parametrize("port", ["1", "1:0", "1:3:1", "1::1"])
+def test_an_adapters_rail_and_plane_stand_behind_its_port(port):
+    """As NCCL 2.30 writes them where it knows them."""
+    line = f"NET/IB : Using [0]mlx5_0:{port}/IB [1]mlx5_1:{port}/IB [RO]; OOB eth0:10.0.0.1<0>"
+    assert evidence(line, "Using network IB").nics == ("mlx5_0", "mlx5_1")
+
+
 def test_a_plugin_names_its_adapters_by_gpudirect():
     found = evidence("Using network Libfabric", "NET/Libfabric : GPU Direct RDMA Enabled for HCA 0 'rdmap86s0'",
                      "Channel 00/0 : 7[3] -> 0[0] [receive] via NET/Libfabric/0")  # fmt: skip
