@@ -425,7 +425,7 @@ def test_a_dead_rank_is_a_finding_with_host_fault_advice_and_last_words() -> Non
     summary = summary_of(fixture)
     found = next(f for f in summary["findings"] if f["kind"] == "cuda_out_of_memory")
     assert (found["host"], found["fault"], found["where"]) == (NAMES[2], "user", "sft-llama-2-7b-8n-r3")
-    assert found["evidence"].endswith("; lower the micro batch or use more nodes")
+    assert found["evidence"].endswith(f"; {failures.KINDS['cuda_out_of_memory'].advice}")
     assert "CUDA out of memory" in found["stderr"][-1]
     assert (summary["state"], summary["verdict"]) == ("failed", "fail")
 
