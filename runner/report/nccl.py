@@ -36,7 +36,7 @@ GLOSSARY = {
 
 ALL, NODE, RAIL = "none", "node", "rail"
 OUT_OF = {ALL: "", NODE: ", each alone"}
-BUSBW, RAILS = "busbw, GB/s", "rails, GB/s"
+BUSBW, TIME, RAILS = "busbw, GB/s", "time, µs", "rails, GB/s"
 MAIN, SHOWN = ("all_reduce", "all_gather", "all_to_all"), 3  # what a terminal shows first, and has room for
 FAR = 5  # % from the median of the rails: written beside the value
 
@@ -56,9 +56,7 @@ def tables(cells: Sequence[Row]) -> list[Table]:
     good = f"{100 * metrics.LOW:.0f} %"
     whole = {group: several for group, several in groups.items() if group[1] != RAIL}
     if rows := _bandwidth(whole):
-        measured = [name for name in _names(whole) if label(name) in rows[0]]
-        names = sorted(measured, key=lambda name: name not in MAIN)[:SHOWN]
-        shown = ("state", *map(label, names), "below")
+        shown = ("state", *_first(rows[0], groups), "below")
         columns = {BUSBW: "GB/s", **{key: key for key in shown}}
         terms = [("busbw_gb_per_s", "GB/s"), ("ceiling", "ceiling"), ("wrong_values", "wrong values")]
         version = ", ".join(dict.fromkeys(str(cell["used"].get("nccl_tests", "")) for cell in cells if cell["used"]))
@@ -72,8 +70,9 @@ def tables(cells: Sequence[Row]) -> list[Table]:
         )
         found.append(Table(rows, {}, [("verdict_by_size", "verdict by size")], remark))
     # A split begins with sizes whose time is that of their bytes.
-    if rows := _rows("time, µs", {group: several for group, several in groups.items() if group[1] == ALL}, _time):
-        found.append(Table(rows, {}, [("latency_us_mean", "time of one operation")], "at the smallest size."))
+    if rows := _rows(TIME, {group: several for group, several in groups.items() if group[1] == ALL}, _time):
+        columns = {key: key for key in (TIME, *_first(rows[0], groups))}
+        found.append(Table(rows, columns, [("latency_us_mean", "time of one operation")], "at the smallest size."))
     if rows := _rails({nodes: several for (nodes, split), several in groups.items() if split == RAIL}):
         columns = {key: key for key in (RAILS, "collective", "state", "median", "slowest")}
         remark = "the highest of all sizes of each GPU's rail, while all rails work; its distance from their median."
@@ -109,6 +108,12 @@ def _by_collective(cells: Iterable[Row]) -> dict[str, list[Row]]:
 def _names(groups: Groups) -> list[str]:
     """The collectives of all groups, in the order in which they are planned."""
     return list(dict.fromkeys(name for cells in groups.values() for name in _by_collective(cells)))
+
+
+def _first(row: Mapping[str, str], groups: Groups) -> list[str]:
+    """The columns of collectives that a terminal shows of a row."""
+    measured = [name for name in _names(groups) if label(name) in row]
+    return [label(name) for name in sorted(measured, key=lambda name: name not in MAIN)[:SHOWN]]
 
 
 def _rows(head: str, groups: Groups, text: Callable[[str, Sequence[Row]], str]) -> list[dict[str, str]]:
