@@ -10,6 +10,7 @@ from typing import Any
 
 from runner.report import chart
 from runner.report.figures import Figure, nodes_text, number
+from runner.system.wording import size_text
 
 DIFFERENT = 0.05  # a second curve of the same is drawn where it is further away than this
 
@@ -126,6 +127,6 @@ def _points(curve: Curve, busbw: Mapping[int, float]) -> list[chart.Point]:
     found = []
     for size, value in sorted(busbw.items()):
         said = f" ({curve.said[size]})" if size in curve.said else ""
-        where = f"{label(curve.collective)}, {nodes_text(curve.nodes)}, {chart.size_text(size)}"
+        where = f"{label(curve.collective)}, {nodes_text(curve.nodes)}, {size_text(size)}"
         found.append(chart.Point(size, value, f"{where}: {number(value)} GB/s{said}"))
     return found

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from runner.report import labels
+from runner.system.wording import size_text
 
 WIDTH, HEIGHT = 400.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 16.0, 44.0
@@ -123,15 +124,6 @@ def bytes_axis(label: str, sizes: Sequence[float]) -> Axis:
     every = next(n for n in (1, 2, 5, 10) if len(exponents) / n <= 6 or n == 10)
     ticks = [(2.0**e, size_text(2**e)) for e in exponents if e % every == 0]
     return Axis(label, low / 1.3, high * 1.3, ticks or [(low, size_text(low))], log=True)
-
-
-def size_text(size: float) -> str:
-    """A number of bytes as text: `8 B`, `64 KiB`, `1.5 GiB`."""
-    for name in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or name == "TiB":
-            break
-        size /= 1024
-    return f"{size:.4g} {name}"
 
 
 def lines(

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from runner.cluster import limits
-from runner.report import bandwidth, chart
+from runner.report import bandwidth
 from runner.report.figures import Figure, Row, node_colours, nodes_text, number
 from runner.report.sections import Charts, Measured, Tile
 from runner.report.tables import Table, cell_number, median, state, took, without_empty
+from runner.system.wording import size_text
 
 TITLE, ANCHOR = "Collectives", "collectives"
 
@@ -80,7 +81,7 @@ def _copy_rows(cells: Sequence[Row]) -> list[dict[str, str]]:
                 "cell": cell["id"],
                 "state": state(cell),
                 "copy, GB/s (of memory's rate)": cell_number(m, "copy_gb_per_s") + share,
-                "buffer": chart.size_text(m["copy_bytes"]) if "copy_bytes" in m else "",
+                "buffer": size_text(m["copy_bytes"]) if "copy_bytes" in m else "",
                 "host to GPU, GB/s": cell_number(m, "host_to_device_gb_per_s"),
                 "GPU to host, GB/s": cell_number(m, "device_to_host_gb_per_s"),
                 "wrong values": f"{m['wrong_values']:,.0f}" if m.get("wrong_values") else "",

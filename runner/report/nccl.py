@@ -16,7 +16,7 @@ from runner.report.figures import Figure, Row, node_colours, nodes_text, number
 from runner.report.sections import Charts, Measured, Tile
 from runner.report.tables import Table, median, without_empty
 from runner.system.nodeset import fold
-from runner.system.wording import counted, span_text
+from runner.system.wording import counted, size_text, span_text
 from runner.workloads.nccl import findings, metrics
 
 TITLE, ANCHOR = "NCCL", "nccl"
@@ -199,7 +199,7 @@ def _ranges(cells: Iterable[Row], verdict: str) -> list[tuple[int, int, float, f
 
 
 def _sizes(begin: int, end: int) -> str:
-    return chart.size_text(begin) if begin == end else f"{chart.size_text(begin)} – {chart.size_text(end)}"
+    return size_text(begin) if begin == end else f"{size_text(begin)} – {size_text(end)}"
 
 
 def _verdict(name: str, cells: Sequence[Row]) -> str:
@@ -302,8 +302,8 @@ def algorithm_words(runs: Sequence[Mapping[str, Any]]) -> str:
             names.append((name, run["from_bytes"]))
     if len(names) < 2:
         return names[0][0] if names else ""
-    first = f"{names[0][0]} below {chart.size_text(names[1][1])}"
-    return ", ".join([first, *(f"{name} from {chart.size_text(begin)}" for name, begin in names[1:])])
+    first = f"{names[0][0]} below {size_text(names[1][1])}"
+    return ", ".join([first, *(f"{name} from {size_text(begin)}" for name, begin in names[1:])])
 
 
 def _algorithm(name: str) -> str:

@@ -8,6 +8,15 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def size_text(size: float) -> str:
+    """A number of bytes as text: `8 B`, `64 KiB`, `1.5 GiB`."""
+    for name in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or name == "TiB":
+            break
+        size /= 1024
+    return f"{size:.4g} {name}"
+
+
 def span_text(seconds: float | None) -> str:
     """A duration in s, min or h with its unit; empty for None."""
     if seconds is None:

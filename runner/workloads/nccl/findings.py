@@ -6,6 +6,7 @@ GPUs: containers have no RDMA. A setting that was asked for is never a fault; th
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from runner.failures import NOBODY, Suspect
 from runner.results.records import Record
-from runner.system.wording import counted
+from runner.system.wording import counted, size_text
 from runner.workloads.nccl import command, metrics
 
 Cells = Sequence[Mapping[str, Any]]
@@ -57,7 +58,7 @@ def _wrong_values(cells: Cells, by_cell: Mapping[str, Sequence[Record]]) -> Iter
         if wrong:
             yield Suspect(
                 "wrong_values",
-                where=f"{cell['id']}: {', '.join(f'{size:,} B' for size in sorted(wrong))}",
+                where=f"{cell['id']}: {', '.join(map(size_text, sorted(wrong)))}",
                 evidence=f"nccl-tests counted {counted(wrong.total(), 'wrong element')} in results",
                 confidence=NOBODY,  # every rank took part: the values do not show which one is at fault
             )
@@ -333,9 +334,9 @@ def _slow_rails(
                     "slow_rail",
                     where=f"{collective} on {counted(nodes, 'node')}, GPU {rail} of each{over}",
                     evidence=(
-                        f"{statistics.median(found[size]):.4g} GB/s at {size:,} B, while the fastest rail has "
+                        f"{statistics.median(found[size]):.4g} GB/s at {size_text(size)}, while the fastest rail has "
                         f"{best[size]:.4g}, and less than {100 * SLOW_RAIL:.0f} % of it at every size from "
-                        f"{min(sizes):,} B on"
+                        f"{size_text(min(sizes))} on"
                     ),
                     confidence="high",
                 )
@@ -348,40 +349,70 @@ def _shares(
     by_cell: Mapping[str, Sequence[Record]],
     explained: bool,
 ) -> Iterator[Suspect]:
-    """What is far from its ceiling, or above it; rails are compared with each other instead.
+    """What is far from its ceiling, or above it: one suspect for all cells of a number of nodes and a split.
 
-    `explained`: a transport that is at fault explains slowness.
+    Rails are compared with each other instead. `explained`: a transport that is at fault explains slowness.
     """
+    above: _Groups = defaultdict(list)
+    slow: _Groups = defaultdict(list)
     for cell in cells:
-        if cell.get("not_judged") or planned[cell["id"]]["params"]["split"] == "rail":
+        params = planned[cell["id"]]["params"]
+        if cell.get("not_judged") or params["split"] == "rail":
             continue
+        group = cell["num_nodes"], params["split"]
         found = metrics.rows(plan, planned[cell["id"]], by_cell.get(cell["id"], []))
-        above = [row for row in found if row.verdict == "above"]
-        if above:
-            worst = max(above, key=lambda row: row.share or 0)
-            yield Suspect(
-                "above_ceiling",
-                where=f"{cell['id']}: {_sizes(above)}",
-                evidence=f"{worst.busbw_gb_per_s:.4g} GB/s at {worst.size_bytes:,} B is {worst.reason}",
-                confidence=NOBODY,
-                observation=True,
-            )
+        if higher := [row for row in found if row.verdict == "above"]:
+            above[group].append((cell["id"], params["collective"], higher))
         judged = [row for row in found if row.verdict in ("good", "low")]
-        if not judged or any(row.verdict == "good" for row in judged):
-            continue
-        best = max(judged, key=lambda row: row.share or 0)
-        poor = (best.share or 0) < POOR
+        if judged and all(row.verdict == "low" for row in judged):
+            slow[group].append((cell["id"], params["collective"], judged))
+    for several in above.values():
+        _, collective, rows = max(several, key=lambda one: max(map(_share, one[2])))
+        worst = max(rows, key=_share)
+        yield Suspect(
+            "above_ceiling",
+            where=_where(several),
+            evidence=(
+                f"{collective}: {worst.busbw_gb_per_s:.4g} GB/s at {size_text(worst.size_bytes)} is {worst.reason}"
+                + _others(several, collective)
+            ),
+            confidence=NOBODY,
+            observation=True,
+        )
+    for several in slow.values():
+        _, collective, rows = min(several, key=lambda one: max(map(_share, one[2])))
+        best = max(rows, key=_share)
         yield Suspect(
             "slow_fabric",
-            where=f"{cell['id']}: {_sizes(judged)}",
-            evidence=f"at best {best.busbw_gb_per_s:.4g} GB/s at {best.size_bytes:,} B, {best.reason}",
+            where=_where(several),
+            evidence=(
+                f"{collective}: at best {best.busbw_gb_per_s:.4g} GB/s at {size_text(best.size_bytes)}, {best.reason}"
+                + _others(several, collective)
+            ),
             confidence=NOBODY,
-            observation=explained or not poor,
+            observation=explained or _share(best) >= POOR,
         )
 
 
-def _sizes(rows: Sequence[metrics.Row]) -> str:
-    sizes = sorted({row.size_bytes for row in rows})
-    return (
-        f"{sizes[0]:,} B" if len(sizes) == 1 else f"{counted(len(sizes), 'size')} from {sizes[0]:,} to {sizes[-1]:,} B"
-    )
+_Measured = Sequence[tuple[str, str, Sequence[metrics.Row]]]  # the cell, its collective, and rows of it
+_Groups = dict[tuple[int, str], list[tuple[str, str, Sequence[metrics.Row]]]]
+
+
+def _share(row: metrics.Row) -> float:
+    return row.share or 0.0
+
+
+def _others(found: _Measured, told: str) -> str:
+    """The other collectives with the highest share of each, in %."""
+    shares: dict[str, float] = {}
+    for _, collective, rows in found:
+        if collective != told:
+            shares[collective] = min(max(map(_share, rows)), shares.get(collective, math.inf))
+    return "; also " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items()) if shares else ""
+
+
+def _where(found: _Measured) -> str:
+    """The cells, and their sizes."""
+    sizes = sorted({row.size_bytes for _, _, rows in found for row in rows})
+    text = size_text(sizes[0]) if len(sizes) == 1 else f"{size_text(sizes[0])} to {size_text(sizes[-1])}"
+    return f"{_places([cell for cell, _, _ in found])}: {text}"

@@ -20,6 +20,7 @@ from runner.cluster import limits
 from runner.judge import analysis
 from runner.report import chart, figures, sections, terminal
 from runner.report.page import write
+from runner.system.wording import size_text
 from runner.workloads.nccl.command import PROGRAMS
 from runner.workloads.registry import TESTS
 
@@ -302,7 +303,7 @@ def test_numbers_are_written_for_people(value: float | None, text: str) -> None:
     ("size", "text"), [(8, "8 B"), (1024, "1 KiB"), (1.5 * 2**30, "1.5 GiB"), (2**43, "8 TiB"), (2**53, "8192 TiB")]
 )
 def test_sizes_are_written_in_powers_of_1024(size: float, text: str) -> None:
-    assert chart.size_text(size) == text
+    assert size_text(size) == text
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.booleans())

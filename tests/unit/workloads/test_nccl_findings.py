@@ -228,7 +228,7 @@ def test_wrong_values_are_of_nobody_in_particular():
     kinds, suspects = found(planned, planted.table(one, sizes=sizes, wrong=96) + planted.evidence(one))
     assert kinds == [("wrong_values", None, False)]
     assert suspects[0].confidence == NOBODY and "192 wrong elements" in suspects[0].evidence
-    assert "2,097,152 B" in suspects[0].where
+    assert "2 MiB" in suspects[0].where
 
 
 def test_torn_output_is_said_and_is_nobodys_measurement():
@@ -266,6 +266,19 @@ def test_what_is_far_from_its_ceiling_at_every_size_is_a_finding():
     assert kinds == [("slow_fabric", None, False)] and "45 % of 100 GB/s" in suspects[0].evidence
     less = planted.table(one, lambda size: 60.0) + planted.chosen(one) + planted.evidence(one)
     assert found(planned, less)[0] == [("slow_fabric", None, True)]
+
+
+def test_all_slow_collectives_of_a_number_of_nodes_are_one_finding():
+    """It tells of the worst, and names the others with what they reach."""
+    planned = planted.plan("nccl.collectives=[all_reduce,all_gather,broadcast]", "nccl.splits=[none]")
+    records = []
+    for one, rate in zip(planned["cells"], (40.0, 30.0, 90.0), strict=True):
+        records += planted.table(one, lambda size, rate=rate: rate) + planted.chosen(one) + planted.evidence(one)
+    kinds, (suspect,) = found(planned, records)
+    assert kinds == [("slow_fabric", None, False)]
+    assert suspect.evidence.startswith("all_gather: at best 30 GB/s at 8 GiB, ")
+    assert suspect.evidence.endswith("; also all_reduce 40 %") and "broadcast" not in suspect.evidence
+    assert "and 1 more cell: " in suspect.where and "GiB" in suspect.where
 
 
 def test_slowness_that_a_transport_explains_is_one_finding_not_two():
