@@ -77,6 +77,8 @@ SPELLINGS = (
         r"RmInitAdapter failed",
     ),
     Spelling("gpu_failed", "NVML", r"unable to determine the device handle for gpu", r"gpu requires reset"),
+    # As MPI ends a program that has lost another.
+    Spelling(COMPLAINT, "test nccl", r"_perf failed with status \d+ without a word"),
     # Of which CUDA says the same as of an old one.
     Spelling("gpu_unavailable", "test nccl", r"no NVIDIA driver is loaded"),
     Spelling("rank_killed", "test nccl", r"_perf was killed by SIG(?:KILL|TERM|INT|HUP)\b"),

@@ -177,6 +177,8 @@ def failure(
     if not driver and any(_NO_DRIVER in cause for cause in causes):
         causes.insert(0, "no NVIDIA driver is loaded here")
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+    if status > 0 and not causes:  # MPI has ended it, as it does after another rank
+        return f"{how} without a word"
     return f"{how}: {'; '.join(causes)}" if causes else how
 
 

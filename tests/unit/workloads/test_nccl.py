@@ -230,6 +230,13 @@ def test_what_is_no_failure_of_a_test_is_told_too(status, said, expected):
     assert expected in reason and (kind(reason) == "rank_killed") is (status == -signal.SIGKILL)
 
 
+def test_a_program_that_mpi_ends_has_lost_another():
+    """Whoever fails says why; MPI ends the others, which have nothing to say."""
+    assert (reason := ended(14, "", printed=False)) == "failed with status 14 without a word"
+    assert kind(reason) == "lost_peers"
+    assert kind(ended(14, HEADER + ROWS[0])) == "lost_peers"
+
+
 def test_a_program_that_ends_well_without_a_row_has_measured_nothing():
     """As nccl-tests does for an option that it does not know, and for a hypercube of three."""
     assert ended(0, "invalid option '?'\nUSAGE: all_reduce_perf\n", "unrecognized option '-Q'") == (
