@@ -19,7 +19,7 @@ from runner.launch.spellings import COMPLAINT, kind_of, waited
 from runner.launch.talk import AgentSession
 from runner.launch.unstarted import Unstarted, unstarted
 from runner.node import lastwords
-from runner.node.protocol import LAST_WORDS, Outcome, Stopped
+from runner.node.protocol import LAST_WORDS, Outcome, Stopped, Word
 from runner.results.celldir import LAUNCHER, rank_name
 from runner.results.status import joined
 
@@ -143,9 +143,18 @@ def _told_apart(
 
 def _failed(outcome: Outcome, root: str | None) -> bool:
     """Whether ranks of this node failed: others were ended by their agent. Where their launcher, elsewhere, saw `root`
-    end first, that one's agent was told so, perhaps before it saw it itself.
+    end first, that one's agent was told so, perhaps before it saw it itself; and so was that of a rank whose own words
+    prove a failure, while the launcher has seen its victim first.
     """
-    return not outcome.ended_well and (outcome.stopped not in _STOPPED_BY_AGENT or root in outcome.ranks)
+    if outcome.ended_well or outcome.stopped not in _STOPPED_BY_AGENT:
+        return not outcome.ended_well
+    return root in outcome.ranks or (outcome.stopped == Word.DONE and _proves(outcome))
+
+
+def _proves(outcome: Outcome) -> bool:
+    """Whether the last words of a rank of this node are those of a known failure of its own."""
+    told = (ending for rank in outcome.ranks.values() for ending in lastwords.endings(rank.stderr))
+    return any(_rank_of(_kind(None, ending, outcome.oom_kills)) < 2 for ending in told)
 
 
 def _no_outcome(session: AgentSession) -> dict[str, Any]:

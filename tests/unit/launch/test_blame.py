@@ -526,6 +526,36 @@ def test_a_rank_that_mpirun_saw_fail_is_blamed_in_its_own_words(lines):
     assert found["host"] == "b" and found["message"].startswith("rank1 died with status 1: no nccl-tests")
 
 
+ABORTED = [
+    '{} has exited due to process rank 1 with PID 753 on node b calling "abort". This may have caused other processes',
+    "in the application to be terminated by signals sent by prterun (as reported here).",
+]
+
+
+@pytest.mark.parametrize("lines", [ABORTED, DETECTED, []])
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("was killed by SIGKILL", "rank_killed"),
+        ("failed with status 2: b: CUDA failure: all CUDA-capable devices are busy or unavailable", "in_use"),
+    ],
+)
+def test_a_victim_that_the_launcher_saw_first_does_not_hide_who_failed(lines, words, kind):
+    """A rank's program dies, MPI ends that of another at once, and the launcher ends all before the first is heard."""
+    outcomes = {
+        host: Outcome.from_json(
+            {"stopped": "done", "ranks": {f"rank{rank}": {"started": True, "stderr": [f"rank {rank}: {said}"]}}}
+        )
+        for host, rank, said in (
+            ("a", 0, f"all_reduce_perf {words}"),
+            ("b", 1, "all_reduce_perf failed with status 14 without a word"),
+        )
+    }
+    outcomes[celldir.LAUNCHER] = outcome(rc=14, ranks={}, engine_stderr=[line.format("prterun") for line in lines])
+    found = blame.blame(sessions("a", "b", celldir.LAUNCHER), outcomes)
+    assert (found["host"], found["kind"]) == ("a", kind)
+
+
 def test_without_a_rank_that_it_saw_the_launcher_is_told_in_its_words():
     lines = ["bash: line 1: orted: command not found"]
     found = one_launcher(lines, rc=1)
