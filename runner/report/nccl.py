@@ -424,7 +424,7 @@ def tiles(run: Measured) -> list[Tile]:
         found.append(Tile(f"NCCL {label(name)} busbw", f"{number(busbw)} GB/s", note))
     said = [evidence for cell in by_name[name] for evidence in cell["details"]["transport"] if evidence["net"]]
     if nodes > 1 and said:
-        odd = min(said, key=lambda evidence: len(evidence["hosts"]))
+        odd = min(said, key=lambda evidence: (len(evidence["hosts"]), evidence["gpudirect"] == "all"))
         how, over = _network(odd)
         same = all(_network(evidence) == (how, over) for evidence in said)
         if same:

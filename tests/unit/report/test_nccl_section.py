@@ -304,3 +304,14 @@ def test_the_most_important_numbers_are_on_top():
         "eth0, 4 nodes",
     )
     assert tiles["below 65 % of the ceiling"].value == "6 of 6 collectives"
+
+
+def test_of_nodes_that_differ_the_odd_one_is_on_top():
+    fixture = report_fixture.nccl_slow_rail()
+    summary = summary_of(fixture)
+    run = sections.Measured("nccl", fixture.plan, summary, {}, {NAMES[0]: "node001", NAMES[1]: "node002"}.__getitem__)
+    tile = next(tile for tile in nccl.tiles(run) if tile.label == "transport between nodes")
+    assert (tile.value, tile.note) == (
+        "differs by node",
+        "node002: RDMA without GPUDirect, over mlx5_0 and mlx5_1 (RoCE)",
+    )
