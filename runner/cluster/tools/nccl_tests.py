@@ -227,6 +227,11 @@ class _Run:
         groups = {device.group for device in self.devices.values()}
         return max(self.devices) + 1 if self.devices and len(groups) == 1 else None
 
+    @property
+    def in_table(self) -> bool:
+        """Whether its table has begun, and not ended."""
+        return self.out_of_bounds is None and (self.layout is not None or bool(self.measurements))
+
     def output(self) -> Output:
         problems = [*self.failures, *(self.relays if not self.failures and not self.out_of_bounds else ())]
         return Output(
@@ -418,7 +423,7 @@ class Reader:
             run.relays[f"{relay[1]}: the test failed"] = None
         elif _FAILED.search(line):
             run.failures[line.strip()] = None
-        elif _ROW.search(line) or _is_remainder(line):
+        elif _ROW.search(line) or (run.in_table and _is_remainder(line)):
             run.torn += 1
         if run.collective is None and (binary := _BINARY.search(line)):
             run.collective = binary[1]
@@ -461,8 +466,9 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
     layout = run.layout or _guess(texts)
     if layout is None:
         return ()
+    blank = 0  # room of a column that is left out
     if layout.redop and _unnamed(begin, tokens):
-        layout = replace(layout, redop=False)
+        layout, blank = replace(layout, redop=False), 8
     redop = root = None
     at = 0
     if layout.redop:
@@ -484,7 +490,7 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
     cells = [dict(zip(layout.half, (token[0] for token in half))) for half in halves]
     if not all(_printed(name, text, layout) for half in cells for name, text in half.items()):
         return ()
-    before = tokens[at - 1].end() if at else begin.end()
+    before = tokens[at - 1].end() if at else begin.end() + blank
     if (
         not _aligned(line, begin, halves, before)
         or not _sized(run, line, begin)
@@ -508,8 +514,12 @@ def _row(run: _Run, line: str, begin: re.Match[str], end: int, ended: bool) -> t
 
 
 def _unnamed(begin: re.Match[str], tokens: Sequence[re.Match[str]]) -> bool:
-    """Whether the column of redop is blank, as hypercube prints it: root follows after as much room as both take."""
-    return bool(tokens) and bool(re.match(r"-?\d+$", tokens[0][0])) and tokens[0].end() - begin.end() >= 16
+    """Whether the column of redop is blank, as hypercube and old versions of alltoall print it: what is next follows
+    after as much room as both take, or somebody has squeezed the blanks.
+    """
+    if not tokens or tokens[0][0] in _REDOPS:
+        return False
+    return tokens[0].end() - begin.end() >= 16 or tokens[0].start() - begin.end() == 1
 
 
 def _printed(name: str, text: str, layout: _Layout) -> bool:
@@ -557,7 +567,7 @@ def _aligned(line: str, begin: re.Match[str], halves: Sequence[Sequence[re.Match
         ends = [before, *(token.end() for token in half)]
         widths.append([(token.end() - end, token.start() - end) for token, end in zip(half, ends)])
         before = ends[-1]
-    if all(gap == 1 for half in widths for _, gap in half):
+    if all(gap == 1 for half in widths[1:] for _, gap in half):
         return True  # somebody has squeezed the blanks
     # Where only one half is checked, "N/A" stands for the number, a blank narrower.
     unchecked = [[token[0] == "N/A" for token in half] for half in halves]

@@ -282,6 +282,20 @@ def test_columns_are_read_by_their_header(columns, cells, halves):
     assert {each.wrong for each in measured} == {0 if "#wrong" in columns else None}
 
 
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize("columns, after", [
+    (("redop", "time", "algbw", "busbw", "error"), "          89.00    0.00    0.00    N/A    85.13    0.00    0.00    N/A"),
+    (("redop", "root", "time", "algbw", "busbw", "#wrong"), "              -1    89.00    0.00    0.00      0    85.13    0.00    0.00      0"),
+])  # fmt: skip
+def test_a_blank_column_of_redop(columns, after, squeezed):
+    """As hypercube and old versions of alltoall leave it."""
+    names = [name for name in columns if name in ("redop", "root")]
+    row = "          32             1   float  " + after
+    text = header(*names, *columns[len(names) :] * 2) + (" ".join(row.split()) if squeezed else row) + "\n"
+    first, second = nccl_tests.parse(text).measurements
+    assert (first.time_us, second.time_us, first.redop, first.size_bytes) == (89.0, 85.13, None, 32)
+
+
 def test_a_table_of_one_half_says_which():
     """rccl-tests with out-of-place switched off has only the half in place."""
     text = "#              in-place          \n" + header("redop", "root", "time", "algbw", "busbw", "#wrong")
