@@ -34,7 +34,10 @@ from runner.system import process
     [
         ("NVIDIA H200", "h200-sxm"),
         ("NVIDIA H200 NVL", "unknown"),
-        ("NVIDIA H100 80GB HBM3", "unknown"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "unknown"),
+        ("NVIDIA H100 NVL", "unknown"),
+        ("NVIDIA H100 96GB HBM3", "unknown"),
         ("NVIDIA GeForce RTX 4090", "unknown"),
         ("NVIDIA A100-SXM4-80GB", "unknown"),
         ("NVIDIA B200", "unknown"),
@@ -67,7 +70,7 @@ def test_another_gpu_than_the_inventory_says_is_refused_with_its_file(cluster):
     with pytest.raises(UsageError) as error:
         start._hardware(request(cluster), cluster.nodes[:2], gpus)
     assert str(error.value) == (
-        "runner_hardware h200-sxm is H200 SXM, and node002 has NVIDIA H100 80GB HBM3: its file of configs/hardware is unknown"
+        "runner_hardware h200-sxm is H200 SXM, and node002 has NVIDIA H100 80GB HBM3: its file of configs/hardware is h100-sxm"
     )
 
 
@@ -77,8 +80,11 @@ def test_hardware_that_is_unknown_on_purpose_or_not_seen_is_left_alone(cluster):
     assert start._hardware(request(cluster), cluster.nodes, {})["name"] == "h200-sxm"
 
 
-@pytest.mark.parametrize("model", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
-def test_what_cuda_check_publishes_is_what_chooses_the_hardware_file(tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("NVIDIA H200", "h200-sxm"), ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA A100-SXM4-80GB", "unknown")],
+)
+def test_what_cuda_check_publishes_is_what_chooses_the_hardware_file(tmp_path, model, name):
     """cuda.fact has the name that the driver gives, as NVML does."""
     (tmp_path / "gpus.json").write_text(json.dumps({"all": {"Product Name": model}}))
     stand_in = ROOT / "molecule" / "resources" / "stand-ins" / "nvidia-smi"
@@ -89,7 +95,7 @@ def test_what_cuda_check_publishes_is_what_chooses_the_hardware_file(tmp_path, m
         importlib.import_module("ansible.module_utils.nvidia").parse_query(printed), None, []
     )
     assert {gpu["name"] for gpu in fact["gpus"]} == {model}
-    assert config.hardware_of(fact["gpus"][0]["name"]) == ("h200-sxm" if model == "NVIDIA H200" else "unknown")
+    assert config.hardware_of(fact["gpus"][0]["name"]) == name
 
 
 # --- roce.fact to the record of the ranks ---
