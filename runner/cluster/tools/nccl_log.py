@@ -75,7 +75,8 @@ _NET = re.compile(r"(?:Using network |Assigned NET plugin )(.+?)(?: to comm)?\s*
 _VIA = re.compile(
     r"(?:Channel|CollNet) \d+(?:/\d+)? : .* via "
     r"(?:(NET|COLLNET)/(.+?)/(\d+)(?:\(\d+\))?(/GDRDMA)?(?:\(PCI\))?(?:/Shared)?"
-    r"|(P2P)/(CUMEM|IPC|MNNVL|direct pointer|indirect)(?:/.*)?|(SHM)(?:/.*)?)\s*$"
+    r"|(P2P)/(CUMEM|IPC|MNNVL|direct pointer|indirect)(?:/.*)?|(SHM)(?:/.*)?)"
+    r"(?: comm \S+ nRanks \d+)?\s*$"  # RCCL
 )
 _IB = re.compile(r"NET/\S+ : Using (\[.*)")
 _DEVICE = re.compile(r"\[(\d+)\] ?([\w.-]+):\d+(?::\d*)*/(\w+)")  # port, and where they are known rail and plane

@@ -97,6 +97,9 @@ def test_infiniband_is_found_and_sockets_are_in_use():
     ("Channel 00/0 : 0[0] -> 1[1] via P2P/direct pointer/read", "P2P/direct pointer", None),
     ("Channel 00/0 : 0[0] -> 1[1] via P2P/indirect/3[3]", "P2P/indirect", None),
     ("Channel 00 : 0[7000] -> 1[b000] via SHM/CE/direct", "SHM", None),
+    # RCCL
+    ("Channel 00/0 : 0[d6000] -> 3[c6000] via P2P/IPC comm 0x9bbf3b0 nRanks 4096", "P2P/IPC", None),
+    ("Channel 00/0 : 8[d6000] -> 0[d6000] [receive] via NET/IB/0/GDRDMA comm 0x9bbf3b0 nRanks 02", "NET/IB/0/GDRDMA", "mlx5_0"),
 ])  # fmt: skip
 def test_the_paths_of_every_transport(line, via, nic):
     found = evidence("NET/IB : Using [0]mlx5_0:1/IB/SHARP [1]mlx5_1:1/IB/SHARP [RO]; OOB ib0:10.0.0.1<0>", line)
