@@ -169,6 +169,7 @@ def _cell(
     world_size = num_nodes * request.gpus_per_node
     model = request.model["name"] if test.model else None
     parts = [name, suffix, _UNSAFE.sub("_", model) if model else "", f"{num_nodes}n", f"r{repeat}"]
+    engine = engine_of(name, request.backend, request.engine)
     cell_id = "-".join(part for part in parts if part)
     port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
     batch = batch_of(request, params, num_nodes, world_size) if test.trains else None
@@ -185,14 +186,24 @@ def _cell(
         params=params,
         batch=batch,
         deepspeed=with_batch(request.deepspeed, batch) if batch else None,
-        env={**CELL_ENV, **_nccl_env(request)},
+        env={**CELL_ENV, **_nccl_env(request), **_mpi_env(engine, nodes)},
         cell_dir="",
         master_port=port,
         launch=Launch(argv=()),
-        engine=engine_of(name, request.backend, request.engine),
+        engine=engine,
     )
     placed = place(cell, nodes, request, request.ssh_config)
     return placed if request.named else replace(placed, hosts=())
+
+
+# Bridges of containers and virtual machines have the same address on every node; Open MPI would try to meet there.
+_INTERFACES = {"OMPI_MCA_btl_tcp_if_exclude": "127.0.0.1/8,sppp,docker0,virbr0"}
+_OWN_INTERFACES = "OMPI_MCA_btl_tcp_if_include"  # which Open MPI refuses beside the other
+
+
+def _mpi_env(engine: str, nodes: Sequence[Node]) -> dict[str, str]:
+    """The variables of MPI programs that `engine` starts, where the inventory does not name their interfaces itself."""
+    return _INTERFACES if ENGINES[engine].mpi and not any(_OWN_INTERFACES in node.env for node in nodes) else {}
 
 
 def _nccl_env(where: Request | Plan) -> dict[str, str]:

@@ -24,7 +24,7 @@ SMALL = ("--set", "nccl.max_bytes=1K", "--set", "nccl.iters=2")
 # Iterations for minutes, whoever starts them: what is to be broken is broken while it runs.
 LONG = ("--set", "nccl.min_bytes=8", "--set", "nccl.max_bytes=8", "--set", "nccl.iters=20000000")
 SLURM = ("--backend", "slurm")
-WAYS: Mapping[str, tuple[str, ...]] = {"ssh": (), "slurm": SLURM, "slurm unshared": SLURM}
+WAYS: Mapping[str, tuple[str, ...]] = {"ssh": (), "slurm": SLURM}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def nodes(slurm3: Testbed) -> Testbed:
 def results(nodes: Testbed, folder: Path, way: str) -> Path:
     """A folder that the nodes see, or one that they do not."""
     assert nodes.share
-    return folder / "results" if "unshared" in way or way == "ssh" else nodes.share / folder.name
+    return folder / "results" if way == "ssh" else nodes.share / folder.name
 
 
 def left(nodes: Testbed, marker: str) -> dict[str, str]:
@@ -66,17 +66,14 @@ def _in_container(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def runs(nodes: Testbed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     """A finished run by each way."""
-    begun = {}
+    finished = {}
     for way, arguments in WAYS.items():
-        folder = tmp_path_factory.mktemp(way.replace(" ", "_"))
-        begun[way] = Bench(nodes.inventory, results(nodes, folder, way), *CELLS, *SMALL, *arguments)
-        if way == "ssh":  # the nodes are its own; Slurm keeps its jobs apart
-            code, output = begun[way].end()
-            assert code == 0, output
-    for way in list(WAYS)[1:]:
-        code, output = begun[way].end()
+        folder = results(nodes, tmp_path_factory.mktemp(way), way)
+        bench = Bench(nodes.inventory, folder, *CELLS, *SMALL, *arguments)
+        code, output = bench.end()
         assert code == 0, (way, output)
-    return {way: bench.run for way, bench in begun.items()}
+        finished[way] = bench.run
+    return finished
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -99,7 +96,7 @@ def test_nothing_is_left_of_a_run_that_is_complete(nodes, runs, way):
     run = runs[way]
     assert not left(nodes, f"{run.run_id}/{run.read_plan()['cells'][0]['id']}")
     for node in nodes.nodes:
-        assert run.run_id not in inside(node["container"], "ls /var/tmp /var/tmp/shakedown")
+        assert run.run_id not in inside(node["container"], "find /var/tmp")
 
 
 def killed(nodes: Testbed, bench: Bench) -> str:
@@ -109,7 +106,7 @@ def killed(nodes: Testbed, bench: Bench) -> str:
     return host
 
 
-@pytest.mark.parametrize("way", ["ssh", "slurm"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_killed_rank_is_blamed_on_its_node_and_nothing_is_left(nodes, tmp_path, way):
     bench = Bench(nodes.inventory, results(nodes, tmp_path, way), *CELLS, *LONG, *WAYS[way])
     bench.wait_for_ranks()
@@ -120,7 +117,7 @@ def test_a_killed_rank_is_blamed_on_its_node_and_nothing_is_left(nodes, tmp_path
     assert not left(nodes, marker)
 
 
-@pytest.mark.parametrize("way", ["ssh", "slurm"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_interrupted_leaves_nothing(nodes, tmp_path, way):
     bench = Bench(nodes.inventory, results(nodes, tmp_path, way), *CELLS, *LONG, *WAYS[way])
     bench.wait_for_ranks()
@@ -138,5 +135,5 @@ def test_a_node_without_nccl_tests_is_named_with_the_command_that_builds_them(no
         code, output = Bench(nodes.inventory, tmp_path, *CELLS, *SMALL).end()
     finally:
         inside(node["container"], "mv /opt/elsewhere /opt/nccl")
-    assert code == 3 and f"{node['name']}: no nccl-tests in /opt/nccl/current/bin: run `runner setup" in output
+    assert code == 3 and f"({node['name']}): no nccl-tests in /opt/nccl/current/bin: run `runner setup" in output
     assert "--tags nccl_build" in output and nodes.nodes[0]["name"] not in output

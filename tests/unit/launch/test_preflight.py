@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import mpi_probe
 import pytest
+from plans import request
 
 from conftest import NAMES
 from runner.cli import setup
 from runner.cluster.reasons import setup_command
+from runner.errors import UsageError
 from runner.failures import Problem
-from runner.launch import preflight, talk
+from runner.launch import carry, preflight, talk
 from runner.node import check
 from runner.node.protocol import Checked, CheckRequest
+from runner.plan import build, config
 from runner.provision.board import Board, exit_code, failures, table, warnings
 from runner.provision.playbook import Event
 
@@ -104,6 +107,15 @@ def test_another_open_mpi_than_the_controllers_is_told_for_its_node(cluster, ans
     assert name == NAMES[1] and problem.kind == "version_mismatch"
     assert problem.message.startswith("has Open MPI 4.1.2, this controller 4.1.4")
     assert not mpi_access.ask(cluster.nodes[1:2]).problems  # on one node the controller's takes no part
+
+
+def test_a_controller_without_mpirun_is_told_what_to_install_before_anything_starts(cluster, mpi_access, monkeypatch):
+    tests = {mpi_probe.NAME: config.load_test("torch", {}).model_dump()}
+    monkeypatch.setenv("PATH", "/nowhere")
+    alone = build.build(request(cluster, tests=tests, node_counts=(1,)), cluster.nodes)
+    carry.require_launcher(alone)  # which the node itself starts
+    with pytest.raises(UsageError, match=r"engine mpirun starts mpirun on this machine.*apt install openmpi-bin"):
+        carry.require_launcher(build.build(request(cluster, tests=tests, node_counts=(1, 2)), cluster.nodes))
 
 
 def test_missing_nccl_tests_are_told_with_the_command_that_builds_them(cluster, tmp_path, mpi_access):

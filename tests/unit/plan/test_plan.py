@@ -93,6 +93,20 @@ def test_each_cell_has_its_engine_and_an_older_plan_the_one_that_it_had(cluster,
     assert {cell.engine for cell in plan.Plan.from_dict(saved).cells} == {"torchrun"}
 
 
+def test_mpi_programs_do_not_meet_on_bridges_of_containers_unless_the_inventory_names_interfaces(cluster, mpi_test):
+    def environment(**own):
+        nodes = tuple(replace(node, env={**node.env, **own}) for node in cluster.nodes)
+        built = build.build(request(cluster, tests=mpi_test, node_counts=(2,)), nodes)
+        found = plan.rank_environment(built.cells[0], nodes[0])
+        return {name: value for name, value in found.items() if name.startswith("OMPI_MCA_btl_tcp_if_")}
+
+    (excluded,) = environment().values()
+    assert {"127.0.0.1/8", "docker0"} <= {*excluded.split(",")}
+    # Open MPI refuses both together.
+    assert environment(OMPI_MCA_btl_tcp_if_include="eth0") == {"OMPI_MCA_btl_tcp_if_include": "eth0"}
+    assert environment(OMPI_MCA_btl_tcp_if_exclude="ib0") == {"OMPI_MCA_btl_tcp_if_exclude": "ib0"}
+
+
 def test_mpirun_logs_in_as_the_user_of_the_ranks_and_finds_one_python(cluster, mpi_test):
     for change, said in (
         ({"become": "bench"}, "ansible_user"),
