@@ -337,6 +337,14 @@ def test_numbers_that_disagree_are_no_measurement():
     assert not nccl_tests.parse(WIDE + row.replace("1073741824", "1073741820")).measurements
 
 
+def test_a_last_digit_that_is_lost_is_seen_by_the_width_of_its_column():
+    """Neither the number of wrong values nor a bandwidth says by itself that a digit of it is missing."""
+    row = begin(1 << 30) + body(1 << 30, 2984.6, "96") + body(1 << 30, 2979.7, "96") + "\n"
+    assert nccl_tests.parse(WIDE + row).measurements
+    assert not nccl_tests.parse(WIDE + row.replace("96\n", "9\n")).measurements
+    assert not nccl_tests.parse(WIDE + row.replace("359.76  359.76", "359.76   359.7")).measurements
+
+
 def test_several_runs_in_one_file_are_told_apart():
     def run(collective, row):
         return (
