@@ -355,7 +355,7 @@ def gpus() -> Fixture:
     plants = {
         (NAMES[2], 5): gpu_cells.Plant({"bf16": 0.87, "fp8": 0.885}),
         (NAMES[6], 1): hot,
-        (NAMES[4], 6): gpu_cells.Plant({"peer": 0.72}, values={"nvlinks": (18, {}), "nvlinks_active": (12, {})}),
+        (NAMES[4], 6): gpu_cells.Plant({"peer": 0.72}, values={"nvlinks_active": (12, {"links": 18})}),
         (NAMES[0], 3): gpu_cells.Plant({"hbm": 0.943}),
     }
     return Fixture(p, status(p), gpu_cells.records(p, p["cells"][0], plants), facts(p, one_kernel=False))

@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.results.records import Record
 from runner.results.statistics import spread as spread_of
-from runner.system.wording import counted
+from runner.system.wording import are, counted
 from runner.workloads.gpu import compare
 from runner.workloads.gpu.compare import Gpu
 
@@ -73,6 +73,13 @@ class Condition:
             if now and most and now < float(most):
                 found.append(f"{words.format(now)} instead of {words.format(float(most))}")
         return f"its PCIe link is {' and '.join(found)}" if found else ""
+
+    def links_down(self) -> str:
+        """How many of the GPU's NVLinks are up, where not all of them are; empty otherwise."""
+        up, of = self.get("nvlinks_active"), self.contexts.get("nvlinks_active", {}).get("links")
+        if up is None or not of or up >= of:
+            return ""
+        return f"{up:.0f} of its {counted(int(of), 'NVLink')} {are(round(up))} up"
 
     def explains(self, others: Sequence[Condition]) -> tuple[str, str] | None:
         """(kind of failure, why) where this explains that the GPU is slow; None where it is as the `others` are.

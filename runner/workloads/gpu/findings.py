@@ -16,7 +16,7 @@ from typing import Any
 from runner.cluster import xids
 from runner.failures import NOBODY, Suspect
 from runner.results.records import Record
-from runner.system.wording import are, counted
+from runner.system.wording import counted
 from runner.workloads.gpu import compare, condition
 from runner.workloads.gpu.compare import Distance, Gpu, Measure, Pair
 
@@ -372,11 +372,10 @@ class _Group:
             f"{100 * (1 - middle / reference):.1f} % under the median of such pairs ({reference:,.0f} GB/s)"
         )
         state = self._states.get(gpu)
-        lanes, up = (state.get("nvlinks"), state.get("nvlinks_active")) if state else (None, None)
-        down = lanes is not None and up is not None and up < lanes
+        down = state.links_down() if state else ""
         if down:
-            text += f"; {up:.0f} of its {lanes:.0f} NVLinks {are(round(up or 0))} up"
-        sure = down or statistics.median(d.high for d in pairs.values()) < -UNDER
+            text += f"; {down}"
+        sure = bool(down) or statistics.median(d.high for d in pairs.values()) < -UNDER
         suspect = Suspect("slow_peer", self._where(gpu), text, "high" if down else "medium" if sure else "low", host)
         return ("peer", gpu), replace(suspect, observation=not sure)
 
@@ -384,7 +383,12 @@ class _Group:
 
     def _others(self, slow: Mapping[Gpu, object]) -> Iterator[tuple[Key, Suspect]]:
         """GPUs that somebody else uses, and those that are throttled without being slow."""
+        most = max((state.get("nvlinks_active") or 0 for state in self._states.values()), default=0)
         for gpu, state in self._states.items():
+            # Where all have as few, such as GPUs without a bridge, nothing is missing.
+            if (down := state.links_down()) and (state.get("nvlinks_active") or 0) < most:
+                text = f"{gpu}: {down}, and its rates to other GPUs are like theirs"
+                yield ("peer", gpu), self._noted(Suspect("slow_peer", self._where(gpu), text, "low"), gpu)
             if gpu in slow:
                 continue
             if used := state.used_by_others():

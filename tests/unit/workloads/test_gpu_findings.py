@@ -117,7 +117,7 @@ PLANTED = {
     ),
     "a GPU without some of its NVLinks": (
         1,
-        {("node1", 6): Plant({"peer": 0.7}, values={"nvlinks": (18, {}), "nvlinks_active": (12, {})})},
+        {("node1", 6): Plant({"peer": 0.7}, values={"nvlinks_active": (12, {"links": 18})})},
         [("slow_peer", "node1", gpu(1, 6))],
     ),
     "a slow pair": (1, {("node1", 2): Plant(lonely=5)}, [("slow_peer", "node1", "GPU 2 to GPU 5")]),
@@ -234,6 +234,15 @@ def test_a_process_that_only_holds_memory_is_worth_knowing() -> None:
     idle = Plant(values={"other_processes": (1, {"pids": [7]})})
     (suspect,) = found(2, {("node1", 4): idle})
     assert (suspect.kind, suspect.host, suspect.observation) == ("busy_gpu", "node1", True)
+
+
+def test_links_that_are_down_are_the_evidence_for_slow_pairs_and_else_worth_knowing() -> None:
+    down = {"nvlinks_active": (12, {"links": 18})}
+    (slow,) = found(1, {("node1", 6): Plant({"peer": 0.7}, values=down)})
+    (good,) = found(1, {("node1", 6): Plant(values=down)})
+    assert (slow.observation, good.observation, slow.confidence) == (False, True, "high")
+    assert all("12 of its 18 NVLinks are up" in suspect.evidence for suspect in (slow, good))
+    assert found(1, {("node1", n): Plant(values=down) for n in range(8)}) == [], "none has more"
 
 
 def test_old_errors_of_memory_and_harmless_xids_are_worth_knowing() -> None:
