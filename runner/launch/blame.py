@@ -152,9 +152,10 @@ def _failed(outcome: Outcome, root: str | None) -> bool:
 
 
 def _proves(outcome: Outcome) -> bool:
-    """Whether the last words of a rank of this node are those of a known failure of its own."""
+    """Whether the last words of a rank of this node are those of a failure of its own."""
     told = (ending for rank in outcome.ranks.values() for ending in lastwords.endings(rank.stderr))
-    return any(_rank_of(_kind(None, ending, outcome.oom_kills)) < 2 for ending in told)
+    own = (ending for ending in told if ending.form < lastwords.Form.STOPPED)
+    return any(_kind(None, ending, outcome.oom_kills) != COMPLAINT for ending in own)
 
 
 def _no_outcome(session: AgentSession) -> dict[str, Any]:

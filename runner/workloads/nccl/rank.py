@@ -162,7 +162,8 @@ def failure(
     """
     words = [*output.problems, *nccl_tests.parse(said).problems]
     first_hand = [problem for problem in words if not _RELAYED.search(problem)]
-    last = [line.strip() for line in said.splitlines() if line.strip()][-1:]
+    lines = [line.strip() for line in said.splitlines()]
+    last = [line for line in lines if line and not line.endswith("***")][-1:]  # which frame the stacks of Open MPI
     if printed:
         wrong = output.out_of_bounds or any(one.wrong for one in output.measurements)
     else:  # which versions before 2.17 end with status 1 and without a word

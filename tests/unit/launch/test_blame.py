@@ -537,6 +537,7 @@ ABORTED = [
     ("words", "kind"),
     [
         ("was killed by SIGKILL", "rank_killed"),
+        ("was killed by SIGSEGV", "unknown"),
         ("failed with status 2: b: CUDA failure: all CUDA-capable devices are busy or unavailable", "in_use"),
     ],
 )
