@@ -32,6 +32,7 @@ TESTS = (
     "tests/roles/test_scenarios.py::test_scenario[slurm_cluster]",
     "tests/roles/test_scenarios.py::test_scenario[slurm_prolog]",
     "tests/testbed/test_backends.py",
+    "tests/testbed/test_mpi.py",
     "tests/testbed/test_newer_slurm.py",
     "tests/testbed/test_slurm.py",
 )
