@@ -112,6 +112,7 @@ def _records(
             "ecc_uncorrected": (0, {"before": 0}),
             "pcie_generation": (5, {"max": 5}),
             "pcie_width": (16, {"max": 16}),
+            "nvlinks_active": (18, {"links": 18}),
             "other_processes": (0, {"pids": []}),
             "util_before_pct": (0, {}),
             "memory_used_before_gib": (0.6, {"memory_gib": 140.4}),
