@@ -509,6 +509,16 @@ def test_the_lines_that_a_site_lacks_are_told_exactly():
     assert prolog.missing_lines("", lines) == lines
 
 
+def test_slurm_24_11_numbers_the_programs_of_which_it_may_have_several():
+    lines = ["Prolog=/etc/slurm/prolog", "Epilog=/etc/slurm/epilog", "PrologFlags=Alloc"]
+    shown = (
+        "Epilog[0]               = /opt/site/epilog\nEpilog[1]               = /etc/slurm/epilog\n"
+        "Prolog[0]               = /etc/slurm/prolog\nPrologFlags             = Alloc,Contain\n"
+    )
+    assert prolog.missing_lines(shown, lines) == []
+    assert prolog.missing_lines(shown.replace("Prolog[0]", "ResvProlog"), lines) == lines[:1]
+
+
 @real_output
 def test_the_lines_that_a_real_site_lacks():
     shown = (CAPTURED / "slurm" / "scontrol-show-config.txt").read_text()

@@ -187,7 +187,8 @@ def test_a_node_that_hung_until_slurm_gave_it_up_is_resumed_by_setup(slurm3, req
         "--tags",
         "slurm_cluster",
     ]
-    done = process.run([*argv, *settings], timeout_s=300, check=True)
+    done = process.run([*argv, *settings], timeout_s=300)
+    assert done.rc == 0, done.stdout + done.stderr
     words = "was DOWN in Slurm, reason: Not responding"
     assert words in done.stdout and "(NOT_RESPONDING)" in done.stdout
     assert state() == "idle"

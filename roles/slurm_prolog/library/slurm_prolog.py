@@ -92,17 +92,14 @@ def conf_lines(want):
 def missing_lines(shown, lines):
     """Those of `lines` that are not in effect according to `shown`, the output of `scontrol show config`.
 
-    Slurm may have further PrologFlags, and prints a time with its unit (`60 sec` or `60`).
+    Slurm may have further PrologFlags, prints a time with its unit (`60 sec` or `60`), and from 24.11 on numbers the
+    programs (`Prolog[0]`), of which it may have several.
     """
-    values = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in shown.splitlines())}
-    missing = []
-    for line in lines:
-        name, _, expected = line.partition("=")
-        found = values.get(name, "")
-        flags = [flag.lower() for flag in re.split(r"[,\s]+", found)]
-        if expected.lower() not in flags:
-            missing.append(line)
-    return missing
+    values = {}
+    for name, _, value in (line.partition("=") for line in shown.splitlines()):
+        values.setdefault(re.sub(r"\[\d+\]$", "", name.strip()), []).extend(re.split(r"[,\s]+", value.strip().lower()))
+    pairs = ((line, *line.split("=", 1)) for line in lines)
+    return [line for line, name, expected in pairs if expected.lower() not in values.get(name, [])]
 
 
 # --- the phases ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from runner.system import process
 from runner.system.files import write_text_atomic
 
 END_S = 45.0  # Slurm's KillWait is 30 s
+DRAIN_S = 3.0  # Slurm 24.11 cancels a job before it drains the node whose prolog failed
 
 
 def settings_of(plan: Plan) -> slurm_settings.Settings:
@@ -361,10 +363,12 @@ class Allocations:
         error = blame.error(kind, f"job {info.job_id} {message}", host, stderr)
         # Slurm itself cancels a job that is not to be requeued if a prolog fails before anything has started.
         if kind in ("node_failed", "not_started") or (kind == "job_cancelled" and not watch.outcomes):
-            nodes = [node for node in (self._node(plan, name) for name in info.nodes) if node.name in silent]
+            nodes = [
+                node for node in (self._node(plan, name) for name in info.nodes) if node.name not in watch.outcomes
+            ]
             if len(info.nodes) < watch.cell.num_nodes:  # it has also taken the node that it drained out of the job
                 nodes = self._were_usable(plan)
-            return self._with_slurm_state(error, nodes)
+            return self._with_slurm_state(error, nodes, DRAIN_S if kind == "job_cancelled" else 0)
         return error
 
     def _unstarted(
@@ -392,10 +396,13 @@ class Allocations:
         usable = {node.name for node in self._seen[1] if node.usable} if self._seen else set()
         return [node for node in plan.nodes if slurm_name(node, tuple(usable)) in usable]
 
-    def _with_slurm_state(self, error: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
-        """`error` with the problems that Slurm reports for `nodes`, if it answers."""
+    def _with_slurm_state(self, error: dict[str, Any], nodes: Sequence[Node], wait_s: float = 0) -> dict[str, Any]:
+        """`error` with the problems that Slurm reports for `nodes`, within `wait_s`, if it answers."""
+        deadline = time.monotonic() + wait_s
         with suppress(InfrastructureError):
-            return with_slurm_state(error, problems(self.cluster, nodes) if nodes else {})
+            while not (found := problems(self.cluster, nodes) if nodes else {}) and time.monotonic() < deadline:
+                time.sleep(wait_s / 10)
+            return with_slurm_state(error, found)
         return error
 
     # --- after it -----------------------------------------------------------------------------------

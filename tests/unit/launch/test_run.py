@@ -863,7 +863,10 @@ def slurm_saying(built: plan.Plan, run: RunDir, *later: tuple[str, str, str]) ->
         ("failed", ("drained", "Prolog error"), "prolog_failed", 1),
     ],
 )
-def test_a_job_that_did_not_start_where_slurm_chose_names_the_node(cluster, tmp_path, state, later, kind, host):
+def test_a_job_that_did_not_start_where_slurm_chose_names_the_node(
+    cluster, tmp_path, monkeypatch, state, later, kind, host
+):
+    monkeypatch.setattr(allocations, "DRAIN_S", 0.05)
     built = replace(planned(cluster, tmp_path), backend="slurm")
     run = RunDir.create(tmp_path, built.to_dict())
     carrier = slurm_saying(built, run, ("node001", "idle", "none"), ("node002", *later))
@@ -874,13 +877,31 @@ def test_a_job_that_did_not_start_where_slurm_chose_names_the_node(cluster, tmp_
     assert (error["kind"], error["host"]) == (kind, host and NAMES[host])
 
 
-@pytest.mark.parametrize("left", [("node001",), ()])
-def test_a_node_that_slurm_drains_and_takes_out_of_the_job_is_named_as_well(cluster, tmp_path, left):
+def test_a_node_that_slurm_drains_after_it_has_cancelled_the_job_is_named(cluster, tmp_path, monkeypatch):
+    """Slurm 24.11 cancels a job whose prolog failed, and only then drains the node."""
+    built = replace(planned(cluster, tmp_path), backend="slurm")
+    run = RunDir.create(tmp_path, built.to_dict())
+    carrier = slurm_saying(built, run)
+    found = iter([{}, {}, {NAMES[1]: DRAINED}])
+    monkeypatch.setattr(allocations, "problems", lambda *_: next(found))
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    watch.sessions = [ended_session(name) for name in built.cells[0].hosts]
+    info = answers.JobInfo("23", "x", "cancelled", "CANCELLED", "Prolog", ("node001", "node002"), None)
+    error = carrier._fault(info, watch, built)
+    assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
+
+
+@pytest.mark.parametrize(
+    ("placed", "left"),
+    [(("node001",), ("node001",)), ((), ()), (("node001",), ("node001", "node002"))],
+    ids=["at once", "all", "while the job ended"],
+)
+def test_a_node_that_slurm_drains_and_takes_out_of_the_job_is_named_as_well(cluster, tmp_path, placed, left):
     built = replace(planned(cluster, tmp_path), backend="slurm")
     run = RunDir.create(tmp_path, built.to_dict())
     carrier = slurm_saying(built, run, ("node001", "idle", "none"), ("node002", "drained", "Prolog error"))
     watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
-    watch.sessions = [ended_session(name) for name in built.cells[0].hosts[: len(left)]]
+    watch.sessions = [ended_session(name) for name in built.cells[0].hosts[: len(placed)]]
     info = answers.JobInfo("23", "x", "cancelled", "CANCELLED", "Prolog", left, None)
     error = carrier._fault(info, watch, built)
     assert (error["kind"], error["host"]) == ("prolog_failed", NAMES[1])
