@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -121,3 +122,19 @@ def held():
                 process.kill()
 
     return controller
+
+
+@pytest.fixture
+def this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """A function that copies an inventory of this machine, by default inventory/local, with a scratch folder and locks
+    of its own: a machine has one run at a time, and tests in two processes are to be two machines.
+    """
+
+    def copied(source: Path = ROOT / "inventory" / "local") -> Path:
+        own = shutil.copytree(source, tmp_path / "this-machine")
+        (own / "group_vars").mkdir()
+        (own / "group_vars" / "all.yml").write_text(f"runner_scratch: {tmp_path / 'scratch'}\n")
+        return own
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return copied

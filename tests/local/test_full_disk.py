@@ -33,8 +33,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_the_controllers(small_disk):
-    command = [RUNNER, "bench", "-i", "inventory/local", "--test", "torch", "--results", small_disk, "--json"]
+def test_the_controllers(small_disk, this_machine):
+    command = [RUNNER, "bench", "-i", this_machine(), "--test", "torch", "--results", small_disk, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     *_, line, last = done.stderr.splitlines()
@@ -47,11 +47,11 @@ def test_the_controllers(small_disk):
     assert process.marked(f"{run.name}/torch-1n-r1") == []
 
 
-def test_the_controllers_when_nothing_can_be_created(small_disk):
+def test_the_controllers_when_nothing_can_be_created(small_disk, this_machine):
     with contextlib.suppress(OSError), open(small_disk / "other", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    command = [RUNNER, "bench", "-i", "inventory/local", "--test", "torch", "--results", small_disk / "results"]
+    command = [RUNNER, "bench", "-i", this_machine(), "--test", "torch", "--results", small_disk / "results"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     line = done.stderr.splitlines()[-1]

@@ -237,8 +237,8 @@ def test_products_of_8_bits_repeat_their_bits_where_this_pytorch_multiplies_them
     assert product.wrong_values() == 1
 
 
-def test_a_bench_measures_this_machine_and_judges_no_speed(tmp_path):
-    command = [RUNNER, "bench", "-i", "inventory/local", "--model", "tiny", "--test", "gpu"]
+def test_a_bench_measures_this_machine_and_judges_no_speed(tmp_path, this_machine):
+    command = [RUNNER, "bench", "-i", this_machine(), "--model", "tiny", "--test", "gpu"]
     command += ["--set", "gpu.soak_s=0.5", "--results", tmp_path, "--json"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert ended.returncode == 0, ended.stderr

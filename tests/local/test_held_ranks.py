@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,21 +30,17 @@ SETTINGS = {"steps": 1, "warmup_steps": 0, "seq_len": 64, "samples": 256}
 
 
 class Bench:
-    """One `runner bench --test sft` on this machine, with caches, locks and a scratch folder of its own."""
+    """One `runner bench --test sft` on the machine of an inventory, with caches of its own."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, machine: Path, **settings: Any) -> None:
         self.results, self.cache = folder / "results", folder / "cache" / "shakedown" / "data"
         self.cache.mkdir(parents=True)
         options = [f"--set=sft.{key}={value}" for key, value in {**SETTINGS, **settings}.items()]
-        inventory = shutil.copytree(ROOT / "inventory" / "local", folder / "inventory")
-        (inventory / "group_vars").mkdir()
-        (inventory / "group_vars" / "all.yml").write_text(f"runner_scratch: {folder / 'scratch'}\n")
-        options += ["-i", str(inventory), "--model", "tiny", "--test", "sft", "--results", str(self.results)]
-        own = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
+        options += ["-i", str(machine), "--model", "tiny", "--test", "sft", "--results", str(self.results)]
         self.child = subprocess.Popen(
             [RUNNER, "bench", *options],
             cwd=ROOT,
-            env={**os.environ, **own},
+            env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,10 +76,10 @@ class Bench:
 
 
 @contextmanager
-def preparing(folder: Path) -> Iterator[Bench]:
+def preparing(folder: Path, machine: Path) -> Iterator[Bench]:
     """A bench whose preparation lasts as long as the block."""
     key = prepare.resolve("builtin", SETTINGS["seq_len"], None, SETTINGS["samples"], 0)[2]
-    bench = Bench(folder)
+    bench = Bench(folder, machine)
     with open(bench.cache / f"{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -94,8 +89,8 @@ def preparing(folder: Path) -> Iterator[Bench]:
             raise
 
 
-def test_ranks_import_while_data_is_prepared_and_read_it_once_it_is_there(tmp_path):
-    with preparing(tmp_path) as bench:
+def test_ranks_import_while_data_is_prepared_and_read_it_once_it_is_there(tmp_path, this_machine):
+    with preparing(tmp_path, this_machine()) as bench:
         bench.until(bench.imported)
         assert not list(bench.cache.glob("*/manifest.json"))
     code, printed = bench.end()
@@ -111,8 +106,8 @@ def test_ranks_import_while_data_is_prepared_and_read_it_once_it_is_there(tmp_pa
     assert bench.status()["state"] == "complete"
 
 
-def test_a_stop_while_data_is_prepared_ends_ranks_and_run(tmp_path):
-    with preparing(tmp_path) as bench:
+def test_a_stop_while_data_is_prepared_ends_ranks_and_run(tmp_path, this_machine):
+    with preparing(tmp_path, this_machine()) as bench:
         bench.until(bench.importing)
         bench.child.send_signal(signal.SIGINT)
         code, printed = bench.end()  # with the lock still held
@@ -121,10 +116,10 @@ def test_a_stop_while_data_is_prepared_ends_ranks_and_run(tmp_path):
     assert (status["state"], status["cells"]["sft-tiny-1n-r1"]["state"]) == ("cancelled", "cancelled")
 
 
-def test_data_that_cannot_be_prepared_ends_ranks_and_run_with_one_line(tmp_path):
+def test_data_that_cannot_be_prepared_ends_ranks_and_run_with_one_line(tmp_path, this_machine):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": 7}\n')
-    bench = Bench(tmp_path, dataset=rows)
+    bench = Bench(tmp_path, this_machine(), dataset=rows)
     code, printed = bench.end()
     assert code == EXIT_USAGE, printed
     assert "rows.jsonl" in printed and "Traceback" not in printed

@@ -124,11 +124,9 @@ def test_it_is_the_wheels_package_that_runs(installed, tmp_path):
     assert told.split() == [str(package(installed) / "__init__.py"), str(package(installed) / "_files")]
 
 
-def test_this_machine_is_benchmarked(runner, installed, tmp_path):
-    """With a scratch folder of its own, whose lock no other run on this machine holds; planned with the shipped one."""
-    own = shutil.copytree(package(installed) / "_files" / "inventory" / "local", tmp_path / "local")
-    (own / "group_vars").mkdir()
-    (own / "group_vars" / "all.yml").write_text(f"runner_scratch: {tmp_path / 'scratch'}\n")
+def test_this_machine_is_benchmarked(runner, installed, tmp_path, this_machine):
+    """With the shipped inventory it is planned."""
+    own = this_machine(package(installed) / "_files" / "inventory" / "local")
     runner("bench", "-i", "local", "--model", "tiny", "--test", "torch", "--dry-run")
     done = runner("bench", "-i", str(own), "--model", "tiny", "--test", "torch", "--json")
     assert (tmp_path / "scratch" / "lock").exists()
