@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from runner.cluster.inventory import Node
 from runner.failures import Problem
 from runner.launch import copy
 from runner.launch.slurm.ledger import Ledger
-from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse, local
+from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse
 from runner.launch.watch import CellContext, CellRun
 from runner.node.protocol import GRACE_S, PATIENCE_S, CellRequest, CleanRequest, SweepRequest
 from runner.plan.plan import Cell, Plan, job, rank_environment
@@ -137,12 +139,14 @@ class Agents:
                 host=LAUNCHER,
                 scratch=None,
                 cell_dir=str(folder),
-                argv=cell.launch.head,
+                argv=[shutil.which(cell.launch.head[0]) or cell.launch.head[0], *cell.launch.head[1:]],
                 env=cell.launch.head_env,
                 isolated=True,
                 hold=True,
             )
-            sessions.append(AgentSession(LAUNCHER, local(plan.node(cell.hosts[0]), AGENT, None), request.to_json()))
+            # This machine's own Python: what nodes have at the path of theirs need not be here. The program is the one
+            # whose version was compared with the nodes', whatever else lies beside this Python.
+            sessions.append(AgentSession(LAUNCHER, [sys.executable, *AGENT], request.to_json()))
         return sessions
 
     def _sweep(self, plan: Plan, cell: Cell, lost: Sequence[AgentSession]) -> None:

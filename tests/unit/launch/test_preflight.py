@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 
@@ -15,12 +17,17 @@ from runner.cli import setup
 from runner.cluster.reasons import setup_command
 from runner.errors import UsageError
 from runner.failures import Problem
-from runner.launch import carry, preflight, talk
+from runner.launch import agents, carry, preflight, talk
+from runner.launch.signals import Stop
+from runner.launch.watch import CellRun
 from runner.node import check
 from runner.node.protocol import Checked, CheckRequest
 from runner.plan import build, config
 from runner.provision.board import Board, exit_code, failures, table, warnings
 from runner.provision.playbook import Event
+from runner.report.progress import Display
+from runner.results.celldir import LAUNCHER
+from runner.results.rundir import RunDir
 
 FACTS = {"env": {}, "gpus": [], "nccl_built": None}
 
@@ -116,6 +123,26 @@ def test_a_controller_without_mpirun_is_told_what_to_install_before_anything_sta
     carry.require_launcher(alone)  # which the node itself starts
     with pytest.raises(UsageError, match=r"engine mpirun starts mpirun on this machine.*apt install openmpi-bin"):
         carry.require_launcher(build.build(request(cluster, tests=tests, node_counts=(1, 2)), cluster.nodes))
+
+
+def test_a_launcher_here_needs_nothing_of_the_nodes_and_is_the_one_whose_version_was_compared(
+    cluster, mpi_access, tmp_path, monkeypatch
+):
+    mpirun, sent = tmp_path / "mpirun", []
+    mpirun.write_text("")
+    mpirun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(agents, "converse", lambda sessions, *_, **__: sent.extend(sessions))
+    nodes = [replace(node, python="/only/on/nodes/python") for node in cluster.nodes]
+    tests = {mpi_probe.NAME: config.load_test("torch", {}).model_dump()}
+    built = build.build(request(cluster, tests=tests, node_counts=(2,)), nodes)
+    watch = CellRun(built.cells[0], Stop(Display(quiet=True)), lambda *_: None, lambda *_: None)
+    monkeypatch.setattr(agents.Agents, "_sweep", lambda *_: None)
+    agents.Agents(RunDir.create(tmp_path, built.to_dict()), "ssh_config").converse(
+        built, built.cells[0], watch, None, None
+    )
+    (launcher,) = [session for session in sent if session.name == LAUNCHER]
+    assert launcher.argv[0] == sys.executable and launcher.request["argv"][0] == str(mpirun)
 
 
 def test_missing_nccl_tests_are_told_with_the_command_that_builds_them(cluster, tmp_path, mpi_access):
