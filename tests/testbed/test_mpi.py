@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Mapping
@@ -136,6 +137,38 @@ def test_a_run_that_is_interrupted_leaves_nothing(nodes, tmp_path, way):
     code, output = bench.end()
     assert code == 130, output
     assert not left(nodes, marker)
+
+
+GOOD = "net IB\nnics mlx5_0:1/RoCE mlx5_1:1/RoCE\ngdr 1\nnvls 1\n"
+
+
+@pytest.mark.parametrize(
+    ("way", "there", "kind"),
+    [
+        ("ssh", GOOD.replace(" mlx5_1:1/RoCE", ""), "rail_missing"),
+        ("ssh", GOOD.replace("net IB", "net Socket"), "socket_fallback"),
+        ("ssh", GOOD.replace("gdr 1", "gdr 0"), "no_gpudirect"),
+        ("ssh", "fail no-driver", "gpu_unavailable"),
+        ("ssh", GOOD + "fail torn", "rank_killed"),
+    ],
+    indirect=["way"],
+)
+def test_what_is_planted_on_one_node_is_found_there(nodes, tmp_path, way, there, kind):
+    """The stand-in claims RDMA over two rails on both nodes, but for what is planted on one of them."""
+    one, other = nodes.nodes[:2]
+    for node, claims in ((one, GOOD), (other, there)):
+        inside(
+            node["container"], f"mkdir -p /etc/stand-in && printf %b {shlex.quote(claims)} > /etc/stand-in/nccl-tests"
+        )
+    try:
+        hosts = ("--hosts", f"{one['name']},{other['name']}")
+        code, output = Bench(nodes.inventory, results(nodes, tmp_path, way), *CELLS, *SMALL, *hosts, *WAYS[way]).end()
+    finally:
+        for node in (one, other):
+            inside(node["container"], "rm /etc/stand-in/nccl-tests")
+    summary = json.loads((RunDir.find(results(nodes, tmp_path, way), None).path / "summary.json").read_text())
+    assert code in (1, 3), output
+    assert [(found["host"], found["kind"]) for found in summary["findings"]] == [(other["name"], kind)], output
 
 
 @pytest.mark.parametrize("way", ["ssh"], indirect=True)

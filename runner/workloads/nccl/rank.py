@@ -34,6 +34,9 @@ def run(job: RankJob, events: Events) -> None:
     argv = command.argv(params, root)
     if not os.access(argv[0], os.X_OK):
         raise InfrastructureError(f"no nccl-tests: {argv[0]} is missing: {nccl.SETUP} with nccl_build_tests: true")
+    library = Path(root, "current", "lib", nccl.LIBRARY)
+    if version := nccl.version_of(library):  # before it may fail: nodes are compared by it
+        events("nccl", libraries={str(library): version})
     log = events.folder.nccl_log(events.rank)
     on_gpu = job.device == "cuda"
     env = command.environment(params, root, job.gpus_per_node, on_gpu, str(log), os.environ)
@@ -47,8 +50,6 @@ def run(job: RankJob, events: Events) -> None:
     evidence = nccl_log.parse(log.read_text(errors="replace") if log.exists() else "")
     for metric, value, context in measured(evidence):
         events.value(metric, value, **reading.context, **context)
-    if version := evidence.nccl_version or output.nccl_version:
-        events("nccl", libraries={f"{root}/current/lib/{nccl.LIBRARY}": version.partition("+")[0]})
     if events.rank == 0 and output.version:
         events("used", nccl_tests=output.version)
     driver = Path("/proc/driver/nvidia/version").exists()
