@@ -72,7 +72,7 @@ def placed(
         host=names[index],
         scratch=step.scratch,
         cell_dir=cell_dir,
-        job={**step.job, "env": env},
+        job={**step.job, "env": {**step.job.get("env", {}), **env}},  # the folders of compiled kernels are there alone
         argv=launch.argv[index],
         env=env,
         rendezvous_port=step.master_port if index == 0 else None,

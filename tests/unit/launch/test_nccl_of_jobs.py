@@ -56,3 +56,9 @@ def test_without_a_choice_each_node_uses_what_was_built_on_it(step, built, used)
 
 def test_torchs_own_is_kept_where_it_was_asked_for(step):
     assert "LD_PRELOAD" not in placed_env(step("torch"), GOOD)
+
+
+def test_ranks_keep_their_compiled_kernels_where_every_backend_does(step):
+    job = slurm_step.placed(step(None), HERE, lambda: GOOD)[0].job
+    assert job["env"]["TRITON_CACHE_DIR"] == "/var/tmp/shakedown/kernels/triton"
+    assert PRELOADED.items() <= job["env"].items()
