@@ -698,9 +698,14 @@ def test_the_clusters_own_name_is_accepted_as_any_version_writes_it(tmp_path, co
         ("node002", True, {"munge", "slurmd", "slurm-client"}),
     ],
 )
-def test_each_node_gets_the_packages_of_what_runs_there(node_name, accounting, packages, monkeypatch):
+def test_each_node_gets_the_packages_of_what_runs_there(node_name, accounting, packages, monkeypatch, tmp_path):
+    want = settings(node=node_name, accounting=accounting)
     monkeypatch.setattr(slurm, "program", lambda name: None)
-    assert set(slurm.missing_packages(settings(node=node_name, accounting=accounting))) == packages
+    monkeypatch.setattr(slurm, "PMIX", str(tmp_path / "*" / "libpmix.so"))
+    assert set(slurm.missing_packages(want)) == packages | {"libpmix-dev"}
+    (tmp_path / "x86_64-linux-gnu").mkdir()
+    (tmp_path / "x86_64-linux-gnu" / "libpmix.so").touch()
+    assert set(slurm.missing_packages(want)) == packages
 
 
 def test_check_mode_shows_the_files_and_writes_none(tmp_path):

@@ -46,6 +46,8 @@ MUNGE_KEY = "/etc/munge/munge.key"
 SPOOL = "/var/lib/slurm/slurmd"  # as slurm.conf's SlurmdSpoolDir
 PACKAGES = {"munged": "munge", "slurmd": "slurmd", "scontrol": "slurm-client", "slurmctld": "slurmctld",
             "slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}  # Debian's  # fmt: skip
+# By this name Slurm's plugin for MPI opens it, which only Debian's package for compilers has.
+PMIX, PMIX_PACKAGE = "/usr/lib/*/libpmix.so", "libpmix-dev"
 ON_CONTROLLER, FOR_ACCOUNTING = ("slurmctld", "slurmdbd", "mariadbd"), ("slurmdbd", "mariadbd")
 SETUP = "run `runner setup --tags slurm_cluster`"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
@@ -289,10 +291,11 @@ def validate(phase):
 
 
 def missing_packages(want):
-    """The Debian packages whose programs are not installed on this node."""
+    """The Debian packages whose programs, or library, are not installed on this node."""
     left_out = () if is_controller(want) else ON_CONTROLLER
     left_out += () if want["accounting"] else FOR_ACCOUNTING
-    return [package for name, package in PACKAGES.items() if name not in left_out and not program(name)]
+    missing = [package for name, package in PACKAGES.items() if name not in left_out and not program(name)]
+    return missing + ([] if glob.glob(PMIX) else [PMIX_PACKAGE])
 
 
 def install(phase):
