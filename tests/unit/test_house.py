@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
@@ -426,3 +427,12 @@ def test_no_unit_test_imports_torch_when_it_is_collected() -> None:
                 [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
             )
             assert not heavy & {name.partition(".")[0] for name in names}, f"{path}: belongs to tests/local"
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest collects none of two that it imports by the same name."""
+    files = [
+        path for path in RUNNER.with_name("tests").rglob("test_*.py") if not (path.parent / "__init__.py").exists()
+    ]
+    names = Counter(path.name for path in files)
+    assert [name for name, count in names.items() if count > 1] == []
