@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -96,15 +97,16 @@ def obstacle(root: str) -> str | None:
 
 def program_obstacle(program: Path) -> str | None:
     """Why ranks cannot execute this program of nccl-tests, in one line, or None."""
-    if not program.exists():
-        return f"no nccl-tests in {program.parent}: {SETUP}"
+    if not os.access(program, os.X_OK):
+        missing = program.name if any(program.parent.glob("*_perf")) else "nccl-tests"
+        return f"no {missing} in {program.parent}: {SETUP}"
     try:
         calls_mpi = bool(elf.symbols(program, "MPI_")[0])
     except (OSError, ValueError):
         return None  # what cannot be read is unknown
     if calls_mpi:
         return None
-    return f"{program} was built without MPI, so that its ranks do not meet: {SETUP}, with nccl_build_mpi: true"
+    return f"{program} was built without MPI, so that its ranks do not meet; with nccl_build_mpi: true, {SETUP}"
 
 
 def _torch_library() -> Path | None:

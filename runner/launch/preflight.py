@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
+from pathlib import PurePath
 from typing import Any
 
 from runner import __version__
@@ -54,7 +55,7 @@ class NodeAccess:
 
     `cluster` is None without Slurm. `own` is a run whose agents may be about to release the nodes. `nccl_root` is the
     folder of the built NCCL that ranks use, None for torch's own. `weights` is the folder on the nodes that ranks load,
-    None for random weights and for those of the hub.
+    None for random weights and for those of the hub. `nccl_tests` are the programs that ranks run (`rank_programs`).
     """
 
     backend: str
@@ -66,6 +67,7 @@ class NodeAccess:
     own: str = ""
     nccl_root: str | None = None
     weights: str | None = None
+    nccl_tests: Sequence[str] = ()
 
     def ask(self, nodes: Sequence[Node]) -> Answers:
         """Check all `nodes` at once for what would stop a cell. Raises InfrastructureError if Slurm does not answer."""
@@ -75,7 +77,7 @@ class NodeAccess:
         return ask_agents(nodes, self._checks(nodes[0]), self.ssh_config, self.own)
 
     def _checks(self, first: Node) -> CheckRequest:
-        return checks(first, self.device, self.engine, self.tests, self.nccl_root, self.weights)
+        return checks(first, self.device, self.engine, self.tests, self.nccl_root, self.weights, self.nccl_tests)
 
     def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Transport:
         """The transport to the run's nodes. Under Slurm, `expected` is the environment that must be found there."""
@@ -118,7 +120,7 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
     for name, answer in answers.items():
         # The node read its clock at some moment between request and answer.
         clock = blame.clock_problem(answer.time_s - min(max(answer.time_s, asked), received))
-        texts = [text.replace(nccl.SETUP, _build_nccl(by_name[name])) for text in answer.problems]
+        texts = [text.replace(nccl.SETUP, _build_nccl(by_name[name], request.nccl_tests)) for text in answer.problems]
         pairs = zip_longest(answer.kinds, texts, fillvalue="unknown")
         address = [Problem("wrong_address", misled[name])] if name in misled else []
         other = [Problem("version_mismatch", odd)] if (odd := _other_mpi(answer.open_mpi, own_mpi)) else []
@@ -146,10 +148,10 @@ def checks(
     tests: Sequence[str],
     nccl_root: str | None = None,
     weights: str | None = None,
+    nccl_tests: Sequence[str] = (),
 ) -> CheckRequest:
     """The request that checks a node for these tests; `first` is any node, as all chosen ones are alike."""
     engines = [ENGINES[engine_of(name, first.backend, engine)] for name in tests]
-    programs = [program for name in tests for program in TESTS[name].programs]
     return CheckRequest(
         version=__version__,
         scratch=first.scratch,
@@ -159,7 +161,7 @@ def checks(
         gpus=first.gpus if device == "cuda" else 0,
         nccl_root=nccl_root,
         weights=weights,
-        nccl_tests=[f"{first.nccl_root}/current/{program}" for program in dict.fromkeys(programs)],
+        nccl_tests=nccl_tests,
         open_mpi=any(one.mpi and not one.step for one in engines),
         slurm_mpi=any(one.step for one in engines),
     )
@@ -180,8 +182,11 @@ def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Pro
     return problems
 
 
-def _build_nccl(node: Node) -> str:
-    return f"run `{setup_command(node, 'nccl_build')}`"
+def _build_nccl(node: Node, programs: Iterable[str] = ()) -> str:
+    """What builds NCCL on `node`, where `programs` are to be; a folder that is not the inventory's was asked for."""
+    command = f"run `{setup_command(node, 'nccl_build')}`"
+    folders = {str(PurePath(program).parents[2]) for program in programs} - {node.nccl_root}
+    return f"{command} with nccl_build_root: {folders.pop()}, or give another --set nccl.root" if folders else command
 
 
 def built_on_all(nodes: Sequence[Node], built: Mapping[str, nccl.Built]) -> tuple[str | None, str | None]:

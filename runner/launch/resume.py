@@ -14,7 +14,7 @@ from runner.errors import UsageError
 from runner.launch import carry, drift, preflight
 from runner.launch.carry import Dependencies, RunResult
 from runner.launch.run import Policy
-from runner.plan.plan import Cell, Plan
+from runner.plan.plan import Cell, Plan, rank_programs
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system.wording import are, counted
@@ -122,7 +122,9 @@ def _left(
         slurm = carry.cluster(plan.slurm, inventory, ssh_config)
         device = plan.cells[0].device
         made = (plan.backend, device, plan.engine, tests, ssh_config, slurm)
-        access = dependencies.access(*made, own=run.run_id, nccl_root=plan.nccl_root)
+        access = dependencies.access(
+            *made, own=run.run_id, nccl_root=plan.nccl_root, nccl_tests=rank_programs(plan.cells)
+        )
         answers = access.ask(plan.nodes) if slurm is None else preflight.Answers({}, {})
         before = drift.measured(run, plan, status)
         changed = drift.drift(before, answers.environments)

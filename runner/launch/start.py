@@ -19,7 +19,7 @@ from runner.launch.carry import Dependencies, RunResult
 from runner.launch.prepare import Prepared, run_dir
 from runner.launch.run import Policy
 from runner.plan import build, config
-from runner.plan.plan import Plan
+from runner.plan.plan import Plan, rank_programs
 from runner.plan.request import Request
 from runner.report.progress import Display
 from runner.results import tuned as results
@@ -93,8 +93,8 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
     tests = tuple(request.tests)
     made = (request.backend, request.device, request.engine, tests, ssh_config, cluster)
-    weights = prepared.weights_on_nodes
-    access = dependencies.access(*made, nccl_root=request.nccl_root, weights=weights)
+    more = {"weights": prepared.weights_on_nodes, "nccl_tests": rank_programs(prepared.plan.cells)}
+    access = dependencies.access(*made, nccl_root=request.nccl_root, **more)
     if not request.named:  # Slurm chooses
         return Chosen(access, nodes, request.hardware, request.nccl, request.nccl_root)
     skip, count = options.skip_bad_nodes or options.replace_bad_nodes, max(request.node_counts)
@@ -111,7 +111,7 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
         which = nccl.BUILT if root else nccl.TORCH
         if reason:
             display.note(f"NCCL: torch's own, since {reason}")
-        access = dependencies.access(*made, nccl_root=root, weights=weights)
+        access = dependencies.access(*made, nccl_root=root, **more)
     hardware = _hardware(request, good, answers.gpus)
     versions = results.versions({node.name: answers.environments.get(node.name, {}) for node in good})
     spares = spares if options.replace_bad_nodes else ()

@@ -50,7 +50,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
     cells = []
     shape = fit.shape_of(nodes[:most], request.gpus_per_node)
     for name, given in request.tests.items():
-        params = _params(request, name, given)
+        params = _params(request, name, given, nodes[0])
         _refuse_settings(request, name, params)
         settled, chosen = fit.settle(request, params, shape) if TESTS[name].trains else (params, "")
         for num_nodes in request.node_counts:
@@ -138,11 +138,13 @@ def _refuse_settings(request: Request, name: str, params: Mapping[str, Any]) -> 
             )
 
 
-def _params(request: Request, name: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a test with the defaults of the device and of the model."""
+def _params(request: Request, name: str, params: Mapping[str, Any], first: Node) -> Mapping[str, Any]:
+    """The settings of a test with the defaults of the device, the model and the nodes; `first` is any of these."""
     test = TESTS[name]
     defaults = test.defaults.get(request.device, {})
     params = {**params, **{key: value for key, value in defaults.items() if params.get(key) is None}}
+    if test.command and not params["root"]:
+        params = {**params, "root": first.nccl_root}
     for key, values in test.gpu_only.items():
         if request.device != "cuda" and params.get(key) in values:
             known = get_args(test.load_settings().model_fields[key].annotation)

@@ -13,6 +13,7 @@ from runner.plan import memory, speed, tuned
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Plan, Prediction, rank_environment
 from runner.system.wording import counted
+from runner.workloads.registry import TESTS
 
 _WIDTH = 70  # of text beside the names of a cell's lines
 
@@ -63,6 +64,10 @@ def describe(plan: Plan, fold: Any) -> str:
                 lines.append(f"  env    {key}={value}{where}" if value is not None else f"  env    no {key}{where}")
         if plan.nccl is None and cell.device == "cuda" and not ENGINES[cell.engine].mpi:
             lines.append("  nccl   the one that role nccl_build has built, where the nodes have one, else torch's own")
+        if told := TESTS[cell.test].rank_command(cell.params, cell.gpus_per_node, cell.device == "cuda"):
+            command, variables = told
+            given = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+            lines.append(f"  each rank runs  {' '.join([*given, shlex.join(command)])}")
         if cell.launch.head:
             extra = [f"{k}={v}" for k, v in cell.launch.head_env.items()]
             lines.append(f"  controller runs  {shlex.join([*extra, *cell.launch.head])}")

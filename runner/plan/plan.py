@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from runner.cluster import nccl
 from runner.cluster.inventory import Node
 from runner.errors import UsageError
 from runner.plan.engines import ranks
+from runner.workloads.registry import TESTS
 
 SCHEMA = 1
 # Rendezvous ports are below the kernel's ephemeral range and differ between runs, cells and attempts.
@@ -187,6 +188,12 @@ def fingerprint(plan: Plan, cell: Cell) -> str:
         },
     }
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rank_programs(cells: Iterable[Cell]) -> list[str]:
+    """The paths of the programs on the nodes that ranks of these cells run (`registry.RankCommand`)."""
+    found = (TESTS[cell.test].rank_command(cell.params, cell.gpus_per_node, cell.device == "cuda") for cell in cells)
+    return list(dict.fromkeys(each[0][0] for each in found if each))
 
 
 def rank_environment(cell: Cell, node: Node) -> dict[str, str]:

@@ -110,6 +110,18 @@ class Variants(Protocol):
         """
 
 
+class RankCommand(Protocol):
+    """A function that tells what a rank runs as a program of its own. Pure."""
+
+    def __call__(
+        self, params: Mapping[str, Any], gpus_per_node: int, on_gpu: bool
+    ) -> tuple[Sequence[str], Mapping[str, str]]:
+        """The command, whose first word is the program's path, and the variables that are set for it.
+
+        `params` are a cell's settings. Without the file to which the program writes what it says of itself.
+        """
+
+
 @dataclass(frozen=True)
 class Test:
     """One test.
@@ -127,7 +139,8 @@ class Test:
 
     `variants` is MODULE:FUNCTION with the interface Variants; without one, each node count and repeat is one cell. The
     ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
-    `programs` are files below the `current` of what role nccl_build has installed, which ranks execute.
+    `command` is MODULE:FUNCTION with the interface RankCommand, for a test whose ranks run what role nccl_build has
+    installed: its setting `root` is the role's folder, and where it is null, the one of the inventory.
     """
 
     summary: str
@@ -146,7 +159,7 @@ class Test:
     details: str = ""
     variants: str = ""
     mpi: bool = False
-    programs: tuple[str, ...] = ()
+    command: str = ""
 
     def load_settings(self) -> type[ConfigFile]:
         """Import the class of the test's settings."""
@@ -157,6 +170,12 @@ class Test:
         if not self.variants:
             return {"": params}
         return cast(Variants, _named(self.variants))(params, num_nodes, gpus_per_node)
+
+    def rank_command(
+        self, params: Mapping[str, Any], gpus_per_node: int, on_gpu: bool
+    ) -> tuple[Sequence[str], Mapping[str, str]] | None:
+        """What each rank of a cell runs, as `RankCommand`; None for a test that measures in the rank itself."""
+        return cast(RankCommand, _named(self.command))(params, gpus_per_node, on_gpu) if self.command else None
 
     def load_rank(self) -> RankModule:
         """Import the module that ranks execute."""
@@ -214,7 +233,7 @@ TESTS: Mapping[str, Test] = {
         defaults={"cuda": {"max_bytes": 8 << 30}, "cpu": {"max_bytes": 1 << 20}},
         variants="runner.workloads.nccl.variants:variants",
         mpi=True,
-        programs=("bin/all_reduce_perf",),
+        command="runner.workloads.nccl.command:of_rank",
         on_request=True,
     ),
     "torch": Test(

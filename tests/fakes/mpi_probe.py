@@ -29,6 +29,5 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
         packages=(),
         variants="mpi_probe:variants",
         mpi=True,
-        programs=("bin/all_reduce_perf",),
     )
     monkeypatch.setitem(TESTS, NAME, row)

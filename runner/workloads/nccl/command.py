@@ -54,8 +54,8 @@ def sizes(params: Mapping[str, Any]) -> list[int]:
 def argv(params: Mapping[str, Any], root: str) -> list[str]:
     """The command of every rank of a cell: one GPU each."""
     options = {
-        "-b": params["min_bytes"],
-        "-e": params["max_bytes"],
+        "-b": _size(params["min_bytes"]),
+        "-e": _size(params["max_bytes"]),
         "-f": params["factor"],
         "-w": params["warmup"],
         "-n": params["iters"],
@@ -66,6 +66,22 @@ def argv(params: Mapping[str, Any], root: str) -> list[str]:
         "-g": 1,
     }
     return [program(root, params["collective"]), *(str(word) for option in options.items() for word in option)]
+
+
+def _size(size: int) -> str:
+    """A number of bytes as people give it to nccl-tests: 8G."""
+    for unit in "GMK":
+        number, rest = divmod(size, 1024 ** " KMG".index(unit))
+        if number and not rest:
+            return f"{number}{unit}"
+    return str(size)
+
+
+def of_rank(params: Mapping[str, Any], gpus_per_node: int, on_gpu: bool) -> tuple[list[str], dict[str, str]]:
+    """What a rank of a cell runs, as `registry.RankCommand`; what NCCL says of itself is printed."""
+    found = environment(params, params["root"], gpus_per_node, on_gpu, "", {})
+    del found["NCCL_DEBUG_FILE"]
+    return argv(params, params["root"]), found
 
 
 def variables(params: Mapping[str, Any]) -> dict[str, str]:

@@ -30,7 +30,7 @@ def run(job: RankJob, events: Events) -> None:
     it. Raises InfrastructureError where nccl-tests is missing, fails, or measures nothing, in its own words.
     """
     params = job.params
-    root = params["root"] or (built.root if (built := nccl.built()) else nccl.ROOT)
+    root = params["root"]
     argv = command.argv(params, root)
     if not os.access(argv[0], os.X_OK):
         raise InfrastructureError(f"no nccl-tests: {argv[0]} is missing: {nccl.SETUP} with nccl_build_tests: true")

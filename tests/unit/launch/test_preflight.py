@@ -87,12 +87,15 @@ def test_nodes_that_use_another_nccl_are_asked_for_theirs(cluster, answering):
 # --- what an MPI test needs ---
 
 
+PROGRAM = "/opt/nccl/current/bin/all_reduce_perf"
+
+
 @pytest.fixture
 def mpi_access(monkeypatch):
     """Access to nodes over ssh for an MPI test; this controller has Open MPI 4.1.4."""
     mpi_probe.register(monkeypatch)
     monkeypatch.setattr(preflight.mpi, "version", lambda: "4.1.4")
-    return preflight.NodeAccess("ssh", "cuda", "deepspeed", (mpi_probe.NAME,), None)
+    return preflight.NodeAccess("ssh", "cuda", "deepspeed", (mpi_probe.NAME,), None, nccl_tests=(PROGRAM,))
 
 
 def test_nodes_are_asked_for_what_an_mpi_test_needs_and_for_nothing_of_the_others_engine(
@@ -100,7 +103,7 @@ def test_nodes_are_asked_for_what_an_mpi_test_needs_and_for_nothing_of_the_other
 ):
     mpi_access.ask(cluster.nodes[:2])
     ((_, request),) = answering[1]
-    assert list(request.nccl_tests) == [f"{cluster.nodes[0].nccl_root}/current/bin/all_reduce_perf"]
+    assert list(request.nccl_tests) == [PROGRAM]
     assert request.open_mpi and not request.slurm_mpi and not request.packages
     scheduled = replace(cluster.nodes[0], backend="slurm")
     asked = preflight.checks(scheduled, "cuda", "torchrun", (mpi_probe.NAME,))
@@ -148,7 +151,8 @@ def test_a_launcher_here_needs_nothing_of_the_nodes_and_is_the_one_whose_version
 def test_missing_nccl_tests_are_told_with_the_command_that_builds_them(cluster, tmp_path, mpi_access):
     here = {"backend": "local", "inventory": "inventory/lab", "scratch": str(tmp_path), "device": "cpu", "gpus": 0}
     node = replace(cluster.nodes[0], **here, min_free_disk_gib=0.0, nccl_root=str(tmp_path / "nccl"))
-    access = replace(mpi_access, backend="local", device="cpu")
+    program = tmp_path / "nccl" / "current" / "bin" / "all_reduce_perf"
+    access = replace(mpi_access, backend="local", device="cpu", nccl_tests=[str(program)])
 
     def told():
         return [problem for problem in access.ask([node]).problems.get(node.name, ()) if "nccl" in problem.message]
@@ -158,13 +162,25 @@ def test_missing_nccl_tests_are_told_with_the_command_that_builds_them(cluster, 
     assert problem.message.startswith(
         f"no nccl-tests in {tmp_path}/nccl/current/bin: run `{setup_command(node, 'nccl_build')}"
     )
-    program = tmp_path / "nccl" / "current" / "bin" / "all_reduce_perf"
     program.parent.mkdir(parents=True)
     shutil.copy("/bin/true", program)  # a program that calls no MPI
     (problem,) = told()
     assert "built without MPI" in problem.message and "nccl_build_mpi: true" in problem.message
     program.write_text("#!/bin/sh\n")  # what cannot be read is unknown
     assert not told()
+    access = replace(access, nccl_tests=[str(program.with_name("hypercube_perf"))])
+    assert told()[0].message.startswith(f"no hypercube_perf in {program.parent}: run `runner setup")
+
+
+def test_nccl_tests_that_were_asked_for_elsewhere_are_looked_for_there(cluster, tmp_path, mpi_access):
+    here = {"backend": "local", "inventory": "inventory/lab", "scratch": str(tmp_path), "device": "cpu", "gpus": 0}
+    node = replace(cluster.nodes[0], **here, min_free_disk_gib=0.0)
+    access = replace(mpi_access, backend="local", device="cpu", nccl_tests=["/nowhere/current/bin/all_reduce_perf"])
+    (problem,) = [one for one in access.ask([node]).problems[node.name] if "nccl" in one.message]
+    assert problem.message == (
+        f"no nccl-tests in /nowhere/current/bin: run `{setup_command(node, 'nccl_build')}` with "
+        "nccl_build_root: /nowhere, or give another --set nccl.root"
+    )
 
 
 def test_an_agent_answers_with_the_addresses_it_has(tmp_path):

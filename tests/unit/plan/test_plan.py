@@ -56,6 +56,20 @@ def test_each_gpu_by_itself_is_started_as_training_is_and_gets_the_model_alone(c
     )
 
 
+@pytest.mark.parametrize("root", [None, "/srv/own"])
+def test_where_nccl_tests_are_is_decided_by_the_plan_which_has_their_command(cluster, root):
+    nodes = tuple(replace(node, nccl_root="/data/nccl") for node in cluster.nodes)
+    settings = {"root": root, "collectives": ["all_reduce", "send_recv"], "splits": ["none", "rail"]}
+    tests = {"nccl": config.load_test("nccl", settings).model_dump()}
+    built = build.build(request(cluster, tests=tests, node_counts=(2,)), nodes)
+    assert {cell.params["root"] for cell in built.cells} == {root or "/data/nccl"}
+    programs = [f"{root or '/data/nccl'}/current/bin/{name}_perf" for name in ("all_reduce", "sendrecv")]
+    assert plan.rank_programs(built.cells) == programs
+    text = describe.describe(built, nodeset.fold)
+    golden(f"plan/nccl-{'own' if root else 'ssh'}.txt", text + "\n")
+    assert f"{programs[0]} -b 8 -e 8G -f 2 " in text
+
+
 @pytest.fixture
 def mpi_test(monkeypatch):
     mpi_probe.register(monkeypatch)
