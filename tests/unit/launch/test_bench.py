@@ -79,7 +79,7 @@ class Clock(SimpleNamespace):
 
 
 def cell_run(cluster, **changes) -> watch.CellRun:
-    launch = SimpleNamespace(head=changes.pop("head", None))
+    launch = SimpleNamespace(head=changes.pop("head", None), files={})
     cell = SimpleNamespace(launch=launch, hosts=("a", "b"), params={"timeout_s": 60})
     run = watch.CellRun(cell, Clock(), lambda *_: None, lambda *_: None, deadline=time.monotonic() + 60)
     run.sessions = sessions("a", "b")
