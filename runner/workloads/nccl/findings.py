@@ -158,25 +158,37 @@ def _rails(
     used = {host: nics for host, records in hosts.items() if (nics := _used(records))}
     if not used:
         return
-    most = max(len(nics) for nics in used.values())
-    few = _odd(used, lambda nics: len(nics) == most)
-    full = next(nics for nics in used.values() if len(nics) == most)
+    declared = {node["name"]: node.get("nics") or 0 for node in plan["nodes"]}
+    most = _usual([len(nics) for nics in used.values()], max(declared.get(host, 0) for host in used))
+    few = _odd(used, lambda nics: len(nics) >= most)
+    full = Counter(nics for nics in used.values() if len(nics) == most).most_common(1)[0][0]
     for host in few:
         lacks = _list(full - used[host]) if used[host] < full else counted(most - len(used[host]), "rail")
         evidence = f"NCCL uses {_list(used[host])} here, {_list(full)} on other nodes: {lacks} carries nothing"
         yield Suspect("rail_missing", place, evidence, "high", host)
-    declared = {node["name"]: node.get("nics") or 0 for node in plan["nodes"]}
     gpus = next(iter(plan["cells"]))["gpus_per_node"]
     expected = min(min(min(declared.get(host, 0), gpus) for host in used), 64)
     if on_gpu and not few and most < expected and not asked["hca"]:
         evidence = f"NCCL uses {_list(full)} on every node, which the inventory gives {counted(expected, 'NIC')}"
         yield Suspect("rail_missing", place, evidence, "high")
     common, count = Counter(used.values()).most_common(1)[0]
-    if not few and 1 < count < len(used) and 2 * count > len(used):
-        for host, nics in used.items():
-            if nics != common:
-                evidence = f"NCCL uses {_list(nics)} here, {_list(common)} on {counted(count, 'other node')}"
-                yield Suspect("wrong_nic", place, evidence, "medium", host, observation=True)
+    same = not few and 1 < count < len(used) and 2 * count > len(used)
+    for host, nics in used.items():
+        if len(nics) > most or (same and nics != common):
+            alike = sum(nics == full for nics in used.values())
+            evidence = f"NCCL uses {_list(nics)} here, {_list(full)} on {counted(alike, 'other node')}"
+            yield Suspect("wrong_nic", place, evidence, "medium", host, observation=True)
+
+
+def _usual(numbers: Sequence[int], declared: int) -> int:
+    """How many adapters a node should use by what all use: the most, and not what only one node has too many, such as
+    the one of its storage. `declared` is what the inventory gives a node, which says 1 where nobody has said anything.
+    """
+    most = max(numbers)
+    if declared > 1:
+        return declared if declared in numbers else most
+    others = {number for number in numbers if number != most}
+    return others.pop() if len(numbers) > 3 and numbers.count(most) == 1 and len(others) == 1 else most
 
 
 def _gpudirect(hosts: ByHost, asked: Mapping[str, Any], on_gpu: bool, place: str) -> Iterator[Suspect]:

@@ -100,6 +100,24 @@ def test_a_node_with_other_nics_than_most_is_an_observation():
     assert kinds == [("wrong_nic", "node-c", True)] and "mlx5_0 and mlx5_4 here" in suspects[0].evidence
 
 
+@pytest.mark.parametrize(("hosts", "nics"), [(FOUR, 2), (FOUR, 1), (planted.HOSTS, 2)])
+def test_a_node_with_one_nic_too_many_is_an_observation_and_the_others_lack_nothing(hosts, nics):
+    planned = planted.plan(ONLY, "nccl.splits=[none]", hosts=hosts, nics=nics)
+    records = planted.evidence(planted.cell(planned), nics={B: ["mlx5_0", "mlx5_1", "mlx5_9"]})
+    kinds, suspects = found(planned, records)
+    assert kinds == [("wrong_nic", B, True)] and "mlx5_1 and mlx5_9 here" in suspects[0].evidence
+
+
+@pytest.mark.parametrize("nics", [1, 2, 8])
+def test_nodes_that_lack_a_nic_are_named_however_many_they_are(nics):
+    """One that most have lost is in the inventory, else only what several nodes have can be missing elsewhere."""
+    planned = planted.plan(ONLY, "nccl.splits=[none]", hosts=FOUR, nics=nics)
+    one = planted.cell(planned)
+    lost = [FOUR[3], FOUR[1]] if nics == 1 else list(FOUR[1:])
+    kinds, _ = found(planned, planted.evidence(one, nics={host: ["mlx5_1"] for host in lost}))
+    assert sorted(kinds) == [("rail_missing", host, False) for host in sorted(lost)]
+
+
 def test_nics_that_nccl_has_merged_are_each_of_them():
     planned = planted.plan(ONLY, "nccl.splits=[none]")
     assert found(planned, planted.evidence(planted.cell(planned), nics=["mlx5_0+mlx5_1"])) == ([], [])
