@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import (
     Field,
@@ -175,6 +175,11 @@ def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
         raise unknown("test", name, TESTS)
     path, settings = CONFIGS / "tests" / f"{name}.yaml", TESTS[name].load_settings()
     values = check(settings, read_yaml(path), str(path)).model_dump()
+    lists = {key for key, field in settings.model_fields.items() if get_origin(field.annotation) is tuple}
+    overrides = {  # one name, or several with commas, is a list where one is asked for
+        key: [part.strip() for part in value.split(",")] if key in lists and isinstance(value, str) else value
+        for key, value in overrides.items()
+    }
     return check(settings, {**values, **overrides}, f"--set {name}" if overrides else str(path))
 
 

@@ -27,10 +27,17 @@ def parse_size(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> Any:
+    found = parse_size(value)
+    if isinstance(found, str):
+        raise ValueError("give a number of bytes, such as 8, 64K, 1M or 8G")
+    return found
+
+
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `yes` is not a number
 
 
-Size = Annotated[PositiveInt, BeforeValidator(parse_size)]
+Size = Annotated[PositiveInt, BeforeValidator(_size)]
 
 
 class ConfigFile(BaseModel):
@@ -64,7 +71,14 @@ def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
             expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
             raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
         cause = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "string_pattern_mismatch" and (described := _description(schema, first["loc"])):
+            cause = f"give {described}"
         raise UsageError(f"{where}: {field} = {first['input']!r}: {cause}" if field else f"{where}: {cause}") from None
+
+
+def _description(schema: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    """What the field at `location` is, where its schema says so."""
+    return next((one.description for name, one in schema.model_fields.items() if location == (name,)), None)
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from runner.system.schema import ConfigFile, PositiveInt, Size
 
@@ -29,8 +30,10 @@ Protocol = Literal["LL", "LL128", "Simple"]
 _OWN = ("NCCL_DEBUG", "NCCL_TESTS_")
 
 
-def _not_ours(variables: dict[str, str | int]) -> dict[str, str | int]:
-    for name in variables:
+def _of_nccl(variables: Any) -> Any:
+    for name in variables if isinstance(variables, dict) else (variables,):
+        if not re.fullmatch(r"NCCL_[A-Z0-9_]+", str(name)) or not isinstance(variables, dict):
+            raise ValueError("give NCCL's variables with their values: 'nccl.variables={NCCL_IB_TC: 106}'")
         if name.startswith(_OWN):
             raise ValueError(f"{name} is set by the test itself")
     return variables
@@ -55,7 +58,9 @@ class NcclTest(ConfigFile):
     iters: PositiveInt
     dtype: Dtype
     check: bool
-    root: Annotated[str, Field(pattern=r"^/[\w./+-]*$")] | None
+    root: Annotated[str, Field(pattern=r"^/[\w./+-]*$")] | None = Field(
+        description="an absolute path, of letters, digits and ./_+-"
+    )
     nvls: bool | None
     collnet: bool | None
     gpudirect: bool | None
@@ -63,11 +68,11 @@ class NcclTest(ConfigFile):
     algo: Algorithm | None
     proto: Protocol | None
     net: Literal["IB", "Socket"] | None
-    hca: Annotated[str, Field(pattern=r"^[\w:,=^.-]+$")] | None
+    hca: Annotated[str, Field(pattern=r"^[\w:,=^.-]+$")] | None = Field(
+        description="NICs as NCCL_IB_HCA names them, such as mlx5_0,mlx5_1"
+    )
     qps_per_connection: PositiveInt | None
-    variables: Annotated[
-        dict[Annotated[str, Field(pattern=r"^NCCL_[A-Z0-9_]+$")], str | int], AfterValidator(_not_ours)
-    ]
+    variables: Annotated[dict[str, str | int], BeforeValidator(_of_nccl)]
     timeout_s: PositiveFloat
 
     @model_validator(mode="after")

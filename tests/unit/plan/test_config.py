@@ -66,7 +66,7 @@ def test_every_shipped_hardware_loads(name):
         ),
         (
             lambda: config.load_test("torch", {"max_bytes": "lots"}),
-            "--set torch: max_bytes = 'lots': Input should be a valid integer",
+            "--set torch: max_bytes = 'lots': give a number of bytes, such as 8, 64K, 1M or 8G",
         ),
         (
             lambda: config.parse_settings(["sft.steps"]),
@@ -87,6 +87,11 @@ def test_a_mistake_is_one_line_with_the_nearest_name(call, message):
     with pytest.raises(UsageError) as error:
         call()
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["all_reduce, broadcast", ["all_reduce", "broadcast"]])
+def test_names_with_commas_are_a_list(given):
+    assert config.load_test("torch", {"collectives": given}).collectives == ("all_reduce", "broadcast")
 
 
 def test_a_setting_of_the_whole_run_has_no_section():

@@ -66,12 +66,16 @@ def test_where_nothing_is_left_to_measure_that_is_said(given):
     ("given", "said"),
     [
         ("nccl.variables={NCCL_DEBUG: TRACE}", "NCCL_DEBUG is set by the test itself"),
-        ("nccl.variables={LD_PRELOAD: /x.so}", "variables"),
+        ("nccl.variables={LD_PRELOAD: /x.so}", "variables.*: give NCCL's variables with their values"),
+        ("nccl.variables=NCCL_IB_TC", "give NCCL's variables with their values"),
+        ("nccl.variables={NCCL_IB_TC:106}", "give NCCL's variables with their values"),
+        ("nccl.collectives=all_redcue", "did you mean 'all_reduce'"),
+        ("nccl.buffsize=8X", "buffsize = '8X': give a number of bytes, such as"),
         ("nccl.algo=Rign", "did you mean 'Ring'"),
-        ("nccl.hca=mlx5_0; reboot", "hca"),
+        ("nccl.hca=mlx5_0; reboot", "give NICs as NCCL_IB_HCA names them"),
         ("nccl.max_bytes=4", "max_bytes 4 is below min_bytes 8"),
         ("nccl.nvsl=true", "did you mean 'nvls'"),
-        ("nccl.root=opt/nccl", "root"),
+        ("nccl.root=opt/nccl", "root = .*: give an absolute path"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(given, said):
