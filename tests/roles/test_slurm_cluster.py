@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pwd
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -453,6 +454,7 @@ def node_of(tmp_path, monkeypatch):
             script.write_text(f"#!/bin/sh\n# STAND-IN for {name}\ncat <<'END'\n{text}\nEND\nexit {rc}\n")
             script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setattr(slurm, "STARTED", time.monotonic())
 
     return make
 
@@ -624,12 +626,15 @@ def test_only_slurms_own_verdict_on_a_silent_node_is_taken_back(state, is_hung):
     assert slurm.hung(*found) is is_hung
 
 
-def resumed(node_of, tmp_path, **commands):
-    """(the answer of what configure does last, the commands of scontrol) on a node that Slurm has down after a hang."""
+def resumed(node_of, tmp_path, prints="cat <<'END'", settle_s=0, **commands):
+    """(the answer of what configure does last, the commands of scontrol, which `prints`) on a node that Slurm has down
+    after a hang.
+    """
     node_of(**healthy(sinfo=("node001|down|Not responding", 0), **commands))
     script = Path(os.environ["PATH"].split(":")[0]) / "scontrol"
-    script.write_text(script.read_text().replace("#!/bin/sh\n", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'))
-    want = settings(credential={"rc": 0, "stdout": "MUNGE:x:"})
+    text = script.read_text().replace("#!/bin/sh\n", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    script.write_text(text.replace("cat <<'END'", prints))
+    want = settings(credential={"rc": 0, "stdout": "MUNGE:x:"}, settle_s=settle_s)
     answer = carry_out({"configure": lambda phase: slurm.resume(phase, phase.want)}, "configure", want)
     return answer, (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
 
@@ -639,6 +644,33 @@ def test_a_node_that_is_down_since_it_hung_is_resumed_and_the_cause_is_named(nod
     assert answer.changed and asked[-1] == "update nodename=node001 state=resume"
     (warning,) = answer.warnings
     assert "NOT_RESPONDING" in warning and "resumed with `scontrol update nodename=node001 state=resume`" in warning
+
+
+def test_a_hung_node_waits_until_slurmctld_has_read_its_new_slurm_conf(node_of, tmp_path):
+    """One play configures both, each at its own time."""
+    before = ("is UP\nHASH_VAL    = Different Ours=0x1 Slurmctld=0x2", 0)
+    first = f'[ "$1" = ping ] || mkdir {tmp_path}/read 2>/dev/null'
+    later = f"cat <<'END' | if {first}; then cat; else sed 's/Different.*/Match/'; fi"
+    answer, asked = resumed(node_of, tmp_path, later, settle_s=10, scontrol=before)
+    assert answer.changed and asked[-1] == "update nodename=node001 state=resume"
+
+
+def test_the_age_of_the_controllers_credential_is_no_skew(node_of, monkeypatch):
+    """A slurmd that is started anew may take longer than clocks may differ."""
+    node_of(**healthy(unmunge=("ENCODE_TIME: x (1795245406)\nDECODE_TIME: y (1795245506)", 0)))
+    monkeypatch.setattr(slurm, "STARTED", time.monotonic() - 99)
+    assert "clock" not in verify().msg
+
+
+def test_a_silent_slurmd_is_started_anew_and_not_told_to_reload_before(node_of, tmp_path):
+    node_of(systemctl=healthy()["systemctl"])
+    script = Path(os.environ["PATH"].split(":")[0]) / "systemctl"
+    script.write_text(script.read_text().replace("#!/bin/sh\n", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'))
+    want = settings(node="node002")
+    carry_out({"configure": lambda phase: slurm.start(phase, want, "reload", unheard=True)}, "configure", want)
+    assert [words for words in (tmp_path / "asked").read_text().splitlines() if "show" not in words] == [
+        "restart slurmd"
+    ]
 
 
 @pytest.mark.parametrize(

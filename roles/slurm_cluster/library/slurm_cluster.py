@@ -41,6 +41,7 @@ from ansible.module_utils.slurm_conf import (
     slurmdbd_conf,
 )
 
+STARTED = time.monotonic()
 FACT = "/etc/ansible/facts.d/slurm.fact"
 MUNGE_KEY = "/etc/munge/munge.key"
 SPOOL = "/var/lib/slurm/slurmd"  # as slurm.conf's SlurmdSpoolDir
@@ -89,6 +90,11 @@ def config(text):
     """The output of `scontrol show config` as {parameter: value}; headings and invalid lines are ignored."""
     pairs = (line.partition("=") for line in text.splitlines() if re.match(r"^\w+ *=", line))
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def read_by_slurmctld(shown):
+    """Whether slurmctld has read the slurm.conf of this node, by the output of `scontrol show config`."""
+    return config(shown).get("HASH_VAL", "Match") == "Match"
 
 
 def unmunged(text):
@@ -371,7 +377,8 @@ def configure(phase):
     for name, content in expected.items():
         mode, owner = owned(name)
         phase.write(os.path.join(want["conf_dir"], name), content, mode, owner=owner)
-    start(phase, want, "restart" if new_key else action)
+    found, _ = state_of(phase, want["node"])
+    start(phase, want, "restart" if new_key else action, unheard=bool(found) and hung(*found) and "*" in found[0])
     if not phase.check:
         wait_until_registered(phase, want)
     if phase.problems:
@@ -433,8 +440,12 @@ def own_folder(phase, path, mode):
         os.chmod(path, mode)
 
 
-def start(phase, want, action):
-    """Enable all daemons and make them use the files on disk; `action` is "", "reload" or "restart". Raises Stop."""
+def start(phase, want, action, unheard=False):
+    """Enable all daemons and make them use the files on disk; `action` is "", "reload" or "restart". Raises Stop.
+
+    `unheard`: Slurm has set this node DOWN and hears nothing of it. It asks such a node only every 100 s, while a
+    slurmd that starts registers at once. It is not reloaded before: what is then started would not hear of a stop.
+    """
     found = services(phase, units(want))
     for name in units(want):
         if name == "slurmdbd":
@@ -443,6 +454,8 @@ def start(phase, want, action):
         do = action if name not in ("munge", "mariadb") else ""
         if active != "active":
             do = "restart"
+        elif name == "slurmd" and unheard:
+            active, do = "active, not responding to slurmctld", "restart"
         if enabled != "enabled" and phase.change(f"{name}.service at boot", enabled or None, "enabled"):
             phase.run(["systemctl", "enable", name], 60)
         if do and phase.change(f"{name}.service", active or None, f"active ({do})"):
@@ -516,15 +529,6 @@ def wait_until_registered(phase, want):
     def registered(state):
         return not state.startswith("unk") and "*" not in state
 
-    found, reason = state_of(phase, want["node"])
-    # Slurm asks a node that it has set DOWN only every 100 s; a slurmd that starts registers at once.
-    if (
-        found
-        and hung(*found)
-        and not registered(found[0])
-        and phase.change("slurmd.service", "active, not responding to slurmctld", "active (restart)")
-    ):
-        phase.run(["systemctl", "restart", "slurmd"], 200)
     found, reason = settled(phase, want, registered)
     if found and registered(found[0]):
         return
@@ -540,10 +544,16 @@ def wait_until_registered(phase, want):
 def resume(phase, want):
     """Resume this node where Slurm has it DOWN since it did not respond, and every check of it is good now.
 
-    What is not good is left to `verify`, which names it together with the state.
+    What is not good is left to `verify`, which names it together with the state. A new slurm.conf is waited for:
+    slurmctld's node, which this same play configures, may be about to have it read.
     """
     found, _ = state_of(phase, want["node"])
-    if not found or not hung(*found) or not also(phase, "health", {"health": health}):
+    if not found or not hung(*found):
+        return
+    end = time.monotonic() + want["settle_s"]
+    while not read_by_slurmctld(phase.run(["scontrol", "show", "config"], 20).stdout) and time.monotonic() < end:
+        time.sleep(0.5)
+    if not also(phase, "health", {"health": health}):
         return
     argv = ["scontrol", "update", f"nodename={want['node']}", "state=resume"]
     words = f"DOWN in Slurm, reason: {found[1]} (NOT_RESPONDING)"
@@ -616,7 +626,7 @@ def munge_round_trip(phase):
 
 
 def same_key_and_time(phase, want):
-    """Check key and clock with a munge credential of the controller, which has its time.
+    """Check key and clock with a munge credential of the controller, which has the time just before this call.
 
     facts: clock_behind_controller_s.
     """
@@ -633,7 +643,7 @@ def same_key_and_time(phase, want):
             remedy = "set the clock (chrony or ntp)"
         phase.problem("munge key", f"that of {want['controller']}", opened.last_line, remedy)
     elif len(moments) == 2:
-        skew = moments["DECODE_TIME"] - moments["ENCODE_TIME"]
+        skew = moments["DECODE_TIME"] - moments["ENCODE_TIME"] - int(time.monotonic() - STARTED)
         phase.facts["clock_behind_controller_s"] = -skew
         if abs(skew) > want["clock_skew_s"]:
             phase.problem(
@@ -659,9 +669,9 @@ def cluster_answers(phase, want):
             "see `journalctl -u slurmctld` there; a node with another munge key sees it as DOWN",
         )
         return False
-    values = config(phase.run(["scontrol", "show", "config"], 20).stdout)
-    phase.facts["version"] = values.get("SLURM_VERSION", "")
-    if values.get("HASH_VAL", "Match") != "Match":
+    shown = phase.run(["scontrol", "show", "config"], 20).stdout
+    phase.facts["version"] = config(shown).get("SLURM_VERSION", "")
+    if not read_by_slurmctld(shown):
         phase.problem("slurm.conf", "that which slurmctld has read", "another one", f"{SETUP} on all nodes")
     return True
 
