@@ -1,8 +1,10 @@
-"""The current plan: decisions made during its execution are written back into it."""
+"""The current plan: decisions made during its execution are written back into it; and where each of its cells is."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from runner.plan.plan import Cell, Plan
@@ -43,3 +45,27 @@ class CurrentPlan:
         cells = tuple(cell if each.id == cell.id else each for each in self.plan.cells)
         self.plan = replace(self.plan, cells=cells, **changes)
         self._run.write_plan(self.plan.to_dict())
+
+
+class Turn(Enum):
+    """Where a cell is in this execution of the plan."""
+
+    AHEAD = "it has not run yet"
+    TAKEN = "it runs now, is complete, or was given up"
+
+
+@dataclass
+class Progress:
+    """What this execution has done for one cell. `since`: the monotonic time at which `turn` began, in s.
+
+    `reopened`: it was complete when the execution began, and is measured again after all others.
+    """
+
+    turn: Turn = Turn.AHEAD
+    since: float = 0.0
+    retries: int = 0
+    reopened: bool = False
+
+    def enter(self, turn: Turn) -> None:
+        """Change `turn`, from now on."""
+        self.turn, self.since = turn, time.monotonic()

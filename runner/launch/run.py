@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
 from typing import Any
 
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.failures import KINDS, Problem
 from runner.launch import blame, drift
-from runner.launch.current import CurrentPlan
+from runner.launch.current import CurrentPlan, Progress, Turn
 from runner.launch.journal import Journal, Streams
 from runner.launch.preflight import NodeAccess, Problems
 from runner.launch.signals import Stop
@@ -44,30 +43,6 @@ class Policy:
     retries: int = 0
     replace_bad_nodes: bool = False
     accept_drift: bool = False
-
-
-class Turn(Enum):
-    """Where a cell is in this execution of the plan."""
-
-    AHEAD = "it has not run yet"
-    TAKEN = "it runs now, is complete, or was given up"
-
-
-@dataclass
-class Progress:
-    """What this execution has done for one cell. `since`: the monotonic time at which `turn` began, in s.
-
-    `reopened`: it was complete when the execution began, and is measured again after all others.
-    """
-
-    turn: Turn = Turn.AHEAD
-    since: float = 0.0
-    retries: int = 0
-    reopened: bool = False
-
-    def enter(self, turn: Turn) -> None:
-        """Change `turn`, from now on."""
-        self.turn, self.since = turn, time.monotonic()
 
 
 class Run:
