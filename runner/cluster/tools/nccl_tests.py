@@ -12,6 +12,7 @@ Standard library and Python 3.9 only: plugins/module_utils has a link to this fi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,12 @@ _REDOPS = ("sum", "prod", "max", "min", "avg", "mulsum", "premulsum", "none")
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # Open MPI's --tag-output, old and new, stands wherever a process began to write, in the middle of a line too.
-_TAG = re.compile(r"\[\d+,\d+\]<std(?:out|err)>:|\[[\w.-]{1,253}@\d+,\d+\](?:\[[^\]\s]*\])?<std(?:out|err)>: ?")
+_TAG = re.compile(
+    r"(?:<?[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d [\d:]{8} \d{4}>? ?(?=\[|<))?"  # of --timestamp-output
+    r"((?:\[\d+,\d+\])?<std(?:out|err)>:|\[[\w.-]{1,253}@\d+,\d+\](?:\[[^\]\s]*\])?<std(?:out|err)>: ?)"
+)
+# A line as a string of JSON: a list of lines that Ansible prints, and the log of a container.
+_QUOTED = re.compile(r'\s*(?:\{"log": ?)?("(?:[^"\\]|\\.)*")(?:,|,.*\})?\s*$')
 _SRUN_LABEL = re.compile(r"^ *(\d+): ")
 # A message of NCCL or RCCL, which takes the rest of its line and its end.
 MESSAGE = re.compile(
@@ -109,6 +115,7 @@ _BEFORE_HOST = re.compile(rf"(?:\d+|A|{'|'.join((*_ELEMENT_BYTES, *_REDOPS))})(?
 
 _NUMBER = re.compile(r"\d+(?:\.\d{1,3})?(?:e[+-]\d{2,})?$")
 _ERRORS = re.compile(r"(?:\d+(?:\.\d+)?(?:e[+-]\d{2,})?\*?|N/A|-?nan|inf)$")
+_COUNT = re.compile(r"\d+(?:\.\d+)?(?:e\+\d{2,})?$")
 _TOKEN = re.compile(r"\S+")
 _ROW = re.compile(rf"(?<![\w.+,/-])(\d+)[ \t]+(\d+)[ \t]+({'|'.join(_ELEMENT_BYTES)})(?=\s|$)")
 
@@ -140,8 +147,8 @@ _FAILED = re.compile(
             r"Device implementation .* (?:not supported|requires)",
             r"There are not enough slots",
             r"error while loading shared libraries",
-            r"^srun: error: ",
-            r"^slurmstepd: error: ",
+            r"\bsrun: error: ",
+            r"\bslurmstepd: error: ",
             r"(?:orted|prted|prterun|mpirun)\S*: (?:command not found|No such file)",
             r"unable to (?:launch|find|start|execute|locate)\b",
             r"exited on signal",
@@ -294,12 +301,12 @@ class Reader:
 
     def _physical(self, line: str, ended: bool = True) -> None:
         """Share a line among those who wrote it, and read what each has finished."""
-        line = _ANSI.sub("", line)
+        line = _ANSI.sub("", _unquoted(line)).replace("\u00a0", " ")
         tags = list(_TAG.finditer(line))
         if tags:
             pieces = [("", line[: tags[0].start()])] if line[: tags[0].start()].strip() else []
             ends = [*(tag.start() for tag in tags[1:]), len(line)]
-            pieces += [(tag[0].strip(), line[tag.end() : end]) for tag, end in zip(tags, ends)]
+            pieces += [(tag[1].strip(), line[tag.end() : end]) for tag, end in zip(tags, ends)]
         elif label := _SRUN_LABEL.match(line):
             pieces = [(label[1], line[label.end() :])]
         else:
@@ -436,6 +443,15 @@ class Reader:
         return self._runs[-1]
 
 
+def _unquoted(line: str) -> str:
+    """What a line says that a collector of logs has made a string of JSON; any other as it is."""
+    quoted = _QUOTED.match(line) if '"' in line else None
+    try:
+        return str(json.loads(quoted[1])).rstrip("\n") if quoted else line
+    except ValueError:
+        return line
+
+
 def _of_code(code: int) -> str:
     """NCCL_VERSION_CODE as a version: 23007 is 2.30.7, and 2708 is 2.7.8."""
     step = 10000 if code >= 10000 else 1000
@@ -551,9 +567,11 @@ def _guess(texts: Sequence[str]) -> _Layout | None:
 
 
 def _wrong(half: dict[str, str]) -> int | None:
-    """The number of wrong values; the layouts with `error` print the largest difference instead, which is no number."""
+    """The number of wrong values, of a large one its first six digits (1.34218e+08). The layouts with `error` print the
+    largest difference instead, which is no number.
+    """
     text = half.get("wrong")
-    if text is None or not _NUMBER.match(text) or "e-" in text or text.startswith("0e"):
+    if text is None or not _COUNT.match(text) or text.startswith("0e") or not float(text).is_integer():
         return None
     return int(float(text))
 

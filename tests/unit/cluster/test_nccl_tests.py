@@ -1,5 +1,6 @@
 """What nccl-tests and rccl-tests print, in every layout, torn, interleaved and labelled."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -236,8 +237,9 @@ def test_nothing_raises_on_what_resembles_a_table(text):
 @pytest.mark.parametrize("prefix", [
     "2026-11-27T22:00:00.123456789Z ", "[pod/launcher-abc/mpi] ", "Nov 27 22:00:00 node1 nccl[123]: ", "node001: ",
     "launcher-1  | ", "[0] ", " 3: ", "[1,0]<stdout>:", "\x1b[32m", "[default0]:", "2026-11-27 22:00:00,123 INFO nccl: ",
+    "Fri Nov 27 10:00:00 2026<stdout>:", "Fri Nov  6 10:00:00 2026[1,0]<stdout>:", "<Fri Nov 27 10:00:00 2026> ",
 ])  # fmt: skip
-@pytest.mark.parametrize("change", ["", "stripped", "squeezed", "crlf"])
+@pytest.mark.parametrize("change", ["", "stripped", "squeezed", "crlf", "nbsp"])
 def test_labels_and_what_collectors_of_logs_do_to_lines(prefix, change):
     plain = PREAMBLE + WIDE + "".join(table([(8, 17.49, 16.41, "0"), (1 << 30, 2984.6, 2979.7, "0")])) + FOOTER
     lines = plain.splitlines()
@@ -245,9 +247,39 @@ def test_labels_and_what_collectors_of_logs_do_to_lines(prefix, change):
         lines = [line.strip() for line in lines]
     elif change == "squeezed":
         lines = [" ".join(line.split()) for line in lines]
+    elif change == "nbsp":
+        lines = [line.replace(" ", "\u00a0") for line in lines]
     text = ("\r\n" if change == "crlf" else "\n").join(prefix + line for line in lines) + "\n"
     output = nccl_tests.parse(text)
     assert sizes(output) == [8, 1 << 30] and output.complete and len(output.devices) == 2
+
+
+@pytest.mark.parametrize(
+    "around", ['        "{}",', '{{"log":"{}\\n","stream":"stdout","time":"2026-11-27T22:00:00.1Z"}}']
+)
+def test_lines_that_were_made_strings_of_json(around):
+    """As Ansible prints a list of lines, and as a container's log has them."""
+    plain = PREAMBLE + WIDE + "".join(table([(8, 17.49, 16.41, "0"), (1 << 30, 2984.6, 2979.7, "0")])) + FOOTER
+    text = "\n".join(around.format(json.dumps(line)[1:-1]) for line in plain.splitlines())
+    output = nccl_tests.parse(text)
+    assert sizes(output) == [8, 1 << 30] and output.complete and len(output.devices) == 2
+
+
+def test_a_failure_behind_a_timestamp_has_its_hosts_name():
+    line = "node7: Test CUDA failure common.cu:1370 'out of memory'"
+    assert nccl_tests.parse(f"Fri Nov 27 10:00:00 2026<stderr>:{line}\n").problems == (
+        "node7: CUDA failure: out of memory",
+    )
+    assert nccl_tests.parse("2026-11-27T10:00:00Z srun: error: node7: task 3: Killed\n").problems
+
+
+@pytest.mark.parametrize(
+    ("printed", "wrong"), [("96", 96), ("999999", 999999), ("1e+06", 10**6), ("1.34218e+08", 134218000), ("N/A", None)]
+)
+def test_the_number_of_wrong_values_however_large(printed, wrong):
+    """%g prints six digits of it."""
+    text = WIDE + begin(1 << 30) + body(1 << 30, 2984.6, printed) + body(1 << 30, 2979.7, printed) + "\n"
+    assert [each.wrong for each in nccl_tests.parse(text).measurements] == [wrong, wrong]
 
 
 def numbers(*values):
