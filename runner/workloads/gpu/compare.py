@@ -20,6 +20,8 @@ ENOUGH = 3  # of fewer, a median does not show which is the odd one
 CONFIDENCE = 0.95  # that of all comparisons of a kind nobody is outside of its interval
 OUTLIER = 4  # standard deviations below its own median, from where on a single block is a hiccup
 
+LEAST = 1e-9  # in any rate's unit: what has no rate at all is the slowest, and has a logarithm
+
 Unit = TypeVar("Unit", bound=Hashable)
 Block = tuple[str, int]  # cell id and the block's number
 Series = Mapping[Block, float]
@@ -90,8 +92,8 @@ def by_gpu(records: Iterable[Record], measure: Measure) -> dict[Gpu, dict[Block,
         if record.metric == measure.metric and all(context.get(k) == v for k, v in measure.context.items()):
             key = gpu_of(record), (record.cell, int(context.get("block", 0)))
             is_near = context.get("local") is not False
-            if key not in near or is_near > near[key][0]:
-                near[key] = is_near, record.value
+            if not math.isnan(record.value) and (key not in near or is_near > near[key][0]):
+                near[key] = is_near, max(record.value, LEAST)
     found: dict[Gpu, dict[Block, float]] = defaultdict(dict)
     for (gpu, block), (_, value) in near.items():
         found[gpu][block] = value
@@ -102,8 +104,8 @@ def by_pair(records: Iterable[Record]) -> dict[Pair, dict[Block, float]]:
     """Pair of GPUs -> block -> GB/s."""
     found: dict[Pair, dict[Block, float]] = defaultdict(dict)
     for record in records:
-        if record.metric == "peer_gb_per_s" and (pair := pair_of(record)):
-            found[pair][record.cell, int(record.context.get("block", 0))] = record.value
+        if record.metric == "peer_gb_per_s" and (pair := pair_of(record)) and not math.isnan(record.value):
+            found[pair][record.cell, int(record.context.get("block", 0))] = max(record.value, LEAST)
     return dict(found)
 
 

@@ -239,7 +239,7 @@ class _Group:
             for values in self._families(measure):
                 enough = len(values) >= compare.ENOUGH
                 for gpu, d in compare.slowed(values, self._comparisons).items():
-                    if not d.under(UNDER) or not enough or gpu in said:
+                    if not d.under(UNDER) or d.high >= 0 or not enough or gpu in said:
                         continue
                     said[gpu] = (
                         f"{gpu}: {measure.name} fell from {d.reference:,.0f} to {d.value:,.0f} {measure.unit} as it "
@@ -317,31 +317,35 @@ class _Group:
         """GPUs whose links to the others are slow, and single pairs that are."""
         values = compare.by_pair(self._judged)
         hosts: dict[str, dict[Pair, Mapping[compare.Block, float]]] = defaultdict(dict)
-        alike: dict[tuple[int, int], dict[Pair, Mapping[compare.Block, float]]] = defaultdict(dict)
+        alike: dict[tuple[str, int, int], dict[Pair, Mapping[compare.Block, float]]] = defaultdict(dict)
         for pair, series in values.items():
             hosts[pair.host][pair] = series
-            alike[pair.source, pair.target][pair] = series
+            alike[self._names.get((pair.host, pair.source), ""), pair.source, pair.target][pair] = series
         among = 2 * len(values)
         slow: dict[Pair, Distance] = {}
-        if len(hosts) >= compare.ENOUGH:
+        if len(hosts) > 1:
             for same in alike.values():
                 slow |= {pair: d for pair, d in compare.distances(same, among).items() if d.under(UNDER)}
-        for own in hosts.values():
-            found = compare.distances(own, among)
-            # Where pairs are wired differently, they are not compared with each other.
-            if sum(abs(d.share) < 2 * UNDER for d in found.values()) >= MOST * len(found) and len(found) > 2:
-                slow |= {pair: d for pair, d in found.items() if d.under(UNDER) and pair not in slow}
+        weak = {host: _weak(own) for host, own in hosts.items()}
+        for host, own in hosts.items():
+            for left_out in [weak[host] - {gpu} for gpu in weak[host]] or [set()]:
+                found = compare.distances({p: s for p, s in own.items() if not left_out & {*p[1:]}}, among)
+                sound = [d for p, d in found.items() if not weak[host] & {*p[1:]}]
+                # Where pairs are wired differently, they are not compared with each other.
+                if sum(abs(d.share) < 2 * UNDER for d in sound) >= MOST * len(sound) and len(sound) > 2:
+                    slow |= {pair: d for pair, d in found.items() if d.under(UNDER) and pair not in slow}
         for host, own in hosts.items():
             bad = {pair: slow[pair] for pair in own if pair in slow}
             gpus = {pair.source for pair in own}
+            if len(bad) >= MOST * len(own) and len(gpus) >= compare.ENOUGH:
+                yield self._bad_peers(host, bad)
+                continue
             while bad:
-                counts = {
-                    gpu: max(
-                        sum(pair.source == gpu for pair in bad) / max(1, len(gpus) - 1),
-                        sum(pair.target == gpu for pair in bad) / max(1, len(gpus) - 1),
-                    )
-                    for gpu in gpus
-                }
+                counts = {}
+                for gpu in gpus:
+                    others = max(1, len(gpus - weak[host] - {gpu}))
+                    ways = sum(pair.source == gpu for pair in bad), sum(pair.target == gpu for pair in bad)
+                    counts[gpu] = max(ways) / others
                 worst = max(counts, key=lambda gpu: counts[gpu])
                 if counts[worst] < MOST or len(gpus) < compare.ENOUGH:
                     break
@@ -361,6 +365,17 @@ class _Group:
                     "slow_peer", self._where(pair), text, "medium" if sure else "low", host, observation=not sure
                 )
                 yield ("pair", pair), suspect
+
+    def _bad_peers(self, host: str, pairs: Mapping[Pair, Distance]) -> tuple[Key, Suspect]:
+        middle = statistics.median(d.value for d in pairs.values())
+        reference = statistics.median(d.reference for d in pairs.values())
+        text = (
+            f"all its GPUs with each other: {middle:,.0f} GB/s, {100 * (1 - middle / reference):.1f} % under the "
+            f"median of the nodes ({reference:,.0f} GB/s)"
+        )
+        sure = statistics.median(d.high for d in pairs.values()) < -UNDER
+        suspect = Suspect("slow_peer", self._whole(host), text, "medium" if sure else "low", host)
+        return ("peers", host), replace(suspect, observation=not sure)
 
     def _bad_peer(self, host: str, number: int, pairs: Mapping[Pair, Distance]) -> tuple[Key, Suspect]:
         middle = statistics.median(d.value for d in pairs.values())
@@ -459,6 +474,17 @@ class _Under:
         spread = f", interval {-100 * d.high:.1f} to {-100 * d.low:.1f} %" if d.low > -1 else ""
         rate = f"{self.measure.name} {d.value:,.0f} {self.measure.unit}"
         return f"{rate}, {_percent(d)} {self.of} ({d.reference:,.0f}{spread})"
+
+
+def _weak(pairs: Mapping[Pair, Mapping[compare.Block, float]]) -> set[int]:
+    """The GPUs of a node whose links are slow, even the fastest of each; none where half of all or more would be."""
+    best: dict[int, float] = defaultdict(float)
+    for pair, series in pairs.items():
+        for gpu in (pair.source, pair.target):
+            best[gpu] = max(best[gpu], statistics.median(series.values()))
+    usual = statistics.median_high(best.values())
+    found = {gpu for gpu, rate in best.items() if rate < (1 - 2 * UNDER) * usual}
+    return found if 2 * len(found) < len(best) else set()
 
 
 def _seeds(records: Iterable[Record]) -> str:

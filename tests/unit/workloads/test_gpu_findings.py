@@ -120,6 +120,27 @@ PLANTED = {
         {("node1", 6): Plant({"peer": 0.7}, values={"nvlinks_active": (12, {"links": 18})})},
         [("slow_peer", "node1", gpu(1, 6))],
     ),
+    "two GPUs of a node without some of their NVLinks": (
+        1,
+        {("node1", n): Plant({"peer": 0.6}) for n in (2, 5)},
+        [("slow_peer", "node1", gpu(1, 2)), ("slow_peer", "node1", gpu(1, 5))],
+    ),
+    "three GPUs of a node without some of their NVLinks": (
+        2,
+        {("node1", n): Plant({"peer": 0.6}) for n in (0, 2, 5)},
+        [("slow_peer", "node1", gpu(1, n)) for n in (0, 2, 5)],
+    ),
+    "slow NVLinks of a whole node": (
+        3,
+        {("node2", n): Plant({"peer": 0.5}) for n in range(8)},
+        [("slow_peer", "node2", "all 8 GPUs")],
+    ),
+    "slow NVLinks of a whole node of two": (
+        2,
+        {("node2", n): Plant({"peer": 0.5}) for n in range(8)},
+        [("slow_peer", "node2", "all 8 GPUs")],
+    ),
+    "a GPU that does nothing": (2, {("node2", 1): Plant({"bf16": 0.0})}, [("slow_gpu", "node2", gpu(2, 1))]),
     "a slow pair": (1, {("node1", 2): Plant(lonely=5)}, [("slow_peer", "node1", "GPU 2 to GPU 5")]),
     "a GPU that becomes slower": (2, {("node1", 2): Plant(drift=0.25)}, [("gpu_drift", "node1", gpu(1, 2))]),
     "a GPU that becomes a little slower": (
@@ -193,6 +214,10 @@ def test_a_gpu_a_little_under_the_median_is_an_observation() -> None:
     assert faults(suspects) == []
     (one,) = suspects
     assert (one.kind, one.host, one.observation) == ("slow_gpu", "node1", True)
+
+
+def test_a_rate_that_is_no_number_is_left_out() -> None:
+    assert found(2, {("node1", 0): Plant({"bf16": float("nan")})}) == []
 
 
 def test_one_of_two_gpus_is_not_blamed() -> None:
