@@ -165,6 +165,19 @@ def test_wrong_values_are_counted_and_every_rank_ends_well(run):
     assert [events[-1]["event"] for events in ended.ranks] == ["end", "end"]
 
 
+def test_wrong_values_in_a_row_that_was_lost_are_known_from_the_footer(run, tmp_path):
+    program = tmp_path / "root" / "current" / "bin" / "all_reduce_perf"
+    program.parent.mkdir(parents=True)
+    row = (
+        "           8             2     float     sum      -1    10.00    0.00    0.00       0    10.00    0.00    0.00"
+    )
+    lines = [f"{row}       0", f"{row}", "# Out of bounds values : 4 FAILED"]
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + "exit 1\n")
+    program.chmod(0o755)
+    status, _, ended = run("all_reduce", f"nccl.root={tmp_path}/root")
+    assert status == 0 and ended.values("wrong_values") == [0, 0, 1] and ended.values("lost_rows") != [0]
+
+
 def test_without_nccl_tests_that_is_said(run, tmp_path):
     _, folder, _ = run("all_reduce", f"nccl.root={tmp_path}/nowhere")
     said = CellDir(folder).stream(0, "stderr").read_text()

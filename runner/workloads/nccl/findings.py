@@ -51,15 +51,17 @@ def find(
 
 def _wrong_values(cells: Cells, by_cell: Mapping[str, Sequence[Record]]) -> Iterator[Suspect]:
     for cell in cells:
-        wrong: Counter[int] = Counter()
+        wrong: Counter[int | None] = Counter()  # by size, None where the row was lost
         for record in by_cell.get(cell["id"], ()):
             if record.metric == "wrong_values" and record.value > 0:
-                wrong[int(record.context["size_bytes"])] += round(record.value)
+                wrong[record.context.get("size_bytes")] += round(record.value)
         if wrong:
+            sizes = [size_text(size) for size in sorted(size for size in wrong if size is not None)]
+            lost = "" if sizes else "at least "
             yield Suspect(
                 "wrong_values",
-                where=f"{cell['id']}: {', '.join(map(size_text, sorted(wrong)))}",
-                evidence=f"nccl-tests counted {counted(wrong.total(), 'wrong element')} in results",
+                where=f"{cell['id']}: {', '.join(sizes) or 'in rows that did not arrive whole'}",
+                evidence=f"nccl-tests counted {lost}{counted(wrong.total(), 'wrong element')} in results",
                 confidence=NOBODY,  # every rank took part: the values do not show which one is at fault
             )
 

@@ -57,6 +57,8 @@ def run(job: RankJob, events: Events) -> None:
         raise InfrastructureError(f"{Path(argv[0]).name} {reason}")
     if events.rank == 0:
         events.value("lost_rows", lost(params, output, reading.shortened), **reading.context)
+        if output.out_of_bounds and not any(one.wrong for one in output.measurements):
+            events.value("wrong_values", 1, **reading.context)  # at least, in a row that did not arrive whole
     if events.rank == 0 and (reason := unsplit(params, job.num_nodes, job.gpus_per_node, output)):
         raise InfrastructureError(f"{Path(argv[0]).name} {reason}")
 

@@ -239,6 +239,15 @@ def test_a_rail_has_no_nvlink_sharp_and_a_node_no_switches():
 # --- values and speed -----------------------------------------------------------------------------------------
 
 
+def test_wrong_values_of_a_row_that_was_lost_are_told_by_the_footer():
+    planned = planted.plan(ONLY, "nccl.splits=[none]")
+    one = planted.cell(planned)
+    records = [*planted.table(one), *planted.chosen(one), *planted.evidence(one)]
+    records.append(planted.value(one, "wrong_values", 1))
+    kinds, suspects = found(planned, records)
+    assert kinds == [("wrong_values", None, False)] and "at least 1 wrong element in" in suspects[0].evidence
+
+
 def test_wrong_values_are_of_nobody_in_particular():
     planned = planted.plan(ONLY, "nccl.splits=[none]")
     one = planted.cell(planned)
