@@ -218,7 +218,7 @@ KINDS: Mapping[str, Kind] = {
         "The fabric is far from its ceiling",
         NOBODY,
         False,
-        "run with --set nccl.splits=[none,node,rail] to see whether NVLink or a rail is slow, and see PFC and ECN",
+        "see in the tables of nodes and rails whether NVLink or a rail is slow, and see PFC and ECN (role roce_qos)",
         headline="The fabric is slow",
     ),
     "above_ceiling": Kind(

@@ -157,6 +157,7 @@ class _Group:
         for measure in compare.RATES:
             for values in self._families(measure):
                 self._compare(measure, values, under, nodes, unknown)
+                yield from self._uneven(measure, values)
         for host, texts in nodes.items():
             own = self._of(host)
             explained = [why for gpu in own if (why := self._explained(gpu))]
@@ -174,6 +175,21 @@ class _Group:
                 yield self._slow(gpu, [one])
             else:
                 yield ("slow", gpu), self._one_of_two("slow_gpu", gpu, one)
+
+    def _uneven(self, measure: Measure, values: Values) -> Iterator[tuple[Key, Suspect]]:
+        """That most GPUs are slow: none of them is under the median, and so many others above it are no accident."""
+        distances = compare.distances(values, self._comparisons)
+        fast = {gpu: d for gpu, d in distances.items() if d.low > UNDER}
+        if len(values) < compare.ENOUGH or len(fast) < (1 - MOST) * len(values):
+            return
+        least = min(fast.values(), key=lambda d: d.value)
+        names = ", ".join(f"{gpu} of {gpu.host}" for gpu in list(fast)[:4]) + (", …" if len(fast) > 4 else "")
+        text = (
+            f"{measure.name}: {len(fast)} of {counted(len(values), 'GPU')} reach {least.value:,.0f} {measure.unit} or "
+            f"more ({names}), the median {least.reference:,.0f}: the others are slower than these, and they are most"
+        )
+        where = f"{self._cells}: {counted(len(values) - len(fast), 'GPU')} of {len(values)}"
+        yield ("uneven", measure.key), Suspect("slow_gpu", where, text, NOBODY, observation=True)
 
     def _compare(
         self,

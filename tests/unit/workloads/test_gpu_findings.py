@@ -220,6 +220,21 @@ def test_a_rate_that_is_no_number_is_left_out() -> None:
     assert found(2, {("node1", 0): Plant({"bf16": float("nan")})}) == []
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "slow"),
+    [(1, 8, [(1, n) for n in range(5)]), (3, 8, [(m, n) for m in (1, 2) for n in range(8)]), (3, 1, [(1, 0), (2, 0)])],
+)
+def test_that_most_gpus_are_slow_is_worth_knowing_and_blames_none(nodes: int, gpus: int, slow: list) -> None:
+    suspects = found(nodes, {(f"node{m}", n): Plant({"bf16": 0.85}) for m, n in slow}, gpus=gpus)
+    (one,) = [each for each in suspects if each.kind == "slow_gpu"]
+    assert (one.host, one.confidence, one.observation) == (None, NOBODY, True) and faults(suspects) == []
+    assert f"{nodes * gpus - len(slow)} of {nodes * gpus} GPUs reach 7" in one.evidence
+
+
+def test_a_single_fast_gpu_is_nothing() -> None:
+    assert found(1, {("node1", 3): Plant({"bf16": 1.2})}) == []
+
+
 def test_one_of_two_gpus_is_not_blamed() -> None:
     (suspect,) = found(1, {("node1", 1): SLOW}, gpus=2)
     assert (suspect.host, suspect.confidence, suspect.observation) == (None, NOBODY, False)
