@@ -172,8 +172,10 @@ def failure(
     else:  # which versions before 2.17 end with status 1 and without a word
         wrong = not first_hand and bool(words or (status == 1 and not last))
     if status == 0 or (status > 0 and wrong):
-        if not printed or output.measurements:
+        if not printed or any(one.size_bytes for one in output.measurements):
             return None
+        if output.measurements:
+            return "sent nothing: every size is less than an element for each rank: give a larger nccl.max_bytes"
         return ": ".join(["ended without a measurement", *last])
     causes = (first_hand or words)[:1]
     causes += [f"NCCL: {warning}" for warning in evidence.warnings[-2:] if not any(warning in each for each in causes)]

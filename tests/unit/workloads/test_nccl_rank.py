@@ -247,6 +247,9 @@ def test_a_program_that_ends_well_without_a_row_has_measured_nothing():
         "ended without a measurement: unrecognized option '-Q'"
     )
     assert ended(0, "", printed=False) is None, "only rank 0 prints"
+    nothing = "           0             0     float     sum      -1    10.00    0.00    0.00       0    10.00    0.00    0.00       0"
+    assert ended(0, HEADER + nothing + "\n").startswith("sent nothing: every size is less than an element for each")
+    assert ended(0, HEADER + nothing + "\n" + ROWS[0]) is None
 
 
 @pytest.mark.skipif(not CAPTURED.exists(), reason=f"no captured outputs in {CAPTURED}")
