@@ -205,14 +205,18 @@ def _gpudirect(hosts: ByHost, asked: Mapping[str, Any], on_gpu: bool, place: str
     without = _odd(shares, lambda share: share[0] == share[1])
     for host in without:
         direct, total = shares[host]
-        how = "no channel" if not direct else f"only {direct} of {total} channels"
-        evidence = f"{how} of NCCL between nodes has GPUDirect RDMA here, every one has it on other nodes"
+        evidence = f"{_direct(direct, total)} GPUDirect RDMA here, every one has it on other nodes"
         yield Suspect("no_gpudirect", place, evidence, "high", host)
     if on_gpu and not without and shares and all(direct < total for direct, total in shares.values()):
         direct, total = (sum(each) for each in zip(*shares.values(), strict=True))
-        how = "no channel" if not direct else f"only {direct} of {total} channels"
-        evidence = f"{how} of NCCL between nodes has GPUDirect RDMA, on any node: data goes through host memory"
+        evidence = f"{_direct(direct, total)} GPUDirect RDMA, on any node: data goes through host memory"
         yield Suspect("no_gpudirect", place, evidence, "high")
+
+
+def _direct(direct: int, total: int) -> str:
+    if not direct:
+        return "no channel of NCCL between nodes has"
+    return f"only {direct} of {total} channels of NCCL between nodes have"
 
 
 def _nvls(
@@ -369,6 +373,7 @@ def _shares(
     """
     above: _Groups = defaultdict(list)
     slow: _Groups = defaultdict(list)
+    fallen: _Groups = defaultdict(list)
     for cell in cells:
         params = planned[cell["id"]]["params"]
         if cell.get("not_judged") or params["split"] == "rail":
@@ -380,6 +385,8 @@ def _shares(
         judged = [row for row in found if row.verdict in ("good", "low")]
         if judged and all(row.verdict == "low" for row in judged):
             slow[group].append((cell["id"], params["collective"], judged))
+        elif judged and all(row.verdict == "low" for row in judged if row.size_bytes == judged[-1].size_bytes):
+            fallen[group].append((cell["id"], params["collective"], judged))
     for several in above.values():
         _, collective, rows = max(several, key=lambda one: max(map(_share, one[2])))
         worst = max(rows, key=_share)
@@ -405,6 +412,23 @@ def _shares(
             ),
             confidence=NOBODY,
             observation=explained or _share(best) >= POOR,
+        )
+
+    for several in fallen.values():
+        _, collective, rows = min(several, key=lambda one: _share(one[2][-1]))
+        best, last = max(rows, key=_share), rows[-1]
+        others = dict.fromkeys(name for _, name, _ in several if name != collective)
+        low = [(cell, name, [row for row in found if row.verdict == "low"]) for cell, name, found in several]
+        yield Suspect(
+            "slow_fabric",
+            where=_where(low),
+            evidence=(
+                f"{collective}: {best.busbw_gb_per_s:.4g} GB/s at {size_text(best.size_bytes)} falls to "
+                f"{last.busbw_gb_per_s:.4g} at {size_text(last.size_bytes)}, {last.reason}"
+                + (f"; also {', '.join(others)}" if others else "")
+            ),
+            confidence=NOBODY,
+            observation=explained or _share(last) >= POOR,
         )
 
 

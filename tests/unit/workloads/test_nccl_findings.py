@@ -239,6 +239,17 @@ def test_a_rail_has_no_nvlink_sharp_and_a_node_no_switches():
 # --- values and speed -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("end", "observation"), [(30.0, False), (60.0, True), (70.0, None)])
+def test_a_curve_that_falls_at_the_largest_sizes_is_told(end, observation):
+    planned = planted.plan(ONLY, "nccl.splits=[none]")
+    one = planted.cell(planned)
+    records = planted.table(one, lambda size: 92.0 if size < 1 << 30 else end) + planted.chosen(one)
+    kinds, suspects = found(planned, records + planted.evidence(one))
+    assert kinds == ([] if observation is None else [("slow_fabric", None, observation)])
+    assert all(f"falls to {end:.4g} at 8 GiB" in suspect.evidence for suspect in suspects)
+    assert all(suspect.where == f"{one['id']}: 1 GiB to 8 GiB" for suspect in suspects)
+
+
 def test_wrong_values_of_a_row_that_was_lost_are_told_by_the_footer():
     planned = planted.plan(ONLY, "nccl.splits=[none]")
     one = planted.cell(planned)
