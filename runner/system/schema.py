@@ -71,6 +71,8 @@ def check(schema: type[AnyFile], values: Any, where: str) -> AnyFile:
             expected = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
             raise unknown("value", str(first["input"]), expected, f"{where}: {field}") from None
         cause = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            cause = "give a list, such as [a, b]"
         if first["type"] == "string_pattern_mismatch" and (described := _description(schema, first["loc"])):
             cause = f"give {described}"
         raise UsageError(f"{where}: {field} = {first['input']!r}: {cause}" if field else f"{where}: {cause}") from None

@@ -70,6 +70,7 @@ def test_where_nothing_is_left_to_measure_that_is_said(given):
         ("nccl.variables=NCCL_IB_TC", "give NCCL's variables with their values"),
         ("nccl.variables={NCCL_IB_TC:106}", "give NCCL's variables with their values"),
         ("nccl.collectives=all_redcue", "did you mean 'all_reduce'"),
+        ("nccl.collectives=5", "give a list"),
         ("nccl.buffsize=8X", "buffsize = '8X': give a number of bytes, such as"),
         ("nccl.algo=Rign", "did you mean 'Ring'"),
         ("nccl.hca=mlx5_0; reboot", "give NICs as NCCL_IB_HCA names them"),
