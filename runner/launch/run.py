@@ -158,18 +158,23 @@ class Run:
         return [node for node in self.current.plan.nodes
                 if node.name not in without and (anywhere or node.name in hosts)]  # fmt: skip
 
-    def _send(self, nodes: Sequence[Node]) -> dict[str, Problem]:
-        """Copy the data to `nodes`; returns failures by node."""
+    def _stopped(self) -> bool:
+        return self.stop.asked
+
+    def _send(self, nodes: Sequence[Node], stopped: Callable[[], bool] | None = None) -> dict[str, Problem]:
+        """Copy the data to `nodes`, ending early once `stopped` (None: once the user stops); returns failures by node."""
         if self.source is None or not nodes:
             return {}
-        stopped: Callable[[], bool] = lambda: self.stop.asked  # noqa: E731
+        stopped = stopped or self._stopped
         self.source.complete(stopped)
         failures = self.transport.send(self.current.plan, nodes, self.source.folder, stopped)
         self.has_data |= {node.name for node in nodes} - failures.keys()
         self.has_not |= failures.keys()
         return failures
 
-    def _send_data(self, cell: Cell, on_begin: Callable[[], object]) -> dict[str, Any] | None:
+    def _send_data(
+        self, cell: Cell, on_begin: Callable[[], object], stopped: Callable[[], bool]
+    ) -> dict[str, Any] | None:
         """Copy the data to all nodes that may need it, before the first cell; where that fails, again before a cell on
         these nodes. Returns the error of an attempt at `cell` that cannot begin without.
         """
@@ -179,8 +184,8 @@ class Run:
         nodes = [node for node in self._needed() if not here or node.name in here or node.name not in self.has_not]
         if nodes:
             on_begin()
-        failures = self._send(nodes)
-        if self.stop.asked:
+        failures = self._send(nodes, stopped)
+        if stopped():
             return None
         if not self.current.plan.named and len(failures) < len(nodes):
             for host, problem in failures.items():  # the scheduler can choose others
@@ -198,7 +203,7 @@ class Run:
                 self.journal.note(f"{self.current.alias(host)}: {what}; it is tried again before a cell that needs it")
         return joined(failed) if failed else None
 
-    def _supply(self, cell: Cell, send: Callable[[], dict[str, Any] | None]) -> Supply | None:
+    def _supply(self, cell: Cell, send: Callable[[Callable[[], bool]], dict[str, Any] | None]) -> Supply | None:
         """Begin to prepare and `send` the data while the ranks of `cell` import; None where that is no gain: it is
         ready, the cell does not train, or a scheduler will start it.
         """
@@ -206,18 +211,18 @@ class Run:
         if source is None or source.ready or not trains(cell.test) or self.backend.scheduled:
             return None
 
-        def work() -> dict[str, Any] | None:
-            source.complete(lambda: self.stop.asked)
-            return send()
+        def work(stopped: Callable[[], bool]) -> dict[str, Any] | None:
+            source.complete(stopped)
+            return None if stopped() else send(stopped)
 
-        return Supply(work)
+        return Supply(work, self._stopped)
 
     def _supplied(self, cell: Cell, supply: Supply) -> dict[str, Any] | None:
         """The error of an attempt at `cell` whose data cannot be sent. Raises what its preparation has raised: the run
         ends as if the cell had not begun.
         """
         try:
-            return supply.result(lambda: self.stop.asked)
+            return supply.result()
         except Exception:  # not a second Ctrl-C
             self.journal.cell_state(cell, "cancelled")
             raise
@@ -464,11 +469,14 @@ class Run:
             self.journal.note(f"{cell.id}: {self._described(error)}; stopping the other nodes")
 
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
-        send: Callable[[], dict[str, Any] | None] = lambda: self._send_data(cell, lambda: shown(0.0, "sending data"))  # noqa: E731
+
+        def send(stopped: Callable[[], bool]) -> dict[str, Any] | None:
+            return self._send_data(cell, lambda: shown(0.0, "sending data"), stopped)
+
         supply = self._supply(cell, send)
         watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure, supply)
         try:
-            fault = send() if supply is None else None
+            fault = send(self._stopped) if supply is None else None
             if fault is None and not self.stop.asked:
                 if supply is None:
                     clock.enter("starting")
@@ -478,6 +486,8 @@ class Run:
             if supply is not None:
                 fault = self._supplied(cell, supply) or fault
         finally:
+            if supply is not None:
+                supply.abandon()
             streams.close()
         if self.stop.asked:
             self._leave_jobs()  # before its next step begins

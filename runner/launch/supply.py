@@ -33,11 +33,15 @@ class Data:
 class Supply:
     """Supplies the data of one cell in a thread of its own, while the cell's ranks import what they need.
 
-    `work` returns the error of an attempt at the cell that cannot go on without the data, or None.
+    `work(stopped)` returns the error of an attempt at the cell that cannot go on without the data, or None. It ends early
+    once `stopped` returns True: as the argument of that name does, or since the supply was abandoned.
     """
 
-    def __init__(self, work: Callable[[], Mapping[str, Any] | None]) -> None:
-        self._work = work
+    def __init__(
+        self, work: Callable[[Callable[[], bool]], Mapping[str, Any] | None], stopped: Callable[[], bool]
+    ) -> None:
+        self._work, self._stopped = work, stopped
+        self._abandoned = False
         self._fault: Mapping[str, Any] | None = None
         self._error: BaseException | None = None
         self.done = False
@@ -46,7 +50,7 @@ class Supply:
 
     def _carry_out(self) -> None:
         try:
-            self._fault = self._work()
+            self._fault = self._work(lambda: self._abandoned or self._stopped())
         except BaseException as error:
             self._error = error
         self.done = True
@@ -56,11 +60,15 @@ class Supply:
         """Whether it has ended without the data on every node that needs it."""
         return self.done and (self._fault is not None or self._error is not None)
 
-    def result(self, stopped: Callable[[], bool]) -> dict[str, Any] | None:
-        """Wait for its end, but not once `stopped`; returns what `work` has returned, and raises what it raised."""
-        while not self.done and not stopped():
+    def abandon(self) -> None:
+        """Nobody waits for the data any more: the attempt at the cell is over, whatever has ended it."""
+        self._abandoned = True
+
+    def result(self) -> dict[str, Any] | None:
+        """Wait for its end, but not once stopped; returns what `work` has returned, and raises what it raised."""
+        while not self.done and not self._stopped():
             time.sleep(POLL_S)
-        if stopped():
+        if self._stopped():
             return None
         if self._error is not None:
             raise self._error

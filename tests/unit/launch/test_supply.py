@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from runs import NAMES, NodeAccess, Nodes, ended_session, planned, states
 
-from runner.errors import Interrupted, UsageError
+from runner.errors import InfrastructureError, Interrupted, UsageError
 from runner.failures import Problem
 from runner.launch import carry
 from runner.launch import run as bench
@@ -176,6 +176,21 @@ def test_a_preparation_ends_with_the_run_that_is_stopped(carried):
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - before
+
+
+def test_a_preparation_ends_with_the_attempt_whatever_ends_that_and_sends_nothing(carried):
+    """As a disk of this machine that is full: the process must not wait for what nobody needs."""
+    run, nodes, preparation = carried()
+    preparation.may_end = threading.Event()
+    nodes.while_held = lambda: (_ for _ in ()).throw(InfrastructureError("the disk is full"))
+    before = set(threading.enumerate())
+    with pytest.raises(InfrastructureError, match="full"):
+        run.execute({})
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+    assert nodes.seen == ["importing"] and nodes.sent == []
 
 
 def test_a_cell_that_needs_no_data_is_not_disturbed_by_its_preparation(carried):
