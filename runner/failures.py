@@ -340,8 +340,8 @@ class Problem:
 class Suspect:
     """What the records of a test show to be wrong: a kind in KINDS, where it was seen, and the evidence for it.
 
-    `host` is the node at fault, None where no single node can be named; `confidence` is `high`, `medium` or NOBODY. An
-    `observation` is worth knowing but proves no fault: it never fails a run.
+    `host` is the node at fault, None where no single node can be named; `confidence` is `high`, `medium`, `low` or
+    NOBODY. An `observation` is worth knowing but proves no fault: it never fails a run.
     """
 
     kind: str

@@ -162,7 +162,7 @@ class Run:
         return self.stop.asked
 
     def _send(self, nodes: Sequence[Node], stopped: Callable[[], bool] | None = None) -> dict[str, Problem]:
-        """Copy the data to `nodes`, ending early once `stopped` (None: once the user stops); returns failures by node."""
+        """Copy the data to `nodes`, until `stopped` (None: until the user stops); returns failures by node."""
         if self.source is None or not nodes:
             return {}
         stopped = stopped or self._stopped

@@ -33,8 +33,8 @@ class Data:
 class Supply:
     """Supplies the data of one cell in a thread of its own, while the cell's ranks import what they need.
 
-    `work(stopped)` returns the error of an attempt at the cell that cannot go on without the data, or None. It ends early
-    once `stopped` returns True: as the argument of that name does, or since the supply was abandoned.
+    `work(stopped)` returns the error of an attempt at the cell that cannot go on without the data, or None. It ends
+    early once its `stopped` returns True: as the argument of that name does, or since the supply was abandoned.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ def _refuse_engine(engine: str, request: Request, nodes: Sequence[Node]) -> None
         if node.become and ENGINES[engine].headed:
             raise UsageError(
                 f"{node.name}: ansible_become: engine {engine} starts ranks as the user that logs in: "
-                f"{ENGINES[engine].instead}"
+                f"log in as that user (ansible_user), or {ENGINES[engine].instead}"
             )
 
 

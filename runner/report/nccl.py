@@ -394,9 +394,8 @@ def _settings(cells: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _used(cells: Iterable[Row], what: str) -> str:
-    """What the evidence of all cells on several nodes shows of one answer: used, partly used, not used."""
-    of_one_node = what in ("nvls",)
-    said = [e[what] for c in cells if of_one_node or c["num_nodes"] > 1 for e in c["details"]["transport"]]
+    """What evidence shows of one answer: used, partly used, not used. Only NVLS is of cells on one node too."""
+    said = [e[what] for c in cells if what == "nvls" or c["num_nodes"] > 1 for e in c["details"]["transport"]]
     if what in ("net", "nics"):
         names = sorted({name for each in said for name in each})
         return f"used {_listed(names)}" if names else ""

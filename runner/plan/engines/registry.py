@@ -39,14 +39,14 @@ ENGINES: Mapping[str, Engine] = {
         deepspeed.launch,
         headed=True,
         needs="run from a machine with the nodes' environment, or use --engine torchrun",
-        instead="use --engine torchrun: it runs every test, DeepSpeed's too",
+        instead="use --engine torchrun, which runs every test, DeepSpeed's too",
         packages=("deepspeed",),
     ),
     "mpirun": Engine(
         mpirun.launch,
         headed=True,
         needs="install Open MPI as on the nodes (Debian, Ubuntu: apt install openmpi-bin), or leave this test out",
-        instead="log in as that user (ansible_user), or leave this test out",
+        instead="leave this test out",
         mpi=True,
     ),
     "srun": Engine(srun.launch, mpi=True, step=True),
@@ -64,6 +64,6 @@ def obstacle(engine: str, nodes: Sequence[Host]) -> str | None:
     if ENGINES[engine].headed and len(pythons) > 1:
         return (
             f"engine {engine} starts every node's ranks with one Python, the inventory has {' and '.join(pythons)}: "
-            f"install alike, or {ENGINES[engine].instead.partition(':')[0]}"
+            f"install alike, or {ENGINES[engine].instead}"
         )
     return None

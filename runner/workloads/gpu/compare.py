@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -132,15 +132,21 @@ class Distance:
         return self.high < -threshold
 
 
-def distances(values: Mapping[Unit, Series], comparisons: int) -> dict[Unit, Distance]:
-    """Each unit's distance from the median of all, by block.
-
-    Of an even number the median is the higher of the two in the middle: hardware is slower than it should be, not
-    faster, so that half of the units are found as well. `comparisons` is the number of all that are made beside each
-    other: intervals are wide enough for all of them together. Noise is that of all units (the median of their standard
-    deviations), or of the unit itself where that is larger, so that five blocks that agree by luck prove nothing.
+def middle(values: Iterable[float]) -> float:
+    """The median of at least one value; of an even number the higher of the two in the middle: hardware is slower than
+    it should be, not faster, so that half of the units are found as well.
     """
-    reference = _per_block(values, statistics.median_high)
+    return statistics.median_high(values)
+
+
+def distances(values: Mapping[Unit, Series], comparisons: int) -> dict[Unit, Distance]:
+    """Each unit's distance from the `middle` of all, by block.
+
+    `comparisons` is the number of all that are made beside each other: intervals are wide enough for all of them
+    together. Noise is that of all units (the median of their standard deviations), or of the unit itself where that is
+    larger, so that five blocks that agree by luck prove nothing.
+    """
+    reference = _per_block(values)
     logs = {
         unit: [math.log(value / reference[block]) for block, value in series.items() if value > 0]
         for unit, series in values.items()
@@ -181,13 +187,13 @@ def _half(own: float, freedom: int, noise: float, degrees: float, comparisons: i
     return student_quantile(1 - (1 - CONFIDENCE) / 2 / max(1, comparisons), by) * max(own, noise)
 
 
-def _distance(middle: float, half: float, value: float, reference: float) -> Distance:
+def _distance(mean: float, half: float, value: float, reference: float) -> Distance:
     """From logarithms."""
-    high = math.inf if math.isinf(half) else math.expm1(middle + half)
-    return Distance(math.expm1(middle), math.expm1(middle - half), high, value, reference)
+    high = math.inf if math.isinf(half) else math.expm1(mean + half)
+    return Distance(math.expm1(mean), math.expm1(mean - half), high, value, reference)
 
 
-def _per_block(values: Mapping[Unit, Series], middle: Callable[[Sequence[float]], float]) -> dict[Block, float]:
+def _per_block(values: Mapping[Unit, Series]) -> dict[Block, float]:
     blocks: dict[Block, list[float]] = defaultdict(list)
     for series in values.values():
         for block, value in series.items():
@@ -200,7 +206,7 @@ def node_series(values: Mapping[Gpu, Series]) -> dict[str, dict[Block, float]]:
     nodes: dict[str, dict[Gpu, Series]] = defaultdict(dict)
     for gpu, series in values.items():
         nodes[gpu.host][gpu] = series
-    return {host: _per_block(own, statistics.median_high) for host, own in nodes.items()}
+    return {host: _per_block(own) for host, own in nodes.items()}
 
 
 def slowed(values: Mapping[Gpu, Series], comparisons: int) -> dict[Gpu, Distance]:
@@ -209,7 +215,7 @@ def slowed(values: Mapping[Gpu, Series], comparisons: int) -> dict[Gpu, Distance
     It is the slope of a straight line through the blocks of each cell. `value` and `reference` are the GPU's own
     medians of the last and of the first fifth. Empty for fewer than five blocks.
     """
-    reference = _per_block(values, statistics.median_high)
+    reference = _per_block(values)
     slopes: dict[Gpu, tuple[float, float, float, int]] = {}
     ends: dict[Gpu, tuple[float, float]] = {}
     for gpu, series in values.items():
@@ -221,8 +227,8 @@ def slowed(values: Mapping[Gpu, Series], comparisons: int) -> dict[Gpu, Distance
         first, last = [], []
         for blocks in (blocks for blocks in cells.values() if len(blocks) >= 5):
             logs = [math.log(series[block] / reference[block]) for block in blocks]
-            middle = statistics.fmean(logs)
-            points += [(i / (len(logs) - 1) - 0.5, one - middle) for i, one in enumerate(logs)]
+            mean = statistics.fmean(logs)
+            points += [(i / (len(logs) - 1) - 0.5, one - mean) for i, one in enumerate(logs)]
             fifth = len(blocks) // 5
             first += [series[block] for block in blocks[:fifth]]
             last += [series[block] for block in blocks[-fifth:]]

@@ -20,9 +20,19 @@ LOWER = 0.95  # of the others' clock or power limit: below it explains
 EXCESS_PCT, EXCESS_OF_USUAL_PCT, SPREADS = 5.0, 20.0, 5.0
 USUAL = {"sw_power_cap", "sync_boost", "applications_clocks", "display_clocks"}
 USED_MEMORY = 0.05  # of a GPU's memory, taken before the test began: somebody else uses it
-USED_PCT = 5.0  # utilisation before the test began: likewise
+USED_PCT = 5.0  # utilisation in % before the test began: likewise
 # Of several cells the lowest is kept of these, the highest of all others.
 LOWEST = {"sm_clock_mhz", "pcie_width", "pcie_generation", "power_limit_w", "nvlinks_active"}
+
+
+def computes(util_pct: float | None) -> bool:
+    """Whether a GPU of this utilisation, in %, computes for somebody; not where it is unknown."""
+    return (util_pct or 0.0) > USED_PCT
+
+
+def taken(used_gib: float | None, memory_gib: float | None) -> bool:
+    """Whether somebody has taken memory of a GPU: `used_gib` of `memory_gib`; not where either is unknown."""
+    return (used_gib or 0.0) > USED_MEMORY * memory_gib if memory_gib else False
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Condition:
     @property
     def busy(self) -> bool:
         """Whether the GPU computed for somebody else just before the test."""
-        return (self.get("util_before_pct") or 0.0) > USED_PCT
+        return computes(self.get("util_before_pct"))
 
     def memory_errors(self) -> list[str]:
         """Errors of the GPU's memory that mean that it must not be used."""
@@ -59,7 +69,7 @@ class Condition:
         processes, used = self.get("other_processes") or 0, self.get("util_before_pct") or 0.0
         memory = self.get("memory_used_before_gib") or 0.0
         whole = self.contexts.get("memory_used_before_gib", {}).get("memory_gib")
-        if not processes and not self.busy and not (whole and memory > USED_MEMORY * float(whole)):
+        if not processes and not self.busy and not taken(memory, whole):
             return ""
         pids = ", ".join(str(pid) for pid in self.contexts.get("other_processes", {}).get("pids") or ())
         who = counted(round(processes), "other process", "other processes") if processes else "somebody"

@@ -18,7 +18,7 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
     """{"gpus": one entry a GPU, by host and number}; what was not measured or read is absent.
 
     Of an entry, `rates` are medians over blocks by the keys of `compare.RATES` and `LINKS`, in their units, and as
-    `peer` the median over its pairs; `distance_pct` is how far each is from the median of all of the cell. `far` are
+    `peer` the median over its pairs; `distance_pct` is how far each is from the cell's `compare.middle`. `far` are
     the rates over the host's memory on the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
     """
     gpus: dict[Gpu, dict[str, Any]] = defaultdict(lambda: {"rates": {}, "distance_pct": {}, "far": {}})
@@ -28,7 +28,7 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
     }
     medians[PEERS] = _with_peers(records)
     for key, values in medians.items():
-        middle = statistics.median(values.values()) if values else 0.0
+        middle = compare.middle(values.values()) if values else 0.0
         for gpu, value in values.items():
             gpus[gpu]["rates"][key] = value
             if len(values) > 1 and middle:
@@ -39,8 +39,6 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
         for link in compare.LINKS:
             if record.metric == link.metric and record.context.get("local") is False:
                 far[gpu, link.key].append(record.value)
-            elif record.metric == link.metric and record.context.get("numa") is not None and gpu in gpus:
-                gpus[gpu]["numa"] = record.context["numa"]
         if record.metric == "matmul_drift_pct":
             gpus[gpu]["drift_pct"] = min(record.value, gpus[gpu].get("drift_pct", record.value))
         if record.metric == "wrong_values":

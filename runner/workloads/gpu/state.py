@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.workloads.gpu import condition
+
 JOIN_S = 5.0  # NVML may not return from a GPU that is lost
 PERIOD_S = 0.25  # between two readings, each of which takes well under a millisecond
 # NVML's bits of what keeps clocks down, but for an idle GPU. A power cap is usual under matrix products.
@@ -64,9 +66,12 @@ class Before:
         """Who uses it, in words; empty if nobody is seen."""
         if self.pids:
             return f"it is used by others: pid {', '.join(map(str, self.pids))}"
-        if self.util_pct or (self.memory_used_gib or 0) > 0.05 * (self.memory_gib or 0):
-            return f"it is used by others: {self.memory_used_gib:.1f} GiB were taken before the start"
-        return ""
+        memory, used = condition.taken(self.memory_used_gib, self.memory_gib), condition.computes(self.util_pct)
+        parts = [
+            f"{self.memory_used_gib:.1f} GiB were taken" if memory else "",
+            f"it was {self.util_pct:.0f} % busy" if used else "",
+        ]
+        return f"it is used by others: {' and '.join(filter(None, parts))} before the start" if memory or used else ""
 
 
 class Monitor:

@@ -169,7 +169,7 @@ def _rails(
         evidence = f"NCCL uses {_list(used[host])} here, {_list(full)} on other nodes: {lacks} carries nothing"
         yield Suspect("rail_missing", place, evidence, "high", host)
     gpus = next(iter(plan["cells"]))["gpus_per_node"]
-    expected = min(min(min(declared.get(host, 0), gpus) for host in used), 64)
+    expected = min(min(declared.get(host, 0), gpus) for host in used)
     if on_gpu and not few and most < expected and not asked["hca"]:
         evidence = f"NCCL uses {_list(full)} on every node, which the inventory gives {counted(expected, 'NIC')}"
         yield Suspect("rail_missing", place, evidence, "high")

@@ -256,10 +256,25 @@ def test_samples_become_means_extremes_and_shares() -> None:
         (state.Before(0.6, 140.0, 0, ()), ""),
         (state.Before(0.6, 140.0, 0, (41, 4711)), "it is used by others: pid 41, 4711"),
         (state.Before(80.2, 140.0, 0, ()), "it is used by others: 80.2 GiB were taken before the start"),
-        (state.Before(2.0, 140.0, 37, ()), "it is used by others: 2.0 GiB were taken before the start"),
+        (state.Before(2.0, 140.0, 37, ()), "it is used by others: it was 37 % busy before the start"),
+        (
+            state.Before(20.0, 140.0, 37, ()),
+            "it is used by others: 20.0 GiB were taken and it was 37 % busy before the start",
+        ),
+        (state.Before(0.6, 140.0, 1, ()), ""),
+        (state.Before(None, None, 37, ()), "it is used by others: it was 37 % busy before the start"),
         (state.Before(None, None, None, ()), ""),
     ],
-    ids=["idle", "seen", "in another container", "computes", "not told"],
+    ids=[
+        "idle",
+        "seen",
+        "in another container",
+        "computes",
+        "both",
+        "a reading of others",
+        "memory is not told",
+        "nothing is told",
+    ],
 )
 def test_who_else_uses_a_gpu_is_said(before: state.Before, said: str) -> None:
     assert before.others == said

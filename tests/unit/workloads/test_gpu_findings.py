@@ -12,6 +12,7 @@ from gpu_cells import Plant
 from runner.failures import KINDS, NOBODY, Suspect
 from runner.results.statistics import student_quantile
 from runner.workloads.gpu import findings
+from runner.workloads.gpu.details import details
 
 SLOW = Plant({"bf16": 0.88, "fp8": 0.89})
 SEEDS = range(2)
@@ -173,6 +174,13 @@ def test_the_evidence_has_value_distance_and_reason() -> None:
     for words in ("bf16 matmul 65", "% under the median of its node", "interval", "hw_thermal_slowdown in 41 %", "°C"):
         assert words in suspect.evidence
     assert suspect.confidence == "high"
+
+
+def test_tables_have_the_distances_of_the_findings_where_half_of_all_are_slow() -> None:
+    plan, cells, _ = gpu_cells.plan(1)
+    entries = details(plan, cells[0], gpu_cells.records(plan, cells[0], PLANTED["half of the only node"][1]))["gpus"]
+    slow = [entry["gpu"] for entry in entries if entry["distance_pct"]["bf16"] < -10]
+    assert slow == [0, 1, 2, 3] and max(entry["distance_pct"]["bf16"] for entry in entries) < 2
 
 
 def test_wrong_values_have_their_seed() -> None:
