@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from runner.cluster.slurm import Settings
 from runner.failures import KINDS
+from runner.workloads.registry import TESTS
 
 GUIDE = ROOT / "docs" / "guide.md"
 KINDS_TABLE = re.compile(r"(?<=<!-- kinds -->\n).*?(?=<!-- /kinds -->)", re.DOTALL)
@@ -49,17 +50,20 @@ def test_every_setting_of_slurm_is_explained():
     assert named == list(Settings.model_fields)
 
 
-def test_every_setting_and_finding_of_test_nccl_is_explained():
-    from runner.workloads.nccl import findings
-    from runner.workloads.nccl.settings import NcclTest
-
+@pytest.mark.parametrize(
+    ("name", "title", "alike"),
+    [("nccl", "Findings", set()), ("gpu", "What it finds, and what to do", {"wrong_values", "drift"})],  # not as kinds
+)
+def test_every_setting_and_finding_of_a_test_with_a_page_of_its_own_is_explained(name, title, alike):
     def first_column(title):
-        section = (ROOT / "docs" / "nccl.md").read_text().partition(f"\n## {title}")[2].partition("\n## ")[0]
+        section = (ROOT / "docs" / f"{name}.md").read_text().partition(f"\n## {title}")[2].partition("\n## ")[0]
         return re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", section, re.MULTILINE)))
 
-    assert sorted(first_column("Settings")) == sorted(NcclTest.model_fields)
-    found = {word for word in re.findall(r'"(\w+)"', Path(findings.__file__).read_text()) if word in KINDS}
-    assert sorted(first_column("Findings")) == sorted(found)
+    assert sorted(first_column("Settings")) == sorted(TESTS[name].load_settings().model_fields)
+    findings = Path(TESTS[name].load_findings().__file__)
+    sources = "".join(path.read_text() for path in (findings, findings.with_name("condition.py")) if path.exists())
+    found = {word for word in re.findall(r'"(\w+)"', sources) if word in KINDS}
+    assert sorted(first_column(title)) == sorted(found - alike)
 
 
 def test_every_door_is_described():
