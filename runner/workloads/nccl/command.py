@@ -51,7 +51,7 @@ def sizes(params: Mapping[str, Any]) -> list[int]:
     return found
 
 
-def argv(params: Mapping[str, Any], root: str) -> list[str]:
+def argv(params: Mapping[str, Any]) -> list[str]:
     """The command of every rank of a cell: one GPU each."""
     options = {
         "-b": _size(params["min_bytes"]),
@@ -65,7 +65,10 @@ def argv(params: Mapping[str, Any], root: str) -> list[str]:
         "-t": 1,
         "-g": 1,
     }
-    return [program(root, params["collective"]), *(str(word) for option in options.items() for word in option)]
+    return [
+        program(params["root"], params["collective"]),
+        *(str(word) for option in options.items() for word in option),
+    ]
 
 
 def _size(size: int) -> str:
@@ -79,9 +82,9 @@ def _size(size: int) -> str:
 
 def of_rank(params: Mapping[str, Any], gpus_per_node: int, on_gpu: bool) -> tuple[list[str], dict[str, str]]:
     """What a rank of a cell runs, as `registry.RankCommand`; what NCCL says of itself is printed."""
-    found = environment(params, params["root"], gpus_per_node, on_gpu, "", {})
+    found = environment(params, gpus_per_node, on_gpu, "", {})
     del found["NCCL_DEBUG_FILE"]
-    return argv(params, params["root"]), found
+    return argv(params), found
 
 
 def variables(params: Mapping[str, Any]) -> dict[str, str]:
@@ -122,14 +125,14 @@ def split(kind: str, gpus_per_node: int) -> dict[str, str]:
 
 
 def environment(
-    params: Mapping[str, Any], root: str, gpus_per_node: int, on_gpu: bool, log: str, inherited: Mapping[str, str]
+    params: Mapping[str, Any], gpus_per_node: int, on_gpu: bool, log: str, inherited: Mapping[str, str]
 ) -> dict[str, str]:
     """The whole environment of a rank's program, from that of the rank; NCCL writes what it says of itself to `log`.
 
     For a rail, the GPUs of each node are numbered from the rail's own on, so that rank 0 has it.
     """
     kept = {name: value for name, value in inherited.items() if name not in _DROPPED}
-    libraries = [f"{root}/current/lib", *filter(None, [inherited.get("LD_LIBRARY_PATH")])]
+    libraries = [f"{params['root']}/current/lib", *filter(None, [inherited.get("LD_LIBRARY_PATH")])]
     found = {
         **kept,
         "LD_LIBRARY_PATH": ":".join(libraries),

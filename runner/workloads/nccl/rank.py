@@ -30,16 +30,15 @@ def run(job: RankJob, events: Events) -> None:
     it. Raises InfrastructureError where nccl-tests is missing, fails, or measures nothing, in its own words.
     """
     params = job.params
-    root = params["root"]
-    argv = command.argv(params, root)
+    argv = command.argv(params)
     if not os.access(argv[0], os.X_OK):
         raise InfrastructureError(f"no nccl-tests: {argv[0]} is missing: {nccl.SETUP} with nccl_build_tests: true")
-    library = Path(root, "current", "lib", nccl.LIBRARY)
+    library = Path(params["root"], "current", "lib", nccl.LIBRARY)
     if version := nccl.version_of(library):  # before it may fail: nodes are compared by it
         events("nccl", libraries={str(library): version})
     log = events.folder.nccl_log(events.rank)
     on_gpu = job.device == "cuda"
-    env = command.environment(params, root, job.gpus_per_node, on_gpu, str(log), os.environ)
+    env = command.environment(params, job.gpus_per_node, on_gpu, str(log), os.environ)
     # In a session of its own, so that a signal which ends ranks does not end it first, as if it had failed.
     child = process.spawn(argv, env=env, cwd="/", bound=True)
     reading = _Reading(job, events)

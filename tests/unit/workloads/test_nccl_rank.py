@@ -23,7 +23,7 @@ CAPTURED = Path(__file__).resolve().parents[4] / "shared" / "captured" / "nccl-t
 
 def settings(*given: str) -> dict:
     params = config.load_test("nccl", config.parse_settings(given).get("nccl", {})).model_dump()
-    return {**params, "max_bytes": params["max_bytes"] or 8 << 30}
+    return {**params, "max_bytes": params["max_bytes"] or 8 << 30, "root": params["root"] or "/opt/nccl"}
 
 
 # --- cells ------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_what_is_null_is_left_to_nccl_and_to_the_inventory():
     assert command.variables(settings()) == {}
     inherited = {"NCCL_IB_HCA": "mlx5_7", "NCCL_BUFFSIZE": "4194304"}
     cell = variants(settings("nccl.buffsize=8M"), 2, 8)["all_reduce"]
-    env = command.environment(cell, "/opt/nccl", 8, True, "/c/log", inherited)
+    env = command.environment(cell, 8, True, "/c/log", inherited)
     assert (env["NCCL_IB_HCA"], env["NCCL_BUFFSIZE"]) == ("mlx5_7", "8388608")
 
 
@@ -98,9 +98,9 @@ def test_what_is_null_is_left_to_nccl_and_to_the_inventory():
 
 def shown(suffix: str, params: dict, inherited: dict) -> str:
     cell = variants(params, 2, 8)[suffix]
-    env = command.environment(cell, "/opt/nccl", 8, True, "/cell/log", inherited)
+    env = command.environment(cell, 8, True, "/cell/log", inherited)
     lines = [f"{name}={shlex.quote(value)} \\" for name, value in sorted(env.items())]
-    return "\n".join([f"# {suffix}", *lines, shlex.join(command.argv(cell, "/opt/nccl")), ""])
+    return "\n".join([f"# {suffix}", *lines, shlex.join(command.argv(cell)), ""])
 
 
 def test_the_command_and_the_environment_of_a_rank():
