@@ -28,7 +28,7 @@ from runner.cli.options import (
     seed_option,
 )
 from runner.system.places import CONFIGS
-from runner.workloads.registry import TESTS
+from runner.workloads.registry import TESTS, usual
 
 if TYPE_CHECKING:
     from runner.launch import prepare
@@ -67,8 +67,7 @@ MODELS = _names("models")
     "--test",
     "tests",
     multiple=True,
-    help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items())
-    + f"; default: {' and '.join(name for name, test in TESTS.items() if not test.on_request)}.",
+    help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items()) + f"; default: {' and '.join(usual())}.",
     metavar="NAME",
     shell_complete=complete(list(TESTS)),
 )

@@ -29,7 +29,7 @@ from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
 from runner.system.nodeset import fold
 from runner.system.wording import are, counted
-from runner.workloads.registry import TESTS
+from runner.workloads.registry import TESTS, usual
 
 # The time that agents whose controller was killed may take to notice and to release their node, in s.
 OWN_S = SILENCE_S + 15
@@ -176,8 +176,7 @@ def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Pro
         alike.setdefault(key, []).append(node)
     problems: dict[str, Sequence[Problem]] = {}
     for (*_, root), group in alike.items():
-        tests = tuple(name for name, test in TESTS.items() if not test.on_request)
-        request = checks(group[0], group[0].device, engine, tests, nccl_root=root)
+        request = checks(group[0], group[0].device, engine, usual(), nccl_root=root)
         problems.update(ask_agents(group, request, ssh_config).problems)
     return problems
 

@@ -24,7 +24,7 @@ from runner.system.places import state_dir
 from runner.system.schema import check
 from runner.system.wording import counted
 from runner.workloads import architecture, deepspeed_config, weights
-from runner.workloads.registry import TESTS, trains
+from runner.workloads.registry import TESTS, trains, usual
 
 SCALING = ("weak", "strong")
 
@@ -234,8 +234,7 @@ def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any
     for name in overrides.keys() & TESTS.keys():  # an error in the settings of a test that is not run is an error, too
         config.load_test(name, overrides[name])
     overrides[config.RUN] = given
-    usual = tuple(name for name, test in TESTS.items() if not test.on_request)
-    return tuple(dict.fromkeys(options.tests)) or usual, overrides
+    return tuple(dict.fromkeys(options.tests)) or usual(), overrides
 
 
 def _over(

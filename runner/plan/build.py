@@ -54,7 +54,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         _refuse_settings(request, name, params)
         settled, chosen = fit.settle(request, params, shape) if TESTS[name].trains else (params, "")
         for num_nodes in request.node_counts:
-            variants = TESTS[name].split(settled, num_nodes, request.gpus_per_node)
+            variants = TESTS[name].cells(settled, num_nodes, request.gpus_per_node)
             for repeat, (suffix, own) in product(range(1, request.repeats + 1), variants.items()):
                 cell = _cell(request, nodes[:num_nodes], name, suffix, own, repeat)
                 if cell.batch is not None:

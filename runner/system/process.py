@@ -261,7 +261,7 @@ def state_with_children(pid: int) -> str | None:
     own = state(pid)
     try:
         below = [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except psutil.Error:  # it has ended, or is not ours to look at
         return own
     states = [own, *(state(child) for child in below)]
     return next((each for each in states if each and each in STUCK), own)

@@ -165,7 +165,7 @@ class Test:
         """Import the class of the test's settings."""
         return cast("type[ConfigFile]", _named(self.settings))
 
-    def split(self, params: Mapping[str, Any], num_nodes: int, gpus_per_node: int) -> Mapping[str, Mapping[str, Any]]:
+    def cells(self, params: Mapping[str, Any], num_nodes: int, gpus_per_node: int) -> Mapping[str, Mapping[str, Any]]:
         """The test's cells on so many nodes, as `Variants`; without variants one, whose suffix is empty."""
         if not self.variants:
             return {"": params}
@@ -262,6 +262,11 @@ TESTS: Mapping[str, Test] = {
         refusals="runner.workloads.sft.refusals",
     ),
 }
+
+
+def usual() -> tuple[str, ...]:
+    """The tests of a run that names none."""
+    return tuple(name for name, test in TESTS.items() if not test.on_request)
 
 
 def trains(name: str) -> bool:
