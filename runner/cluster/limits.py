@@ -6,7 +6,7 @@ A ceiling names the resource that sets it, so that a report can show *what* is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,12 @@ def nic_gb_per_s(nics: int, gbit_per_s: float) -> float:
     Headers and congestion control take 4–8 % of it.
     """
     return nics * gbit_per_s / 8
+
+
+def lowest_nic_gb_per_s(plan: Mapping[str, Any], hosts: Collection[str]) -> float:
+    """The lowest `nic_gb_per_s` of the nodes named `hosts` in the contents of plan.json; 0 where it is unknown."""
+    nodes = (node for node in plan["nodes"] if node["name"] in hosts)
+    return min((nic_gb_per_s(node.get("nics") or 0, node.get("nic_gbit_per_s") or 0) for node in nodes), default=0.0)
 
 
 def busbw_ceilings(

@@ -84,14 +84,11 @@ def cell_limits(plan: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, d
     """Collective -> {"busbw_gb_per_s", "binds"}, its ceiling on the cell's nodes; empty where rates are unknown."""
     if cell["device"] == "cpu":
         return {}
-    nodes = [node for node in plan["nodes"] if node["name"] in set(cell["hosts"])]
-    rates = [limits.nic_gb_per_s(node.get("nics") or 0, node.get("nic_gbit_per_s") or 0) for node in nodes]
+    nic = limits.lowest_nic_gb_per_s(plan, cell["hosts"])
     nvlink = plan.get("hardware", {}).get("nvlink_busbw_gb_per_s")
     found = {}
     for collective in limits.COLLECTIVES:
-        limit = limits.busbw_ceiling(
-            collective, cell["num_nodes"], cell["gpus_per_node"], min(rates, default=None), nvlink
-        )
+        limit = limits.busbw_ceiling(collective, cell["num_nodes"], cell["gpus_per_node"], nic, nvlink)
         if limit:
             found[collective] = {"busbw_gb_per_s": limit.gb_per_s, "binds": limit.binds}
     return found

@@ -121,8 +121,7 @@ def limit_of(plan: Mapping[str, Any], cell: Mapping[str, Any], algorithm: str | 
     if cell["device"] == "cpu" or params["collective"] in _UNLIMITED:
         return None
     num_nodes, gpus = cell["num_nodes"], cell["gpus_per_node"]
-    rates = [limits.nic_gb_per_s(node.get("nics") or 0, node.get("nic_gbit_per_s") or 0) for node in _nodes(plan, cell)]
-    nic, nvlink = min(rates, default=0.0), plan.get("hardware", {}).get("nvlink_busbw_gb_per_s")
+    nic, nvlink = limits.lowest_nic_gb_per_s(plan, cell["hosts"]), plan.get("hardware", {}).get("nvlink_busbw_gb_per_s")
     if params["split"] == "node":
         num_nodes = 1
     elif params["split"] == "rail":
@@ -139,11 +138,6 @@ def limit_of(plan: Mapping[str, Any], cell: Mapping[str, Any], algorithm: str | 
     if kind in ceilings:
         return ceilings[kind]
     return limits.busbw_ceiling(collective, num_nodes, gpus, nic, nvlink)
-
-
-def _nodes(plan: Mapping[str, Any], cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    hosts = set(cell["hosts"])
-    return [node for node in (*plan["nodes"], *plan.get("spares", ())) if node["name"] in hosts]
 
 
 def plain(algorithm: str) -> str:
