@@ -30,9 +30,9 @@ GLOSSARY = {
     "peer_gb_per_s": "Bytes copied from one GPU's memory to another's in its node, per second, one pair at a time.",
     "gpu_far": "The same copy with the host's memory on the NUMA node that the GPU is not attached to.",
 }
-FIRST = {"cell": "cell", "state": "state"}
 COLUMNS = {
-    **FIRST,
+    "cell": "cell",
+    "state": "state",
     "bf16, TFLOP/s (slowest)": "bf16, TFLOP/s",
     "fp8, TFLOP/s (slowest)": "fp8, TFLOP/s",
     "memory, GB/s (slowest)": "memory, GB/s",

@@ -59,16 +59,6 @@ class Evidence:
     settings: Mapping[str, str]
     warnings: tuple[str, ...]
 
-    @property
-    def channels(self) -> Mapping[str, int]:
-        """How many connections take each path, by its `via`."""
-        return {path.via: path.channels for path in self.paths}
-
-    @property
-    def used_nics(self) -> tuple[str, ...]:
-        """The adapters or interfaces that paths go over, without those that are only there."""
-        return tuple(dict.fromkeys(path.nic for path in self.paths if path.nic is not None))
-
 
 _LEVEL = re.compile(r"CCL (INFO|WARN) (.*)", re.DOTALL)
 _NET = re.compile(r"(?:Using network |Assigned NET plugin )(.+?)(?: to comm)?\s*$")
