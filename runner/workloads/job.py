@@ -14,6 +14,7 @@ from typing import Any
 from runner.results.celldir import CellDir
 
 WAIT_S = 0.05  # between two looks whether the data are there
+AGENT_S = 120.0  # without a sample in the agent's telemetry: it has ended
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,20 @@ class Events:
         self("value", metric=metric, value=value, context=context)
 
     def wait_for_data(self, job: RankJob) -> float:
-        """Wait until the data of a held job are there; returns the seconds that it took. The agent ends who waits in
-        vain.
+        """Wait until the data of a held job are there; returns the seconds that it took.
+
+        The agent ends who waits in vain. Exits with a message where the agent itself has ended, and there may be nobody
+        left to end its ranks.
         """
-        began = time.monotonic()
+        began = moved = time.monotonic()
+        size = -1
         while job.held and not self.folder.go.exists():
+            telemetry = self.folder.telemetry
+            before, size = size, telemetry.stat().st_size if telemetry.exists() else 0
+            if size != before:
+                moved = time.monotonic()
+            elif time.monotonic() - moved > AGENT_S:
+                sys.exit(f"rank {self.rank}: waits for its data, and the agent of its node has ended")
             time.sleep(WAIT_S)
         return time.monotonic() - began
 

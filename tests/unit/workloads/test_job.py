@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 
 import pytest
 
-from runner.workloads.job import rank_from_env
+from runner.results.celldir import CellDir
+from runner.workloads import job
+from runner.workloads.job import Events, RankJob, rank_from_env
 
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 STEP = {"SLURM_PROCID": "3", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3"}
@@ -35,3 +39,40 @@ def test_without_a_launcher_there_is_no_rank(monkeypatch, environment):
     monkeypatch.setattr(os, "environ", dict(environment))
     with pytest.raises(SystemExit, match="mpirun"):
         rank_from_env()
+
+
+HELD = {
+    "run_id": "r", "cell": "c", "test": "sft", "device": "cpu", "num_nodes": 1, "gpus_per_node": 1, "world_size": 1, "seed": 0,
+    "params": {}, "held": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """A rank whose data are not there, and its cell's folder; an agent that is silent for 1 s has ended."""
+    monkeypatch.setattr(job, "AGENT_S", 1.0)
+    events = Events(tmp_path, 0)
+    yield events, RankJob(**HELD), CellDir(tmp_path)
+    events.end()
+
+
+def test_a_held_rank_waits_as_long_as_its_agent_lives(held):
+    events, asked, folder = held
+
+    def agent():
+        with open(folder.telemetry, "a", buffering=1) as telemetry:
+            for _ in range(30):
+                telemetry.write("{}\n")
+                time.sleep(0.05)
+        folder.go.touch()
+
+    threading.Thread(target=agent).start()
+    assert 1.4 < events.wait_for_data(asked) < 30
+
+
+def test_a_held_rank_ends_where_its_agent_has_been_killed(held):
+    """Nobody is left to end it where the controller, or its way there, has ended as well."""
+    events, asked, folder = held
+    folder.telemetry.write_text("{}\n")
+    with pytest.raises(SystemExit, match="rank 0: waits for its data, and the agent of its node has ended"):
+        events.wait_for_data(asked)
