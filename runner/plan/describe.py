@@ -23,7 +23,9 @@ def describe(plan: Plan, fold: Any) -> str:
 
     `fold` turns a list of host names into a folded set such as `node[001-008]`.
     """
-    lines = [f"run {plan.run_id}: {counted(len(plan.cells), 'cell')}, backend {plan.backend}, engine {plan.engine}"]
+    engines = list(dict.fromkeys(cell.engine for cell in plan.cells))
+    cells = counted(len(plan.cells), "cell")
+    lines = [f"run {plan.run_id}: {cells}, backend {plan.backend}, engine {' and '.join(engines)}"]
     lines.append(f"  writes {plan.run_dir}, and on the nodes {', '.join(sorted({n.scratch for n in plan.nodes}))}")
     lines += [f"passed over {line}" for line in failures.node_lines(plan.passed_over)]
     lines += _tuned(plan)
@@ -33,7 +35,7 @@ def describe(plan: Plan, fold: Any) -> str:
             "",
             f"cell {cell.id}: {counted(cell.world_size, 'rank')} "
             f"({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})"
-            + (f", engine {cell.engine}" if cell.engine != plan.engine else ""),
+            + (f", engine {cell.engine}" if len(engines) > 1 else ""),
         ]
         hosts = f"{fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}" if cell.hosts else "placed by Slurm"
         lines.append(f"  hosts  {hosts}")

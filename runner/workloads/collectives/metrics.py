@@ -53,10 +53,14 @@ def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Se
     name, factor = target["metric"], 1.0
     if name == "bidirectional_gbit_per_s":
         name, factor = "busbw_gb_per_s", 2 * 8.0 * cell["world_size"] / cell["num_nodes"]
+    return best_of(target, ((size, value * factor) for size, value in by_size(records, collective, name).items()))
+
+
+def best_of(target: Mapping[str, Any], values: Iterable[tuple[int, float]]) -> float | None:
+    """The best of (size in bytes, value) for a target, of its sizes; None where none of them was measured."""
     low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
-    found = [value * factor for size, value in by_size(records, collective, name).items() if low <= size <= high]
-    best = max if target["direction"] == "min" else min
-    return best(found, default=None)
+    better = max if target["direction"] == "min" else min
+    return better((value for size, value in values if low <= size <= high), default=None)
 
 
 def _copies(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from runner.cluster import limits
 from runner.results.records import Record
+from runner.workloads.collectives.metrics import best_of
 
 # Below so many times the latency of the smallest size, the time of an operation is not that of its bytes: not judged.
 BYTES_COUNT = 100
@@ -191,16 +192,11 @@ def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Se
     collective = target.get("collective")
     if not collective:
         return cell["metrics"].get(target["metric"])
-    low, high = target.get("min_bytes") or 0, target.get("max_bytes") or math.inf
-    best = max if target["direction"] == "min" else min
-    return best(
-        (
-            record.value
-            for record in records
-            if record.metric == target["metric"]
-            and record.context.get("collective") == collective
-            and record.context.get("split") == "none"
-            and low <= record.context.get("size_bytes", -1) <= high
-        ),
-        default=None,
+    whole = (
+        (int(record.context["size_bytes"]), record.value)
+        for record in records
+        if record.metric == target["metric"]
+        and record.context.get("collective") == collective
+        and record.context.get("split") == "none"
     )
+    return best_of(target, whole)
