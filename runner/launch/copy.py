@@ -16,6 +16,9 @@ from runner.system import process
 BRIEF_S = 2  # how long a node that has just not answered may take to accept a connection
 
 
+FILE_ERROR = 11  # rsync's status for an error of file input or output, such as a full disk
+
+
 def _rsync(
     node: Node, ssh_config: str, source: str, target: str, timeout_s: float, brief: bool = False
 ) -> process.Outcome:
@@ -78,6 +81,8 @@ def _each(
     def attempt(node: Node) -> Problem | None:
         try:
             outcome = action(node)
+            if outcome.rc == FILE_ERROR and not outcome.stderr.strip():
+                outcome = action(node)  # what the other side says last is sometimes lost: it says it again
         except InfrastructureError as error:  # it was still running at the end of its time
             return Problem("hung", str(error))
         lines = outcome.stderr.splitlines()
