@@ -123,7 +123,7 @@ def body(size, time_us, wrong, width=6):
 
 
 def begin(size, dtype="float", redop="sum", root="-1"):
-    element = nccl_tests._ELEMENT_BYTES[dtype]
+    element = nccl_tests.ELEMENT_BYTES[dtype]
     return f"{size:12d}  {size // element:12d}  {dtype:>8}  {redop:>6}  {root:>6}"
 
 

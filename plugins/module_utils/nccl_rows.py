@@ -1,0 +1,1 @@
+../../runner/cluster/tools/nccl_rows.py
