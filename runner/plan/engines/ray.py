@@ -94,8 +94,8 @@ def in_order(job: str, ephemeral: range) -> tuple[Ports, ...]:
     every = blocks(ephemeral)
     if not every:
         raise UsageError(
-            f"ports {ephemeral.start}-{ephemeral.stop - 1} are those of outgoing connections, which leaves none for Ray "
-            f"from {PORTS.stop} on: set net.ipv4.ip_local_port_range to 32768 60999 on the nodes"
+            f"ports {ephemeral.start}-{ephemeral.stop - 1} are those of outgoing connections, which leaves none from "
+            f"{PORTS.stop} on for Ray: set net.ipv4.ip_local_port_range to 32768 60999 on the nodes"
         )
     start = (int(job) if job.isdecimal() else zlib.crc32(job.encode())) % len(every)
     return every[start:] + every[:start]
@@ -192,7 +192,7 @@ def head(
 def worker(
     python: str, address: str, ports: Ports, grant: Grant, head_endpoint: str, store_bytes: int | None = None
 ) -> list[str]:
-    """The command of another node, which joins the head at `head_endpoint`; it takes the folder of sessions from there."""
+    """The command of another node, which joins the head at `head_endpoint` and takes the folder of sessions from it."""
     return [*_start(python), f"--address={head_endpoint}", *_node(address, ports, grant, store_bytes)]
 
 
