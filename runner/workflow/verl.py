@@ -1,0 +1,386 @@
+"""What verl's trainers are told: overrides of their Hydra configurations, as a list of words. Pure.
+
+Written for verl 0.9.1. Whoever changes a name here runs `--cfg job` of that version over the goldens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.errors import UsageError
+from runner.system.wording import counted
+from runner.workflow.parallelism import FSDP, MEGATRON, Split
+from runner.workflow.stages import Program
+
+Overrides = Mapping[str, Any]
+
+# Maps of verl's configuration that are open: a key of theirs need not be there to be set.
+_OPEN = re.compile(r"\.(override_config|override_transformer_config|override_optimizer_config|engine_kwargs\.\w+)\.")
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
+_WORDS_OF_HYDRA = re.compile(r"null|true|false|inf|nan|[+-]?(inf|nan)", re.IGNORECASE)
+
+# What Shakedown decides itself -> how a user asks for it.
+OWN: Mapping[str, str] = {
+    "trainer.nnodes": "--nodes",
+    "trainer.n_gpus_per_node": "runner_gpus_per_node in the inventory",
+    "trainer.default_local_dir": "--results",
+    "trainer.resume_mode": "--resume RUN",
+    "trainer.resume_from_path": "--resume RUN",
+    "trainer.device": "runner_device in the inventory",
+    "actor_rollout_ref.model.path": "--model",
+    "critic.model.path": "--model",
+    "model.path": "--model",
+    "data.train_files": "--data",
+    "data.val_files": "--data",
+    "algorithm.adv_estimator": "`runner workflow ppo` or `grpo`",
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An environment in which verl runs: `rollout` is its engine of rollout, `strategies` are those of training that it
+    has the packages for, `modules` are loaded into verl by its own hook.
+    """
+
+    device: str
+    rollout: str
+    strategies: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+
+
+PROFILES: Mapping[str, Profile] = {
+    "gpu-vllm": Profile("cuda", "vllm", (FSDP,)),
+    "cpu-smoke": Profile("cpu", "hf", (FSDP,)),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage that trains is asked for.
+
+    `model`, `train`, `val` and `folder` (of checkpoints) are paths that every node sees; lengths are in tokens, batches
+    in sequences: `batch` of a step, `mini_batch` of an update, `micro_batch` of a GPU. `steps` None: `epochs` of the
+    data. `group` is how many answers GRPO compares. `reward` is the path of a file with `compute_score`, None: the one
+    that verl has for the data.
+    """
+
+    model: str
+    train: str
+    val: str | None
+    folder: str
+    nodes: int
+    gpus_per_node: int
+    split: Split
+    profile: Profile
+    project: str
+    experiment: str
+    batch: int = 256
+    mini_batch: int | None = None
+    micro_batch: int = 4
+    steps: int | None = None
+    epochs: int = 1
+    save_every: int = 50
+    prompt_tokens: int = 512
+    response_tokens: int = 512
+    learning_rate: float | None = None
+    group: int = 5
+    reward: str | None = None
+    loggers: tuple[str, ...] = ("console", "file")
+    timeout_s: int | None = None
+    trust_remote_code: bool = False
+    recompute: bool = True
+    offload: bool = False
+    reshard: bool = True  # also gather parameters again for the backward pass: ZeRO-3
+    settings: Overrides = field(default_factory=dict)  # the user's, which come last
+
+
+# --- words ---------------------------------------------------------------------------------------------------
+
+
+def word(key: str, value: Any) -> str:
+    """`key=value` in Hydra's syntax, which reads it back as the same value.
+
+    Raises UsageError for a value that Hydra would resolve or cut.
+    """
+    return f"{'++' if _OPEN.search(f'.{key}') else ''}{key}={_value(key, value)}"
+
+
+def _value(key: str, value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_value(key, one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_value(key, one) for one in value) + "]"
+    text = str(value)
+    if "${" in text or not text.isprintable():
+        raise UsageError(f"{key} = {text!r}: verl would not read this as it is written; leave out ${{ and line breaks")
+    if _PLAIN.fullmatch(text) and not _WORDS_OF_HYDRA.fullmatch(text):
+        return text
+    # Inside quotes, Hydra takes a backslash as itself unless it is before a quote or the end.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def words(overrides: Overrides) -> list[str]:
+    """The overrides as words of a command, in their order; groups of configuration (`engine=…`) first, as Hydra
+    composes before it overrides.
+    """
+    return [word(key, overrides[key]) for key in sorted(overrides, key=lambda key: "." in key)]
+
+
+# --- trainers ------------------------------------------------------------------------------------------------
+
+
+def overrides(program: Program, asked: Training) -> dict[str, Any]:
+    """All overrides of the trainer of `program`, the user's last.
+
+    Raises UsageError where the profile has no strategy for the split, batches do not divide, or a setting is not the
+    user's to make.
+    """
+    require_strategy(asked)
+    if program is Program.SFT:
+        check_sft_batch(asked)
+        made = _sft(asked)
+    else:
+        check_batch(asked, asked.group if program is Program.GRPO else 1)
+        made = _rl(asked, program)
+    for key in asked.settings:
+        if key in OWN:
+            raise UsageError(f"verl.{key} is set by Shakedown: use {OWN[key]}")
+    return {**made, **asked.settings}
+
+
+def command(program: Program, python: str, asked: Training) -> list[str]:
+    """The command that starts a trainer: fine-tuning as one rank of many, PPO and GRPO once, on Ray's head."""
+    module = "verl.trainer.sft_trainer" if program is Program.SFT else "verl.trainer.main_ppo"
+    return [python, "-m", module, *words(overrides(program, asked))]
+
+
+def merge(python: str, checkpoint: str, target: str, strategy: str) -> list[str]:
+    """The command that makes a Hugging Face folder of a checkpoint's `global_step_N` (PPO: its `actor`)."""
+    backend = "megatron" if strategy == MEGATRON else "fsdp"
+    return [python, "-m", "verl.model_merger", "merge", "--backend", backend, "--local_dir", checkpoint, "--target_dir", target]  # fmt: skip
+
+
+def require_strategy(asked: Training) -> None:
+    """Refuse a split that the profile has no strategy for; it is never made into something else."""
+    if asked.split.strategy in asked.profile.strategies:
+        return
+    name = next((name for name, one in PROFILES.items() if one == asked.profile), "this profile")
+    others = [name for name, one in PROFILES.items() if asked.split.strategy in one.strategies]
+    where = f"use profile {' or '.join(others)}" if others else "no profile has it"
+    raise UsageError(
+        f"{asked.split} in training takes verl's strategy {asked.split.strategy}, which {name} has not: {where}, or train "
+        f"with TP 1 × PP 1 (DP {asked.split.world_size}); tensor parallelism in rollout is another setting and remains"
+    )
+
+
+def check_sft_batch(asked: Training) -> None:
+    """Refuse batches of fine-tuning that do not divide."""
+    _divides(asked.batch, asked.split.data, "batch", counted(asked.split.data, "data-parallel rank"))
+    _divides(asked.batch // asked.split.data, asked.micro_batch, "batch of a rank", f"micro batches of {asked.micro_batch}")
+
+
+def check_batch(asked: Training, answers: int) -> None:
+    """Refuse batches of PPO or GRPO that do not divide; `answers` is how many each prompt gets."""
+    mini = asked.mini_batch or asked.batch
+    if mini > asked.batch:
+        raise UsageError(f"mini_batch {mini} is larger than the batch {asked.batch} of a step")
+    _divides(asked.batch, mini, "batch", f"mini batches of {mini}")
+    data = asked.split.data
+    each = f" × {answers} answers" if answers > 1 else ""
+    _divides(mini * answers, data, f"mini_batch{each}", counted(data, "data-parallel rank"))
+    _divides(mini * answers // data, asked.micro_batch, f"mini_batch{each} of a rank", f"micro batches of {asked.micro_batch}")
+
+
+def _divides(number: int, by: int, what: str, parts: str) -> None:
+    if number % by or number < by:
+        below, above = number // by * by, -(-number // by) * by
+        near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if one)
+        raise UsageError(f"{what} {number} does not divide into {parts}: nearest that does: {near}")
+
+
+def _trainer(asked: Training) -> dict[str, Any]:
+    length = {"total_epochs": asked.epochs} if asked.steps is None else {"total_epochs": 10**6, "total_training_steps": asked.steps}
+    return {
+        f"trainer.{key}": value
+        for key, value in {
+            "nnodes": asked.nodes,
+            "n_gpus_per_node": asked.gpus_per_node,
+            "device": asked.profile.device,
+            "project_name": asked.project,
+            "experiment_name": asked.experiment,
+            "logger": asked.loggers,
+            "default_local_dir": asked.folder,
+            "resume_mode": "auto",  # the last checkpoint in that folder, which is the run's own
+            "save_freq": asked.save_every,
+            "test_freq": -1,
+            **length,
+        }.items()
+    }
+
+
+def _on_cpu(prefix: str, asked: Training) -> dict[str, Any]:
+    """What a model needs without flash-attn and without kernels for packed sequences."""
+    if asked.profile.device != "cpu":
+        return {}
+    return {f"{prefix}.use_remove_padding": False, f"{prefix}.override_config.attn_implementation": "eager"}
+
+
+def _engine(prefix: str, asked: Training) -> dict[str, Any]:
+    """How the model is divided, and what leaves the GPU: the settings of an engine that trains."""
+    if asked.split.strategy == MEGATRON:
+        return {
+            f"{prefix}.tensor_model_parallel_size": asked.split.tensor,
+            f"{prefix}.pipeline_model_parallel_size": asked.split.pipeline,
+            f"{prefix}.param_offload": asked.offload,
+            f"{prefix}.grad_offload": asked.offload,
+            f"{prefix}.optimizer_offload": asked.offload,
+            **(
+                {
+                    f"{prefix}.override_transformer_config.recompute_granularity": "full",
+                    f"{prefix}.override_transformer_config.recompute_method": "uniform",
+                    f"{prefix}.override_transformer_config.recompute_num_layers": 1,
+                }
+                if asked.recompute
+                else {}
+            ),
+        }
+    return {
+        f"{prefix}.param_offload": asked.offload,
+        f"{prefix}.optimizer_offload": asked.offload,
+        f"{prefix}.reshard_after_forward": asked.reshard,
+        **({f"{prefix}.use_torch_compile": False} if asked.profile.device == "cpu" else {}),
+    }
+
+
+def _sft(asked: Training) -> dict[str, Any]:
+    megatron, cpu = asked.split.strategy == MEGATRON, asked.profile.device == "cpu"
+    tokens = asked.prompt_tokens + asked.response_tokens
+    return {
+        **({"engine": "megatron", "optim": "megatron"} if megatron else {"engine": "fsdp", "engine.strategy": FSDP}),
+        "data.train_files": asked.train,
+        "data.val_files": asked.val,
+        "data.train_batch_size": asked.batch,
+        "data.micro_batch_size_per_gpu": asked.micro_batch,
+        "data.max_length": tokens,
+        "data.max_token_len_per_gpu": tokens * asked.micro_batch,
+        "data.truncation": "error",
+        "data.pad_mode": "no_padding",
+        **({"data.use_dynamic_bsz": False, "data.num_workers": 0} if cpu else {}),
+        "model.path": asked.model,
+        "model.trust_remote_code": asked.trust_remote_code,
+        "model.enable_gradient_checkpointing": asked.recompute and not megatron,
+        **_on_cpu("model", asked),
+        **_engine("engine", asked),
+        "optim.lr": 1e-5 if asked.learning_rate is None else asked.learning_rate,
+        **_trainer(asked),
+    }
+
+
+def _rl(asked: Training, program: Program) -> dict[str, Any]:
+    megatron, cpu = asked.split.strategy == MEGATRON, asked.profile.device == "cpu"
+    critic = program is Program.PPO
+    actor, rollout, micro = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", asked.micro_batch
+    made: dict[str, Any] = {
+        **({"model_engine": "megatron"} if megatron else {}),
+        "algorithm.adv_estimator": "gae" if critic else "grpo",
+        "data.train_files": asked.train,
+        "data.val_files": asked.val or asked.train,
+        "data.train_batch_size": asked.batch,
+        "data.max_prompt_length": asked.prompt_tokens,
+        "data.max_response_length": asked.response_tokens,
+        "data.filter_overlong_prompts": True,
+        "data.truncation": "error",
+        "data.trust_remote_code": asked.trust_remote_code,
+        "actor_rollout_ref.model.path": asked.model,
+        "actor_rollout_ref.model.trust_remote_code": asked.trust_remote_code,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": asked.recompute and not megatron,
+        **_on_cpu("actor_rollout_ref.model", asked),
+        f"{actor}.strategy": asked.split.strategy,
+        f"{actor}.optim.lr": 1e-6 if asked.learning_rate is None else asked.learning_rate,
+        f"{actor}.ppo_mini_batch_size": asked.mini_batch or asked.batch,
+        f"{actor}.ppo_micro_batch_size_per_gpu": micro,
+        **_engine(f"{actor}.{'megatron' if megatron else 'fsdp_config'}", asked),
+        **({f"{actor}.use_torch_compile": False} if cpu else {}),
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": micro,
+        **_reference(asked),
+        f"{rollout}.name": asked.profile.rollout,
+        f"{rollout}.n": 1 if critic else asked.group,
+        f"{rollout}.tensor_model_parallel_size": asked.split.rollout_tensor,
+        f"{rollout}.log_prob_micro_batch_size_per_gpu": micro,
+    }
+    if cpu:
+        made |= {
+            f"{rollout}.free_cache_engine": False,
+            f"{rollout}.load_format": "auto",
+            f"{rollout}.agent.num_workers": 1,
+            "data.dataloader_num_workers": 0,
+            "reward.num_workers": 1,
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        }
+    if critic:  # the reference's distance is a part of the reward
+        made |= {
+            "algorithm.use_kl_in_reward": True,
+            "critic.model.path": asked.model,
+            "critic.model.trust_remote_code": asked.trust_remote_code,
+            "critic.model.enable_gradient_checkpointing": asked.recompute and not megatron,
+            **_on_cpu("critic.model", asked),
+            "critic.strategy": asked.split.strategy,
+            "critic.optim.lr": 1e-5,
+            "critic.ppo_micro_batch_size_per_gpu": micro,
+            **_engine(f"critic.{'megatron' if megatron else 'fsdp'}", asked),
+        }
+    else:  # it is a part of the loss
+        made |= {f"{actor}.use_kl_loss": True, f"{actor}.kl_loss_type": "low_var_kl"}
+    if asked.reward is not None:
+        made |= {"reward.custom_reward_function.path": asked.reward}
+    if asked.timeout_s is not None:
+        made |= {"actor_rollout_ref.nccl_timeout": asked.timeout_s}
+    return {**made, **_trainer(asked), "trainer.val_before_train": False}
+
+
+def _reference(asked: Training) -> dict[str, Any]:
+    """The reference only computes: it is divided as the actor is, and has no state of an optimizer."""
+    if asked.split.strategy == MEGATRON:
+        prefix = "actor_rollout_ref.ref.megatron"
+        return {
+            f"{prefix}.tensor_model_parallel_size": asked.split.tensor,
+            f"{prefix}.pipeline_model_parallel_size": asked.split.pipeline,
+            f"{prefix}.param_offload": asked.offload,
+        }
+    prefix = "actor_rollout_ref.ref.fsdp_config"
+    cpu = {f"{prefix}.use_torch_compile": False} if asked.profile.device == "cpu" else {}
+    return {f"{prefix}.param_offload": asked.offload, **cpu}
+
+
+def typed_settings(settings: Sequence[str], program: Program) -> dict[str, Any]:
+    """The settings `verl.KEY=VALUE` of `--set` for the trainer of `program`; `verl.sft.KEY` and `verl.rl.KEY` are only
+    for that trainer. Values are read as YAML. Raises UsageError for one without a value.
+    """
+    import yaml
+
+    found = {}
+    own, other = ("sft", "rl") if program is Program.SFT else ("rl", "sft")
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, _, name = key.partition(".")
+        if not equals or section != "verl" or not name:
+            raise UsageError(f"--set {setting}: write verl.KEY=VALUE")
+        first, _, rest = name.partition(".")
+        if first == other and rest:
+            continue
+        name = rest if first == own and rest else name
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[name] = text
+    return found

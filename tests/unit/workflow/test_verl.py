@@ -1,0 +1,165 @@
+"""What verl is told, as goldens, and what is refused before it would be told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from golden_files import check
+from runner.errors import UsageError
+from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
+from runner.workflow.stages import Program
+from runner.workflow.verl import PROFILES, Profile, Training, command, merge, overrides, typed_settings, word
+
+GPU, CPU = PROFILES["gpu-vllm"], PROFILES["cpu-smoke"]
+BOTH = Profile("cuda", "vllm", (FSDP, MEGATRON))
+
+ON_GPUS = Training(
+    model="/data/models/llama-3.2-1b-instruct", train="/data/gsm8k/train.parquet", val="/data/gsm8k/test.parquet",
+    folder="/runs/r1/checkpoints", nodes=2, gpus_per_node=8, split=split(2, 8, rollout_tensor=2), profile=GPU,
+    project="gsm8k", experiment="r1", batch=256, mini_batch=64, micro_batch=4, steps=100,
+)  # fmt: skip
+ON_CPUS = replace(
+    ON_GPUS, gpus_per_node=1, split=split(2, 1), profile=CPU, batch=8, mini_batch=4, micro_batch=2, prompt_tokens=64,
+    response_tokens=24, steps=2, save_every=2, recompute=False,
+)  # fmt: skip
+ON_MEGATRON = replace(ON_GPUS, split=split(2, 8, tensor=4, pipeline=2, rollout_tensor=4), profile=BOTH, offload=True)
+
+
+@pytest.mark.parametrize("program", [Program.SFT, Program.PPO, Program.GRPO])
+@pytest.mark.parametrize(("name", "asked"), [("gpu", ON_GPUS), ("cpu", ON_CPUS), ("megatron", ON_MEGATRON)])
+def test_what_a_trainer_is_told(program, name, asked):
+    asked = replace(asked, group=4)
+    text = "\n".join(command(program, "/opt/shakedown/env/bin/python", asked)) + "\n"
+    check(f"workflow/{program}-{name}.txt", text)
+
+
+def test_only_ppo_has_a_critic_and_only_grpo_has_groups():
+    ppo, grpo = overrides(Program.PPO, ON_GPUS), overrides(Program.GRPO, ON_GPUS)
+    assert [key for key in grpo if key.startswith("critic.")] == []
+    assert ppo["critic.model.path"] == ppo["actor_rollout_ref.model.path"]
+    assert (ppo["actor_rollout_ref.rollout.n"], grpo["actor_rollout_ref.rollout.n"]) == (1, 5)
+    assert ppo["algorithm.use_kl_in_reward"], "else verl would load no reference"
+    assert grpo["actor_rollout_ref.actor.use_kl_loss"], "else verl would load no reference"
+
+
+def test_a_merge_names_what_wrote_the_checkpoint():
+    assert merge("/p", "/c/global_step_2/actor", "/m", FSDP)[2:6] == ["verl.model_merger", "merge", "--backend", "fsdp"]
+    assert merge("/p", "/c", "/m", MEGATRON)[5] == "megatron"
+
+
+# --- refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", [Program.SFT, Program.PPO, Program.GRPO])
+def test_tensor_parallelism_in_training_is_refused_by_a_profile_without_megatron_and_never_made_into_rollouts(program):
+    asked = replace(ON_GPUS, split=split(2, 8, tensor=2))
+    with pytest.raises(UsageError) as refused:
+        overrides(program, asked)
+    assert str(refused.value) == (
+        "DP 8 × TP 2 × PP 1 in training takes verl's strategy megatron, which gpu-vllm has not: no profile has it, or "
+        "train with TP 1 × PP 1 (DP 16); tensor parallelism in rollout is another setting and remains"
+    )
+    told = overrides(program, replace(asked, profile=BOTH))
+    prefix = "engine" if program is Program.SFT else "actor_rollout_ref.actor.megatron"
+    assert told[f"{prefix}.tensor_model_parallel_size"] == 2
+    assert told.get("actor_rollout_ref.rollout.tensor_model_parallel_size", 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"mini_batch": 512}, "mini_batch 512 is larger than the batch 256 of a step"),
+        ({"mini_batch": 96}, "batch 256 does not divide into mini batches of 96: nearest that does: 192 or 288"),
+        ({"batch": 24, "mini_batch": 24}, "mini_batch 24 does not divide into 16 data-parallel ranks: .*: 16 or 32"),
+        ({"micro_batch": 3}, "mini_batch of a rank 4 does not divide into micro batches of 3: .*: 3 or 6"),
+        ({"micro_batch": 8}, "mini_batch of a rank 4 does not divide into micro batches of 8: nearest that does: 8"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do(changes, line):
+    with pytest.raises(UsageError, match=line):
+        overrides(Program.PPO, replace(ON_GPUS, **changes))
+
+
+def test_answers_of_a_group_count_in_the_batch():
+    asked = replace(ON_GPUS, batch=4, mini_batch=4, group=8, micro_batch=2)
+    assert overrides(Program.GRPO, asked)["data.train_batch_size"] == 4  # 4 × 8 answers on 16 ranks
+    with pytest.raises(UsageError, match="mini_batch 4 does not divide into 16"):
+        overrides(Program.PPO, asked)
+
+
+@pytest.mark.parametrize("key", ["trainer.nnodes", "actor_rollout_ref.model.path", "trainer.resume_mode"])
+def test_what_shakedown_decides_is_no_setting(key):
+    with pytest.raises(UsageError, match=rf"verl\.{key} is set by Shakedown: use "):
+        overrides(Program.PPO, replace(ON_GPUS, settings={key: 1}))
+
+
+# --- settings --------------------------------------------------------------------------------------------
+
+
+def test_a_users_setting_comes_last_for_the_trainer_that_it_is_for():
+    typed = ["verl.data.seed=3", "verl.sft.optim.lr=1.0e-4", "verl.rl.algorithm.lam=0.95", "verl.trainer.logger=[console,wandb]"]
+    assert typed_settings(typed, Program.SFT) == {"data.seed": 3, "optim.lr": 1e-4, "trainer.logger": ["console", "wandb"]}
+    assert typed_settings(typed, Program.PPO) == {"data.seed": 3, "algorithm.lam": 0.95, "trainer.logger": ["console", "wandb"]}
+    told = overrides(Program.SFT, replace(ON_GPUS, settings=typed_settings(typed, Program.SFT)))
+    assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ["console", "wandb"]
+
+
+@pytest.mark.parametrize("setting", ["verl", "verl.data.seed", "data.seed=1", "verl.=1"])
+def test_a_setting_without_key_or_value_is_refused(setting):
+    with pytest.raises(UsageError, match=r"write verl\.KEY=VALUE"):
+        typed_settings([setting], Program.PPO)
+
+
+# --- words -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("a.b", None, "a.b=null"),
+        ("a.b", True, "a.b=true"),
+        ("a.b", 1e-06, "a.b=1e-06"),
+        ("a.b", ("console", "file"), "a.b=[console,file]"),
+        ("a.b", "null", "a.b='null'"),  # the text, not nothing
+        ("a.b", "007", "a.b='007'"),
+        ("a.b", "/data/my model=1,2", "a.b='/data/my model=1,2'"),
+        ("a.b", "it's", r"a.b='it\'s'"),
+        ("a.b", "ends with \\", "a.b='ends with \\\\'"),
+        ("a.b", "", "a.b=''"),
+        ("a.b", {"x": 1, "y": "z w"}, "a.b={x:1,y:'z w'}"),
+        ("actor_rollout_ref.model.override_config.attn_implementation", "eager", None),
+        ("actor_rollout_ref.rollout.engine_kwargs.vllm.seed", 1, "++actor_rollout_ref.rollout.engine_kwargs.vllm.seed=1"),
+    ],
+)
+def test_a_value_is_written_so_that_hydra_reads_the_same(key, value, expected):
+    assert word(key, value) == (expected or f"++{key}={value}")
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "two\nlines", "a\x00b"])
+def test_a_value_that_hydra_would_resolve_or_cut_is_refused(value):
+    with pytest.raises(UsageError, match="verl would not read this as it is written"):
+        word("a.b", value)
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"))))
+def test_hydra_itself_reads_every_text_back(text):
+    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser")
+    try:
+        written = word("a.b", text)
+    except UsageError:
+        return
+    (read,) = parser.OverridesParser.create().parse_overrides([written])
+    assert read.value() == text
+
+
+@given(data=st.integers(1, 8), micro=st.integers(1, 8), updates=st.integers(1, 4), times=st.integers(1, 4))
+def test_batches_made_of_their_parts_are_accepted(data, micro, updates, times):
+    mini = data * micro * times
+    asked = replace(
+        ON_GPUS, nodes=1, gpus_per_node=data, split=Split(data), batch=mini * updates, mini_batch=mini, micro_batch=micro
+    )
+    assert overrides(Program.PPO, asked)["actor_rollout_ref.actor.ppo_mini_batch_size"] == mini
