@@ -19,7 +19,7 @@ from runner.errors import UsageError, unknown
 class Where(StrEnum):
     """Where a stage runs."""
 
-    CONTROLLER = "here"
+    CONTROLLER = "this machine"
     NODES = "all nodes"
     ONE_NODE = "the first node"
 

@@ -144,7 +144,9 @@ def _asked(document: Document, start: Training) -> Training:
 
 def _mini_batch(asked: Training, accumulation: int) -> int:
     """The batch of one update: what is accumulated. Refused where a step is no whole number of updates."""
-    product = f"micro_batch_size {asked.micro_batch} × gradient_accumulation_steps {accumulation} × DP {asked.split.data}"
+    product = (
+        f"micro_batch_size {asked.micro_batch} × gradient_accumulation_steps {accumulation} × DP {asked.split.data}"
+    )
     mini = asked.micro_batch * accumulation * asked.split.data
     if mini > asked.batch or asked.batch % mini:
         raise UsageError(
@@ -165,7 +167,9 @@ def _reshard(stage: int | None, divided: Split, start: Training) -> bool:
             "gradients or parameters; give 1, or train with TP 1 × PP 1"
         )
     if stage < 2:
-        raise UsageError(f"training.zero_stage {stage}: verl's {FSDP} divides gradients too (2) or parameters as well (3)")
+        raise UsageError(
+            f"training.zero_stage {stage}: verl's {FSDP} divides gradients too (2) or parameters as well (3)"
+        )
     return stage == 3
 
 

@@ -186,7 +186,9 @@ def require_strategy(asked: Training) -> None:
 def check_sft_batch(asked: Training) -> None:
     """Refuse batches of fine-tuning that do not divide."""
     _divides(asked.batch, asked.split.data, "batch", counted(asked.split.data, "data-parallel rank"))
-    _divides(asked.batch // asked.split.data, asked.micro_batch, "batch of a rank", f"micro batches of {asked.micro_batch}")
+    _divides(
+        asked.batch // asked.split.data, asked.micro_batch, "batch of a rank", f"micro batches of {asked.micro_batch}"
+    )
 
 
 def check_batch(asked: Training, answers: int) -> None:
@@ -198,7 +200,12 @@ def check_batch(asked: Training, answers: int) -> None:
     data = asked.split.data
     each = f" × {answers} answers" if answers > 1 else ""
     _divides(mini * answers, data, f"mini_batch{each}", counted(data, "data-parallel rank"))
-    _divides(mini * answers // data, asked.micro_batch, f"mini_batch{each} of a rank", f"micro batches of {asked.micro_batch}")
+    _divides(
+        mini * answers // data,
+        asked.micro_batch,
+        f"mini_batch{each} of a rank",
+        f"micro batches of {asked.micro_batch}",
+    )
 
 
 def _divides(number: int, by: int, what: str, parts: str) -> None:
@@ -209,7 +216,11 @@ def _divides(number: int, by: int, what: str, parts: str) -> None:
 
 
 def _trainer(asked: Training) -> dict[str, Any]:
-    length = {"total_epochs": asked.epochs} if asked.steps is None else {"total_epochs": 10**6, "total_training_steps": asked.steps}
+    length = (
+        {"total_epochs": asked.epochs}
+        if asked.steps is None
+        else {"total_epochs": 10**6, "total_training_steps": asked.steps}
+    )
     return {
         f"trainer.{key}": value
         for key, value in {

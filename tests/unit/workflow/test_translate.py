@@ -50,7 +50,10 @@ def test_the_documents_file_on_its_two_nodes_of_four():
 
 
 def test_the_documents_file_with_its_section_on_memory():
-    document = changed(parallelism={"data_parallel_size": 8, "tensor_parallel_size": 1}, training={**MEMORY, "gradient_accumulation_steps": 4})
+    document = changed(
+        parallelism={"data_parallel_size": 8, "tensor_parallel_size": 1},
+        training={**MEMORY, "gradient_accumulation_steps": 4},
+    )
     check("workflow/translated-memory.txt", shown(translate(document, FILE, start(PROFILES["gpu-vllm"]))))
 
 
@@ -60,7 +63,9 @@ def test_the_documents_file_with_its_section_on_memory():
 )
 def test_the_documents_other_sets_are_accepted(sizes):
     names = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")
-    asked = translate({"parallelism": dict(zip(names, sizes, strict=True)), "model": {"path": "m"}}, FILE, start()).asked
+    asked = translate(
+        {"parallelism": dict(zip(names, sizes, strict=True)), "model": {"path": "m"}}, FILE, start()
+    ).asked
     assert (asked.split.data, asked.split.tensor, asked.split.pipeline) == sizes
     assert asked.split.rollout_tensor == 1, "never what training has"
 
@@ -77,7 +82,9 @@ def test_every_line_of_a_file_is_shown(data):
     except UsageError as error:
         assert str(error).startswith(f"{FILE}: ")
         return
-    assert [line.key for line in translation.lines] == [f"{section}.{key}" for section, keys in kept.items() for key in keys]
+    assert [line.key for line in translation.lines] == [
+        f"{section}.{key}" for section, keys in kept.items() for key in keys
+    ]
     told = overrides(Program.PPO, translation.asked)
     for line in translation.lines:
         assert line.overrides or line.remark, f"{line.key} was dropped"

@@ -101,9 +101,22 @@ def test_what_shakedown_decides_is_no_setting(key):
 
 
 def test_a_users_setting_comes_last_for_the_trainer_that_it_is_for():
-    typed = ["verl.data.seed=3", "verl.sft.optim.lr=1.0e-4", "verl.rl.algorithm.lam=0.95", "verl.trainer.logger=[console,wandb]"]
-    assert typed_settings(typed, Program.SFT) == {"data.seed": 3, "optim.lr": 1e-4, "trainer.logger": ["console", "wandb"]}
-    assert typed_settings(typed, Program.PPO) == {"data.seed": 3, "algorithm.lam": 0.95, "trainer.logger": ["console", "wandb"]}
+    typed = [
+        "verl.data.seed=3",
+        "verl.sft.optim.lr=1.0e-4",
+        "verl.rl.algorithm.lam=0.95",
+        "verl.trainer.logger=[console,wandb]",
+    ]
+    assert typed_settings(typed, Program.SFT) == {
+        "data.seed": 3,
+        "optim.lr": 1e-4,
+        "trainer.logger": ["console", "wandb"],
+    }
+    assert typed_settings(typed, Program.PPO) == {
+        "data.seed": 3,
+        "algorithm.lam": 0.95,
+        "trainer.logger": ["console", "wandb"],
+    }
     told = overrides(Program.SFT, replace(ON_GPUS, settings=typed_settings(typed, Program.SFT)))
     assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ["console", "wandb"]
 
@@ -132,7 +145,11 @@ def test_a_setting_without_key_or_value_is_refused(setting):
         ("a.b", "", "a.b=''"),
         ("a.b", {"x": 1, "y": "z w"}, "a.b={x:1,y:'z w'}"),
         ("actor_rollout_ref.model.override_config.attn_implementation", "eager", None),
-        ("actor_rollout_ref.rollout.engine_kwargs.vllm.seed", 1, "++actor_rollout_ref.rollout.engine_kwargs.vllm.seed=1"),
+        (
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.seed",
+            1,
+            "++actor_rollout_ref.rollout.engine_kwargs.vllm.seed=1",
+        ),
     ],
 )
 def test_a_value_is_written_so_that_hydra_reads_the_same(key, value, expected):
@@ -160,6 +177,12 @@ def test_hydra_itself_reads_every_text_back(text):
 def test_batches_made_of_their_parts_are_accepted(data, micro, updates, times):
     mini = data * micro * times
     asked = replace(
-        ON_GPUS, nodes=1, gpus_per_node=data, split=Split(data), batch=mini * updates, mini_batch=mini, micro_batch=micro
+        ON_GPUS,
+        nodes=1,
+        gpus_per_node=data,
+        split=Split(data),
+        batch=mini * updates,
+        mini_batch=mini,
+        micro_batch=micro,
     )
     assert overrides(Program.PPO, asked)["actor_rollout_ref.actor.ppo_mini_batch_size"] == mini
