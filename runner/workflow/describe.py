@@ -49,8 +49,9 @@ def dry_run(
     scripts: Mapping[str, str],
     ephemeral: range,
 ) -> str:
-    """What a run would do, stage by stage. `work` is by stage, `scripts` are the sbatch files by name, `ephemeral` as in
-    `engines.ray.blocks`. Nothing was contacted for it.
+    """What a run would do, stage by stage.
+
+    `work` is by stage, `scripts` are the sbatch files by name, `ephemeral` as in `engines.ray.blocks`.
     """
     lines = [f"workflow {workflow}: {counted(len(steps), 'stage')}; nothing is contacted", ""]
     for number, step in enumerate(steps, start=1):

@@ -261,12 +261,13 @@ def _remark(key: str, value: Any, asked: Training, made: bool) -> str:
     gpus = asked.nodes * asked.gpus_per_node
     if value is None:
         return "no override: not set, so what the workflow takes"
+    micro, data = asked.micro_batch, asked.split.data
     remarks = {
-        "parallelism.data_parallel_size": f"no override: verl takes {gpus} GPUs / TP / PP, which is {asked.split.data}",
+        "parallelism.data_parallel_size": f"no override: verl takes {gpus} GPUs / TP / PP, which is {data}",
         "distributed.backend": f"no override: on {asked.profile.device} verl uses {value}",
         "distributed.init_method": "no override: Ray tells the ranks of each other",
         "inference.pipeline_parallel_size": "no override: verl's rollout has no other",
-        "training.gradient_accumulation_steps": f"micro_batch_size {asked.micro_batch} × {value} × DP {asked.split.data}",
+        "training.gradient_accumulation_steps": f"micro_batch_size {micro} × {value} × DP {data}",
         "training.zero_stage": "no override: Megatron's distributed optimizer is on"
         if asked.split.strategy == MEGATRON
         else "parameters are gathered again for the backward pass"

@@ -42,13 +42,12 @@ OWN: Mapping[str, str] = {
 @dataclass(frozen=True)
 class Profile:
     """An environment in which verl runs: `rollout` is its engine of rollout, `strategies` are those of training that it
-    has the packages for, `modules` are loaded into verl by its own hook.
+    has the packages for.
     """
 
     device: str
     rollout: str
     strategies: tuple[str, ...]
-    modules: tuple[str, ...] = ()
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -167,7 +166,8 @@ def command(program: Program, python: str, asked: Training) -> list[str]:
 def merge(python: str, checkpoint: str, target: str, strategy: str) -> list[str]:
     """The command that makes a Hugging Face folder of a checkpoint's `global_step_N` (PPO: its `actor`)."""
     backend = "megatron" if strategy == MEGATRON else "fsdp"
-    return [python, "-m", "verl.model_merger", "merge", "--backend", backend, "--local_dir", checkpoint, "--target_dir", target]  # fmt: skip
+    folders = ["--local_dir", checkpoint, "--target_dir", target]
+    return [python, "-m", "verl.model_merger", "merge", "--backend", backend, *folders]
 
 
 def require_strategy(asked: Training) -> None:
@@ -178,8 +178,8 @@ def require_strategy(asked: Training) -> None:
     others = [name for name, one in PROFILES.items() if asked.split.strategy in one.strategies]
     where = f"use profile {' or '.join(others)}" if others else "no profile has it"
     raise UsageError(
-        f"{asked.split} in training takes verl's strategy {asked.split.strategy}, which {name} has not: {where}, or train "
-        f"with TP 1 × PP 1 (DP {asked.split.world_size}); tensor parallelism in rollout is another setting and remains"
+        f"{asked.split} in training takes verl's strategy {asked.split.strategy}, which {name} has not: {where}, or "
+        f"train with TP 1 × PP 1 (DP {asked.split.world_size}); tensor parallelism in rollout is a setting of its own"
     )
 
 

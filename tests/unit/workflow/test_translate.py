@@ -105,7 +105,7 @@ def test_every_key_of_the_schema_has_a_translation():
 
 def test_a_section_without_content_is_as_one_that_is_absent():
     assert translate({**DOCUMENT, "distributed": {}}, FILE, start()).asked.timeout_s is None
-    with pytest.raises(UsageError, match="config/multinode_ppo.yaml: distributed = None"):
+    with pytest.raises(UsageError, match=f"^{FILE}: distributed = None"):
         translate({**DOCUMENT, "distributed": None}, FILE, start())
 
 

@@ -61,7 +61,7 @@ def test_tensor_parallelism_in_training_is_refused_by_a_profile_without_megatron
         overrides(program, asked)
     assert str(refused.value) == (
         "DP 8 × TP 2 × PP 1 in training takes verl's strategy megatron, which gpu-vllm has not: no profile has it, or "
-        "train with TP 1 × PP 1 (DP 16); tensor parallelism in rollout is another setting and remains"
+        "train with TP 1 × PP 1 (DP 16); tensor parallelism in rollout is a setting of its own"
     )
     told = overrides(program, replace(asked, profile=BOTH))
     prefix = "engine" if program is Program.SFT else "actor_rollout_ref.actor.megatron"
