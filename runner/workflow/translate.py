@@ -239,7 +239,7 @@ _BECAME: Mapping[str, tuple[str, ...]] = {
             "actor_rollout_ref.ref.megatron",
             f"{_CRITIC}.megatron",
         )
-        for what in ("param_offload", "grad_offload", "optimizer_offload")
+        for what in ("param_offload", "optimizer_offload")
     ),
     "training.zero_stage": (
         f"{_ACTOR}.fsdp_config.reshard_after_forward",

@@ -253,7 +253,6 @@ def _engine(prefix: str, asked: Training) -> dict[str, Any]:
             f"{prefix}.tensor_model_parallel_size": asked.split.tensor,
             f"{prefix}.pipeline_model_parallel_size": asked.split.pipeline,
             f"{prefix}.param_offload": asked.offload,
-            f"{prefix}.grad_offload": asked.offload,
             f"{prefix}.optimizer_offload": asked.offload,
             **(
                 {
