@@ -127,6 +127,19 @@ KINDS: Mapping[str, Kind] = {
     "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),
     "timed_out": Kind("A cell ran out of time", NOBODY, False, "raise the test's timeout_s, or see what was slow"),
     "launcher_failed": Kind("The launcher failed", TOOL, False, "read its last lines"),
+    # Ray
+    "never_joined": Kind(
+        "A node has not joined Ray",
+        NODE,
+        True,
+        "see the last lines of its `ray start`, and whether it reaches the head's address and ports",
+    ),
+    "gpus_missing": Kind(
+        "A node has fewer GPUs than asked for",
+        NODE,
+        True,
+        "see nvidia-smi there, CUDA_VISIBLE_DEVICES, and the GPUs that the job was granted",
+    ),
     # the controller
     "not_gathered": Kind("Artefacts were not gathered", NODE, True, "they are still on the node"),
     "controller_disk_full": Kind("The controller's disk is full", CONFIGURATION, False, "free some disk and resume"),
