@@ -12,6 +12,7 @@ from pydantic import Field
 
 from runner.errors import UsageError
 from runner.system.schema import ConfigFile, PositiveInt, check
+from runner.system.wording import counted
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.stages import Program
 from runner.workflow.verl import Profile, Training, overrides
@@ -263,7 +264,7 @@ def _remark(key: str, value: Any, asked: Training, made: bool) -> str:
         return "no override: not set, so what the workflow takes"
     micro, data = asked.micro_batch, asked.split.data
     remarks = {
-        "parallelism.data_parallel_size": f"no override: verl takes {gpus} GPUs / TP / PP, which is {data}",
+        "parallelism.data_parallel_size": f"no override: verl takes {counted(gpus, 'GPU')} / TP / PP, which is {data}",
         "distributed.backend": f"no override: on {asked.profile.device} verl uses {value}",
         "distributed.init_method": "no override: Ray tells the ranks of each other",
         "inference.pipeline_parallel_size": "no override: verl's rollout has no other",
