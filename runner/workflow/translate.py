@@ -15,7 +15,7 @@ from runner.system.schema import ConfigFile, PositiveInt, check
 from runner.system.wording import counted
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.stages import Program
-from runner.workflow.verl import Profile, Training, overrides
+from runner.workflow.verl import Profile, Training, overrides, settled
 
 
 class Parallelism(ConfigFile):
@@ -98,13 +98,15 @@ def translate(values: Any, where: str, start: Training) -> Translation:
     Raises UsageError, with `where` as the file's name, for what is unknown, does not fit these nodes, or has no
     equivalent in verl.
     """
+    if isinstance(values, Mapping):  # YAML has null for a section without lines
+        values = {section: {} if keys is None else keys for section, keys in values.items()}
     document = check(Document, values, where)
     try:
-        asked = _asked(document, start)
+        asked = settled(Program.PPO, _asked(document, start))
         told = overrides(Program.PPO, asked)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    written = [(section, key) for section, keys in values.items() for key in (keys or {})]
+    written = [(section, key) for section, keys in values.items() for key in keys]
     lines = [_line(document, asked, told, f"{section}.{key}") for section, key in written]
     return Translation(asked, tuple(lines))
 
@@ -140,21 +142,21 @@ def _asked(document: Document, start: Training) -> Training:
     )
     if training.gradient_accumulation_steps is None:
         return replace(asked, mini_batch=None if training.batch_size else start.mini_batch)
-    return replace(asked, mini_batch=_mini_batch(asked, training.gradient_accumulation_steps))
+    return _updates(asked, training.gradient_accumulation_steps, divided.data)
 
 
-def _mini_batch(asked: Training, accumulation: int) -> int:
-    """The batch of one update: what is accumulated. Refused where a step is no whole number of updates."""
-    product = (
-        f"micro_batch_size {asked.micro_batch} × gradient_accumulation_steps {accumulation} × DP {asked.split.data}"
-    )
-    mini = asked.micro_batch * accumulation * asked.split.data
-    if mini > asked.batch or asked.batch % mini:
+def _updates(asked: Training, accumulation: int, data: int) -> Training:
+    """A copy in which one update takes what is accumulated. Refused where a step is no whole number of updates."""
+    if asked.micro_batch is None:
+        raise UsageError("training.gradient_accumulation_steps says nothing without micro_batch_size: add it")
+    mini = asked.micro_batch * accumulation * data
+    if asked.batch % mini:
+        product = f"micro_batch_size {asked.micro_batch} × gradient_accumulation_steps {accumulation} × DP {data}"
         raise UsageError(
             f"training: {product} = {mini} sequences an update do not divide batch_size {asked.batch}: give batch_size "
             f"{-(-asked.batch // mini) * mini}, or other gradient_accumulation_steps"
         )
-    return mini
+    return replace(asked, mini_batch=mini)
 
 
 def _reshard(stage: int | None, divided: Split, start: Training) -> bool:

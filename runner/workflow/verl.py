@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.errors import UsageError
@@ -56,14 +56,17 @@ PROFILES: Mapping[str, Profile] = {
 }
 
 
+MICRO = 4  # sequences that a GPU computes at a time, where nothing else is asked for
+
+
 @dataclass(frozen=True)
 class Training:
     """What a stage that trains is asked for.
 
     `model`, `train`, `val` and `folder` (of checkpoints) are paths that every node sees; lengths are in tokens, batches
-    in sequences: `batch` of a step, `mini_batch` of an update, `micro_batch` of a GPU. `steps` None: `epochs` of the
-    data. `group` is how many answers GRPO compares. `reward` is the path of a file with `compute_score`, None: the one
-    that verl has for the data.
+    in sequences: `batch` of a step, `mini_batch` of an update (None: the whole step), `micro_batch` of a GPU (None: the
+    largest up to MICRO that divides). `steps` None: `epochs` of the data. `group` is how many answers GRPO compares.
+    `reward` is the path of a file with `compute_score`, None: the one that verl has for the data.
     """
 
     model: str
@@ -78,7 +81,7 @@ class Training:
     experiment: str
     batch: int = 256
     mini_batch: int | None = None
-    micro_batch: int = 4
+    micro_batch: int | None = None
     steps: int | None = None
     epochs: int = 1
     save_every: int = 50
@@ -144,13 +147,8 @@ def overrides(program: Program, asked: Training) -> dict[str, Any]:
     Raises UsageError where the profile has no strategy for the split, batches do not divide, or a setting is not the
     user's to make.
     """
-    require_strategy(asked)
-    if program is Program.SFT:
-        check_sft_batch(asked)
-        made = _sft(asked)
-    else:
-        check_batch(asked, asked.group if program is Program.GRPO else 1)
-        made = _rl(asked, program)
+    asked = settled(program, asked)
+    made = _sft(asked) if program is Program.SFT else _rl(asked, program)
     for key in asked.settings:
         if key in OWN:
             raise UsageError(f"verl.{key} is set by Shakedown: use {OWN[key]}")
@@ -183,29 +181,31 @@ def require_strategy(asked: Training) -> None:
     )
 
 
-def check_sft_batch(asked: Training) -> None:
-    """Refuse batches of fine-tuning that do not divide."""
-    _divides(asked.batch, asked.split.data, "batch", counted(asked.split.data, "data-parallel rank"))
-    _divides(
-        asked.batch // asked.split.data, asked.micro_batch, "batch of a rank", f"micro batches of {asked.micro_batch}"
-    )
+def settled(program: Program, asked: Training) -> Training:
+    """A copy with the batches that were left open.
 
-
-def check_batch(asked: Training, answers: int) -> None:
-    """Refuse batches of PPO or GRPO that do not divide; `answers` is how many each prompt gets."""
-    mini = asked.mini_batch or asked.batch
+    Raises UsageError where the profile has no strategy for the split, or batches do not divide, with those that do.
+    """
+    require_strategy(asked)
+    ranks = counted(asked.split.data, "data-parallel rank")
+    if program is Program.SFT:
+        _divides(asked.batch, asked.split.data, "batch", ranks)
+        return _with_micro(asked, asked.batch // asked.split.data, "batch of a rank")
+    mini, answers = asked.mini_batch or asked.batch, asked.group if program is Program.GRPO else 1
     if mini > asked.batch:
         raise UsageError(f"mini_batch {mini} is larger than the batch {asked.batch} of a step")
     _divides(asked.batch, mini, "batch", f"mini batches of {mini}")
-    data = asked.split.data
-    each = f" × {answers} answers" if answers > 1 else ""
-    _divides(mini * answers, data, f"mini_batch{each}", counted(data, "data-parallel rank"))
-    _divides(
-        mini * answers // data,
-        asked.micro_batch,
-        f"mini_batch{each} of a rank",
-        f"micro batches of {asked.micro_batch}",
-    )
+    what = f"mini_batch × {answers} answers" if answers > 1 else "mini_batch"
+    _divides(mini * answers, asked.split.data, what, ranks)
+    return _with_micro(replace(asked, mini_batch=mini), mini * answers // asked.split.data, f"{what} of a rank")
+
+
+def _with_micro(asked: Training, each: int, what: str) -> Training:
+    """A copy with a micro batch that divides the `each` sequences of a rank."""
+    if asked.micro_batch is None:
+        return replace(asked, micro_batch=next(size for size in range(MICRO, 0, -1) if each % size == 0))
+    _divides(each, asked.micro_batch, what, f"micro batches of {asked.micro_batch}")
+    return asked
 
 
 def _divides(number: int, by: int, what: str, parts: str) -> None:
@@ -282,7 +282,7 @@ def _sft(asked: Training) -> dict[str, Any]:
         "data.train_batch_size": asked.batch,
         "data.micro_batch_size_per_gpu": asked.micro_batch,
         "data.max_length": tokens,
-        "data.max_token_len_per_gpu": tokens * asked.micro_batch,
+        "data.max_token_len_per_gpu": tokens * (asked.micro_batch or MICRO),
         "data.truncation": "error",
         "data.pad_mode": "no_padding",
         **({"data.use_dynamic_bsz": False, "data.num_workers": 0} if cpu else {}),
@@ -317,7 +317,7 @@ def _rl(asked: Training, program: Program) -> dict[str, Any]:
         **_on_cpu("actor_rollout_ref.model", asked),
         f"{actor}.strategy": asked.split.strategy,
         f"{actor}.optim.lr": 1e-6 if asked.learning_rate is None else asked.learning_rate,
-        f"{actor}.ppo_mini_batch_size": asked.mini_batch or asked.batch,
+        f"{actor}.ppo_mini_batch_size": asked.mini_batch,
         f"{actor}.ppo_micro_batch_size_per_gpu": micro,
         **_engine(f"{actor}.{'megatron' if megatron else 'fsdp_config'}", asked),
         **({f"{actor}.use_torch_compile": False} if cpu else {}),

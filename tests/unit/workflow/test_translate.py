@@ -103,10 +103,15 @@ def test_every_key_of_the_schema_has_a_translation():
         assert line.overrides or line.remark, line.key
 
 
-def test_a_section_without_content_is_as_one_that_is_absent():
-    assert translate({**DOCUMENT, "distributed": {}}, FILE, start()).asked.timeout_s is None
-    with pytest.raises(UsageError, match=f"^{FILE}: distributed = None"):
-        translate({**DOCUMENT, "distributed": None}, FILE, start())
+def test_a_section_without_lines_is_as_one_that_is_absent():
+    for empty in ({}, None):
+        assert translate({**DOCUMENT, "distributed": empty}, FILE, start()).asked.timeout_s is None
+
+
+@pytest.mark.parametrize("content", [None, [], "text", 1])
+def test_a_file_of_another_kind_is_refused(content):
+    with pytest.raises(UsageError, match=f"^{FILE}: expected a mapping of settings"):
+        translate(content, FILE, start())
 
 
 # --- refused ---------------------------------------------------------------------------------------------
@@ -126,6 +131,7 @@ def test_a_section_without_content_is_as_one_that_is_absent():
         (changed(training={"zero_stage": 2}), r"training.zero_stage 2 with DP 4 × TP 2 × PP 1: verl's megatron"),
         (changed(training={"zero_stage": 4}), "training.zero_stage = 4"),
         (changed(training={"batch_size": 100}), r"micro_batch_size 4 × gradient_accumulation_steps 8 × DP 4 = 128 .* give batch_size 128"),
+        (changed(training={"micro_batch_size": None}), "gradient_accumulation_steps says nothing without micro_batch_size"),
         (changed(model={"path": None}), "model.path is missing: add it, or name the model with --model"),
         (changed(training={"batch_size": "many"}), "training.batch_size = 'many'"),
         (changed(model={"path": "${oc.env:HF_TOKEN}"}), None),

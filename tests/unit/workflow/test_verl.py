@@ -84,6 +84,15 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do(changes
         overrides(Program.PPO, replace(ON_GPUS, **changes))
 
 
+@pytest.mark.parametrize(("nodes", "micro"), [(1, 4), (8, 4), (16, 2), (32, 1)])
+@pytest.mark.parametrize("program", [Program.SFT, Program.PPO])
+def test_a_micro_batch_that_was_left_open_is_one_that_divides(program, nodes, micro):
+    asked = replace(ON_GPUS, nodes=nodes, split=split(nodes, 8), batch=256, mini_batch=None, micro_batch=None)
+    told = overrides(program, asked)
+    key = "data.micro_batch_size_per_gpu" if program is Program.SFT else "critic.ppo_micro_batch_size_per_gpu"
+    assert told[key] == micro
+
+
 def test_answers_of_a_group_count_in_the_batch():
     asked = replace(ON_GPUS, batch=4, mini_batch=4, group=8, micro_batch=2)
     assert overrides(Program.GRPO, asked)["data.train_batch_size"] == 4  # 4 × 8 answers on 16 ranks
