@@ -6,7 +6,7 @@ Written for verl 0.9.1. Whoever changes a name here runs `--cfg job` of that ver
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -370,27 +370,3 @@ def _reference(asked: Training) -> dict[str, Any]:
     prefix = "actor_rollout_ref.ref.fsdp_config"
     cpu = {f"{prefix}.use_torch_compile": False} if asked.profile.device == "cpu" else {}
     return {f"{prefix}.param_offload": asked.offload, **cpu}
-
-
-def typed_settings(settings: Sequence[str], program: Program) -> dict[str, Any]:
-    """The settings `verl.KEY=VALUE` of `--set` for the trainer of `program`; `verl.sft.KEY` and `verl.rl.KEY` are only
-    for that trainer. Values are read as YAML. Raises UsageError for one without a value.
-    """
-    import yaml
-
-    found = {}
-    own, other = ("sft", "rl") if program is Program.SFT else ("rl", "sft")
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        section, _, name = key.partition(".")
-        if not equals or section != "verl" or not name:
-            raise UsageError(f"--set {setting}: write verl.KEY=VALUE")
-        first, _, rest = name.partition(".")
-        if first == other and rest:
-            continue
-        name = rest if first == own and rest else name
-        try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            found[name] = text
-    return found

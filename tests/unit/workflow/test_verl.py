@@ -12,7 +12,7 @@ from golden_files import check
 from runner.errors import UsageError
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.stages import Program
-from runner.workflow.verl import PROFILES, Profile, Training, command, merge, overrides, typed_settings, word
+from runner.workflow.verl import PROFILES, Profile, Training, command, merge, overrides, word
 
 GPU, CPU = PROFILES["gpu-vllm"], PROFILES["cpu-smoke"]
 BOTH = Profile("cuda", "vllm", (FSDP, MEGATRON))
@@ -109,31 +109,9 @@ def test_what_shakedown_decides_is_no_setting(key):
 # --- settings --------------------------------------------------------------------------------------------
 
 
-def test_a_users_setting_comes_last_for_the_trainer_that_it_is_for():
-    typed = [
-        "verl.data.seed=3",
-        "verl.sft.optim.lr=1.0e-4",
-        "verl.rl.algorithm.lam=0.95",
-        "verl.trainer.logger=[console,wandb]",
-    ]
-    assert typed_settings(typed, Program.SFT) == {
-        "data.seed": 3,
-        "optim.lr": 1e-4,
-        "trainer.logger": ["console", "wandb"],
-    }
-    assert typed_settings(typed, Program.PPO) == {
-        "data.seed": 3,
-        "algorithm.lam": 0.95,
-        "trainer.logger": ["console", "wandb"],
-    }
-    told = overrides(Program.SFT, replace(ON_GPUS, settings=typed_settings(typed, Program.SFT)))
+def test_a_users_setting_comes_last():
+    told = overrides(Program.SFT, replace(ON_GPUS, settings={"optim.lr": 1e-4, "trainer.logger": ["console", "wandb"]}))
     assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ["console", "wandb"]
-
-
-@pytest.mark.parametrize("setting", ["verl", "verl.data.seed", "data.seed=1", "verl.=1"])
-def test_a_setting_without_key_or_value_is_refused(setting):
-    with pytest.raises(UsageError, match=r"write verl\.KEY=VALUE"):
-        typed_settings([setting], Program.PPO)
 
 
 # --- words -----------------------------------------------------------------------------------------------
