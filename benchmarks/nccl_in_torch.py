@@ -65,7 +65,7 @@ print(nccl.obstacle(sys.argv[2]) or "usable")
 
 def torches() -> list[str]:
     """The versions of torch in the profiles that have one for CUDA."""
-    texts = [path.read_text() for path in sorted(PROFILES.glob("*.txt")) if path.stem != "cpu"]
+    texts = [text for path in sorted(PROFILES.glob("*.txt")) if "# cuda: none" not in (text := path.read_text())]
     return sorted({match[1] for text in texts if (match := re.search(r"^torch==([\d.]+)", text, re.MULTILINE))})
 
 

@@ -20,16 +20,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from role_modules import ROOT, carry_out, load
+from runner.workloads import rl
 
 ROLE = ROOT / "roles" / "conda_env"
 node, controller = load("conda_env"), load("conda_env", "conda_env_wheels")
 index = importlib.import_module("ansible.module_utils.conda_env_index")
 locks = importlib.import_module("ansible.module_utils.conda_env_lock")
 phases = importlib.import_module("ansible.module_utils.phase")
+version_of = importlib.import_module("ansible.module_utils.nvidia").version
 
 STAND_IN = ROOT / "molecule" / "resources" / "stand-ins"
 LOCK = "# cuda: none\nalpha==1.0\nbeta==2.1\n"
@@ -171,8 +174,8 @@ def settings(tmp_path, **changed):
     ("driver", "cuda", "oldest", "remedy"),
     [
         ("560.35.03", "13.0", "580.65.06", "conda_env_profile: cuda12"),
-        ("515.105.01", "12.1", "525.60.13", "conda_env_profile: cpu"),
-        ("", "12.1", "525.60.13", "conda_env_profile: cpu"),
+        ("515.105.01", "12.1", "525.60.13", "conda_env_profile: cpu,"),
+        ("", "12.1", "525.60.13", "conda_env_profile: cpu,"),
     ],
 )
 def test_a_build_that_the_driver_cannot_run_is_refused_with_one_that_fits(tmp_path, gpus, driver, cuda, oldest, remedy):
@@ -199,7 +202,73 @@ def test_a_build_that_the_driver_cannot_run_is_refused_with_one_that_fits(tmp_pa
 )
 def test_auto_takes_the_newest_profile_that_the_driver_runs(gpus, driver, profile):
     gpus(driver)
-    assert carry_out(node.PHASES, "validate", {"step": "choose"}).facts["profile"] == profile
+    assert carry_out(node.PHASES, "validate", {"step": "choose", "profile": "auto"}).facts["profile"] == profile
+
+
+@pytest.mark.parametrize(
+    ("driver", "lock"),
+    [
+        ("515.105.01", "gpu-vllm-cuda12"),  # which is then refused
+        ("525.60.13", "gpu-vllm-cuda12"),
+        ("579.99", "gpu-vllm-cuda12"),
+        ("580.65.06", "gpu-vllm-cuda13"),
+        ("", "gpu-vllm-cuda12"),
+    ],
+)
+def test_gpu_vllm_takes_the_newest_lock_that_the_driver_runs(gpus, driver, lock):
+    gpus(driver)
+    assert carry_out(node.PHASES, "validate", {"step": "choose", "profile": "gpu-vllm"}).facts["profile"] == lock
+
+
+@pytest.mark.parametrize(
+    ("driver", "lock", "oldest", "remedy"),
+    [
+        ("560.35.03", "gpu-vllm-cuda13", "580.65.06", "conda_env_profile: gpu-vllm-cuda12,"),
+        ("515.105.01", "gpu-vllm-cuda12", "525.60.13", "conda_env_profile: cpu-smoke,"),
+        ("", "gpu-vllm-cuda13", "580.65.06", "conda_env_profile: cpu-smoke,"),
+    ],
+)
+def test_what_a_lock_of_verl_is_refused_for_has_verl_too(tmp_path, gpus, driver, lock, oldest, remedy):
+    gpus(driver)
+    path = ROLE / "files" / "profiles" / f"{lock}.txt"
+    answer = carry_out(node.PHASES, "validate", settings(tmp_path, lock=str(path), lock_text=path.read_text()))
+    refused = problem(answer, "NVIDIA driver for PyTorch built for CUDA")
+    assert refused["what"].endswith(f"(lock {lock})") and refused["expected"] == f">= {oldest}"
+    assert refused["found"] == driver or refused["found"].startswith("none (nvidia-smi")
+    assert remedy in refused["remedy"] and refused["remedy"].endswith("or install a newer driver")
+
+
+def test_every_choice_is_one_of_locks_and_the_settings_know_them_all():
+    assert {lock for choice in locks.CHOICES.values() for lock in choice} <= set(locks.PROFILES)
+    for choice in locks.CHOICES.values():
+        drivers = [version_of(locks.oldest_driver(locks.PROFILES[lock])) for lock in choice]
+        assert drivers == sorted(drivers, reverse=True)
+    options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    assert set(options["conda_env_profile"]["choices"]) == {*locks.PROFILES, *locks.CHOICES}
+    asked = yaml.safe_load((ROLE / "tasks" / "profile.yml").read_text())[0]["when"]
+    assert {name for name in locks.CHOICES if repr(name) in asked} == set(locks.CHOICES)
+
+
+# --- the locks with verl ---
+
+
+@pytest.mark.parametrize("lock", [lock for lock in locks.PROFILES if lock == "cpu-smoke" or "vllm" in lock])
+def test_the_locks_with_verl_have_the_same_verl_and_ray(lock):
+    pins = locks.Lock((ROLE / "files" / "profiles" / f"{lock}.txt").read_text()).pins
+    assert (pins["verl"], pins["ray"], pins["transferqueue"]) == (rl.VERL, "2.60.0", "0.1.11")
+    # verl imports them but declares them only in an extra.
+    assert {"uvicorn", "fastapi", "cachetools", "msgspec", "pyzmq"} <= set(pins)
+    assert ("vllm" in pins) == ("vllm" in lock)
+
+
+@pytest.mark.parametrize(
+    ("lock", "torch", "vllm"), [("gpu-vllm-cuda13", "2.11.0", "0.24.0"), ("gpu-vllm-cuda12", "2.10.0", "0.19.1")]
+)
+def test_vllm_has_the_torch_that_it_is_built_with(lock, torch, vllm):
+    pins = locks.Lock((ROLE / "files" / "profiles" / f"{lock}.txt").read_text()).pins
+    assert (pins["torch"], pins["vllm"], pins["transformers"]) == (torch, vllm, "5.9.0")
+    major = locks.PROFILES[lock].partition(".")[0]
+    assert f"nvidia-nccl-cu{major}" in pins and not any(name.endswith(f"-cu{25 - int(major)}") for name in pins)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,34 @@ import shutil
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.conda_env_index import check_index, check_url
-from ansible.module_utils.conda_env_lock import PROFILES, Lock, canonical, oldest_driver, platform_parts, same
+from ansible.module_utils.conda_env_lock import (
+    CHOICES,
+    PROFILES,
+    WITHOUT_GPU,
+    Lock,
+    canonical,
+    oldest_driver,
+    platform_parts,
+    same,
+)
 from ansible.module_utils.nvidia import driver, version
 from ansible.module_utils.phase import Stop, counted, main, read, write
 
 FACT = "/etc/ansible/facts.d/conda.fact"
 STAMP = ".shakedown.json"
 BEGUN = ".begun"  # beside the folder of Miniforge, while its installer runs
-KEY_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "flash-attn", "shakedown")
+KEY_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "flash-attn",
+    "verl",
+    "ray",
+    "vllm",
+    "shakedown",
+)
 MODULE_OF = {"runner": "shakedown"}  # where a module's name is not its package's
 # Python finds its packages through the link by which it was started. A process that runs while the link is switched
 # would import further modules from the new environment: this resolves the link at its start, for its children too.
@@ -114,21 +134,27 @@ def is_version(found, expected):
 # --- validate --------------------------------------------------------------------------------------
 
 
-def fitting(found):
-    """The newest of the role's profiles whose PyTorch build works with the driver `found`; "" where none does."""
-    return next((p for p, cuda in PROFILES.items() if version(found) >= version(oldest_driver(cuda)) != ()), "")
+def fitting(found, locks):
+    """The first of `locks`, names of the role's own, whose PyTorch build works with the driver `found`; "" for none."""
+    return next((lock for lock in locks if version(found) >= version(oldest_driver(PROFILES[lock]))), "")
+
+
+def alike(lock):
+    """The role's locks for GPUs that do what the one of this name does, itself among them, the newest first."""
+    return next((locks for locks in CHOICES.values() if lock in locks), CHOICES["auto"])
 
 
 def validate(phase):
     """Check settings, lock, driver, paths, Python, disk space and index; changes nothing. Raises Stop.
 
-    With the setting `step` "choose", only determines facts: profile.
+    With the setting `step` "choose", only determines facts: profile, the lock that the choice `profile` comes to here.
     """
     want = phase.want
     if want.get("step") == "choose":
-        # Without a driver, or with one that is too old, the profile with the lowest requirement is refused later, with
-        # the reason.
-        phase.facts["profile"] = fitting(driver(phase)[0]) or "cuda12"
+        # Without a driver, or with one that is too old, the lock with the lowest requirement is refused later, with the
+        # reason.
+        locks = CHOICES[want["profile"]]
+        phase.facts["profile"] = fitting(driver(phase)[0], locks) or locks[-1]
         return
     lock = Lock(want["lock_text"])
     for line in lock.errors:
@@ -136,7 +162,7 @@ def validate(phase):
     if not re.fullmatch(r"/[A-Za-z0-9._/-]+", want["prefix"]) or want["prefix"].endswith("/"):
         raise Stop("conda_env_prefix", "an absolute path of letters, digits and ._-", want["prefix"], "choose another")
     if lock.cuda:
-        check_driver(phase, lock.cuda)
+        check_driver(phase, lock.cuda, profile(want["lock"]))
     elif "torch" in lock.pins:
         phase.warn("the lock does not state the CUDA of its torch: add a line such as `# cuda: 12.1`")
     check_url(phase)
@@ -154,8 +180,11 @@ def validate(phase):
         check_index(phase, lock)
 
 
-def check_driver(phase, cuda):
-    """Record a problem where the node's driver is too old for PyTorch built for `cuda` ("13.0", "none" for a CPU)."""
+def check_driver(phase, cuda, lock):
+    """Record a problem where the node's driver is too old for PyTorch built for `cuda` ("13.0", "none" for a CPU).
+
+    `lock` is the name of the lock that has it: the remedy is one that does the same with this driver.
+    """
     oldest = oldest_driver(cuda)
     if not oldest:
         if cuda != "none":
@@ -165,11 +194,13 @@ def check_driver(phase, cuda):
     phase.facts["driver"] = found
     if version(found) >= version(oldest):
         return
+    locks = alike(lock)
+    other = fitting(found, locks) or WITHOUT_GPU[locks[0]]
     phase.problem(
-        f"NVIDIA driver for PyTorch built for CUDA {cuda}",
+        f"NVIDIA driver for PyTorch built for CUDA {cuda} (lock {lock})",
         f">= {oldest}",
         found or f"none ({reason})",
-        f"set conda_env_profile: {fitting(found) or 'cpu'}, which fits, or install a newer driver",
+        f"set conda_env_profile: {other}, which fits, or install a newer driver",
     )
 
 

@@ -18,9 +18,23 @@ from ansible.module_utils.phase import Stop
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility"; CUDA Toolkit Release Notes, table 2.
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
-# The CUDA of the role's own profiles, as in their locks. The first that the driver runs is chosen; `user` never is,
-# since every driver for it runs `cuda12` too.
-PROFILES = {"current": "13.0", "cuda12": "12.8", "user": "12.1", "cpu": "none"}
+# The CUDA of the role's own locks, as in their files.
+PROFILES = {
+    "current": "13.0",
+    "cuda12": "12.8",
+    "user": "12.1",
+    "cpu": "none",
+    "gpu-vllm-cuda13": "13.0",
+    "gpu-vllm-cuda12": "12.8",
+    "cpu-smoke": "none",
+}
+
+# What is no lock but a choice of one by the driver: the first of these that it runs, the newest first. `user` is in
+# none, since every driver for it runs `cuda12` too.
+CHOICES = {"auto": ("current", "cuda12"), "gpu-vllm": ("gpu-vllm-cuda13", "gpu-vllm-cuda12")}
+
+# For a node whose driver runs no build for CUDA that is like the lock: {lock: the one for CPUs that does the same}.
+WITHOUT_GPU = {**dict.fromkeys(CHOICES["auto"], "cpu"), **dict.fromkeys(CHOICES["gpu-vllm"], "cpu-smoke")}
 
 _PIN = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[[^]]*\])?\s*==\s*(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
