@@ -1,10 +1,10 @@
-"""Writes what `runner.workflow.verl_settings` knows of verl: the configuration of its trainers, and the fields of its classes.
+"""Writes what `runner.workflow.verl_settings` knows of verl: its trainers' configuration, and its classes' fields.
 
     pip install hydra-core==1.3.8; pip download --no-deps verl==0.9.1; unzip -d SOURCE verl-0.9.1-*.whl
     python configs/verl/extract.py SOURCE > configs/verl/0.9.1.json
 
-It needs hydra alone: configurations are composed from verl's files, and classes are read as syntax trees. Neither torch nor Ray
-is imported, nor verl itself.
+It needs hydra alone: configurations are composed from verl's files, and classes are read as syntax trees. Neither torch
+nor Ray is imported, nor verl itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRAINERS = {
 
 
 def compose(folder: Path) -> dict[str, Any]:
-    """{trainer: {"module", "variants": {variant: {"select": overrides, "tree": configuration}}}}, nothing interpolated."""
+    """{trainer: {"module", "variants": {variant: {"select": overrides, "tree": configuration}}}}; interpolates nothing."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -43,7 +43,7 @@ def compose(folder: Path) -> dict[str, Any]:
 
 
 def classes(source: Path) -> dict[str, dict[str, str]]:
-    """{class: {field: its type as written}} of every dataclass of verl, with the fields of the classes it is derived from."""
+    """{class: {field: its type as written}} of every dataclass of verl, with the fields that it inherits."""
     own: dict[str, tuple[list[str], dict[str, str]]] = {}
     for path in sorted(source.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

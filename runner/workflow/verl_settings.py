@@ -1,8 +1,8 @@
 """verl's settings, checked and spelt where verl is not installed.
 
-`configs/verl/<version>.json` has the configuration of verl's trainers as `--cfg job` shows it, and the fields of the classes that
-it becomes; `configs/verl/extract.py` writes it. With it the controller refuses an unknown setting, or a value of the wrong
-type, before anything is submitted, and writes the rest as overrides for Hydra.
+`configs/verl/<version>.json` has the configuration of verl's trainers as `--cfg job` shows it, and the fields of the
+classes that it becomes; `configs/verl/extract.py` writes it. With it the controller refuses an unknown setting, or a value
+of the wrong type, before anything is submitted, and writes the rest as overrides for Hydra.
 
 A setting is a path of names with dots between them, as verl writes it. Hydra wants `+` before one that is not in the
 configuration but in the class behind it, or in a dictionary that is open: `Trainer.overrides` sees to that.
@@ -53,8 +53,8 @@ class Place:
 class Trainer:
     """One of verl's trainers with one of its training engines.
 
-    `module` is what Python starts, `select` the overrides that choose the engine, `tree` the configuration, and `classes` the
-    fields of each class as {field: type}.
+    `module` is what Python starts, `select` the overrides that choose the engine, `tree` the configuration, and `classes`
+    the fields of each class as {field: type}.
     """
 
     name: str

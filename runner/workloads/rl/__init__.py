@@ -1,8 +1,8 @@
 """verl on machines without a GPU, for smoke tests: what the profile `cpu-smoke` adds, through verl's own hooks.
 
-Nothing of verl is edited. `ENVIRONMENT` makes verl import `runner.workloads.rl.cpu` wherever verl itself is imported; without
-it these modules are never loaded, and on GPUs nobody sets it. They touch verl's interior, so they are written for the version
-`VERL` alone and refuse any other. No torch, Ray or verl is imported here: the planner reads this.
+Nothing of verl is edited. `ENVIRONMENT` makes verl import `runner.workloads.rl.cpu` wherever verl itself is imported;
+without it these modules are never loaded, and on GPUs nobody sets it. They touch verl's interior, so they are written for
+the version `VERL` alone and refuse any other. No torch, Ray or verl is imported here: the planner reads this.
 """
 
 from __future__ import annotations
