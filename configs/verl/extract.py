@@ -27,7 +27,7 @@ TRAINERS = {
 
 
 def compose(folder: Path) -> dict[str, Any]:
-    """{trainer: {"module", "variants": {variant: {"select": overrides, "tree": configuration}}}}; interpolates nothing."""
+    """{trainer: {"module", "variants": {variant: {"select": overrides, "tree": configuration}}}}, as written."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 

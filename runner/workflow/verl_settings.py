@@ -1,8 +1,8 @@
 """verl's settings, checked and spelt where verl is not installed.
 
 `configs/verl/<version>.json` has the configuration of verl's trainers as `--cfg job` shows it, and the fields of the
-classes that it becomes; `configs/verl/extract.py` writes it. With it the controller refuses an unknown setting, or a value
-of the wrong type, before anything is submitted, and writes the rest as overrides for Hydra.
+classes that it becomes; `configs/verl/extract.py` writes it. With it the controller refuses an unknown setting, or a
+value of the wrong type, before anything is submitted, and writes the rest as overrides for Hydra.
 
 A setting is a path of names with dots between them, as verl writes it. Hydra wants `+` before one that is not in the
 configuration but in the class behind it, or in a dictionary that is open: `Trainer.overrides` sees to that.
@@ -42,7 +42,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a setting is: whether the configuration has it, its default there, and the type that its class declares ("")."""
+    """Where a setting is: whether the configuration has it, its default there, and the type that its class declares."""
 
     present: bool
     default: Any = None
@@ -53,8 +53,8 @@ class Place:
 class Trainer:
     """One of verl's trainers with one of its training engines.
 
-    `module` is what Python starts, `select` the overrides that choose the engine, `tree` the configuration, and `classes`
-    the fields of each class as {field: type}.
+    `module` is what Python starts, `select` the overrides that choose the engine, `tree` the configuration, and
+    `classes` the fields of each class as {field: type}.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Trainer:
         return self.classes.get(str(target).rpartition(".")[2], {})
 
     def _unknown(self, key: str, where: str) -> UsageError:
-        """The error for a `key` that verl lacks: those that end as it does, those beside it, else the nearest of all."""
+        """The error for a `key` that verl lacks: those that end as it does, those beside it, or the nearest."""
         parent, _, last = key.rpartition(".")
         tails = [path for path in self.paths if path.endswith(f".{last}")]
         if tails and not parent:

@@ -1,8 +1,8 @@
 """verl on machines without a GPU, for smoke tests: what the profile `cpu-smoke` adds, through verl's own hooks.
 
 Nothing of verl is edited. `ENVIRONMENT` makes verl import `runner.workloads.rl.cpu` wherever verl itself is imported;
-without it these modules are never loaded, and on GPUs nobody sets it. They touch verl's interior, so they are written for
-the version `VERL` alone and refuse any other. No torch, Ray or verl is imported here: the planner reads this.
+without it these modules are never loaded, and on GPUs nobody sets it. They touch verl's interior, so they are written
+for the version `VERL` alone and refuse any other. No torch, Ray or verl is imported here: the planner reads this.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ VERL = "0.9.1"
 ENVIRONMENT: Mapping[str, str] = {
     "VERL_USE_EXTERNAL_MODULES": "runner.workloads.rl.cpu",
     "VERL_PLATFORM": "cpu",
-    # The FSDP engines are registered for "cuda" alone, and are found by these two: verl's own way to name another device.
+    # The FSDP engines are registered for "cuda" alone, and are found by these two, which verl itself reads.
     "VERL_ENGINE_DEVICE": "cuda",
     "VERL_ENGINE_VENDOR": "nvidia",
 }

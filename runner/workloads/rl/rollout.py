@@ -1,7 +1,7 @@
 """The rollout "hf" of verl's asynchronous kind: tokens in, tokens out, by transformers. For smoke tests on CPUs alone.
 
-`Replica` starts a `Server` on its first worker's node; `Adapter`, in the worker, sends it the weights after each update,
-over Ray and as whole tensors.
+`Replica` starts a `Server` on its first worker's node; `Adapter`, in the worker, sends it the weights after each
+update, over Ray and as whole tensors.
 """
 
 from __future__ import annotations

@@ -1,0 +1,158 @@
+"""What the plugin for CPUs and the settings take for granted of verl, asked of the verl of the lock itself.
+
+Red here means that verl's interface has moved: the lock, `runner.workloads.rl` and `configs/verl/` belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+import verl_environment
+from role_modules import ROOT
+from runner.workflow import verl_settings
+from runner.workloads import rl
+
+pytestmark = [pytest.mark.local, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def verl():
+    """A function that runs code where verl is, and gives what it prints as JSON on its last line."""
+    try:
+        verl_environment.python()
+    except (LookupError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no environment with verl: {error}")
+
+    def ask(code: str, plugin: bool = True) -> object:
+        outcome = verl_environment.run(code, plugin)
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        return json.loads(outcome.stdout.splitlines()[-1])
+
+    return ask
+
+
+def test_verl_takes_the_platform_and_the_rollout_from_the_plugin(verl):
+    found = verl("""
+import inspect, json, verl
+from verl.plugin.platform import get_platform
+from verl.workers.rollout.base import get_rollout_class
+from verl.workers.rollout.replica import get_rollout_replica_class
+platform, rollout, replica = get_platform(), get_rollout_class("hf"), get_rollout_replica_class("hf")
+print(json.dumps({
+    "modules": [type(platform).__module__, rollout.__module__, replica.__module__],
+    "abstract": [inspect.isabstract(kind) for kind in (type(platform), rollout, replica)],
+    "backend": platform.communication_backend_name(),
+}))""")
+    module = "runner.workloads.rl"
+    assert found["modules"] == [f"{module}.cpu", f"{module}.rollout", f"{module}.rollout"]
+    assert found["abstract"] == [False, False, False] and found["backend"] == "gloo"
+
+
+def test_verls_own_process_group_starts(verl):
+    found = verl("""
+import json, os
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+from verl.utils import distributed
+import torch
+began = distributed.initialize_global_process_group()
+total = torch.ones(2)
+torch.distributed.all_reduce(total)
+print(json.dumps([list(began), total.tolist()]))""")
+    assert found == [[0, 0, 1], [1.0, 1.0]]
+
+
+def test_the_engines_for_fsdp_are_found_on_a_cpu(verl):
+    assert verl("""
+import json, verl
+from verl.workers.engine import EngineRegistry
+kinds = [EngineRegistry.get_engine_cls(model, "fsdp2") for model in ("language_model", "value_model")]
+print(json.dumps([kind.__name__ for kind in kinds]))""")
+
+
+def test_the_critic_is_loaded_by_the_function_that_is_replaced(verl):
+    found = verl("""
+import ast, inspect, json, verl, verl.utils.model, verl.workers.engine.fsdp.transformer_impl as engine
+source = ast.parse(inspect.getsource(verl.utils.model))
+theirs = next(n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == "load_valuehead_model")
+ours = verl.utils.model.load_valuehead_model
+print(json.dumps({
+    "theirs": [a.arg for a in theirs.args.args],
+    "ours": list(inspect.signature(ours).parameters),
+    "module": ours.__module__,
+    "used": "import load_valuehead_model" in inspect.getsource(engine),
+}))""")
+    assert found["theirs"] == found["ours"] and found["module"] == "runner.workloads.rl.cpu" and found["used"]
+
+
+def test_a_server_has_every_method_that_verl_calls(verl):
+    called, has = verl("""
+import ast, inspect, json, verl
+from verl.workers.rollout import replica, llm_server
+from runner.workloads.rl.rollout import Server
+calls = set()
+for module in (replica, llm_server):
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Attribute) and node.attr == "remote" and isinstance(node.value, ast.Attribute):
+            if isinstance(node.value.value, ast.Name) and node.value.value.id == "server":
+                calls.add(node.value.attr)
+print(json.dumps([sorted(calls), dir(Server)]))""")
+    assert "generate" in called and "wake_up" in called
+    assert set(called) <= set(has)
+
+
+def test_without_its_environment_the_plugin_is_not_there(verl):
+    assert verl(
+        """
+import json, sys, torch.distributed
+before = torch.distributed.init_process_group
+import verl, runner.workloads.rl
+from verl.workers.rollout import base
+same = torch.distributed.init_process_group is before
+print(json.dumps(["runner.workloads.rl.cpu" in sys.modules, same, ("hf", "async") in base._ROLLOUT_REGISTRY]))""",
+        plugin=False,
+    ) == [False, True, False]
+
+
+def test_another_verl_is_refused_in_words(verl):
+    outcome = verl_environment.run(
+        "from importlib import metadata; real = metadata.version\n"
+        "metadata.version = lambda name: '0.9.2' if name == 'verl' else real(name)\nimport verl"
+    )
+    last = outcome.stderr.strip().splitlines()[-1]
+    assert outcome.returncode and f"is for verl {rl.VERL}, found 0.9.2; install the profile cpu-smoke again" in last
+
+
+def test_the_settings_are_those_of_this_verl(verl):
+    script = ROOT / "configs" / "verl" / "extract.py"
+    text = verl(f"""
+import importlib.util, json, pathlib
+spec = importlib.util.spec_from_file_location("extract", {str(script)!r})
+extract = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(extract)
+place = pathlib.Path(importlib.util.find_spec("verl").origin).parents[1]
+print(json.dumps(extract.text(extract.extract(place))))""")
+    assert text == (ROOT / "configs" / "verl" / f"{rl.VERL}.json").read_text()
+
+
+@pytest.mark.parametrize("name", rl.SETTINGS)
+def test_hydra_reads_every_setting_as_it_was_meant(verl, name):
+    texts = ["", "it's", "a b,c=d", "a\\", "\\'", "1e-6", "true", "ä", "[x]", "{a:1}", "$x", "%(x)s", "#", " a ", "a:b"]
+    trainer = verl_settings.trainer(name)
+    config = {"ppo": "ppo_trainer", "sft": "sft_trainer_engine"}[name]
+    cases = [dict(rl.SETTINGS[name])] + [{"trainer.project_name": text} for text in texts]
+    asked = [[trainer.overrides(case), list(case)] for case in cases]
+    read = verl(f"""
+import json, pathlib, importlib.util
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+place = pathlib.Path(importlib.util.find_spec("verl").origin).parent / "trainer" / "config"
+out = []
+with initialize_config_dir(str(place), version_base=None):
+    for words, keys in json.loads({json.dumps(json.dumps(asked))}):
+        tree = compose({config!r}, overrides=words)
+        out.append({{key: OmegaConf.select(tree, key) for key in keys}})
+print(json.dumps(out))""")
+    assert read == cases
