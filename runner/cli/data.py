@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
+from runner.cli.options import Commands
 from runner.errors import UsageError
 from runner.workloads.data.pack import Progress
 from runner.workloads.data.prepare import cached, default_cache_dir, prepare, resolve
 
 
-@click.group()
+@click.group(cls=Commands)
 def data() -> None:
     """Training data for the sft test."""
 

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from runner import errors
-from runner.cli.options import POSITIVE, inventory_option, read_inventory
+from runner.cli.options import POSITIVE, Commands, inventory_option, read_inventory
 from runner.cluster.backends import BACKENDS, LOCAL, SLURM, SSH
 from runner.system.wording import counted
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runner.cluster.scaffold import Answers
 
 
-@click.group("inventory", invoke_without_command=True)
+@click.group("inventory", cls=Commands, invoke_without_command=True)
 @inventory_option
 @click.option("--hosts", metavar="SET", help="Only these nodes.")
 @click.option(

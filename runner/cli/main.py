@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from runner import __version__, errors
+from runner.cli.options import Commands
 
 # Every command's module, imported when the command is used: name -> (module, attribute, short help).
 _COMMANDS = {
@@ -33,11 +34,12 @@ _COMMANDS = {
     "setup": ("setup", "setup", "Bring nodes to the desired state: site.yml, with progress and a table."),
     "testbed": ("testbed", "testbed", "Start and stop a cluster of containers on this machine."),
     "tune": ("tune", "tune", "Find the fastest settings of a model on nodes, which bench then uses."),
+    "workflow": ("workflow", "workflow", "Train a model in stages: fine-tuning, then PPO or GRPO on Ray, with verl."),
 }
 
 
-class _Commands(click.Group):
-    """A group with the names and help of its commands, which are imported when used; it suggests the nearest name."""
+class _Commands(Commands):
+    """A group with the names and help of its commands, which are imported when used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_COMMANDS])
@@ -57,12 +59,6 @@ class _Commands(click.Group):
                 rows.append((name, command.get_short_help_str(80)))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError:
-            raise errors.unknown("command", args[0], self.list_commands(ctx)) from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -24,6 +24,18 @@ class _Positive(click.FloatRange):
         return number
 
 
+class Commands(click.Group):
+    """A group of commands that suggests the nearest name for one that it does not have."""
+
+    noun = "command"
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            raise errors.unknown(self.noun, args[0], self.list_commands(ctx)) from None
+
+
 POSITIVE = _Positive(min=0, min_open=True)  # a number above 0; click's own takes NaN too
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.cli.options import results_option, run_names
+from runner.cli.options import Commands, results_option, run_names
 from runner.launch.slurm.cancel import cancel_jobs, slurm_of
 from runner.report.runs import (
     aliases_of,
@@ -39,7 +39,7 @@ REFRESH_S = 1.0  # status.json changes at most once a second
 run_argument = click.argument("name", metavar="[RUN]", required=False, shell_complete=run_names)
 
 
-@click.group()
+@click.group(cls=Commands)
 def runs() -> None:
     """Show runs and stop them. RUN is an id, a unique prefix of one, or a path; default: the newest."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from runner.cli.options import POSITIVE
+from runner.cli.options import POSITIVE, Commands
 from runner.errors import EXIT_INFRASTRUCTURE, UsageError
 from runner.provision.testbed.containers import OnProgress, down, dry_run, require_root, status, up
 from runner.provision.testbed.layout import DEFAULT_NAME, MAX_NODES, Options
@@ -50,7 +50,7 @@ _name_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Commands)
 def testbed() -> None:
     """Start and stop a cluster of containers on this machine."""
 

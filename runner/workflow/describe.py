@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from runner.plan.engines.ray import BLOCK, Ports, blocks, in_order
 from runner.system.nodeset import fold
@@ -18,6 +19,11 @@ def listing() -> str:
     for name, stages in WORKFLOWS.items():
         lines += [f"{name}:", *(f"  {line}" for stage in stages for line in _stage(stage)), ""]
     return "\n".join(lines)
+
+
+def as_dict() -> dict[str, list[dict[str, Any]]]:
+    """What `listing` says as JSON holds it: the stages of each workflow."""
+    return {name: [asdict(stage) for stage in stages] for name, stages in WORKFLOWS.items()}
 
 
 def _stage(stage: Stage) -> list[str]:

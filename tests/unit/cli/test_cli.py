@@ -48,6 +48,9 @@ def test_help_imports_neither_torch_nor_ansible():
     ("arguments", "code", "said"),
     [
         (["benhc"], 2, "unknown command 'benhc'; did you mean 'bench'?"),
+        (["runs", "lst"], 2, "unknown command 'lst'; did you mean 'list'?"),
+        (["testbed", "dwn"], 2, "did you mean 'down'?"),
+        (["workflow", "sft-po"], 2, "unknown workflow 'sft-po'"),
         (["bench", "--nods", "3"], 2, "--nods"),
         (["bench", "--nodes", "0"], 2, "--nodes"),
         (["bench", "--nodes", "2", "--sweep", "1,2"], 2, "exclude each other"),
