@@ -91,7 +91,7 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
     """
     options, request, nodes = prepared.options, prepared.request, prepared.nodes
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
-    tests = tuple(request.tests)
+    tests = request.test_names
     made = (request.backend, request.device, request.engine, tests, ssh_config, cluster)
     more = {"weights": prepared.weights_on_nodes, "nccl_tests": rank_programs(prepared.plan.cells)}
     access = dependencies.access(*made, nccl_root=request.nccl_root, **more)

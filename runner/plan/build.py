@@ -44,11 +44,42 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         raise UsageError(
             f"{counted(most, 'node')} asked for: the inventory {request.inventory} has {len(nodes)} to choose from"
         )
-    for engine in dict.fromkeys(engine_of(name, request.backend, request.engine) for name in request.tests):
+    for engine in dict.fromkeys(engine_of(name, request.backend, request.engine) for name in request.test_names):
         _refuse_engine(engine, request, nodes[:most])
     request = _split(request)
+    cells = _chain(request, nodes[:most]) if request.chain else _measurements(request, nodes[:most])
+    return Plan(
+        run_id=request.run_id,
+        created=request.created,
+        command=request.command,
+        run_dir=request.run_dir,
+        inventory=request.inventory,
+        backend=request.backend,
+        engine=request.engine,
+        scaling=request.scaling,
+        seed=request.seed,
+        weights=request.weights,
+        nodes=nodes[:most] if request.named else nodes,
+        hardware=request.hardware,
+        models={request.model["name"]: request.model} if any(TESTS[name].model for name in request.test_names) else {},
+        targets=request.targets,
+        cells=tuple(cells),
+        passed_over=request.passed_over,
+        spares=nodes[most:] if request.spares and request.named else (),
+        slurm=request.slurm,
+        named=request.named,
+        one_allocation=request.one_allocation,
+        job_array=request.job_array,
+        nccl=request.nccl,
+        nccl_root=request.nccl_root,
+        tuned=request.tuned,
+    )
+
+
+def _measurements(request: Request, nodes: tuple[Node, ...]) -> list[Cell]:
+    """The cells of the tests of `request` on the first of `nodes`, for each node count."""
     cells = []
-    shape = fit.shape_of(nodes[:most], request.gpus_per_node)
+    shape = fit.shape_of(nodes, request.gpus_per_node)
     for name, given in request.tests.items():
         params = _params(request, name, given, nodes[0])
         _refuse_settings(request, name, params)
@@ -63,32 +94,18 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
                     how = "; ".join(text for text in (tuned.chosen(request), chosen) if text)
                     cell = replace(cell, chosen=how, expected=expected)
                 cells.append(cell)
-    return Plan(
-        run_id=request.run_id,
-        created=request.created,
-        command=request.command,
-        run_dir=request.run_dir,
-        inventory=request.inventory,
-        backend=request.backend,
-        engine=request.engine,
-        scaling=request.scaling,
-        seed=request.seed,
-        weights=request.weights,
-        nodes=nodes[:most] if request.named else nodes,
-        hardware=request.hardware,
-        models={request.model["name"]: request.model} if any(TESTS[name].model for name in request.tests) else {},
-        targets=request.targets,
-        cells=tuple(cells),
-        passed_over=request.passed_over,
-        spares=nodes[most:] if request.spares and request.named else (),
-        slurm=request.slurm,
-        named=request.named,
-        one_allocation=request.one_allocation,
-        job_array=request.job_array,
-        nccl=request.nccl,
-        nccl_root=request.nccl_root,
-        tuned=request.tuned,
-    )
+    return cells
+
+
+def _chain(request: Request, nodes: tuple[Node, ...]) -> list[Cell]:
+    """The cells of the chain of `request`, each after the one before it, on `nodes` or the first of them."""
+    cells: list[Cell] = []
+    for link in request.chain:
+        params = _params(request, link.test, link.params, nodes[0])
+        here = nodes[:1] if TESTS[link.test].runs == "one" else nodes
+        cell = replace(_cell(request, here, link.test, "", params, 1, link.name), inputs=link.inputs)
+        cells.append(replace(cell, after=cells[-1].id if cells else None))
+    return cells
 
 
 def _refuse_engine(engine: str, request: Request, nodes: Sequence[Node]) -> None:
@@ -164,15 +181,24 @@ def _params(request: Request, name: str, params: Mapping[str, Any], first: Node)
 
 
 def _cell(
-    request: Request, nodes: tuple[Node, ...], name: str, suffix: str, params: Mapping[str, Any], repeat: int
+    request: Request,
+    nodes: tuple[Node, ...],
+    name: str,
+    suffix: str,
+    params: Mapping[str, Any],
+    repeat: int,
+    cell_id: str | None = None,
 ) -> Cell:
-    """One cell of the test `name`; `suffix` tells it from the test's others, as `Variants` names them."""
+    """One cell of the test `name`; `suffix` tells it from the test's others, as `Variants` names them. `cell_id`: its
+    id, None where test, model, nodes and repeat make it.
+    """
     test, num_nodes = TESTS[name], len(nodes)
-    world_size = num_nodes * request.gpus_per_node
+    gpus_per_node = 1 if test.runs == "one" else request.gpus_per_node
+    world_size = num_nodes * gpus_per_node if test.runs == "ranks" else 1
     model = request.model["name"] if test.model else None
     parts = [name, suffix, _UNSAFE.sub("_", model) if model else "", f"{num_nodes}n", f"r{repeat}"]
     engine = engine_of(name, request.backend, request.engine)
-    cell_id = "-".join(part for part in parts if part)
+    cell_id = cell_id or "-".join(part for part in parts if part)
     port = PORTS[zlib.crc32(f"{request.run_id}/{cell_id}".encode()) % len(PORTS)]
     batch = batch_of(request, params, num_nodes, world_size) if test.trains else None
     cell = Cell(
@@ -182,7 +208,7 @@ def _cell(
         num_nodes=num_nodes,
         repeat=repeat,
         hosts=(),
-        gpus_per_node=request.gpus_per_node,
+        gpus_per_node=gpus_per_node,
         world_size=world_size,
         device=request.device,
         params=params,

@@ -35,7 +35,8 @@ def describe(plan: Plan, fold: Any) -> str:
             "",
             f"cell {cell.id}: {counted(cell.world_size, 'rank')} "
             f"({cell.num_nodes} × {cell.gpus_per_node}, {cell.device})"
-            + (f", engine {cell.engine}" if len(engines) > 1 else ""),
+            + (f", engine {cell.engine}" if len(engines) > 1 else "")
+            + (f", once {cell.after} is complete" if cell.after else ""),
         ]
         hosts = f"{fold([aliases[h] for h in cell.hosts])} = {fold(cell.hosts)}" if cell.hosts else "placed by Slurm"
         lines.append(f"  hosts  {hosts}")

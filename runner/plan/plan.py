@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -63,6 +63,8 @@ class Cell:
     `hosts` is empty as long as Slurm has not placed the cell. `params` are the test's settings, `cell_dir` is the
     cell's folder on every node, `engine` starts its ranks, and `attempt` counts from 1. `chosen` says how the planner
     decided what was left open, and `expected` is what it predicts, None where it cannot.
+
+    A cell of a chain runs once the cell `after` is complete, and `inputs` say by name what it is made from, as digests.
     """
 
     id: str
@@ -85,6 +87,8 @@ class Cell:
     attempt: int = 1
     chosen: str = ""
     expected: Prediction | None = None
+    after: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Plan:
         """
 
         def made(kind: Any, values: Mapping[str, Any], **given: Any) -> Any:
-            known = {field.name for field in fields(kind)}
+            known = {each.name for each in fields(kind)}
             return kind(**{key: value for key, value in values.items() if key in known} | given)
 
         def expected(values: Mapping[str, Any] | None) -> Any:

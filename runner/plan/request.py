@@ -10,11 +10,25 @@ from runner.plan.speed import Rate
 
 
 @dataclass(frozen=True)
+class Link:
+    """One cell of a chain: it runs `test` with the settings `params`, once the one before it is complete.
+
+    `name` is the cell's id. `inputs` say by name what it is made from, as digests.
+    """
+
+    name: str
+    test: str
+    params: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Request:
     """What a plan is made from: names and values that were checked against the files, and how nodes are reached.
 
     `run_dir` and `ssh_config` are paths on the controller; `node_counts` are the sweep, `hardware` and `model` the
-    contents of their files in configs/.
+    contents of their files in configs/. A request has `tests`, or a `chain`: then each cell needs what the one before
+    it leaves, and all are planned once, on the largest of the node counts.
     """
 
     run_id: str
@@ -48,3 +62,9 @@ class Request:
     deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name
     rates: tuple[Rate, ...] = ()  # what was measured of this model on these GPUs
     tuned: Mapping[str, Any] | None = None  # what `plan.tuned.apply` used of a result of tuning, and what it did not
+    chain: tuple[Link, ...] = ()
+
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        """The names of the tests that are asked for, each once."""
+        return tuple(dict.fromkeys((*self.tests, *(link.test for link in self.chain))))

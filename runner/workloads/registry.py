@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     from runner.failures import Suspect
@@ -141,6 +141,9 @@ class Test:
     ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
     `command` is MODULE:FUNCTION with the interface RankCommand, for a test whose ranks run what role nccl_build has
     installed: its setting `root` is the role's folder, and where it is null, the one of the inventory.
+
+    `runs` says how many ranks a cell has: "ranks", one for each GPU of all its nodes; "once", one in all, which uses
+    the GPUs of all nodes; "one", one in all, which needs one GPU of one node, however many nodes others take.
     """
 
     summary: str
@@ -160,6 +163,7 @@ class Test:
     variants: str = ""
     mpi: bool = False
     command: str = ""
+    runs: Literal["ranks", "once", "one"] = "ranks"
 
     def load_settings(self) -> type[ConfigFile]:
         """Import the class of the test's settings."""

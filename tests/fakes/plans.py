@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runner.cluster import inventory
 from runner.plan import config
-from runner.plan.request import Request
+from runner.plan.request import Link, Request
 
 
 def request(source: inventory.Inventory, **changes) -> Request:
@@ -33,3 +33,9 @@ def request(source: inventory.Inventory, **changes) -> Request:
         ssh_config=None if local else "/tmp/shakedown-x/ssh_config",
     )
     return Request(**{**defaults, **changes})
+
+
+def chain(*names: str, test: str = "torch", **settings) -> tuple[Link, ...]:
+    """Links of these names, which run one `test`."""
+    params = config.load_test(test, settings).model_dump()
+    return tuple(Link(name, test, params, {"setting": name}) for name in names)

@@ -11,14 +11,16 @@ import mpi_probe
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import request
+from plans import chain, request
 
 from golden_files import check as golden
 from runner.errors import UsageError
 from runner.plan import build, config, describe, plan
 from runner.plan.batch import resolve_batch
 from runner.plan.engines.registry import offered
+from runner.plan.request import Link
 from runner.system import nodeset
+from runner.workloads.registry import TESTS
 
 
 @pytest.mark.parametrize("backend", ["local", "ssh"])
@@ -105,6 +107,56 @@ def test_each_cell_has_its_engine_and_an_older_plan_the_one_that_it_had(cluster,
     for cell in saved["cells"]:
         del cell["engine"]
     assert {cell.engine for cell in plan.Plan.from_dict(saved).cells} == {"torchrun"}
+
+
+# --- a chain --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_one(monkeypatch):
+    """Tests whose cells have a single rank: on one node, and with the GPUs of all nodes."""
+    for runs in ("one", "once"):
+        monkeypatch.setitem(TESTS, runs, replace(TESTS["torch"], runs=runs))
+    return config.load_test("torch", {}).model_dump()
+
+
+def test_cells_of_a_chain_have_the_names_and_the_order_of_its_links_each_after_the_one_before(cluster, on_one):
+    links = (*chain("sft"), Link("merge-sft", "one", on_one), Link("ppo", "once", on_one), Link("merge", "one", on_one))
+    asked = request(cluster, tests={}, chain=links, node_counts=(2, 3), repeats=2)
+    built = build.build(asked, cluster.nodes)
+    assert [(cell.id, cell.test, cell.after) for cell in built.cells] == [
+        ("sft", "torch", None),
+        ("merge-sft", "one", "sft"),
+        ("ppo", "once", "merge-sft"),
+        ("merge", "one", "ppo"),
+    ]
+    shapes = [(cell.num_nodes, cell.gpus_per_node, cell.world_size) for cell in built.cells]
+    assert shapes == [(3, 8, 24), (1, 1, 1), (3, 8, 1), (1, 1, 1)]
+    first = [node.name for node in cluster.nodes[:3]]
+    assert [list(cell.hosts) for cell in built.cells] == [first, first[:1], first, first[:1]]
+    assert len({cell.master_port for cell in built.cells}) == len(built.cells)
+    assert built.cells[0].inputs == {"setting": "sft"}
+    text = describe.describe(built, nodeset.fold)
+    assert "cell merge-sft: 1 rank (1 × 1, cuda), once sft is complete\n" in text
+
+
+def test_a_chain_is_the_same_after_it_was_saved_and_an_older_plan_has_none(cluster):
+    built = build.build(request(cluster, tests={}, chain=chain("first", "second"), node_counts=(2,)), cluster.nodes)
+    saved = json.loads(json.dumps(built.to_dict()))
+    assert [(cell.after, cell.inputs) for cell in plan.Plan.from_dict(saved).cells] == [
+        (None, {"setting": "first"}),
+        ("first", {"setting": "second"}),
+    ]
+    for cell in saved["cells"]:
+        del cell["after"], cell["inputs"]
+    assert [(cell.after, cell.inputs) for cell in plan.Plan.from_dict(saved).cells] == [(None, {}), (None, {})]
+
+
+def test_an_engine_that_cannot_start_the_ranks_of_a_chain_is_refused_as_for_tests(cluster, mpi_test):
+    nodes = tuple(replace(node, become=True) for node in cluster.nodes)
+    links = (Link("meet", mpi_probe.NAME, mpi_test[mpi_probe.NAME]),)
+    with pytest.raises(UsageError, match="ansible_become: engine mpirun"):
+        build.build(request(cluster, tests={}, chain=links, node_counts=(2,)), nodes)
 
 
 def test_mpi_programs_do_not_meet_on_bridges_of_containers_unless_the_inventory_names_interfaces(cluster, mpi_test):
