@@ -30,6 +30,7 @@ class Commands(click.Group):
     noun = "command"
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click's. Raises UsageError with the nearest name for a command that there is not."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
