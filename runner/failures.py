@@ -113,6 +113,12 @@ KINDS: Mapping[str, Kind] = {
         False,
         "correct the name or the files of --weights; for gated ones accept the licence and set HF_TOKEN",
     ),
+    "checkpoint_unusable": Kind(
+        "A checkpoint makes no usable model",
+        TOOL,
+        False,
+        "look at the stage that wrote it, and at the disk; that stage alone can run again (--stages)",
+    ),
     # how ranks end
     "rank_killed": Kind("A rank was killed", NOBODY, True, "look in the node's log for what killed it"),
     "out_of_memory": Kind("A node ran out of memory", NODE, True, "see what else uses its memory, or offload less"),

@@ -28,7 +28,7 @@ from runner.cli.options import (
     seed_option,
 )
 from runner.system.places import CONFIGS
-from runner.workloads.registry import TESTS, usual
+from runner.workloads.registry import TESTS, offered, usual
 
 if TYPE_CHECKING:
     from runner.launch import prepare
@@ -67,9 +67,9 @@ MODELS = _names("models")
     "--test",
     "tests",
     multiple=True,
-    help="; ".join(f"{name}: {test.summary}" for name, test in TESTS.items()) + f"; default: {' and '.join(usual())}.",
+    help="; ".join(f"{name}: {TESTS[name].summary}" for name in offered()) + f"; default: {' and '.join(usual())}.",
     metavar="NAME",
-    shell_complete=complete(list(TESTS)),
+    shell_complete=complete(offered()),
 )
 @engine_option
 @backend_option

@@ -155,6 +155,7 @@ SPELLINGS = (
     ),
     Spelling("cuda_out_of_memory", "NCCL", r"failed to cuda \w*alloc", r"failed to allocate \d+ bytes of device"),
     Spelling("cuda_out_of_memory", "cuBLAS, cuDNN", r"CU(?:BLAS|DNN|SOLVER|SPARSE|FFT)_STATUS_(?:ALLOC_FAILED)"),
+    Spelling("checkpoint_unusable", "workloads.rl", r"\bcheckpoint unusable: "),
     # The hub and the weights, before the words of connections.
     Spelling(
         "weights_unusable",

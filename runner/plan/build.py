@@ -214,7 +214,7 @@ def _cell(
         params=params,
         batch=batch,
         deepspeed=with_batch(request.deepspeed, batch) if batch else None,
-        env={**CELL_ENV, **_nccl_env(request), **_mpi_env(engine, nodes)},
+        env={**CELL_ENV, **test.environment.get(request.device, {}), **_nccl_env(request), **_mpi_env(engine, nodes)},
         cell_dir="",
         master_port=port,
         launch=Launch(argv=()),

@@ -21,7 +21,7 @@ from runner.system.places import CONFIGS
 from runner.system.schema import ConfigFile, PositiveInt, Size, check, read_yaml
 from runner.workloads.collectives.settings import Collective
 from runner.workloads.nccl.settings import Collective as NcclCollective
-from runner.workloads.registry import TESTS
+from runner.workloads.registry import TESTS, offered
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-4 is a string in YAML 1.1
 
@@ -171,8 +171,8 @@ def load_test(name: str, overrides: Mapping[str, Any]) -> Any:
 
     Returns an instance of the test's settings class. Raises UsageError for an unknown test, key or value.
     """
-    if name not in TESTS:
-        raise unknown("test", name, TESTS)
+    if name not in offered():
+        raise unknown("test", name, offered())
     path, settings = CONFIGS / "tests" / f"{name}.yaml", TESTS[name].load_settings()
     values = check(settings, read_yaml(path), str(path)).model_dump()
     lists = {key for key, field in settings.model_fields.items() if get_origin(field.annotation) is tuple}
@@ -239,7 +239,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     import yaml
 
     parsed: dict[str, dict[str, Any]] = {}
-    sections = [*TESTS, "deepspeed", "slurm"]
+    sections = [*offered(), "deepspeed", "slurm"]
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, dot, name = key.partition(".")

@@ -55,6 +55,11 @@ class CellDir:
         return self.path / "telemetry.jsonl"
 
     @property
+    def verl_metrics(self) -> Path:
+        """The metrics that verl writes of each step (cluster.tools.verl_metrics)."""
+        return self.path / "verl.jsonl"
+
+    @property
     def engine_stdout(self) -> Path:
         """The engine's stdout."""
         return self.path / "engine.stdout"

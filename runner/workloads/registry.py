@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from runner.workloads import rl
+
 if TYPE_CHECKING:
     from runner.failures import Suspect
     from runner.results.records import Record
@@ -135,7 +137,8 @@ class Test:
 
     Ranks of a test with a `model` get its architecture. One that `trains` it takes its DeepSpeed file and weights, a
     batch and prepared data as well, and its rate is compared over node counts; its `refusals` are a module with the
-    interface RefusalsModule. A test `on_request` runs only where it is named, as one that looks for a fault.
+    interface RefusalsModule. A test `on_request` runs only where it is named, as one that looks for a fault. One of a
+    `workflow` is a stage of it: `runner workflow` makes its settings, and nobody asks for it by name.
 
     `variants` is MODULE:FUNCTION with the interface Variants; without one, each node count and repeat is one cell. The
     ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
@@ -144,6 +147,7 @@ class Test:
 
     `runs` says how many ranks a cell has: "ranks", one for each GPU of all its nodes; "once", one in all, which uses
     the GPUs of all nodes; "one", one in all, which needs one GPU of one node, however many nodes others take.
+    `environment` are, by device, variables that its ranks need, and what starts them.
     """
 
     summary: str
@@ -158,12 +162,14 @@ class Test:
     model: bool = False
     trains: bool = False
     on_request: bool = False
+    workflow: bool = False
     refusals: str = ""
     details: str = ""
     variants: str = ""
     mpi: bool = False
     command: str = ""
     runs: Literal["ranks", "once", "one"] = "ranks"
+    environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def load_settings(self) -> type[ConfigFile]:
         """Import the class of the test's settings."""
@@ -265,12 +271,52 @@ TESTS: Mapping[str, Test] = {
         trains=True,
         refusals="runner.workloads.sft.refusals",
     ),
+    "rl-sft": Test(
+        summary="fine-tuning with verl",
+        settings="runner.workloads.rl.settings:RlSftTest",
+        rank="runner.workloads.rl.sft",
+        metrics="runner.workloads.rl.metrics",
+        report="runner.report.rl",
+        packages=(),
+        on_request=True,
+        workflow=True,
+        environment={"cpu": rl.ENVIRONMENT},
+    ),
+    "rl-merge": Test(
+        summary="a checkpoint of verl as a model",
+        settings="runner.workloads.rl.settings:RlMergeTest",
+        rank="runner.workloads.rl.merge",
+        metrics="runner.workloads.rl.metrics",
+        report="runner.report.rl",
+        packages=(),
+        on_request=True,
+        workflow=True,
+        runs="one",
+        environment={"cpu": rl.ENVIRONMENT},
+    ),
+    "rl": Test(
+        summary="PPO and GRPO with verl on Ray",
+        settings="runner.workloads.rl.settings:RlTest",
+        rank="runner.workloads.rl.driver",
+        metrics="runner.workloads.rl.metrics",
+        report="runner.report.rl",
+        packages=(),
+        on_request=True,
+        workflow=True,
+        runs="once",
+        environment={"cpu": rl.ENVIRONMENT},
+    ),
 }
 
 
 def usual() -> tuple[str, ...]:
     """The tests of a run that names none."""
     return tuple(name for name, test in TESTS.items() if not test.on_request)
+
+
+def offered() -> tuple[str, ...]:
+    """The tests that a user can ask for by name; the others are stages of a workflow."""
+    return tuple(name for name, test in TESTS.items() if not test.workflow)
 
 
 def trains(name: str) -> bool:

@@ -44,7 +44,7 @@ def ask(commands: SlurmClient, nodes: Sequence[Node], named: bool) -> Survey:
     settings, first = commands.settings.model_copy(update={"mem": mem}), nodes[0]
     known = {node.name: node for node in seen}
     names = [slurm_name(node, tuple(known)) for node in nodes]
-    longest_s = max(config.load_test(test, {}).timeout_s for test in registry.TESTS)
+    longest_s = max(config.load_test(test, {}).timeout_s for test in registry.offered())
     step = script.Step("check", len(nodes), {}, tuple(names) if named else (), longest_s)
     job = script.BatchJob("shakedown-check", (step,), first.python, "/dev/null", first.gpus or 1, first.device)
     refused, wrong = capacity.refused(job, settings, partitions, seen)

@@ -15,7 +15,7 @@ import pytest
 from conftest import NAMES, ROOT
 from runner.cli.bench import bench
 from runner.cli.main import cli
-from runner.workloads.registry import TESTS
+from runner.workloads.registry import TESTS, offered
 
 RUNNER = Path(sys.executable).with_name("runner")
 
@@ -153,7 +153,7 @@ def test_every_command_has_help():
 MODELS = ("tiny", "llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3.2-1b")
 
 
-@pytest.mark.parametrize(("option", "names"), [("--model", MODELS), ("--test", tuple(TESTS))])
+@pytest.mark.parametrize(("option", "names"), [("--model", MODELS), ("--test", offered())])
 def test_models_and_tests_are_listed_by_help_error_and_completion(option, names):
     shown = " ".join(run("bench", "--help").stdout.split())
     said = run("bench", option, f"{names[0]}y", "--dry-run").stderr

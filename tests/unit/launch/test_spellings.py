@@ -97,6 +97,13 @@ SAID: dict[str, list[str]] = {
         "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "torch.AcceleratorError: CUDA error: out of memory",
     ],
+    "checkpoint_unusable": [
+        "rank 0: checkpoint unusable: /c/sft.1 has no latest_checkpointed_iteration.txt: nothing was saved there",
+        "rank 0: checkpoint unusable: step 4 is the newest, and /c/ppo.1/global_step_4/actor is not there",
+        "rank 0: checkpoint unusable: its model does not load: Error while deserializing header (/m/.sft.1.partial)",
+        "rank 0: checkpoint unusable: its model lacks 2 weights: model.embed_tokens.weight (/m/.sft.1.partial)",
+        "rank 0: checkpoint unusable: its model computes NaN or infinity (/m/.sft.1.partial)",
+    ],
     "weights_unusable": [
         'ValueError: The checkpoint you are trying to load has model type `qwen9` but Transformers does not recognize this architecture.',
         'ValueError: The repository a/b contains custom code which must be executed to correctly load the model.',

@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from runner.cli.bench import bench
+from runner.errors import UsageError
 from runner.plan import config
 from runner.report.sections import Section
-from runner.workloads.registry import TESTS, MetricsModule, RankModule, TrainingMetricsModule, trains
+from runner.workloads.registry import TESTS, MetricsModule, RankModule, TrainingMetricsModule, offered, trains, usual
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -33,9 +34,22 @@ def test_the_report_module_of_a_row_has_every_part_of_a_section(name):
 
 
 def test_every_test_has_its_file_of_settings_and_a_line_in_the_help():
-    assert set(config.names("tests")) == set(TESTS)
+    assert set(config.names("tests")) == set(offered())
     (option,) = [p for p in bench.params if p.name == "tests"]
-    assert all(f"{name}: {test.summary}" in option.help for name, test in TESTS.items())
+    assert all(f"{name}: {TESTS[name].summary}" in option.help for name in offered())
+
+
+@pytest.mark.parametrize("name", [name for name in TESTS if name not in offered()])
+def test_a_stage_of_a_workflow_is_no_test_that_a_user_asks_for(name):
+    (option,) = [p for p in bench.params if p.name == "tests"]
+    assert f"{name}:" not in option.help and name not in [
+        each.value for each in option.shell_complete(bench.make_context("bench", []), "rl")
+    ]
+    with pytest.raises(UsageError, match=f"unknown test '{name}'"):
+        config.load_test(name, {})
+    with pytest.raises(UsageError, match=f"unknown section '{name}'"):
+        config.parse_settings([f"{name}.timeout_s=1"])
+    assert name not in usual()
 
 
 def test_defaults_are_settings_of_their_test():
@@ -56,6 +70,7 @@ def test_the_registry_loads_neither_a_checker_nor_a_test():
         "runner.report",
         "runner.workloads.sft",
         "runner.workloads.collectives",
+        "runner.workloads.rl.settings",
     )
     code = f"import sys, runner.workloads.registry; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
