@@ -13,14 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from runner import __version__
-from runner.cluster import ansible
+from runner.cluster import ansible, profiles
 from runner.cluster import known_hosts as known_hosts_of
 from runner.cluster import nccl as nccl_of
 from runner.cluster import slurm as slurm_settings
@@ -56,6 +56,7 @@ class Node:
     whom ssh chooses, `become` the user that Ansible becomes after logging in, None for the same. `ssh_options` are the
     lines of an ssh_config by which Ansible reaches it (port and user among them). `known_hosts_files` is a path a line:
     files that the inventory names instead of the user's own, in which its key may be under `host_key_alias` as well.
+    `pythons` has the path of each profile's Python there (`cluster.profiles`); agents run in `python`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Node:
     known_hosts_files: str = ""
     host_key_alias: str | None = None
     become: str | None = None
+    pythons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def endpoint(self) -> str:
@@ -92,6 +94,14 @@ class Node:
     def sudo(self) -> tuple[str, ...]:
         """The words before a command there that make it run as `become`."""
         return ("sudo", "-n", "-H", "-u", self.become, "--") if self.become else ()
+
+    def of_profile(self, profile: str) -> Node:
+        """This node with the Python of `profile` as its own; itself for "". Raises UsageError for one it has not."""
+        if not profile:
+            return self
+        if profile not in self.pythons:
+            raise unknown("profile", profile, self.pythons, f"{self.name}, runner_pythons of {self.inventory}")
+        return replace(self, python=self.pythons[profile])
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,7 @@ class _Variables(BaseModel):
     runner_alias: str | None = None
     runner_host_key: str | None = None
     runner_python: str | None = None
+    runner_pythons: dict[str, str] = Field(default_factory=dict)
     runner_gpus_per_node: PositiveInt | Literal["auto"] = "auto"
     runner_device: Literal["auto", "cuda", "cpu"] = "auto"
     runner_hardware: str = "cpu"
@@ -134,7 +145,8 @@ class _Variables(BaseModel):
     runner_env: dict[str, str | int | float] = Field(default_factory=dict)
     runner_nccl: nccl_of.Choice | None = None
     nccl_build_root: str = nccl_of.ROOT  # of role nccl_build
-    conda_env_prefix: str | None = None  # of role conda_env
+    conda_env_prefix: str | None = None  # of role conda_env, as is the next
+    conda_env_profile: str | None = None
 
 
 def default_source(own: Path = places.ANSIBLE_CFG) -> str:
@@ -173,7 +185,8 @@ def read(source: str, cache: Path) -> Inventory:
     files = _read_by_ansible(path)
     static = not any(os.access(p, os.X_OK) and p.suffix not in (".yml", ".yaml") for p in files)
     key = hashlib.sha256()
-    for part in [__version__, sys.executable, str(path.resolve()), str(Path.cwd())]:  # paths in it begin here
+    own = [str(profiles.place(profile)) for profile in profiles.LOCKS]
+    for part in [__version__, sys.executable, *own, str(path.resolve()), str(Path.cwd())]:  # paths in it begin here
         key.update(f"{part}\0".encode())
     key.update(json.dumps(ansible.environment()).encode())
     for file in (*files, *ansible.files()):
@@ -315,6 +328,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
     values = check(_Variables, dict(variables), where)
     made = f"{values.conda_env_prefix}/bin/python" if values.conda_env_prefix else sys.executable
     python = values.runner_python or made
+    pythons = profiles.pythons(python, values.conda_env_prefix, values.conda_env_profile, values.runner_pythons)
     way = reach(where, name, variables, settings)
     for what, word, pattern in (
         ("host name", name, _NAME),
@@ -325,10 +339,12 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         ("runner_scratch", values.runner_scratch, _SCRATCH),
         ("nccl_build_root", values.nccl_build_root, _SCRATCH),
         ("ansible_ssh_private_key_file", way.key_file or "-", _KEY_FILE),
-        (
-            "runner_python",
-            python,
-            re.compile(".+") if way.local else _PATH,
+        *(
+            (what, path, re.compile(".+") if way.local else _PATH)
+            for what, path in (
+                ("runner_python", python),
+                *((f"runner_pythons of {profile}", path) for profile, path in pythons.items()),
+            )
         ),
         ("runner_host_key", values.runner_host_key or "ssh-x x", _HOST_KEY),
     ):
@@ -369,6 +385,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         known_hosts_files="\n".join(way.known_hosts_files),
         host_key_alias=way.host_key_alias,
         become=way.become,
+        pythons=pythons,
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from runner.cluster import inventory
+from runner.cluster import inventory, profiles
 from runner.cluster.backends import BACKENDS, SLURM, SSH, Backend
 from runner.errors import RunnerError, UsageError
 from runner.system.files import disk_errors, write_text_atomic
@@ -22,7 +22,7 @@ from runner.system.nodeset import expand, fold
 from runner.system.wording import counted
 
 FILE = "hosts.yml"
-PYTHON = "/opt/shakedown/env/bin/python"  # of the environment that the role conda_env creates
+PYTHON = f"{profiles.PREFIX}/bin/python"  # of the environment that the role conda_env creates
 MAX_HOSTS = 10_000
 _SHOWN_GAPS = 4
 _LISTED = 16  # more addresses are folded

@@ -33,6 +33,7 @@ def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
         "cell": cell.id,
         "attempt": cell.attempt,
         "marker": process.cell_marker(plan.run_id, cell.id),
+        "profile": cell.profile,
     }
 
 

@@ -7,19 +7,15 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from runner.node import output, ranks
+from runner.node import environment, output, ranks
 from runner.node.protocol import CellRequest, Word
 from runner.results.celldir import CellDir
 from runner.system import process
 
-# The variables of its own environment that an agent passes to an isolated process.
-PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUTH_SOCK")
 LOOK_S = 0.5  # between two scans of every process's environment, which cost milliseconds
 
 
@@ -114,12 +110,8 @@ class OthersRanks:
 
 
 def _spawn(request: CellRequest, folder: CellDir) -> subprocess.Popen[bytes]:
-    # A launcher passes its folder and part of its environment on to remote shells, so it gets a
-    # plain one of each; ranks start in the cell's folder with the node's environment.
-    kept = {name: value for name, value in os.environ.items() if not request.isolated or name in PLAIN}
-    env = {**kept, **request.env, process.MARKER: request.marker, **request.secrets}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
     assert request.argv
+    env = environment.of_engine(request)
     # What is ignored here, a child ignores too, unless it asks for the signal.
     with process.handling((signal.SIGUSR1, signal.SIGUSR2), signal.SIG_IGN):
         child = process.spawn(request.argv, env=env, cwd="/" if request.isolated else str(folder.path))

@@ -137,7 +137,10 @@ class CheckRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfCell:
-    """The part of a cell's request that is the same over every backend. Every process of the cell carries `marker`."""
+    """The part of a cell's request that is the same over every backend. Every process of the cell carries `marker`.
+
+    `profile` is that of the Python that runs the ranks (`cluster.profiles`), "" where it is the agent's.
+    """
 
     run_id: str
     cell: str
@@ -145,6 +148,7 @@ class _OfCell:
     marker: str
     telemetry_interval_s: float = SAMPLE_S
     grace_s: float = GRACE_S
+    profile: str = ""
 
 
 # Omitted from a request that has no such thing.
@@ -208,7 +212,8 @@ class StepRequest(_OfCell):
     inventory's names, addresses and variables of hosts by Slurm name, where they differ from the name itself and from
     `env`. `shared_root` is the folder of all hosts' artefacts where nodes share it (else `cell_dir` is on each node).
     `timeout_s` limits the cell. `check` is what no preflight has checked, `environment` the expected environment (a
-    value of None: any). `nccl_if_built`: ranks use the NCCL that was built on their node, where there is one.
+    value of None: any). `nccl_if_built`: ranks use the NCCL that was built on their node, where there is one. `python`
+    is the Python of the ranks on every node, None: the agent's own.
     """
 
     engine: str
@@ -227,6 +232,7 @@ class StepRequest(_OfCell):
     check: CheckRequest | None = None
     environment: Mapping[str, str | None] | None = None
     nccl_if_built: bool = False
+    python: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that an sbatch file contains."""

@@ -55,7 +55,7 @@ def placed(
     names = [step.names.get(host, host) for host in hosts]
     cell_dir = str(Path(step.shared_root, names[index], step.cell)) if step.shared_root else step.cell_dir
     engine = ENGINES[step.engine]
-    ranks = ranks_of(step, hosts, sys.executable, link(step) if engine.step else cell_dir)
+    ranks = ranks_of(step, hosts, step.python or sys.executable, link(step) if engine.step else cell_dir)
     if engine.step and index == 0:  # srun starts all ranks, here
         ranks = replace(ranks, mpi_plugin=mpi.plugin(plugins()) or ranks.mpi_plugin)
     launch = engine.launch(ranks)
@@ -69,6 +69,7 @@ def placed(
         marker=step.marker,
         telemetry_interval_s=step.telemetry_interval_s,
         grace_s=step.grace_s,
+        profile=step.profile,
         host=names[index],
         scratch=step.scratch,
         cell_dir=cell_dir,

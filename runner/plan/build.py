@@ -219,6 +219,7 @@ def _cell(
         master_port=port,
         launch=Launch(argv=()),
         engine=engine,
+        profile=request.profile,
     )
     placed = place(cell, nodes, request, request.ssh_config)
     return placed if request.named else replace(placed, hosts=())
@@ -254,7 +255,7 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
     local = not BACKENDS[where.backend].remote
     base = PurePath(where.run_dir, "nodes", first.name) if local else PurePath(first.scratch, where.run_id)
     ranks = Ranks(
-        nodes=tuple(nodes),
+        nodes=tuple(node.of_profile(cell.profile) for node in nodes),
         gpus_per_node=cell.gpus_per_node,
         master_address="127.0.0.1" if local else first.address,
         master_port=cell.master_port,

@@ -62,7 +62,8 @@ class Cell:
 
     `hosts` is empty as long as Slurm has not placed the cell. `params` are the test's settings, `cell_dir` is the
     cell's folder on every node, `engine` starts its ranks, and `attempt` counts from 1. `chosen` says how the planner
-    decided what was left open, and `expected` is what it predicts, None where it cannot.
+    decided what was left open, and `expected` is what it predicts, None where it cannot. `profile` is that of the
+    Python in which its ranks run (`Node.pythons`), empty for the node's own.
 
     A cell of a chain runs once the cell `after` is complete, and `inputs` say by name what it is made from, as digests.
     """
@@ -87,6 +88,7 @@ class Cell:
     attempt: int = 1
     chosen: str = ""
     expected: Prediction | None = None
+    profile: str = ""
     after: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
 
@@ -190,6 +192,7 @@ def fingerprint(plan: Plan, cell: Cell) -> str:
             name: getattr(cell, name)
             for name in ("num_nodes", "gpus_per_node", "repeat", "device", "params", "deepspeed", "env")
         },
+        **({"profile": cell.profile} if cell.profile else {}),  # without one as before there were any
     }
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 

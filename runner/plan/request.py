@@ -61,6 +61,7 @@ class Request:
     nccl_root: str | None = None  # the folder of the built one, None: torch's own
     deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name
     rates: tuple[Rate, ...] = ()  # what was measured of this model on these GPUs
+    profile: str = ""  # in whose Python the ranks of every cell run; "" in the nodes' own
     tuned: Mapping[str, Any] | None = None  # what `plan.tuned.apply` used of a result of tuning, and what it did not
     chain: tuple[Link, ...] = ()
 

@@ -479,9 +479,10 @@ def prepare(
             check=checks,
             environment=dict(expected) or None,
             nccl_if_built=plan.nccl is None,
+            python=first.of_profile(cell.profile).python if cell.profile else None,
         )
         hosts = tuple(request.hosts)
-        inner = _inner(cell, request, first.python)
+        inner = _inner(cell, request, request.python or first.python)
         steps.append(Step(cell.id, cell.num_nodes, request.to_json(), hosts, cell.params["timeout_s"], inner))
     return BatchJob(
         name=name,

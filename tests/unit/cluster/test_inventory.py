@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import NAMES, ROOT, listing
 from golden_files import check as golden
-from runner.cluster import inventory, reasons, ssh
+from runner.cluster import inventory, profiles, reasons, ssh
 from runner.errors import UsageError
 from runner.system import nodeset
 
@@ -299,6 +299,46 @@ def test_a_cached_inventory_is_named_as_it_was_asked_for_now(tmp_path, monkeypat
 def test_the_environment_that_setup_makes_is_the_one_that_runs_use(variables, python):
     (node,) = inventory.parse("inv", listing({"a": variables})).nodes
     assert node.python == python
+
+
+HERE = str(profiles.place("cpu-smoke") / "bin" / "python")
+
+
+@pytest.mark.parametrize(
+    ("variables", "python"),
+    [
+        ({"runner_python": "/opt/shakedown/env/bin/python"}, "/opt/shakedown/env-cpu-smoke/bin/python"),
+        ({"conda_env_prefix": "/srv/env"}, "/srv/env-cpu-smoke/bin/python"),
+        # The main environment may be of that profile itself.
+        ({"conda_env_prefix": "/srv/env", "conda_env_profile": "cpu-smoke"}, "/srv/env/bin/python"),
+        # Nodes that see the controller's Python see its profiles: this machine, a shared home, a testbed.
+        ({}, HERE),
+        ({"ansible_connection": "local"}, HERE),
+        ({"runner_python": sys.executable}, HERE),
+        ({"runner_python": "/sw/python/bin/python"}, "/sw/python/bin/python"),
+        ({"runner_python": "/sw/python/bin/python", "runner_pythons": {"cpu-smoke": "/sw/rl/python"}}, "/sw/rl/python"),
+    ],
+)
+def test_a_profile_has_its_python_where_setup_puts_it_or_the_site(variables, python):
+    (node,) = inventory.parse("inv", listing({"a": variables})).nodes
+    assert node.of_profile("cpu-smoke").python == python
+    assert node.of_profile("") == node
+
+
+def test_a_site_may_have_profiles_of_its_own_and_their_paths_are_checked():
+    (node,) = inventory.parse("inv", listing({"a": {"runner_pythons": {"mine": "/sw/mine/python"}}})).nodes
+    assert node.of_profile("mine").python == "/sw/mine/python"
+    with pytest.raises(UsageError, match=r"mein.*mine"):
+        node.of_profile("mein")
+    with pytest.raises(UsageError, match="runner_pythons of mine"):
+        inventory.parse("inv", listing({"a": {"runner_pythons": {"mine": "/sw/$(x)/python"}}}))
+
+
+def test_another_lock_is_another_place(tmp_path, monkeypatch):
+    before = profiles.place("cpu-smoke")
+    (tmp_path / "cpu-smoke.txt").write_text(profiles.lock("cpu-smoke").read_text() + "numpy==1.0\n")
+    monkeypatch.setattr(profiles, "lock", lambda name: tmp_path / f"{name}.txt")
+    assert profiles.place("cpu-smoke") != before
 
 
 def test_a_path_that_setup_does_not_make_is_said_with_the_one_that_it_makes():

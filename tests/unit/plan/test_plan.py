@@ -41,6 +41,19 @@ def test_every_engine_on_every_backend_with_the_built_nccl(cluster, machine, eng
     golden(f"plan/{engine}-{backend}-built-nccl.txt", text + "\n")
 
 
+def test_ranks_of_a_profile_are_started_by_its_python_and_measure_something_else(cluster):
+    asked = request(cluster, node_counts=(2,))
+    plain, of_profile = (build.build(replace(asked, profile=name), cluster.nodes) for name in ("", "gpu-vllm"))
+    pythons = [[argv[0] for argv in each.cells[0].launch.argv if argv] for each in (plain, of_profile)]
+    assert pythons == [["/opt/shakedown/env/bin/python"] * 2, ["/opt/shakedown/env-gpu-vllm/bin/python"] * 2]
+    assert {node.python for node in of_profile.nodes} == {"/opt/shakedown/env/bin/python"}  # agents stay where they are
+    prints = [plan.fingerprint(each, each.cells[0]) for each in (plain, of_profile)]
+    assert prints[0] != prints[1]
+    assert plan.Plan.from_dict(json.loads(json.dumps(of_profile.to_dict()))).cells[0].profile == "gpu-vllm"
+    with pytest.raises(UsageError, match=r"runner_pythons .*: unknown profile 'gpu-vlm'; did you mean 'gpu-vllm'"):
+        build.build(replace(asked, profile="gpu-vlm"), cluster.nodes)
+
+
 @pytest.mark.parametrize("backend", ["local", "ssh"])
 def test_each_gpu_by_itself_is_started_as_training_is_and_gets_the_model_alone(cluster, machine, backend):
     source = machine if backend == "local" else cluster
