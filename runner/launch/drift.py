@@ -64,8 +64,12 @@ def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None)
 
 
 def measured(run: RunDir, plan: Plan, status: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
-    """The environment that each complete cell was measured in: cell -> host -> property -> value."""
-    complete = {cell for cell, entry in status["cells"].items() if entry["state"] == "complete"}
+    """The environment that each complete cell was measured in: cell -> host -> property -> value.
+
+    A cell of a chain is not among them: what it leaves is good wherever it was made, from inputs that are known.
+    """
+    chained = {cell.id for cell in plan.cells if cell.inputs}
+    complete = {cell for cell, entry in status["cells"].items() if entry["state"] == "complete"} - chained
     seen = run.read_facts(plan.to_dict())
     return {
         cell: {host: facts.comparable(observed) for host, observed in hosts.items()}
@@ -129,16 +133,23 @@ def describe(changed: Mapping[str, Mapping[str, list[str]]], aliases: Mapping[st
 
 
 def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
-    """Mark in `status` the complete cells that are not valid any more: another plan or environment measured them.
+    """Mark in `status` the complete cells that are not valid any more: another plan or environment measured them, or
+    what they were made from has changed.
 
     Returns their ids.
     """
-    opened = []
+    opened: list[str] = []
     for cell in plan.cells:
         entry = status["cells"][cell.id]
         if entry["state"] != "complete":
             continue
-        if entry.get("plan_hash") != fingerprint(plan, cell):
+        if cell.after in opened:
+            error = blame.error("plan_changed", f"made from what {cell.after} had left, which runs again")
+        elif cell.inputs:
+            if not (names := changed_inputs(cell.inputs, entry.get("inputs") or {})):
+                continue
+            error = blame.error("plan_changed", f"made from another {', '.join(names)}")
+        elif entry.get("plan_hash") != fingerprint(plan, cell):
             error = blame.error("plan_changed", "measured by another plan than plan.json holds now")
         elif cell.id in changed:
             lines = describe({cell.id: changed[cell.id]}, {node.name: node.alias for node in plan.nodes})
@@ -148,6 +159,11 @@ def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str
         entry.update(state="incomplete", error=error)
         opened.append(cell.id)
     return opened
+
+
+def changed_inputs(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """The names of the inputs that have another digest than before, or are only on one side."""
+    return [name for name in {**now, **before} if now.get(name) != before.get(name)]
 
 
 def spares(plan: Plan, inventory: Inventory) -> tuple[Node, ...]:

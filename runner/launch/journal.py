@@ -105,6 +105,8 @@ class Journal:
         note_queue(entry, state == "waiting", now())
         if plan_hash is not None:
             entry["plan_hash"] = plan_hash
+        if state in (*LIVE_STATES, "complete"):
+            entry["inputs"] = dict(cell.inputs)
         if state in LIVE_STATES:
             entry.update(started=entry["started"] or now(), hosts=list(cell.hosts))
         else:

@@ -96,6 +96,8 @@ class Run:
                     self._settle(ahead[0].id)
                 if self.stop.asked:
                     self._leave_rest()
+                else:
+                    self._tell_not_run()
             journal.save(journal.final_state())
             if not self.ledger.any_job:  # else a job that continues has its files there
                 kept = self.not_gathered | self.roster.bad
@@ -110,6 +112,14 @@ class Run:
     # --- which cell comes next ----------------------------------------------------------------------
 
     def _ahead(self) -> list[Cell]:
+        """The cells whose turn it may be: those still to run that wait for no other."""
+        return [cell for cell in self._left() if not self._waits(cell)]
+
+    def _waits(self, cell: Cell) -> bool:
+        """Whether the cell needs another that is not complete."""
+        return cell.after is not None and not self.journal.complete(self.current.cell(cell.after))
+
+    def _left(self) -> list[Cell]:
         """The cells that are still to run, as currently planned: first those with a job that continues meanwhile, last
         those that were complete.
         """
@@ -143,7 +153,7 @@ class Run:
             return []
         if cell.id in self.ledger.inherited:
             return [cell]
-        free = [each for each in self._ahead() if each.id != cell.id and not self.ledger.has(each.id)]
+        free = [each for each in self._left() if each.id != cell.id and not self.ledger.has(each.id)]
         together = self.transport.together(self.current.plan, [cell, *free])
         return [each for each in (cell, *free) if each in together]
 
@@ -246,6 +256,8 @@ class Run:
                 self.ledger.inherited.add(cell_id)
             else:
                 self.ledger.over(cell_id)
+                if error is not None:
+                    self._cancel_behind(cell)
             if self.journal.complete(cell):
                 self._compare(self.current.cell(cell_id), own=not inherited)
             if error is None or self.stop.asked:
@@ -284,8 +296,9 @@ class Run:
         return True
 
     def _make_room(self, cell_id: str) -> None:
-        """Move the files of earlier attempts aside, also those of cells that share the job which is submitted now."""
-        for each in self._sharing(self.current.cell(cell_id)):
+        """Move the files of earlier attempts aside, also those of cells whose job is submitted now as well."""
+        cell = self.current.cell(cell_id)
+        for each in (*self._sharing(cell), *self._queued_behind(cell)):
             if each.id not in self.ledger.inherited:
                 self._set_aside(self.current.cell(each.id))
 
@@ -339,12 +352,50 @@ class Run:
         self._leave_jobs()  # their steps are bound to their nodes
         for other in self.current.cells:
             taken = self.progress[other.id].turn is Turn.TAKEN and other.id != cell.id
-            if self.journal.complete(other) or taken or self.roster.move(other):
+            if self.journal.complete(other) or taken or self.roster.move(other) or self._waits(other):
                 continue
             if self.journal.entry(other)["error"] is None:
                 count = len(self.roster.good())
                 why = f"needs {counted(other.num_nodes, 'node')}, {count} {are(count)} good: {error['message']}"
                 self.journal.cell_state(other, "failed", {**error, "message": why, "stderr": []})
+
+    # --- chains -------------------------------------------------------------------------------------
+
+    def _behind(self, cell: Cell) -> list[Cell]:
+        """The cells of a chain that come after this one, in order."""
+        found, names = list[Cell](), {cell.id}
+        for each in self.current.cells:
+            if each.after in names:
+                found.append(each)
+                names.add(each.id)
+        return found
+
+    def _queued_behind(self, cell: Cell) -> list[Cell]:
+        """The cells behind this one that need a job of their own: the scheduler starts it even without a controller."""
+        if not self.backend.scheduled:
+            return []
+        have = {each.id for each in self._sharing(cell)} | {
+            each.id for each in self.current.cells if self.ledger.has(each.id)
+        }
+        return [each for each in self._behind(cell) if each.id not in have and not self.journal.complete(each)]
+
+    def _cancel_behind(self, cell: Cell) -> None:
+        """Cancel the jobs of the cells behind one that is not complete: what they need is not there."""
+        behind = [each for each in self._behind(cell) if self.ledger.has(each.id)]
+        for each in behind:
+            self._adopt(each)
+        jobs = {share.job_id for each in behind if (share := self.ledger.share(each.id)) and share.job_id}
+        if jobs:
+            self._cancel(jobs)
+
+    def _tell_not_run(self) -> None:
+        """Say which cells have not run because the one that they need is not complete."""
+        waiting = [cell for cell in self.current.cells if self._waits(cell) and not self.journal.complete(cell)]
+        if not waiting:
+            return
+        names = ", ".join(cell.id for cell in waiting)
+        left = "; jobs for them wait in the queue" if any(self.ledger.has(cell.id) for cell in waiting) else ""
+        self.journal.note(f"{names} {are(len(waiting))} not run: {waiting[0].after} is not complete{left}")
 
     # --- jobs that cells have -----------------------------------------------------------------------
 
@@ -376,7 +427,7 @@ class Run:
         """The user stopped the run: cancel its jobs and the cells that have not run."""
         going_on = {cell.id for cell in self.current.cells if self.ledger.has(cell.id)}
         received = self._cancel(None)
-        for cell in self._ahead():
+        for cell in self._left():
             # The state that an earlier controller gave a cell remains valid.
             if received if cell.id in going_on else self.journal.entry(cell)["state"] == "planned":
                 self.journal.cell_state(cell, "cancelled")
@@ -543,7 +594,7 @@ class Run:
 
     def _others_s(self) -> float | None:
         """The seconds that the cells take which are still to run after this one; None if that is not known of all."""
-        seconds = [self.timings.total_s(self._kind(cell)) for cell in self._ahead()]
+        seconds = [self.timings.total_s(self._kind(cell)) for cell in self._left()]
         return None if None in seconds else sum(one for one in seconds if one is not None)
 
     def _complete(self, cell: Cell) -> None:
@@ -578,7 +629,8 @@ class Run:
             journal.cell_state(placed, "running")
             return placed
 
-        return CellContext(journal.entry(cell), self._sharing(cell), self.ledger, on_job, on_placed)
+        entry, sharing = journal.entry(cell), self._sharing(cell)
+        return CellContext(entry, sharing, self.ledger, on_job, on_placed, self._queued_behind(cell), journal.write)
 
     def _judge(self) -> dict[str, Any]:
         self.display.at(1, 1, "writing the report")

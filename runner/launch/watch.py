@@ -38,7 +38,8 @@ class CellContext:
 
     `entry` is the cell's entry in status.json. `pending` are the cells of the job to submit, this one first (empty: it
     has a job), and `ledger` has the job of each cell that has one. `on_job` is notified of each state of the job;
-    `on_placed` receives the nodes that Slurm chose and returns the cell planned on them.
+    `on_placed` receives the nodes that Slurm chose and returns the cell planned on them. `behind` are the cells of a
+    chain that come after this one, in order, and `record` writes the ledger into the run directory.
     """
 
     entry: Mapping[str, Any]
@@ -46,6 +47,8 @@ class CellContext:
     ledger: Ledger
     on_job: Callable[[Any], None]
     on_placed: Callable[[Sequence[Node]], Cell]
+    behind: Sequence[Cell] = ()
+    record: Callable[[], None] = lambda: None
 
 
 def read_outcomes(run: RunDir, cell: Cell) -> dict[str, Outcome]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner import errors
 from runner.results.logs import printable
-from runner.results.status import LIVE_STATES, each_error, queued_s, took_s
+from runner.results.status import FINAL_STATES, LIVE_STATES, each_error, queued_s, took_s
 from runner.system.wording import counted, span_text, took_text
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ def done_text(status: Mapping[str, Any]) -> str:
 
 def _times(plan: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str | None]:
     """ISO times at which the run started and, with its last cell, ended; None: not ended."""
-    from runner.results.status import FINAL_STATES
-
     ends = [cell["ended"] for cell in status["cells"].values() if cell["ended"]]
     starts = [cell["started"] for cell in status["cells"].values() if cell["started"]]
     final = status["state"] in FINAL_STATES
@@ -169,6 +167,15 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
     return lines
 
 
+def _waits_for(cell: Mapping[str, Any], after: str | None, status: Mapping[str, Any]) -> list[str]:
+    """What a planned cell of a chain waits for, or why it has not run: the cell that it comes after."""
+    if cell["state"] != "planned" or after is None or status["cells"][after]["state"] == "complete":
+        return []
+    if status["state"] in FINAL_STATES:
+        return [f"not run: {after} is not complete"]
+    return [f"waits for {after}"]
+
+
 def _state_text(cell: Mapping[str, Any]) -> str:
     attempt = cell.get("attempt") or 1
     return cell["state"] + (f", attempt {attempt}" if attempt > 1 else "")
@@ -188,6 +195,7 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
     from tabulate import tabulate
 
     aliases = aliases_of(plan)
+    after = {cell["id"]: cell.get("after") for cell in plan["cells"]}
     cells = {
         name: cell
         for name, cell in status["cells"].items()
@@ -208,9 +216,9 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
     lines = [f"run {status.get('run_id') or plan['run_id']}: {status['state']}, {done_text(status)}", ""]
     table = tabulate(rows, headers="keys", disable_numparse=True).split("\n")
     lines += table[:2]
-    for line, cell in zip(table[2:], cells.values(), strict=True):
+    for line, (name, cell) in zip(table[2:], cells.items(), strict=True):
         lines.append(line.rstrip())
-        for detail in details(cell, aliases, now):
+        for detail in [*_waits_for(cell, after.get(name), status), *details(cell, aliases, now)]:
             lines += textwrap.wrap(
                 printable(detail), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
             )

@@ -18,7 +18,7 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
     `plan_hash` identifies the plan with which a complete cell was measured, `job` is Slurm's description of its job,
     `nodes` the live state of each node, and `phases` the seconds of each phase of a complete cell. `queued_s` are the
     seconds that its jobs waited in a queue until `queued_since`, when the last wait began that has not ended. `used` is
-    what its ranks chose, by setting.
+    what its ranks chose, by setting, and `inputs` what a cell of a chain is made from, by name, as digests.
     """
     return {
         "state": "planned",
@@ -34,6 +34,7 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
         "progress": None,
         "phases": {},
         "used": {},
+        "inputs": {},
         "queued_s": 0.0,
         "queued_since": None,
     }
