@@ -325,6 +325,27 @@ KINDS: Mapping[str, Kind] = {
         "read the output of its ranks in benchmark.log",
         headline="Cells completed without a measurement",
     ),
+    "not_a_number": Kind(
+        "Training computed NaN",
+        NOBODY,
+        False,
+        "lower the learning rate (--set verl.KEY=VALUE), see the data and the rewards of that step, and go on from a "
+        "checkpoint before it",
+        headline="Training computed NaN",
+    ),
+    "idle_step": Kind(
+        "Steps of training wait",
+        NOBODY,
+        False,
+        "see the timeline of phases; larger batches make a fixed part of a step smaller",
+    ),
+    "uneven_rollout": Kind(
+        "Rollout waits for few answers",
+        NOBODY,
+        False,
+        "see the lengths of answers: a lower data.max_response_length, or more answers for each GPU, keeps more of them "
+        "at work",
+    ),
     "environment": Kind(
         "Nodes are set up differently",
         CONFIGURATION,

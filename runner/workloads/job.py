@@ -74,10 +74,13 @@ class Events:
         """Write the first event, with what the rank observed: world size, host, process id, device."""
         self("start", **fields)
 
-    def progress(self, done: int, total: int, phase: str) -> None:
-        """Write that `done` of `total` units of the cell's work are done; ignored on all ranks but 0."""
+    def progress(self, done: int, total: int, phase: str, detail: str = "") -> None:
+        """Write that `done` of `total` units of the cell's work are done; ignored on all ranks but 0.
+
+        `phase` is one of few names, by which durations are remembered; `detail` is for people.
+        """
         if self.rank == 0:
-            self("progress", done=done, total=total, phase=phase)
+            self("progress", done=done, total=total, phase=phase, **({"detail": detail} if detail else {}))
 
     def value(self, metric: str, value: float, **context: Any) -> None:
         """Write a measured value with its context; the metric's name includes the unit (`busbw_gb_per_s`)."""

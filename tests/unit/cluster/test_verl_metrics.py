@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.cluster.tools.verl_metrics import CURVES, IDLE, PHASES, Reader, latest, step_of
+from runner.cluster.tools.verl_metrics import CURVES, IDLE, PHASES, Reader, step_of
 
 # A step of PPO as verl 0.9.1 times it: 10 s, of which 1.5 s are in none of its phases.
 TIMED = {
@@ -36,9 +36,9 @@ def test_a_step_is_its_phases_and_what_is_left():
     assert step.phases_s["rollout"] == 4.0 and step.phases_s["weight_sync"] == 0.5
     assert step.phases_s[IDLE] == 1.5 and step.idle_share == 0.15
     assert sum(step.phases_s.values()) == step.seconds == 10.0, "what is after the step is not in it"
-    assert step.tokens_per_s == {"rollout": 2000.0, "update_actor": 8000.0}
-    assert step.tokens == 12000
-    assert step.curves == {"reward": 0.25, "kl": 0.01, "response_tokens": 128.5}
+    assert step.tokens_per_s == {"rollout": 2000.0, "update_actor": 8000.0, "log_prob": 24000.0}
+    assert step.tokens == 12000 and step.after_s == 3.0 and step.trained
+    assert step.curves == {"reward_mean": 0.25, "kl": 0.01, "response_tokens_mean": 128.5}
 
 
 def test_a_phase_that_a_trainer_has_not_is_absent_and_not_zero():
@@ -53,7 +53,38 @@ def test_a_phase_that_a_trainer_has_not_is_absent_and_not_zero():
 def test_nan_is_named_since_verls_file_has_null_for_it():
     step = step_of(line(**{"actor/kl_loss": None, "actor/ppo_kl": 0.5, "actor/grad_norm": None}))
     assert step.not_numbers == ("actor/grad_norm", "actor/kl_loss")
-    assert step.curves["kl"] == 0.5 and "grad_norm" not in step.curves
+    assert step.curves["kl_of_update"] == 0.5 and not {"kl", "grad_norm"} & set(step.curves)
+
+
+def test_what_verl_gives_as_maximum_and_mean_is_a_spread():
+    more = {
+        "timing_s/agent_loop/generate_sequences/mean": 1.3, "response_length/max": 257, "global_seqlen/mean": 6000,
+        "global_seqlen/max": 9000, "global_seqlen/balanced_max": 6300, "critic/returns/mean": 1, "critic/returns/max": 9,
+        "timing_s/tool/max": 2.0,
+    }  # fmt: skip
+    assert step_of(line(**more)).spreads == {
+        "agent_loop/generate_sequences": 3.0,
+        "answers": 2.0,
+        "tokens of data-parallel ranks": 1.05,
+    }
+
+
+def test_fine_tuning_has_tokens_and_a_loss_and_verl_times_nothing_of_it():
+    data = {"train/loss": 1.5, "train/grad_norm": None, "train/global_tokens": 4096.0, "train/lr": 1e-5}
+    step = step_of(json.dumps({"step": 7, "data": data}))
+    assert (step.number, step.seconds, step.tokens, step.trained) == (7, None, 4096, True)
+    assert step.curves == {"loss": 1.5} and step.not_numbers == ("train/grad_norm",) and step.phases_s == {}
+    assert step.idle_share == 0.0
+    diverged = step_of(json.dumps({"step": 8, "data": {"train/loss": None}}))
+    assert diverged.trained and diverged.not_numbers == ("train/loss",)
+
+
+def test_a_line_of_a_validation_alone_is_no_step_that_was_trained():
+    reward = step_of(json.dumps({"step": 0, "data": {"val-core/openai/gsm8k/acc/mean@1": 0.5, "val-aux/x": 9}}))
+    assert (reward.number, reward.trained, reward.curves) == (0, False, {"validation_reward": 0.5})
+    loss = step_of(json.dumps({"step": 12, "data": {"val/loss": 0.75}}))
+    assert (loss.trained, loss.curves) == (False, {"validation_loss": 0.75})
+    assert step_of(line(**{"val-core/arithmetic/reward/mean@1": 0.25})).curves["validation_reward"] == 0.25
 
 
 def test_a_timer_that_is_not_known_is_kept_and_is_in_no_phase():
@@ -68,7 +99,7 @@ def test_phases_that_take_longer_than_the_step_leave_no_idle_time():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", '{"step": 3}', "[1]", "null", '{"step": "x", "data": {}}', '{"step": 0, "data": {"val-core/acc": 0.5}}',
+    ["", "{", '{"step": 3}', "[1]", "null", '{"step": "x", "data": {}}', '{"step": 0, "data": {"other": 0.5}}',
      '{"step": 1, "data": {"timing_s/step": null}}', '{"step": 1, "data": {"timing_s/step": true}}'],
 )  # fmt: skip
 def test_another_line_is_no_step(text):
@@ -81,23 +112,15 @@ def test_a_file_that_grows_gives_each_step_once_however_it_is_cut(cuts, count):
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     reader, start, numbers = Reader(), 0, []
     for end in ends:
-        numbers += [step.number for step in reader.feed(text[start:end])]
+        numbers += [step.number for step in reader.feed(text[start:end].encode())]
         start = end
     assert numbers == list(range(1, count + 1))
 
 
 def test_a_line_without_its_end_waits_for_it():
     reader = Reader()
-    assert reader.feed(line(1)) == []
-    assert [step.number for step in reader.feed("\n" + line(2))] == [1]
-
-
-def test_a_step_that_was_done_again_counts_once_with_what_it_was_last():
-    first, again = step_of(line(2)), step_of(line(2, **{"critic/rewards/mean": 0.75}))
-    assert [(step.number, step.curves["reward"]) for step in latest([step_of(line(3)), first, again])] == [
-        (2, 0.75),
-        (3, 0.25),
-    ]
+    assert reader.feed(line(1).encode()) == []
+    assert [step.number for step in reader.feed(f"\n{line(2)}".encode())] == [1]
 
 
 def test_every_curve_has_a_name_of_its_own():
