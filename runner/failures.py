@@ -343,8 +343,8 @@ KINDS: Mapping[str, Kind] = {
         "Rollout waits for few answers",
         NOBODY,
         False,
-        "see the lengths of answers: a lower data.max_response_length, or more answers for each GPU, keeps more of them "
-        "at work",
+        "see the lengths of answers: with a lower data.max_response_length, or more answers for each GPU, more are at "
+        "work",
     ),
     "environment": Kind(
         "Nodes are set up differently",

@@ -55,9 +55,19 @@ class CellDir:
         return self.path / "telemetry.jsonl"
 
     @property
-    def verl_metrics(self) -> Path:
-        """The metrics that verl writes of each step (cluster.tools.verl_metrics)."""
-        return self.path / "verl.jsonl"
+    def phase(self) -> Path:
+        """The phase of a step that verl's trainer is in (workloads.rl.phases)."""
+        return self.path / "phase"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of files for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def offline_runs(self) -> list[Path]:
+        """The folders of runs for Weights & Biases that were not sent to it."""
+        return sorted(self.path.glob("wandb/offline-run-*"))
 
     @property
     def engine_stdout(self) -> Path:
@@ -80,6 +90,10 @@ class CellDir:
     def stream(self, rank: int, name: str) -> Path:
         """The output of a rank on stdout or stderr; `name` is one of STREAMS."""
         return self.path / f"{rank_name(rank)}.{name}"
+
+    def verl_metrics(self, rank: int) -> Path:
+        """The metrics that verl writes of each step, where this rank is the one that does (tools.verl_metrics)."""
+        return self.path / f"verl.{rank_name(rank)}{_EVENTS}"
 
     def nccl_log(self, rank: int) -> Path:
         """What NCCL says of itself to a rank that keeps it apart from its output."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 # What a step consists of, in the order in which it happens, and verl's timer of each. They do not overlap.
 PHASES: Mapping[str, str] = {
@@ -46,8 +46,8 @@ _BY_TOKEN = ("log_prob",)  # phases that take every token, and of which verl giv
 
 @dataclass(frozen=True)
 class Step:
-    """What one line says of a step: its duration and that of its phases in seconds (those that it has, `idle` last), tokens
-    per second of each phase where verl counts its tokens, and the values of CURVES that it has, with
+    """What one line says of a step: its duration and that of its phases in seconds (those that it has, `idle` last),
+    tokens per second of each phase where verl counts its tokens, and the values of CURVES that it has, with
     `validation_reward` after a validation.
 
     `tokens` are all of the batch, prompts and answers. `not_numbers` are metrics that were NaN or infinite: verl's file
@@ -84,11 +84,7 @@ def step_of(line: str) -> Step | None:
     seconds = data.get("timing_s/step")
     if not _is_number(seconds):
         seconds = None
-        if (
-            "train/loss" not in data
-            and "val/loss" not in data
-            and not any(name.startswith(_VALIDATION) for name in data)
-        ):
+        if not any(name in ("train/loss", "val/loss") or name.startswith(_VALIDATION) for name in data):
             return None
     timers = {name.removeprefix("timing_s/"): one for name, one in data.items() if name.startswith("timing_s/")}
     # A timer with a slash in its name is a part of another one.
@@ -131,19 +127,17 @@ def _curves(data: Mapping[str, Any]) -> dict[str, float]:
 def _spreads(data: Mapping[str, Any]) -> dict[str, float]:
     """Maximum ÷ mean by what it is of."""
     found = {}
-    for name, mean in data.items():
-        of, _, last = name.rpartition("/")
+    for key, mean in data.items():
+        of, _, last = key.rpartition("/")
         # Of ranks the maximum after verl has balanced them: before, it was nobody's.
         most = data.get(f"{of}/balanced_max", data.get(f"{of}/max"))
-        if last == "mean" and _is_number(mean) and mean > 0 and _is_number(most):
-            if of in _UNEVEN:
-                found[_UNEVEN[of]] = most / mean
-            elif of.startswith("timing_s/"):
-                found[of.removeprefix("timing_s/")] = most / mean
+        name = _UNEVEN.get(of) or (of.removeprefix("timing_s/") if of.startswith("timing_s/") else "")
+        if last == "mean" and name and most is not None and _is_number(mean) and _is_number(most) and mean > 0:
+            found[name] = most / mean
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

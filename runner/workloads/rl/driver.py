@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from runner.workloads.job import Events, RankJob
-from runner.workloads.rl import trainer
+from runner.workloads.rl import phases, trainer
 
 
 def run(job: RankJob, events: Events) -> None:
     """Train until the last step, and leave checkpoints in the cell's folder of these."""
-    variables = trainer.environment(events)
+    variables = trainer.environment(events) | phases.environment(events.folder.phase, os.environ)
 
     def stay(verl: Any) -> None:
         start = verl.run_ppo
         verl.run_ppo = lambda config, task_runner_class: start(config, _Here(task_runner_class, variables))
 
-    trainer.run("verl.trainer.main_ppo", job.params["words"], events, stay)
+    trainer.run("verl.trainer.main_ppo", job, events, stay)
 
 
 class _Here:

@@ -36,14 +36,14 @@ def find(
 def _not_numbers(cell: str, found: Sequence[Step]) -> Iterator[Suspect]:
     steps = [step for step in found if step.not_numbers]
     if steps:
-        first = steps[0]
-        names = dict.fromkeys(name for step in steps for name in step.not_numbers)
+        first, every = steps[0], dict.fromkeys(name for step in steps for name in step.not_numbers)
         again = f", and in {counted(len(steps) - 1, 'later step')}" if len(steps) > 1 else ""
+        more = f" ({_list(list(every))})" if len(every) > len(first.not_numbers) else ""
         yield Suspect(
             "not_a_number",
             where=f"{cell}, from step {first.number} on",
-            evidence=f"{_list(first.not_numbers)} of step {first.number} of {found[-1].number} {are(len(first.not_numbers))} "
-            f"NaN or infinite{again}" + (f" ({_list(list(names))})" if len(names) > len(first.not_numbers) else ""),
+            evidence=f"{_list(first.not_numbers)} of step {first.number} of {found[-1].number} "
+            f"{are(len(first.not_numbers))} NaN or infinite{again}{more}",
             confidence="high",
         )
 
@@ -101,8 +101,8 @@ def _uneven(cell: str, measured: Sequence[Step]) -> Iterator[Suspect]:
         yield Suspect(
             "uneven_rollout",
             where=f"{cell}, {_steps([one for *_, one in found])}",
-            evidence=f"in {len(found)} of {counted(len(measured), 'measured step')} rollout waits for few answers: in step "
-            f"{step.number} {what} {ratio:.3g} times the mean's {unit}, and rollout takes {seconds:.3g} of "
+            evidence=f"in {len(found)} of {counted(len(measured), 'measured step')} rollout waits for few answers: in "
+            f"step {step.number} {what} {ratio:.3g} times the mean's {unit}, and rollout takes {seconds:.3g} of "
             f"{step.seconds:.3g} s",
             confidence=NOBODY,
             observation=True,

@@ -13,11 +13,11 @@ from runner.errors import InfrastructureError
 from runner.system import manifest
 from runner.workloads.job import Events, RankJob
 from runner.workloads.rl.ask import KIND, ask
+from runner.workloads.rl.record import NEWEST, newest_step
 
 PACKAGES = ("verl", "ray", "torch", "transformers")
 # Where a program's checkpoint of a step has the model that is trained.
 SHARDS = {"sft": ".", "ppo": "actor", "grpo": "actor"}
-_NEWEST = "latest_checkpointed_iteration.txt"
 
 
 def run(job: RankJob, events: Events) -> None:
@@ -40,8 +40,7 @@ def run(job: RankJob, events: Events) -> None:
     events.progress(1, 2, "question")
     began = time.monotonic()
     answer = ask(work, params["question"], job.device)
-    events.value("answer_s", time.monotonic() - began)
-    events("answer", question=params["question"], answer=answer)
+    events.value("answer_s", time.monotonic() - began, question=params["question"], answer=answer)
 
     about = {"made_of": str(source), "question": params["question"], "answer": answer, "versions": _versions()}
     manifest.write(work, about)
@@ -55,12 +54,9 @@ def newest(checkpoint: Path, program: str) -> Path:
 
     Raises InfrastructureError where there is none.
     """
-    try:
-        step = int((checkpoint / _NEWEST).read_text())
-    except (OSError, ValueError):
-        raise InfrastructureError(
-            f"checkpoint unusable: {checkpoint} has no {_NEWEST}: nothing was saved there", KIND
-        ) from None
+    step = newest_step(checkpoint)
+    if not step:
+        raise InfrastructureError(f"checkpoint unusable: {checkpoint} has no {NEWEST}: nothing was saved there", KIND)
     folder = checkpoint / f"global_step_{step}"
     found = folder / SHARDS[program]
     if not found.is_dir():

@@ -30,11 +30,11 @@ END = 0.2  # the share of all steps whose mean is the value at the beginning, an
 
 @dataclass
 class Step:
-    """One step of a stage that trains, as its attempts recorded it; times in seconds, `phases_s` in the order of a step.
+    """One step of a stage that trains, as its attempts recorded it; times in seconds, phases in the order of a step.
 
     `measured`: it counts in rates and shares, as all but the first step of an attempt. `seconds` is None where no time
-    is known. `rates` are tokens/s by phase, `curves` values by their name in CURVES, `other_s` verl's timers that are in
-    no phase, `spreads` maximum ÷ mean by what it is of, and `not_numbers` the metrics that were NaN or infinite.
+    is known. `rates` are tokens/s by phase, `curves` values by their name in CURVES, `other_s` verl's timers that are
+    in no phase, `spreads` maximum ÷ mean by what it is of, `not_numbers` the metrics that were NaN or infinite.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""Which phase of a step verl's trainer is in, while it is in it: verl imports this module where `ENVIRONMENT` is set.
+"""Which phase of a step verl's trainer is in, while it is in it: verl imports this module where `environment` says so.
 
 verl tells how long phases took when a step has ended, which is minutes later. Its trainers time each phase with
 `marked_timer`; here its name is written to a file as well, whose path is in the variable FILE. No torch and no verl is
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from typing import Any
 from runner.cluster.tools.verl_metrics import PHASES
 
 FILE = "SHAKEDOWN_PHASE_FILE"
+_MODULES = "VERL_USE_EXTERNAL_MODULES"  # verl's own
 _OF_TIMER = {timer: phase for phase, timer in PHASES.items()} | {"testing": "validation"}
+
+
+def environment(path: Path, existing: Mapping[str, str]) -> dict[str, str]:
+    """The variables with which verl imports this module beside what it imports already, and phases are in `path`."""
+    before = existing.get(_MODULES, "")
+    return {FILE: str(path), _MODULES: ",".join(filter(None, (before, "runner.workloads.rl.phases")))}
 
 
 def in_words(phase: str) -> str:

@@ -91,7 +91,7 @@ class Recorder:
         """Record steps that have ended just now, one after the other."""
         trained = [step for step in steps if step.trained]
         moment = self._clock()
-        # Of fine-tuning verl times no step: it is the time since the one before, its checkpoint and validation included.
+        # verl times no step of fine-tuning: it is the time since the one before, with its checkpoint and validation.
         between = None if self._last is None or not trained else (moment - self._last) / len(trained)
         for step in steps:
             seconds = between if step.seconds is None else step.seconds

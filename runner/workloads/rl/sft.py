@@ -8,4 +8,4 @@ from runner.workloads.rl import trainer
 
 def run(job: RankJob, events: Events) -> None:
     """Train until the last step, and leave checkpoints in the cell's folder of these."""
-    trainer.run("verl.trainer.sft_trainer", job.params["words"], events)
+    trainer.run("verl.trainer.sft_trainer", job, events)

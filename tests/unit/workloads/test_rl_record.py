@@ -29,7 +29,7 @@ class Attempt:
         self.now = 1000.0
         self.events = Events(folder, 0)
         self.opened.append(self.events)
-        self.file = CellDir(folder).path / "verl.jsonl"
+        self.file = CellDir(folder).verl_metrics(0)
         self.follower = Follower(self.file, Recorder(self.events, checkpoint, total, lambda: self.now))
         self.folder = folder
 
