@@ -87,6 +87,26 @@ print(json.dumps({
     assert found["theirs"] == found["ours"] and found["module"] == "runner.workloads.rl.cpu" and found["used"]
 
 
+def test_the_reference_is_kept_in_memory_that_is_not_pinned(verl):
+    found = verl("""
+import json, verl, verl.workers.engine.fsdp.transformer_impl as engine
+policy = engine.CPUOffloadPolicy(pin_memory=True)
+print(json.dumps([type(policy).__name__, policy.pin_memory]))""")
+    assert found == ["CPUOffloadPolicy", False]
+
+
+def test_the_driver_starts_verls_controller_through_the_function_that_is_replaced(verl):
+    found = verl("""
+import ast, inspect, json, verl.trainer.main_ppo as main
+tree = ast.parse(inspect.getsource(main))
+calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "run_ppo"]
+print(json.dumps([[sorted(k.arg for k in c.keywords) for c in calls], list(inspect.signature(main.run_ppo).parameters)]))
+""")
+    calls, parameters = found
+    assert calls and all(keywords == ["task_runner_class"] for keywords in calls)
+    assert parameters == ["config", "task_runner_class"]
+
+
 def test_a_server_has_every_method_that_verl_calls(verl):
     called, has = verl("""
 import ast, inspect, json, verl

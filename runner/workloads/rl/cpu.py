@@ -5,6 +5,7 @@ What verl 0.9.1 lacks for a CPU, and what is put in its place:
 - a platform: it would take "nvidia", and NCCL with it. `Cpu` says gloo.
 - process groups: verl asks for `cpu:gloo,<device>:<backend>`, which is `cpu` twice; torch refuses that.
 - a critic: its attention is always Flash Attention, whatever is configured. `load_critic` takes what is configured.
+- a reference: its parameters are offloaded into pinned memory, which takes a device to pin it for. `offload` pins none.
 - a rollout: those registered need a GPU. `runner.workloads.rl.rollout` generates with transformers.
 """
 
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed
+import verl.utils.fsdp_utils
 import verl.utils.model
 import verl.workers.rollout.base
+from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
@@ -137,6 +140,11 @@ def load_critic(local_path: str, torch_dtype: torch.dtype, model_config: Any, tr
     )
 
 
+def offload(pin_memory: bool = False) -> CPUOffloadPolicy:
+    """FSDP2's policy that keeps parameters in the host's memory, which is never pinned."""
+    return CPUOffloadPolicy(pin_memory=False)
+
+
 def _replica() -> type:
     from runner.workloads.rl.rollout import Replica  # it needs Ray, which ranks of torchrun do not
 
@@ -145,5 +153,6 @@ def _replica() -> type:
 
 torch.distributed.init_process_group = without_repeats(torch.distributed.init_process_group)
 verl.utils.model.load_valuehead_model = load_critic
+verl.utils.fsdp_utils.CPUOffloadPolicy = offload
 verl.workers.rollout.base._ROLLOUT_REGISTRY["hf", "async"] = "runner.workloads.rl.rollout.Adapter"
 RolloutReplicaRegistry.register("hf", _replica)
