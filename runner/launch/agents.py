@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from runner.cluster.backends import BACKENDS
@@ -17,6 +18,7 @@ from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse
 from runner.launch.watch import CellContext, CellRun
 from runner.node.protocol import GRACE_S, PATIENCE_S, CellRequest, CleanRequest, SweepRequest
+from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.celldir import LAUNCHER
 from runner.results.rundir import RunDir
@@ -37,9 +39,14 @@ def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
     }
 
 
-def secrets() -> dict[str, str]:
-    """The user's tokens from the environment, by name; they are sent beside a plan and never part of it."""
-    return {key: os.environ[key] for key in SECRETS if key in os.environ}
+def secrets(cells: Iterable[Cell]) -> dict[str, str]:
+    """The user's tokens from the environment, and new ones for the engines of `cells`, by name. They are sent beside a
+    plan and never part of it.
+    """
+    own = {name for cell in cells for name in ENGINES[cell.engine].secrets}
+    return {key: os.environ[key] for key in SECRETS if key in os.environ} | {
+        name: token_hex(32) for name in sorted(own)
+    }
 
 
 def gather(
@@ -115,6 +122,7 @@ class Agents:
     def _sessions(self, plan: Plan, cell: Cell, data: str | None, held: bool) -> list[AgentSession]:
         common = cell_fields(plan, cell)
         command = COMMANDS[plan.backend]
+        tokens = secrets([cell])
         sessions = []
         for index, host in enumerate(cell.hosts):
             node = plan.node(host)
@@ -126,7 +134,7 @@ class Agents:
                 job={**job(plan, cell, node, data), "held": held},
                 argv=cell.launch.argv[index],
                 env=rank_environment(cell, node),
-                secrets=secrets(),
+                secrets=tokens,
                 rendezvous_port=cell.master_port if index == 0 else None,
             )
             sessions.append(AgentSession(host, command(node, AGENT, self.ssh_config), request.to_json()))

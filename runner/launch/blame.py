@@ -122,6 +122,7 @@ def _told_apart(
     suspects: list[dict[str, Any]] = []
     vague: list[dict[str, Any]] = []
     victims: list[dict[str, Any]] = []
+    accusations: list[dict[str, Any]] = []  # of nodes that may not tell it themselves
     hosts = [session for session in sessions if session.name != LAUNCHER]
     for session in sessions:
         outcome = outcomes.get(session.name)
@@ -130,13 +131,17 @@ def _told_apart(
         if outcome is None:
             suspects.append(_no_outcome(session))
         elif outcome.error:
-            suspects.append(error(outcome.kind or "unknown", outcome.error, session.name))
+            told = victims if outcome.kind == COMPLAINT else accusations if outcome.accused else suspects
+            host = session.name if outcome.kind == COMPLAINT else outcome.accused or session.name
+            told.append(error(outcome.kind or "unknown", outcome.error, host, outcome.engine_stderr))
         elif session.name != LAUNCHER and _failed(outcome, root):
             death = _failure(outcome, _seen_by_launcher(outcomes), alone=len(hosts) == 1, table=seen)
             if away and root not in outcome.ranks and death.quiet(root) and _rank_of(death.kind) != 0:
                 continue
             told = victims if death.complains else vague if death.vague else suspects
             told.append(death.error(session.name))
+    themselves = {suspect["host"] for suspect in suspects}
+    suspects += [one for one in accusations if one["host"] not in themselves and one["host"] not in but]
     of_nodes = [suspect for suspect in suspects if suspect["host"] != LAUNCHER]
     return of_nodes or vague or suspects, victims
 

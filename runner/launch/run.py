@@ -22,7 +22,8 @@ from runner.launch.supply import Data, Supply
 from runner.launch.transport import Transport
 from runner.launch.watch import CellContext, CellRun, read_outcomes
 from runner.plan.build import place
-from runner.plan.plan import PORTS, Cell, Plan, fingerprint
+from runner.plan.engines.ranks import PORTS
+from runner.plan.plan import Cell, Plan, fingerprint
 from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results import telemetry

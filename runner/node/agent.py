@@ -28,7 +28,7 @@ from runner.errors import InfrastructureError
 from runner.node import engine, gate, kernel, ranks
 from runner.node.leash import Leash
 from runner.node.output import Tail, copy, last_lines, send_message
-from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, CellRequest, Outcome, RankStack, Started
+from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, CellRequest, Fault, Outcome, RankStack, Started
 from runner.results.celldir import CellDir
 from runner.system import process
 from runner.system.files import write_json_atomic
@@ -55,7 +55,7 @@ class NodeCell:
         self._take_signals()
         started_s, began, oom_kills = time.time(), time.monotonic(), process.oom_kills()
         rc: int | None = None
-        error: tuple[str, str] | None = None
+        fault: Fault | None = None
         try:
             self.folder.create()
             gate.require_good_node(self.request)
@@ -68,15 +68,17 @@ class NodeCell:
                     process.stop_marked(self.request.marker, self.request.grace_s)
                     self._record_nccl()
         except (OSError, gate.Refused, InfrastructureError) as failure:
-            error = self._explained(failure)
-        message, kind = error or (None, None)
+            fault = self._explained(failure)
+        else:
+            fault = self._told()
         outcome = Outcome(
             host=self.request.host,
             attempt=self.request.attempt,
             rc=rc,
             stopped=self.leash.reason,
-            error=message,
-            kind=kind,
+            error=fault.message if fault else None,
+            kind=fault.kind if fault else None,
+            accused=fault.host if fault else None,
             oom_kills=process.oom_kills() - oom_kills,
             stacks=self.stacks,
             started_s=started_s,
@@ -181,15 +183,21 @@ class NodeCell:
             elif not copy(key.fileobj, key.data):
                 selector.unregister(key.fileobj)
 
-    def _explained(self, failure: Exception) -> tuple[str, str]:
-        """Why the cell could not be run here, in one line, and the kind of failure."""
+    def _explained(self, failure: Exception) -> Fault:
+        """Why the cell could not be run here."""
         if isinstance(failure, gate.Refused):
-            return str(failure), failure.kind
+            return Fault(failure.kind, str(failure))
         if isinstance(failure, OSError):
             if failure.errno == errno.ENOSPC:
-                return f"disk full: {self.folder.path}", "disk_full"
-            return f"{failure.strerror}: {failure.filename or self.folder.path}", "unknown"
-        return str(failure), "environment_missing"  # the engine's program was not found
+                return Fault("disk_full", f"disk full: {self.folder.path}")
+            return Fault("unknown", f"{failure.strerror}: {failure.filename or self.folder.path}")
+        return Fault("environment_missing", str(failure))  # the engine's program was not found
+
+    def _told(self) -> Fault | None:
+        """Why the engine gave up, if it says so; None where the agent has ended it."""
+        if self.leash.reason or not self.folder.fault.exists():
+            return None
+        return Fault.from_json(json.loads(self.folder.fault.read_text()))
 
     def _report(self, outcome: Outcome) -> None:
         self.tail.pass_on(last=True)

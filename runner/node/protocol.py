@@ -371,11 +371,28 @@ class RankStack:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Why an engine's process of our own gave up: a kind of failure, a message of one line, and the node whose failure
+    it is, by its name; None: the one that says so.
+    """
+
+    kind: str
+    message: str
+    host: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Fault:
+        """The fault in a JSON object; raises TypeError if a required key is missing."""
+        return cls(**_known(cls, value))
+
+
+@dataclass(frozen=True)
 class Outcome(Message):
     """How one node's part of a cell ended: the last message, and all of outcome.json.
 
     `rc` is the engine's exit status, negative after a signal; None if it is not known. `stopped` is why the agent ended
-    the ranks, `error` why it could not run them, `kind` the kind of that failure. `oom_kills` counts the processes
+    the ranks, `error` why it could not run them, `kind` the kind of that failure, `accused` the node
+    whose failure it is, None if it is this one. `oom_kills` counts the processes
     that the kernel killed meanwhile because memory was exhausted; `kernel` are its messages of GPUs that failed.
     """
 
@@ -387,6 +404,7 @@ class Outcome(Message):
     stopped: str | None = None
     error: str | None = None
     kind: str | None = None
+    accused: str | None = None
     oom_kills: int = 0
     stacks: Mapping[str, RankStack] = field(default_factory=dict)  # by rank, such as "rank0"
     started_s: float = 0.0  # since the epoch, by the node's clock

@@ -95,7 +95,7 @@ def link(step: StepRequest) -> str:
 def ranks_of(step: StepRequest, hosts: Sequence[str], python: str, cell_dir: str) -> Ranks:
     """The ranks of a cell on `hosts`, Slurm's names in rank order."""
     return Ranks(
-        nodes=[_Host(host, python) for host in hosts],
+        nodes=[_Host(step.names.get(host, host), host, step.addresses.get(host, host), python) for host in hosts],
         gpus_per_node=step.gpus_per_node,
         master_address=step.addresses.get(hosts[0], hosts[0]),
         master_port=step.master_port,
@@ -108,7 +108,9 @@ def ranks_of(step: StepRequest, hosts: Sequence[str], python: str, cell_dir: str
 
 @dataclass(frozen=True)
 class _Host:
+    name: str
     alias: str
+    address: str
     python: str
 
 

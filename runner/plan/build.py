@@ -16,9 +16,9 @@ from runner.cluster.inventory import Node
 from runner.errors import UsageError
 from runner.plan import fit, tuned
 from runner.plan.batch import batch_of, with_batch
-from runner.plan.engines.ranks import Launch, Ranks
+from runner.plan.engines.ranks import PORTS, Launch, Ranks
 from runner.plan.engines.registry import ENGINES, obstacle
-from runner.plan.plan import CELL_ENV, PORTS, Cell, Plan
+from runner.plan.plan import CELL_ENV, Cell, Plan
 from runner.plan.request import Request
 from runner.results.celldir import LAUNCHER
 from runner.system.process import cell_marker
@@ -30,7 +30,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 def engine_of(test: str, backend: str, chosen: str) -> str:
     """The engine that starts the ranks of `test` over `backend`; `chosen` is the one for torch's programs."""
-    return BACKENDS[backend].mpi if TESTS[test].mpi else chosen
+    return BACKENDS[backend].mpi if TESTS[test].mpi else TESTS[test].engine or chosen
 
 
 def build(request: Request, nodes: tuple[Node, ...]) -> Plan:

@@ -17,8 +17,6 @@ from runner.plan.engines import ranks
 from runner.workloads.registry import TESTS
 
 SCHEMA = 1
-# Rendezvous ports are below the kernel's ephemeral range and differ between runs, cells and attempts.
-PORTS = range(20000, 30000)
 # Environment of every rank, in addition to its node's.
 CELL_ENV = {"OMP_NUM_THREADS": "1"}
 

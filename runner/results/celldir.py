@@ -50,6 +50,26 @@ class CellDir:
         return self.path / "messages.jsonl"
 
     @property
+    def fault(self) -> Path:
+        """Why the engine's process on this node gave up, where it is our own (node.protocol.Fault)."""
+        return self.path / "fault.json"
+
+    @property
+    def ray_head(self) -> Path:
+        """Where the head of the cell's Ray is, once it answers (plan.engines.ray.Head)."""
+        return self.path / "head.json"
+
+    @property
+    def ray_output(self) -> Path:
+        """The output of `ray start`."""
+        return self.path / "ray.log"
+
+    @property
+    def ray_logs(self) -> Path:
+        """The folder of the logs of Ray's own processes."""
+        return self.path / "ray"
+
+    @property
     def telemetry(self) -> Path:
         """The samples of telemetry, one JSON object per line."""
         return self.path / "telemetry.jsonl"

@@ -115,6 +115,36 @@ def _bind(parent: int) -> Callable[[], None]:
     return bind
 
 
+def adopt_orphans() -> None:
+    """From now on, what descends from this process and loses its parent becomes this process's child (prctl(2))."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def descendants() -> list[int]:
+    """Ids of the processes that descend from this one and have not ended."""
+    below: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
+                letter, parent = file.read().rpartition(")")[2].split()[:2]
+                below.setdefault(int(parent), []).append(int(entry) if letter != "Z" else 0)
+    found, todo = [], [os.getpid()]
+    while todo:
+        children = below.get(todo.pop(), [])
+        found += [pid for pid in children if pid]
+        todo += [pid for pid in children if pid]
+    return found
+
+
+def reap() -> None:
+    """Take note of the children that have ended, adopted ones too, so that their ids are free."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def exit_fd(child: subprocess.Popen[bytes]) -> int | None:
     """A file descriptor that becomes readable when `child` ends; the caller closes it.
 

@@ -142,6 +142,7 @@ class Test:
 
     `variants` is MODULE:FUNCTION with the interface Variants; without one, each node count and repeat is one cell. The
     ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
+    `engine` starts the ranks of a test that cannot do without it, whatever is chosen for others.
     `command` is MODULE:FUNCTION with the interface RankCommand, for a test whose ranks run what role nccl_build has
     installed: its setting `root` is the role's folder, and where it is null, the one of the inventory.
 
@@ -167,6 +168,7 @@ class Test:
     details: str = ""
     variants: str = ""
     mpi: bool = False
+    engine: str = ""
     command: str = ""
     runs: Literal["ranks", "once", "one"] = "ranks"
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from faults.conftest import (
     torch,
 )
 from runner.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_TARGET_MISSED
-from runner.plan.plan import PORTS
+from runner.plan.engines.ranks import PORTS
 from runner.results.rundir import RunDir
 from runner.results.status import each_error
 from runner.system import process

@@ -282,7 +282,7 @@ class Allocations:
             # Until Slurm answers, these cells must not be submitted again.
             ledger.note({each.id: JobShare(None, None, name, each.hosts) for each in cells})
             try:
-                job_id = self.cluster.submit(script, agents.secrets())
+                job_id = self.cluster.submit(script, agents.secrets(cells))
             except commands.SlurmUnreachable:
                 raise
             except InfrastructureError:  # refused
@@ -491,7 +491,7 @@ def prepare(
         log=log_path(plan, name, shared),
         gpus_per_node=cells[0].gpus_per_node,
         device=cells[0].device,
-        secrets=tuple(agents.secrets()),
+        secrets=tuple(agents.secrets(cells)),
         array=plan.job_array,
     )
 

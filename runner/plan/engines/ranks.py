@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+# Rendezvous ports are below the kernel's ephemeral range and differ between runs, cells and attempts.
+PORTS = range(20000, 30000)
+
 # Settings of Open MPI, whose programs use it only to meet: data goes over what they measure. Its own ways over fast
 # networks are left out, which differ from node to node, pin memory and warn; names that a version lacks do not matter.
 MPI_SETTINGS: Mapping[str, str] = {
@@ -20,8 +23,16 @@ class Host(Protocol):
     """The properties of a node that an engine needs; under Slurm an agent knows no others of its peers."""
 
     @property
+    def name(self) -> str:
+        """The name of the node in the inventory, by which outcomes have it."""
+
+    @property
     def alias(self) -> str:
         """The node's alias, such as `node001`; under Slurm, the name that Slurm has for it."""
+
+    @property
+    def address(self) -> str:
+        """The address or name by which the other nodes reach it."""
 
     @property
     def python(self) -> str:

@@ -1,4 +1,7 @@
-"""Ray on the nodes of a cell: its ports, resources, environment and commands. Pure.
+"""Engine `ray`: its supervisors, and Ray's ports, resources, environment, commands and answers. Pure.
+
+A supervisor (`runner.node.ray`) runs on every node of a cell, started as torchrun is. That of the first node starts
+Ray's head and the job, and tells the others where the head is.
 
 Every Ray node has a block of ports of its own. The supervisor of a node listens on the first port of the block, from
 before Ray starts until after it has ended: whoever cannot do so takes the next block. So two jobs on one node never
@@ -16,7 +19,7 @@ from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from runner.errors import InfrastructureError, UsageError
-from runner.plan.plan import PORTS
+from runner.plan.engines.ranks import PORTS, Host, Launch, Ranks
 from runner.system.wording import counted
 
 # Ray's workers listen here unless they are told otherwise, and a GCS that listens here does not start.
@@ -42,8 +45,31 @@ _WORKERS = 16  # the first port of a block for workers, from its begin
 # A user's own Ray must not be what ours connects to, nor its token ours: these take precedence over what is set here.
 CLEARED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE", "RAY_JOB_HEADERS", "RAY_TMPDIR")
 
+# The token of a cell's Ray, in the environment of its supervisors alone: another one for each attempt.
+TOKEN = "SHAKEDOWN_RAY_TOKEN"
+JOIN_S = 120.0  # the time in which all nodes have to join
+
 # Ray makes sockets below its folder, in `session_<date>_<time>_<pid>/sockets`; a socket's path has 107 bytes at most.
 _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+
+
+def launch(ranks: Ranks) -> Launch:
+    """A supervisor on each node; they meet on the first one, where the only rank is a job of Ray."""
+    others = [f"--other={node.name}={node.address}" for node in ranks.nodes[1:]]
+
+    def supervisor(index: int, host: Host) -> tuple[str, ...]:
+        return (
+            host.python,
+            "-m",
+            "runner.node.ray",
+            ranks.cell_dir,
+            f"--gpus={ranks.gpus_per_node}",
+            *([] if len(ranks.nodes) == 1 else [f"--port={ranks.master_port}"]),
+            f"--address={host.address}",
+            *([f"--node={index}", f"--head={ranks.master_address}"] if index else others),
+        )
+
+    return Launch(argv=tuple(supervisor(index, host) for index, host in enumerate(ranks.nodes)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,7 @@ def blocks(ephemeral: range) -> tuple[Ports, ...]:
     """The blocks that a node has, in ascending order.
 
     `ephemeral` are the ports that its kernel gives to outgoing connections (`net.ipv4.ip_local_port_range`): one of
-    those may be taken between the test and Ray's start. Ports of rendezvous (`plan.PORTS`) belong to other cells.
+    those may be taken between the test and Ray's start. Ports of rendezvous (`PORTS`) belong to other cells.
     """
     low, high = PORTS.stop, 65536
     spans = (
@@ -120,6 +146,10 @@ def claim(job: str, ephemeral: range, hold: Callable[[Ports], bool]) -> Ports:
 # --- resources --------------------------------------------------------------------------------------------
 
 
+# verl 0.9.1 takes three CPUs with each GPU, and one for each of its own actors: trainer, rewards, queues, servers.
+_ACTORS, _ACTORS_PER_GPU = 6, 4
+
+
 @dataclass(frozen=True)
 class Grant:
     """What Ray may use of a node: without it, Ray takes every core and GPU that it sees, granted or not."""
@@ -143,6 +173,14 @@ def granted(environment: Mapping[str, str], cpus: int, gpus: int) -> Grant:
     own_cpus = number("SLURM_CPUS_ON_NODE")
     own_gpus = number("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
     return Grant(cpus if own_cpus is None else own_cpus, gpus if own_gpus is None else own_gpus)
+
+
+def slots(grant: Grant) -> int:
+    """How many CPUs Ray is told of: a place for each actor, of which most wait for others most of the time.
+
+    Where there are fewer than the trainer asks for, it would wait for them for ever.
+    """
+    return max(grant.cpus, _ACTORS + _ACTORS_PER_GPU * grant.gpus)
 
 
 # --- environment and commands -----------------------------------------------------------------------------
@@ -211,7 +249,7 @@ def _node(address: str, ports: Ports, grant: Grant, store_bytes: int | None) -> 
         f"--metrics-export-port={ports['metrics']}",
         f"--min-worker-port={ports.workers[0]}",
         f"--max-worker-port={ports.workers[-1]}",
-        f"--num-cpus={grant.cpus}",
+        f"--num-cpus={slots(grant)}",
         f"--num-gpus={grant.gpus}",
         *([] if store_bytes is None else [f"--object-store-memory={store_bytes}"]),
     ]
@@ -245,6 +283,30 @@ class Head:
             return cls(str(value["address"]), int(value["gcs"]), int(value["dashboard"]), str(value["ray"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a head: {error}") from None
+
+
+_PORT = re.compile(
+    r"address already in use|port \d+ is already in use|trying to use a port number|does not match persisted value",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"AuthenticationError|InvalidAuthToken|[Uu]nauthenticated")
+
+
+def why_ended(lines: Sequence[str]) -> tuple[str, str]:
+    """The kind of failure of a `ray start` that has ended by itself, and what it said, from its last lines.
+
+    A head whose GCS port is another's connects to that one, and complains about its session.
+    """
+    told = [line.strip() for line in lines if line.strip()]
+    for kind, words in (("port_taken", _PORT), ("ray_refused", _TOKEN)):
+        if found := next((line for line in reversed(told) if words.search(line)), None):
+            return kind, found[:_SAID]
+    ended = next((line for line in reversed(told) if _SUBPROCESS.search(line)), None)
+    return "ray_died", (ended or (told[-1] if told else "it said nothing"))[:_SAID]
+
+
+_SAID = 300  # characters
+_SUBPROCESS = re.compile(r"subprocess.*exit|exit code", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

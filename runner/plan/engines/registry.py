@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from runner.plan.engines import deepspeed, mpirun, srun, torchrun
+from runner.plan.engines import deepspeed, mpirun, ray, srun, torchrun
 from runner.plan.engines.ranks import Host, Launch, Ranks
 
 
@@ -21,7 +21,9 @@ class Engine:
     `headed`: one command on the controller starts all ranks and connects to the nodes itself, over ssh, with the same
     Python path on all of them; `needs` is what to do where its program is missing, `instead` where it cannot work.
     `packages` must be installed on every node. `mpi`: what it starts are MPI programs; by Slurm's own plugin if `step`,
-    else by Open MPI's launcher, whose version must be the same wherever it runs.
+    else by Open MPI's launcher, whose version must be the same wherever it runs. `asked`: only tests that cannot do
+    without it have it (`workloads.registry.Test.engine`). `secrets` are environment variables with a secret of its own
+    for each attempt, the same on all nodes of a cell.
     """
 
     launch: Callable[[Ranks], Launch]
@@ -31,6 +33,8 @@ class Engine:
     packages: tuple[str, ...] = ()
     mpi: bool = False
     step: bool = False
+    asked: bool = False
+    secrets: tuple[str, ...] = ()
 
 
 ENGINES: Mapping[str, Engine] = {
@@ -50,12 +54,13 @@ ENGINES: Mapping[str, Engine] = {
         mpi=True,
     ),
     "srun": Engine(srun.launch, mpi=True, step=True),
+    "ray": Engine(ray.launch, asked=True, secrets=(ray.TOKEN,)),
 }
 
 
 def offered() -> tuple[str, ...]:
     """The engines among which a user chooses."""
-    return tuple(name for name, engine in ENGINES.items() if not engine.mpi)
+    return tuple(name for name, engine in ENGINES.items() if not engine.mpi and not engine.asked)
 
 
 def obstacle(engine: str, nodes: Sequence[Host]) -> str | None:

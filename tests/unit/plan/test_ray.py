@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runner.errors import InfrastructureError, UsageError
 from runner.plan.engines import ray
-from runner.plan.plan import PORTS
+from runner.plan.engines.ranks import PORTS
 
 EPHEMERAL = range(32768, 61000)  # Linux's default
 RANGES = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda ends: range(min(ends), max(ends) + 1))

@@ -1,0 +1,557 @@
+"""`python -m runner.node.ray CELL_DIR …`: Ray on this node of a cell, from its ports to its last process.
+
+One supervisor a node, started by the node's agent as torchrun is. It starts one `ray start --block`, whose descendants
+are all that it ever ends: another Ray on the node, of this user or another, is not touched.
+
+That of the first node starts Ray's head, waits until every node is there with its GPUs, submits the cell's only rank as
+a job of Ray, and ends as that does. The others connect to it (`node.meeting`) and stay connected, so that nobody needs
+a shared folder, a node that is lost is known at once, and under Slurm the others end without a controller.
+
+The standard library only: the Python of a profile with Ray need not have the agent's packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import http.client
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import RunnerError
+from runner.node.meeting import Inbox, Meeting, Peer, Refused, Unreachable, listener, meet
+from runner.node.protocol import Fault
+from runner.plan.engines import ray
+from runner.results.celldir import CellDir
+from runner.results.logs import printable
+from runner.system import process
+from runner.system.files import write_json_atomic
+from runner.system.wording import counted
+
+POLL_S = 0.1  # between two looks at Ray's API while it starts
+JOB_POLL_S = 0.5  # the same while the job runs
+LATE_S = 5.0  # in which a node that is late says so itself
+FEWER_S = 3.0  # a node that has fewer GPUs for so long will not have more
+ANSWER_S = 5.0  # for one answer of Ray's API
+SILENT_S = 60.0  # without an answer of Ray's API: it has ended
+SETTLE_S = 3.0  # a job fails with a node that it has lost, which tells so itself a moment later
+END_S = 3.0  # between TERM and KILL of Ray
+# The address of a node that is alone: Ray replaces 127.0.0.1 by one of the network.
+SOLO = "127.0.0.2"
+LOGS_BYTES = 20 << 20  # of Ray's own logs that are kept
+LOG_BYTES = 256 << 10  # of each file, from its end
+STORE_BYTES = 200 << 20  # of Ray's object store where the ranks are CPUs: nodes may share one machine's memory
+
+
+class GaveUp(Exception):
+    """Why there is no Ray, or none any more."""
+
+    def __init__(self, kind: str, message: str, host: str | None = None) -> None:
+        super().__init__(message)
+        self.fault = Fault(kind, message, host)
+
+
+class Stopped(Exception):
+    """The signal that ends this process."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line: this node's place in rank order and address, the first node's address, and the addresses of
+    the others by name, which only the first node is told.
+    """
+
+    cell_dir: Path
+    gpus: int
+    port: int
+    node: int
+    address: str
+    head: str
+    others: Mapping[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this node's Ray until the cell's job has ended; returns the job's exit status, 1 where there was none.
+
+    Why there is none is left in the cell's folder (`CellDir.fault`).
+    """
+    process.adopt_orphans()
+    asked = _asked(argv)
+    folder = CellDir(asked.cell_dir)
+    with process.handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _on_signal):
+        try:
+            with Supervisor(asked, folder) as supervisor:
+                return supervisor.run()
+        except Stopped as stopped:
+            return 128 + stopped.number
+        except GaveUp as gave_up:
+            fault = gave_up.fault
+        except RunnerError as error:
+            fault = Fault(error.kind or "environment_missing", str(error))
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            fault = Fault("disk_full" if full else "unknown", f"{error.strerror}: {error.filename or asked.cell_dir}")
+    with contextlib.suppress(OSError):
+        write_json_atomic(folder.fault, asdict(fault))
+    print(f"{fault.kind}: {fault.message}", file=sys.stderr)
+    return 1
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # it ends now, once
+    raise Stopped(number)
+
+
+def _asked(argv: Sequence[str] | None) -> Asked:
+    parser = argparse.ArgumentParser(prog="python -m runner.node.ray")
+    parser.add_argument("cell_dir", type=Path)
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--node", type=int, default=0)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--head", default="")
+    parser.add_argument("--other", action="append", default=[])
+    found = parser.parse_args(argv)
+    others = {name: address for name, _, address in (each.partition("=") for each in found.other)}
+    return Asked(found.cell_dir, found.gpus, found.port, found.node, found.address, found.head, others)
+
+
+class Supervisor:
+    """Ray on this node. Entered, it has a folder and ports; left, nothing of it is there any more."""
+
+    def __init__(self, asked: Asked, folder: CellDir) -> None:
+        self.asked, self.folder = asked, folder
+        self.job = json.loads(folder.job.read_text())
+        self.join_s = float((self.job.get("params") or {}).get("join_s") or ray.JOIN_S)
+        self.began = time.monotonic()
+        self.deadline = self.began + self.join_s
+        self.marker = os.environ.get(process.MARKER, str(asked.cell_dir))
+        self.token = os.environ.pop(ray.TOKEN, "")
+        self.inbox: Inbox = queue.Queue()
+        self.peers: dict[int, Peer] = {}
+        self.addresses: dict[int, str] = {}  # of the other nodes that have come, in Ray
+        self.names = {index: name for index, name in enumerate(asked.others, 1)}
+        self.said = deque[str](maxlen=200)  # the last lines of `ray start`
+        self.child: subprocess.Popen[bytes] | None = None
+        self.head: ray.Head | None = None
+
+    def __enter__(self) -> Supervisor:
+        self._left = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            if not self.token:
+                raise GaveUp("ray_refused", f"{ray.TOKEN} is not set: nobody may use a Ray without a token")
+            self.place = stack.enter_context(_folder(Path(ray.folder(self.marker))))
+            key = os.environ.get("SLURM_JOB_ID") or f"{self.marker}/{self.job.get('attempt', '')}"
+            self.ports = ray.claim(key, _ephemeral(), lambda ports: _hold(ports, stack))
+            stack.callback(self._keep_logs)
+            stack.callback(self._end_ray)
+            self._left = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        self._left.close()
+
+    def run(self) -> int:
+        """Carry out this node's part; returns the exit status of the job. Raises GaveUp."""
+        self.grant = _grant(self.job, self.asked.gpus)
+        if self.grant.gpus < self.asked.gpus:
+            raise GaveUp("gpus_missing", f"has {counted(self.grant.gpus, 'GPU')} to use, {self.asked.gpus} asked for")
+        return self._follow() if self.asked.node else self._lead()
+
+    # --- the first node -----------------------------------------------------------------------------
+
+    def _lead(self) -> int:
+        address = _own_address(self.asked.address, *self.asked.others.values())
+        with contextlib.ExitStack() as stack:
+            if self.asked.others:
+                stack.callback(Meeting(self.asked.port, self.token, self.inbox).close)
+            store = _store_bytes(self.job)
+            self._start(ray.head(sys.executable, address, self.ports, self.grant, self.marker, store))
+            api = Api(address, self.ports["dashboard"], self.token)
+            version = self._until_it_answers(api)
+            self.head = ray.Head(address, self.ports["gcs"], self.ports["dashboard"], version)
+            write_json_atomic(self.folder.ray_head, self.head.to_json())
+            self._say(f"Ray {version} answers at {ray.endpoint(address, self.head.dashboard)}")
+            for index in self.addresses:
+                self.peers[index].send({"head": self.head.to_json()})
+            self._until_all_joined(api)
+            self._say(f"{counted(1 + len(self.names), 'node')} joined, {counted(self.asked.gpus, 'GPU')} each")
+            code = self._carry_out(api)
+            self._say(f"the job has ended with status {code}")
+            for peer in self.peers.values():
+                peer.send({"end": code})
+            return code
+
+    def _until_it_answers(self, api: Api) -> str:
+        """Wait for the head's API; returns Ray's version."""
+        while not (answer := api.ask("GET", "/api/version")):
+            if time.monotonic() > self.deadline:
+                raise GaveUp(
+                    "never_joined", f"Ray's head has not answered within {self.join_s:g} s{self._last_words()}"
+                )
+            self._turn(POLL_S)
+        return str(answer.get("ray_version"))
+
+    def _until_all_joined(self, api: Api) -> None:
+        """Wait for every node with its GPUs, and tell each once it is there."""
+        assert self.head
+        told = set[int]()
+        fewer_since: float | None = None
+        while lacking := self._lacking(api, self.head.address):
+            without = {name for name, _, _ in lacking}
+            for index in self.addresses.keys() - told:
+                if self.names[index] not in without:
+                    self.peers[index].send({"joined": True})
+                    told.add(index)
+            moment = time.monotonic()
+            fewer = next((each for each in lacking if each[1] == "gpus_missing"), None)
+            fewer_since = (fewer_since or moment) if fewer else None
+            if fewer and fewer_since and moment - fewer_since > FEWER_S:
+                raise GaveUp(fewer[1], fewer[2], fewer[0] or None)
+            if moment > self.deadline + LATE_S:
+                (name, kind, what), *others = lacking
+                more = f"; nor {'has' if len(others) == 1 else 'have'} {len(others)} more" if others else ""
+                raise GaveUp(kind, f"{what} within {self.join_s:g} s{more}", name or None)
+            self._turn(POLL_S)
+        for index in self.addresses.keys() - told:
+            self.peers[index].send({"joined": True})
+
+    def _lacking(self, api: Api, own: str) -> list[tuple[str, str, str]]:
+        """What is missing, as `ray.missing`; the name of this node is empty."""
+        expected = {"": own}
+        for index, (name, address) in enumerate(self.asked.others.items(), 1):
+            expected[name] = self.addresses.get(index, address)
+        answer = api.ask("GET", "/api/v0/nodes?limit=10000&detail=false")
+        with contextlib.suppress(ValueError):
+            return ray.missing(ray.joined(answer or {}), expected, self.asked.gpus)
+        return [("", "never_joined", "Ray's head has not told its nodes")]
+
+    def _carry_out(self, api: Api) -> int:
+        """Run the cell's rank as a job of Ray; returns its exit status."""
+        words = ["env", "RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=1", sys.executable, "-m", "runner.workloads"]
+        body = ray.submission(self.marker, [*words, str(self.asked.cell_dir)])
+        job = body["submission_id"]
+        self._submit(api, body)
+        self._say(f"job {job} submitted")
+        log = Growing(self.place / "session_latest" / "logs" / f"job-driver-{job}.log")
+        answered = time.monotonic()
+        while True:
+            self._turn(JOB_POLL_S)
+            answer = api.ask("GET", f"/api/jobs/{job}")
+            log.copy()  # what its rank says before it has files of its own
+            if answer is None:
+                if time.monotonic() - answered > SILENT_S:
+                    raise GaveUp("ray_died", f"Ray's head has not answered for {SILENT_S:g} s")
+                continue
+            answered = time.monotonic()
+            state, code = ray.ended(answer)
+            if code is None:
+                continue
+            if state != ray.SUCCEEDED:
+                self._settle()
+                print(printable(str(answer.get("message"))), file=sys.stderr)
+            return code if code >= 0 else 128 - code
+
+    def _submit(self, api: Api, body: Mapping[str, Any]) -> None:
+        """Submit the job, once, as soon as Ray takes it."""
+        until = time.monotonic() + SILENT_S
+        while not api.ask("POST", "/api/jobs/", body) and not api.ask("GET", f"/api/jobs/{body['submission_id']}"):
+            if time.monotonic() > until:
+                raise GaveUp("ray_died", f"Ray has not taken the job within {SILENT_S:g} s{self._last_words()}")
+            self._turn(POLL_S)
+
+    def _settle(self) -> None:
+        until = time.monotonic() + SETTLE_S
+        while time.monotonic() < until:
+            self._turn(POLL_S)
+
+    # --- the other nodes ----------------------------------------------------------------------------
+
+    def _follow(self) -> int:
+        where, within = ray.endpoint(self.asked.head, self.asked.port), f"within {self.join_s:g} s"
+        try:
+            host = meet(self.asked.head, self.asked.port, self.token, self.asked.node, self.inbox, self.deadline)
+        except Refused:
+            raise GaveUp("ray_refused", f"has another token than Ray's head at {where}") from None
+        except Unreachable as error:
+            raise GaveUp("never_joined", f"has not reached Ray's head at {where} {within}: {error}") from None
+        address = _own_address(self.asked.address, self.asked.head)
+        host.send({"address": address})
+        joined = False
+        while True:
+            message = self._turn(POLL_S)
+            if "end" in message:
+                return 0
+            if "head" in message:
+                head = ray.Head.from_json(message["head"])
+                target, store = ray.endpoint(head.address, head.gcs), _store_bytes(self.job)
+                self._start(ray.worker(sys.executable, address, self.ports, self.grant, target, store))
+            joined = joined or "joined" in message
+            if not joined and time.monotonic() > self.deadline:
+                if self.child is None:
+                    raise GaveUp("lost_peers", f"Ray's head at {where} has not answered {within}")
+                raise GaveUp("never_joined", f"has not joined Ray {within}{self._last_words()}")
+
+    # --- both ---------------------------------------------------------------------------------------
+
+    def _turn(self, seconds: float) -> Mapping[str, Any]:
+        """Wait so long, or for a message, which is returned. Raises GaveUp where Ray or the other side has gone."""
+        if self.child is not None and self.child.poll() is not None:
+            self._reader.join(1)
+            kind, said = ray.why_ended(list(self.said))
+            raise GaveUp(kind, f"Ray has ended with status {self.child.returncode}: {said}")
+        try:
+            peer, message = self.inbox.get(timeout=seconds)
+        except queue.Empty:
+            return {}
+        if message is None:
+            who = self.names.get(peer.node)
+            raise GaveUp("lost_peers", f"has lost {who}" if who else "has lost Ray's head")
+        if peer.node in self.names:
+            self.peers[peer.node] = peer
+            if "address" in message:
+                self.addresses[peer.node] = str(message["address"])
+                if self.head:
+                    peer.send({"head": self.head.to_json()})
+        return message
+
+    def _start(self, argv: Sequence[str]) -> None:
+        """Start Ray; its output goes to a file of its own."""
+        token = self.place / "token"
+        token.touch(mode=0o600)
+        token.write_text(self.token)
+        kept = {name: value for name, value in os.environ.items() if name not in ray.CLEARED}
+        env = {**kept, **self.job.get("env", {}), **ray.environment(self.ports, str(token))}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
+        child = process.spawn(argv, env=env, cwd=str(self.folder.path), stderr_to_stdout=True, bound=True)
+        assert child.stdin and child.stdout
+        child.stdin.close()
+        self.child = child
+        self._reader = threading.Thread(target=self._read, args=(child.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, output: Any) -> None:
+        with open(self.folder.ray_output, "ab", buffering=0) as file:
+            for line in output:
+                file.write(line)
+                self.said.append(printable(line.decode(errors="replace").rstrip()))
+
+    def _last_words(self) -> str:
+        return f": {self.said[-1]}" if self.said else ""
+
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:.1f} s: {text}", flush=True)
+
+    def _end_ray(self) -> None:
+        """End Ray and whatever it has started, by their ids."""
+        if self.child is not None and self.child.poll() is None:
+            process.terminate(self.child)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(END_S)
+        until = time.monotonic() + END_S
+        while (left := process.descendants()) and time.monotonic() < until:
+            process.signal_all(left, signal.SIGKILL)
+            process.reap()
+            time.sleep(0.02)
+
+    def _keep_logs(self) -> None:
+        """Copy the ends of the logs of Ray's processes into the cell's folder."""
+        left = LOGS_BYTES
+        logs = self.place / "session_latest" / "logs"
+        for path in sorted(logs.rglob("*")):
+            with contextlib.suppress(OSError):
+                if not path.is_file() or path.is_symlink() or not path.stat().st_size or left <= 0:
+                    continue
+                with open(path, "rb") as file:
+                    file.seek(-min(LOG_BYTES, left, path.stat().st_size), os.SEEK_END)
+                    data = file.read()
+                target = self.folder.ray_logs / path.relative_to(logs)
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                target.write_bytes(data)
+                left -= len(data)
+
+
+class Api:
+    """Ray's HTTP API at the head."""
+
+    def __init__(self, address: str, port: int, token: str) -> None:
+        self._address, self._port = address, port
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """The answer; None where there is none, or an error. Raises GaveUp where the token is not accepted."""
+        connection = http.client.HTTPConnection(self._address, self._port, timeout=ANSWER_S)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+            answer = connection.getresponse()
+            data = answer.read()
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+        if answer.status in (401, 403):
+            where = ray.endpoint(self._address, self._port)
+            raise GaveUp("ray_refused", f"Ray at {where} refuses this job's token (HTTP {answer.status})")
+        with contextlib.suppress(ValueError):
+            value = json.loads(data)
+            if answer.status == 200 and isinstance(value, dict):
+                return value
+        return None
+
+
+class Growing:
+    """A file that grows, and is copied to stdout."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def copy(self) -> None:
+        """Copy what is new."""
+        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+            self._offset += len(data)
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+
+# --- this node ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """Ray's folder, for this user alone; removed by the last supervisor that has it, of which a machine that plays
+    several nodes has several. What a killed one has left is removed first. Raises GaveUp where it is another's.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise GaveUp("not_permitted", f"{path} is not a folder of this user alone: remove it")
+        held = os.open(path, os.O_RDONLY)
+        if _locked(held, fcntl.LOCK_EX):  # nobody has it
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
+            path.mkdir(mode=0o700, exist_ok=True)
+            held = os.open(path, os.O_RDONLY)
+        if _locked(held, fcntl.LOCK_SH) and os.path.samestat(os.fstat(held), path.stat()):
+            break
+        os.close(held)
+    try:
+        yield path
+    finally:
+        if _locked(held, fcntl.LOCK_EX):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(held)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _ephemeral() -> range:
+    """The ports that this node's kernel gives to outgoing connections."""
+    try:
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    except (OSError, ValueError):
+        return range(32768, 61000)
+    return range(int(first), int(last) + 1)
+
+
+def _hold(ports: ray.Ports, stack: contextlib.ExitStack) -> bool:
+    """Listen on the first port of a block until `stack` is left; False if that or any other of the block is taken."""
+    with contextlib.ExitStack() as taken:
+        try:
+            claimed = taken.enter_context(listener(ports["claim"]))
+            for port in ports.all[1:]:
+                listener(port).close()
+        except OSError:
+            return False
+        stack.enter_context(claimed)
+        taken.pop_all()
+    return True
+
+
+def _grant(job: Mapping[str, Any], gpus: int) -> ray.Grant:
+    """What Ray may use here. Ranks that are CPUs count as its GPUs, since trainers count those."""
+    cpus = len(os.sched_getaffinity(0))
+    if job.get("device") != "cuda":
+        return ray.Grant(ray.granted(os.environ, cpus, gpus).cpus, gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len([each for each in visible.split(",") if each]) if visible is not None else _gpus()
+    found = ray.granted(os.environ, cpus, gpus if there is None else there)
+    return ray.Grant(found.cpus, min(gpus, found.gpus))
+
+
+def _gpus() -> int | None:
+    """How many GPUs the driver has here; None where it does not say."""
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        return None
+
+
+def _store_bytes(job: Mapping[str, Any]) -> int | None:
+    return None if job.get("device") == "cuda" else STORE_BYTES
+
+
+def _own_address(named: str, *others: str) -> str:
+    """The address of this node in Ray: the one that the inventory has, unless this node does not have it, or it is one
+    that leads others to themselves; then the one from which it reaches the first of `others`.
+    """
+    with contextlib.suppress(OSError):
+        found = str(socket.getaddrinfo(named, None, type=socket.SOCK_STREAM)[0][4][0])
+        literal = found == named and found not in _LOOPBACK
+        if (literal or not found.startswith(("127.", "::1"))) and _is_own(found):
+            return found
+    for other in others:
+        with contextlib.suppress(OSError):
+            family, kind, _, _, target = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(target)  # sends nothing
+                return str(probe.getsockname()[0])
+    return SOLO
+
+
+_LOOPBACK = ("127.0.0.1", "::1")
+
+
+def _is_own(address: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
