@@ -404,7 +404,6 @@ class Outcome(Message):
     stopped: str | None = None
     error: str | None = None
     kind: str | None = None
-    accused: str | None = None
     oom_kills: int = 0
     stacks: Mapping[str, RankStack] = field(default_factory=dict)  # by rank, such as "rank0"
     started_s: float = 0.0  # since the epoch, by the node's clock
@@ -412,6 +411,7 @@ class Outcome(Message):
     ranks: Mapping[str, RankEnd] = field(default_factory=dict)
     engine_stderr: Sequence[str] = ()  # its last lines
     kernel: Sequence[str] = ()
+    accused: str | None = None
 
     @property
     def ended_well(self) -> bool:

@@ -310,6 +310,7 @@ TESTS: Mapping[str, Test] = {
         packages=(),
         on_request=True,
         workflow=True,
+        engine="ray",
         runs="once",
         environment={"cpu": rl.ENVIRONMENT},
     ),

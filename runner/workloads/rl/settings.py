@@ -26,9 +26,10 @@ class RlSftTest(_Stage):
 
 
 class RlTest(RlSftTest):
-    """As for fine-tuning, with the algorithm."""
+    """As for fine-tuning, with the algorithm, and the seconds in which all nodes have to join Ray."""
 
     program: Literal["ppo", "grpo"]
+    join_s: PositiveFloat = 120.0
 
 
 class RlMergeTest(_Stage):
