@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.system.files import write_json_atomic
+from runner.system.folders import alone, replacing
 
 NAME = "manifest.json"
 SCHEMA = 1
@@ -109,6 +110,25 @@ def write(folder: Path, about: Mapping[str, Any] | None = None, on_progress: Pro
     manifest = measure(folder, about, on_progress)
     save(folder, manifest)
     return manifest
+
+
+def made(
+    folder: Path, build: Callable[[Path], Mapping[str, Any] | None], locks: Path | None = None
+) -> tuple[Manifest, bool]:
+    """The manifest of the complete artefact in `folder`, and whether it was made now: by `build`, which fills the
+    folder that it is called with and returns what the manifest is to say `about` it.
+
+    One process at a time makes it; `locks` as in `folders.alone`. Raises OSError.
+    """
+    if found := complete(folder):
+        return found, False
+    with alone(folder, locks):
+        if found := complete(folder):  # made by another process while this one waited
+            return found, False
+        with replacing(folder) as temporary:
+            manifest = write(temporary, build(temporary))
+            temporary.chmod(0o755)  # others read it on nodes
+        return manifest, True
 
 
 def read(folder: Path) -> Manifest | None:

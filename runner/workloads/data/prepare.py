@@ -16,19 +16,15 @@ inside the model predicts nothing across samples.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.errors import InfrastructureError, UsageError, disk_kind
+from runner.system.folders import alone, replacing
 from runner.workloads.data.pack import Progress, assemble, pack, tokenise
 from runner.workloads.data.sources import TEMPLATE, Content, Tokens, open_source, open_tokenizer
 
@@ -77,10 +73,10 @@ def prepare(
     if found := cached(folder):
         return found
     try:
-        with _alone(cache_dir, key):
+        with alone(folder):
             if found := cached(folder):  # prepared by another process while this one waited
                 return found
-            with _replacing(folder) as temporary:
+            with replacing(folder) as temporary:
                 manifest = {"schema": SCHEMA, "hash": key, "source": source, "tokenizer": tokenizer or "builtin"}
                 manifest |= {"seq_len": seq_len, "seed": seed}
                 manifest |= _build(temporary, rows, vocabulary, source, seq_len, seed, on_progress)
@@ -123,31 +119,6 @@ def cached(folder: Path) -> Prepared | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return Prepared(folder, manifest)
-
-
-@contextlib.contextmanager
-def _alone(cache_dir: Path, key: str) -> Iterator[None]:
-    """Lock `key`, so that one process at a time prepares it; the kernel releases the lock of a killed process."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with open(cache_dir / f"{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in cache_dir.glob(f"{key}.tmp-*"):  # of a killed process: this one holds the lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `folder` if the block succeeds, and removed otherwise."""
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
-    try:
-        yield temporary
-        if folder.exists():  # incomplete, according to `cached`
-            folder.rename(Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent)) / "unfit")
-        temporary.rename(folder)
-    finally:
-        for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ---- from samples to arrays ----

@@ -113,6 +113,32 @@ def test_the_progress_ends_at_the_whole_and_what_is_known_is_not_read(folder):
     assert manifest.measure(folder, known=lambda path, _: known[path.relative_to(folder).as_posix()]) == made
 
 
+def test_an_artefact_is_made_once_and_again_where_it_is_damaged(tmp_path):
+    calls = []
+
+    def build(folder):
+        calls.append(folder)
+        (folder / "a").write_text("x" * 9)
+        return {"made": len(calls)}
+
+    folder, locks = tmp_path / "of" / "artefacts" / "one", tmp_path / "locks"
+    first, made = manifest.made(folder, build, locks)
+    assert (made, first.about, manifest.made(folder, build, locks)) == (True, {"made": 1}, (first, False))
+    (folder / "a").write_text("x")
+    assert manifest.made(folder, build, locks)[0].about == {"made": 2}
+    assert [path.name for path in folder.parent.iterdir()] == ["one"], "nothing is left beside it"
+
+
+def test_what_was_not_finished_is_not_there(tmp_path):
+    def build(folder):
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        manifest.made(tmp_path / "one", build)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.lock"]
+
+
 @given(st.lists(st.tuples(st.text(max_size=8), st.integers(0, 9), st.text("0123456789abcdef", max_size=4)), max_size=6))
 @settings(max_examples=30)
 def test_two_lists_of_files_have_one_digest_only_if_they_are_the_same(rows):

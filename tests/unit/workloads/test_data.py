@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runner.errors import InfrastructureError, UsageError
-from runner.workloads.data import instructions, sources
+from runner.workloads.data import instructions, rows
 from runner.workloads.data.pack import Flat, assemble, pack
 from runner.workloads.data.prepare import prepare
 
 EOS, PAD, IGNORED = 1, 0, -100
+FIELDS = ("messages", "instruction", "input", "output")
 ROWS = [
     {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
     {"instruction": "Sort the words.", "input": "pear, apple", "output": "apple, pear"},
@@ -589,8 +590,8 @@ def test_of_messages_only_role_and_content_are_read(tmp_path, name):
 def test_of_a_hubs_messages_only_role_and_content_are_decoded(name):
     import datasets
 
-    ((where, row),) = sources._hub_rows(datasets.Dataset(pyarrow.table(odd_messages()[name])), "some/set")
-    assert (where, row["messages"][1]) == ("row 1", {"role": "assistant", "content": "yes"})
+    ((where, row),) = rows.of_hub(datasets.Dataset(pyarrow.table(odd_messages()[name])), "some/set", FIELDS)
+    assert (where, row["messages"][1]) == ("some/set: row 1", {"role": "assistant", "content": "yes"})
 
 
 @pytest.mark.parametrize("column", ["a date after year 9999", "an unknown time zone", "a timestamp out of range",
@@ -607,9 +608,9 @@ def test_a_column_that_is_read_and_cannot_be_is_one_line_with_file_and_row(tmp_p
 def test_of_a_hubs_data_set_other_columns_are_not_decoded(column):
     import datasets
 
-    rows = datasets.Dataset(pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"],
+    made = datasets.Dataset(pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"],
                                                          "at": odd_columns()[column]}))  # fmt: skip
-    assert [where for where, _ in sources._hub_rows(rows, "some/set")] == ["row 1", "row 2"]
+    assert [where for where, _ in rows.of_hub(made, "some/set", FIELDS)] == ["some/set: row 1", "some/set: row 2"]
     with pytest.raises(UsageError, match=r"^some/set: row 1: output cannot be read: "):
         bad = datasets.Dataset(pyarrow.table({"output": odd_columns()["an unknown time zone"]}))
-        list(sources._hub_rows(bad, "some/set"))
+        list(rows.of_hub(bad, "some/set", FIELDS))
