@@ -260,19 +260,19 @@ class Supervisor:
         answered = time.monotonic()
         while True:
             self._turn(JOB_POLL_S)
-            answer = api.ask("GET", f"/api/jobs/{job}")
+            now = api.ask("GET", f"/api/jobs/{job}")
             log.copy()  # what its rank says before it has files of its own
-            if answer is None:
+            if now is None:
                 if time.monotonic() - answered > SILENT_S:
                     raise GaveUp("ray_died", f"Ray's head has not answered for {SILENT_S:g} s")
                 continue
             answered = time.monotonic()
-            state, code = ray.ended(answer)
+            state, code = ray.ended(now)
             if code is None:
                 continue
             if state != ray.SUCCEEDED:
                 self._settle()
-                print(printable(str(answer.get("message"))), file=sys.stderr)
+                print(printable(str(now.get("message"))), file=sys.stderr)
             return code if code >= 0 else 128 - code
 
     def _submit(self, api: Api, body: Mapping[str, Any]) -> None:
