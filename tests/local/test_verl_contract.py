@@ -6,6 +6,7 @@ Red here means that verl's interface has moved: the lock, `runner.workloads.rl` 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 
 import pytest
@@ -14,6 +15,8 @@ import verl_environment
 from role_modules import ROOT
 from runner.workflow import verl_settings
 from runner.workloads import rl
+from runner.workloads.data import verl as data
+from runner.workloads.rl import tiny
 
 pytestmark = [pytest.mark.local, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -176,3 +179,58 @@ with initialize_config_dir(str(place), version_base=None):
         out.append({{key: OmegaConf.select(tree, key) for key in keys}})
 print(json.dumps(out))""")
     assert read == cases
+
+
+def test_verl_reads_the_data_and_judges_its_answers_right(verl, tmp_path):
+    source = data.open_source(data.ARITHMETIC, 64)
+    chats, prompts = (data.prepare(source, schema, tmp_path) for schema in (data.Schema.MESSAGES, data.Schema.PROMPTS))
+    model, _ = tiny.make(tmp_path)
+    found = verl(f"""
+import json
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.reward_score import default_compute_score
+tokenizer = AutoTokenizer.from_pretrained({str(model)!r})
+chats = MultiTurnSFTDataset([{str(chats.train)!r}], tokenizer, OmegaConf.create({{"max_length": 128, "pad_mode": "no_padding"}}))
+prompts = RLHFDataset([{str(prompts.train)!r}], tokenizer, OmegaConf.create({{"max_prompt_length": 64}}))
+answers = [chat[-1]["content"] for chat in chats.messages]
+rows = [prompts[number] for number in range(len(prompts))]
+learnt = [tokenizer.decode(one["input_ids"][one["loss_mask"].bool()]) for one in (chats[n] for n in range(len(chats)))]
+print(json.dumps({{
+    "rows": [len(chats), len(prompts)],
+    "scores": [default_compute_score(row["data_source"], answer, row["reward_model"]["ground_truth"])
+               for row, answer in zip(rows, answers, strict=True)],
+    "wrong": default_compute_score(rows[0]["data_source"], "#### -5", rows[0]["reward_model"]["ground_truth"]),
+    "learnt": [answers, learnt],
+}}))""")
+    assert found["rows"] == [56, 56]
+    assert (set(found["scores"]), found["wrong"]) == ({1.0}, 0.0)
+    answers, learnt = found["learnt"]
+    assert learnt == [f"{answer}<|eos|>" for answer in answers]
+
+
+def test_the_data_sources_that_verl_judges_are_those_that_it_knows(verl):
+    known = verl("""
+import ast, inspect, json
+from verl.utils import reward_score
+tree = ast.parse(inspect.getsource(reward_score.default_compute_score))
+print(json.dumps([each.value for node in ast.walk(tree) if isinstance(node, ast.Compare)
+                  and isinstance(node.left, ast.Name) and node.left.id == "data_source"
+                  for each in ast.walk(node.comparators[0]) if isinstance(each, ast.Constant)]))""")
+    assert sorted(known) == sorted(data.JUDGED)
+
+
+def test_the_tiny_model_is_whole_and_the_same_as_transformers_writes_it(verl, tmp_path):
+    model, _ = tiny.make(tmp_path)
+    found = verl(f"""
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, about = AutoModelForCausalLM.from_pretrained({str(model)!r}, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained({str(model)!r})
+ids = tokenizer("Tom has 3 cups", return_tensors="pt")["input_ids"]
+loss = model(ids, labels=ids).loss.item()
+print(json.dumps([sorted(about["missing_keys"]) + sorted(about["unexpected_keys"]), loss, len(tokenizer)]))""")
+    problems, loss, tokens = found
+    assert problems == [] and abs(loss - math.log(tokens)) < 0.5, "random weights: every token is as likely"
