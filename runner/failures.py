@@ -140,6 +140,26 @@ KINDS: Mapping[str, Kind] = {
         True,
         "see the last lines of its `ray start`, and whether it reaches the head's address and ports",
     ),
+    "ray_died": Kind(
+        "Ray ended on a node",
+        NODE,
+        True,
+        "see ray.log and the folder ray among its artefacts, and what the node's log says of killed processes",
+    ),
+    "ray_refused": Kind(
+        "Ray refuses the token of this run",
+        CONFIGURATION,
+        False,
+        "see whether another Ray answers at the address that it names, and that nothing sets SHAKEDOWN_RAY_TOKEN",
+    ),
+    "rollout_out_of_memory": Kind(
+        "The rollout has not enough GPU memory",
+        USER,
+        False,
+        "--set verl.actor_rollout_ref.rollout.gpu_memory_utilization=…: higher where no memory is left for the KV "
+        "cache, lower where less is free than it asks for; else a smaller rollout.max_model_len, or a larger "
+        "rollout.tensor_model_parallel_size",
+    ),
     "gpus_missing": Kind(
         "A node has fewer GPUs than asked for",
         NODE,

@@ -45,6 +45,7 @@ SPELLINGS = (
     Spelling("preempted", "slurmstepd", r"cancelled at .* due to preemption"),
     Spelling("node_failed", "slurmstepd", r"cancelled at .* due to node failure"),
     Spelling("out_of_memory", "slurmstepd, srun", r"oom[ _-]kill", r"task \d+: out of memory"),
+    Spelling("out_of_memory", "Ray", r"killed due to the node running low on memory"),
     Spelling("out_of_memory", "Linux", r"out of memory: kill", r"memory cgroup out of memory"),
     # A GPU, its driver and its fabric. CUDA's messages: cudaGetErrorString, and the names of enum cudaError.
     Spelling(
@@ -146,6 +147,15 @@ SPELLINGS = (
         r"CUDA_ERROR_DEVICE_UNAVAILABLE",
     ),
     Spelling("in_use", "runner.workloads.gpu", r"it is used by others: "),
+    # Of the GPU's memory that the rollout takes for itself, before words of CUDA that may stand below.
+    Spelling(
+        "rollout_out_of_memory",
+        "vLLM",
+        r"no available memory for the cache blocks",
+        r"larger than the maximum number of tokens that can be stored in (?:the )?KV cache",
+        r"KV\s+cache is needed, which is larger than the available KV",
+        r"free memory on device .*is less than desired GPU memory utilization",
+    ),
     Spelling(
         "cuda_out_of_memory", "PyTorch", r"\bcuda out of memory", r"cuda\.OutOfMemoryError", r"torch\.OutOfMemoryError"
     ),
@@ -436,6 +446,7 @@ SPELLINGS = (
         r"errno 122\b",
         r"os error 122\b",
     ),
+    Spelling("disk_full", "Ray", r"\bOutOfDiskError"),
     Spelling("disk_full", "PyTorch", r"PytorchStreamWriter failed writing", r"unexpected pos \d+ vs"),
     Spelling("disk_full", "huggingface_hub, SQLite", r"not enough (?:free )?disk space", r"database or disk is full"),
     Spelling(
@@ -553,6 +564,14 @@ SPELLINGS = (
         r"peer process has unexpectedly disconnected",
         r"endpoint (?:is not connected|timeout)",
         r"remote (?:access )?error",
+    ),
+    Spelling(
+        COMPLAINT,
+        "Ray",
+        r"\bActor(?:Died|Unavailable)Error",
+        r"\b(?:NodeDied|OwnerDied|ObjectLost|WorkerCrashed|LocalRayletDied)Error",
+        r"the actor died unexpectedly before finishing",
+        r"the actor is dead because its node has died",
     ),
     Spelling(
         COMPLAINT,

@@ -86,6 +86,14 @@ SAID: dict[str, list[str]] = {
         "RuntimeError: cudaErrorDevicesUnavailable: all CUDA-capable devices are busy or unavailable",
         "cupy_backends.cuda.api.driver.CUDADriverError: CUDA_ERROR_DEVICE_UNAVAILABLE: busy",
     ],
+    "rollout_out_of_memory": [
+        "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.",
+        "ValueError: The model's max seq len (131072) is larger than the maximum number of tokens that can be stored in KV cache (56736). Try increasing `gpu_memory_utilization`",
+        "ValueError: To serve at least one request with the models's max seq len (32768), (14.50 GiB KV cache is needed, which is larger than the available KV cache memory (6.20 GiB). Based on the available memory, the estimated maximum model length is 8192.",
+        "ValueError: To serve at least one request with the model's max seq len (917504), 23.38 GiB KV cache is needed, which is larger than the available KV cache memory (22.61 GiB).",
+        "ValueError: Free memory on device cuda:0 (7.34/15.49 GiB) on startup is less than desired GPU memory utilization (0.8, 12.39 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+        "ray.exceptions.RayTaskError(ValueError): ray::vLLMHttpServer.launch_server() (pid=9, ip=10.0.0.2)\nValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.",
+    ],
     "cuda_out_of_memory": [
         'rank 0: all_reduce_perf failed with status 2: node1: CUDA failure: out of memory',
         "rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: unhandled cuda error (run with NCCL_DEBUG=INFO for details) / Cuda failure 2 'out of memory'",
@@ -169,6 +177,7 @@ SAID: dict[str, list[str]] = {
         nccl(SYSTEM, "Error: failed to extend /dev/shm/nccl-UbzKZ9 to 9637892 bytes"),
     ],
     "disk_full": [
+        "ray.exceptions.OutOfDiskError: Local disk is full",
         'RuntimeError: [enforce fail at inline_container.cc:778] . PytorchStreamWriter failed writing file data/97: file write failed',
         "OSError: [Errno 28] No space left on device: '/scratch/run/checkpoint.pt'",
         "OSError: [Errno 122] Disk quota exceeded: '/home/user/.cache/huggingface'",
@@ -178,6 +187,7 @@ SAID: dict[str, list[str]] = {
         "rank 3: cannot write: Disk quota exceeded",
     ],
     "out_of_memory": [
+        "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.",
         'srun: error: node001: task 3: Out Of Memory',
         "MemoryError: Unable to allocate 24.0 GiB for an array with shape (1, 3221225472)",
         "OSError: [Errno 12] Cannot allocate memory",
@@ -239,6 +249,10 @@ SAID: dict[str, list[str]] = {
         "RuntimeError: IBV_EVENT_PORT_ERR on mlx5_2",
     ],
     "lost_peers": [
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
+        "ray.exceptions.ActorUnavailableError: The actor 1f2e is unavailable: The actor is temporarily unavailable: RpcError: RPC Error message: failed to connect to all addresses",
+        "ray.exceptions.NodeDiedError: Task failed due to the node (where this task was running)  was dead or unavailable.",
+        "ray.exceptions.RayTaskError(ActorDiedError): ray::TaskRunner.run() (pid=7, ip=10.0.0.1)\nray.exceptions.ActorDiedError: The actor is dead because its node has died. Node Id: 8c1d",
         'rank 0: all_reduce_perf failed with status 4: node1: Test timeout (600s) common.cu:523',
         'rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: remote process exited or there was a network error',
         "[rank3]:[F1121 04:58:56.5 ProcessGroupNCCL.cpp:1553] [PG ID 0 PG GUID 0(default_pg) Rank 3] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress in monitoring enqueued collectives.",
