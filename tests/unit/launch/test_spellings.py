@@ -92,7 +92,6 @@ SAID: dict[str, list[str]] = {
         "ValueError: To serve at least one request with the models's max seq len (32768), (14.50 GiB KV cache is needed, which is larger than the available KV cache memory (6.20 GiB). Based on the available memory, the estimated maximum model length is 8192.",
         "ValueError: To serve at least one request with the model's max seq len (917504), 23.38 GiB KV cache is needed, which is larger than the available KV cache memory (22.61 GiB).",
         "ValueError: Free memory on device cuda:0 (7.34/15.49 GiB) on startup is less than desired GPU memory utilization (0.8, 12.39 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
-        "ray.exceptions.RayTaskError(ValueError): ray::vLLMHttpServer.launch_server() (pid=9, ip=10.0.0.2)\nValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.",
     ],
     "cuda_out_of_memory": [
         'rank 0: all_reduce_perf failed with status 2: node1: CUDA failure: out of memory',
@@ -252,7 +251,6 @@ SAID: dict[str, list[str]] = {
         "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
         "ray.exceptions.ActorUnavailableError: The actor 1f2e is unavailable: The actor is temporarily unavailable: RpcError: RPC Error message: failed to connect to all addresses",
         "ray.exceptions.NodeDiedError: Task failed due to the node (where this task was running)  was dead or unavailable.",
-        "ray.exceptions.RayTaskError(ActorDiedError): ray::TaskRunner.run() (pid=7, ip=10.0.0.1)\nray.exceptions.ActorDiedError: The actor is dead because its node has died. Node Id: 8c1d",
         'rank 0: all_reduce_perf failed with status 4: node1: Test timeout (600s) common.cu:523',
         'rank 0: all_reduce_perf failed with status 3: node1: NCCL failure: remote process exited or there was a network error',
         "[rank3]:[F1121 04:58:56.5 ProcessGroupNCCL.cpp:1553] [PG ID 0 PG GUID 0(default_pg) Rank 3] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress in monitoring enqueued collectives.",
@@ -398,6 +396,29 @@ def test_what_a_data_loader_logged_explains_its_exception():
         "RuntimeError: DataLoader worker (pid(s) 4018) exited unexpectedly",
     ]
     assert blame.blame(sessions("a"), {"a": died(*tail)})["kind"] == "shared_memory_full"
+
+
+OF_A_TASK = """Traceback (most recent call last):
+  File "/src/runner/workloads/__main__.py", line 49, in main
+    TESTS[job.test].load_rank().run(job, events)
+  File "/env/ray/_private/worker.py", line 1015, in get_objects
+    raise value.as_instanceof_cause()
+ray.exceptions.RayTaskError(ValueError): \x1b[36mray::TaskRunner.run()\x1b[39m (pid=7, ip=10.0.0.1, actor_id=ab)
+  File "/env/verl/trainer/main_ppo.py", line 3, in run
+    trainer.init_workers()
+ray.exceptions.RayTaskError({name}): \x1b[36mray::Server.launch()\x1b[39m (pid=9, ip=10.0.0.2, actor_id=cd)
+  File "/env/verl/x.py", line 3, in f
+    raise ValueError("x")
+{said}"""
+
+
+@pytest.mark.parametrize("kind", ["rollout_out_of_memory", "cuda_out_of_memory", "lost_peers", "environment_missing"])
+def test_what_a_task_of_ray_raised_on_another_node_is_what_its_driver_died_of(kind):
+    for said in SAID[kind]:
+        if re.match(r"[\w.]+Error: ", said) and "\n" not in said:
+            tail = OF_A_TASK.format(name=said.partition(":")[0], said=said).splitlines()
+            found = blame.blame(sessions("a", "b"), {"a": died(*tail), "b": Outcome(stopped="stop")})
+            assert found["kind"] == kind and said[:60] in found["message"], found
 
 
 # --- the table ------------------------------------------------------------------------------------
