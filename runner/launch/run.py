@@ -245,7 +245,9 @@ class Run:
         if self._recover(self.current.cell(cell_id)):
             return
         while True:
-            self._adopt(self.current.cell(cell_id))
+            for each in (self.current.cell(cell_id), *self._behind(self.current.cell(cell_id))):
+                if each.id == cell_id or self.ledger.has(each.id):
+                    self._adopt(each)
             self._make_room(cell_id)
             cell = self.current.cell(cell_id)
             inherited = cell_id in self.ledger.inherited
@@ -299,7 +301,8 @@ class Run:
     def _make_room(self, cell_id: str) -> None:
         """Move the files of earlier attempts aside, also those of cells whose job is submitted now as well."""
         cell = self.current.cell(cell_id)
-        for each in (*self._sharing(cell), *self._queued_behind(cell)):
+        behind = self._behind(cell) if self.backend.scheduled else []
+        for each in (*self._sharing(cell), *(each for each in behind if not self.ledger.has(each.id))):
             if each.id not in self.ledger.inherited:
                 self._set_aside(self.current.cell(each.id))
 
@@ -363,22 +366,13 @@ class Run:
     # --- chains -------------------------------------------------------------------------------------
 
     def _behind(self, cell: Cell) -> list[Cell]:
-        """The cells of a chain that come after this one, in order."""
+        """The cells of a chain that are to run after this one, in order."""
         found, names = list[Cell](), {cell.id}
         for each in self.current.cells:
-            if each.after in names:
+            if each.after in names and not self.journal.complete(each):
                 found.append(each)
                 names.add(each.id)
         return found
-
-    def _queued_behind(self, cell: Cell) -> list[Cell]:
-        """The cells behind this one that need a job of their own: the scheduler starts it even without a controller."""
-        if not self.backend.scheduled:
-            return []
-        have = {each.id for each in self._sharing(cell)} | {
-            each.id for each in self.current.cells if self.ledger.has(each.id)
-        }
-        return [each for each in self._behind(cell) if each.id not in have and not self.journal.complete(each)]
 
     def _cancel_behind(self, cell: Cell) -> None:
         """Cancel the jobs of the cells behind one that is not complete: what they need is not there."""
@@ -631,7 +625,7 @@ class Run:
             return placed
 
         entry, sharing = journal.entry(cell), self._sharing(cell)
-        return CellContext(entry, sharing, self.ledger, on_job, on_placed, self._queued_behind(cell), journal.write)
+        return CellContext(entry, sharing, self.ledger, on_job, on_placed, self._behind(cell), journal.write)
 
     def _judge(self) -> dict[str, Any]:
         self.display.at(1, 1, "writing the report")

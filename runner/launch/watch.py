@@ -39,7 +39,7 @@ class CellContext:
     `entry` is the cell's entry in status.json. `pending` are the cells of the job to submit, this one first (empty: it
     has a job), and `ledger` has the job of each cell that has one. `on_job` is notified of each state of the job;
     `on_placed` receives the nodes that Slurm chose and returns the cell planned on them. `behind` are the cells of a
-    chain that come after this one, in order, and `record` writes the ledger into the run directory.
+    chain that are to run after this one, in order, and `record` writes the ledger into the run directory.
     """
 
     entry: Mapping[str, Any]

@@ -46,6 +46,8 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         )
     for engine in dict.fromkeys(engine_of(name, request.backend, request.engine) for name in request.test_names):
         _refuse_engine(engine, request, nodes[:most])
+    if request.chain and request.job_array:
+        raise UsageError("tasks of an array do not wait for each other, and the cells of a chain do: omit --job-array")
     request = _split(request)
     cells = _chain(request, nodes[:most]) if request.chain else _measurements(request, nodes[:most])
     return Plan(

@@ -274,31 +274,66 @@ class Allocations:
         ledger = context.ledger
         name = job_name(plan, cell, context.entry["attempt"])
         if not self._find(plan, cell, context.entry, ledger):
-            cells = context.pending or [cell]
-            script = render(self.job(plan, name, cells, data), self.settings(plan))
-            path = self.run.slurm(name)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_text_atomic(path, script)
-            # Until Slurm answers, these cells must not be submitted again.
-            ledger.note({each.id: JobShare(None, None, name, each.hosts) for each in cells})
-            try:
-                job_id = self.cluster.submit(script, agents.secrets(cells))
-            except commands.SlurmUnreachable:
-                raise
-            except InfrastructureError:  # refused
-                ledger.drop(each.id for each in cells)
-                raise
-            ledger.note({each.id: _share(plan, each, name, job_id, number) for number, each in enumerate(cells)})
+            self._submit_job(plan, name, context.pending or [cell], data, context)
         known = (context.entry["job"] or {}).get("id")
         share = ledger.share(cell.id) or JobShare(known, None, name)
         assert share.job_id is not None
         if share.job_id != known:  # recorded before the next query to Slurm
             context.on_job(answers.JobInfo(share.job_id, share.name, "waiting", "PENDING", "", (), None))
+        self._submit_behind(plan, share, data, context)
         return share.job_id, share.step, self.run.slurm(share.name)
 
-    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None) -> BatchJob:
-        """The job `name` of `cells`, with Slurm's names of nodes. Raises SlurmUnreachable."""
-        return prepare(plan, name, cells, data, self.shared, self._slurm_names(), self.checks, self.expected)
+    def _submit_job(
+        self,
+        plan: Plan,
+        name: str,
+        cells: Sequence[Cell],
+        data: str | None,
+        context: CellContext,
+        after: str | None = None,
+    ) -> None:
+        """Submit `cells` as one job, which waits for the job `after`; its id is recorded.
+
+        Raises SlurmUnreachable, and InfrastructureError if Slurm refuses it.
+        """
+        ledger = context.ledger
+        script = render(self.job(plan, name, cells, data, after), self.settings(plan))
+        path = self.run.slurm(name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text_atomic(path, script)
+        # Until Slurm answers, these cells must not be submitted again.
+        ledger.note({each.id: JobShare(None, None, name, each.hosts) for each in cells})
+        context.record()
+        try:
+            job_id = self.cluster.submit(script, agents.secrets(cells))
+        except commands.SlurmUnreachable:
+            raise
+        except InfrastructureError:  # refused
+            ledger.drop(each.id for each in cells)
+            raise
+        ledger.note({each.id: _share(plan, each, name, job_id, number) for number, each in enumerate(cells)})
+        context.record()
+
+    def _submit_behind(self, plan: Plan, share: JobShare, data: str | None, context: CellContext) -> None:
+        """Submit the cells of a chain that come after that of `share`, each job after the one before: so they run
+        whatever becomes of this controller. A cell that cannot be submitted now is when its turn comes.
+        """
+        ledger, after = context.ledger, share.job_id
+        with suppress(InfrastructureError), following.cancelled_on_interrupt(self.cluster, str(share.job_id)):
+            for cell in context.behind:
+                if not ledger.has(cell.id) and after:
+                    without = [each for each in context.behind if not ledger.has(each.id)]
+                    name = f"{job_name(plan, cell, cell.attempt)}-behind-{after}"
+                    self._submit_job(plan, name, together(plan, without), data, context, after)
+                found = ledger.share(cell.id)
+                after = found.job_id if found else None
+
+    def job(self, plan: Plan, name: str, cells: Sequence[Cell], data: str | None, after: str | None = None) -> BatchJob:
+        """The job `name` of `cells`, with Slurm's names of nodes, which waits for the job `after`. Raises
+        SlurmUnreachable.
+        """
+        names = self._slurm_names()
+        return prepare(plan, name, cells, data, self.shared, names, self.checks, self.expected, after)
 
     def settings(self, plan: Plan) -> slurm_settings.Settings:
         """The settings with the nodes that the plan excludes now, and the memory that a job may ask for.
@@ -452,9 +487,10 @@ def prepare(
     known: Sequence[str],
     checks: CheckRequest | None,
     expected: Mapping[str, str | None],
+    after: str | None = None,
 ) -> BatchJob:
-    """The job of `cells`. `known` are Slurm's names of nodes, `expected` is the environment required there (empty:
-    any), `data` the folder with prepared data on the nodes.
+    """The job of `cells`, which waits for the job `after`. `known` are Slurm's names of nodes, `expected` is the
+    environment required there (empty: any), `data` the folder with prepared data on the nodes.
     """
     names = {slurm_name(node, known): node for node in plan.nodes}
     first = plan.nodes[0]
@@ -489,10 +525,12 @@ def prepare(
         steps=tuple(steps),
         python=first.python,
         log=log_path(plan, name, shared),
-        gpus_per_node=cells[0].gpus_per_node,
+        gpus_per_node=max(cell.gpus_per_node for cell in cells),
         device=cells[0].device,
         secrets=tuple(agents.secrets(cells)),
         array=plan.job_array,
+        chain=len(cells) > 1 and any(cell.after for cell in cells),
+        after=after,
     )
 
 
@@ -506,14 +544,18 @@ def _inner(cell: Cell, request: StepRequest, python: str) -> tuple[str, ...] | N
 
 
 def preview(plan: Plan, cells: Sequence[Cell]) -> list[str]:
-    """The sbatch files of `cells` as texts, with the inventory's aliases for Slurm's names of nodes."""
+    """The sbatch files of `cells` as texts, with the inventory's aliases for Slurm's names of nodes. Of a chain each
+    waits for the one before, whose id is not known yet.
+    """
     settings = settings_of(plan)
     known = tuple(node.alias for node in plan.nodes)
     left, shown = list(cells), []
+    planned = {cell.id for cell in cells}
     while left:
         some = together(plan, left)
         name = job_name(plan, some[0], 1)
-        script = render(prepare(plan, name, some, None, settings.sees_files, known, None, {}), settings)
+        after = f"JOB_OF_{some[0].after}" if some[0].after in planned else None
+        script = render(prepare(plan, name, some, None, settings.sees_files, known, None, {}, after), settings)
         shown.append(f"{name}.sbatch:\n{script}")
         left = [cell for cell in left if cell not in some]
     return shown

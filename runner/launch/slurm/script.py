@@ -58,7 +58,8 @@ class BatchJob:
 
     `name` is unique, so that a job can be found again by it. `python` is the agent's interpreter on the nodes,
     `log` the path of the job's output in a folder that exists on the batch host; `secrets` are names of
-    environment variables to pass on, never values.
+    environment variables to pass on, never values. Of a `chain` no cell runs after one that failed, and the job itself
+    only once the job with the id `after` has ended well (None: it waits for none); else Slurm cancels it.
     """
 
     name: str
@@ -69,6 +70,8 @@ class BatchJob:
     device: str
     secrets: tuple[str, ...] = ()
     array: bool = False
+    chain: bool = False
+    after: str | None = None
 
 
 def limit_s(job: BatchJob, settings: Settings) -> int:
@@ -98,6 +101,8 @@ def render(job: BatchJob, settings: Settings) -> str:
         "job-name": job.name,
         # One at a time: side by side they would measure each other's traffic.
         "array": f"0-{len(job.steps) - 1}%1" if job.array else None,
+        "dependency": f"afterok:{job.after}" if job.after else None,
+        "kill-on-invalid-dep": "yes" if job.after else None,
         "output": job.log.replace("%", "%%") + (".%a" if job.array else ""),  # sbatch has patterns such as %j
         "open-mode": "append",
         "partition": settings.partition,
@@ -129,7 +134,9 @@ def render(job: BatchJob, settings: Settings) -> str:
         *(f"#SBATCH {option}" for option in settings.extra),
         "",
         "# Rank, node list and master address come from Slurm inside each task, not from this shell. A cell that",
-        "# fails does not stop the next one; the job ends with the first status that is not 0.",
+        "# fails ends the job: the next one needs what it leaves."
+        if job.chain
+        else "# fails does not stop the next one; the job ends with the first status that is not 0.",
         "status=0",
         *(_choice(job) if job.array else (line for step in job.steps for line in _srun(job, step))),
         "",
@@ -185,6 +192,7 @@ def _srun(job: BatchJob, step: Step) -> list[str]:
         request,
         delimiter,
         'result=$?; [ "$status" -ne 0 ] || status=$result',
+        *(['[ "$status" -eq 0 ] || exit "$status"'] if job.chain else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,18 +10,21 @@ from pathlib import Path
 import plans
 import pytest
 from runs import NAMES, NodeAccess, Nodes, carry_out, states
+from test_sharing import Queue, Together, failed
 
 from runner.cli.conclusion import print_conclusion
 from runner.cluster.inventory import Inventory
 from runner.failures import Problem
 from runner.launch import drift
 from runner.launch import run as bench
+from runner.launch.slurm.script import cells_of
 from runner.plan import build
 from runner.plan.plan import Plan
 from runner.report import runs as reported
 from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
+from runner.system import process
 
 STAGES = ("sft", "merge-sft", "ppo")
 
@@ -175,3 +179,219 @@ def test_another_driver_on_a_node_makes_no_finished_stage_run_again(cluster, tmp
     assert drift.measured(nodes.run, built, status) == {}
     tests = remade(built, sft={}, merge_sft={}, ppo={})
     assert drift.measured(nodes.run, tests, status).keys() == set(STAGES)
+
+
+# --- over Slurm -----------------------------------------------------------------------------------------
+
+
+class Watching(Together):
+    """Remembers the jobs that Slurm had in its queue while each cell ran, and what status.json said of them."""
+
+    def __init__(self, run: RunDir, commands: Queue, faults: dict) -> None:
+        super().__init__(run, commands, faults)
+        self.queue, self.queued, self.known = commands, list[list[str]](), list[dict]()
+
+    def converse(self, planned, cell, watch, data, context):
+        found = super().converse(planned, cell, watch, data, context)
+        self.queued.append(list(self.queue.jobs))
+        self.known.append({name: share[0] for name, share in self.run.read_status()["allocation"].items()})
+        return found
+
+
+def over_slurm(
+    cluster: Inventory,
+    folder: Path,
+    faults: dict,
+    *,
+    one: bool = False,
+    retries: int = 0,
+    kind: type[Watching] = Watching,
+) -> tuple[Watching, bench.Run]:
+    """A chain of three cells over Slurm, whose jobs are numbered from 7; or that run taken up again."""
+    built = chained(cluster, folder, count=2, one_allocation=one)
+    built = replace(built, backend="slurm")
+    run = RunDir(Path(built.run_dir))
+    if run.plan.exists():
+        built = drift.load(run)
+    else:
+        RunDir.create(folder, built.to_dict())
+    carrier = kind(run, Queue(cluster, 7 + len(list(run.path.glob("slurm/*.sbatch")))), faults)
+    carried = bench.Run(built, run, carrier, Display(quiet=True), None, bench.Policy(retries), NodeAccess())
+    carried.stop.wait = lambda seconds: None  # nobody waits in a test
+    return carrier, carried
+
+
+def dependencies(carrier: Watching) -> list[str | None]:
+    """What each submitted job waits for, in the order of submission."""
+    scripts = [options["input"] for argv, options in carrier.queue.calls if argv == ["sbatch", "--parsable"]]
+    found = [re.search(r"^#SBATCH --dependency=afterok:(.*)$", script, re.MULTILINE) for script in scripts]
+    assert [("--kill-on-invalid-dep=yes" in script) for script in scripts] == [one is not None for one in found]
+    return [one[1] if one else None for one in found]
+
+
+def test_the_whole_chain_is_submitted_with_its_first_stage_each_job_after_the_one_before(cluster, tmp_path):
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7", "8", "9"]
+    assert dependencies(carrier) == [None, "7", "8"]
+    assert carrier.queued[0] == ["7", "8", "9"]
+    assert carrier.known[0] == {"sft": "7", "merge-sft": "8", "ppo": "9"}
+    status = carrier.run.read_status()
+    assert set(states(status).values()) == {"complete"} and status["allocation"] == {}
+    assert carrier.queue.named("scancel") == []
+
+
+def test_each_job_is_known_before_the_next_one_is_submitted(cluster, tmp_path):
+    """A controller that is killed in between loses none."""
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    noted = []
+    submit = carrier.cluster.submit
+
+    def looking(script, secrets=None):
+        shares = carrier.run.read_status()["allocation"]
+        noted.append({cell: share[0] for cell, share in shares.items()})
+        assert all(Path(carrier.run.slurm(share[2])).exists() for share in shares.values())
+        return submit(script, secrets)
+
+    carrier.cluster.submit = looking  # type: ignore[method-assign]
+    carried.execute({})
+    assert noted == [
+        {"sft": None}, {"sft": "7", "merge-sft": None}, {"sft": "7", "merge-sft": "8", "ppo": None},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ["rank_crashed", "time_limit"])
+def test_the_jobs_behind_a_stage_that_failed_are_cancelled_by_their_ids(cluster, tmp_path, error):
+    carrier, carried = over_slurm(cluster, tmp_path, {("8", None): failed(error)})
+    carrier.queue.jobs["5"] = "shakedown-other-run-sft-1"
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7", "8"]
+    assert carrier.queue.named("scancel") == [["scancel", "9"]]
+    status = carrier.run.read_status()
+    assert states(status) == {"sft": "complete", "merge-sft": "incomplete", "ppo": "planned"}
+    assert status["allocation"] == {}
+    assert carrier.run.log.read_text().count("not run: merge-sft is not complete") == 1
+
+
+def test_a_stage_that_is_tried_again_has_the_rest_of_the_chain_submitted_again(cluster, tmp_path):
+    carrier, carried = over_slurm(cluster, tmp_path, {("7", None): failed("rank_killed")}, retries=1)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7", "10", "11", "12"]
+    assert dependencies(carrier) == [None, "7", "8", None, "10", "11"]
+    assert sorted(carrier.queue.named("scancel")) == [["scancel", "8"], ["scancel", "9"]]
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}
+    names = [path.stem for path in carrier.run.path.glob("slurm/*.sbatch")]
+    assert len(names) == 6, "no two jobs have one name, by which one whose id is not known is found"
+
+
+def test_a_stop_cancels_the_whole_chain(cluster, tmp_path):
+    carrier, carried = over_slurm(cluster, tmp_path, {("7", None): "stop"})
+    carried.execute({})
+    status = carrier.run.read_status()
+    assert [job for job in carrier.queue.jobs if job != "7"] == [] and status["allocation"] == {}
+    assert set(states(status).values()) == {"cancelled"}
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carried.execute({})
+    assert dependencies(carrier) == [None, "10", "11"]
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}
+
+
+def test_a_job_that_cannot_be_submitted_yet_is_when_its_turn_comes(cluster, tmp_path):
+    """Where the user may have so many jobs, say."""
+
+    class Limited(Queue):
+        def __call__(self, argv, **options):
+            if argv == ["sbatch", "--parsable"] and "--dependency" in options["input"]:
+                return process.Outcome(tuple(argv), 1, 0.0, "", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
+            return super().__call__(argv, **options)
+
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carrier.queue.__class__ = Limited
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7", "8", "9"] and carrier.queued[0] == ["7"]
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}
+
+
+def test_in_one_allocation_all_stages_share_a_job_and_a_resumed_chain_shares_another(cluster, tmp_path):
+    carrier, carried = over_slurm(cluster, tmp_path, {("7", 1): failed()}, one=True)
+    carried.execute({})
+    assert [(job, step) for _, job, step in carrier.tried] == [("7", 0), ("7", 1)]
+    status = carrier.run.read_status()
+    assert states(status) == {"sft": "complete", "merge-sft": "incomplete", "ppo": "planned"}
+    assert dependencies(carrier) == [None] and status["allocation"] == {}
+    carrier, carried = over_slurm(cluster, tmp_path, {}, one=True)
+    carried.execute({})
+    assert [(job, step) for _, job, step in carrier.tried] == [("8", 0), ("8", 1)]
+    (script,) = [options["input"] for argv, options in carrier.queue.calls if argv == ["sbatch", "--parsable"]]
+    assert cells_of(script) == ["merge-sft", "ppo"] and script.count('[ "$status" -eq 0 ] || exit "$status"') == 2
+
+
+# --- a controller that was killed -----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The controller ends without a word."""
+
+
+class Dying(Watching):
+    """A controller that is killed while it follows the job `at`."""
+
+    at = "7"
+
+    def converse(self, planned, cell, watch, data, context):
+        found = super().converse(planned, cell, watch, data, context)
+        if self.tried[-1][1] == self.at:
+            raise Killed
+        return found
+
+
+def killed(cluster: Inventory, folder: Path, **more) -> Watching:
+    carrier, carried = over_slurm(cluster, folder, {}, kind=Dying, **more)
+    with pytest.raises(Killed):
+        carried.execute({})
+    return carrier
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_the_jobs_of_a_killed_controller_are_followed_and_none_is_submitted_twice(cluster, tmp_path, one):
+    killed(cluster, tmp_path, one=one)
+    carrier, carried = over_slurm(cluster, tmp_path, {}, one=one)
+    carried.execute({})
+    jobs = [(job, step) for _, job, step in carrier.tried]
+    assert jobs == ([("7", 0), ("7", 1), ("7", 2)] if one else [("7", None), ("8", None), ("9", None)])
+    assert carrier.queue.named("sbatch") == []
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}
+
+
+def test_a_stage_that_failed_without_a_controller_is_tried_again_with_the_rest_of_the_chain(cluster, tmp_path):
+    killed(cluster, tmp_path)
+    carrier, carried = over_slurm(cluster, tmp_path, {("7", None): failed("time_limit")})
+    carrier.queue.jobs |= {job: f"shakedown-{carrier.run.run_id}-{job}" for job in ("8", "9")}
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7", "10", "11", "12"]
+    assert dependencies(carrier) == [None, "10", "11"]
+    assert sorted(carrier.queue.named("scancel")) == [["scancel", "8"], ["scancel", "9"]]
+
+
+def test_what_was_not_submitted_when_the_controller_was_killed_is_submitted_behind_the_job_that_continues(
+    cluster, tmp_path
+):
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    submit, done = carrier.cluster.submit, []
+
+    def dying(script, secrets=None):
+        if len(done) == 1:
+            raise Killed
+        done.append(submit(script, secrets))
+        return done[-1]
+
+    carrier.cluster.submit = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        carried.execute({})
+    assert carrier.run.read_status()["allocation"].keys() == {"sft", "merge-sft"}
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carrier.cluster.find = {}.get  # type: ignore[method-assign]
+    carried.execute({})
+    jobs = [job for _, job, _ in carrier.tried]
+    assert jobs[0] == "7" and set(states(carrier.run.read_status()).values()) == {"complete"}
+    assert dependencies(carrier) == ["7", jobs[1]]

@@ -204,6 +204,9 @@ SWEEP = tuple(Step(f"sft-llama-2-7b-{n}n-r0", n, {**REQUEST, "num_nodes": n}, ti
 REPEATS = tuple(Step(f"torch-2n-r{n}", 2, {**REQUEST, "repeat": n}, timeout_s=1800 * n) for n in (1, 2))
 
 
+STAGES = (Step("sft", 2, REQUEST, timeout_s=1800), Step("merge-sft", 1, REQUEST, timeout_s=600))
+
+
 def options(script):
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
@@ -224,6 +227,8 @@ def without_requests(script):
         ("named-hosts", cell(Step("torch-3n-r0", 3, REQUEST, ("node003", "node001", "node002"))), Settings()),
         ("one-allocation", cell(*SWEEP, gpus_per_node=8, device="cuda"), Settings(partition="gpu")),
         ("job-array", cell(*REPEATS, array=True), Settings(partition="gpu")),
+        ("after-another", cell(after="4711"), Settings()),
+        ("chain-in-one-allocation", cell(*STAGES, chain=True), Settings()),
     ],
 )
 def test_the_whole_file(name, job, settings):
@@ -244,6 +249,19 @@ def test_of_an_array_the_batch_shell_expands_the_number_of_its_task_as_well():
     assert kept - {'result=$?; [ "$status" -ne 0 ] || status=$result', 'exit "$status"'} == {
         'case "$SLURM_ARRAY_TASK_ID" in'
     }
+
+
+@pytest.mark.parametrize(("chain", "ran"), [(True, ["sft"]), (False, ["sft", "merge-sft"])])
+@pytest.mark.parametrize("status", [0, 3])
+def test_of_a_chain_nothing_runs_after_a_cell_that_failed(chain, ran, status, tmp_path):
+    """By a real shell, with a stand-in for srun that fails in the first cell."""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$1"\n[ "$1" != --job-name=sft ] || exit {status}\n')
+    (tmp_path / "srun").chmod(0o755)
+    script = render(cell(*STAGES, chain=chain), Settings())
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True)
+    assert re.findall(r"^--job-name=(.*)$", done.stdout, re.MULTILINE) == (ran if status else ["sft", "merge-sft"])
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize("task", [0, 1])
