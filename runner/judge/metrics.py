@@ -19,11 +19,11 @@ from runner.workloads.registry import TESTS
 GPU_UTILISATION = re.compile(r"gpu(\d+)_util_pct")
 # The unit of a metric by the part of its name that gives it.
 UNITS = (
+    ("_pct", "%"),  # of a rate, whose name has that of its unit
     ("tokens_per_s", "tokens/s"),
     ("gb_per_s", "GB/s"),
     ("gbit_per_s", "Gbit/s"),
     ("tflop_per_s", "TFLOP/s"),
-    ("_pct", "%"),
     ("_gib", "GiB"),
     ("_us", "µs"),
     ("_s", "s"),

@@ -31,7 +31,12 @@ def judge_targets(
     """
     expected = {cell["id"]: cell.get("expected") or {} for cell in plan["cells"]}
     rows = []
+    planned = {cell["test"] for cell in plan["cells"]}
     for target in plan.get("targets", []):
+        if target["test"] not in planned:
+            reason = f"not measured in this run, which is without test {target['test']}"
+            rows.append(_target_row(target, Judgement("not_judged", reason)))
+            continue
         if target["metric"] == "scaling_efficiency_pct":
             rows += _scaling_target(target, scaling, plan.get("scaling", "weak"))
             continue

@@ -74,6 +74,7 @@ def judge(
     text = f"{_measured(value)}{unit} (95 % CI {_measured(low)} – {_measured(high)})"
     if repeats < MIN_REPEATS:
         reason = f"{text}; {repeats} of at least {MIN_REPEATS} repeats: the spread between them is not known"
+        reason += f"; add --repeats {MIN_REPEATS}"
         return Judgement("inconclusive", reason, MIN_REPEATS)
     sign = 1 if direction == "min" else -1
     worst, best = (low, high) if direction == "min" else (high, low)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.results.records import Record
-from runner.workloads.gpu import compare, condition
+from runner.workloads.gpu import compare, condition, metrics
 from runner.workloads.gpu.compare import Gpu
 
 PEERS = "peer"
@@ -18,10 +18,12 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
     """{"gpus": one entry a GPU, by host and number}; what was not measured or read is absent.
 
     Of an entry, `rates` are medians over blocks by the keys of `compare.RATES` and `LINKS`, in their units, and as
-    `peer` the median over its pairs; `distance_pct` is how far each is from the cell's `compare.middle`. `far` are
-    the rates over the host's memory on the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
+    `peer` the median over its pairs; `distance_pct` is how far each is from the cell's `compare.middle`, and
+    `peak_pct` its share of the hardware file's peak, where that has one. `far` are the rates over the host's memory on
+    the NUMA node that is not the GPU's. `throttled` is reason -> % of the time.
     """
-    gpus: dict[Gpu, dict[str, Any]] = defaultdict(lambda: {"rates": {}, "distance_pct": {}, "far": {}})
+    gpus: dict[Gpu, dict[str, Any]] = defaultdict(lambda: {"rates": {}, "distance_pct": {}, "peak_pct": {}, "far": {}})
+    peaks = metrics.peaks(plan, cell)
     medians = {
         measure.key: {gpu: statistics.median(own.values()) for gpu, own in compare.by_gpu(records, measure).items()}
         for measure in (*compare.RATES, *compare.LINKS)
@@ -33,6 +35,8 @@ def details(plan: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[
             gpus[gpu]["rates"][key] = value
             if len(values) > 1 and middle:
                 gpus[gpu]["distance_pct"][key] = 100 * (value / middle - 1)
+            if key in peaks:
+                gpus[gpu]["peak_pct"][key] = 100 * value / peaks[key]
     far: dict[tuple[Gpu, str], list[float]] = defaultdict(list)
     for record in records:
         gpu = compare.gpu_of(record)

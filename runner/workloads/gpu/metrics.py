@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.results.records import Record
+from runner.workloads.gpu import compare
 
 MATMUL = "matmul_tflop_per_s"
 RATES = ("hbm_copy_gb_per_s", "host_to_device_gb_per_s", "device_to_host_gb_per_s", "peer_gb_per_s")
-PEAKS = {"bf16": "bf16_peak_tflop_per_s", "fp8": "fp8_peak_tflop_per_s"}  # of the hardware file, by precision
+# What the hardware file calls the peak of a rate, by its key in `compare.RATES`.
+PEAKS = {"bf16": "bf16_peak_tflop_per_s", "fp8": "fp8_peak_tflop_per_s", "hbm": "hbm_gb_per_s"}
 REMOTE = "remote"  # of a copy: the buffer is not on the GPU's NUMA node
 
 
@@ -30,15 +32,14 @@ def summarise(
             by_metric[name][record.host, _which(record)].append(record.value)
     for name, values in by_metric.items():
         each = [statistics.median(found) for found in values.values()]
-        metrics[name] = statistics.median(each)
+        metrics[name] = compare.middle(each)
         if len(each) > 1:
             metrics[f"{name}_min"] = min(each)
             metrics[f"{name}_min_pct_of_median"] = 100 * min(each) / metrics[name]
-    hardware = plan.get("hardware", {}) if cell["device"] != "cpu" else {}
-    limits = {f"matmul_{precision}_tflop_per_s": hardware.get(peak) for precision, peak in PEAKS.items()}
-    for name, limit in {**limits, "hbm_copy_gb_per_s": hardware.get("hbm_gb_per_s")}.items():
-        if limit and name in metrics:
-            metrics[f"{name}_pct_of_peak"] = 100 * metrics[name] / limit
+    for key, peak in peaks(plan, cell).items():
+        name = "hbm_copy_gb_per_s" if key == "hbm" else f"matmul_{key}_tflop_per_s"
+        if name in metrics:
+            metrics[f"{name}_pct_of_peak"] = 100 * metrics[name] / peak
     drifts = [record.value for record in records if record.metric == "matmul_drift_pct"]
     if drifts:
         metrics["matmul_drift_pct_min"] = min(drifts)
@@ -49,6 +50,12 @@ def summarise(
     if wrong:
         metrics["wrong_values"] = sum(wrong)
     return metrics, {}
+
+
+def peaks(plan: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, float]:
+    """Key of `compare.RATES` -> the hardware file's peak in its unit; empty on CPUs and for unknown hardware."""
+    hardware = plan.get("hardware", {}) if cell["device"] != "cpu" else {}
+    return {key: hardware[name] for key, name in PEAKS.items() if hardware.get(name)}
 
 
 def _name(record: Record) -> str | None:

@@ -190,6 +190,8 @@ def summarise(
 def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> float | None:
     """What the cell has for the target's metric; of several sizes the best one. Splits have no targets."""
     collective = target.get("collective")
+    if cell.get("details", {}).get("split", "none") != "none":
+        return None
     if not collective:
         return cell["metrics"].get(target["metric"])
     whole = (

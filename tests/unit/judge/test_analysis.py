@@ -187,7 +187,10 @@ def test_a_healthy_cluster_passes(healthy_summary: dict[str, Any]) -> None:
         row = scaling(healthy_summary, nodes)
         assert row["efficiency"] == pytest.approx(planted, abs=0.005)
         assert row["ci"][0] <= row["efficiency"] <= row["ci"][1]
-    assert {row["verdict"] for row in healthy_summary["targets"]} == {"pass"}
+    verdicts = [row["verdict"] for row in healthy_summary["targets"] if row["test"] in ("sft", "torch")]
+    assert {*verdicts} == {"pass"}
+    assert healthy_summary["reason"] == f"{len(verdicts)} targets met, 3 not judged"
+    assert target(healthy_summary, "all-reduce")["reason"] == "not measured in this run, which is without test nccl"
     assert target(healthy_summary, "bandwidth")["measured"] == pytest.approx(934, abs=1)
     assert "slowest: fukushimadc" in target(healthy_summary, "gpu-utilisation")["reason"]
 
@@ -195,6 +198,18 @@ def test_a_healthy_cluster_passes(healthy_summary: dict[str, Any]) -> None:
 def test_a_summary_is_plain_json_and_the_same_every_time(healthy: Fixture, healthy_summary: dict[str, Any]) -> None:
     assert json.loads(json.dumps(healthy_summary, allow_nan=False)) == healthy_summary
     assert summary_of(healthy) == healthy_summary
+
+
+@pytest.mark.parametrize(("repeats", "verdict"), [(1, "inconclusive"), (3, "pass")])
+def test_a_healthy_fabric_is_judged_by_its_all_reduce_and_says_how_many_repeats_that_needs(repeats, verdict) -> None:
+    summary = summary_of(report_fixture.nccl((2,), repeats=repeats))
+    row = target(summary, "all-reduce")
+    assert (row["repeats"], row["verdict"], summary["verdict"]) == (repeats, verdict, verdict), "splits are no repeats"
+
+
+def test_a_fabric_on_sockets_misses_its_target() -> None:
+    summary = summary_of(report_fixture.nccl((2,), repeats=3, sockets=True))
+    assert target(summary, "all-reduce")["verdict"] == "fail"
 
 
 def test_one_missed_target_fails_the_run_and_leaves_the_others() -> None:
@@ -583,14 +598,16 @@ def test_a_record_of_an_unknown_cell_changes_nothing(healthy: Fixture, healthy_s
 
 
 def test_every_shipped_target_can_be_judged(healthy_summary: dict[str, Any]) -> None:
-    """Names, metrics and sizes of the file fit what runs record: none is left unmeasured by a full sweep."""
+    """Names, metrics and sizes of the file fit what runs record: none is left unmeasured by a sweep of its test."""
+    nccl, gpus = summary_of(report_fixture.nccl((2,))), summary_of(report_fixture.gpus())
     shipped = yaml.safe_load(TARGETS.read_text())["targets"]
     fields = {"name", "test", "metric", "num_nodes", "direction", "value", "source"}
     optional = {"scaling", "collective", "min_bytes", "max_bytes"}
     for one in shipped:
         assert fields <= set(one) <= fields | optional, one["name"]
         assert one["direction"] in ("min", "max")
-        assert target(healthy_summary, one["name"])["measured"] is not None
+        summary = {"nccl": nccl, "gpu": gpus}.get(one["test"], healthy_summary)
+        assert target(summary, one["name"])["measured"] is not None
 
 
 def test_a_run_that_ended_before_its_first_cell_says_what_ended_it() -> None:

@@ -53,6 +53,22 @@ def test_the_slow_gpus_are_the_first_rows_and_the_others_are_folded(summary) -> 
     assert table.rest.startswith("56 more GPUs, none more than 0.")
 
 
+def test_each_gpu_has_its_share_of_the_peaks_of_the_hardware_file_which_no_cpu_has(summary) -> None:
+    table = gpu.tables(summary["cells"])[1]
+    rows = {row["GPU"]: row["of the peak, %"] for row in table.rows}
+    assert table.remark.endswith("of the peak: bf16 · fp8 · memory.")
+    assert rows[f"{NAMES[2]} GPU 5"] == "63 · 55 · 87"
+    made = report_fixture.gpus()
+    for cell in made.plan["cells"]:
+        cell["device"] = "cpu"
+    assert "of the peak, %" not in gpu.tables(analysis.summarise(*made.arguments)["cells"])[1].rows[0]
+
+
+def test_the_tile_says_by_what_rate_the_slowest_gpu_is_slow(fixture, summary) -> None:
+    run = gpu.Measured("gpu", fixture.plan, summary, {summary["cells"][0]["id"]: fixture.records}, str)
+    assert gpu.tiles(run)[1].note == f"{NAMES[4]} GPU 6, to other GPUs, from the median"
+
+
 def test_the_page_folds_healthy_gpus_and_a_terminal_counts_them(html, summary) -> None:
     shown, _, folded = html.partition('<summary class="small soft rest">')
     assert f"{NAMES[2]} GPU 5" in shown and f"{NAMES[2]} GPU 2" not in shown and f"{NAMES[2]} GPU 2" in folded

@@ -329,14 +329,14 @@ def measured() -> list[Record]:
 def test_metrics_are_medians_over_gpus_and_the_worst_gpu() -> None:
     found, ceilings = metrics.summarise(PLAN, {"device": "cuda"}, measured())
     assert ceilings == {}
-    assert found["matmul_bf16_tflop_per_s"] == 702.5 and found["matmul_fp8_tflop_per_s"] == 1405
+    assert found["matmul_bf16_tflop_per_s"] == 705 and found["matmul_fp8_tflop_per_s"] == 1410
     assert found["matmul_bf16_tflop_per_s_min"] == 600
-    assert found["matmul_bf16_tflop_per_s_min_pct_of_median"] == pytest.approx(100 * 600 / 702.5)
-    assert found["matmul_bf16_tflop_per_s_pct_of_peak"] == pytest.approx(70.25)
+    assert found["matmul_bf16_tflop_per_s_min_pct_of_median"] == pytest.approx(100 * 600 / 705)
+    assert found["matmul_bf16_tflop_per_s_pct_of_peak"] == pytest.approx(70.5)
     assert "matmul_fp8_tflop_per_s_pct_of_peak" not in found, "its peak is not known"
     assert found["hbm_copy_gb_per_s_pct_of_peak"] == 80
     assert (found["host_to_device_gb_per_s"], found["remote_host_to_device_gb_per_s"]) == (55, 40)
-    assert (found["peer_gb_per_s"], found["peer_gb_per_s_min"]) == (200, 20)
+    assert (found["peer_gb_per_s"], found["peer_gb_per_s_min"]) == (380, 20)
     assert (found["matmul_drift_pct_min"], found["power_w_max"], found["wrong_values"]) == (-1, 691, 2)
 
 
