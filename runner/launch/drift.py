@@ -38,13 +38,13 @@ def load(run: RunDir) -> Plan:
     return Plan.from_dict(run.read_plan())
 
 
-def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None) -> Plan:
+def renew(plan: Plan, inventory: Inventory, run: RunDir, ssh_config: str | None, status: Mapping[str, Any]) -> Plan:
     """The plan with its nodes' data from the current `inventory`, and its cells placed again on the same nodes.
 
     Raises UsageError for a node that is missing from the inventory and has work left.
     """
     today = {node.name: node for node in inventory.nodes}
-    states = run.read_status()["cells"]
+    states = status["cells"]
     needed = {host for cell in plan.cells if states[cell.id]["state"] != "complete" for host in cell.hosts}
     gone = [name for name in sorted(needed) if name not in today and not BACKENDS[plan.backend].scheduled]
     if gone:

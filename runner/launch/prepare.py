@@ -72,11 +72,29 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Selected:
+    """The nodes to choose among, in the inventory's order, and what they have in common; none was contacted.
+
+    `counts` are the numbers of nodes to run on, `gpus` is the number of ranks of a node, and `slurm` are Slurm's
+    settings (None: the run does not use it).
+    """
+
+    inventory: Inventory
+    nodes: tuple[Node, ...]
+    counts: tuple[int, ...]
+    gpus: int
+    device: str
+    hardware: str
+    slurm: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Checked options: the planner's input, and the nodes to choose among.
 
     `plan` is the plan on the first of these nodes, before any of them was contacted, `untuned` the request without what
-    `runner tune` found (`tuned`), and `notes` are lines for the user about that.
+    `runner tune` found (`tuned`), and `notes` are lines for the user about that. `located` puts in what of a request
+    depends on the run's directory: it is called once that is known.
     """
 
     options: Options
@@ -87,6 +105,7 @@ class Prepared:
     untuned: Request
     tuned: tuned.Asked
     notes: tuple[str, ...] = ()
+    located: Callable[[Request], Request] = lambda request: request
 
     @property
     def weights_on_nodes(self) -> str | None:
@@ -105,49 +124,13 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
     loaded = {name: config.load_test(name, overrides.get(name, {})).model_dump() for name in tests}
     model = config.load_model(options.model).model_dump()
     deepspeed = config.load_deepspeed(model["deepspeed"], overrides.get("deepspeed", {}))
-    slurm_only = [
-        f for f, on in (("--one-allocation", options.one_allocation), ("--job-array", options.job_array)) if on
-    ]
-    if len(slurm_only) > 1:
-        raise UsageError(f"{' and '.join(slurm_only)} exclude each other: give one of them")
-
-    inventory = read(options.inventory)
-    nodes = select(inventory, options.hosts)
-    counts = options.node_counts or (len(nodes),)
-    nodes, slurm = _over(options.backend, nodes, inventory, overrides, slurm_only)
-    _refuse_too_few(options, inventory, nodes, counts)
-    gpus_per_node, device, hardware = _resources(nodes)
+    found = selected(options, read, overrides)
+    nodes = found.nodes
     wanted = overrides[config.RUN].get("nccl", nodes[0].nccl)
-    run_id = make_id()
-    request = Request(
-        run_id=run_id,
-        created=now(),
-        command=options.command,
-        inventory=inventory.source,
-        run_dir=run_dir(options, run_id),
+    request = replace(
+        requested(options, found, model, deepspeed, make_id()),
         tests=loaded,
-        model=model,
-        deepspeed=deepspeed,
         deepspeed_files=config.deepspeed_files(overrides.get("deepspeed", {})),
-        hardware={"name": hardware, **config.load_hardware(hardware).model_dump()},
-        targets=config.load_targets(),
-        node_counts=counts,
-        engine=options.engine,
-        backend=nodes[0].backend,
-        scaling=options.scaling,
-        repeats=options.repeats,
-        gpus_per_node=gpus_per_node,
-        device=device,
-        ssh_config="SSH_CONFIG"
-        if BACKENDS[nodes[0].backend].remote
-        else None,  # a placeholder: the real file does not exist yet
-        weights=options.weights,
-        seed=options.seed,
-        spares=options.replace_bad_nodes,
-        slurm=slurm,
-        named=slurm is None or options.hosts is not None,
-        one_allocation=options.one_allocation,
-        job_array=options.job_array,
         nccl=wanted,
         nccl_root=nodes[0].nccl_root if wanted == nccl.BUILT else None,
     )
@@ -160,7 +143,64 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
     _judge_deepspeed(plan, model["deepspeed"], changes)
     if options.weights and any(trains(cell.test) for cell in plan.cells):
         _judge_weights(options.weights, model, remote=BACKENDS[request.backend].remote)
-    return Prepared(options, inventory, nodes, settled.request, plan, request, asked, settled.notes)
+    return Prepared(options, found.inventory, nodes, settled.request, plan, request, asked, settled.notes)
+
+
+def selected(
+    options: Options, read: Callable[[str | None], Inventory], overrides: Mapping[str, Mapping[str, Any]]
+) -> Selected:
+    """The nodes that `options` choose among; `overrides` are the settings by section, of which `slurm` is used.
+
+    `read` returns the inventory at a path. Raises UsageError for a backend or node that there is not, too few nodes,
+    and nodes that are not alike.
+    """
+    if options.backend is not None and options.backend not in BACKENDS:
+        raise unknown("backend", options.backend, BACKENDS)
+    slurm_only = [
+        f for f, on in (("--one-allocation", options.one_allocation), ("--job-array", options.job_array)) if on
+    ]
+    if len(slurm_only) > 1:
+        raise UsageError(f"{' and '.join(slurm_only)} exclude each other: give one of them")
+    inventory = read(options.inventory)
+    nodes = select(inventory, options.hosts)
+    counts = options.node_counts or (len(nodes),)
+    nodes, slurm = _over(options.backend, nodes, inventory, overrides, slurm_only)
+    _refuse_too_few(options, inventory, nodes, counts)
+    return Selected(inventory, nodes, counts, *_resources(nodes), slurm)
+
+
+def requested(
+    options: Options, found: Selected, model: Mapping[str, Any], deepspeed: Mapping[str, Any], run_id: str
+) -> Request:
+    """A request on the nodes `found`, without tests yet. `model` and `deepspeed` are the contents of their files."""
+    backend = found.nodes[0].backend
+    return Request(
+        run_id=run_id,
+        created=now(),
+        command=options.command,
+        inventory=found.inventory.source,
+        run_dir=run_dir(options, run_id),
+        tests={},
+        model=model,
+        deepspeed=deepspeed,
+        hardware={"name": found.hardware, **config.load_hardware(found.hardware).model_dump()},
+        targets=config.load_targets(),
+        node_counts=found.counts,
+        engine=options.engine,
+        backend=backend,
+        scaling=options.scaling,
+        repeats=options.repeats,
+        gpus_per_node=found.gpus,
+        device=found.device,
+        ssh_config="SSH_CONFIG" if BACKENDS[backend].remote else None,  # a placeholder: there is no file yet
+        weights=options.weights,
+        seed=options.seed,
+        spares=options.replace_bad_nodes,
+        slurm=found.slurm,
+        named=found.slurm is None or options.hosts is not None,
+        one_allocation=options.one_allocation,
+        job_array=options.job_array,
+    )
 
 
 def _asked_of_tuning(
@@ -225,8 +265,6 @@ def _checked(options: Options) -> tuple[tuple[str, ...], dict[str, dict[str, Any
     """The names of the tests, and the settings by section; raises UsageError for an unknown name or value."""
     if options.engine not in offered():
         raise unknown("engine", options.engine, offered())
-    if options.backend is not None and options.backend not in BACKENDS:
-        raise unknown("backend", options.backend, BACKENDS)
     if options.scaling not in SCALING:
         raise unknown("scaling", options.scaling, SCALING)
     overrides = config.parse_settings(options.settings)
@@ -241,7 +279,7 @@ def _over(
     backend: str | None,
     nodes: tuple[Node, ...],
     inventory: Inventory,
-    overrides: dict[str, dict[str, Any]],
+    overrides: Mapping[str, Mapping[str, Any]],
     slurm_only: Sequence[str],
 ) -> tuple[tuple[Node, ...], dict[str, Any] | None]:
     """The nodes with their backend, and Slurm's settings if that is Slurm. `slurm_only`: given options that need it."""

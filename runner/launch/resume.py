@@ -19,13 +19,16 @@ from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system.wording import are, counted
 
+# What is asked of a run now in place of its plan, and the status that goes with it.
+Replanned = Callable[[Plan, Mapping[str, Any]], tuple[Plan, dict[str, Any]]]
+
 
 @dataclass(frozen=True)
 class Options:
     """The options of `runner bench --resume`.
 
     `inventory` is a path, or None for the one that the run was started with. With `accept_drift`, cells that were
-    measured in another environment run again.
+    measured in another environment run again. `replanned` changes the plan before anything else is done with it.
     """
 
     run: RunDir
@@ -33,6 +36,7 @@ class Options:
     retries: int = 0
     replace_bad_nodes: bool = False
     accept_drift: bool = False
+    replanned: Replanned = lambda plan, status: (plan, dict(status))
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,13 @@ def _left(
     options: Options, read: Callable[[str | None], Inventory], display: Display, dependencies: Dependencies
 ) -> Iterator[Remaining]:
     run = options.run
-    plan = drift.load(run)
+    plan, status = options.replanned(drift.load(run), run.read_status())
     inventory = read(options.inventory if options.inventory is not None else plan.inventory)
     aliases = {node.name: node.alias for node in plan.nodes}
     with ExitStack() as stack:
         remote = BACKENDS[plan.backend].remote
         ssh_config = stack.enter_context(rendered(inventory) if remote else nullcontext())
-        plan = drift.renew(plan, inventory, run, ssh_config)
-        status = run.read_status()
+        plan = drift.renew(plan, inventory, run, ssh_config, status)
         status.pop("error", None)  # what ended the last execution
         tests = tuple(dict.fromkeys(cell.test for cell in plan.cells))
         slurm = carry.cluster(plan.slurm, inventory, ssh_config)

@@ -74,7 +74,7 @@ def start(prepared: Prepared, display: Display, dependencies: Dependencies | Non
                     nccl=chosen.nccl,
                     nccl_root=chosen.nccl_root,
                 )
-                return build.build(request, (*chosen.nodes, *chosen.spares))
+                return build.build(prepared.located(request), (*chosen.nodes, *chosen.spares))
 
             _refuse(made(prepared.request.run_id), chosen, dependencies)
         plan, run = stack.enter_context(carry.run_directory(made, prepared.request.run_id, dependencies))

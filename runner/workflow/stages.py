@@ -204,7 +204,7 @@ def steps(
     decided = []
     for stage in stages:
         step = _step(stage, now[stage.name], former.get(stage.name), anew)
-        if step.action is not Action.KEEP:
+        if step.action is not Action.KEEP and stage.program is not Program.PREPARE:  # what that finds, checksums tell
             anew.update(stage.leaves)
         decided.append(step)
     return tuple(decided)

@@ -444,13 +444,13 @@ def test_a_node_that_left_the_inventory_is_named(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     smaller = replace(cluster, nodes=cluster.nodes[:1])
     with pytest.raises(UsageError, match=f"needs {NAMES[1]}"):
-        drift.renew(built, smaller, run, None)
+        drift.renew(built, smaller, run, None, run.read_status())
 
 
 def test_nodes_are_reached_as_the_inventory_says_today(cluster, tmp_path):
     built, run = interrupted(cluster, tmp_path)
     moved = replace(cluster, nodes=tuple(replace(node, address=f"10.9.9.{n}") for n, node in enumerate(cluster.nodes)))
-    renewed = drift.renew(built, moved, run, "/tmp/new/ssh_config")
+    renewed = drift.renew(built, moved, run, "/tmp/new/ssh_config", run.read_status())
     assert renewed.nodes[0].address == "10.9.9.0"
     assert "--master-addr=10.9.9.0" in renewed.cells[0].launch.argv[0]
 
@@ -979,7 +979,7 @@ def test_a_node_that_left_the_inventory_does_not_matter_where_all_its_cells_are_
     status = run.read_status()
     status["cells"]["torch-2n-r1"].update(state="complete")
     run.write_status(status)
-    renewed = drift.renew(built, replace(cluster, nodes=cluster.nodes[:1]), run, None)
+    renewed = drift.renew(built, replace(cluster, nodes=cluster.nodes[:1]), run, None, run.read_status())
     assert [node.name for node in renewed.nodes] == NAMES[:2]
 
 

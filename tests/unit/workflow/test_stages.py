@@ -171,6 +171,13 @@ def test_what_was_deleted_is_made_again_with_all_that_needs_it():
     assert [step.reason for step in found[2:4]] == ["no longer there: sft-model", "made anew: sft-model"]
 
 
+def test_other_data_for_ppo_leave_what_was_fine_tuned():
+    now, later = (inputs("sft-ppo", SETTINGS, prepared) for prepared in (PREPARED, {**PREPARED, "rl-data": "other"}))
+    found = steps(stages_of("sft-ppo"), later, recorded(now))
+    assert [step.action.value for step in found] == ["run", "keep", "keep", "run", "run", "run"]
+    assert found[3].reason == "changed since: rl-data"
+
+
 @pytest.mark.parametrize("state", ["failed", "cancelled", "incomplete", "running"])
 @pytest.mark.parametrize("name", ["merge-sft", "publish"])
 def test_only_what_trains_has_checkpoints(state, name):
@@ -187,7 +194,7 @@ def test_nothing_is_kept_behind_what_runs_again(states, artefacts):
     for step in steps(stages_of("sft-ppo"), now, former):
         if step.action is Action.KEEP:
             assert states[step.stage.name] == "complete" and not anew & set(step.stage.needs)
-        else:
+        elif step.stage.name != "prepare":
             anew.update(step.stage.leaves)
 
 

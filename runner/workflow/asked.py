@@ -1,0 +1,240 @@
+"""What a user asks of a workflow, checked, and as each of verl's trainers is asked for it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from runner.errors import UsageError, unknown
+from runner.launch.prepare import Options as RunOptions
+from runner.launch.prepare import Selected
+from runner.plan import config
+from runner.workflow import verl_settings
+from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
+from runner.workflow.prepare import Files
+from runner.workflow.stages import Program, Stage, stages_of
+from runner.workflow.verl import OWN, PROFILES, Profile, Training
+
+TRAINERS: Mapping[Program, str] = {Program.SFT: "sft", Program.PPO: "ppo", Program.GRPO: "ppo"}
+PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a device, where none is named
+
+_VERL, _SLURM, _TIME = "verl", "slurm", "timeout_s"
+_PARTS: Mapping[str, tuple[Program, ...]] = {"sft": (Program.SFT,), "rl": (Program.PPO, Program.GRPO)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `runner workflow NAME`, not checked yet.
+
+    `run` says where it runs. `model` and `data` None: what the inventory can run; `rl_data` None: as `data`; `profile`
+    None: that of the device. `stages` are names, empty for all. `settings` are `verl.KEY=VALUE`, `verl.sft.KEY=VALUE`,
+    `verl.rl.KEY=VALUE`, `slurm.KEY=VALUE` or `STAGE.timeout_s=SECONDS`. `reward` is a file with `compute_score`,
+    `publish` a target of `workflow.publish`, and `work` a folder that all nodes see (None: that of the runs).
+    """
+
+    workflow: str
+    run: RunOptions
+    model: str | None = None
+    data: str | None = None
+    rl_data: str | None = None
+    profile: str | None = None
+    stages: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    reward: str | None = None
+    publish: str | None = None
+    work: str | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    data_parallel: int | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    rollout_tensor: int = 1
+
+
+def engine(options: Options) -> str:
+    """verl's engine of training: the one that has the parallelism that is asked for."""
+    return MEGATRON if options.tensor_parallel * options.pipeline_parallel > 1 else FSDP
+
+
+# --- settings --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of `--set`: verl's by the program that they are for, Slurm's, and the time limit of stages in s."""
+
+    verl: Mapping[Program, Mapping[str, Any]] = field(default_factory=dict)
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+    timeouts: Mapping[str, float] = field(default_factory=dict)
+
+
+def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Settings:
+    """The settings in `texts`; `verl.KEY` is for each trainer of the workflow that has it, in its training engine.
+
+    Raises UsageError for a section, key or value that there is not, with the nearest name.
+    """
+    stages = {stage.name: stage for stage in stages_of(workflow)}
+    programs = [stage.program for stage in stages.values() if stage.program in TRAINERS]
+    verl: dict[Program, dict[str, Any]] = {program: {} for program in programs}
+    timeouts: dict[str, float] = {}
+    slurm: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise UsageError(f"--set {text}: write it as verl.KEY=VALUE, such as --set verl.data.train_batch_size=64")
+        if section == _VERL:
+            for program, setting in _of_verl(name, programs, workflow, engine):
+                verl[program][setting] = verl_settings.value_of(value)
+        elif section == _SLURM:
+            slurm |= config.parse_settings([text])[_SLURM]
+        elif section in stages:
+            timeouts[section] = _seconds(text, stages[section], name, value)
+        else:
+            raise unknown("section", section, [_VERL, _SLURM, *stages], f"--set {text}")
+    return Settings(verl, slurm, timeouts)
+
+
+def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str) -> list[tuple[Program, str]]:
+    """The programs that a setting of verl is for, each with the setting's name. `sft.` and `rl.` name one of them."""
+    part, dot, rest = name.partition(".")
+    if dot and part in _PARTS:
+        named = [program for program in programs if program in _PARTS[part]]
+        if not named:
+            others = " and ".join(program.value for program in programs)
+            raise UsageError(f"--set verl.{name}: workflow {workflow} has no such trainer, only {others}")
+        for program in named:
+            _trainer(program, engine).place(rest, f"--set verl.{part}.")
+        return [(program, rest) for program in named]
+    found, errors = [], []
+    for program in programs:
+        try:
+            _trainer(program, engine).place(name, "--set verl.")
+            found.append((program, name))
+        except UsageError as error:
+            errors.append(error)
+    if not found:
+        raise errors[-1]
+    return found
+
+
+def _trainer(program: Program, engine: str) -> verl_settings.Trainer:
+    return verl_settings.trainer(TRAINERS[program], "fsdp" if engine == FSDP else engine)
+
+
+def _seconds(text: str, stage: Stage, name: str, value: str) -> float:
+    if name != _TIME:
+        raise unknown("setting", name, [_TIME], f"--set {text}")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--set {text}: give the time limit of stage {stage.name} in seconds")
+    return seconds
+
+
+# --- what a trainer is asked for -------------------------------------------------------------------------
+
+# What a machine without GPUs does in seconds, with the tiny model and the arithmetic set.
+_SMALL: Mapping[str, Any] = {
+    "batch": 8, "steps": 2, "save_every": 1, "prompt_tokens": 96, "response_tokens": 32, "recompute": False, "group": 4,
+}  # fmt: skip
+
+# Settings of verl that others depend on -> the field of Training that decides all of these.
+_BATCHES = {"data.train_batch_size": "batch", "trainer.total_training_steps": "steps", "trainer.total_epochs": "epochs"}
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_RL = {
+    **_BATCHES,
+    f"{_ACTOR}.ppo_mini_batch_size": "mini_batch",
+    f"{_ACTOR}.ppo_micro_batch_size_per_gpu": "micro_batch",
+    "data.max_prompt_length": "prompt_tokens",
+    "data.max_response_length": "response_tokens",
+}
+_FIELDS: Mapping[Program, Mapping[str, str]] = {
+    Program.SFT: {**_BATCHES, "data.micro_batch_size_per_gpu": "micro_batch"},
+    Program.PPO: _RL,
+    Program.GRPO: {**_RL, f"{_ROLLOUT}.n": "group"},
+}
+_ROLLOUT_TP, _ROLLOUT_PP = f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.pipeline_model_parallel_size"
+
+
+def profile(options: Options, device: str) -> str:
+    """The name of the profile for nodes with this device. Raises UsageError for one that does not run there, and for
+    GPUs without a model and data: what is tiny shows nothing there.
+    """
+    name = options.profile or PROFILE[device]
+    if name not in PROFILES:
+        raise unknown("profile", name, PROFILES)
+    if PROFILES[name].device != device:
+        fitting = [other for other, one in PROFILES.items() if one.device == device]
+        raise UsageError(
+            f"--profile {name} is for {PROFILES[name].device}, the inventory's nodes have {device}: "
+            f"use {' or '.join(fitting)}"
+        )
+    given = {"--model": options.model, "--data": options.data}
+    if device != "cpu" and (missing := [option for option, value in given.items() if value is None]):
+        raise UsageError(
+            f"on GPUs a workflow needs {' and '.join(missing)}: for example --model meta-llama/Llama-3.2-1B-Instruct "
+            "--data gsm8k"
+        )
+    return name
+
+
+def divided(options: Options, selected: Selected, found: Mapping[str, Any] | None = None) -> Split:
+    """How the model is divided; `found` are verl's settings of the user. Raises UsageError as `parallelism.split`."""
+    found = found or {}
+    return split(
+        max(selected.counts),
+        selected.gpus,
+        data=options.data_parallel,
+        tensor=options.tensor_parallel,
+        pipeline=options.pipeline_parallel,
+        rollout_tensor=found.get(_ROLLOUT_TP, options.rollout_tensor),
+        rollout_pipeline=found.get(_ROLLOUT_PP, 1),
+    )
+
+
+def training(
+    program: Program,
+    options: Options,
+    selected: Selected,
+    used: Profile,
+    own: Mapping[str, Any],
+    *,
+    model: str,
+    files: Files,
+    folder: str,
+    experiment: str,
+    reward: str | None = None,
+) -> Training:
+    """What the trainer of `program` is asked for; `own` are the user's settings for it, and paths are the nodes'.
+
+    Raises UsageError for parallelism that does not fit these nodes, and for what only Shakedown sets.
+    """
+    for key in own:
+        if key in OWN:
+            raise UsageError(f"verl.{key} is set by Shakedown: use {OWN[key]}")
+    asked = Training(
+        model=model,
+        train=str(files.train),
+        val=str(files.val) if files.val else None,
+        folder=folder,
+        nodes=max(selected.counts),
+        gpus_per_node=selected.gpus,
+        split=divided(options, selected, own),
+        profile=used,
+        project=options.workflow,
+        experiment=experiment,
+        reward=reward,
+    )
+    if used.device == "cpu":
+        asked = replace(asked, **_SMALL)
+    if options.steps is not None or options.epochs is not None:
+        asked = replace(asked, steps=options.steps, epochs=options.epochs or asked.epochs)
+    fields = {name: own[key] for key, name in _FIELDS[program].items() if key in own}
+    if "epochs" in fields and "steps" not in fields:
+        fields["steps"] = None
+    rest = {key: value for key, value in own.items() if key not in {*_FIELDS[program], _ROLLOUT_TP, _ROLLOUT_PP}}
+    return replace(asked, **fields, settings=rest)

@@ -1,0 +1,331 @@
+"""A workflow planned and carried out: what it needs is found, and its stages are the cells of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from runner.cluster import profiles
+from runner.cluster import slurm as slurm_settings
+from runner.cluster.backends import BACKENDS
+from runner.cluster.inventory import Inventory
+from runner.cluster.ssh import rendered
+from runner.errors import UsageError
+from runner.launch import blame, carry, tuned
+from runner.launch import prepare as launch_prepare
+from runner.launch import resume as launch_resume
+from runner.launch import start as launch_start
+from runner.launch.carry import Dependencies, RunResult, new_id
+from runner.launch.prepare import Selected
+from runner.launch.supply import Data
+from runner.plan import build
+from runner.plan.plan import Cell, Plan
+from runner.plan.request import Request
+from runner.report.progress import Display
+from runner.results.rundir import RunDir
+from runner.results.status import cell_status
+from runner.system import manifest
+from runner.system.places import cache_dir
+from runner.workflow import prepare, publish
+from runner.workflow.asked import Options, engine, profile, settings
+from runner.workflow.links import Maker, checkpoint_folder, model_folder
+from runner.workflow.prepare import Files
+from runner.workflow.record import Stages
+from runner.workflow.stages import (
+    RL_DATA,
+    SFT_DATA,
+    Action,
+    Former,
+    Program,
+    Stage,
+    Step,
+    chosen,
+    stages_of,
+    steps,
+)
+
+Read = Callable[[str | None], Inventory]
+
+SAVES = 2  # checkpoints of a stage that are kept while the next one is written
+_NEWEST = "latest_checkpointed_iteration.txt"  # verl's
+_NOT_YET = prepare.Prepared(Path(), {SFT_DATA: Files(Path()), RL_DATA: Files(Path())}, {}, "", 0)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A workflow on nodes that were not contacted: its stages and what becomes of each, what was found for it, and the
+    run that carries out those on nodes. `inputs` are those of every stage (`stages.inputs`).
+    """
+
+    options: Options
+    stages: tuple[Stage, ...]
+    steps: tuple[Step, ...]
+    profile: str
+    found: prepare.Prepared
+    inputs: Mapping[str, Mapping[str, str]]
+    run: launch_prepare.Prepared
+
+
+def planned(options: Options, read: Read, display: Display | None = None, run: RunDir | None = None) -> Planned:
+    """Check and plan a workflow, or what is left of it in `run`.
+
+    With a `display`, what it needs is found and fetched. Without one, nothing is contacted or written, and a checksum
+    that only this can tell is left open. Raises UsageError for what cannot be planned, before anything is fetched, and
+    what `prepare.prepare` raises.
+    """
+    if options.publish is not None:
+        publish.check(options.publish)
+    elif Program.PUBLISH in options.stages:
+        raise UsageError("--stages publish: say where to with --publish dir:PATH, hf:OWNER/NAME or rsync:HOST:PATH")
+    before = Plan.from_dict(run.read_plan()) if run else None
+    former = _former(options, run, before) if run and before else {}
+    left = {name for stage in stages_of(options.workflow) if _stands(former, stage) for name in stage.leaves}
+    stages = chosen(options.workflow, options.stages, left)
+    if options.publish is None:
+        stages = tuple(stage for stage in stages if stage.program is not Program.PUBLISH)
+    given = settings(options.settings, options.workflow, engine(options))
+    selected = launch_prepare.selected(options.run, read, {"slurm": given.slurm} if given.slurm else {})
+    if before is not None:
+        selected = _as_before(selected, before)
+    if display is not None:
+        selected = _observed(options, selected)
+    name = profile(options, selected.device)
+    maker = Maker(options, given, selected, name, _NOT_YET)
+    for stage in stages:
+        if stage.program in (Program.SFT, Program.PPO, Program.GRPO):
+            maker.overrides(stage)  # refuses what cannot work, before anything is fetched
+    asked = _asked(options, selected, name)
+    found = prepare.preview(asked) if display is None else prepare.prepare(asked, _shown(display))
+    maker = replace(maker, found=found)
+    decided = steps(stages, maker.inputs(), former)
+
+    def located(request: Request) -> Request:
+        kept = [*stages, *(stage for stage in stages_of(options.workflow) if _stands(former, stage))]
+        return replace(request, chain=maker.links(kept, work(options) / request.run_id))
+
+    request = launch_prepare.requested(options.run, selected, {}, {}, run.run_id if run else new_id())
+    request = located(replace(request, profile=name))
+    asked_of_run = launch_prepare.Prepared(
+        options=options.run,
+        inventory=selected.inventory,
+        nodes=selected.nodes,
+        request=request,
+        plan=build.build(request, selected.nodes),
+        untuned=request,
+        tuned=tuned.Asked(options.run.results, "", use=False),
+        notes=found.notes,
+        located=located,
+    )
+    return Planned(options, stages, decided, name, found, maker.inputs(), asked_of_run)
+
+
+def work(options: Options) -> Path:
+    """The folder that all nodes see, in which each run has its own for checkpoints and models."""
+    return Path(options.work).absolute() if options.work else options.run.results.absolute()
+
+
+def _asked(options: Options, selected: Selected, name: str) -> prepare.Asked:
+    local = not BACKENDS[selected.nodes[0].backend].remote
+    return prepare.Asked(
+        workflow=options.workflow,
+        profile=name,
+        lock=profiles.lock(profiles.LOCKS[name][0]),
+        work=work(options),
+        cache=cache_dir(),
+        model=options.model,
+        data=options.data,
+        rl_data=options.rl_data,
+        reward=Path(options.reward) if options.reward else None,
+        publish=options.publish,
+        seen=(Path("/"),) if local else (work(options),),
+        seed=options.run.seed,
+        saves=SAVES,
+    )
+
+
+def _observed(options: Options, selected: Selected) -> Selected:
+    """With what Slurm's settings leave to be seen. Raises UsageError where the nodes do not see the work folder."""
+    if selected.slurm is None:
+        return selected
+    with rendered(selected.inventory) if BACKENDS[selected.nodes[0].backend].remote else nullcontext() as ssh_config:
+        slurm = carry.observed(selected.slurm, selected.inventory, ssh_config, work(options))
+    if options.work is None and not slurm_settings.Settings(**(slurm or {})).sees_files:
+        raise UsageError(
+            f"the nodes do not see {work(options)}, where checkpoints and models are: give a folder that they and this "
+            "machine see with --work DIR"
+        )
+    return replace(selected, slurm=slurm)
+
+
+def _as_before(selected: Selected, before: Plan) -> Selected:
+    """The nodes of a run that goes on, as the inventory has them today."""
+    names = [node.name for node in before.nodes]
+    nodes = tuple(node for node in selected.nodes if node.name in names)
+    count = max(cell.num_nodes for cell in before.cells)
+    if len(nodes) < count:
+        gone = sorted({*names} - {node.name for node in nodes})
+        raise UsageError(
+            f"run {before.run_id} needs {', '.join(gone)}, which the inventory {selected.inventory.source} does not "
+            "have: give the inventory that it was started with (-i)"
+        )
+    return replace(selected, nodes=nodes, counts=(count,), slurm=before.slurm)
+
+
+def _shown(display: Display) -> prepare.Progress:
+    return lambda what, done, total: display.at(done, total, what)
+
+
+# --- what a former run has left ---------------------------------------------------------------------------
+
+
+def _former(options: Options, run: RunDir, before: Plan) -> dict[str, Former]:
+    """What `run` recorded of each stage, and what is there of it now."""
+    status, folder = run.read_status(), work(options) / run.run_id
+    found = {}
+    for stage in stages_of(options.workflow):
+        if (cell := next((cell for cell in before.cells if cell.id == stage.name), None)) is not None:
+            entry = status["cells"][cell.id]
+            made_from = entry.get("inputs") or cell.inputs
+            if stage.program is Program.MERGE:
+                there = manifest.complete(Path(model_folder(folder, stage, made_from))) is not None
+                found[stage.name] = Former(entry["state"], made_from, there)
+            else:
+                step = _newest(Path(checkpoint_folder(folder, stage, made_from)))
+                found[stage.name] = Former(entry["state"], made_from, step is not None, step)
+        elif (noted := Stages(run).entries().get(stage.name)) is not None:
+            found[stage.name] = Former(noted["state"], noted["inputs"], True)
+    return {name: one for name, one in found.items() if one.state != "planned"}
+
+
+def _newest(folder: Path) -> str | None:
+    try:
+        return f"global_step_{int((folder / _NEWEST).read_text())}"
+    except (OSError, ValueError):
+        return None
+
+
+def _stands(former: Mapping[str, Former], stage: Stage) -> bool:
+    one = former.get(stage.name)
+    return one is not None and one.state == "complete" and one.artefact
+
+
+# --- carried out ------------------------------------------------------------------------------------------
+
+
+def start(options: Options, read: Read, display: Display, dependencies: Dependencies | None = None) -> RunResult:
+    """Carry out a workflow: find what it needs, run its stages, publish the model.
+
+    Raises what `planned`, `launch.start.start` and `publish.publish` raise.
+    """
+    made = planned(options, read, display)
+    for note in made.found.notes:
+        display.note(note)
+    ended = launch_start.start(made.run, display, _recorded(made, dependencies))
+    return _published(made, ended, display)
+
+
+def resume(
+    options: Options,
+    again: launch_resume.Options,
+    read: Read,
+    display: Display,
+    dependencies: Dependencies | None = None,
+) -> RunResult:
+    """Carry out what is left of a run, as `options` ask for it now: what stands is kept."""
+    made = planned(options, read, display, again.run)
+    for step in made.steps:
+        display.note(f"{step.stage.name}: {step.action} ({step.reason})")
+    left = [step for step in made.steps if step.stage.name in cells_of(made) and step.action is not Action.KEEP]
+    if left:
+        again = replace(again, replanned=lambda plan, status: replanned(made, plan, status))
+        ended = launch_resume.resume(again, read, display, _recorded(made, dependencies))
+    else:
+        from runner.report import conclude
+
+        ended = RunResult(again.run, conclude.judge(again.run))
+    return _published(made, ended, display)
+
+
+def cells_of(made: Planned) -> Mapping[str, Cell]:
+    """The cells of a planned workflow by the name of their stage."""
+    return {cell.id: cell for cell in made.run.plan.cells}
+
+
+def replanned(made: Planned, plan: Plan, status: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the status of a run with the stages that are asked for now; those that stand are as they were."""
+    becomes = {step.stage.name: step for step in made.steps}
+    before = {cell.id: cell for cell in plan.cells}
+    entries = dict(status["cells"])
+    cells = []
+    for cell in made.run.plan.cells:
+        step = becomes.get(cell.id)
+        old = before.get(cell.id)
+        if old is not None and (step is None or step.action is Action.KEEP):
+            cells.append(replace(old, after=cell.after))
+            continue
+        cells.append(cell)
+        entry = entries.setdefault(cell.id, cell_status(1))
+        if step is not None and entry["state"] == "complete":  # for what is not seen in its inputs
+            entries[cell.id] = {**entry, "state": "incomplete", "error": blame.error("plan_changed", step.reason)}
+    kept = {cell.id for cell in cells}
+    return replace(plan, cells=tuple(cells)), {
+        **status,
+        "cells": {name: entry for name, entry in entries.items() if name in kept},
+    }
+
+
+def _recorded(made: Planned, dependencies: Dependencies | None) -> Dependencies:
+    """Dependencies that record in the run's directory what was asked for and found, before its first cell runs."""
+    dependencies = dependencies or Dependencies()
+
+    def data(plan: Plan, cells: Sequence[Cell], display: Display) -> Data | None:
+        record = Stages(RunDir(Path(plan.run_dir)))
+        record.ask(made.options.workflow, to_json(made.options))
+        with record.running(Program.PREPARE, made.inputs[Program.PREPARE]) as left:
+            left |= {"model": str(made.found.model), "checksums": dict(made.found.checksums)}
+            left |= {"data": {name: str(files.train) for name, files in made.found.data.items()}}
+        return dependencies.data(plan, cells, display)
+
+    return replace(dependencies, data=data)
+
+
+def _published(made: Planned, ended: RunResult, display: Display) -> RunResult:
+    """The run with its model published, where that is asked for and every stage before it is complete."""
+    step = next((step for step in made.steps if step.stage.program is Program.PUBLISH), None)
+    states = {cell["state"] for cell in ended.summary["cells"]}
+    if step is None or made.options.publish is None or step.action is Action.KEEP or states != {"complete"}:
+        return ended
+    (model,) = step.stage.needs
+    merge = next(stage for stage in stages_of(made.options.workflow) if model in stage.leaves)
+    folder = model_folder(work(made.options) / ended.run.run_id, merge, made.inputs[merge.name])
+    with ended.run.alive(), Stages(ended.run).running(step.stage.name, made.inputs[step.stage.name]) as left:
+        found = publish.publish(Path(folder), made.options.publish, _shown(display))
+        left |= {"where": found.where, "bytes": found.bytes, "digest": found.digest}
+    display.note(f"published: {found.where}")
+    return ended
+
+
+# --- options, kept with the run ---------------------------------------------------------------------------
+
+
+def to_json(options: Options) -> dict[str, Any]:
+    """Options as JSON."""
+    values = asdict(options)
+    values["run"]["results"] = str(options.run.results)
+    return values
+
+
+def from_json(values: Mapping[str, Any]) -> Options:
+    """The options in a run's status.json; what this version does not know is passed over."""
+
+    def known(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+        names = {each.name for each in fields(kind)}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key in names}
+
+    run = launch_prepare.Options(
+        **{**known(launch_prepare.Options, values["run"]), "results": Path(values["run"]["results"])}
+    )
+    return Options(**{**known(Options, values), "run": run})

@@ -1,0 +1,276 @@
+"""A workflow planned: its chain, its folders, its dry run; and what becomes of a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from golden_files import check as golden
+from runner.cluster import profiles
+from runner.errors import UsageError
+from runner.launch.prepare import Options as RunOptions
+from runner.results.rundir import RunDir
+from runner.system import manifest
+from runner.workflow import prepare, preview, publish, start
+from runner.workflow.asked import Options
+from runner.workflow.prepare import Files
+from runner.workflow.record import Stages
+from runner.workflow.stages import Action
+
+RUN_ID = "20260102-030405-abcd"
+FOUND = prepare.Prepared(
+    model=Path("/d/tiny"),
+    data={"sft-data": Files(Path("/d/sft.parquet")), "rl-data": Files(Path("/d/rl.parquet"))},
+    checksums={"environment": "e", "model": "m", "sft-data": "s", "rl-data": "r"},
+    question="What is 2 + 3?",
+    parameters=100_000,
+)
+NAMES = ["sft", "merge-sft", "ppo", "merge-ppo"]
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What is found for a workflow, in place of looking for it: set `checksums` of it to change that."""
+    has = {"found": FOUND}
+    for name in ("preview", "prepare"):
+        monkeypatch.setattr(prepare, name, lambda asked, on_progress=None: has["found"])
+    monkeypatch.setattr(start, "new_id", lambda: RUN_ID)
+    monkeypatch.setattr(publish, "check", lambda target: None)
+    return has
+
+
+def options(results="/r", workflow="sft-ppo", **changes):
+    of_run = {key: changes.pop(key) for key in ("node_counts", "one_allocation", "backend") if key in changes}
+    return Options(workflow, RunOptions(results=Path(results), command="runner workflow", **of_run), **changes)
+
+
+@pytest.fixture
+def on_cpus(cluster):
+    """Eight nodes with two CPU ranks each, over ssh."""
+    nodes = tuple(
+        replace(node, gpus=2, device="cpu", hardware="cpu", python="/opt/shakedown/env/bin/python",
+                pythons={"cpu-smoke": "/opt/shakedown/env-cpu-smoke/bin/python"})
+        for node in cluster.nodes
+    )  # fmt: skip
+    return replace(cluster, nodes=nodes)
+
+
+def over(source, backend):
+    return replace(source, nodes=tuple(replace(node, backend=backend) for node in source.nodes))
+
+
+# --- the chain -------------------------------------------------------------------------------------------
+
+
+def test_each_stage_on_nodes_is_a_cell_after_the_one_before(found, machine):
+    plan = start.planned(options(), lambda source: machine).run.plan
+    assert [(cell.id, cell.after) for cell in plan.cells] == list(zip(NAMES, [None, *NAMES], strict=False))
+    assert {cell.profile for cell in plan.cells} == {"cpu-smoke"}
+
+
+def test_a_stage_takes_what_the_one_before_it_leaves(found, machine):
+    cells = {cell.id: cell for cell in start.planned(options(), lambda source: machine).run.plan.cells}
+    assert cells["merge-sft"].params["checkpoint"] == cells["sft"].params["checkpoint"]
+    assert f"trainer.default_local_dir={cells['sft'].params['checkpoint']}" in cells["sft"].params["words"]
+    assert f"actor_rollout_ref.model.path={cells['merge-sft'].params['target']}" in cells["ppo"].params["words"]
+    assert f"critic.model.path={cells['merge-sft'].params['target']}" in cells["ppo"].params["words"]
+    assert all(cell.params["checkpoint"].startswith(f"/r/{RUN_ID}/checkpoints/") for cell in cells.values())
+
+
+def test_paths_follow_the_name_that_the_run_is_given_in_the_end(found, machine):
+    made = start.planned(options(), lambda source: machine)
+    renamed = made.run.located(replace(made.run.request, run_id="other"))
+    assert "/r/other/checkpoints/" in renamed.chain[0].params["checkpoint"] and RUN_ID not in str(renamed.chain)
+    assert [link.inputs for link in renamed.chain] == [link.inputs for link in made.run.request.chain]
+
+
+def test_a_folder_is_of_what_is_made_in_it(found, machine):
+    def folders(**changes):
+        cells = start.planned(options(**changes), lambda source: machine).run.plan.cells
+        return {cell.id: Path(cell.params["checkpoint"]).name for cell in cells if "words" in cell.params}
+
+    first, other = folders(), folders(settings=("verl.rl.algorithm.gamma=0.9",))
+    assert first["sft"] == other["sft"] and first["ppo"] != other["ppo"]
+
+
+def test_without_a_target_nothing_is_published(found, machine):
+    assert "publish" not in [step.stage.name for step in start.planned(options(), lambda source: machine).steps]
+    made = start.planned(options(publish="dir:/p"), lambda source: machine)
+    assert made.steps[-1].stage.name == "publish"
+    with pytest.raises(UsageError, match="--stages publish: say where to with --publish"):
+        start.planned(options(stages=("publish",)), lambda source: machine)
+
+
+@pytest.mark.parametrize("workflow", ["sft", "ppo", "grpo"])
+def test_a_trainer_alone_begins_with_the_model_that_is_given(found, machine, workflow):
+    first = start.planned(options(workflow=workflow), lambda source: machine).run.plan.cells[0]
+    key = "model.path" if workflow == "sft" else "actor_rollout_ref.model.path"
+    assert f"{key}=/d/tiny" in first.params["words"]
+
+
+def test_a_reward_is_told_to_ppo_alone_and_is_an_input(found, machine):
+    before = start.planned(options(), lambda source: machine)
+    found["found"] = replace(FOUND, reward=Path("/d/reward.py"), reward_sha256="abc")
+    after = start.planned(options(reward="reward.py"), lambda source: machine)
+    words = {cell.id: cell.params.get("words", ()) for cell in after.run.plan.cells}
+    assert "reward.custom_reward_function.path=/d/reward.py" in words["ppo"]
+    assert not any("reward" in word for word in words["sft"])
+    assert [name for name in before.inputs if before.inputs[name] != after.inputs[name]] == [
+        "ppo",
+        "merge-ppo",
+        "publish",
+    ]
+
+
+def test_the_time_limit_of_a_stage_is_its_own(found, machine):
+    cells = start.planned(options(settings=("ppo.timeout_s=60",)), lambda source: machine).run.plan.cells
+    assert [cell.params["timeout_s"] for cell in cells] == [86400.0, 86400.0, 60.0, 86400.0]
+
+
+# --- the dry run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "changes"),
+    [
+        ("ssh", "ssh", {"node_counts": (2,)}),
+        ("slurm", "slurm", {"node_counts": (2,)}),
+        ("slurm-one", "slurm", {"node_counts": (2,), "one_allocation": True, "workflow": "grpo", "publish": "dir:/p"}),
+    ],
+)
+def test_a_dry_run_shows_what_ranks_get(found, on_cpus, name, backend, changes):
+    made = start.planned(options(**changes), lambda source: over(on_cpus, backend))
+    shown = preview.text(made)
+    golden(f"workflow/command-{name}.txt", shown + "\n")
+    for cell in made.run.plan.cells:
+        assert all(shlex.quote(word) in shown for word in cell.params.get("words", ()))
+    assert "ray start" in shown and "main_ppo" in shown
+    assert ("#SBATCH" in shown) == (backend == "slurm")
+    assert json.loads(json.dumps(preview.as_dict(made)))["stages"][1]["commands"]
+
+
+# --- a run that goes on ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(found, machine, tmp_path):
+    """A run of a workflow whose stages are complete, with what they left."""
+    made = start.planned(options(tmp_path), lambda source: machine)
+    folder = RunDir.create(tmp_path, made.run.plan.to_dict())
+    status = folder.read_status()
+    for cell in made.run.plan.cells:
+        status["cells"][cell.id].update(state="complete", inputs=dict(cell.inputs))
+        where = Path(cell.params.get("target") or cell.params["checkpoint"])
+        where.mkdir(parents=True, exist_ok=True)
+        if "target" in cell.params:
+            (where / "model.safetensors").write_text("x")
+            manifest.write(where)
+        else:
+            (where / "latest_checkpointed_iteration.txt").write_text("2")
+    folder.write_status(status)
+    with Stages(folder).running("prepare", made.inputs["prepare"]):
+        pass
+    return folder
+
+
+def left(run, machine, **changes):
+    """(what becomes of each stage, the planned workflow) of a run that goes on."""
+    made = start.planned(options(run.path.parent, **changes), lambda source: machine, run=run)
+    return {step.stage.name: step.action.value for step in made.steps}, made
+
+
+def test_what_stands_is_kept(run, machine):
+    assert set(left(run, machine)[0].values()) == {"keep"}
+
+
+def test_other_data_for_ppo_keep_what_was_fine_tuned(run, machine, found):
+    found["found"] = replace(FOUND, checksums={**FOUND.checksums, "rl-data": "other"})
+    becomes, made = left(run, machine)
+    assert becomes == {"prepare": "run", "sft": "keep", "merge-sft": "keep", "ppo": "run", "merge-ppo": "run"}
+    before = start.Plan.from_dict(run.read_plan())
+    plan, status = start.replanned(made, before, run.read_status())
+    assert plan.cells[:2] == before.cells[:2] and plan.cells[2].params != before.cells[2].params
+    assert [status["cells"][name]["state"] for name in NAMES] == ["complete", "complete", "incomplete", "incomplete"]
+    assert status["cells"]["ppo"]["error"]["message"] == "changed since: rl-data"
+
+
+def test_a_model_that_is_gone_is_merged_again(run, machine):
+    plan = start.Plan.from_dict(run.read_plan())
+    (Path(plan.cells[3].params["target"]) / "model.safetensors").unlink()
+    assert left(run, machine)[0]["merge-ppo"] == "run"
+    assert left(run, machine)[0]["ppo"] == "keep"
+
+
+def test_an_interrupted_ppo_continues_from_its_checkpoint(run, machine):
+    status = run.read_status()
+    status["cells"]["ppo"]["state"] = "cancelled"
+    status["cells"]["merge-ppo"]["state"] = "planned"
+    run.write_status(status)
+    becomes, made = left(run, machine)
+    assert becomes["ppo"] == "continue" and becomes["merge-ppo"] == "run"
+    assert made.steps[3].checkpoint == "global_step_2"
+
+
+def test_a_stage_alone_takes_what_the_run_has_and_no_other_runs(run, machine):
+    status = run.read_status()
+    for name in ("ppo", "merge-ppo"):
+        status["cells"][name]["state"] = "failed"
+    run.write_status(status)
+    becomes, made = left(run, machine, stages=("ppo",))
+    assert becomes == {"prepare": "keep", "ppo": "continue"}
+    plan, status = start.replanned(made, start.Plan.from_dict(run.read_plan()), run.read_status())
+    assert [cell.id for cell in plan.cells] == ["sft", "merge-sft", "ppo"] == list(status["cells"])
+    assert plan.cells[2].after == "merge-sft"
+
+
+def test_stages_that_a_run_did_not_have_are_added(found, machine, tmp_path):
+    made = start.planned(options(tmp_path, stages=("sft",)), lambda source: machine)
+    folder = RunDir.create(tmp_path, made.run.plan.to_dict())
+    assert [cell.id for cell in made.run.plan.cells] == ["sft"]
+    becomes, again = left(folder, machine)
+    assert list(becomes) == ["prepare", *NAMES] and becomes["ppo"] == "run"
+    plan, status = start.replanned(again, start.Plan.from_dict(folder.read_plan()), folder.read_status())
+    assert [cell.id for cell in plan.cells] == NAMES == list(status["cells"])
+
+
+def test_a_run_that_was_moved_finds_what_it_has_left(run, machine, tmp_path):
+    moved = tmp_path / "elsewhere" / run.path.name
+    moved.parent.mkdir()
+    run.path.rename(moved)
+    assert set(left(RunDir(moved), machine)[0].values()) == {"keep"}
+
+
+# --- status.json -----------------------------------------------------------------------------------------
+
+
+def test_status_says_what_was_asked_for_and_it_is_read_back(run):
+    asked = options("/r", settings=("verl.optim.lr=1",), node_counts=(2,), stages=("sft",), reward="r.py")
+    Stages(run).ask("sft-ppo", start.to_json(asked))
+    name, values = Stages(run).asked()
+    assert name == "sft-ppo" and start.from_json({**values, "later": 1}) == asked
+
+
+def test_a_stage_that_fails_says_why_and_one_that_is_stopped_is_cancelled(run):
+    with pytest.raises(UsageError), Stages(run).running("publish", {"model": "m"}):
+        raise UsageError("no such folder", "not_permitted")
+    entry = Stages(run).entries()["publish"]
+    assert (entry["state"], entry["error"]) == ("failed", {"kind": "not_permitted", "message": "no such folder"})
+    with pytest.raises(KeyboardInterrupt), Stages(run).running("publish", {}):
+        raise KeyboardInterrupt
+    assert Stages(run).entries()["publish"]["state"] == "cancelled"
+    with Stages(run).running("publish", {"model": "m"}) as filled:
+        filled["where"] = "/p"
+    entry = Stages(run).entries()["publish"]
+    assert (entry["state"], entry["error"], entry["left"]) == ("complete", None, {"where": "/p"})
+
+
+def test_the_profiles_that_are_offered_are_those_with_a_lock():
+    from runner.cli.workflow import PROFILES
+    from runner.workflow import verl
+
+    assert set(PROFILES) == set(verl.PROFILES) == set(profiles.LOCKS)
+    assert {action.value for action in Action} == {"keep", "continue", "run"}
