@@ -17,6 +17,7 @@ from runner.judge.scaling import judge_scaling
 from runner.judge.targets import judge_targets
 from runner.judge.verdict import not_judged_reason
 from runner.results.records import Record
+from runner.results.status import took_s
 from runner.system.wording import counted
 from runner.workloads.registry import trains
 
@@ -69,6 +70,7 @@ def summarise(
         "targets": targets,
         "findings": faults,
         "observations": findings.observations(suspects),
+        "stages": _stages(status, cells),
         "replaced": list(status.get("replaced", ())),
         "attempts": {
             cell: entry["attempt"] for cell, entry in status.get("cells", {}).items() if entry.get("attempt", 1) > 1
@@ -112,6 +114,40 @@ def _overall(
         if unfair[cell["id"]]:
             return "not_judged", str(unfair[cell["id"]])
     return "not_judged", "no target was measured in this run"
+
+
+def _stages(status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The stages of a workflow in order, those on nodes and those on the controller; empty for another run.
+
+    `left` says what a stage leaves, by name.
+    """
+    controller = status.get("stages", {})
+    if not controller:
+        return []
+    own = [
+        {
+            "stage": name,
+            "state": entry["state"],
+            "num_nodes": 0,
+            "took_s": took_s(entry),
+            "queued_s": 0.0,
+            "left": dict(entry.get("left") or {}),
+            "message": (entry.get("error") or {}).get("message", ""),
+        }
+        for name, entry in controller.items()
+    ]
+    errors = {name: entry.get("error") or {} for name, entry in status.get("cells", {}).items()}
+    on_nodes = [
+        {
+            "stage": cell["id"],
+            **{key: cell[key] for key in ("state", "num_nodes", "took_s", "queued_s")},
+            "left": {"folder": left} if (left := cell["details"].get("left")) and cell["state"] == "complete" else {},
+            "message": errors.get(cell["id"], {}).get("message", ""),
+        }
+        for cell in cells
+    ]
+    # A workflow's first stage is always one on the controller, which finds what it needs; others there come last.
+    return [*own[:1], *on_nodes, *own[1:]]
 
 
 def _state(status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:

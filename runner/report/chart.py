@@ -73,6 +73,14 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column of `parts` from below: (height, colour, hover title). `name` is below it, where there is room."""
+
+    name: str
+    parts: Sequence[tuple[float, int, str]]
+
+
+@dataclass(frozen=True)
 class Axis:
     """An axis from `low` to `high`. `ticks` are (value, text); a logarithmic axis needs positive values."""
 
@@ -313,6 +321,38 @@ def bars(rows: Sequence[Bar], x: Axis, description: str) -> str:
             parts.append(_line(px(mark.y), top - 5, px(mark.y), top + thick + 5, name, mark.title))
         parts.append(_text(at, base, row.text, anchor, "within" if inside else "value"))
     return _svg(parts, height, description)
+
+
+def columns(stacks: Sequence[Column], x_label: str, y: Axis, description: str) -> str:
+    """A chart of stacked columns as an SVG element, from left to right. The axis must begin at 0.
+
+    A column that is higher than the axis is cut off at its end, and its height is written there. Colour number COLOURS
+    is that of what is nothing: a rest.
+    """
+    plot = _Plot(Axis(x_label, 0, max(1, len(stacks)), []), y, RIGHT)
+    parts = _frame(plot)
+    pitch = (plot.right - plot.left) / max(1, len(stacks))
+    wide = pitch * (0.8 if pitch > 6 else 1)
+    ticks = []
+    for index, stack in enumerate(stacks):
+        middle, below = plot.left + pitch * (index + 0.5), 0.0
+        ticks += [(float(index), stack.name)] if stack.name else []
+        for height, colour, title in stack.parts:
+            bottom, top = plot.py(min(below, y.high)), plot.py(min(below + height, y.high))
+            below += height
+            if bottom - top >= 0.05:
+                parts.append(
+                    f'<rect class="bar c{colour}" x="{middle - wide / 2:.1f}" y="{top:.1f}" width="{wide:.1f}" '
+                    f'height="{bottom - top:.1f}"><title>{escape(title)}</title></rect>'
+                )
+        if below > y.high:
+            text = f"{below:.3g} ↑"
+            half = labels.width(text, TEXT) / 2
+            at = min(max(middle, plot.left + half), plot.right - half)
+            parts.append(_text(at, TOP - 4, text, "middle", "value"))
+    spots = _spaced(ticks, lambda index: plot.left + pitch * (index + 0.5))
+    parts += [_text(at, plot.bottom + 18, text, "middle") for at, text in spots]
+    return _svg(parts, HEIGHT, description)
 
 
 def heat(values: Mapping[tuple[int, int], float], reference: float, description: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from runner import failures
 from runner.judge import analysis, findings
-from runner.report import figures, sections
+from runner.report import figures, rl, sections
 from runner.report.figures import curves, number, per_rank
 from runner.report.words import SIGNS, VERDICTS, headline, target_text, title
 from runner.results.records import Record
@@ -151,6 +151,7 @@ def _page(
         "per": per_rank(summary["cells"]),
         "scaling_reason": not_judged[-1] if not_judged and len(not_judged) == len(summary["scaling"]) else "",
         "scaling_figures": figures.scaling(summary),
+        "stages": rl.stages(summary),
         "sections": _sections(runs, summary),
         "environment": _environment(facts, naming),
         "findings": _found(summary["findings"], naming),

@@ -1,4 +1,4 @@
-"""The report's sections, one per test: the interface of a test's report module, and its input."""
+"""The report's sections, one per report module: the interface of such a module, and its input."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run as input of one test's section: plan.json, summary.json, and records by cell id.
+    """A run as input of one section: plan.json, summary.json, and records by cell id.
 
-    `short` returns the alias of a node's name.
+    `test` is the section's test; of several that share a report module, the first that the page would show. `short`
+    returns the alias of a node's name.
     """
 
     test: str
@@ -51,14 +52,14 @@ class Charts:
 
 
 class Section(Protocol):
-    """The interface of a test's report module. `GLOSSARY` is term -> explanation."""
+    """The interface of a report module, that of one test or of several. `GLOSSARY` is term -> explanation."""
 
     TITLE: str
     ANCHOR: str
     GLOSSARY: Mapping[str, str]
 
     def tables(self, cells: Sequence[Row]) -> list[Table]:
-        """Tables of the test's cells, complete or not; `cells` are entries of summary.json, at least one."""
+        """Tables of the tests' cells, complete or not; `cells` are entries of summary.json, at least one."""
 
     def tiles(self, run: Measured) -> list[Tile]:
         """The test's most important numbers, from its largest node count."""
@@ -68,15 +69,21 @@ class Section(Protocol):
 
 
 def sections() -> dict[str, Section]:
-    """Test name -> its section, in the order of the page."""
-    return {name: cast(Section, import_module(TESTS[name].report)) for name in reversed(tuple(TESTS))}
+    """Test name -> its section, in the order of the page. Of tests that share one, the first has it."""
+    found: dict[str, Section] = {}
+    for name in reversed(tuple(TESTS)):
+        section = cast(Section, import_module(TESTS[name].report))
+        if section not in found.values():
+            found[name] = section
+    return found
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
-    """Test name -> its tables, for every test that the run has cells of, in the order of the page."""
+    """The name in `sections` -> its tables, for every section that the run has cells of, in the order of the page."""
     found = {}
     for name, section in sections().items():
-        if cells := [cell for cell in summary["cells"] if cell["test"] == name]:
+        tests = {test for test, row in TESTS.items() if row.report == TESTS[name].report}
+        if cells := [cell for cell in summary["cells"] if cell["test"] in tests]:
             found[name] = section.tables(cells)
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.report import sections
+from runner.report import rl, sections
 from runner.report.figures import nodes_text
 from runner.report.tables import Table
 from runner.report.words import SIGNS, VERDICTS, headline, title
@@ -23,8 +23,9 @@ def terminal(summary: Mapping[str, Any]) -> str:
     def table(rows: list[dict[str, str]]) -> str:
         return tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, colalign=("left",))
 
-    parts = []
-    for shown in (shown for tables in sections.tables(summary).values() for shown in tables if shown.columns):
+    parts, first = [], rl.stages(summary)
+    every = [*([first] if first else []), *(shown for tables in sections.tables(summary).values() for shown in tables)]
+    for shown in (shown for shown in every if shown.columns):
         if shown.note:
             parts.append(_wrapped(shown.note))
         rows = _columns(shown)

@@ -2,12 +2,13 @@
 
 `healthy()` is a 1, 2, 4, 8-node sweep of the real cluster, `testbed()` eight containers on one kernel, and
 `broken()` a cluster with a dead cell, wrong results, a slow scaling and an odd driver on one node. `nccl()` is test nccl
-on a healthy cluster, `nccl_sockets()` on one without RDMA, `nccl_slow_rail()` with one bad rail.
+on a healthy cluster, `nccl_sockets()` on one without RDMA, `nccl_slow_rail()` with one bad rail. `rl()` is a workflow.
 `python tests/fakes/report_fixture.py DIR` writes their reports.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ import gpu_cells
 import yaml
 
 from runner.cluster.limits import busbw_factor
+from runner.cluster.tools.verl_metrics import step_of
 from runner.plan import config
 from runner.results.records import Record
 from runner.workloads.nccl import command
 from runner.workloads.nccl.variants import variants
+from runner.workloads.rl.record import values_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [f"fukushimadc-02-hgx-{n:04d}" for n in (1, 2, 3, 4, 5, 6, 7, 9)]
@@ -560,6 +563,133 @@ def nccl_slow_rail() -> Fixture:
     return nccl((2,), slow_rail=5, undirected=(NAMES[1],), settings=settings)
 
 
+def _rl_steps(steps: int, attempts: tuple[int, ...]) -> Iterator[tuple[str, bool]]:
+    """verl's line of each step of PPO, and whether it is the first of an attempt."""
+    rng = random.Random(11)
+    for number in range(1, steps + 1):
+        longer = 1 + 0.02 * number
+        first = number in attempts
+        times = {
+            "gen": 41.0 * longer, "reward": 1.4, "old_log_prob": 5.2, "ref": 4.9, "values": 4.1, "adv": 0.4,
+            "update_critic": 16.0, "update_actor": 19.5, "update_weights": 3.6,
+        }  # fmt: skip
+        times = {name: seconds * rng.uniform(0.97, 1.05) for name, seconds in times.items()}
+        times |= {"save_checkpoint": 11.0} if number % 10 == 0 else {}
+        idle_s = 240.0 if first else 62.0 if number == 17 else rng.uniform(3.0, 5.0)
+        tokens = 1024 * (180 + 210 * longer)
+        mean, learned = 210 * longer, 1 - 0.9 ** (number / 2)
+        data = {f"timing_s/{name}": seconds for name, seconds in times.items()} | {
+            "timing_s/step": sum(times.values()) + idle_s,
+            "timing_per_token_ms/gen": 1000 * times["gen"] / (1024 * mean),
+            **{
+                f"timing_per_token_ms/{name}": 1000 * times[name] / tokens
+                for name in ("ref", "values", "adv", "update_critic", "update_actor")
+            },
+            "perf/total_num_tokens": tokens,
+            "critic/rewards/mean": 0.08 + 0.62 * learned + rng.gauss(0, 0.02),
+            "actor/reward_kl_penalty": 0.0004 * number + rng.gauss(0, 0.0004),
+            "actor/ppo_kl": rng.gauss(0, 0.0002),
+            "response_length/mean": mean,
+            "response_length/max": 512.0,
+            "response_length/clip_ratio": 0.02 + 0.001 * number,
+            "global_seqlen/mean": tokens / 16,
+            "global_seqlen/balanced_max": tokens / 16 * 1.01,
+            "actor/grad_norm": 0.4,
+        }
+        if number % 10 == 0:
+            data["val-core/openai/gsm8k/acc/mean@1"] = 0.05 + 0.6 * learned
+        yield json.dumps({"step": number, "data": data}), first
+
+
+def _sft_steps(steps: int) -> Iterator[str]:
+    rng = random.Random(5)
+    for number in range(1, steps + 1):
+        data = {
+            "train/loss": 0.42 + 0.9 * 0.93**number + rng.gauss(0, 0.012),
+            "train/grad_norm": 0.8,
+            "train/global_tokens": 256 * 310,
+        }
+        yield json.dumps({"step": number, "data": data})
+
+
+RL_CELLS = {
+    "sft": (
+        "rl-sft",
+        {"words": ["trainer.logger=[console,file,wandb,tensorboard]"], "checkpoint": "/scratch/sft.9a1c"},
+    ),
+    "merge-sft": ("rl-merge", {"target": "/scratch/models/sft.9a1c", "checkpoint": "/scratch/sft.9a1c"}),
+    "ppo": (
+        "rl",
+        {
+            "program": "ppo",
+            "words": ["trainer.logger=[console,file,wandb,tensorboard]"],
+            "checkpoint": "/scratch/ppo.77e0",
+        },
+    ),
+    "merge-ppo": ("rl-merge", {"target": "/scratch/models/ppo.77e0", "checkpoint": "/scratch/ppo.77e0"}),
+}
+QUESTION = "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?"
+ANSWERS = {
+    "merge-sft": "In May she sold 48 / 2 = <<48/2=24>>24 clips.\nShe sold 48 + 24 = <<48+24=72>>72 in all.\n#### 72",
+    "merge-ppo": "In May Natalia sold 48/2 = 24 clips. In all she sold 48+24 = 72 clips.\n#### 72",
+}
+
+
+def rl(steps: int = 30, attempts: tuple[int, ...] = (1, 21)) -> Fixture:
+    """Workflow sft-ppo on two nodes of 8 x H200, whose PPO went on once from a checkpoint; one of its steps waits."""
+    p = plan(model="llama-2-7b", hardware="h200-sxm", counts=(2,), repeats=1, gpus=8, device="cuda")
+    base = {**p["cells"][0], "model": None, "batch": None, "chosen": "", "expected": None}
+    p["models"] = {}
+    p["command"] = (
+        "runner workflow sft-ppo -i inventory/fukushimadc-02 --nodes 2 --model llama-3.2-1b-instruct --data gsm8k"
+    )
+    p["cells"] = []
+    for name, (test, params) in RL_CELLS.items():
+        one = test == "rl-merge"
+        hosts = base["hosts"][: 1 if one else 2]
+        world_size = {"rl-sft": 16}.get(test, 1)
+        p["cells"].append(
+            {**base, "id": name, "test": test, "params": params, "num_nodes": len(hosts), "hosts": hosts,
+             "world_size": world_size}
+        )  # fmt: skip
+    cells = {cell["id"]: cell for cell in p["cells"]}
+    records = []
+    for index, line in enumerate(_sft_steps(3 * steps)):
+        found = step_of(line)
+        values = values_of(found, 2.4 + 0.1 * (index % 3) if index else None, index > 0)
+        records += [_record(p, cells["sft"], metric, value, 0, **context) for metric, value, context in values]
+    for line, first in _rl_steps(steps, attempts):
+        found = step_of(line)
+        values = values_of(found, found.seconds, not first)
+        records += [_record(p, cells["ppo"], metric, value, 0, **context) for metric, value, context in values]
+    for name, answer in ANSWERS.items():
+        records.append(_record(p, cells[name], "merge_s", 38.0, 0))
+        records.append(_record(p, cells[name], "answer_s", 4.2, 0, question=QUESTION, answer=answer))
+    state = status(p)
+    for name, entry in state["cells"].items():
+        entry["used"] = {"wandb": "offline"} if RL_CELLS[name][0] != "rl-merge" else {}
+    state["workflow"] = {"name": "sft-ppo", "asked": {}}
+    began = {"state": "complete", "started": p["created"], "error": None, "inputs": {}}
+    data = {"sft-data": "/scratch/data/gsm8k-sft.parquet", "rl-data": "/scratch/data/gsm8k-rl.parquet"}
+    state["stages"] = {
+        "prepare": {
+            **began,
+            "ended": "2026-11-21T04:05:45Z",
+            "left": {
+                "model": "/scratch/models/llama-3.2-1b-instruct",
+                "checksums": {"model": "0123abcd"},
+                "data": data,
+            },
+        },
+        "publish": {
+            **began,
+            "ended": "2026-11-21T04:05:17Z",
+            "left": {"where": "/home/anna/models/gsm8k-ppo", "bytes": 2_471_645_608, "digest": "89ab"},
+        },
+    }
+    return Fixture(p, state, records, facts(p, one_kernel=False))
+
+
 if __name__ == "__main__":
     import sys
 
@@ -567,7 +697,7 @@ if __name__ == "__main__":
     from runner.report import page
 
     made_of = {"healthy": healthy, "testbed": testbed, "broken": broken, "one-gpu": one_gpu, "gpus": gpus}
-    made_of |= {"nccl": nccl, "nccl-sockets": nccl_sockets, "nccl-slow-rail": nccl_slow_rail}
+    made_of |= {"rl": rl, "nccl": nccl, "nccl-sockets": nccl_sockets, "nccl-slow-rail": nccl_slow_rail}
     for name, made in {name: make() for name, make in made_of.items()}.items():
         folder = Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def _uneven(cell: str, measured: Sequence[Step]) -> Iterator[Suspect]:
         yield Suspect(
             "uneven_rollout",
             where=f"{cell}, {_steps([one for *_, one in found])}",
-            evidence=f"in {len(found)} of {counted(len(measured), 'measured step')} rollout waits for few answers: in "
+            evidence=f"in {len(found)} of {counted(len(measured), 'measured step')}: in "
             f"step {step.number} {what} {ratio:.3g} times the mean's {unit}, and rollout takes {seconds:.3g} of "
             f"{step.seconds:.3g} s",
             confidence=NOBODY,

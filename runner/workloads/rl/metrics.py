@@ -126,6 +126,7 @@ def _rates(done: Sequence[Step], gpus: int) -> dict[str, float]:
     times = [step.seconds for step in done if step.measured and step.seconds]
     if times:
         found["step_time_s_p50"], found["step_time_s_p95"] = statistics.median(times), quantile(times, 0.95)
+        found["step_time_s_mean"] = statistics.fmean(times)
     counted = [(step.tokens, step.seconds) for step in done if step.measured and step.tokens and step.seconds]
     if counted:
         rate = sum(tokens for tokens, _ in counted) / sum(seconds for _, seconds in counted)

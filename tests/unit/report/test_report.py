@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from golden_files import check as golden
 from runner.cluster import limits
+from runner.cluster.tools.verl_metrics import PHASES
 from runner.judge import analysis
 from runner.report import chart, figures, sections, terminal
 from runner.report.page import write
@@ -32,6 +33,7 @@ RUNS = {
     "nccl-sockets": report_fixture.nccl_sockets,
     "nccl-slow-rail": report_fixture.nccl_slow_rail,
     "gpus": report_fixture.gpus,
+    "rl": report_fixture.rl,
 }
 HOSTILE = "<script>alert('x')</script>"
 
@@ -254,7 +256,7 @@ def test_a_run_of_the_version_before_with_one_rank_is_still_shown(tmp_path: Path
 
 @pytest.mark.parametrize("name", TESTS)
 def test_a_tests_report_module_offers_a_section(name: str) -> None:
-    section = sections.sections()[name]
+    section = next(one for test, one in sections.sections().items() if TESTS[test].report == TESTS[name].report)
     assert section.TITLE and re.fullmatch("[a-z]+", section.ANCHOR)
     fixture = report_fixture.nccl() if name == "nccl" else report_fixture.healthy((1, 2))
     summary = analysis.summarise(*fixture.arguments)
@@ -272,11 +274,12 @@ def test_every_term_of_the_glossary_is_in_the_reference_of_metrics() -> None:
 
 def test_every_metric_of_a_summary_is_in_the_reference_of_metrics() -> None:
     reference = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-    made = (report_fixture.healthy((1, 2)), report_fixture.one_gpu(), report_fixture.nccl((1, 2)))
+    made = (report_fixture.healthy((1, 2)), report_fixture.one_gpu(), report_fixture.nccl((1, 2)), report_fixture.rl())
     summaries = [analysis.summarise(*each.arguments) for each in made]
     names = {name for summary in summaries for cell in summary["cells"] for name in cell["metrics"]}
     collectives = "|".join((*limits.COLLECTIVES, "barrier", *PROGRAMS))
     general = {re.sub(rf"^({collectives})_", "<collective>_", name) for name in names}
+    general = {re.sub(rf"^({'|'.join(PHASES)})_(share_pct|tokens_per_s)$", r"<phase>_\2", name) for name in general}
     assert sorted(name for name in general if f"`{name}`" not in reference) == []
 
 

@@ -146,7 +146,7 @@ def test_a_rollout_that_waits_for_few_answers_is_an_observation():
     (uneven,) = found([rl_line(1), rl_line(2), rl_line(3, **{"response_length/max": 450.0})])
     assert (uneven.kind, uneven.observation) == ("uneven_rollout", True)
     assert uneven.evidence == (
-        "in 1 of 2 measured steps rollout waits for few answers: in step 3 the longest answer has 4.5 times the mean's "
+        "in 1 of 2 measured steps: in step 3 the longest answer has 4.5 times the mean's "
         "tokens, and rollout takes 4 of 9 s"
     )
     times = {"timing_s/agent_loop/generate_sequences/mean": 1.0, "timing_s/agent_loop/generate_sequences/max": 3.0}
