@@ -17,6 +17,7 @@ from runner.launch import copy
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse
 from runner.launch.watch import CellContext, CellRun
+from runner.node import leftovers
 from runner.node.protocol import GRACE_S, PATIENCE_S, CellRequest, CleanRequest, SweepRequest
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan, job, rank_environment
@@ -163,7 +164,7 @@ class Agents:
         marker = process.cell_marker(plan.run_id, cell.id)
         for session in lost:
             if not self._remote(plan) or session.name == LAUNCHER:
-                process.stop_marked(marker, GRACE_S)
+                leftovers.remove(marker, GRACE_S)
         nodes = [plan.node(session.name) for session in lost if session.name != LAUNCHER]
         if nodes and self._remote(plan):
             failures = ask(nodes, plan.backend, self.ssh_config, SweepRequest(marker), timeout_s=15)[1]

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner.node import leftovers
 from runner.node.agent import NodeCell
 from runner.node.check import check, clean
 from runner.node.output import send_message
@@ -25,7 +26,6 @@ from runner.node.protocol import (
     UnknownRequest,
     read_request,
 )
-from runner.system import process
 
 _BLOCK = 65536
 _LAST_LINE = re.compile(rb"^\}[ \t\r]*\n", re.MULTILINE)
@@ -48,7 +48,7 @@ def main() -> int:
     if isinstance(request, CheckRequest):
         send_message(check(request))
     elif isinstance(request, SweepRequest):
-        process.stop_marked(request.marker, request.grace_s)
+        leftovers.remove(request.marker, request.grace_s)
         send_message(Swept())
     else:
         send_message(Cleaned(clean(Path(request.scratch), request.run_id)))

@@ -25,7 +25,7 @@ from typing import TextIO
 
 from runner.cluster import facts
 from runner.errors import InfrastructureError
-from runner.node import engine, gate, kernel, ranks
+from runner.node import engine, gate, kernel, leftovers, ranks
 from runner.node.leash import Leash
 from runner.node.output import Tail, copy, last_lines, send_message
 from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, CellRequest, Fault, Outcome, RankStack, Started
@@ -65,7 +65,7 @@ class NodeCell:
                     with gate.linked(self.request):
                         rc = self._carry_out()
                 finally:
-                    process.stop_marked(self.request.marker, self.request.grace_s)
+                    leftovers.remove(self.request.marker, self.request.grace_s)
                     self._record_nccl()
         except (OSError, gate.Refused, InfrastructureError) as failure:
             fault = self._explained(failure)

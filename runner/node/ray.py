@@ -20,7 +20,6 @@ import http.client
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
 import stat
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import RunnerError
+from runner.node.leftovers import locked, remove_unused
 from runner.node.meeting import Inbox, Meeting, Peer, Refused, Unreachable, listener, meet
 from runner.node.protocol import Fault
 from runner.plan.engines import ray
@@ -453,28 +453,18 @@ def _folder(path: Path) -> Iterator[Path]:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise GaveUp("not_permitted", f"{path} is not a folder of this user alone: remove it")
         held = os.open(path, os.O_RDONLY)
-        if _locked(held, fcntl.LOCK_EX):  # nobody has it
-            shutil.rmtree(path, ignore_errors=True)
+        if remove_unused(held, path):  # nobody has it
             os.close(held)
             path.mkdir(mode=0o700, exist_ok=True)
             held = os.open(path, os.O_RDONLY)
-        if _locked(held, fcntl.LOCK_SH) and os.path.samestat(os.fstat(held), path.stat()):
+        if locked(held, fcntl.LOCK_SH) and os.path.samestat(os.fstat(held), path.stat()):
             break
         os.close(held)
     try:
         yield path
     finally:
-        if _locked(held, fcntl.LOCK_EX):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_unused(held, path)
         os.close(held)
-
-
-def _locked(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _ephemeral() -> range:

@@ -581,3 +581,39 @@ def test_a_task_that_srun_saw_end_first_is_blamed_on_its_node(line, message, sto
     }
     found = blame.blame(sessions("a", "b"), outcomes)
     assert (found["host"], found["message"]) == ("b", message)
+
+
+# --- an engine of our own that gave up ------------------------------------------------------------
+
+LATE = "n2 (10.0.0.3) has not joined Ray within 120 s"
+
+
+def gave_up(kind: str, message: str, accused: str | None = None) -> Outcome:
+    return Outcome(rc=1, error=message, kind=kind, accused=accused)
+
+
+def test_the_node_that_another_accuses_is_named():
+    found = blame.blame(
+        sessions("a", "b"), {"a": gave_up("never_joined", LATE, "b"), "b": gave_up("lost_peers", "has lost the head")}
+    )
+    assert (found["kind"], found["host"], found["message"]) == ("never_joined", "b", LATE)
+    assert "also" not in found
+
+
+def test_what_a_node_says_of_itself_counts_more_than_what_another_says_of_it():
+    told = gave_up("gpus_missing", "has 1 GPU to use, 2 asked for")
+    found = blame.blame(sessions("a", "b"), {"a": gave_up("never_joined", LATE, "b"), "b": told})
+    assert [(one["kind"], one["host"]) for one in each_error(found)] == [("gpus_missing", "b")]
+
+
+def test_a_node_that_is_gone_is_lost_whatever_others_say_of_it():
+    found = blame.blame(sessions("a", "b"), {"a": gave_up("never_joined", LATE, "b")})
+    assert [(one["kind"], one["host"]) for one in each_error(found)] == [("lost_connection", "b")]
+
+
+def test_who_only_lost_another_is_nobodys_suspect():
+    lost = gave_up("lost_peers", "has lost b")
+    found = blame.blame(sessions("a", "b"), {"a": lost, "b": gave_up("ray_died", "Ray has ended with status 1: x")})
+    assert [(one["kind"], one["host"]) for one in each_error(found)] == [("ray_died", "b")]
+    alone = blame.blame(sessions("a", "b"), {"a": lost, "b": Outcome(stopped="stop")})
+    assert (alone["kind"], alone["host"]) == ("lost_peers", None) and "has lost b" in alone["message"]
