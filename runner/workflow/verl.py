@@ -1,26 +1,27 @@
-"""What verl's trainers are told: overrides of their Hydra configurations, as a list of words. Pure.
+"""What verl's trainers are told: overrides of their Hydra configurations. Pure but for the file of verl's settings.
 
-Written for verl 0.9.1. Whoever changes a name here runs `--cfg job` of that version over the goldens.
+`verl_settings` knows which settings there are and writes them as words, and `workloads.rl` what a CPU needs beside.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from runner.errors import UsageError
 from runner.system.wording import counted
+from runner.workflow import verl_settings
 from runner.workflow.parallelism import FSDP, MEGATRON, Split
 from runner.workflow.stages import Program
+from runner.workflow.verl_settings import Trainer
+from runner.workloads import rl
 
 Overrides = Mapping[str, Any]
 
-# Maps of verl's configuration that are open: a key of theirs need not be there to be set.
-_OPEN = re.compile(r"\.(override_config|override_transformer_config|override_optimizer_config|engine_kwargs\.\w+)\.")
-_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
-_WORDS_OF_HYDRA = re.compile(r"null|true|false|inf|nan|[+-]?(inf|nan)", re.IGNORECASE)
+# The trainer of verl that runs a program.
+TRAINERS: Mapping[Program, str] = {Program.SFT: "sft", Program.PPO: "ppo", Program.GRPO: "ppo"}
 
 # What Shakedown decides itself -> how a user asks for it.
 OWN: Mapping[str, str] = {
@@ -99,73 +100,55 @@ class Training:
     settings: Overrides = field(default_factory=dict)  # the user's, which come last
 
 
-# --- words ---------------------------------------------------------------------------------------------------
-
-
-def word(key: str, value: Any) -> str:
-    """`key=value` in Hydra's syntax, which reads it back as the same value.
-
-    Raises UsageError for a value that Hydra would resolve or cut.
-    """
-    return f"{'++' if _OPEN.search(f'.{key}') else ''}{key}={_value(key, value)}"
-
-
-def _value(key: str, value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{_value(key, one)}" for name, one in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_value(key, one) for one in value) + "]"
-    text = str(value)
-    if "${" in text or not text.isprintable():
-        raise UsageError(f"{key} = {text!r}: verl would not read this as it is written; leave out ${{ and line breaks")
-    if _PLAIN.fullmatch(text) and not _WORDS_OF_HYDRA.fullmatch(text):
-        return text
-    # Inside quotes, Hydra takes a backslash as itself unless it is before a quote or the end.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
-
-
-def words(overrides: Overrides) -> list[str]:
-    """The overrides as words of a command, in their order; groups of configuration (`engine=…`) first, as Hydra
-    composes before it overrides.
-    """
-    return [word(key, overrides[key]) for key in sorted(overrides, key=lambda key: "." in key)]
-
-
 # --- trainers ------------------------------------------------------------------------------------------------
 
 
-def overrides(program: Program, asked: Training) -> dict[str, Any]:
-    """All overrides of the trainer of `program`, the user's last.
+def trainer(program: Program, strategy: str) -> Trainer:
+    """verl's trainer of `program` with its engine for `strategy` (`parallelism`)."""
+    return verl_settings.trainer(TRAINERS[program], engine(strategy))
 
-    Raises UsageError where the profile has no strategy for the split, batches do not divide, or a setting is not the
-    user's to make.
+
+def engine(strategy: str) -> str:
+    """verl's training engine of a strategy: it is what writes checkpoints, and what a merge must know."""
+    return "megatron" if strategy == MEGATRON else "fsdp"
+
+
+def overrides(program: Program, asked: Training) -> dict[str, Any]:
+    """All overrides of the trainer of `program`, the user's last; those that choose its engine are among them.
+
+    Raises UsageError where the profile has no strategy for the split, batches do not divide, or a setting is unknown,
+    of another type, or not the user's to make.
     """
     asked = settled(program, asked)
-    made = _sft(asked) if program is Program.SFT else _rl(asked, program)
     for key in asked.settings:
         if key in OWN:
             raise UsageError(f"verl.{key} is set by Shakedown: use {OWN[key]}")
-    return {**made, **asked.settings}
+    used = trainer(program, asked.split.strategy)
+    used.overrides(asked.settings)
+    made = _sft(asked) if program is Program.SFT else _rl(asked, program)
+    device = rl.SETTINGS[program] if asked.profile.device == "cpu" else {}
+    return {**used.selected, **made, **device, **asked.settings}
+
+
+def words(program: Program, told: Overrides) -> list[str]:
+    """Overrides of the trainer of `program` as words for Hydra, first those that choose its engine.
+
+    Raises UsageError as `verl_settings.Trainer.overrides`.
+    """
+    used = next(one for one in map(partial(trainer, program), (MEGATRON, FSDP)) if one.selected.items() <= told.items())
+    return used.overrides({key: value for key, value in told.items() if key not in used.selected})
 
 
 def command(program: Program, python: str, asked: Training) -> list[str]:
     """The command that starts a trainer: fine-tuning as one rank of many, PPO and GRPO once, on Ray's head."""
-    module = "verl.trainer.sft_trainer" if program is Program.SFT else "verl.trainer.main_ppo"
-    return [python, "-m", module, *words(overrides(program, asked))]
+    module = trainer(program, asked.split.strategy).module
+    return [python, "-m", module, *words(program, overrides(program, asked))]
 
 
 def merge(python: str, checkpoint: str, target: str, strategy: str) -> list[str]:
     """The command that makes a Hugging Face folder of a checkpoint's `global_step_N` (PPO: its `actor`)."""
-    backend = "megatron" if strategy == MEGATRON else "fsdp"
     folders = ["--local_dir", checkpoint, "--target_dir", target]
-    return [python, "-m", "verl.model_merger", "merge", "--backend", backend, *folders]
+    return [python, "-m", "verl.model_merger", "merge", "--backend", engine(strategy), *folders]
 
 
 def require_strategy(asked: Training) -> None:
@@ -239,13 +222,6 @@ def _trainer(asked: Training) -> dict[str, Any]:
     }
 
 
-def _on_cpu(prefix: str, asked: Training) -> dict[str, Any]:
-    """What a model needs without flash-attn and without kernels for packed sequences."""
-    if asked.profile.device != "cpu":
-        return {}
-    return {f"{prefix}.use_remove_padding": False, f"{prefix}.override_config.attn_implementation": "eager"}
-
-
 def _engine(prefix: str, asked: Training) -> dict[str, Any]:
     """How the model is divided, and what leaves the GPU: the settings of an engine that trains."""
     if asked.split.strategy == MEGATRON:
@@ -268,15 +244,14 @@ def _engine(prefix: str, asked: Training) -> dict[str, Any]:
         f"{prefix}.param_offload": asked.offload,
         f"{prefix}.optimizer_offload": asked.offload,
         f"{prefix}.reshard_after_forward": asked.reshard,
-        **({f"{prefix}.use_torch_compile": False} if asked.profile.device == "cpu" else {}),
     }
 
 
 def _sft(asked: Training) -> dict[str, Any]:
-    megatron, cpu = asked.split.strategy == MEGATRON, asked.profile.device == "cpu"
+    fsdp = asked.split.strategy == FSDP
     tokens = asked.prompt_tokens + asked.response_tokens
     return {
-        **({"engine": "megatron", "optim": "megatron"} if megatron else {"engine": "fsdp", "engine.strategy": FSDP}),
+        **({"engine.strategy": FSDP} if fsdp else {}),
         "data.train_files": asked.train,
         "data.val_files": asked.val,
         "data.train_batch_size": asked.batch,
@@ -285,11 +260,9 @@ def _sft(asked: Training) -> dict[str, Any]:
         "data.max_token_len_per_gpu": tokens * (asked.micro_batch or MICRO),
         "data.truncation": "error",
         "data.pad_mode": "no_padding",
-        **({"data.use_dynamic_bsz": False, "data.num_workers": 0} if cpu else {}),
         "model.path": asked.model,
         "model.trust_remote_code": asked.trust_remote_code,
         "model.enable_gradient_checkpointing": asked.recompute,
-        **_on_cpu("model", asked),
         **_engine("engine", asked),
         "optim.lr": 1e-5 if asked.learning_rate is None else asked.learning_rate,
         **_trainer(asked),
@@ -297,11 +270,10 @@ def _sft(asked: Training) -> dict[str, Any]:
 
 
 def _rl(asked: Training, program: Program) -> dict[str, Any]:
-    megatron, cpu = asked.split.strategy == MEGATRON, asked.profile.device == "cpu"
+    megatron = asked.split.strategy == MEGATRON
     critic = program is Program.PPO
     actor, rollout, micro = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", asked.micro_batch
     made: dict[str, Any] = {
-        **({"model_engine": "megatron"} if megatron else {}),
         "algorithm.adv_estimator": "gae" if critic else "grpo",
         "data.train_files": asked.train,
         "data.val_files": asked.val or asked.train,
@@ -314,13 +286,11 @@ def _rl(asked: Training, program: Program) -> dict[str, Any]:
         "actor_rollout_ref.model.path": asked.model,
         "actor_rollout_ref.model.trust_remote_code": asked.trust_remote_code,
         "actor_rollout_ref.model.enable_gradient_checkpointing": asked.recompute,
-        **_on_cpu("actor_rollout_ref.model", asked),
         f"{actor}.strategy": asked.split.strategy,
         f"{actor}.optim.lr": 1e-6 if asked.learning_rate is None else asked.learning_rate,
         f"{actor}.ppo_mini_batch_size": asked.mini_batch,
         f"{actor}.ppo_micro_batch_size_per_gpu": micro,
         **_engine(f"{actor}.{'megatron' if megatron else 'fsdp_config'}", asked),
-        **({f"{actor}.use_torch_compile": False} if cpu else {}),
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": micro,
         **_reference(asked),
         f"{rollout}.name": asked.profile.rollout,
@@ -328,22 +298,12 @@ def _rl(asked: Training, program: Program) -> dict[str, Any]:
         f"{rollout}.tensor_model_parallel_size": asked.split.rollout_tensor,
         f"{rollout}.log_prob_micro_batch_size_per_gpu": micro,
     }
-    if cpu:
-        made |= {
-            f"{rollout}.free_cache_engine": False,
-            f"{rollout}.load_format": "auto",
-            f"{rollout}.agent.num_workers": 1,
-            "data.dataloader_num_workers": 0,
-            "reward.num_workers": 1,
-            "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
-        }
     if critic:  # the reference's distance is a part of the reward
         made |= {
             "algorithm.use_kl_in_reward": True,
             "critic.model.path": asked.model,
             "critic.model.trust_remote_code": asked.trust_remote_code,
             "critic.model.enable_gradient_checkpointing": asked.recompute,
-            **_on_cpu("critic.model", asked),
             "critic.strategy": asked.split.strategy,
             "critic.optim.lr": 1e-5,
             "critic.ppo_micro_batch_size_per_gpu": micro,
@@ -367,6 +327,4 @@ def _reference(asked: Training) -> dict[str, Any]:
             f"{prefix}.pipeline_model_parallel_size": asked.split.pipeline,
             f"{prefix}.param_offload": asked.offload,
         }
-    prefix = "actor_rollout_ref.ref.fsdp_config"
-    cpu = {f"{prefix}.use_torch_compile": False} if asked.profile.device == "cpu" else {}
-    return {f"{prefix}.param_offload": asked.offload, **cpu}
+    return {"actor_rollout_ref.ref.fsdp_config.param_offload": asked.offload}

@@ -24,7 +24,7 @@ VERSION = "0.9.1"
 MANDATORY = "???"  # Hydra's mark of a value that must be given
 
 _WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")
-_NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = ("true", "false", "null", "nan", "inf")
 _OPTIONAL = re.compile(r"(?:typing\.)?Optional\[(.*)\]|(.*?)\s*\|\s*None")
@@ -79,6 +79,11 @@ class Trainer:
                 raise UsageError(f"{where}{key}: {wrong}, got {literal(value, key)}")
             words.append(f"{'' if place.present else '+'}{key}={literal(value, key)}")
         return words
+
+    @property
+    def selected(self) -> dict[str, str]:
+        """The names of configuration groups that `select` sets, with their values."""
+        return dict(word.split("=", 1) for word in self.select)
 
     @property
     def chosen(self) -> set[str]:
@@ -207,8 +212,6 @@ def _is_open(node: Any, declared: str) -> bool:
 
 def mismatch(place: Place, value: Any) -> str:
     """What a value for `place` should be, where `value` is not that; "" where it is, or where verl leaves it open."""
-    if isinstance(value, str) and value.startswith("${"):
-        return ""  # an interpolation: Hydra resolves it
     inner, optional = _inner(place.declared)
     if value is None:
         allowed = optional or place.default in (None, MANDATORY) or not place.declared or inner == "Any"
@@ -248,6 +251,8 @@ def _is_of(value: Any, expected: tuple[type, ...]) -> bool:
         return True
     if isinstance(value, (int, float)) and str in expected:
         return True  # a name that is a number
+    if isinstance(value, tuple):
+        return list in expected
     return isinstance(value, expected)
 
 
@@ -294,9 +299,11 @@ def literal(value: Any, key: str = "") -> str:
             raise UsageError(f"{key}: {bad!r} is no name for Hydra: use letters, digits and _")
         return "{" + ",".join(f"{name}:{literal(item, key)}" for name, item in value.items()) + "}"
     text = str(value)
-    if "\n" in text or "\0" in text:
-        raise UsageError(f"{key}: a text of one line is needed")
-    if text.startswith("${") or (_WORD.fullmatch(text) and text.lower() not in _RESERVED):
+    if "${" in text:  # also inside quotes, where Hydra resolves it
+        raise UsageError(f"{key} = {text}: ${{…}} stands for another value of verl's: give that value itself")
+    if not text.isprintable():
+        raise UsageError(f"{key}: {text!r} is no text of one line")
+    if _WORD.fullmatch(text) and text.lower() not in _RESERVED:
         return text
     # A backslash is itself, but before a quote or at the end.
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)

@@ -10,10 +10,15 @@ import math
 import subprocess
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import verl_environment
 from role_modules import ROOT
+from runner.errors import UsageError
 from runner.workflow import verl_settings
+from runner.workflow.stages import Program
+from runner.workflow.verl import TRAINERS
 from runner.workloads import rl
 from runner.workloads.data import verl as data
 from runner.workloads.rl import tiny
@@ -160,25 +165,110 @@ print(json.dumps(extract.text(extract.extract(place))))""")
     assert text == (ROOT / "configs" / "verl" / f"{rl.VERL}.json").read_text()
 
 
-@pytest.mark.parametrize("name", rl.SETTINGS)
-def test_hydra_reads_every_setting_as_it_was_meant(verl, name):
-    texts = ["", "it's", "a b,c=d", "a\\", "\\'", "1e-6", "true", "ä", "[x]", "{a:1}", "$x", "%(x)s", "#", " a ", "a:b"]
-    trainer = verl_settings.trainer(name)
-    config = {"ppo": "ppo_trainer", "sft": "sft_trainer_engine"}[name]
-    cases = [dict(rl.SETTINGS[name])] + [{"trainer.project_name": text} for text in texts]
-    asked = [[trainer.overrides(case), list(case)] for case in cases]
-    read = verl(f"""
-import json, pathlib, importlib.util
+CONFIGS = {"sft": "sft_trainer_engine", "ppo": "ppo_trainer"}
+COMPOSE = """
+import importlib.util, json, pathlib
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 place = pathlib.Path(importlib.util.find_spec("verl").origin).parent / "trainer" / "config"
-out = []
+"""
+
+
+@pytest.mark.parametrize("name", rl.SETTINGS)
+def test_hydra_reads_every_setting_as_it_was_meant(verl, name):
+    trainer = verl_settings.trainer(TRAINERS[Program(name)])
+    read = verl(f"""{COMPOSE}
 with initialize_config_dir(str(place), version_base=None):
-    for words, keys in json.loads({json.dumps(json.dumps(asked))}):
-        tree = compose({config!r}, overrides=words)
-        out.append({{key: OmegaConf.select(tree, key) for key in keys}})
-print(json.dumps(out))""")
-    assert read == cases
+    tree = compose({CONFIGS[trainer.name]!r}, overrides={trainer.overrides(rl.SETTINGS[name])!r})
+print(json.dumps({{key: OmegaConf.select(tree, key) for key in {list(rl.SETTINGS[name])!r}}}))""")
+    assert read == rl.SETTINGS[name]
+
+
+def test_what_trainers_are_told_is_a_configuration_that_verl_itself_accepts(verl):
+    goldens = {path.name: path.read_text().splitlines() for path in (ROOT / "tests/golden/workflow").glob("*-*.txt")}
+    told = {name: lines for name, lines in goldens.items() if lines[1] == "-m"}
+    assert {name.partition("-")[0] for name in told} == set(rl.SETTINGS)
+    read = verl(f"""{COMPOSE}
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.workers.config.model import HFModelConfig
+HFModelConfig.__post_init__ = lambda self: None  # it opens the model, which is not here
+out = {{}}
+with initialize_config_dir(str(place), version_base=None):
+    for name, (_, _, module, *words) in json.loads({json.dumps(json.dumps(told))}).items():
+        sft = module.endswith("sft_trainer")
+        tree = compose({CONFIGS["sft"]!r} if sft else {CONFIGS["ppo"]!r}, overrides=words)
+        OmegaConf.to_container(tree, resolve=True)
+        if sft:
+            omega_conf_to_dataclass(tree.engine), omega_conf_to_dataclass(tree.optim)
+        else:
+            validate_config(tree, need_reference_policy(tree), need_critic(tree))
+        keys = [word.lstrip("+").partition("=")[0] for word in words]
+        out[name] = {{key: OmegaConf.to_container(tree)[key] if "." not in key else OmegaConf.select(tree, key)
+                     for key in keys if key not in ("engine", "optim", "model_engine")}}
+print(json.dumps(out, default=OmegaConf.to_container))""")
+    assert set(read) == set(told)
+    assert read["ppo-gpu.txt"]["actor_rollout_ref.rollout.tensor_model_parallel_size"] == 2
+    assert read["sft-cpu.txt"]["trainer.logger"] == ["console", "file"]
+
+
+@pytest.fixture(scope="module")
+def hydra():
+    """A function that gives what Hydra reads in a word, and the key that it is for."""
+    try:
+        python = verl_environment.python()
+    except (LookupError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no environment with verl: {error}")
+    code = """
+import json, sys
+from hydra.core.override_parser.overrides_parser import OverridesParser
+parser = OverridesParser.create()
+for line in sys.stdin:
+    (read,) = parser.parse_overrides([json.loads(line)])
+    print(json.dumps([read.key_or_group, read.value()]), flush=True)"""
+    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def read(word: str) -> object:
+            process.stdin.write(json.dumps(word) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield read
+        process.stdin.close()
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(value=VALUES)
+@example(value="it's")
+@example(value="ends with \\")
+@example(value="\\'")
+@example(value="1e-6")
+@example(value="null")
+@example(value="a b,c=d [x] {y:1} $z %(s)s #")
+def test_hydra_reads_every_value_back(hydra, value):
+    try:
+        written = verl_settings.literal(value, "a.b")
+    except UsageError:
+        return
+    assert hydra(f"a.b={written}") == ["a.b", value]
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.from_regex(r"[-+0-9._eE]{1,6}|true|Null|[A-Za-z0-9/_.,:=-]{1,8}", fullmatch=True))
+def test_what_a_user_types_is_read_as_hydra_would(hydra, text):
+    meant = verl_settings.value_of(text)
+    assert hydra(f"a.b={verl_settings.literal(meant, 'a.b')}") == ["a.b", meant]
 
 
 def test_verl_reads_the_data_and_judges_its_answers_right(verl, tmp_path):

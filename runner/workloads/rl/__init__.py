@@ -23,30 +23,33 @@ ENVIRONMENT: Mapping[str, str] = {
 # verl counts the GPUs that Ray offers, so that each rank on a CPU takes one that `ray start --num-gpus` only declares.
 # Without a kernel for packed samples attention is `eager`, with padding removed by nobody.
 _MODEL = {"use_remove_padding": False, "override_config.attn_implementation": "eager"}
-_ACTOR = "actor_rollout_ref"
+_ACTOR, _ROLLOUT = "actor_rollout_ref", "actor_rollout_ref.rollout"
+_GRPO: Mapping[str, object] = {
+    **{f"{_ACTOR}.model.{key}": value for key, value in _MODEL.items()},
+    f"{_ACTOR}.actor.use_torch_compile": False,
+    f"{_ACTOR}.actor.fsdp_config.use_torch_compile": False,
+    f"{_ACTOR}.ref.fsdp_config.use_torch_compile": False,
+    f"{_ROLLOUT}.free_cache_engine": False,
+    f"{_ROLLOUT}.load_format": "auto",
+    # One process of each kind, where verl starts eight.
+    f"{_ROLLOUT}.agent.num_workers": 1,
+    "data.dataloader_num_workers": 0,
+    "reward.num_workers": 1,
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+}
 
-# verl's settings without which a trainer does not start on a CPU: {trainer: {setting: value}}.
+# verl's settings that a CPU needs, beside those that follow from a profile: {program: {setting: value}}.
 SETTINGS: Mapping[str, Mapping[str, object]] = {
     "sft": {
-        "trainer.device": "cpu",
-        "engine.strategy": "fsdp2",
         "engine.use_torch_compile": False,
-        "data.pad_mode": "no_padding",
         "data.use_dynamic_bsz": False,
+        "data.num_workers": 0,
         **{f"model.{key}": value for key, value in _MODEL.items()},
     },
     "ppo": {
-        "trainer.device": "cpu",
-        **{f"{model}.{key}": value for model in (f"{_ACTOR}.model", "critic.model") for key, value in _MODEL.items()},
-        f"{_ACTOR}.actor.strategy": "fsdp2",
-        f"{_ACTOR}.actor.use_torch_compile": False,
-        f"{_ACTOR}.actor.fsdp_config.use_torch_compile": False,
-        f"{_ACTOR}.ref.fsdp_config.use_torch_compile": False,
-        "critic.strategy": "fsdp2",
+        **_GRPO,
+        **{f"critic.model.{key}": value for key, value in _MODEL.items()},
         "critic.fsdp.use_torch_compile": False,
-        f"{_ACTOR}.rollout.name": "hf",
-        f"{_ACTOR}.rollout.tensor_model_parallel_size": 1,
-        f"{_ACTOR}.rollout.free_cache_engine": False,
-        f"{_ACTOR}.rollout.load_format": "auto",
     },
+    "grpo": _GRPO,
 }

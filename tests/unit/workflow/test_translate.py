@@ -141,8 +141,8 @@ def test_what_has_no_equivalent_is_refused_with_what_to_do(document, line):
     if line is None:  # refused where it is written
         from runner.workflow.verl import words
 
-        with pytest.raises(UsageError, match="verl would not read this as it is written"):
-            words(overrides(Program.PPO, translate(document, FILE, start()).asked))
+        with pytest.raises(UsageError, match="give that value itself"):
+            words(Program.PPO, overrides(Program.PPO, translate(document, FILE, start()).asked))
         return
     with pytest.raises(UsageError, match=f"^{FILE}(: |.).*{line}"):
         translate(document, FILE, start())

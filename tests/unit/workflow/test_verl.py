@@ -12,7 +12,8 @@ from golden_files import check
 from runner.errors import UsageError
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.stages import Program
-from runner.workflow.verl import PROFILES, Profile, Training, command, merge, overrides, word
+from runner.workflow.verl import PROFILES, Profile, Training, command, merge, overrides, words
+from runner.workloads import rl
 
 GPU, CPU = PROFILES["gpu-vllm"], PROFILES["cpu-smoke"]
 BOTH = Profile("cuda", "vllm", (FSDP, MEGATRON))
@@ -100,10 +101,41 @@ def test_answers_of_a_group_count_in_the_batch():
         overrides(Program.PPO, asked)
 
 
+@pytest.mark.parametrize(
+    ("program", "key", "value", "line"),
+    [
+        (Program.PPO, "trainer.save_frq", 1, r"--set verl\.trainer\.save_frq: unknown .*did you mean 'save_freq'\?"),
+        (Program.SFT, "critic.optim.lr", 1e-5, r"--set verl\.critic\.optim\.lr: unknown setting of verl .* \(sft\)"),
+        (Program.PPO, "critic.optim.lr", "fast", "a number is needed, got fast"),
+        (Program.GRPO, "model_engine", "megatron", "the training engine decides it"),
+        (Program.PPO, "trainer.project_name", "${oc.env:HF_TOKEN}", "give that value itself"),
+    ],
+)
+def test_a_setting_that_verl_has_not_is_refused_before_anything_runs(program, key, value, line):
+    with pytest.raises(UsageError, match=line):
+        overrides(program, replace(ON_GPUS, settings={key: value}))
+
+
 @pytest.mark.parametrize("key", ["trainer.nnodes", "actor_rollout_ref.model.path", "trainer.resume_mode"])
 def test_what_shakedown_decides_is_no_setting(key):
     with pytest.raises(UsageError, match=rf"verl\.{key} is set by Shakedown: use "):
         overrides(Program.PPO, replace(ON_GPUS, settings={key: 1}))
+
+
+@pytest.mark.parametrize("program", [Program.SFT, Program.PPO, Program.GRPO])
+@pytest.mark.parametrize("asked", [ON_GPUS, ON_CPUS, ON_MEGATRON])
+def test_words_are_for_the_engine_of_the_split_and_every_override_is_one_of_them(program, asked):
+    told = overrides(program, asked)
+    written = words(program, told)
+    assert [word.lstrip("+").partition("=")[0] for word in written] == list(told)
+    assert any(word.endswith("engine=megatron") for word in written) == (asked is ON_MEGATRON)
+
+
+@pytest.mark.parametrize("program", [Program.SFT, Program.PPO, Program.GRPO])
+def test_what_a_cpu_needs_is_told_on_cpus_alone(program):
+    on_cpus, on_gpus = overrides(program, ON_CPUS), overrides(program, ON_GPUS)
+    assert rl.SETTINGS[program].items() <= on_cpus.items()
+    assert not set(rl.SETTINGS[program]) & set(on_gpus)
 
 
 # --- settings --------------------------------------------------------------------------------------------
@@ -112,52 +144,6 @@ def test_what_shakedown_decides_is_no_setting(key):
 def test_a_users_setting_comes_last():
     told = overrides(Program.SFT, replace(ON_GPUS, settings={"optim.lr": 1e-4, "trainer.logger": ["console", "wandb"]}))
     assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ["console", "wandb"]
-
-
-# --- words -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [
-        ("a.b", None, "a.b=null"),
-        ("a.b", True, "a.b=true"),
-        ("a.b", 1e-06, "a.b=1e-06"),
-        ("a.b", ("console", "file"), "a.b=[console,file]"),
-        ("a.b", "null", "a.b='null'"),  # the text, not nothing
-        ("a.b", "007", "a.b='007'"),
-        ("a.b", "/data/my model=1,2", "a.b='/data/my model=1,2'"),
-        ("a.b", "it's", r"a.b='it\'s'"),
-        ("a.b", "ends with \\", "a.b='ends with \\\\'"),
-        ("a.b", "", "a.b=''"),
-        ("a.b", {"x": 1, "y": "z w"}, "a.b={x:1,y:'z w'}"),
-        ("actor_rollout_ref.model.override_config.attn_implementation", "eager", None),
-        (
-            "actor_rollout_ref.rollout.engine_kwargs.vllm.seed",
-            1,
-            "++actor_rollout_ref.rollout.engine_kwargs.vllm.seed=1",
-        ),
-    ],
-)
-def test_a_value_is_written_so_that_hydra_reads_the_same(key, value, expected):
-    assert word(key, value) == (expected or f"++{key}={value}")
-
-
-@pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "two\nlines", "a\x00b"])
-def test_a_value_that_hydra_would_resolve_or_cut_is_refused(value):
-    with pytest.raises(UsageError, match="verl would not read this as it is written"):
-        word("a.b", value)
-
-
-@given(st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"))))
-def test_hydra_itself_reads_every_text_back(text):
-    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser")
-    try:
-        written = word("a.b", text)
-    except UsageError:
-        return
-    (read,) = parser.OverridesParser.create().parse_overrides([written])
-    assert read.value() == text
 
 
 @given(data=st.integers(1, 8), micro=st.integers(1, 8), updates=st.integers(1, 4), times=st.integers(1, 4))
