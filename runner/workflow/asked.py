@@ -14,9 +14,8 @@ from runner.workflow import verl_settings
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.prepare import Files
 from runner.workflow.stages import Program, Stage, stages_of
-from runner.workflow.verl import OWN, PROFILES, Profile, Training
+from runner.workflow.verl import OWN, PROFILES, TRAINERS, Profile, Training, trainer
 
-TRAINERS: Mapping[Program, str] = {Program.SFT: "sft", Program.PPO: "ppo", Program.GRPO: "ppo"}
 PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a device, where none is named
 
 _VERL, _SLURM, _TIME = "verl", "slurm", "timeout_s"
@@ -105,22 +104,18 @@ def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str)
             others = " and ".join(program.value for program in programs)
             raise UsageError(f"--set verl.{name}: workflow {workflow} has no such trainer, only {others}")
         for program in named:
-            _trainer(program, engine).place(rest, f"--set verl.{part}.")
+            trainer(program, engine).place(rest, f"--set verl.{part}.")
         return [(program, rest) for program in named]
     found, errors = [], []
     for program in programs:
         try:
-            _trainer(program, engine).place(name, "--set verl.")
+            trainer(program, engine).place(name, "--set verl.")
             found.append((program, name))
         except UsageError as error:
             errors.append(error)
     if not found:
         raise errors[-1]
     return found
-
-
-def _trainer(program: Program, engine: str) -> verl_settings.Trainer:
-    return verl_settings.trainer(TRAINERS[program], "fsdp" if engine == FSDP else engine)
 
 
 def _seconds(text: str, stage: Stage, name: str, value: str) -> float:

@@ -105,7 +105,9 @@ class Maker:
                 where = str(checkpoint_folder(folder, stage, made[stage.name]))
                 checkpoints[left] = stage, where
                 start = next(models[need] for need in stage.needs if need in models)
-                words = verl.words(self.overrides(stage, start, where, f"{self.options.workflow}-{folder.name}"))
+                words = verl.words(
+                    stage.program, self.overrides(stage, start, where, f"{self.options.workflow}-{folder.name}")
+                )
                 params = {"words": words, "checkpoint": where}
                 if stage.program is not Program.SFT:
                     params["program"] = stage.program.value
