@@ -98,8 +98,10 @@ def obstacle(root: str) -> str | None:
 def program_obstacle(program: Path) -> str | None:
     """Why ranks cannot execute this program of nccl-tests, in one line, or None."""
     if not os.access(program, os.X_OK):
-        missing = program.name if any(program.parent.glob("*_perf")) else "nccl-tests"
-        return f"no {missing} in {program.parent}: {SETUP}"
+        if not any(program.parent.glob("*_perf")):
+            return f"no nccl-tests in {program.parent}: {SETUP}"
+        remedy = f"leave its collective out (nccl.collectives), or with a newer nccl_build_tests_version {SETUP}"
+        return f"no {program.name} in {program.parent}, whose nccl-tests are too old for it: {remedy}"
     try:
         calls_mpi = bool(elf.symbols(program, "MPI_")[0])
     except (OSError, ValueError):

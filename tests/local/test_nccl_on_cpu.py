@@ -81,7 +81,7 @@ def test_every_collective_has_its_program(root):
     assert all(os.access(f"{root}/current/bin/{program}_perf", os.X_OK) for program in PROGRAMS.values())
 
 
-@pytest.mark.parametrize("collective", ["all_reduce", "send_recv", "hypercube"])
+@pytest.mark.parametrize("collective", ["all_reduce", "send_recv", "hypercube", "all_to_all_v"])
 def test_each_collective_is_measured_and_what_nccl_says_is_kept(run, collective):
     status, folder, ended = run(collective, f"nccl.collectives=[{collective}]")
     assert status == 0, ended.outcome.stdout

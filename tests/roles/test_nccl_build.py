@@ -30,7 +30,7 @@ nccl_prefix = importlib.import_module("ansible.module_utils.nccl_prefix")
 CAPTURED = Path(__file__).resolve().parents[3] / "shared" / "captured"
 STAND_INS = ROOT / "molecule" / "resources" / "stand-ins"
 PROGRAMS = (
-    "all_gather", "all_reduce", "alltoall", "broadcast", "gather", "hypercube", "reduce", "reduce_scatter", "scatter",
+    "all_gather", "all_reduce", "alltoall", "alltoallv", "broadcast", "gather", "hypercube", "reduce", "reduce_scatter", "scatter",
     "sendrecv",
 )  # fmt: skip
 MPI = stand_ins.mpi_home()

@@ -16,7 +16,7 @@ MPI = stand_ins.mpi_home()
 mpi = pytest.mark.skipif(not (MPI and shutil.which("mpirun")), reason="no Open MPI with its headers on this machine")
 captured = pytest.mark.skipif(not CAPTURED.exists(), reason=f"no captured outputs in {CAPTURED}")
 ALL = [
-    "all_gather", "all_reduce", "alltoall", "broadcast", "gather", "hypercube", "reduce", "reduce_scatter", "scatter", "sendrecv",
+    "all_gather", "all_reduce", "alltoall", "alltoallv", "broadcast", "gather", "hypercube", "reduce", "reduce_scatter", "scatter", "sendrecv",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ PROGRAMS = {
     "all_gather": "all_gather",
     "reduce_scatter": "reduce_scatter",
     "all_to_all": "alltoall",
+    "all_to_all_v": "alltoallv",
     "broadcast": "broadcast",
     "reduce": "reduce",
     "send_recv": "sendrecv",

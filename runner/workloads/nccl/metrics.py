@@ -27,8 +27,9 @@ _CEILINGS = {
     "COLLNETDIRECT": "collnet",
     "COLLNETCHAIN": "collnet",
 }
-# One GPU sends or receives everything, or busbw is no rate of a link: no ceiling is known.
-_UNLIMITED = ("gather", "scatter", "hypercube")
+# One GPU sends or receives everything, some send more to other nodes than others, or busbw is no rate of a link: no
+# ceiling is known.
+_UNLIMITED = ("gather", "scatter", "hypercube", "all_to_all_v")
 # One flow crosses each boundary of nodes: it cannot exceed its node's NICs, and need not use all of them.
 _ONE_FLOW = ("send_recv",)
 

@@ -14,6 +14,7 @@ Collective = Literal[
     "all_gather",
     "reduce_scatter",
     "all_to_all",
+    "all_to_all_v",
     "broadcast",
     "reduce",
     "send_recv",

@@ -168,8 +168,9 @@ def test_missing_nccl_tests_are_told_with_the_command_that_builds_them(cluster, 
     assert "built without MPI" in problem.message and "nccl_build_mpi: true" in problem.message
     program.write_text("#!/bin/sh\n")  # what cannot be read is unknown
     assert not told()
-    access = replace(access, nccl_tests=[str(program.with_name("hypercube_perf"))])
-    assert told()[0].message.startswith(f"no hypercube_perf in {program.parent}: run `runner setup")
+    access = replace(access, nccl_tests=[str(program.with_name("alltoallv_perf"))])
+    assert told()[0].message.startswith(f"no alltoallv_perf in {program.parent}, whose nccl-tests are too old for it: ")
+    assert "nccl_build_tests_version run `runner setup" in told()[0].message
 
 
 def test_nccl_tests_that_were_asked_for_elsewhere_are_looked_for_there(cluster, tmp_path, mpi_access):

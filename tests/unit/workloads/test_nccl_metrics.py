@@ -40,7 +40,7 @@ def test_each_collective_has_its_own(collective, ceiling):
     assert metrics.limit_of(planned, planted.cell(planned, collective), "RING").gb_per_s == pytest.approx(ceiling)
 
 
-@pytest.mark.parametrize("collective", ["gather", "scatter", "hypercube"])
+@pytest.mark.parametrize("collective", ["gather", "scatter", "hypercube", "all_to_all_v"])
 def test_where_no_ceiling_is_known_none_is_drawn(collective):
     planned = planted.plan(f"nccl.collectives=[{collective}]")
     one = planted.cell(planned, collective)

@@ -26,6 +26,22 @@ const int type_count = sizeof types / sizeof *types;
 struct ranks ranks = {.world_size = 1, .size = 1, .gpus = 1};
 static char **sends, **receives; /* of each GPU of this process */
 
+/* How many elements of AlltoAllv a rank sends to another: the more, the farther it is, in whole 16 bytes. */
+static size_t share(int from, int to, size_t count, size_t size)
+{
+    size_t n = ranks.size, distance = (to - from + n) % n, whole = count * n * size;
+    size_t bytes = n == 1 ? whole : (size_t)((double)distance * whole / (n * (n - 1) / 2));
+    return (bytes & ~(size_t)15) / size;
+}
+
+size_t all_to_all_v(int from, int to, size_t count, size_t size)
+{
+    size_t sum = 0;
+    for (int other = 0; other < to; other++)
+        sum += share(from, other, count, size);
+    return sum;
+}
+
 #ifdef MPI_SUPPORT
 static MPI_Comm group = MPI_COMM_NULL;
 
@@ -147,6 +163,23 @@ static void run_mpi(size_t count, const struct type *type, int op, int root, int
         MPI_Reduce_scatter_block(from, receive, n, mpi, mpi_op(op), group);
     else if (!strcmp(name, "AlltoAll"))
         MPI_Alltoall(from, n, mpi, receive, n, mpi, group);
+    else if (!strcmp(name, "AlltoAllv")) {
+        int *each = calloc(4 * ranks.size, sizeof *each), *counts[2], *places[2];
+        size_t sum = 0;
+        for (int way = 0; way < 2; way++)
+            counts[way] = each + 2 * way * ranks.size, places[way] = counts[way] + ranks.size;
+        for (int other = 0; other < ranks.size; other++) {
+            counts[0][other] = (int)share(ranks.rank, other, count, type->size);
+            places[0][other] = (int)all_to_all_v(ranks.rank, other, count, type->size);
+            counts[1][other] = (int)share(other, ranks.rank, count, type->size);
+            places[1][other] = (int)sum;
+            sum += counts[1][other];
+        }
+        if (in_place)
+            memcpy(send, receive, all_to_all_v(ranks.rank, ranks.size, count, type->size) * type->size);
+        MPI_Alltoallv(send, counts[0], places[0], mpi, receive, counts[1], places[1], mpi, group);
+        free(each);
+    }
     else if (!strcmp(name, "Broadcast")) {
         if (leads && !in_place)
             memcpy(receive, send, count * type->size);
@@ -248,7 +281,14 @@ static void run_here(size_t count, const struct type *type, int op, int root)
         else if (!strcmp(name, "AlltoAll"))
             for (int other = 0; other < gpus; other++)
                 memcpy(receives[gpu] + other * bytes, sends[other] + gpu * bytes, bytes);
-        else if (!test->rooted || gpu == root)
+        else if (!strcmp(name, "AlltoAllv")) {
+            char *into = receives[gpu];
+            for (int other = 0; other < gpus; other++) {
+                size_t part = share(other, gpu, count, type->size) * type->size;
+                memcpy(into, sends[other] + all_to_all_v(other, gpu, count, type->size) * type->size, part);
+                into += part;
+            }
+        } else if (!test->rooted || gpu == root)
             for (int other = 0; other < gpus; other++)
                 memcpy(receives[gpu] + other * bytes, sends[other], bytes);
     }
@@ -266,6 +306,8 @@ void byte_counts(size_t bytes, const struct type *type, size_t *sent, size_t *re
     int scatters = !strcmp(name, "ReduceScatter") || !strcmp(name, "Scatter");
     *sent = scatters || !strcmp(name, "AlltoAll") ? all : one;
     *received = gathers || !strcmp(name, "AlltoAll") ? all : one;
+    if (!strcmp(name, "AlltoAllv"))
+        *sent = *received = all_to_all_v(0, ranks.size, *count, type->size) * type->size;
 }
 
 void allocate(size_t bytes)
@@ -339,9 +381,15 @@ static double reduced(int phase, int op)
 }
 
 /* What a rank must have received at an index of what is not a reduction. */
-static double moved(size_t index, size_t count, int rank, int root)
+static double moved(size_t index, size_t count, size_t size, int rank, int root)
 {
     const char *name = test->name;
+    if (!strcmp(name, "AlltoAllv")) {
+        int source = 0;
+        for (; index >= share(source, rank, count, size); source++)
+            index -= share(source, rank, count, size);
+        return value(source, all_to_all_v(source, rank, count, size) + index);
+    }
     if (!strcmp(name, "Broadcast"))
         return value(root, index);
     if (!strcmp(name, "Scatter"))
@@ -369,7 +417,7 @@ long wrong_values(size_t bytes, const struct type *type, int op, int root, long 
             size_t phase = (i + (test->blocks ? rank * count : 0)) % 4;
             if ((long)i < planted)
                 *found ^= 1;
-            put(right, type, test->reduces ? sums[phase] : moved(i, count, rank, root));
+            put(right, type, test->reduces ? sums[phase] : moved(i, count, type->size, rank, root));
             wrong += memcmp(right, found, type->size) != 0;
         }
     }

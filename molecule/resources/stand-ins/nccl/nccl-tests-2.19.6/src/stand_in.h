@@ -34,6 +34,7 @@ void end_ranks(void);
 void barrier(void);
 double over_ranks(double value, int average); /* of the world: 0 rank 0's, 1 mean, 2 min, 3 max, 4 sum */
 void print_in_order(const char *line);
+size_t all_to_all_v(int from, int to, size_t count, size_t size); /* what a rank sends to those before `to` */
 void byte_counts(size_t bytes, const struct type *type, size_t *sent, size_t *received, size_t *count);
 void allocate(size_t bytes);
 void fill(size_t bytes, const struct type *type, int in_place);
