@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,16 @@ def write(folder: Path, about: Mapping[str, Any] | None = None, on_progress: Pro
 
 
 def made(
-    folder: Path, build: Callable[[Path], Mapping[str, Any] | None], locks: Path | None = None
+    folder: Path,
+    build: Callable[[Path], Mapping[str, Any] | None],
+    locks: Path | None = None,
+    on_progress: Progress | None = None,
 ) -> tuple[Manifest, bool]:
     """The manifest of the complete artefact in `folder`, and whether it was made now: by `build`, which fills the
     folder that it is called with and returns what the manifest is to say `about` it.
 
-    One process at a time makes it; `locks` as in `folders.alone`. Raises OSError.
+    One process at a time makes it; `locks` as in `folders.alone`, `on_progress` of reading what was made. Raises
+    OSError.
     """
     if found := complete(folder):
         return found, False
@@ -126,9 +130,23 @@ def made(
         if found := complete(folder):  # made by another process while this one waited
             return found, False
         with replacing(folder) as temporary:
-            manifest = write(temporary, build(temporary))
+            manifest = write(temporary, build(temporary), on_progress)
             temporary.chmod(0o755)  # others read it on nodes
         return manifest, True
+
+
+def copy(source: Path, files: Sequence[File], target: Path, on_progress: Progress | None = None) -> None:
+    """Copy these files of the folder `source` into the folder `target`, which is there. Raises OSError."""
+    total, done = sum(file.bytes for file in files), 0
+    for file in files:
+        place = target / file.path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(source / file.path, "rb") as opened, open(place, "wb") as written:
+            while block := opened.read(_BLOCK):
+                written.write(block)
+                done += len(block)
+                if on_progress is not None:
+                    on_progress(min(done, total), total)
 
 
 def read(folder: Path) -> Manifest | None:
@@ -151,7 +169,7 @@ def complete(folder: Path) -> Manifest | None:
 def faults(folder: Path, manifest: Manifest, on_progress: Progress | None = None) -> Iterator[str]:
     """How `folder` differs from `manifest`, a line a file: `model.safetensors has 12 bytes, not 98`. Files are read.
 
-    Files that the manifest does not have are faults as well. Raises OSError.
+    Files that the manifest does not have are none. Raises OSError.
     """
     odd = dict(_sizes(folder, manifest))
     yield from odd.values()
@@ -160,9 +178,6 @@ def faults(folder: Path, manifest: Manifest, on_progress: Progress | None = None
         if file.path not in odd and _sha256(folder / file.path, done, manifest.bytes, on_progress) != file.sha256:
             yield f"{file.path} has another content"
         done += file.bytes
-    names = {file.path for file in manifest.files}
-    others = (path.relative_to(folder).as_posix() for path in paths(folder))
-    yield from (f"{name} is not in the manifest" for name in others if name not in names)
 
 
 def _sizes(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import os
 import re
 import zipfile
 from collections.abc import Generator, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ def fault(folder: Path) -> str | None:
         return next(_faults(folder), None)
     except OSError as error:
         return f"cannot be read: {error.filename or folder}: {(error.strerror or str(error)).lower()}"
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers the weights in `folder` have, which have no fault. Raises OSError.
+
+    A file of torch.save does not say so in a header: its bytes are taken for numbers of 16 bits.
+    """
+    indices = (folder / _SAFETENSORS_INDEX, folder / _TORCH_INDEX)
+    if (folder / _SAFETENSORS).exists():
+        files = [folder / _SAFETENSORS]
+    elif indices[0].exists():
+        files = [folder / name for name in sorted({*json.loads(indices[0].read_text())["weight_map"].values()})]
+    elif (folder / _TORCH).exists():
+        return (folder / _TORCH).stat().st_size // 2
+    else:
+        shards = {*json.loads(indices[1].read_text())["weight_map"].values()}
+        return sum((folder / name).stat().st_size for name in shards) // 2
+    return sum(prod(entry["shape"]) for file in files for entry in _header(file).values())
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The tensors in the header of a file of safetensors without a fault."""
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return {name: entry for name, entry in header.items() if name != _METADATA}
 
 
 def _faults(folder: Path) -> Iterator[str]:
@@ -138,8 +164,7 @@ def _lacking(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 def _names(folder: Path) -> set[str] | None:
     """The names of the tensors; None where only torch could read them. The files have no fault."""
     if (folder / _SAFETENSORS).exists():
-        with open(folder / _SAFETENSORS, "rb") as opened:
-            return {*json.loads(opened.read(int.from_bytes(opened.read(8), "little")))} - {_METADATA}
+        return {*_header(folder / _SAFETENSORS)}
     index = next((folder / name for name in (_SAFETENSORS_INDEX, _TORCH_INDEX) if (folder / name).exists()), None)
     return {*json.loads(index.read_text())["weight_map"]} if index and not (folder / _TORCH).exists() else None
 

@@ -29,6 +29,7 @@ from runner.workloads.data.sources import ALIASES
 
 FORMAT = 1  # increase it when the same rows give other files: it is part of the cache key
 TRAIN, VAL = "train", "val"
+TRAIN_FILE, VAL_FILE = (f"{name}.parquet" for name in (TRAIN, VAL))
 ARITHMETIC = "arithmetic"  # the name of the built-in set
 # At a fixed commit, so that runs of different months train on the same rows.
 _NAMES = {**ALIASES, "gsm8k": "openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee"}
@@ -85,13 +86,14 @@ class Part:
 class Source:
     """A source of rows: its name, the digest of its content, and the function that returns its parts by `TRAIN`, `VAL`.
 
-    `suffix` is added to questions of GSM8K's shape.
+    `suffix` is added to questions of GSM8K's shape; `here` says that it can be read without the hub.
     """
 
     name: str
     digest: str
     parts: Callable[[], Mapping[str, Sequence[Part]]]
     suffix: str = ASK_FOR_RESULT
+    here: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,22 +109,24 @@ class DataSet:
     @property
     def train(self) -> Path:
         """The rows to train on."""
-        return self.path / f"{TRAIN}.parquet"
+        return self.path / TRAIN_FILE
 
     @property
     def val(self) -> Path | None:
         """The rows for validation; None where the source has none."""
-        return self.path / f"{VAL}.parquet" if f"{VAL}.parquet" in {f.path for f in self.manifest.files} else None
+        return self.path / VAL_FILE if VAL_FILE in {file.path for file in self.manifest.files} else None
 
 
 # ---- sources ----
 
 
-def open_source(source: str, samples: int = 512, seed: int = 0) -> Source:
+def open_source(source: str, samples: int = 512, seed: int = 0, contact: bool = True) -> Source:
     """Open a source: `arithmetic`, `gsm8k`, `alpaca`, a file, a folder of files, or a hub id, better `id@commit`.
 
     A folder's files whose names begin with `val`, `test` and the like are for validation. `samples` and `seed` are the
-    built-in set's. Raises UsageError for a source that is none, InfrastructureError for a hub that does not answer.
+    built-in set's. Without `contact` the hub is not asked which commit a revision is: the digest is then open.
+
+    Raises UsageError for a source that is none, InfrastructureError for a hub that does not answer.
     """
     if source == ARITHMETIC:
         arithmetic.require(samples)
@@ -134,8 +138,8 @@ def open_source(source: str, samples: int = 512, seed: int = 0) -> Source:
     source = _NAMES.get(source, source)
     if Path(source).suffix in rows.SUFFIXES or not hub.ID.fullmatch(source):
         raise UsageError(f"data {source!r}: neither a file or folder nor a hub id; {_INSTEAD}")
-    repo, commit = hub.pinned("data set", source, _INSTEAD)
-    return Source(repo, f"hub {repo} {commit}", lambda: _of_hub(repo, commit))
+    repo, commit = hub.pinned("data set", source, _INSTEAD) if contact else (source.partition("@")[::2])
+    return Source(repo, f"hub {repo} {commit}", lambda: _of_hub(repo, commit), here=False)
 
 
 def _arithmetic(samples: int, seed: int) -> dict[str, list[Part]]:
@@ -195,6 +199,21 @@ def cached(source: Source, schema: Schema, cache: Path, rewarded: bool = False) 
     folder = cache / key(source, schema, rewarded)
     found = manifest.complete(folder)
     return DataSet(folder, found) if found else None
+
+
+def check(source: Source, schema: Schema, rewarded: bool = False) -> tuple[str, tuple[str, ...]]:
+    """The question and the names of the files that `prepare` would make of a source, whose rows are checked.
+
+    Of the hub's, which is not contacted, the question is "". Raises UsageError as `prepare`.
+    """
+    if not source.here:
+        return "", (TRAIN_FILE, *((VAL_FILE,) if source.name in _CONFIGURATIONS else ()))
+    question, names = "", []
+    for name, parts in source.parts().items():
+        made = _convert(parts, schema, source, name, rewarded, None)
+        question = question or _question(made[0])
+        names.append(f"{name}.parquet")
+    return question, tuple(names)
 
 
 def prepare(

@@ -59,11 +59,15 @@ _TEMPLATE = (
 
 def make(cache: Path) -> tuple[Path, Manifest]:
     """The folder of the model below `cache`, and its manifest; made unless it is there. Raises OSError."""
+    return place(cache), manifest.made(place(cache), _build)[0]
+
+
+def place(cache: Path) -> Path:
+    """The folder of the model below `cache`, whether it is there or not."""
     import tokenizers
 
     key = json.dumps([VERSION, arithmetic.VERSION, tokenizers.__version__])
-    folder = cache / f"{NAME}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    return folder, manifest.made(folder, _build)[0]
+    return cache / f"{NAME}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def _build(folder: Path) -> dict[str, Any]:
