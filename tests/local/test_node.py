@@ -20,6 +20,7 @@ from runner.node import slurm_step
 from runner.node.check import check
 from runner.node.leash import JobLeash
 from runner.node.protocol import CheckRequest, StepRequest
+from runner.plan.engines import ray
 from runner.system import process
 
 pytestmark = pytest.mark.local
@@ -501,3 +502,33 @@ def test_a_second_attempt_finds_nothing_of_the_first(tmp_path):
     second = Agent(tmp_path, python("pass")).close()
     assert list(second["ranks"]) == ["rank0"]
     assert not (tmp_path / "cell" / "torchrun").exists()
+
+
+GIVES_UP = """import json, pathlib, sys, time
+fault = {"kind": "never_joined", "message": "n2 has not joined Ray within 1 s", "host": "n2"}
+pathlib.Path("fault.json").write_text(json.dumps(fault))
+time.sleep(%s)
+sys.exit(1)
+"""
+
+
+def test_an_engine_of_our_own_says_why_it_gave_up_and_whose_failure_that_is(tmp_path):
+    outcome = Agent(tmp_path, [sys.executable, "-c", GIVES_UP % 0]).close()
+    assert (outcome["rc"], outcome["kind"], outcome["accused"]) == (1, "never_joined", "n2")
+    assert outcome["error"] == "n2 has not joined Ray within 1 s"
+
+
+def test_what_an_engine_says_as_it_is_ended_is_no_failure(tmp_path):
+    agent = Agent(tmp_path, [sys.executable, "-c", GIVES_UP % 60])
+    agent.hear("started")
+    assert until((agent.folder / "fault.json").exists)
+    agent.say("stop")
+    outcome = agent.close()
+    assert (outcome["stopped"], outcome["error"], outcome["kind"]) == ("stop", None, None)
+
+
+def test_what_a_killed_supervisor_of_ray_left_is_removed_by_its_agent(tmp_path):
+    folder = Path(ray.folder(f"run/{tmp_path.name}"))
+    leaves = f"import os, signal; os.makedirs({str(folder / 'session')!r}); os.kill(os.getpid(), signal.SIGKILL)"
+    outcome = Agent(tmp_path, [sys.executable, "-c", leaves]).close()
+    assert outcome["rc"] == -signal.SIGKILL and not folder.exists()
