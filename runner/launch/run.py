@@ -32,7 +32,7 @@ from runner.results.status import each_error, joined, queued_s
 from runner.results.timings import PLAN_KEYS, Clock, Timings, kind
 from runner.system.clock import now
 from runner.system.wording import are, counted, span_text
-from runner.workloads.registry import trains
+from runner.workloads.registry import TESTS, trains
 
 RETRY_S = 5.0
 
@@ -492,16 +492,21 @@ class Run:
 
         clock, of, others_s = Clock(), self._kind(cell), self._others_s()
 
-        def shown(fraction: float, phase: str) -> float | None:
+        def shown(fraction: float, text: str) -> float | None:
             own_s = self.timings.left_s(of, clock)
             left_s = own_s + others_s if own_s is not None and others_s is not None else None
-            self.display.at(through + fraction, total, f"{cell.id} {phase}", left_s=left_s)
+            self.display.at(through + fraction, total, f"{cell.id} {text}", left_s=left_s)
             return own_s
 
-        def on_progress(fraction: float, phase: str) -> None:
+        def on_progress(fraction: float, phase: str, detail: str = "", result: str = "") -> None:
             clock.enter(phase)
-            progress = {"fraction": round(fraction, 3), "phase": phase, "eta_s": shown(fraction, phase), "at": now()}
-            self.journal.entry(cell)["progress"] = progress
+            eta_s = shown(fraction, "; ".join(filter(None, (detail or phase, result))))
+            progress = {"fraction": round(fraction, 3), "phase": phase, "eta_s": eta_s, "at": now()}
+            self.journal.entry(cell)["progress"] = {**progress, "detail": detail, "result": result}
+
+        def on_notice(host: str, text: str) -> None:
+            alias = {node.name: node.alias for node in self.current.plan.nodes}.get(host, host)
+            self.journal.note(f"{cell.id}: {alias}: {text}")
 
         self.journal.cell_state(cell, "running")
         entry, started = self.journal.entry(cell), time.monotonic()
@@ -520,7 +525,8 @@ class Run:
             return self._send_data(cell, lambda: shown(0.0, "sending data"), stopped)
 
         supply = self._supply(cell, send)
-        watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure, supply)
+        watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure, supply, on_notice)
+        watch.stall_s = TESTS[cell.test].silent_s
         try:
             fault = send(self._stopped) if supply is None else None
             if fault is None and not self.stop.asked:

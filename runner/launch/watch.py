@@ -22,12 +22,11 @@ from runner.results.celldir import LAUNCHER, holds_events
 from runner.results.rundir import RunDir
 from runner.results.status import each_error, joined
 from runner.system.clock import now
+from runner.workloads.registry import SILENT_S
 
 # A peer notices a dead rank at once, the launcher on its own node a moment later: both are received before
 # anything is stopped, so that the cause can be distinguished from its victims.
 SETTLE_S = 2.0
-# Once ranks have begun to measure, every workload produces output more often.
-STALL_S = 600.0
 _ASK = ("timed_out", "rank_hung")  # judged by the stacks of ranks, which are read before the ranks are stopped
 _NONE = Outcome()  # of an agent that sent none
 
@@ -64,20 +63,22 @@ def read_outcomes(run: RunDir, cell: Cell) -> dict[str, Outcome]:
 class CellRun:
     """One cell while it runs: receives messages of its agents and decides what is sent to them.
 
-    `on_progress` gets the fraction (0-1) and the phase, `on_line` host, file and line, `on_failure` the error of a node
+    `on_progress` gets the fraction (0-1), the phase, and for people what is done and what came of it; `on_notice` host
+    and text of what the user is to know at once; `on_line` host, file and line, `on_failure` the error of a node
     as soon as it is known, while the others are still being stopped. Ranks are held until `supply` is done (None: what
     they need is there): only then the time limit begins. Times are monotonic, in s.
     """
 
     cell: Cell
     stop: Stop
-    on_progress: Callable[[float, str], None]
+    on_progress: Callable[[float, str, str, str], None]
     on_line: Callable[[str, str, str], None]
     on_look: Callable[[], None] = lambda: None
     on_failure: Callable[[Mapping[str, Any]], None] = lambda error: None
     supply: Supply | None = None
+    on_notice: Callable[[str, str], None] = lambda host, text: None
     released: bool = False  # its ranks may use the data
-    before_release: tuple[float, str] | None = None  # the last progress of held ranks
+    before_release: tuple[float, str, str, str] | None = None  # the last progress of held ranks
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sessions: list[AgentSession] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
@@ -87,7 +88,7 @@ class CellRun:
     reason_at: float = 0.0
     silent: set[str] = field(default_factory=set)  # nodes that were given up since nothing was received from them
     told: set[str | None] = field(default_factory=set)  # the hosts whose errors `on_failure` was notified of
-    stall_s: float = STALL_S
+    stall_s: float = SILENT_S  # without output of any rank after the first unit of work: they hang
     stepped: float | None = None  # monotonic time of the last output of a rank, since the first step
     deadline: float = 0.0
     looked: float = 0.0
@@ -116,10 +117,13 @@ class CellRun:
                 self.stepped = time.monotonic()
             if holds_events(message.file):
                 for event in records.parse_jsonl(message.line):
+                    if event.get("event") == "notice":
+                        self.on_notice(session.name, event["text"])
                     if event.get("event") == "progress":
                         if event["done"] > 0:
                             self.stepped = time.monotonic()
-                        progress = event["done"] / max(1, event["total"]), event["phase"]
+                        texts = event.get("detail", ""), event.get("result", "")
+                        progress = event["done"] / max(1, event["total"]), event["phase"], *texts
                         if self.held:
                             self.before_release = progress
                         else:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from runner.results.rundir import RunDir
 
 
+SILENT_S = 120.0  # without progress: it is said since when
+
+
 def _moment(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
@@ -144,7 +147,7 @@ def _job_text(job: Mapping[str, Any], waits: bool) -> str:
 def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime | None) -> list[str]:
     """Lines with all that a cell's entry in status.json has besides its state: attempts, job, progress, nodes, error.
 
-    Without `now`, progress and durations are left out.
+    Without `now`, progress and durations are left out, but for what the last units of the work gave.
     """
     lines = []
     for number, attempt in enumerate(cell.get("attempts") or (), start=1):
@@ -159,7 +162,12 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
             if left is not None and (moment := _moment(progress.get("at"))):
                 left -= (now - moment).total_seconds()
             rest = f", {span_text(left)} left" if left is not None and left > 0 else ""
-            lines.append(f"{100 * fraction:.0f} %, {progress['phase']}{rest}")
+            doing = ": ".join(filter(None, (progress["phase"], progress.get("detail"))))
+            since = (now - moment).total_seconds() if (moment := _moment(progress.get("at"))) else 0.0
+            silent = f"; nothing new for {span_text(since)}" if since > SILENT_S else ""
+            lines.append(f"{100 * fraction:.0f} %, {doing}{rest}{silent}")
+        if cell["state"] == "running" and (result := (cell.get("progress") or {}).get("result")):
+            lines.append(result)
         if nodes := cell.get("nodes"):
             lines.append(node_states_text(nodes, aliases, now))
     elif cell.get("error"):
@@ -198,7 +206,7 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
     after = {cell["id"]: cell.get("after") for cell in plan["cells"]}
     cells = {
         name: cell
-        for name, cell in status["cells"].items()
+        for name, cell in _in_order(status).items()
         if not brief or cell["state"] not in ("complete", "planned")
     }
     rows = [
@@ -232,16 +240,24 @@ def describe(plan: Mapping[str, Any], status: Mapping[str, Any], now: datetime, 
     return printable("\n".join(lines))
 
 
+def _in_order(status: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cells of a run, and of a workflow the stages on the controller as well: the first of these begins it."""
+    first, *last = status.get("stages", {}).items() or [None]
+    return dict([*([first] if first else []), *status["cells"].items(), *last])
+
+
 def aliases_of(plan: Mapping[str, Any]) -> dict[str, str]:
     """Name -> alias of a plan's nodes and spares; the name itself where a plan has no alias."""
     return {node["name"]: node.get("alias", node["name"]) for node in [*plan["nodes"], *plan.get("spares", ())]}
 
 
 def changes(plan: Mapping[str, Any], statuses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """One line for each change of a cell between successive `statuses`; progress and times are left out."""
+    """One line for each change of a cell between successive `statuses`, results of its work among them; progress and
+    times are left out.
+    """
     aliases, reported = aliases_of(plan), dict[str, str]()
     for status in statuses:
-        for name, cell in status["cells"].items():
+        for name, cell in _in_order(status).items():
             text = "; ".join([_state_text(cell), *details(cell, aliases, None)])
             if text != reported.get(name, "planned"):
                 yield printable(f"{name}: {text}")

@@ -74,13 +74,19 @@ class Events:
         """Write the first event, with what the rank observed: world size, host, process id, device."""
         self("start", **fields)
 
-    def progress(self, done: int, total: int, phase: str, detail: str = "") -> None:
+    def progress(self, done: int, total: int, phase: str, detail: str = "", result: str = "") -> None:
         """Write that `done` of `total` units of the cell's work are done; ignored on all ranks but 0.
 
-        `phase` is one of few names, by which durations are remembered; `detail` is for people.
+        `phase` is one of few names, by which durations are remembered. For people are `detail`, what is done now, and
+        `result`, what the last units gave.
         """
         if self.rank == 0:
-            self("progress", done=done, total=total, phase=phase, **({"detail": detail} if detail else {}))
+            more = {name: text for name, text in (("detail", detail), ("result", result)) if text}
+            self("progress", done=done, total=total, phase=phase, **more)
+
+    def notice(self, text: str) -> None:
+        """Write one line that the user is shown at once."""
+        self("notice", text=text)
 
     def value(self, metric: str, value: float, **context: Any) -> None:
         """Write a measured value with its context; the metric's name includes the unit (`busbw_gb_per_s`)."""

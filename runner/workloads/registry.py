@@ -124,6 +124,9 @@ class RankCommand(Protocol):
         """
 
 
+SILENT_S = 600.0  # once ranks have begun to measure, nearly every workload produces output more often
+
+
 @dataclass(frozen=True)
 class Test:
     """One test.
@@ -148,7 +151,8 @@ class Test:
 
     `runs` says how many ranks a cell has: "ranks", one for each GPU of all its nodes; "once", one in all, which uses
     the GPUs of all nodes; "one", one in all, which needs one GPU of one node, however many nodes others take.
-    `environment` are, by device, variables that its ranks need, and what starts them.
+    Ranks that have begun and give no output for `silent_s` hang. `environment` are, by device, variables that its
+    ranks need, and what starts them.
     """
 
     summary: str
@@ -171,6 +175,7 @@ class Test:
     engine: str = ""
     command: str = ""
     runs: Literal["ranks", "once", "one"] = "ranks"
+    silent_s: float = SILENT_S
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def load_settings(self) -> type[ConfigFile]:
@@ -309,6 +314,7 @@ TESTS: Mapping[str, Test] = {
         details="runner.workloads.rl.details",
         packages=(),
         on_request=True,
+        silent_s=3600.0,  # a rollout of long answers, of which nothing is said before its end
         workflow=True,
         engine="ray",
         runs="once",

@@ -70,8 +70,9 @@ class Recorder:
         self._events, self._history, self._total, self._clock = events, checkpoint / HISTORY, total, clock
         self._done = newest_step(checkpoint)
         self._last: float | None = None  # when the step before ended
-        self._detail = ""
+        self._result = ""
         self._shown: tuple[int, str] | None = None
+        self._named: set[str] = set()  # metrics whose NaN the user knows of
 
     def begin(self) -> None:
         """Write again what earlier attempts recorded up to the checkpoint that this one continues from.
@@ -104,7 +105,10 @@ class Recorder:
                 self._keep(metric, value, context)
             if step.trained:
                 self._last, self._done = moment, step.number
-                self._detail = _detail(step, seconds)
+                self._result = _result(step, seconds)
+            if new := [name for name in step.not_numbers if name not in self._named]:
+                self._named.update(new)
+                self._events.notice(f"NaN in step {step.number}: {', '.join(new)}")
         if trained:
             self.show("")
 
@@ -118,8 +122,8 @@ class Recorder:
         total = max(self._done, self._total or self._done + 1)
         of = f" of {self._total}" if self._total else ""
         now = f"step {self._done + 1}{of}" if self._done < total else f"{self._done} steps done"
-        parts = [now + (f", {in_words(phase)}" if phase else ""), self._detail]
-        self._events.progress(self._done, total, "training", "; ".join(part for part in parts if part))
+        detail = now + (f", {in_words(phase)}" if phase else "")
+        self._events.progress(self._done, total, "training", detail, self._result)
 
     def _keep(self, metric: str, value: float, context: dict[str, Any]) -> None:
         # Without it an attempt that continues knows less of the past; training goes on.
@@ -142,15 +146,15 @@ def _history(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _detail(step: Step, seconds: float | None) -> str:
-    """The results of a step in words."""
+def _result(step: Step, seconds: float | None) -> str:
+    """What a step gave, in words."""
     parts = []
     if "reward_mean" in step.curves:
         parts.append(f"reward {step.curves['reward_mean']:.3f}")
     if "loss" in step.curves:
         parts.append(f"loss {step.curves['loss']:.3f}")
     if seconds is not None:
-        parts.append(f"{seconds:.3g} s a step")
+        parts.append(f"{seconds:.3g} s")
     own = {phase: phase_s for phase, phase_s in step.phases_s.items() if phase != IDLE}
     if own and seconds:
         longest = max(own, key=lambda phase: own[phase])
@@ -158,7 +162,7 @@ def _detail(step: Step, seconds: float | None) -> str:
     if step.not_numbers:
         more = f" and {len(step.not_numbers) - 1} more" if len(step.not_numbers) > 1 else ""
         parts.append(f"NaN: {step.not_numbers[0]}{more}")
-    return ", ".join(parts)
+    return f"step {step.number}: {', '.join(parts)}"
 
 
 class Follower:

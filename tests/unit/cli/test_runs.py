@@ -309,6 +309,40 @@ def test_watch_tells_each_change_once_and_not_what_moves_by_itself():
     ]
 
 
+TRAINS = {"fraction": 0.375, "phase": "training", "eta_s": None, "at": at(58), "detail": "step 4 of 8, rollout",
+          "result": "step 3: reward 0.250, 9 s, rollout 44 %"}  # fmt: skip
+FOUND = {"state": "complete", "started": at(1), "ended": at(3), "error": None, "inputs": {}, "left": {"model": "/m"}}
+
+
+def test_a_training_shows_its_stage_step_phase_and_reward():
+    stages = {"prepare": FOUND, "publish": {**FOUND, "state": "planned", "started": None, "ended": None}}
+    now = NOW.replace(minute=4, second=59)
+    text = describe(plan(), status(cells={CELLS[0]: cell("running", at(9), progress=TRAINS)}, stages=stages), now, 100)
+    lines = [line.strip() for line in text.splitlines()]
+    assert "38 %, training: step 4 of 8, rollout" in lines and "step 3: reward 0.250, 9 s, rollout 44 %" in lines
+    assert [line.split()[:2] for line in lines if line.startswith(("prepare", CELLS[0], "publish"))] == [
+        ["prepare", "complete"], [CELLS[0], "running"], ["publish", "planned"],
+    ]  # fmt: skip
+
+
+def test_a_training_that_is_silent_says_since_when():
+    late = NOW.replace(minute=9, second=58)
+    text = describe(plan(), status(cells={CELLS[0]: cell("running", at(9), progress=TRAINS)}), late, 100)
+    assert "training: step 4 of 8, rollout; nothing new for 5 min" in text
+
+
+def test_watch_tells_what_each_step_gave_and_not_each_phase():
+    moved = [
+        TRAINS, {**TRAINS, "detail": "step 4 of 8, update actor"},
+        {**TRAINS, "detail": "step 5 of 8", "result": "step 4: reward 0.500, 9 s; NaN: actor/grad_norm"},
+    ]  # fmt: skip
+    steps = [status(cells={CELLS[0]: cell("running", at(9), progress=one)}) for one in moved]
+    assert list(changes(plan(), steps)) == [
+        "torch-8n-r1: running; step 3: reward 0.250, 9 s, rollout 44 %",
+        "torch-8n-r1: running; step 4: reward 0.500, 9 s; NaN: actor/grad_norm",
+    ]
+
+
 def test_watch_goes_on_until_the_run_ends(tmp_path, controller):
     run = make(tmp_path, state=status())
     controller(run, 'time.sleep(2); say("complete", state="complete", ended="2026-01-02T03:04:30Z")')

@@ -30,6 +30,7 @@ from runner.launch.signals import Stop
 from runner.launch.slurm import allocations, answers, ledger
 from runner.launch.supply import Data
 from runner.launch.watch import CellContext, CellRun
+from runner.node.protocol import Line
 from runner.plan import build, plan
 from runner.report import runs as reported
 from runner.report.progress import Display
@@ -37,6 +38,7 @@ from runner.report.tables import took
 from runner.results import celldir
 from runner.results.rundir import RunDir
 from runner.results.status import each_error, joined
+from runner.workloads.registry import TESTS
 
 
 def test_the_plan_comes_back_from_its_file(cluster, tmp_path):
@@ -121,6 +123,37 @@ def test_the_second_run_of_a_kind_has_an_eta_and_the_first_has_none(cluster, tmp
     assert max(first) == pytest.approx(0.6, abs=0.4) and min(first) < max(first) / 1.5
     entry = run.read_status()["cells"]["torch-2n-r1"]
     assert entry["phases"]["all_reduce"] == pytest.approx(0.3, abs=0.25)
+
+
+def test_what_a_rank_notices_is_shown_at_once_and_what_it_does_is_kept_with_the_progress(cluster, tmp_path):
+    class Training(Nodes):
+        def converse(self, planned, cell, watch, data, context):
+            super().converse(planned, cell, watch, data, context)
+            session = type("Session", (), {"name": cell.hosts[0]})()
+            event = {
+                "event": "progress",
+                "done": 3,
+                "total": 8,
+                "phase": "training",
+                "detail": "step 4 of 8",
+                "result": "r",
+            }
+            for one in (event, {"event": "notice", "text": "NaN in step 3: actor/grad_norm"}):
+                watch.receive(session, Line("rank0.jsonl", json.dumps(one)))
+            seen.append((carried.journal.entry(cell)["progress"], watch.stall_s))
+
+    seen, notes = [], []
+    built = planned(cluster, tmp_path)
+    run = RunDir.create(tmp_path, built.to_dict())
+    display = Display(quiet=True)
+    display.note = notes.append
+    carried = bench.Run(built, run, Training(run), display, None, bench.Policy(), NodeAccess())
+    carried.execute({})
+    progress, stall_s = seen[0]
+    assert (progress["fraction"], progress["detail"], progress["result"]) == (0.375, "step 4 of 8", "r")
+    alias = built.nodes[0].alias
+    assert f"{built.cells[0].id}: {alias}: NaN in step 3: actor/grad_norm" in notes
+    assert stall_s == TESTS[built.cells[0].test].silent_s and TESTS["rl"].silent_s > stall_s
 
 
 def test_while_a_retry_waits_a_cell_has_not_failed(cluster, tmp_path):

@@ -52,7 +52,8 @@ class Attempt:
         return list(records.from_events(self.written(), BASE, "node001"))
 
     def progress(self) -> list[str]:
-        return [event["detail"] for event in self.written() if event["event"] == "progress"]
+        found = [event for event in self.written() if event["event"] == "progress"]
+        return ["; ".join(filter(None, (event["detail"], event.get("result")))) for event in found]
 
 
 @pytest.fixture(autouse=True)
@@ -125,20 +126,29 @@ def test_nan_is_recorded_by_name(tmp_path: Path, checkpoint: Path) -> None:
     assert attempt.progress()[-1].endswith("NaN: critic/rewards/mean")
 
 
+def test_the_user_is_told_of_nan_at_once_and_once_of_each_metric(tmp_path: Path, checkpoint: Path) -> None:
+    attempt = Attempt(tmp_path / "cell", checkpoint)
+    attempt.train(
+        rl_line(1, reward=None), rl_line(2, reward=None), rl_line(3, reward=None, **{"actor/grad_norm": None})
+    )
+    notices = [event["text"] for event in attempt.written() if event["event"] == "notice"]
+    assert notices == ["NaN in step 1: critic/rewards/mean", "NaN in step 3: actor/grad_norm"]
+
+
 def test_progress_says_step_phase_reward_and_where_the_time_went(tmp_path: Path, checkpoint: Path) -> None:
     attempt = Attempt(tmp_path / "cell", checkpoint).train(rl_line(1))
-    assert attempt.progress() == ["step 2 of 8; reward 0.250, 9 s a step, rollout 44 %"]
+    assert attempt.progress() == ["step 2 of 8; step 1: reward 0.250, 9 s, rollout 44 %"]
     attempt.follower._phase = lambda: "update_actor"
     attempt.follower.look()
     attempt.follower.look()
-    assert attempt.progress()[1:] == ["step 2 of 8, update actor; reward 0.250, 9 s a step, rollout 44 %"]
+    assert attempt.progress()[1:] == ["step 2 of 8, update actor; step 1: reward 0.250, 9 s, rollout 44 %"]
     events = [event for event in attempt.written() if event["event"] == "progress"]
     assert {(event["done"], event["total"], event["phase"]) for event in events} == {(1, 8, "training")}
 
 
 def test_the_number_of_steps_may_be_unknown(tmp_path: Path, checkpoint: Path) -> None:
     attempt = Attempt(tmp_path / "cell", checkpoint, total=None).train(sft_line(1), sft_line(2))
-    assert attempt.progress()[-1] == "step 3; loss 1.500, 1 s a step"
+    assert attempt.progress()[-1] == "step 3; step 2: loss 1.500, 1 s"
     last = Attempt(tmp_path / "2", checkpoint.with_name("other"), total=2).train(sft_line(1), sft_line(2))
     assert last.progress()[-1].startswith("2 steps done")
 
