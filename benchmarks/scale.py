@@ -324,9 +324,7 @@ class Fleet:
         cell = build.build(_only(request(1), num_agents), source.nodes).cells[0]
         self.files = Files(folder)
         self.stop = signals.Stop(Display(quiet=True))
-        self.cell = watch.CellRun(
-            cell, self.stop, lambda done, phase: None, self._line, deadline=time.monotonic() + 900
-        )
+        self.cell = watch.CellRun(cell, self.stop, lambda *_: None, self._line, deadline=time.monotonic() + 900)
         argv = [sys.executable, *backends.AGENT]
         self.cell.sessions = [backends.AgentSession(host, argv, self._request(host, step_s)) for host in cell.hosts]
         self.lags: list[float] = []
