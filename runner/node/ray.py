@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class Supervisor:
         self.names = {index: name for index, name in enumerate(asked.others, 1)}
         self.said = deque[str](maxlen=200)  # the last lines of `ray start`
         self.child: subprocess.Popen[bytes] | None = None
-        self.head: ray.Head | None = None
+        self.gcs = ""  # where the others join, once somebody answers there
 
     def __enter__(self) -> Supervisor:
         self._left = contextlib.ExitStack()
@@ -190,14 +190,16 @@ class Supervisor:
                 stack.callback(Meeting(self.asked.port, self.token, self.inbox).close)
             store = _store_bytes(self.job)
             self._start(ray.head(sys.executable, address, self.ports, self.grant, self.marker, store))
+            self._until(lambda: _accepts(address, self.ports["gcs"]))
+            self.gcs = ray.endpoint(address, self.ports["gcs"])
+            for index in self.addresses:  # while the API still starts
+                self.peers[index].send({"gcs": self.gcs})
             api = Api(address, self.ports["dashboard"], self.token)
-            version = self._until_it_answers(api)
-            self.head = ray.Head(address, self.ports["gcs"], self.ports["dashboard"], version)
-            write_json_atomic(self.folder.ray_head, self.head.to_json())
-            self._say(f"Ray {version} answers at {ray.endpoint(address, self.head.dashboard)}")
-            for index in self.addresses:
-                self.peers[index].send({"head": self.head.to_json()})
-            self._until_all_joined(api)
+            version = str(self._until(lambda: api.ask("GET", "/api/version"))["ray_version"])
+            head = ray.Head(address, self.ports["gcs"], self.ports["dashboard"], version)
+            write_json_atomic(self.folder.ray_head, head.to_json())
+            self._say(f"Ray {version} answers at {ray.endpoint(address, head.dashboard)}")
+            self._until_all_joined(api, address)
             self._say(f"{counted(1 + len(self.names), 'node')} joined, {counted(self.asked.gpus, 'GPU')} each")
             code = self._carry_out(api)
             self._say(f"the job has ended with status {code}")
@@ -205,22 +207,21 @@ class Supervisor:
                 peer.send({"end": code})
             return code
 
-    def _until_it_answers(self, api: Api) -> str:
-        """Wait for the head's API; returns Ray's version."""
-        while not (answer := api.ask("GET", "/api/version")):
+    def _until(self, answers: Callable[[], Any]) -> Any:
+        """Wait until the head answers; returns what."""
+        while not (found := answers()):
             if time.monotonic() > self.deadline:
                 raise GaveUp(
                     "never_joined", f"Ray's head has not answered within {self.join_s:g} s{self._last_words()}"
                 )
             self._turn(POLL_S)
-        return str(answer.get("ray_version"))
+        return found
 
-    def _until_all_joined(self, api: Api) -> None:
-        """Wait for every node with its GPUs, and tell each once it is there."""
-        assert self.head
+    def _until_all_joined(self, api: Api, own: str) -> None:
+        """Wait for every node with its GPUs, and tell each once it is there; `own` is this node's address."""
         told = set[int]()
         fewer_since: float | None = None
-        while lacking := self._lacking(api, self.head.address):
+        while lacking := self._lacking(api, own):
             without = {name for name, _, _ in lacking}
             for index in self.addresses.keys() - told:
                 if self.names[index] not in without:
@@ -305,10 +306,9 @@ class Supervisor:
             message = self._turn(POLL_S)
             if "end" in message:
                 return 0
-            if "head" in message:
-                head = ray.Head.from_json(message["head"])
-                target, store = ray.endpoint(head.address, head.gcs), _store_bytes(self.job)
-                self._start(ray.worker(sys.executable, address, self.ports, self.grant, target, store))
+            if "gcs" in message:
+                store = _store_bytes(self.job)
+                self._start(ray.worker(sys.executable, address, self.ports, self.grant, message["gcs"], store))
             joined = joined or "joined" in message
             if not joined and time.monotonic() > self.deadline:
                 if self.child is None:
@@ -334,8 +334,8 @@ class Supervisor:
             self.peers[peer.node] = peer
             if "address" in message:
                 self.addresses[peer.node] = str(message["address"])
-                if self.head:
-                    peer.send({"head": self.head.to_json()})
+                if self.gcs:
+                    peer.send({"gcs": self.gcs})
         return message
 
     def _start(self, argv: Sequence[str]) -> None:
@@ -532,6 +532,15 @@ def _own_address(named: str, *others: str) -> str:
 
 
 _LOOPBACK = ("127.0.0.1", "::1")
+
+
+def _accepts(address: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        with socket.create_connection((address, port), timeout=ANSWER_S):
+            return True
+    except OSError:
+        return False
 
 
 def _is_own(address: str) -> bool:

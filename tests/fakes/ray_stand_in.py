@@ -93,8 +93,8 @@ class Head:
         while True:
             connection, _ = gcs.accept()
             held.append(connection)
-            join = json.loads(connection.makefile().readline())
-            if join["token"] == self.token:
+            join = json.loads(connection.makefile().readline() or "{}")  # empty: who only looks whether it answers
+            if join.get("token") == self.token:
                 self.nodes[join["node_ip"]] = join["GPU"]
 
     def answer(self, request: BaseHTTPRequestHandler, body: dict | None) -> None:
