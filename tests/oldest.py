@@ -12,7 +12,7 @@ from pathlib import Path
 from role_modules import ROOT
 from runner.system import process
 
-locks = importlib.import_module("ansible.module_utils.conda_env_lock")
+locks = importlib.import_module("ansible.module_utils.environments")
 # What it needs in another version than the installed one does, or beside it.
 WITH = ("tokenizers", "huggingface-hub", "requests", "urllib3", "certifi", "charset-normalizer")
 

@@ -30,7 +30,7 @@ from runner.workloads import rl
 ROLE = ROOT / "roles" / "conda_env"
 node, controller = load("conda_env"), load("conda_env", "conda_env_wheels")
 index = importlib.import_module("ansible.module_utils.conda_env_index")
-locks = importlib.import_module("ansible.module_utils.conda_env_lock")
+locks = importlib.import_module("ansible.module_utils.environments")
 phases = importlib.import_module("ansible.module_utils.phase")
 version_of = importlib.import_module("ansible.module_utils.nvidia").version
 

@@ -18,21 +18,23 @@ import shutil
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.conda_env_index import check_index, check_url
-from ansible.module_utils.conda_env_lock import (
+from ansible.module_utils.conda_env_platform import platform_parts
+from ansible.module_utils.environments import (
     CHOICES,
-    PROFILES,
+    STAMP,
     WITHOUT_GPU,
     Lock,
     canonical,
+    drift,
+    fitting,
+    installed,
     oldest_driver,
-    platform_parts,
-    same,
+    stamp,
 )
 from ansible.module_utils.nvidia import driver, version
 from ansible.module_utils.phase import Stop, counted, main, read, write
 
 FACT = "/etc/ansible/facts.d/conda.fact"
-STAMP = ".shakedown.json"
 BEGUN = ".begun"  # beside the folder of Miniforge, while its installer runs
 KEY_PACKAGES = (
     "torch",
@@ -64,35 +66,6 @@ NO_ANSWER_S = 180  # a first import of torch from a cold disk took half a minute
 
 
 # --- observing -------------------------------------------------------------------------------------
-
-
-def installed(environment):
-    """{canonical name: version} of every package in `environment`, from its metadata alone."""
-    packages = {}
-    for path in glob.glob(os.path.join(glob.escape(environment), "lib/python3*/site-packages/*.dist-info/METADATA")):
-        head = (read(path) or "").partition("\n\n")[0]
-        fields = dict(re.findall(r"^(Name|Version): (.+)$", head, re.MULTILINE))
-        if len(fields) == 2:
-            packages[canonical(fields["Name"])] = fields["Version"].strip()
-    return packages
-
-
-def stamp(prefix):
-    """The content of the stamp in `prefix`; {} where it is missing or damaged: then the environment is incomplete."""
-    try:
-        content = json.loads(read(os.path.join(prefix, STAMP)) or "{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) and isinstance(content.get("packages"), dict) else {}
-
-
-def drift(expected, found):
-    """[(package, expected version, found version)] where `found` differs from `expected`, both {package: version}."""
-    return [
-        (name, pinned, found.get(name, "not installed"))
-        for name, pinned in sorted(expected.items())
-        if name not in found or not same(pinned, found[name])
-    ]
 
 
 def is_sibling(prefix, name):
@@ -132,11 +105,6 @@ def is_version(found, expected):
 
 
 # --- validate --------------------------------------------------------------------------------------
-
-
-def fitting(found, locks):
-    """The first of `locks`, names of the role's own, whose PyTorch build works with the driver `found`; "" for none."""
-    return next((lock for lock in locks if version(found) >= version(oldest_driver(PROFILES[lock]))), "")
 
 
 def alike(lock):

@@ -26,7 +26,8 @@ import urllib.error
 import urllib.request
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.conda_env_lock import Lock, canonical, platform_parts
+from ansible.module_utils.conda_env_platform import platform_parts
+from ansible.module_utils.environments import Lock, canonical
 from ansible.module_utils.phase import Stop, main, read, write
 
 # Parts of an installed package that only the controller needs, such as playbooks and roles.

@@ -1,18 +1,27 @@
-"""Reading a lock file: pinned versions, and the CUDA they are for. Used on the controller and on the nodes.
+"""Python environments that are made from a lock: what a lock pins, and whether an environment is whole and is of it.
+
+Standard library and Python 3.9 only: plugins/module_utils has a link to this file, by which Ansible takes it to nodes.
 
 A lock is a requirements file of pip where every line pins one package with `==`, with `--hash=` or without. Comment
 lines may add what pins cannot express:
 
     # cuda: 12.1      the CUDA that its torch is built for; `none` for a CPU build
     # index: URL      an additional index for packages that the default one does not have
+
+An environment has a stamp, written last, that marks it as complete and lists its content.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
+import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ansible.module_utils.phase import Stop
+STAMP = ".shakedown.json"
 
 # The oldest driver for each major version of CUDA: within one, minor versions are compatible.
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility"; CUDA Toolkit Release Notes, table 2.
@@ -51,9 +60,12 @@ class Lock:
     additional index's URL or "".
     """
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         self.text = text
-        self.pins, self.lines, self.conditional, self.errors = {}, {}, set(), []
+        self.pins: dict[str, str] = {}
+        self.lines: dict[str, str] = {}
+        self.conditional: set[str] = set()
+        self.errors: list[str] = []
         comments = {}
         for line in text.splitlines():
             if match := _COMMENT.fullmatch(line.strip()):
@@ -65,7 +77,7 @@ class Lock:
         self.index = comments.get("index", "")
         self.cuda = comments.get("cuda") or _built_for(self.pins.get("torch", ""))
 
-    def _read(self, line):
+    def _read(self, line: str) -> None:
         match = _PIN.fullmatch(line)
         if not match:
             self.errors.append(line)
@@ -78,12 +90,12 @@ class Lock:
             self.conditional.add(name)
 
     @property
-    def sha256(self):
+    def sha256(self) -> str:
         """SHA-256 of the text, in hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def _built_for(torch):
+def _built_for(torch: str) -> str:
     """The CUDA in torch's local version: "2.3.1+cu121" -> "12.1", "+cpu" -> "none", "" where it has none."""
     local = torch.partition("+")[2]
     if local == "cpu":
@@ -92,12 +104,12 @@ def _built_for(torch):
     return f"{match[1]}.{match[2]}" if match else ""
 
 
-def canonical(name):
+def canonical(name: str) -> str:
     """The canonical form of a package's name: lower case, with hyphens. Source: PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def same(pinned, found):
+def same(pinned: str, found: str) -> bool:
     """Whether the version `found` satisfies `==pinned`. Source: PEP 440, "Version matching".
 
     A pin without a local part (`+cu121`) accepts any; 2.0 and 2.0.0 are equal.
@@ -107,23 +119,58 @@ def same(pinned, found):
     return _plain(pinned) == _plain(found)
 
 
-def _plain(version):
+def _plain(version: str) -> tuple[str, str]:
     public, _, local = version.lower().lstrip("v").partition("+")
     return re.sub(r"(\.0)+$", "", public), re.sub(r"[-_]", ".", local)
 
 
-def oldest_driver(cuda):
+def oldest_driver(cuda: str) -> str:
     """The oldest driver for a build for `cuda` ("12.1"); "" for a CPU build and for a CUDA not in the table."""
     major = cuda.partition(".")[0]
     return OLDEST_DRIVER.get(int(major), "") if major.isdigit() else ""
 
 
-def platform_parts(tag):
-    """(28, "x86_64") of "manylinux_2_28_x86_64": glibc's minor version and the processor. Source: PEP 600.
+def fitting(found: str, locks: Sequence[str]) -> str:
+    """The first of `locks`, names of the role's own, whose PyTorch build works with the driver `found`; "" for none."""
+    return next((lock for lock in locks if _numbers(found) >= _numbers(oldest_driver(PROFILES[lock]))), "")
 
-    Raises Stop for another tag.
-    """
-    match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", tag)
-    if not match:
-        raise Stop("conda_env_platform", "such as manylinux_2_28_x86_64", tag, "name the oldest glibc of all nodes")
-    return int(match[1]), match[2]
+
+def installed(environment: str) -> dict[str, str]:
+    """{canonical name: version} of every package in `environment`, from its metadata alone."""
+    packages = {}
+    for path in glob.glob(os.path.join(glob.escape(environment), "lib/python3*/site-packages/*.dist-info/METADATA")):
+        head = _read(path).partition("\n\n")[0]
+        fields = dict(re.findall(r"^(Name|Version): (.+)$", head, re.MULTILINE))
+        if len(fields) == 2:
+            packages[canonical(fields["Name"])] = fields["Version"].strip()
+    return packages
+
+
+def stamp(prefix: str) -> dict[str, Any]:
+    """The content of the stamp in `prefix`; {} where it is missing or damaged: then the environment is incomplete."""
+    try:
+        content = json.loads(_read(os.path.join(prefix, STAMP)) or "{}")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("packages"), dict) else {}
+
+
+def drift(expected: Mapping[str, str], found: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """[(package, expected version, found version)] where `found` differs from `expected`, both {package: version}."""
+    return [
+        (name, pinned, found.get(name, "not installed"))
+        for name, pinned in sorted(expected.items())
+        if name not in found or not same(pinned, found[name])
+    ]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version or "")]
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+../../runner/cluster/environments.py
