@@ -183,7 +183,7 @@ def _play(
     hold: Any = lambda endpoints: nullcontext(),
 ) -> int:
     from runner.cluster.inventory import select
-    from runner.provision import playbook
+    from runner.provision import playbook, profiles
     from runner.report.progress import Display
     from runner.system.files import write_json_atomic
     from runner.system.nodeset import fold
@@ -206,17 +206,24 @@ def _play(
             check=check,
             variables=variables,
         )
+        of_setup = playbook_file == SITE
+        here = profiles.wanted(nodes, variables or {}, of_setup) if _of_profiles(of_setup, tags) else {}
         if dry_run:
             listed = playbook.tasks(call)
             writes = ["runner", "inventory", "-i", inventory.source, "--ssh-config", str(kept)] if remote else None
             plan = {"ssh_config": writes, "command": call.command()}
-            plan |= {"nodes": [node.alias for node in nodes], "tasks": listed}
+            plan |= {"nodes": [node.alias for node in nodes], "tasks": listed, "profiles": sorted(here)}
             click.echo(json.dumps(plan, indent=1) if as_json else _described(plan))
             return errors.EXIT_OK
         started = time.monotonic()
         with hold({node.endpoint: node.name for node in nodes}):
+            made = profiles.settle(here, display, repair=of_setup and not check)
             display.note(f"{playbook_file} on {fold([node.alias for node in nodes])}")
             board, state, error = carry_out(call, nodes, display, folder)
+            for name, (problem, changed) in made.items():
+                told = [problem] if problem and not check else []
+                for host in here[name]:
+                    board.add(host, "profiles", told, changed=changed or bool(problem and check))
             if playbook_file == VERIFY and tags is None and state != "cancelled":
                 _add_readiness(board, nodes, ssh_config)
     elapsed_s = time.monotonic() - started
@@ -224,6 +231,12 @@ def _play(
         write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, error))
         display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
     return conclude(board, state, error, elapsed_s, as_json, check, inventory.source)
+
+
+def _of_profiles(of_setup: bool, tags: str | None) -> bool:
+    """Whether these tags, comma-separated, select what the controller has of the role conda_env."""
+    phase = "install" if of_setup else "verify"
+    return tags is None or bool({"conda_env", phase} & {tag.strip() for tag in tags.split(",")})
 
 
 # What bench would be refused for, and the role that tells the same cause in more detail.
@@ -272,6 +285,8 @@ def _described(plan: Mapping[str, Any]) -> str:
     from runner.system.nodeset import fold
 
     commands = [shlex.join(command) for command in (plan["ssh_config"], plan["command"]) if command]
+    if plan["profiles"]:
+        commands.append(f"# profiles made here, unless they are whole: {', '.join(plan['profiles'])}")
     lines = [*commands, f"# {counted(len(plan['tasks']), 'task')} on {fold(plan['nodes'])}"]
     return "\n".join([*lines, *(f"  {task}" for task in plan["tasks"])])
 

@@ -56,7 +56,8 @@ class Node:
     whom ssh chooses, `become` the user that Ansible becomes after logging in, None for the same. `ssh_options` are the
     lines of an ssh_config by which Ansible reaches it (port and user among them). `known_hosts_files` is a path a line:
     files that the inventory names instead of the user's own, in which its key may be under `host_key_alias` as well.
-    `pythons` has the path of each profile's Python there (`cluster.profiles`); agents run in `python`.
+    `pythons` has the path of each profile's Python there (`cluster.profiles`), of which `setup` installs `further`
+    (None: the inventory leaves it open); agents run in `python`.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Node:
     host_key_alias: str | None = None
     become: str | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
+    further: Sequence[str] | None = None
 
     @property
     def endpoint(self) -> str:
@@ -147,6 +149,7 @@ class _Variables(BaseModel):
     nccl_build_root: str = nccl_of.ROOT  # of role nccl_build
     conda_env_prefix: str | None = None  # of role conda_env, as is the next
     conda_env_profile: str | None = None
+    conda_env_further: list[str] | None = None
 
 
 def default_source(own: Path = places.ANSIBLE_CFG) -> str:
@@ -352,6 +355,9 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
             raise UsageError(f"{where}: an address is no name: give the host a name, and ansible_host: '{word}'")
         if not pattern.fullmatch(word):
             raise UsageError(f"{where}: {what} {word!r} has characters that are not allowed there ({pattern.pattern})")
+    for profile in values.conda_env_further or ():
+        if profile not in profiles.LOCKS:
+            raise unknown("profile", profile, profiles.LOCKS, f"{where}: conda_env_further")
     for key in values.runner_env:
         if not _ENV.fullmatch(key):
             raise UsageError(f"{where}: runner_env has {key!r}, which is not a valid name of an environment variable")
@@ -386,6 +392,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         host_key_alias=way.host_key_alias,
         become=way.become,
         pythons=pythons,
+        further=values.conda_env_further,
     )
 
 

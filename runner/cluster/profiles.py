@@ -11,13 +11,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
+from runner.cluster.environments import CHOICES
 from runner.system import places
 
 # By profile, the locks of which one is installed, in the order in which a driver chooses: the first that it runs.
-LOCKS: Mapping[str, tuple[str, ...]] = {
-    "cpu-smoke": ("cpu-smoke",),
-    "gpu-vllm": ("gpu-vllm-cuda13", "gpu-vllm-cuda12"),
-}
+LOCKS: Mapping[str, tuple[str, ...]] = {"cpu-smoke": ("cpu-smoke",), "gpu-vllm": CHOICES["gpu-vllm"]}
+ON_CPUS = "cpu-smoke"
 PREFIX = "/opt/shakedown/env"  # of role conda_env, where the inventory sets none
 
 
@@ -31,7 +30,12 @@ def place(profile: str) -> Path:
     made_from = hashlib.sha256(sys.version.encode())
     for name in LOCKS[profile]:
         made_from.update(lock(name).read_bytes())
-    return places.cache_dir() / "profiles" / f"{profile}-{made_from.hexdigest()[:12]}"
+    return folder() / f"{profile}-{made_from.hexdigest()[:12]}"
+
+
+def folder() -> Path:
+    """The controller's folder of profiles."""
+    return places.cache_dir() / "profiles"
 
 
 def pythons(python: str, prefix: str | None, main: str | None, declared: Mapping[str, str]) -> dict[str, str]:

@@ -44,12 +44,14 @@ class Board:
         reasons = {role: reason for event in self.events if event.host == host for role, reason in event.off.items()}
         return {role: reason for role, reason in reasons.items() if self.state(host, role) == "skipped"}
 
-    def add(self, host: str, role: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> None:
+    def add(
+        self, host: str, role: str, problems: Sequence[str], warnings: Sequence[str] = (), changed: bool = False
+    ) -> None:
         """Add what was found on a node beside the play, as the events of a `role` of its own."""
         from runner.provision.playbook import Event
 
         told = tuple({"what": problem} for problem in problems)
-        status: Status = "failed" if problems else "ok"
+        status: Status = "failed" if problems else "changed" if changed else "ok"
         self.events.append(Event("", host, "", role, "verify", "", status, 0.0, "", told, tuple(warnings)))
 
     def unreachable(self) -> set[str]:

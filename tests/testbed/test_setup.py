@@ -20,6 +20,7 @@ from runner.system import process
 RUNNER = Path(sys.executable).with_name("runner")
 pytestmark = pytest.mark.testbed
 ROLES = ("ssh_mesh", "slurm_cluster")
+WITHOUT = ("--set", "conda_env_further=[]")  # no profiles: tests/unit/provision/test_profiles.py has those
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def home(tmp_path_factory):
 def runner(nodes, home, *arguments, seconds=240):
     """The command's exit code, what it printed and what it said."""
     command = [str(RUNNER), arguments[0], "-i", str(nodes.inventory), *arguments[1:]]
-    command += ["--results", str(home)] if arguments[0] == "setup" else []
+    command += ["--results", str(home), *WITHOUT] if arguments[0] == "setup" else []
     done = process.run(command, timeout_s=seconds)
     return done.rc, done.stdout, done.stderr
 
@@ -184,7 +185,7 @@ def test_a_mistyped_variable_is_refused_before_a_node_is_asked(nodes, home, tmp_
     shutil.copytree(nodes.inventory, folder)
     (folder / "group_vars").mkdir()
     (folder / "group_vars" / "gpu_nodes.yml").write_text("ssh_mesh_usr: amy\nslurm_cluster_gpus: many\n")
-    done = process.run([str(RUNNER), "setup", "-i", str(folder), "--results", str(home)], timeout_s=120)
+    done = process.run([str(RUNNER), "setup", "-i", str(folder), "--results", str(home), *WITHOUT], timeout_s=120)
     assert done.rc == 1
     assert "node[001-003]: ssh_mesh: unknown variable 'ssh_mesh_usr': did you mean 'ssh_mesh_user'?" in done.stdout
     assert "slurm_cluster_gpus" in done.stdout and "many" in done.stdout
@@ -215,7 +216,7 @@ def test_a_full_disk_and_a_read_only_file_system_are_named_and_the_next_run_comp
 
 
 def test_a_killed_controller_leaves_no_ansible_behind_and_the_next_run_completes(nodes, home, provisioned):
-    command = [RUNNER, "setup", "-i", str(nodes.inventory), "--results", str(home)]
+    command = [RUNNER, "setup", "-i", str(nodes.inventory), "--results", str(home), *WITHOUT]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def ansible():
@@ -238,7 +239,7 @@ def test_a_killed_controller_leaves_no_ansible_behind_and_the_next_run_completes
 
 
 def test_ctrl_c_says_how_to_go_on(nodes, home, provisioned):
-    command = [RUNNER, "setup", "-i", str(nodes.inventory), "--results", str(home)]
+    command = [RUNNER, "setup", "-i", str(nodes.inventory), "--results", str(home), *WITHOUT]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     time.sleep(4)
     child.send_signal(signal.SIGINT)

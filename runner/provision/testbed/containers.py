@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runner.cluster import profiles
 from runner.errors import InfrastructureError, UsageError
 from runner.provision.testbed.layout import (
     DEFAULT_NAME,
@@ -73,11 +74,12 @@ def this_machine(info: Mapping[str, Any]) -> Machine:
     runtime = "runc" if info["host"]["cgroupVersion"] == "v1" else None
     if runtime:
         _require(runtime)
-    prefix = sys.base_prefix
+    prefix, further = sys.base_prefix, profiles.folder()
+    further.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is made in it later is seen in the nodes as well
     return Machine(
         python=sys.executable,
         # A venv's python is a link into base_prefix, which may be a link itself.
-        mounts=outermost([sys.prefix, prefix, os.path.realpath(prefix), str(IMPORT_ROOT)]),
+        mounts=outermost([sys.prefix, prefix, os.path.realpath(prefix), str(IMPORT_ROOT), str(further)]),
         runtime=runtime,
         max_open_files=_hard_limit(resource.RLIMIT_NOFILE),
         max_processes=_hard_limit(resource.RLIMIT_NPROC),

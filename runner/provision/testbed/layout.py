@@ -12,6 +12,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from runner.cluster import profiles
 from runner.errors import InfrastructureError, UsageError
 from runner.system.places import TESTBED
 
@@ -237,8 +238,9 @@ def inventory(
         # results are written whether nodes see them: that is observed.
         "runner_slurm": {"login": nodes[0].name, **({} if share else {"shared": False})},
         "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
-        # For `runner setup`: the controller's environment is mounted, Slurm's packages are in apt's cache.
+        # For `runner setup`: the controller's environments are mounted, Slurm's packages are in apt's cache.
         "conda_env_enabled": False,
+        "conda_env_further": [profiles.ON_CPUS],
         "slurm_cluster_enabled": True,
         "slurm_cluster_proctrack": "linuxproc",
     }
