@@ -39,12 +39,13 @@ def start(
     program: Sequence[str] = ("-m", "runner.workloads"),
     env: Mapping[str, str] | None = None,
     timeout_s: float = 180,
+    python: Path | str = sys.executable,
 ) -> Ended:
     """Run `job` on its `world_size` ranks with torchrun, until all have ended; `env` is added to the environment."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     world = job["world_size"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    launch = [str(python), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     kept = {name: value for name, value in os.environ.items() if name != "SHAKEDOWN_CELL"}
     every = {**kept, "OMP_NUM_THREADS": "1", **(env or {})}
     outcome = process.run([*launch, *program, str(folder)], timeout_s=timeout_s, env=every)

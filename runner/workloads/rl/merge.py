@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 import time
+import traceback
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -66,7 +68,16 @@ def newest(checkpoint: Path, program: str) -> Path:
 
 def _merge(source: Path, target: Path, backend: str) -> None:
     sys.argv = ["merge", "merge", "--backend", backend, "--local_dir", str(source), "--target_dir", str(target)]
-    import_module("verl.model_merger.__main__").main()
+    try:
+        import_module("verl.model_merger.__main__").main()
+    except ImportError:
+        raise
+    except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InfrastructureError(f"checkpoint unusable: {source} does not merge: {why}", KIND) from error
 
 
 def _versions() -> dict[str, str]:

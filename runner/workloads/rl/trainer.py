@@ -15,7 +15,7 @@ from typing import Any
 
 from runner.workloads.job import Events, RankJob
 from runner.workloads.rl import phases
-from runner.workloads.rl.record import Follower, Recorder
+from runner.workloads.rl.record import Follower, Recorder, newest_step
 
 # Hydra's own folder of each start and its log: what it would write there, words and output have as well.
 _HYDRA = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
@@ -41,16 +41,20 @@ def environment(events: Events) -> dict[str, str]:
 def run(module: str, job: RankJob, events: Events, change: Callable[[Any], None] | None = None) -> None:
     """Run verl's trainer `module` with the overrides of `job`; `change` may alter it after its import.
 
-    Raises whatever the trainer does.
+    An attempt that finds the last step's checkpoint does nothing: verl would do a step more. Raises whatever the
+    trainer does.
     """
-    words, folder = job.params["words"], events.folder
+    words, folder, checkpoint = job.params["words"], events.folder, Path(job.params["checkpoint"])
+    # Each rank has a file of its own: verl chooses which one writes, and the others find nothing.
+    recorder = Recorder(events, checkpoint, total := total_of(words))
+    if total is not None and newest_step(checkpoint) >= total:
+        recorder.begin()
+        return
     os.environ.update(environment(events))
     loaded = import_module(module)
     if change:
         change(loaded)
     sys.argv = [module, *_HYDRA, *words]
-    # Each rank has a file of its own: verl chooses which one writes, and the others find nothing.
-    recorder = Recorder(events, Path(job.params["checkpoint"]), total_of(words))
     with Follower(folder.verl_metrics(events.rank), recorder, lambda: phases.read(folder.phase)):
         loaded.main()
 
