@@ -15,6 +15,7 @@ class Kind:
     """A kind of failure: its title, whose fault it is, whether a retry may succeed, and what to do.
 
     `retry` is for infrastructure, which may work the next time, never for a user's or a configuration's fault.
+    `continues`: another try gets further where it goes on from a checkpoint of the last one.
     `headline` is that of a run in which all cells completed and all findings are of this kind.
     """
 
@@ -23,6 +24,7 @@ class Kind:
     retry: bool = False
     advice: str = ""
     headline: str = ""
+    continues: bool = False
 
 
 NODE, CONFIGURATION, USER, TOOL, NOBODY = "node", "configuration", "user", "tool", "not identifiable"
@@ -171,7 +173,9 @@ KINDS: Mapping[str, Kind] = {
     "controller_disk_full": Kind("The controller's disk is full", CONFIGURATION, False, "free some disk and resume"),
     "interrupted": Kind("A cell was interrupted", USER, False, "finish it with --resume"),
     # Slurm
-    "time_limit": Kind("Slurm's time limit passed", CONFIGURATION, False, "ask for more time, or for less work"),
+    "time_limit": Kind(
+        "Slurm's time limit passed", CONFIGURATION, False, "ask for more time, or for less work", continues=True
+    ),
     "node_failed": Kind("Slurm lost a node", NODE, True, "see `scontrol show node` for the reason"),
     "job_cancelled": Kind("The job was cancelled", USER, False, "finish it with --resume"),
     "not_in_slurm": Kind(

@@ -32,9 +32,12 @@ def error(kind: str, message: str, host: str | None = None, stderr: Sequence[str
     return {"kind": kind, "message": message, "host": host, "stderr": list(stderr)}
 
 
-def may_retry(found: Mapping[str, Any]) -> bool:
-    """Whether a retry may help: the infrastructure failed, and neither a user nor a configuration caused it."""
-    return found.get("kind") in KINDS and KINDS[found["kind"]].retry
+def may_retry(found: Mapping[str, Any], continues: bool = False) -> bool:
+    """Whether a retry may help: the infrastructure failed, and neither a user nor a configuration caused it; or the
+    cell `continues` from a checkpoint, and gets further.
+    """
+    kind = KINDS.get(found.get("kind", ""))
+    return kind is not None and (kind.retry or (continues and kind.continues))
 
 
 def unusable(host: str, problems: Sequence[Problem]) -> dict[str, Any]:

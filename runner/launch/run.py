@@ -30,7 +30,7 @@ from runner.results import telemetry
 from runner.results.rundir import RunDir
 from runner.results.status import each_error, joined, queued_s
 from runner.results.timings import PLAN_KEYS, Clock, Timings, kind
-from runner.system.clock import now
+from runner.system.clock import at, now
 from runner.system.wording import are, counted, span_text
 from runner.workloads.registry import TESTS, trains
 
@@ -285,7 +285,7 @@ class Run:
         """
         failed = each_error(error)
         left = [one for one in failed if not (blame.may_retry(one) and self._replace(cell, one))]
-        worth_it = all(map(blame.may_retry, failed))
+        worth_it = all(blame.may_retry(one, TESTS[cell.test].continues) for one in failed)
         if worth_it and not left:
             return True
         if error["kind"] != "job_cancelled" and self._turn_never_came(cell, share, answered):
@@ -460,10 +460,20 @@ class Run:
             self.current.amend(found)
         self.journal.collect(self.current.plan, found)
         self._complete(found)
-        self.journal.note(f"{cell.id}: complete, it ended without a controller")
+        self._date(found)
+        how = "it ended without a controller" if cell.id in self.ledger.inherited else "it ended before its turn came"
+        self.journal.note(f"{cell.id}: complete, {how}")
         self.ledger.over(cell.id)
         self._compare(found, own=False)
         return True
+
+    def _date(self, cell: Cell) -> None:
+        """Write down when a cell that nobody followed ran, by its nodes' clocks."""
+        entry, outcomes = self.journal.entry(cell), read_outcomes(self.run, cell).values()
+        if all(outcome.ended_s for outcome in outcomes):
+            entry["started"] = entry["started"] or at(min(outcome.started_s for outcome in outcomes))
+            entry["ended"] = at(max(outcome.ended_s for outcome in outcomes))
+            self.journal.write()
 
     def _placed_by_agents(self, cell: Cell, job_id: str | None) -> Cell | None:
         """The cell on the nodes that its agents in that job recorded; None if they recorded none."""

@@ -150,9 +150,10 @@ class Test:
     installed: its setting `root` is the role's folder, and where it is null, the one of the inventory.
 
     `runs` says how many ranks a cell has: "ranks", one for each GPU of all its nodes; "once", one in all, which uses
-    the GPUs of all nodes; "one", one in all, which needs one GPU of one node, however many nodes others take.
-    Ranks that have begun and give no output for `silent_s` hang. `environment` are, by device, variables that its
-    ranks need, and what starts them.
+    the GPUs of all nodes; "one", one in all, which needs one GPU of one node, however many nodes others take. One that
+    `continues` writes checkpoints, and goes on in its next attempt from the last of them. Ranks that have begun and
+    give no output for `silent_s` hang. `environment` are, by device, variables that its ranks need, and what starts
+    them.
     """
 
     summary: str
@@ -175,6 +176,7 @@ class Test:
     engine: str = ""
     command: str = ""
     runs: Literal["ranks", "once", "one"] = "ranks"
+    continues: bool = False
     silent_s: float = SILENT_S
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -289,6 +291,7 @@ TESTS: Mapping[str, Test] = {
         packages=(),
         on_request=True,
         workflow=True,
+        continues=True,
         environment={"cpu": rl.ENVIRONMENT},
     ),
     "rl-merge": Test(
@@ -316,6 +319,7 @@ TESTS: Mapping[str, Test] = {
         on_request=True,
         silent_s=3600.0,  # a rollout of long answers, of which nothing is said before its end
         workflow=True,
+        continues=True,
         engine="ray",
         runs="once",
         environment={"cpu": rl.ENVIRONMENT},

@@ -26,10 +26,11 @@ class Bench:
     """One `runner bench`; its output is held until `end`."""
 
     begun: ClassVar[list[Bench]] = []
+    program: ClassVar[tuple[str | Path, ...]] = (RUNNER, "bench")
 
     def __init__(self, inventory: Path, results: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.results = results
-        command = [RUNNER, "bench", "-i", inventory, "--results", results, *arguments]
+        command = [*self.program, "-i", inventory, "--results", results, *arguments]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from runner.failures import Problem
 from runner.launch import drift
 from runner.launch import run as bench
 from runner.launch.slurm.script import cells_of
+from runner.node.protocol import Outcome, Placed
 from runner.plan import build
 from runner.plan.plan import Plan
 from runner.report import runs as reported
@@ -25,6 +27,7 @@ from runner.report.conclude import judge
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system import process
+from runner.workloads.registry import TESTS
 
 STAGES = ("sft", "merge-sft", "ppo")
 
@@ -284,6 +287,32 @@ def test_a_stage_that_is_tried_again_has_the_rest_of_the_chain_submitted_again(c
     assert len(names) == 6, "no two jobs have one name, by which one whose id is not known is found"
 
 
+def test_a_stage_that_its_time_limit_ended_goes_on_when_the_run_is_resumed_and_the_rest_comes_behind_it(
+    cluster, tmp_path
+):
+    _, carried = over_slurm(cluster, tmp_path, {("8", None): failed("time_limit")})
+    carried.execute({})
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["10", "11"] and dependencies(carrier) == [None, "10"]
+    entries = carrier.run.read_status()["cells"]
+    assert [entry["attempt"] for entry in entries.values()] == [1, 2, 1]
+    assert set(states(carrier.run.read_status()).values()) == {"complete"}
+
+
+@pytest.mark.parametrize(("continues", "attempts"), [(True, 3), (False, 1)])
+def test_a_stage_with_checkpoints_goes_on_after_a_time_limit_as_often_as_retries_are_allowed(
+    cluster, tmp_path, monkeypatch, continues, attempts
+):
+    monkeypatch.setitem(TESTS, "torch", replace(TESTS["torch"], continues=continues))
+    limits = {(job, None): failed("time_limit") for job in ("7", "10")}
+    carrier, carried = over_slurm(cluster, tmp_path, limits, retries=2)
+    carried.execute({})
+    status = carrier.run.read_status()
+    assert status["cells"]["sft"]["attempt"] == attempts
+    assert set(states(status).values()) == ({"complete"} if continues else {"incomplete", "planned"})
+
+
 def test_a_stop_cancels_the_whole_chain(cluster, tmp_path):
     carrier, carried = over_slurm(cluster, tmp_path, {("7", None): "stop"})
     carried.execute({})
@@ -324,6 +353,32 @@ def test_in_one_allocation_all_stages_share_a_job_and_a_resumed_chain_shares_ano
     assert [(job, step) for _, job, step in carrier.tried] == [("8", 0), ("8", 1)]
     (script,) = [options["input"] for argv, options in carrier.queue.calls if argv == ["sbatch", "--parsable"]]
     assert cells_of(script) == ["merge-sft", "ppo"] and script.count('[ "$status" -eq 0 ] || exit "$status"') == 2
+
+
+def test_a_quick_stage_that_ended_before_its_turn_came_has_the_times_of_its_nodes(cluster, tmp_path):
+    class Ahead(Watching):
+        """While the first cell is followed, the job of the second one begins and ends."""
+
+        def converse(self, planned, cell, watch, data, context):
+            found = super().converse(planned, cell, watch, data, context)
+            if cell.id == "sft":
+                for each, hours in zip(planned.cells[1].hosts, (0, 1), strict=True):
+                    folder = self.run.cell(each, "merge-sft")
+                    folder.create()
+                    folder.messages.write_text(json.dumps(Placed("8", planned.cells[1].hosts, each).to_json()) + "\n")
+                    begun = 1_800_000_000.0 + 3600 * hours
+                    outcome = Outcome(rc=0, host=each, started_s=begun, ended_s=begun + 60)
+                    folder.outcome.write_text(json.dumps(outcome.to_file()))
+            return found
+
+    carrier, carried = over_slurm(cluster, tmp_path, {}, kind=Ahead)
+    carried.execute({})
+    assert [job for _, job, _ in carrier.tried] == ["7", "9"]
+    entry = carrier.run.read_status()["cells"]["merge-sft"]
+    assert (entry["state"], entry["started"], entry["ended"]) == (
+        "complete", "2027-01-15T08:00:00Z", "2027-01-15T09:01:00Z",
+    )  # fmt: skip
+    assert "merge-sft: complete, it ended before its turn came" in carrier.run.log.read_text()
 
 
 # --- a controller that was killed -----------------------------------------------------------------------
