@@ -88,6 +88,8 @@ class Run:
         """
         journal = self.journal
         with self.stop.listening(), journal.opened():
+            if self.ledger.outdated:
+                self._cancel(self.ledger.outdated)
             journal.begin(self.current.plan.command)
             with self.display.progress(len(self.current.cells)):
                 for host, problems in bad.items():

@@ -255,7 +255,11 @@ def cells_of(made: Planned) -> Mapping[str, Cell]:
 
 
 def replanned(made: Planned, plan: Plan, status: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the status of a run with the stages that are asked for now; those that stand are as they were."""
+    """The plan and the status of a run with the stages that are asked for now; those that stand are as they were.
+
+    A stage that goes on does so where it was: its job may continue. One that is made from something else does not, and
+    the job that it has is of no use.
+    """
     becomes = {step.stage.name: step for step in made.steps}
     before = {cell.id: cell for cell in plan.cells}
     entries = dict(status["cells"])
@@ -266,9 +270,12 @@ def replanned(made: Planned, plan: Plan, status: Mapping[str, Any]) -> tuple[Pla
         if old is not None and (step is None or step.action is Action.KEEP):
             cells.append(replace(old, after=cell.after))
             continue
+        if old is not None:
+            cell = replace(cell, attempt=old.attempt, master_port=old.master_port, hosts=old.hosts)
         cells.append(cell)
         entry = entries.setdefault(cell.id, cell_status(1))
-        if step is not None and entry["state"] == "complete":  # for what is not seen in its inputs
+        has_job = old is not None and cell.id in status.get("allocation", {}) and cell.inputs != old.inputs
+        if step is not None and (entry["state"] == "complete" or has_job):
             entries[cell.id] = {**entry, "state": "incomplete", "error": blame.error("plan_changed", step.reason)}
     kept = {cell.id for cell in cells}
     return replace(plan, cells=tuple(cells)), {

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from runner.launch.slurm.answers import whole
+
 
 @dataclass(frozen=True)
 class JobShare:
@@ -50,17 +52,27 @@ class Certainty(IntEnum):
 
 
 class Ledger:
-    """The shares of all cells that have a job, and which of these jobs an earlier controller left behind."""
+    """The shares of all cells that have a job, and which of these jobs an earlier controller left behind.
 
-    def __init__(self, shares: Mapping[str, JobShare] | None = None, inherited: Iterable[str] = ()) -> None:
+    `outdated` are the ids of jobs that it left, and that are of no use any more.
+    """
+
+    def __init__(
+        self,
+        shares: Mapping[str, JobShare] | None = None,
+        inherited: Iterable[str] = (),
+        outdated: Iterable[str] = (),
+    ) -> None:
         self._shares = dict(shares or {})
         self.inherited = set(inherited)
+        self.outdated = set(outdated)
 
     @classmethod
     def from_status(cls, status: Mapping[str, Any]) -> Ledger:
         """The ledger that an earlier controller left in status.json.
 
         Inherited are the jobs whose end it did not observe: they continue without a controller and are followed first.
+        Outdated are those of cells that have another plan since, or are not in the plan any more.
         """
         shares = {cell: JobShare.from_json(values) for cell, values in status.get("allocation", {}).items()}
         inherited = {
@@ -70,7 +82,15 @@ class Ledger:
             and entry["state"] != "complete"
             and (cell in shares or (entry["started"] and entry["state"] == "incomplete"))
         }
-        return cls({cell: share for cell, share in shares.items() if cell in inherited}, inherited)
+        kept = {cell: share for cell, share in shares.items() if cell in inherited}
+        used = {whole(share.job_id) for share in kept.values() if share.job_id}
+        outdated = {
+            share.job_id
+            for cell, share in shares.items()
+            if cell not in kept and share.job_id and whole(share.job_id) not in used
+            if cell not in status["cells"] or (status["cells"][cell]["error"] or {}).get("kind") == "plan_changed"
+        }
+        return cls(kept, inherited, outdated)
 
     def to_json(self) -> dict[str, list[Any]]:
         """The shares by cell, as `allocation` in status.json."""

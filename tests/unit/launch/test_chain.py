@@ -16,7 +16,7 @@ from test_sharing import Queue, Together, failed
 from runner.cli.conclusion import print_conclusion
 from runner.cluster.inventory import Inventory
 from runner.failures import Problem
-from runner.launch import drift
+from runner.launch import blame, drift
 from runner.launch import run as bench
 from runner.launch.slurm.script import cells_of
 from runner.node.protocol import Outcome, Placed
@@ -426,6 +426,19 @@ def test_a_stage_that_failed_without_a_controller_is_tried_again_with_the_rest_o
     assert [job for _, job, _ in carrier.tried] == ["7", "10", "11", "12"]
     assert dependencies(carrier) == [None, "10", "11"]
     assert sorted(carrier.queue.named("scancel")) == [["scancel", "8"], ["scancel", "9"]]
+
+
+def test_jobs_of_a_killed_controller_that_make_what_is_not_asked_for_any_more_are_cancelled(cluster, tmp_path):
+    carrier = killed(cluster, tmp_path)
+    status = carrier.run.read_status()
+    for cell in ("merge-sft", "ppo"):
+        status["cells"][cell].update(state="incomplete", error=blame.error("plan_changed", "changed since: setting"))
+    carrier.run.write_status(status)
+    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carrier.queue.jobs |= {job: f"shakedown-{carrier.run.run_id}-{job}" for job in ("7", "8", "9")}
+    carried.execute({})
+    assert sorted(carrier.queue.named("scancel")) == [["scancel", "8"], ["scancel", "9"]]
+    assert [job for _, job, _ in carrier.tried] == ["7", "10", "11"] and dependencies(carrier) == ["7", "10"]
 
 
 def test_what_was_not_submitted_when_the_controller_was_killed_is_submitted_behind_the_job_that_continues(

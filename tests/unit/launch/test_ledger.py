@@ -56,6 +56,16 @@ def test_a_share_of_a_cell_that_needs_none_is_dropped():
     assert kept.cells == {"b"} and kept.inherited == {"b"}
 
 
+def test_a_job_whose_cell_has_another_plan_or_none_is_of_no_use_any_more():
+    changed = {"state": "incomplete", "started": "x", "error": {"kind": "plan_changed"}}
+    shares = {name: [str(number), None, "j"] for number, name in enumerate("abcd")}
+    found = Ledger.from_status(status(shares, a=changed, b={}, c={"state": "complete"}))
+    assert (found.cells, found.outdated) == ({"b"}, {"0", "3"})
+    shared = {"a": ["7", 0, "all"], "b": ["7", 1, "all"], "c": ["8_0", None, "j"], "d": ["8_1", None, "j"]}
+    found = Ledger.from_status(status(shared, a=changed, b={}, c=changed, d={}))
+    assert found.outdated == set(), "others go on in it"
+
+
 @pytest.mark.parametrize(
     ("ledger", "job_id", "standing"),
     [

@@ -215,6 +215,29 @@ def test_an_interrupted_ppo_continues_from_its_checkpoint(run, machine):
     assert made.steps[3].checkpoint == "global_step_2"
 
 
+def test_a_stage_that_goes_on_does_so_where_it_was_and_one_made_from_something_else_gives_up_its_job(
+    run, machine, found
+):
+    """Its job may run without a controller: it is known by its attempt and its nodes."""
+    plan, status = start.Plan.from_dict(run.read_plan()), run.read_status()
+    cells = [replace(cell, attempt=3, master_port=23456) if cell.id == "ppo" else cell for cell in plan.cells]
+    run.write_plan(replace(plan, cells=tuple(cells)).to_dict())
+    for name in ("ppo", "merge-ppo"):
+        status["cells"][name].update(state="incomplete", started="2026-01-01T00:00:00Z", attempt=3)
+    run.write_status({**status, "allocation": {"ppo": ["7", None, "j"], "merge-ppo": ["8", None, "k"]}})
+
+    def ppo_and_its_merge(**changes):
+        _, made = left(run, machine, **changes)
+        plan, status = start.replanned(made, start.Plan.from_dict(run.read_plan()), run.read_status())
+        kinds = [(status["cells"][name]["error"] or {}).get("kind") for name in ("ppo", "merge-ppo")]
+        return plan.cells[2], kinds
+
+    cell, kinds = ppo_and_its_merge()
+    assert (cell.attempt, cell.master_port, cell.hosts) == (3, 23456, cells[2].hosts) and kinds == [None, None]
+    cell, kinds = ppo_and_its_merge(settings=("verl.rl.algorithm.gamma=0.9",))
+    assert cell.attempt == 3 and kinds == ["plan_changed", "plan_changed"]
+
+
 def test_a_stage_alone_takes_what_the_run_has_and_no_other_runs(run, machine):
     status = run.read_status()
     for name in ("ppo", "merge-ppo"):
