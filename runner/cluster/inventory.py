@@ -57,7 +57,8 @@ class Node:
     lines of an ssh_config by which Ansible reaches it (port and user among them). `known_hosts_files` is a path a line:
     files that the inventory names instead of the user's own, in which its key may be under `host_key_alias` as well.
     `pythons` has the path of each profile's Python there (`cluster.profiles`), of which `setup` installs `further`
-    (None: the inventory leaves it open); agents run in `python`.
+    (None: the inventory leaves it open); agents run in `python`. `shared` is a folder that this machine and all nodes
+    see at the same path, None where the inventory names none.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Node:
     become: str | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
     further: Sequence[str] | None = None
+    shared: str | None = None
 
     @property
     def endpoint(self) -> str:
@@ -142,6 +144,7 @@ class _Variables(BaseModel):
     runner_hardware: str = "cpu"
     runner_nics_per_node: Annotated[int, Field(ge=0)] = 1
     runner_nic_gbit_per_s: PositiveFloat | None = None
+    runner_shared: str | None = None
     runner_scratch: str = "/var/tmp/shakedown"
     runner_min_free_disk_gib: float = 1.0
     runner_env: dict[str, str | int | float] = Field(default_factory=dict)
@@ -340,6 +343,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         ("ansible_user", way.user or "x", _USER),
         ("ansible_become_user", way.become or "x", _USER),
         ("runner_scratch", values.runner_scratch, _SCRATCH),
+        ("runner_shared", values.runner_shared or "/-", _SCRATCH),
         ("nccl_build_root", values.nccl_build_root, _SCRATCH),
         ("ansible_ssh_private_key_file", way.key_file or "-", _KEY_FILE),
         *(
@@ -381,6 +385,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         nics=values.runner_nics_per_node,
         nic_gbit_per_s=values.runner_nic_gbit_per_s,
         scratch=values.runner_scratch,
+        shared=values.runner_shared,
         min_free_disk_gib=values.runner_min_free_disk_gib,
         backend=values.runner_backend or (LOCAL if way.local else SSH),
         env={key: str(value) for key, value in values.runner_env.items()},

@@ -35,6 +35,7 @@ RESOURCES = (
     ("device", "runner_device"),
     ("hardware", "runner_hardware"),
     ("scratch", "runner_scratch"),
+    ("shared", "runner_shared"),
     ("min_free_disk_gib", "runner_min_free_disk_gib"),
     ("nccl", "runner_nccl"),
     ("nccl_root", "nccl_build_root"),

@@ -57,10 +57,12 @@ _NOT_YET = prepare.Prepared(Path(), {SFT_DATA: Files(Path()), RL_DATA: Files(Pat
 @dataclass(frozen=True)
 class Planned:
     """A workflow on nodes that were not contacted: its stages and what becomes of each, what was found for it, and the
-    run that carries out those on nodes. `inputs` are those of every stage (`stages.inputs`).
+    run that carries out those on nodes. `inputs` are those of every stage (`stages.inputs`), and `work` a folder that
+    all nodes see.
     """
 
     options: Options
+    work: Path
     stages: tuple[Stage, ...]
     steps: tuple[Step, ...]
     profile: str
@@ -80,31 +82,32 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         publish.check(options.publish)
     elif Program.PUBLISH in options.stages:
         raise UsageError("--stages publish: say where to with --publish dir:PATH, hf:OWNER/NAME or rsync:HOST:PATH")
+    given = settings(options.settings, options.workflow, engine(options))
+    selected = launch_prepare.selected(options.run, read, {"slurm": given.slurm} if given.slurm else {})
     before = Plan.from_dict(run.read_plan()) if run else None
-    former = _former(options, run, before) if run and before else {}
+    if before is not None:
+        selected = _as_before(selected, before)
+    work = work_of(options, selected)
+    former = _former(options, run, before, work / run.run_id) if run and before else {}
     left = {name for stage in stages_of(options.workflow) if _stands(former, stage) for name in stage.leaves}
     stages = chosen(options.workflow, options.stages, left)
     if options.publish is None:
         stages = tuple(stage for stage in stages if stage.program is not Program.PUBLISH)
-    given = settings(options.settings, options.workflow, engine(options))
-    selected = launch_prepare.selected(options.run, read, {"slurm": given.slurm} if given.slurm else {})
-    if before is not None:
-        selected = _as_before(selected, before)
     if display is not None:
-        selected = _observed(options, selected)
+        selected = _observed(options, selected, work)
     name = profile(options, selected.device)
     maker = Maker(options, given, selected, name, _NOT_YET)
     for stage in stages:
         if stage.program in (Program.SFT, Program.PPO, Program.GRPO):
             maker.overrides(stage)  # refuses what cannot work, before anything is fetched
-    asked = _asked(options, selected, name)
+    asked = _asked(options, selected, name, work)
     found = prepare.preview(asked) if display is None else prepare.prepare(asked, _shown(display))
     maker = replace(maker, found=found)
     decided = steps(stages, maker.inputs(), former)
 
     def located(request: Request) -> Request:
         kept = [*stages, *(stage for stage in stages_of(options.workflow) if _stands(former, stage))]
-        return replace(request, chain=maker.links(kept, work(options) / request.run_id))
+        return replace(request, chain=maker.links(kept, work / request.run_id))
 
     request = launch_prepare.requested(options.run, selected, {}, {}, run.run_id if run else new_id())
     request = located(replace(request, profile=name))
@@ -119,43 +122,44 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         notes=found.notes,
         located=located,
     )
-    return Planned(options, stages, decided, name, found, maker.inputs(), asked_of_run)
+    return Planned(options, work, stages, decided, name, found, maker.inputs(), asked_of_run)
 
 
-def work(options: Options) -> Path:
+def work_of(options: Options, selected: Selected) -> Path:
     """The folder that all nodes see, in which each run has its own for checkpoints and models."""
-    return Path(options.work).absolute() if options.work else options.run.results.absolute()
+    return Path(options.work or selected.nodes[0].shared or options.run.results).absolute()
 
 
-def _asked(options: Options, selected: Selected, name: str) -> prepare.Asked:
+def _asked(options: Options, selected: Selected, name: str, work: Path) -> prepare.Asked:
     local = not BACKENDS[selected.nodes[0].backend].remote
     return prepare.Asked(
         workflow=options.workflow,
         profile=name,
         lock=profiles.lock(profiles.LOCKS[name][0]),
-        work=work(options),
+        work=work,
         cache=cache_dir(),
         model=options.model,
         data=options.data,
         rl_data=options.rl_data,
         reward=Path(options.reward) if options.reward else None,
         publish=options.publish,
-        seen=(Path("/"),) if local else (work(options),),
+        seen=(Path("/"),) if local else (work,),
         seed=options.run.seed,
         saves=SAVES,
     )
 
 
-def _observed(options: Options, selected: Selected) -> Selected:
+def _observed(options: Options, selected: Selected, work: Path) -> Selected:
     """With what Slurm's settings leave to be seen. Raises UsageError where the nodes do not see the work folder."""
     if selected.slurm is None:
         return selected
     with rendered(selected.inventory) if BACKENDS[selected.nodes[0].backend].remote else nullcontext() as ssh_config:
-        slurm = carry.observed(selected.slurm, selected.inventory, ssh_config, work(options))
-    if options.work is None and not slurm_settings.Settings(**(slurm or {})).sees_files:
+        slurm = carry.observed(selected.slurm, selected.inventory, ssh_config, options.run.results)
+    in_results = work == options.run.results.absolute()
+    if in_results and not slurm_settings.Settings(**(slurm or {})).sees_files:
         raise UsageError(
-            f"the nodes do not see {work(options)}, where checkpoints and models are: give a folder that they and this "
-            "machine see with --work DIR"
+            f"the nodes do not see {work}, where checkpoints and models are: give a folder that they and this "
+            "machine see with --work DIR, or runner_shared in the inventory"
         )
     return replace(selected, slurm=slurm)
 
@@ -181,9 +185,9 @@ def _shown(display: Display) -> prepare.Progress:
 # --- what a former run has left ---------------------------------------------------------------------------
 
 
-def _former(options: Options, run: RunDir, before: Plan) -> dict[str, Former]:
-    """What `run` recorded of each stage, and what is there of it now."""
-    status, folder = run.read_status(), work(options) / run.run_id
+def _former(options: Options, run: RunDir, before: Plan, folder: Path) -> dict[str, Former]:
+    """What `run` recorded of each stage, and what is there of it now in its `folder`."""
+    status = run.read_status()
     found = {}
     for stage in stages_of(options.workflow):
         if (cell := next((cell for cell in before.cells if cell.id == stage.name), None)) is not None:
@@ -307,7 +311,7 @@ def _published(made: Planned, ended: RunResult, display: Display) -> RunResult:
         return ended
     (model,) = step.stage.needs
     merge = next(stage for stage in stages_of(made.options.workflow) if model in stage.leaves)
-    folder = model_folder(work(made.options) / ended.run.run_id, merge, made.inputs[merge.name])
+    folder = model_folder(made.work / ended.run.run_id, merge, made.inputs[merge.name])
     with ended.run.alive(), Stages(ended.run).running(step.stage.name, made.inputs[step.stage.name]) as left:
         found = publish.publish(Path(folder), made.options.publish, _shown(display))
         left |= {"where": found.where, "bytes": found.bytes, "digest": found.digest}

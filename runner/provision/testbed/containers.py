@@ -51,6 +51,7 @@ from runner.provision.testbed.layout import (
     network_argv,
     network_name,
     outermost,
+    shared,
 )
 from runner.system import process
 from runner.system.places import IMPORT_ROOT, TESTBED
@@ -209,7 +210,7 @@ def up(options: Options, on_progress: OnProgress = lambda what, left_s: None, *,
     wanted = {
         "nodes": options.nodes, "memory": options.memory, "cpus": options.cpus, "image": tag,
         "inventory": str(folder), "python": machine.python, "mounts": list(machine.mounts),
-        "share": str(options.share) if options.share else None,
+        "share": str(options.share) if options.share else None, "shared": str(shared(home / options.name)),
     }  # fmt: skip
     with _locked(record):
         state = _read_state(home, options.name)
@@ -244,13 +245,15 @@ def _shared_folder(options: Options) -> Options:
 def _start(home: Path, state: dict, options: Options, machine: Machine, image: str) -> dict:
     label, folder = state["label"], Path(state["folder"])
     nodes = lay_out(options.nodes, _create_network(options.name, label))
-    keys = home / options.name / "keys"
+    own = home / options.name
+    keys = own / "keys"
+    shared(own).mkdir(parents=True, exist_ok=True)
     client_key = _make_key(folder / ".ssh" / "id_ed25519", f"testbed-{options.name}")
     host_keys = {}
     for node in nodes:
         host_keys[node.name] = _make_key(keys / node.alias / "ssh_host_ed25519_key", node.name)
         _write(keys / node.alias / "authorized_keys", f"{client_key}\n", 0o600)
-        argv = container_argv(node, nodes, options, machine, image, label, str(keys))
+        argv = container_argv(node, nodes, options, machine, image, label, own)
         # podman's monitor writes a file to its working directory when the kernel's OOM killer ends a process.
         outcome = process.run(argv, timeout_s=120, cwd=str(keys))
         if outcome.rc != 0:
@@ -262,7 +265,7 @@ def _start(home: Path, state: dict, options: Options, machine: Machine, image: s
     _check_python(state["nodes"][0], machine.python, image)
     import yaml
 
-    content = inventory(nodes, host_keys, folder, machine.python, options.share)
+    content = inventory(nodes, host_keys, folder, machine.python, own, options.share)
     _write(folder / ".ssh" / "known_hosts", known_hosts(nodes, host_keys))
     _write(folder / "hosts.yml", generated(options.name) + yaml.safe_dump(content, sort_keys=False, width=1000))
     _hand_over(folder)
@@ -438,7 +441,6 @@ def dry_run(options: Options, *, home: Path | None = None) -> list[str]:
     lines = [f"# image {tag}{' (already built)' if _has_image(tag) else ''}"]
     lines += [shlex.join(step.argv) for step in steps]
     lines += ["# nodes (in the first free subnet)", shlex.join(network_argv(options.name, "ID", SUBNETS[0]))]
-    keys = str(home / options.name / "keys")
-    lines += [shlex.join(container_argv(n, nodes, options, machine, tag, "ID", keys)) for n in nodes]
+    lines += [shlex.join(container_argv(n, nodes, options, machine, tag, "ID", home / options.name)) for n in nodes]
     folder = inventory_folder(options, home)
     return [*lines, "# files", *(str(folder / file) for file in ("hosts.yml", ".ssh/id_ed25519", ".ssh/known_hosts"))]

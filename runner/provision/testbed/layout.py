@@ -180,9 +180,11 @@ def network_argv(testbed: str, label: str, subnet: str) -> list[str]:
 
 
 def container_argv(
-    node: Node, nodes: Sequence[Node], options: Options, machine: Machine, image: str, label: str, keys: str
+    node: Node, nodes: Sequence[Node], options: Options, machine: Machine, image: str, label: str, home: Path
 ) -> list[str]:
-    """The command that starts `node`; `keys` is the folder with the node's own folder of SSH keys."""
+    """The command that starts `node`; `home` is the testbed's folder: `shared` of it is seen by all nodes, and `keys`
+    has the node's own folder of SSH keys.
+    """
     argv = ["podman", *(["--runtime", machine.runtime] if machine.runtime else []), "run", "--detach"]
     argv += ["--name", f"shakedown-{options.name}-{node.alias}", "--hostname", node.name]
     argv += ["--label", f"{LABEL}={label}", "--systemd=always"]
@@ -200,17 +202,27 @@ def container_argv(
         argv += ["--cpus", f"{options.cpus:g}"]
     for path in machine.mounts:
         argv += ["--volume", f"{path}:{path}:ro"]
-    if options.share:
-        argv += ["--volume", f"{options.share}:{options.share}"]
-    return [*argv, "--volume", f"{keys}/{node.alias}:{KEYS_IN_NODE}:ro", image]
+    for folder in (shared(home), *([options.share] if options.share else [])):
+        argv += ["--volume", f"{folder}:{folder}"]
+    return [*argv, "--volume", f"{home}/keys/{node.alias}:{KEYS_IN_NODE}:ro", image]
+
+
+def shared(home: Path) -> Path:
+    """The folder that this machine and all nodes of the testbed in `home` see, for what a stage leaves to the next."""
+    return home / "shared"
 
 
 def inventory(
-    nodes: Sequence[Node], host_keys: Mapping[str, str], folder: Path, python: str, share: Path | None = None
+    nodes: Sequence[Node],
+    host_keys: Mapping[str, str],
+    folder: Path,
+    python: str,
+    home: Path,
+    share: Path | None = None,
 ) -> dict[str, Any]:
     """The Ansible inventory of `nodes`; `host_keys` by node name, `folder` is the folder it is written to.
 
-    `share` is the folder that the nodes share with this machine.
+    `home` is the testbed's own folder, `share` the user's that the nodes share with this machine.
     """
     # For plain `ansible`; quoted twice, since ssh splits the option's value as well.
     known_hosts = shlex.quote(f'UserKnownHostsFile="{folder / ".ssh" / "known_hosts"}"')
@@ -234,6 +246,7 @@ def inventory(
         "runner_hardware": "cpu",
         "runner_nics_per_node": 1,
         "runner_scratch": "/var/tmp/shakedown",
+        "runner_shared": str(shared(home)),
         # Slurm's controller, and so its commands, are on the first node. With a shared folder it depends on where
         # results are written whether nodes see them: that is observed.
         "runner_slurm": {"login": nodes[0].name, **({} if share else {"shared": False})},

@@ -42,7 +42,7 @@ UBUNTU = {"ID": "ubuntu", "VERSION_CODENAME": "noble", "PRETTY_NAME": "Ubuntu 24
 def generated(folder: Path, count: int = 8) -> dict:
     nodes = layout.lay_out(count, SUBNET)
     keys = {node.name: f"ssh-ed25519 AAAAC3Nza{node.alias}" for node in nodes}
-    return layout.inventory(nodes, keys, folder, MACHINE.python)
+    return layout.inventory(nodes, keys, folder, MACHINE.python, Path("/state/testbed"))
 
 
 def test_eight_nodes_are_named_as_the_real_cluster_with_its_gap():
@@ -77,7 +77,9 @@ def test_the_commands_that_start_a_testbed():
     options = layout.Options(nodes=2, memory="4g", cpus=0.5)
     commands = [layout.network_argv("testbed", "c0ffee", SUBNET)]
     commands += [
-        layout.container_argv(n, nodes, options, MACHINE, "localhost/shakedown-testbed:1a2b", "c0ffee", "/state/keys")
+        layout.container_argv(
+            n, nodes, options, MACHINE, "localhost/shakedown-testbed:1a2b", "c0ffee", Path("/state/testbed")
+        )
         for n in nodes
     ]
     golden("testbed/commands.txt", "".join(f"{shlex.join(c).replace(' --', chr(10) + '  --')}\n\n" for c in commands))
@@ -86,7 +88,7 @@ def test_the_commands_that_start_a_testbed():
 def test_without_limits_none_are_set_and_podmans_own_runtime_is_taken():
     nodes = layout.lay_out(1, SUBNET)
     machine = layout.Machine(MACHINE.python, MACHINE.mounts, None, 20000, 20000)
-    argv = layout.container_argv(nodes[0], nodes, layout.Options(), machine, "image", "id", "/keys")
+    argv = layout.container_argv(nodes[0], nodes, layout.Options(), machine, "image", "id", Path("/testbed"))
     assert not {"--runtime", "--memory", "--cpus"} & set(argv)
 
 
