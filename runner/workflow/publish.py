@@ -297,7 +297,10 @@ def _hub_error(repo: str, error: Exception) -> RunnerError:
         return UsageError(
             f"--publish hf:{repo}: the hub refuses the token ({status}): set HF_TOKEN to one that may write"
         )
-    return hub.error_of("repository", repo, error, "try again, or publish to a folder (dir:PATH)")
+    found = hub.error_of("repository", repo, error, "try again, or publish to a folder (dir:PATH)")
+    if isinstance(found, UsageError) and not (isinstance(status, int) and 400 <= status < 500):
+        return InfrastructureError(str(found))  # the hub's or the network's: a server's error, an upload broken off
+    return found
 
 
 @dataclass(frozen=True)
