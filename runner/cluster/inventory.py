@@ -56,7 +56,7 @@ class Node:
     whom ssh chooses, `become` the user that Ansible becomes after logging in, None for the same. `ssh_options` are the
     lines of an ssh_config by which Ansible reaches it (port and user among them). `known_hosts_files` is a path a line:
     files that the inventory names instead of the user's own, in which its key may be under `host_key_alias` as well.
-    `pythons` has the path of each profile's Python there (`cluster.profiles`), of which `setup` installs `further`
+    `pythons` has the path of each profile's Python there (`cluster.profiles`), of which `setup` installs `profiles`
     (None: the inventory leaves it open); agents run in `python`. `shared` is a folder that this machine and all nodes
     see at the same path, None where the inventory names none.
     """
@@ -86,7 +86,7 @@ class Node:
     host_key_alias: str | None = None
     become: str | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
-    further: Sequence[str] | None = None
+    profiles: Sequence[str] | None = None
     shared: str | None = None
 
     @property
@@ -139,6 +139,7 @@ class _Variables(BaseModel):
     runner_host_key: str | None = None
     runner_python: str | None = None
     runner_pythons: dict[str, str] = Field(default_factory=dict)
+    runner_profiles: list[str] | None = None
     runner_gpus_per_node: PositiveInt | Literal["auto"] = "auto"
     runner_device: Literal["auto", "cuda", "cpu"] = "auto"
     runner_hardware: str = "cpu"
@@ -152,7 +153,6 @@ class _Variables(BaseModel):
     nccl_build_root: str = nccl_of.ROOT  # of role nccl_build
     conda_env_prefix: str | None = None  # of role conda_env, as is the next
     conda_env_profile: str | None = None
-    conda_env_further: list[str] | None = None
 
 
 def default_source(own: Path = places.ANSIBLE_CFG) -> str:
@@ -359,9 +359,9 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
             raise UsageError(f"{where}: an address is no name: give the host a name, and ansible_host: '{word}'")
         if not pattern.fullmatch(word):
             raise UsageError(f"{where}: {what} {word!r} has characters that are not allowed there ({pattern.pattern})")
-    for profile in values.conda_env_further or ():
+    for profile in values.runner_profiles or ():
         if profile not in profiles.LOCKS:
-            raise unknown("profile", profile, profiles.LOCKS, f"{where}: conda_env_further")
+            raise unknown("profile", profile, profiles.LOCKS, f"{where}: runner_profiles")
     for key in values.runner_env:
         if not _ENV.fullmatch(key):
             raise UsageError(f"{where}: runner_env has {key!r}, which is not a valid name of an environment variable")
@@ -397,7 +397,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         host_key_alias=way.host_key_alias,
         become=way.become,
         pythons=pythons,
-        further=values.conda_env_further,
+        profiles=values.runner_profiles,
     )
 
 

@@ -86,7 +86,7 @@ def wanted(nodes: Sequence[Node], variables: Mapping[str, Any], to_make: bool) -
     """
     found: dict[str, list[str]] = {}
     for node in nodes:
-        asked = variables.get("conda_env_further", node.further)
+        asked = variables.get("conda_env_further", node.profiles)
         if asked is None:
             alone = not BACKENDS[node.backend].remote and node.device != "cuda"
             alone = alone and (to_make or place(ON_CPUS).exists())

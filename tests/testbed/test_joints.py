@@ -37,7 +37,7 @@ conda_env_source: wheelhouse
 conda_env_index_url: {index}
 conda_env_wheelhouse: {folder}/wheelhouse
 conda_env_min_free_gib: 4
-conda_env_further: []
+runner_profiles: []
 runner_python: {python}
 nccl_build_enabled: true
 nccl_build_url: file://{stand_ins}/{nccl}.tar.gz

@@ -241,6 +241,7 @@ def inventory(
         "ansible_ssh_common_args": f"-o StrictHostKeyChecking=yes -o {known_hosts}",
         "ansible_python_interpreter": "/usr/bin/python3",
         "runner_python": python,
+        "runner_profiles": [profiles.ON_CPUS],
         "runner_gpus_per_node": 1,
         "runner_device": "cpu",
         "runner_hardware": "cpu",
@@ -253,7 +254,6 @@ def inventory(
         "runner_env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
         # For `runner setup`: the controller's environments are mounted, Slurm's packages are in apt's cache.
         "conda_env_enabled": False,
-        "conda_env_further": [profiles.ON_CPUS],
         "slurm_cluster_enabled": True,
         "slurm_cluster_proctrack": "linuxproc",
     }

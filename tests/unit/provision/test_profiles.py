@@ -114,12 +114,12 @@ def test_a_driver_that_runs_no_lock_is_named_with_what_to_do(monkeypatch, driver
     [
         ({"ansible_connection": "local"}, 0, [NAME]),
         ({"ansible_connection": "local"}, 1, []),
-        ({"ansible_connection": "local", "conda_env_further": ["gpu-vllm"]}, 1, ["gpu-vllm"]),
-        ({"ansible_connection": "local", "conda_env_further": []}, 0, []),
-        ({"runner_python": sys.executable, "conda_env_further": [NAME]}, 0, [NAME]),  # as in a testbed
+        ({"ansible_connection": "local", "runner_profiles": ["gpu-vllm"]}, 1, ["gpu-vllm"]),
+        ({"ansible_connection": "local", "runner_profiles": []}, 0, []),
+        ({"runner_python": sys.executable, "runner_profiles": [NAME]}, 0, [NAME]),  # as in a testbed
         ({"runner_python": sys.executable}, 0, []),
         # These have files of their own: the role's.
-        ({"runner_python": "/opt/shakedown/env/bin/python", "conda_env_further": [NAME]}, 0, []),
+        ({"runner_python": "/opt/shakedown/env/bin/python", "runner_profiles": [NAME]}, 0, []),
     ],
 )
 def test_the_controller_makes_what_its_nodes_see(monkeypatch, variables, gpus, profiles_of):
@@ -133,7 +133,7 @@ def test_a_profile_that_nobody_asked_for_is_not_missed(lock, monkeypatch):
     monkeypatch.setattr(facts, "gpus", lambda: {"driver": None, "gpus": []})
     nodes = inventory.parse("inv", listing({"a": {"ansible_connection": "local"}})).nodes
     assert profiles.wanted(nodes, {}, to_make=False) == {}
-    assert profiles.wanted([replace(node, further=[NAME]) for node in nodes], {}, to_make=False) == {NAME: ["a"]}
+    assert profiles.wanted([replace(node, profiles=[NAME]) for node in nodes], {}, to_make=False) == {NAME: ["a"]}
     known.place(NAME).mkdir(parents=True)
     assert profiles.wanted(nodes, {}, to_make=False) == {NAME: ["a"]}
 
@@ -141,5 +141,5 @@ def test_a_profile_that_nobody_asked_for_is_not_missed(lock, monkeypatch):
 def test_an_unknown_profile_is_refused_with_the_nearest(cluster):
     with pytest.raises(UsageError, match=r"conda_env_further.*'gpu-vlm'; did you mean 'gpu-vllm'"):
         profiles.wanted(cluster.nodes, {"conda_env_further": ["gpu-vlm"]}, to_make=True)
-    with pytest.raises(UsageError, match=r"conda_env_further.*'cpusmoke'"):
-        inventory.parse("inv", listing({"a": {"conda_env_further": ["cpusmoke"]}}))
+    with pytest.raises(UsageError, match=r"runner_profiles.*'cpusmoke'"):
+        inventory.parse("inv", listing({"a": {"runner_profiles": ["cpusmoke"]}}))
