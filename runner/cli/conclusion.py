@@ -27,7 +27,7 @@ def print_conclusion(run: RunDir, summary: Mapping[str, Any], as_json: bool) -> 
         click.echo(terminal.terminal(summary))
         click.echo(f"\nreport: {run.report_html}")
     if any(cell["state"] != "complete" for cell in summary["cells"]):
-        click.echo(terminal.to_finish(run.path), err=as_json)
+        click.echo(terminal.to_finish(run), err=as_json)
     states = {cell["state"] for cell in summary["cells"]}
     if "cancelled" in states:
         return errors.EXIT_INTERRUPTED

@@ -194,7 +194,7 @@ def _described(run: RunDir) -> str:
     elif jobs := jobs_left(status):
         text += (
             f"\n\nno controller saw {', '.join(f'job {job_id}' for job_id in jobs)} end; if it still runs,\n"
-            f"  `runner bench --resume {run.run_id}` follows it\n"
+            f"  `runner {run.command} --resume {run.run_id}` follows it\n"
             f"  `runner runs stop {run.run_id}` cancels it"
         )
     elif verdict := verdict_text(run):

@@ -27,10 +27,12 @@ from runner.cli.options import (
 from runner.workflow.stages import WORKFLOWS, stages_of
 
 if TYPE_CHECKING:
+    from runner.launch.carry import RunResult
     from runner.workflow.asked import Options
 
 PROFILES = ("cpu-smoke", "gpu-vllm")
 TARGETS = ("dir:", "hf:", "rsync:")
+TRACKERS = ("wandb", "tensorboard")
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -104,6 +106,13 @@ _WHAT = (
         shell_complete=complete(TARGETS),
     ),
     click.option(
+        "--track",
+        multiple=True,
+        type=click.Choice(TRACKERS),
+        help="Metrics go there as well. Of W&B nothing is sent unless WANDB_MODE=online.",
+    ),
+    click.option("--project", metavar="NAME", envvar="WANDB_PROJECT", help="W&B's project; default: WANDB_PROJECT."),
+    click.option(
         "--stages", metavar="NAME,NAME", help="Only these: see runner workflow list.", shell_complete=_stage_names
     ),
 )
@@ -155,8 +164,7 @@ def _run(ctx: click.Context, name: str, resume: str | None, dry_run: bool, as_js
         made = start.planned(options, read_inventory)
         click.echo(json.dumps(preview.as_dict(made), indent=1) if as_json else preview.text(made))
         return errors.EXIT_OK
-    ended = start.start(options, read_inventory, Display())
-    return print_conclusion(ended.run, ended.summary, as_json)
+    return _concluded(start.start(options, read_inventory, Display()), as_json)
 
 
 def _resume(
@@ -194,8 +202,17 @@ def _resume(
         retries=given["retries"],
         replace_bad_nodes=given["replace_bad_nodes"],
     )
-    ended = start.resume(options, again, read_inventory, Display())
-    return print_conclusion(ended.run, ended.summary, as_json)
+    return _concluded(start.resume(options, again, read_inventory, Display()), as_json)
+
+
+def _concluded(ended: RunResult, as_json: bool) -> int:
+    """Print the results of a run, and where its metrics were kept. Returns the exit code."""
+    from runner.workflow.tracking import kept
+
+    code = print_conclusion(ended.run, ended.summary, as_json)
+    for line in kept(ended.run):
+        click.echo(line, err=as_json)
+    return code
 
 
 def _options(name: str, given: dict[str, Any]) -> Options:

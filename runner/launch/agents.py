@@ -27,6 +27,8 @@ from runner.system import process
 from runner.system.files import write_text_atomic
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+# What belongs to the user and not to a run either: to whom metrics are sent, and whether.
+_OF_USER = ("WANDB_ENTITY", "WANDB_BASE_URL", "WANDB_MODE")
 
 
 def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
@@ -41,11 +43,12 @@ def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 
 def secrets(cells: Iterable[Cell]) -> dict[str, str]:
-    """The user's tokens from the environment, and new ones for the engines of `cells`, by name. They are sent beside a
-    plan and never part of it.
+    """The user's tokens from the environment, whose they are, and new ones for the engines of `cells`, by name.
+
+    They are sent beside a plan and never part of it.
     """
     own = {name for cell in cells for name in ENGINES[cell.engine].secrets}
-    return {key: os.environ[key] for key in SECRETS if key in os.environ} | {
+    return {key: os.environ[key] for key in (*SECRETS, *_OF_USER) if key in os.environ} | {
         name: token_hex(32) for name in sorted(own)
     }
 

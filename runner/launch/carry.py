@@ -160,7 +160,7 @@ def failures_recorded(run: RunDir) -> Iterator[None]:
         end = error
         if isinstance(error, KeyboardInterrupt):
             end = Interrupted(f"interrupted; what was written is in {run.path}")
-        end.add_note(to_finish(run.path))
+        end.add_note(to_finish(run))
         if end is not error:
             raise end from None
         raise

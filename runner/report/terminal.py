@@ -11,6 +11,7 @@ from runner.report import rl, sections
 from runner.report.figures import nodes_text
 from runner.report.tables import Table
 from runner.report.words import SIGNS, VERDICTS, headline, title
+from runner.results.rundir import RunDir
 
 WIDTH = 100
 NARROW = 8  # columns that a sentence has at least
@@ -58,11 +59,11 @@ def terminal(summary: Mapping[str, Any]) -> str:
     return "".join(char for char in text if char == "\n" or char.isprintable())
 
 
-def to_finish(run: Path) -> str:
-    """The line that says how the run in the folder `run` is finished, for a shell in the current folder."""
-    results = run.parent.absolute()
+def to_finish(run: RunDir) -> str:
+    """The line that says how a run is finished, for a shell in the current folder."""
+    results = run.path.parent.absolute()
     where = "" if results == Path("results").absolute() else f" --results {shlex.quote(str(results))}"
-    return f"to finish it: runner bench --resume {run.name}{where}"
+    return f"to finish it: runner {run.command} --resume {run.run_id}{where}"
 
 
 def _columns(shown: Table) -> list[dict[str, str]]:

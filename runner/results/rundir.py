@@ -63,6 +63,10 @@ class RunDir:
         """The artefacts of one cell on one host."""
         return CellDir(self.path / "nodes" / host / cell)
 
+    def cells(self) -> list[CellDir]:
+        """The artefacts of every cell on every host that were gathered, in the order of their paths."""
+        return [CellDir(path) for path in sorted(self.path.glob("nodes/*/*")) if path.is_dir()]
+
     def launcher(self, cell: str) -> CellDir:
         """The artefacts of a launcher that runs on the controller (DeepSpeed's)."""
         return CellDir(self.path / LAUNCHER / cell)
@@ -273,6 +277,15 @@ class RunDir:
     def read_plan(self) -> dict[str, Any]:
         """The JSON object of plan.json. Raises UsageError if it is missing or damaged."""
         return self._read(self.plan, "run_id", "cells", "nodes")
+
+    @property
+    def command(self) -> str:
+        """The command of `runner` that resumes this run: `bench`, or the one of its workflow."""
+        try:
+            found = json.loads(self.status.read_text()).get("workflow")
+        except (OSError, ValueError):  # it was not written yet
+            found = None
+        return f"workflow {found['name']}" if found else "bench"
 
     def read_status(self) -> dict[str, Any]:
         """The JSON object of status.json; a run whose controller died without a final state is `incomplete`, and so

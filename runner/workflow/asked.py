@@ -14,7 +14,7 @@ from runner.workflow import verl_settings
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.prepare import Files
 from runner.workflow.stages import Program, Stage, stages_of
-from runner.workflow.verl import OWN, PROFILES, TRAINERS, Profile, Training, trainer
+from runner.workflow.verl import ALWAYS, OWN, PROFILES, TRAINERS, Profile, Training, trainer
 
 PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a device, where none is named
 
@@ -29,7 +29,9 @@ class Options:
     `run` says where it runs. `model` and `data` None: what the inventory can run; `rl_data` None: as `data`; `profile`
     None: that of the device. `stages` are names, empty for all. `settings` are `verl.KEY=VALUE`, `verl.sft.KEY=VALUE`,
     `verl.rl.KEY=VALUE`, `slurm.KEY=VALUE` or `STAGE.timeout_s=SECONDS`. `reward` is a file with `compute_score`,
-    `publish` a target of `workflow.publish`, and `work` a folder that all nodes see (None: that of the runs).
+    `publish` a target of `workflow.publish`, and `work` a folder that all nodes see (None: that of the runs). `track`
+    are verl's names of where metrics go beside the console and files, and `project` is their project there (None: the
+    workflow's name).
     """
 
     workflow: str
@@ -43,6 +45,8 @@ class Options:
     reward: str | None = None
     publish: str | None = None
     work: str | None = None
+    track: tuple[str, ...] = ()
+    project: str | None = None
     steps: int | None = None
     epochs: int | None = None
     data_parallel: int | None = None
@@ -220,7 +224,8 @@ def training(
         gpus_per_node=selected.gpus,
         split=divided(options, selected, own),
         profile=used,
-        project=options.workflow,
+        project=options.project or options.workflow,
+        loggers=(*ALWAYS, *options.track),
         experiment=experiment,
         reward=reward,
     )

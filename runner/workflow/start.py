@@ -24,6 +24,7 @@ from runner.launch.supply import Data
 from runner.plan import build
 from runner.plan.plan import Cell, Plan
 from runner.plan.request import Request
+from runner.report import conclude
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.results.status import cell_status
@@ -247,8 +248,6 @@ def resume(
         again = replace(again, replanned=lambda plan, status: replanned(made, plan, status))
         ended = launch_resume.resume(again, read, display, _recorded(made, dependencies))
     else:
-        from runner.report import conclude
-
         ended = RunResult(again.run, conclude.judge(again.run))
     return _published(made, ended, display)
 
@@ -316,7 +315,7 @@ def _published(made: Planned, ended: RunResult, display: Display) -> RunResult:
         found = publish.publish(Path(folder), made.options.publish, _shown(display))
         left |= {"where": found.where, "bytes": found.bytes, "digest": found.digest}
     display.note(f"published: {found.where}")
-    return ended
+    return replace(ended, summary=conclude.judge(ended.run))  # where it is now is in the report as well
 
 
 # --- options, kept with the run ---------------------------------------------------------------------------

@@ -40,6 +40,10 @@ OWN: Mapping[str, str] = {
 }
 
 
+ALWAYS = ("console", "file")  # where verl writes metrics in any case: records are made of its file
+_LOGGER = "trainer.logger"
+
+
 @dataclass(frozen=True)
 class Profile:
     """An environment in which verl runs: `rollout` is its engine of rollout, `strategies` are those of training that it
@@ -91,7 +95,7 @@ class Training:
     learning_rate: float | None = None
     group: int = 5
     reward: str | None = None
-    loggers: tuple[str, ...] = ("console", "file")
+    loggers: tuple[str, ...] = ALWAYS
     timeout_s: int | None = None
     trust_remote_code: bool = False
     recompute: bool = True
@@ -127,7 +131,9 @@ def overrides(program: Program, asked: Training) -> dict[str, Any]:
     used.overrides(asked.settings)
     made = _sft(asked) if program is Program.SFT else _rl(asked, program)
     device = rl.SETTINGS[program] if asked.profile.device == "cpu" else {}
-    return {**used.selected, **made, **device, **asked.settings}
+    told = {**used.selected, **made, **device, **asked.settings}
+    loggers = told[_LOGGER]
+    return {**told, _LOGGER: tuple(dict.fromkeys((*ALWAYS, *([loggers] if isinstance(loggers, str) else loggers))))}
 
 
 def words(program: Program, told: Overrides) -> list[str]:

@@ -115,6 +115,16 @@ def test_a_rank_that_ends_well_leaves_facts_job_telemetry_and_an_outcome_written
     assert len(files["telemetry.jsonl"].read_text().splitlines()) >= 2
 
 
+def test_what_a_user_keeps_secret_reaches_the_rank_and_no_file(tmp_path):
+    key = "0123456789abcdef-not-a-key"
+    agent = Agent(tmp_path, python(f"print(os.environ['WANDB_API_KEY'] == '{key[:16]}' + '{key[16:]}')"),
+                  secrets={"WANDB_API_KEY": key})  # fmt: skip
+    agent.close()
+    assert (agent.folder / "engine.stdout").read_text() == "True\n"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 4 and not [path for path in files if key.encode() in path.read_bytes()]
+
+
 def test_a_rank_that_fails_gives_its_status_and_last_words(tmp_path):
     agent = Agent(tmp_path, python("open('rank0.stderr', 'w').write('first\\nlast words\\n'); sys.exit(7)"))
     outcome = agent.close()

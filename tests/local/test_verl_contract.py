@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import verl_environment
 from role_modules import ROOT
+from runner.cluster.tools.verl_metrics import CURVES, PHASES, step_of
 from runner.errors import UsageError
 from runner.workflow import verl_settings
 from runner.workflow.stages import Program
@@ -40,6 +41,51 @@ def verl():
         return json.loads(outcome.stdout.splitlines()[-1])
 
     return ask
+
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_verl_writes_metrics_where_it_is_told_and_the_phase_while_it_lasts_and_no_key(verl, tmp_path):
+    """Of Weights & Biases nothing is sent; NaN is null; `runner.workloads.rl.mark` has the trainers' own timer."""
+    phase, timers, offline, tensorboard, lines = verl(f"""
+import json, os, pathlib
+os.environ.pop("WANDB_MODE")
+os.environ["WANDB_API_KEY"] = {KEY!r}
+from runner.workloads.job import Events
+from runner.workloads.rl import phases, trainer
+events = Events(pathlib.Path({str(tmp_path)!r}), 0)
+folder = events.folder
+os.environ.update(trainer.environment(events) | phases.environment(folder.phase, os.environ))
+from verl.trainer.ppo.v1 import trainer_base
+timing = {{}}
+with trainer_base.marked_timer("gen", timing, color="red"):
+    phase = phases.read(folder.phase)
+from verl.utils.tracking import Tracking
+tracking = Tracking("p", "e", ["console", "file", "wandb", "tensorboard"], {{"trainer": {{}}}})
+tracking.log({{"critic/rewards/mean": float("nan"), "timing_s/step": 1.0}}, 1)
+tracking.finish()
+lines = folder.verl_metrics(0).read_text().splitlines()
+print(json.dumps([phase, list(timing), len(folder.offline_runs), folder.tensorboard.is_dir(), lines]))
+""")
+    assert (phase, timers, offline, tensorboard) == ("rollout", ["gen"], 1, True)
+    (step,) = map(step_of, lines)
+    assert step.seconds == 1.0 and step.not_numbers == ("critic/rewards/mean",)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_what_is_measured_is_what_verls_trainer_times_and_computes(verl):
+    """Every name that `tools.verl_metrics` reads is written in verl's own source."""
+    (folder,) = verl_environment.python().parents[1].glob("lib/python3*/site-packages/verl")
+    files = ("sft_trainer.py", "ppo/metric_utils.py", "ppo/v1/trainer_base.py", "ppo/v1/trainer_sync.py")
+    paths = [*(folder / "trainer" / file for file in files), folder / "utils" / "seqlen_balancing.py"]
+    source = "".join(path.read_text() for path in paths)
+    # As a constant, or as the end of one, where verl adds what is before it.
+    names = [*(f"marked_timer({json.dumps(timer)}" for timer in PHASES.values())]
+    names += [name for keys in CURVES.values() for name in keys if name.startswith(("critic/", "response_", "val/"))]
+    assert [name for name in names if name not in source] == []
+    assert all(part in source for part in ("balanced_max", "train/{k}", "train/global_tokens", "perf/total_num_tokens"))
 
 
 def test_verl_takes_the_platform_and_the_rollout_from_the_plugin(verl):

@@ -1,8 +1,8 @@
-"""Which phase of a step verl's trainer is in, while it is in it: verl imports this module where `environment` says so.
+"""Which phase of a step verl's trainer is in, while it is in it.
 
 verl tells how long phases took when a step has ended, which is minutes later. Its trainers time each phase with
-`marked_timer`; here its name is written to a file as well, whose path is in the variable FILE. No torch and no verl is
-imported unless that variable is set.
+`marked_timer`; where `environment` says so, verl imports `runner.workloads.rl.mark`, and each phase's name is written
+to a file as well.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _OF_TIMER = {timer: phase for phase, timer in PHASES.items()} | {"testing": "val
 
 
 def environment(path: Path, existing: Mapping[str, str]) -> dict[str, str]:
-    """The variables with which verl imports this module beside what it imports already, and phases are in `path`."""
+    """The variables with which verl imports `mark` beside what it imports already, and phases are in `path`."""
     before = existing.get(_MODULES, "")
-    return {FILE: str(path), _MODULES: ",".join(filter(None, (before, "runner.workloads.rl.phases")))}
+    return {FILE: str(path), _MODULES: ",".join(filter(None, (before, "runner.workloads.rl.mark")))}
 
 
 def in_words(phase: str) -> str:
@@ -58,16 +58,3 @@ def noted(
             yield
 
     return marked
-
-
-def _install(path: Path) -> None:
-    import verl.utils.debug
-    import verl.utils.profiler
-
-    # Trainers take it from either place, and are imported after this.
-    for module in (verl.utils.profiler, verl.utils.debug):
-        module.marked_timer = noted(module.marked_timer, path)
-
-
-if os.environ.get(FILE):
-    _install(Path(os.environ[FILE]))

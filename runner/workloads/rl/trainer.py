@@ -15,6 +15,7 @@ from typing import Any
 
 from runner.workloads.job import Events, RankJob
 from runner.workloads.rl import phases
+from runner.workloads.rl.details import outputs
 from runner.workloads.rl.record import Follower, Recorder, newest_step
 
 # Hydra's own folder of each start and its log: what it would write there, words and output have as well.
@@ -51,6 +52,8 @@ def run(module: str, job: RankJob, events: Events, change: Callable[[Any], None]
         recorder.begin()
         return
     os.environ.update(environment(events))
+    if "wandb" in outputs(words):
+        events("used", wandb=os.environ["WANDB_MODE"])
     loaded = import_module(module)
     if change:
         change(loaded)

@@ -147,3 +147,17 @@ def test_parallelism_that_does_not_work_is_refused(cluster, changes, texts, said
 
 def test_tensor_parallelism_in_rollout_is_told(cluster):
     assert told(Program.PPO, cluster, rollout_tensor=4)[f"{RL}.rollout.tensor_model_parallel_size"] == 4
+
+
+# --- where metrics go ------------------------------------------------------------------------------------------
+
+
+def test_metrics_go_to_the_console_and_a_file_and_elsewhere_on_request(cluster):
+    assert told(Program.PPO, cluster)["trainer.logger"] == ("console", "file")
+    found = told(Program.PPO, cluster, track=("wandb", "tensorboard"))
+    assert found["trainer.logger"] == ("console", "file", "wandb", "tensorboard")
+
+
+def test_the_project_is_the_workflow_unless_it_is_named(cluster):
+    assert told(Program.SFT, cluster)["trainer.project_name"] == "sft-ppo"
+    assert told(Program.SFT, cluster, project="thesis")["trainer.project_name"] == "thesis"

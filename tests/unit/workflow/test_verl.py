@@ -143,7 +143,16 @@ def test_what_a_cpu_needs_is_told_on_cpus_alone(program):
 
 def test_a_users_setting_comes_last():
     told = overrides(Program.SFT, replace(ON_GPUS, settings={"optim.lr": 1e-4, "trainer.logger": ["console", "wandb"]}))
-    assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ["console", "wandb"]
+    assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ("console", "file", "wandb")
+
+
+@pytest.mark.parametrize("logger", ["wandb", ["wandb"], ("tensorboard",), [], "console"])
+def test_whatever_a_user_sets_verl_writes_the_file_that_records_are_made_of(logger):
+    told = overrides(Program.PPO, replace(ON_GPUS, settings={"trainer.logger": logger}))
+    own = {logger} if isinstance(logger, str) else set(logger)
+    assert (
+        told["trainer.logger"][:2] == ("console", "file") and set(told["trainer.logger"]) == {"console", "file"} | own
+    )
 
 
 @given(data=st.integers(1, 8), micro=st.integers(1, 8), updates=st.integers(1, 4), times=st.integers(1, 4))
