@@ -18,7 +18,8 @@ from runner.workflow.verl import ALWAYS, OWN, PROFILES, TRAINERS, Profile, Train
 
 PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a device, where none is named
 
-_VERL, _SLURM, _TIME = "verl", "slurm", "timeout_s"
+_VERL, _SLURM = "verl", "slurm"
+_TIME, _JOIN = "timeout_s", "join_s"  # of a stage, and of one whose nodes are to join Ray
 _PARTS: Mapping[str, tuple[Program, ...]] = {"sft": (Program.SFT,), "rl": (Program.PPO, Program.GRPO)}
 
 
@@ -65,11 +66,11 @@ def engine(options: Options) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of `--set`: verl's by the program that they are for, Slurm's, and the time limit of stages in s."""
+    """The settings of `--set`: verl's by the program that they are for, Slurm's, and the limits of stages in s."""
 
     verl: Mapping[Program, Mapping[str, Any]] = field(default_factory=dict)
     slurm: Mapping[str, Any] = field(default_factory=dict)
-    timeouts: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Settings:
@@ -80,7 +81,7 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
     stages = {stage.name: stage for stage in stages_of(workflow)}
     programs = [stage.program for stage in stages.values() if stage.program in TRAINERS]
     verl: dict[Program, dict[str, Any]] = {program: {} for program in programs}
-    timeouts: dict[str, float] = {}
+    seconds: dict[str, dict[str, float]] = {}
     slurm: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -93,10 +94,10 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
         elif section == _SLURM:
             slurm |= config.parse_settings([text])[_SLURM]
         elif section in stages:
-            timeouts[section] = _seconds(text, stages[section], name, value)
+            seconds.setdefault(section, {})[name] = _seconds(text, stages[section], name, value)
         else:
             raise unknown("section", section, [_VERL, _SLURM, *stages], f"--set {text}")
-    return Settings(verl, slurm, timeouts)
+    return Settings(verl, slurm, seconds)
 
 
 def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str) -> list[tuple[Program, str]]:
@@ -123,14 +124,15 @@ def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str)
 
 
 def _seconds(text: str, stage: Stage, name: str, value: str) -> float:
-    if name != _TIME:
-        raise unknown("setting", name, [_TIME], f"--set {text}")
+    known = [_TIME, *([_JOIN] if stage.program in _PARTS["rl"] else [])]
+    if name not in known:
+        raise unknown("setting", name, known, f"--set {text}")
     try:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise UsageError(f"--set {text}: give the time limit of stage {stage.name} in seconds")
+        raise UsageError(f"--set {text}: give the {name} of stage {stage.name} in seconds")
     return seconds
 
 

@@ -112,8 +112,7 @@ class Maker:
                 if stage.program is not Program.SFT:
                     params["program"] = stage.program.value
             if stage in stages:
-                if stage.name in self.given.timeouts:
-                    params["timeout_s"] = self.given.timeouts[stage.name]
+                params |= self.given.seconds.get(stage.name, {})
                 test = TEST[stage.program]
                 checked = check(TESTS[test].load_settings(), params, f"stage {stage.name}").model_dump()
                 links.append(Link(stage.name, test, checked, made[stage.name]))

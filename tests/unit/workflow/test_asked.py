@@ -55,8 +55,8 @@ def test_a_setting_of_one_trainer_names_it():
 
 
 def test_slurm_and_the_time_limit_of_a_stage_are_settings_too():
-    found = settings(["slurm.partition=gpu", "ppo.timeout_s=600"], "sft-ppo")
-    assert found.slurm == {"partition": "gpu"} and found.timeouts == {"ppo": 600.0}
+    found = settings(["slurm.partition=gpu", "ppo.timeout_s=600", "ppo.join_s=30"], "sft-ppo")
+    assert found.slurm == {"partition": "gpu"} and found.seconds == {"ppo": {"timeout_s": 600.0, "join_s": 30.0}}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,9 @@ def test_slurm_and_the_time_limit_of_a_stage_are_settings_too():
         ("sft-ppo", "verl.data.train_batch_size", "write it as verl.KEY=VALUE"),
         ("sft-ppo", "vrl.data.train_batch_size=1", "unknown section 'vrl'; did you mean 'verl'?"),
         ("sft-ppo", "sft.steps=1", "unknown setting 'steps'"),
-        ("sft-ppo", "sft.timeout_s=nan", "the time limit of stage sft in seconds"),
-        ("sft-ppo", "sft.timeout_s=0", "the time limit of stage sft in seconds"),
+        ("sft-ppo", "sft.timeout_s=nan", "give the timeout_s of stage sft in seconds"),
+        ("sft-ppo", "sft.timeout_s=0", "give the timeout_s of stage sft in seconds"),
+        ("sft-ppo", "sft.join_s=5", "unknown setting 'join_s'"),
         ("ppo", "sft.timeout_s=5", "unknown section 'sft'"),
     ],
 )
