@@ -97,7 +97,8 @@ _WHAT = (
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
-        help="verl.KEY=VALUE, or verl.sft.… and verl.rl.… for one trainer; slurm.KEY=VALUE; STAGE.timeout_s=SECONDS; ppo.join_s=SECONDS.",
+        help="verl.KEY=VALUE, or verl.sft.… and verl.rl.… for one trainer; slurm.KEY=VALUE; STAGE.timeout_s=SECONDS; "
+        "ppo.join_s=SECONDS.",
     ),
     click.option(
         "--publish",
