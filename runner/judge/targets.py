@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.judge import metrics
 from runner.judge.scaling import judge_efficiency
-from runner.judge.verdict import Judgement, bootstrap, judge
+from runner.judge.verdict import MIN_REPEATS, Judgement, bootstrap, judge
 from runner.plan.speed import HOST, explained
 from runner.results.records import Record
 from runner.system.wording import counted
@@ -26,12 +26,15 @@ def judge_targets(
     """The rows of `targets` in summary.json: each target with what was measured and its verdict.
 
     A target gives one row per (model, node count) that it applies to, and one `not_judged` row where nothing was
-    measured. `scaling` are the rows of `judge_scaling`; `unfair` maps cell ids to the reason why their speed is not
-    judged, or to None. Values are in the unit of the target's metric.
+    measured; a run without any test that has targets gives none. `scaling` are the rows of `judge_scaling`; `unfair`
+    maps cell ids to the reason why their speed is not judged, or to None. Values are in the unit of the target's
+    metric.
     """
     expected = {cell["id"]: cell.get("expected") or {} for cell in plan["cells"]}
     rows = []
     planned = {cell["test"] for cell in plan["cells"]}
+    if not planned & {target["test"] for target in plan.get("targets", [])}:
+        return []
     for target in plan.get("targets", []):
         if target["test"] not in planned:
             reason = f"not measured in this run, which is without test {target['test']}"
@@ -57,7 +60,9 @@ def judge_targets(
                 judged = Judgement("not_judged", why)
             else:
                 required, name = target["value"], target["metric"]
-                judged = judge(value, (low, high), len(values), required, target["direction"], metrics.unit(name))
+                least = target.get("repeats") or MIN_REPEATS
+                unit, direction = metrics.unit(name), target["direction"]
+                judged = judge(value, (low, high), len(values), required, direction, unit, least)
             slowest = [cell["slowest_gpu"] for cell, _ in found if "slowest_gpu" in cell]
             if slowest and target["metric"] == "gpu_util_pct_mean":
                 gpu = min(slowest, key=lambda gpu: gpu["gpu_util_pct"])

@@ -62,20 +62,27 @@ class Judgement:
 
 
 def judge(
-    value: float, ci: tuple[float, float], repeats: int, target: float, direction: str, unit: str = ""
+    value: float,
+    ci: tuple[float, float],
+    repeats: int,
+    target: float,
+    direction: str,
+    unit: str = "",
+    least: int = MIN_REPEATS,
 ) -> Judgement:
     """`pass` or `fail` only where the whole confidence interval is on one side of the target, else `inconclusive`.
 
     `value`, `ci` (low, high) and `target` are in `unit`; `direction` is `min` (at least the target) or `max` (at most).
-    The repeats needed are estimated from the interval's width, which shrinks with the square root of their number.
+    With fewer repeats than `least` it is `inconclusive`. The repeats needed are estimated from the interval's width,
+    which shrinks with the square root of their number.
     """
     low, high = ci
     unit = f" {unit}" if unit else ""
-    text = f"{_measured(value)}{unit} (95 % CI {_measured(low)} – {_measured(high)})"
-    if repeats < MIN_REPEATS:
-        reason = f"{text}; {repeats} of at least {MIN_REPEATS} repeats: the spread between them is not known"
-        reason += f"; add --repeats {MIN_REPEATS}"
-        return Judgement("inconclusive", reason, MIN_REPEATS)
+    interval = "" if repeats == least == 1 else f" (95 % CI {_measured(low)} – {_measured(high)})"
+    text = f"{_measured(value)}{unit}{interval}"
+    if repeats < least:
+        reason = f"{text}; {repeats} of at least {least} repeats: the spread between them is not known"
+        return Judgement("inconclusive", f"{reason}; add --repeats {least}", least)
     sign = 1 if direction == "min" else -1
     worst, best = (low, high) if direction == "min" else (high, low)
     required = f"required: {'at least' if direction == 'min' else 'at most'} {_number(target)}{unit}"

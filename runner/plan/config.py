@@ -87,7 +87,10 @@ else:
 
 
 class Target(ConfigFile):
-    """A value that a metric must reach, in the metric's unit; `num_nodes` None: at every measured node count."""
+    """A value that a metric must reach, in the metric's unit; `num_nodes` None: at every measured node count.
+
+    Fewer `repeats` leave it undecided. None: the usual number, by which their spread is known.
+    """
 
     name: str
     test: TestName
@@ -100,6 +103,7 @@ class Target(ConfigFile):
     collective: CollectiveName | None = None
     min_bytes: Size | None = None
     max_bytes: Size | None = None
+    repeats: PositiveInt | None = None
 
 
 class Targets(ConfigFile):
