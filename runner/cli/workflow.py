@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,14 @@ _WHERE = (
     backend_option,
     click.option("--work", metavar="DIR", help="A folder that all nodes see; default: that of the runs."),
 )
+_DIVIDED = (
+    click.option("--dp", "data_parallel", type=int, metavar="N", help="Data parallelism; default: what is left."),
+    click.option("--tp", "tensor_parallel", type=int, default=1, metavar="N", help="Tensor parallelism in training."),
+    click.option("--pp", "pipeline_parallel", type=int, default=1, metavar="N", help="Pipeline stages in training."),
+    click.option(
+        "--rollout-tp", "rollout_tensor", type=int, default=1, metavar="N", help="Tensor parallelism in rollout."
+    ),
+)
 _WHAT = (
     click.option("--model", metavar="ID_OR_PATH", help="The model to begin with; on CPUs by default a tiny Llama."),
     click.option("--data", metavar="NAME", help="gsm8k, a file, folder or hub id; on CPUs by default sums."),
@@ -85,12 +93,6 @@ _WHAT = (
     ),
     click.option("--steps", type=_POSITIVE, metavar="N", help="Steps of each trainer."),
     click.option("--epochs", type=_POSITIVE, metavar="N", help="Passes over the data, where no steps are given."),
-    click.option("--dp", "data_parallel", type=int, metavar="N", help="Data parallelism; default: what is left."),
-    click.option("--tp", "tensor_parallel", type=int, default=1, metavar="N", help="Tensor parallelism in training."),
-    click.option("--pp", "pipeline_parallel", type=int, default=1, metavar="N", help="Pipeline stages in training."),
-    click.option(
-        "--rollout-tp", "rollout_tensor", type=int, default=1, metavar="N", help="Tensor parallelism in rollout."
-    ),
     seed_option,
     click.option(
         "--set",
@@ -136,31 +138,56 @@ _OF_RUN = ("hosts", "skip_bad_nodes", "backend", "seed", "retries", "replace_bad
 _KEPT = ("num_nodes", "hosts", "skip_bad_nodes", "backend", "work", "one_allocation")  # with --resume
 
 
-def _command(name: str) -> click.Command:
-    """The command of one workflow."""
-    stages = ", ".join(stage.name for stage in stages_of(name))
+def _command(name: str, workflow_name: str, options: Sequence[Any], text: str) -> click.Command:
+    """A command that carries out a workflow."""
 
-    def run(ctx: click.Context, **options: Any) -> None:
-        ctx.exit(_run(ctx, name, **options))
+    def run(ctx: click.Context, **given: Any) -> None:
+        ctx.exit(_run(ctx, workflow_name, **given))
 
     made: Callable[..., None] = click.pass_context(run)
-    for option in reversed((*_WHERE, *_WHAT, *_HOW)):
+    for option in reversed(options):
         made = option(made)
-    return click.command(name, help=f"{stages}: one command, nothing left over.", short_help=stages)(made)
+    return click.command(name, help=text, short_help=text)(made)
 
 
 for _name in WORKFLOWS:
-    workflow.add_command(_command(_name))
+    _stages = ", ".join(stage.name for stage in stages_of(_name))
+    workflow.add_command(_command(_name, _name, (*_WHERE, *_WHAT, *_DIVIDED, *_HOW), f"{_stages}."))
+
+_FILE = click.argument("document", metavar="FILE", type=click.Path(path_type=Path))
+workflow.add_command(
+    _command(
+        "from-verl-yaml",
+        "ppo",
+        (_FILE, *_WHERE, *_WHAT, *_HOW),
+        "PPO as a file with the sections parallelism, distributed, model, training and inference asks for it.",
+    )
+)
 
 
-def _run(ctx: click.Context, name: str, resume: str | None, dry_run: bool, as_json: bool, **given: Any) -> int:
+def _run(
+    ctx: click.Context,
+    name: str,
+    resume: str | None,
+    dry_run: bool,
+    as_json: bool,
+    document: Path | None = None,
+    **given: Any,
+) -> int:
     """Carry out a workflow, or show what it would do. Returns the exit code."""
     from runner.report.progress import Display
     from runner.workflow import preview, start
 
     if resume is not None:
+        if document is not None:
+            raise errors.UsageError(f"what {document} asked for is kept with the run: runner workflow ppo --resume RUN")
         return _resume(ctx, name, resume, dry_run, as_json, given)
     options = _options(name, given)
+    if document is not None:
+        from runner.system.schema import read_yaml
+        from runner.workflow.asked import with_document
+
+        options = with_document(options, read_yaml(document), str(document))
     if dry_run:
         made = start.planned(options, read_inventory)
         click.echo(json.dumps(preview.as_dict(made), indent=1) if as_json else preview.text(made))

@@ -14,6 +14,7 @@ from runner.workflow import verl_settings
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.prepare import Files
 from runner.workflow.stages import Program, Stage, stages_of
+from runner.workflow.translate import read, translate
 from runner.workflow.verl import ALWAYS, OWN, PROFILES, TRAINERS, Profile, Training, trainer
 
 PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a device, where none is named
@@ -32,7 +33,7 @@ class Options:
     `verl.rl.KEY=VALUE`, `slurm.KEY=VALUE` or `STAGE.timeout_s=SECONDS`. `reward` is a file with `compute_score`,
     `publish` a target of `workflow.publish`, and `work` a folder that all nodes see (None: that of the runs). `track`
     are verl's names of where metrics go beside the console and files, and `project` is their project there (None: the
-    workflow's name).
+    workflow's name). `document` is the content of a file of `workflow.translate`, with its name.
     """
 
     workflow: str
@@ -54,6 +55,8 @@ class Options:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     rollout_tensor: int = 1
+    document: Mapping[str, Any] | None = None
+    document_name: str = ""
 
 
 def engine(options: Options) -> str:
@@ -217,26 +220,75 @@ def training(
     for key in own:
         if key in OWN:
             raise UsageError(f"verl.{key} is set by Shakedown: use {OWN[key]}")
-    asked = Training(
+    asked = replace(
+        _before_settings(options, selected, used),
         model=model,
         train=str(files.train),
         val=str(files.val) if files.val else None,
         folder=folder,
-        nodes=max(selected.counts),
-        gpus_per_node=selected.gpus,
         split=divided(options, selected, own),
-        profile=used,
-        project=options.project or options.workflow,
-        loggers=(*ALWAYS, *options.track),
         experiment=experiment,
         reward=reward,
     )
-    if used.device == "cpu":
-        asked = replace(asked, **_SMALL)
-    if options.steps is not None or options.epochs is not None:
-        asked = replace(asked, steps=options.steps, epochs=options.epochs or asked.epochs)
     fields = {name: own[key] for key, name in _FIELDS[program].items() if key in own}
     if "epochs" in fields and "steps" not in fields:
         fields["steps"] = None
     rest = {key: value for key, value in own.items() if key not in {*_FIELDS[program], _ROLLOUT_TP, _ROLLOUT_PP}}
     return replace(asked, **fields, settings=rest)
+
+
+def _before_settings(options: Options, selected: Selected, used: Profile) -> Training:
+    """What is asked for by options and the user's document, without paths."""
+    start = _start(options, selected, used)
+    if options.document is None:
+        return start
+    return translate(options.document, options.document_name, start).asked
+
+
+def _start(options: Options, selected: Selected, used: Profile) -> Training:
+    asked = Training(
+        model=options.model or "",
+        train="",
+        val=None,
+        folder="",
+        nodes=max(selected.counts),
+        gpus_per_node=selected.gpus,
+        split=divided(options, selected),
+        profile=used,
+        project=options.project or options.workflow,
+        loggers=(*ALWAYS, *options.track),
+        experiment="",
+    )
+    if used.device == "cpu":
+        asked = replace(asked, **_SMALL)
+    if options.steps is not None or options.epochs is not None:
+        asked = replace(asked, steps=options.steps, epochs=options.epochs or asked.epochs)
+    return asked
+
+
+def with_document(options: Options, values: Any, where: str) -> Options:
+    """The options of a workflow that also asks for what a user's document says; `where` is its name.
+
+    Raises UsageError for a document that is none, and for a model that both name.
+    """
+    document = read(values, where)
+    if options.model is not None and document.model.path is not None:
+        raise UsageError(f"--model {options.model} and model.path {document.model.path} of {where}: give one of them")
+    return replace(
+        options,
+        model=document.model.path or options.model,
+        data_parallel=document.parallelism.data_parallel_size,
+        tensor_parallel=document.parallelism.tensor_parallel_size,
+        pipeline_parallel=document.parallelism.pipeline_parallel_size,
+        rollout_tensor=document.inference.tensor_parallel_size,
+        document=values,
+        document_name=where,
+    )
+
+
+def translated(options: Options, selected: Selected, used: Profile) -> tuple[str, ...]:
+    """What became of each line of the user's document."""
+    if options.document is None:
+        return ()
+    lines = translate(options.document, options.document_name, _start(options, selected, used)).lines
+    return tuple(map(str, lines))

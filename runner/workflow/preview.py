@@ -32,7 +32,8 @@ def text(made: Planned) -> str:
     jobs = submissions(made.steps, plan.one_allocation) if scheduled else ()
     named = dict(script.split(":\n", 1) for script in scripts)
     shown = describe.dry_run(made.options.workflow, made.steps, works(made), jobs, named, EPHEMERAL)
-    return "\n".join([shown.rstrip(), *(f"\n{note}" for note in made.found.notes)])
+    lines = [f"{made.options.document_name}, line by line:", *made.translated, ""] if made.translated else []
+    return "\n".join([*lines, shown.rstrip(), *(f"\n{note}" for note in made.found.notes)])
 
 
 def as_dict(made: Planned) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def as_dict(made: Planned) -> dict[str, Any]:
     return {
         "workflow": made.options.workflow,
         "profile": made.profile,
+        "translated": list(made.translated),
         "stages": [
             {
                 "name": step.stage.name,

@@ -30,8 +30,8 @@ from runner.results.rundir import RunDir
 from runner.results.status import cell_status
 from runner.system import manifest
 from runner.system.places import cache_dir
-from runner.workflow import prepare, publish
-from runner.workflow.asked import Options, engine, profile, settings
+from runner.workflow import prepare, publish, verl
+from runner.workflow.asked import Options, engine, profile, settings, translated
 from runner.workflow.links import Maker, checkpoint_folder, model_folder
 from runner.workflow.prepare import Files
 from runner.workflow.record import Stages
@@ -52,6 +52,7 @@ Read = Callable[[str | None], Inventory]
 
 SAVES = 2  # checkpoints of a stage that are kept while the next one is written
 _NEWEST = "latest_checkpointed_iteration.txt"  # verl's
+_UNREAD = "a question of the data"  # in a dry run, where they are not here
 _NOT_YET = prepare.Prepared(Path(), {SFT_DATA: Files(Path()), RL_DATA: Files(Path())}, {}, "", 0)
 
 
@@ -59,7 +60,7 @@ _NOT_YET = prepare.Prepared(Path(), {SFT_DATA: Files(Path()), RL_DATA: Files(Pat
 class Planned:
     """A workflow on nodes that were not contacted: its stages and what becomes of each, what was found for it, and the
     run that carries out those on nodes. `inputs` are those of every stage (`stages.inputs`), and `work` a folder that
-    all nodes see.
+    all nodes see. `translated` says what became of each line of the user's document.
     """
 
     options: Options
@@ -70,6 +71,7 @@ class Planned:
     found: prepare.Prepared
     inputs: Mapping[str, Mapping[str, str]]
     run: launch_prepare.Prepared
+    translated: tuple[str, ...] = ()
 
 
 def planned(options: Options, read: Read, display: Display | None = None, run: RunDir | None = None) -> Planned:
@@ -101,9 +103,10 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
     for stage in stages:
         if stage.program in (Program.SFT, Program.PPO, Program.GRPO):
             maker.overrides(stage)  # refuses what cannot work, before anything is fetched
+    lines = translated(options, selected, verl.PROFILES[name])
     asked = _asked(options, selected, name, work)
     found = prepare.preview(asked) if display is None else prepare.prepare(asked, _shown(display))
-    maker = replace(maker, found=found)
+    maker = replace(maker, found=found if found.question else replace(found, question=_UNREAD))
     decided = steps(stages, maker.inputs(), former)
 
     def located(request: Request) -> Request:
@@ -123,7 +126,7 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         notes=found.notes,
         located=located,
     )
-    return Planned(options, work, stages, decided, name, found, maker.inputs(), asked_of_run)
+    return Planned(options, work, stages, decided, name, found, maker.inputs(), asked_of_run, lines)
 
 
 def work_of(options: Options, selected: Selected) -> Path:
@@ -226,7 +229,7 @@ def start(options: Options, read: Read, display: Display, dependencies: Dependen
     Raises what `planned`, `launch.start.start` and `publish.publish` raise.
     """
     made = planned(options, read, display)
-    for note in made.found.notes:
+    for note in (*made.translated, *made.found.notes):
         display.note(note)
     ended = launch_start.start(made.run, display, _recorded(made, dependencies))
     return _published(made, ended, display)

@@ -98,17 +98,22 @@ def translate(values: Any, where: str, start: Training) -> Translation:
     Raises UsageError, with `where` as the file's name, for what is unknown, does not fit these nodes, or has no
     equivalent in verl.
     """
-    if isinstance(values, Mapping):  # YAML has null for a section without lines
-        values = {section: {} if keys is None else keys for section, keys in values.items()}
-    document = check(Document, values, where)
+    document = read(values, where)
     try:
         asked = settled(Program.PPO, _asked(document, start))
         told = overrides(Program.PPO, asked)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    written = [(section, key) for section, keys in values.items() for key in keys]
+    written = [(section, key) for section, keys in values.items() for key in keys or ()]
     lines = [_line(document, asked, told, f"{section}.{key}") for section, key in written]
     return Translation(asked, tuple(lines))
+
+
+def read(values: Any, where: str) -> Document:
+    """The document in a file's content. Raises UsageError for what is unknown in it."""
+    if isinstance(values, Mapping):  # YAML has null for a section without lines
+        values = {section: {} if keys is None else keys for section, keys in values.items()}
+    return check(Document, values, where)
 
 
 # --- what is asked for ------------------------------------------------------------------------------------
