@@ -142,7 +142,7 @@ def _told_apart(
             if away and root not in outcome.ranks and death.quiet(root) and _rank_of(death.kind) != 0:
                 continue
             told = victims if death.complains else vague if death.vague else suspects
-            told.append(death.error(session.name))
+            told.append(death.error(outcome.accused or session.name))
     themselves = {suspect["host"] for suspect in suspects}
     suspects += [one for one in accusations if one["host"] not in themselves and one["host"] not in but]
     of_nodes = [suspect for suspect in suspects if suspect["host"] != LAUNCHER]

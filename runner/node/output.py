@@ -79,11 +79,12 @@ def last_lines(path: Path, warned: Path | None = None) -> list[str]:
 
     Before them come those in `warned` that may explain it, where NCCL writes its warnings to stdout.
     """
-    before = lastwords.warnings(_end(warned)) if warned else []
-    return lastwords.keep([*before, *_end(path)])
+    before = lastwords.warnings(end_of(warned)) if warned else []
+    return lastwords.keep([*before, *end_of(path)])
 
 
-def _end(path: Path) -> list[str]:
+def end_of(path: Path) -> list[str]:
+    """The lines at the end of a file in which its writer told how it ended; none if it cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END))

@@ -373,11 +373,11 @@ class RankStack:
 @dataclass(frozen=True)
 class Fault:
     """Why an engine's process of our own gave up: a kind of failure, a message of one line, and the node whose failure
-    it is, by its name; None: the one that says so.
+    it is, by its name; None: the one that says so. Without kind and message, a rank tells why it failed, there.
     """
 
-    kind: str
-    message: str
+    kind: str | None = None
+    message: str | None = None
     host: str | None = None
 
     @classmethod

@@ -36,6 +36,7 @@ from typing import Any
 from runner.errors import RunnerError
 from runner.node.leftovers import locked, remove_unused
 from runner.node.meeting import Inbox, Meeting, Peer, Refused, Unreachable, listener, meet
+from runner.node.output import end_of
 from runner.node.protocol import Fault
 from runner.plan.engines import ray
 from runner.results.celldir import CellDir
@@ -274,6 +275,7 @@ class Supervisor:
             if state != ray.SUCCEEDED:
                 self._settle()
                 print(printable(str(now.get("message"))), file=sys.stderr)
+                self._name_where_it_failed()
             return code if code >= 0 else 128 - code
 
     def _submit(self, api: Api, body: Mapping[str, Any]) -> None:
@@ -283,6 +285,13 @@ class Supervisor:
             if time.monotonic() > until:
                 raise GaveUp("ray_died", f"Ray has not taken the job within {SILENT_S:g} s{self._last_words()}")
             self._turn(POLL_S)
+
+    def _name_where_it_failed(self) -> None:
+        """Where a task of the rank has failed on another node, say on which: what it died of, its own words tell."""
+        where = ray.failed_at([printable(line) for line in end_of(self.folder.stream(0, "stderr"))])
+        named = {address: self.names[index] for index, address in self.addresses.items()}
+        if where in named:
+            write_json_atomic(self.folder.fault, asdict(Fault(host=named[where])))
 
     def _settle(self) -> None:
         until = time.monotonic() + SETTLE_S

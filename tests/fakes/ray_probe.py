@@ -23,7 +23,7 @@ def run(job, events):
         events.value("nodes", nodes())
     time.sleep(job.params.get("sleep_s", 0))
     if job.params.get("fails"):
-        sys.stderr.write("the rank's last words\n")
+        sys.stderr.write(job.params.get("says", "the rank's last words") + "\n")
         os._exit(job.params["fails"])
 
 

@@ -79,6 +79,15 @@ def test_the_status_of_the_job_is_that_of_the_engine(made):
     assert cell.cell(0).stream(0, "stderr").read_text() == "the rank's last words\n"
 
 
+@pytest.mark.parametrize(("address", "host"), [("127.0.0.2", None), ("127.0.0.3", "n1"), ("192.0.2.1", None)])
+def test_a_task_that_failed_on_another_node_is_that_nodes_failure(made, address, host):
+    said = f"ray.exceptions.RayTaskError(ValueError): ray::WorkerDict.update() (pid=9, ip={address}, actor_id=cd)"
+    cell = made(params={"fails": 3, "says": said})
+    cell.start()
+    assert cell.wait() == [3, 0]
+    assert cell.fault(0) == ({"kind": None, "message": None, "host": host} if host else None)
+
+
 def test_a_program_that_does_not_start_says_why_in_the_engines_output(made):
     cell = made(nodes=1)
     cell.start()

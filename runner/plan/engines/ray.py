@@ -305,6 +305,15 @@ def why_ended(lines: Sequence[str]) -> tuple[str, str]:
     return "ray_died", (ended or (told[-1] if told else "it said nothing"))[:_SAID]
 
 
+def failed_at(lines: Sequence[str]) -> str | None:
+    """The address of the node where the task ran whose exception ended a driver, from its last lines: of tasks that
+    called each other, the last one that was called.
+    """
+    found = [match for line in lines if (match := _TASK.match(line))]
+    return found[-1][1] if found else None
+
+
+_TASK = re.compile(r"(?:\S*\.)?RayTaskError.*\(pid=\d+, ip=([0-9a-fA-F.:]+)[,)]")
 _SAID = 300  # characters
 _SUBPROCESS = re.compile(r"subprocess.*exit|exit code", re.IGNORECASE)
 

@@ -617,3 +617,11 @@ def test_who_only_lost_another_is_nobodys_suspect():
     assert [(one["kind"], one["host"]) for one in each_error(found)] == [("ray_died", "b")]
     alone = blame.blame(sessions("a", "b"), {"a": lost, "b": Outcome(stopped="stop")})
     assert (alone["kind"], alone["host"]) == ("lost_peers", None) and "has lost b" in alone["message"]
+
+
+def test_what_a_task_died_of_on_another_node_is_that_nodes_failure():
+    dead = outcome(
+        stderr=["Traceback (most recent call last):", "RuntimeError: CUDA error: uncorrectable ECC error"], accused="b"
+    )
+    found = blame.blame(sessions("a", "b"), {"a": dead, "b": Outcome(rc=0)})
+    assert (found["kind"], found["host"]) == ("gpu_failed", "b")

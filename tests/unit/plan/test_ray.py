@@ -225,3 +225,19 @@ def test_a_head_is_read_back_as_it_was_written():
 )
 def test_the_programs_own_exit_status_is_told_and_no_failure_counts_as_success(answer, end):
     assert ray.ended(answer) == end
+
+
+# --- where a task failed ----------------------------------------------------------------------------------
+
+TASKS = """ray.exceptions.RayTaskError(ValueError): ray::TaskRunner.run() (pid=7, ip=10.0.0.1, actor_id=ab, repr=<x>)
+  File "/env/verl/trainer/main_ppo.py", line 3, in run
+ray.exceptions.RayTaskError(ValueError): ray::WorkerDict.update() (pid=9, ip=10.0.0.2, actor_id=cd)
+  File "/env/verl/x.py", line 3, in f
+ValueError: x""".splitlines()
+
+
+def test_a_task_has_failed_where_the_last_one_ran_that_was_called():
+    assert ray.failed_at(TASKS) == "10.0.0.2"
+    assert ray.failed_at(TASKS[:2]) == "10.0.0.1"
+    assert ray.failed_at(["ray.exceptions.RayTaskError(ValueError): ray::f() (pid=9, ip=fd00::2)"]) == "fd00::2"
+    assert ray.failed_at(["(WorkerDict pid=9, ip=10.0.0.2) a line", "ValueError: x"]) is None
