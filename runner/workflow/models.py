@@ -123,19 +123,25 @@ def _template(folder: Path) -> bool:
 
 
 def _fetched(source: str, on_progress: Bytes | None) -> Model:
-    from huggingface_hub import HfApi, constants, get_token, snapshot_download
+    from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    api = HfApi()
     repo, _, revision = source.partition("@")
     if constants.HF_HUB_OFFLINE:
         try:
-            folder = snapshot_download(repo, revision=revision or None, local_files_only=True)
+            kept = [f"*{end}" for end in (*_KEPT, ".safetensors")]
+            folder = Path(
+                api.snapshot_download(
+                    repo, revision=revision or None, local_files_only=True, allow_patterns=kept, ignore_patterns="*/*"
+                )
+            )
         except Exception as error:
             raise _error(repo, error) from error
-        return Model(_plain(repo), Path(folder), {"hub": repo, "commit": Path(folder).name})
+        return Model(_plain(repo), folder, {"hub": repo, "commit": folder.name})
     try:
-        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True, timeout=20)
+        info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=20)
     except Exception as error:
         raise _error(repo, error) from error
     licence = _licence(info)
@@ -149,11 +155,12 @@ def _fetched(source: str, on_progress: Bytes | None) -> Model:
     _require_space(repo, cache, total)
     try:
         with _watched(cache / "blobs", total, on_progress):
-            folder = snapshot_download(repo, revision=info.sha, allow_patterns=list(wanted))
+            # By its name, not by its commit: so it is found by this name without the hub, too.
+            folder = Path(api.snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted)))
     except Exception as error:
         raise _error(repo, error) from error
-    about = {"hub": repo, "commit": info.sha, "license": licence}
-    return Model(_plain(repo), Path(folder), about, (f"model {repo} at {str(info.sha)[:12]}, licence: {licence}",))
+    about = {"hub": repo, "commit": folder.name, "license": licence}
+    return Model(_plain(repo), folder, about, (f"model {repo} at {folder.name[:12]}, licence: {licence}",))
 
 
 def _is_wanted(name: str, info: Any) -> bool:

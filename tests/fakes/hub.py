@@ -143,6 +143,8 @@ class _Answer(http.server.BaseHTTPRequestHandler):
                 ]})  # fmt: skip
             elif rest.startswith("/commit/"):
                 self.commit(repository, name, data)
+            elif rest.startswith("/tree/"):
+                self.reply([self.entry(one, repository) for one in repository.files])
             elif rest.startswith("/paths-info/"):
                 asked = self.form(data)
                 self.reply([self.entry(one, repository) for one in asked if one in repository.files])
