@@ -56,6 +56,7 @@ END_S = 3.0  # between TERM and KILL of Ray
 # The address of a node that is alone: Ray replaces 127.0.0.1 by one of the network.
 SOLO = "127.0.0.2"
 LOGS_BYTES = 20 << 20  # of Ray's own logs that are kept
+LAST = 300  # characters of an error
 LOG_BYTES = 256 << 10  # of each file, from its end
 STORE_BYTES = 200 << 20  # of Ray's object store where the ranks are CPUs: nodes may share one machine's memory
 
@@ -163,7 +164,7 @@ class Supervisor:
             if not self.token:
                 raise GaveUp("ray_refused", f"{ray.TOKEN} is not set: nobody may use a Ray without a token")
             self.place = stack.enter_context(_folder(Path(ray.folder(self.marker))))
-            key = os.environ.get("SLURM_JOB_ID") or f"{self.marker}/{self.job.get('attempt', '')}"
+            key = os.environ.get("SLURM_JOB_ID") or self.marker
             self.ports = ray.claim(key, _ephemeral(), lambda ports: _hold(ports, stack))
             stack.callback(self._keep_logs)
             stack.callback(self._end_ray)
@@ -283,7 +284,7 @@ class Supervisor:
         until = time.monotonic() + SILENT_S
         while not api.ask("POST", "/api/jobs/", body) and not api.ask("GET", f"/api/jobs/{body['submission_id']}"):
             if time.monotonic() > until:
-                raise GaveUp("ray_died", f"Ray has not taken the job within {SILENT_S:g} s{self._last_words()}")
+                raise GaveUp("ray_died", f"Ray has not taken the job within {SILENT_S:g} s: {api.refusal}")
             self._turn(POLL_S)
 
     def _name_where_it_failed(self) -> None:
@@ -409,6 +410,7 @@ class Api:
     def __init__(self, address: str, port: int, token: str) -> None:
         self._address, self._port = address, port
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self.refusal = "it does not answer"  # the last line of the last answer that was an error
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The answer; None where there is none, or an error. Raises GaveUp where the token is not accepted."""
@@ -428,6 +430,8 @@ class Api:
             value = json.loads(data)
             if answer.status == 200 and isinstance(value, dict):
                 return value
+        said = printable(data.decode(errors="replace")).split()
+        self.refusal = " ".join(["HTTP", str(answer.status), *said])[-LAST:]
         return None
 
 
@@ -504,10 +508,9 @@ def _grant(job: Mapping[str, Any], gpus: int) -> ray.Grant:
     cpus = len(os.sched_getaffinity(0))
     if job.get("device") != "cuda":
         return ray.Grant(ray.granted(os.environ, cpus, gpus).cpus, gpus)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = len([each for each in visible.split(",") if each]) if visible is not None else _gpus()
-    found = ray.granted(os.environ, cpus, gpus if there is None else there)
-    return ray.Grant(found.cpus, min(gpus, found.gpus))
+    granted, visible, there = ray.granted(os.environ, cpus, gpus), os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus()
+    seen = len([each for each in visible.split(",") if each]) if visible is not None else gpus
+    return ray.Grant(granted.cpus, min(gpus, granted.gpus, seen, gpus if there is None else there))
 
 
 def _gpus() -> int | None:

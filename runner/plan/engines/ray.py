@@ -276,14 +276,6 @@ class Head:
         """The JSON object that is written."""
         return dict(vars(self))
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Head:
-        """The head in a JSON object. Raises ValueError if it is none."""
-        try:
-            return cls(str(value["address"]), int(value["gcs"]), int(value["dashboard"]), str(value["ray"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a head: {error}") from None
-
 
 _PORT = re.compile(
     r"address already in use|port \d+ is already in use|trying to use a port number|does not match persisted value",

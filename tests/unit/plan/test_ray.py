@@ -200,13 +200,6 @@ def test_a_node_that_is_missing_or_has_too_few_gpus_is_named():
     assert ray.missing(joined, {"node001": "10.0.0.1"}, 8) == []
 
 
-def test_a_head_is_read_back_as_it_was_written():
-    head = ray.Head("10.0.0.1", 61001, 61002, "2.60.0")
-    assert ray.Head.from_json(head.to_json()) == head
-    with pytest.raises(ValueError, match="not a head: 'gcs'"):
-        ray.Head.from_json({"address": "10.0.0.1"})
-
-
 @pytest.mark.parametrize(
     ("answer", "end"),
     [
