@@ -49,6 +49,12 @@ KINDS: Mapping[str, Kind] = {
         False,
         "install the environment on this node as on the others",
     ),
+    "not_shared": Kind(
+        "A folder is not shared",
+        CONFIGURATION,
+        False,
+        "name a folder that this machine and all nodes see at the same path (runner_shared, --work)",
+    ),
     "version_mismatch": Kind("Versions differ", CONFIGURATION, False, "install the controller's version there"),
     "in_use": Kind("A node is in use", CONFIGURATION, False, "wait for that run or choose other nodes"),
     "wrong_address": Kind(

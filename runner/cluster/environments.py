@@ -164,6 +164,22 @@ def drift(expected: Mapping[str, str], found: Mapping[str, str]) -> list[tuple[s
     ]
 
 
+def fault(prefix: str, locks: Mapping[str, str] | None = None) -> str:
+    """Why the environment at `prefix` is not usable, in a few words; "" if it is.
+
+    `locks` are those of which it may be, their names by the SHA-256 of their texts; None: it is of the right one.
+    """
+    found = stamp(prefix)
+    if not found:
+        return "is incomplete" if os.path.exists(os.path.join(prefix, "bin")) else "is not installed"
+    if locks is not None and found.get("lock_sha256") not in locks:
+        ours = " or ".join(f"{name} {digest[:12]}" for digest, name in locks.items())
+        return f"has the lock {found.get('profile')} {str(found.get('lock_sha256'))[:12]}, not {ours}"
+    for name, pinned, there in drift(found["packages"], installed(prefix)):
+        return f"has {name} {there}, not {pinned}"
+    return "" if os.path.exists(os.path.join(prefix, "bin", "python")) else "has lost its Python"
+
+
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version or "")]
 

@@ -11,12 +11,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from runner.cluster.environments import CHOICES
+from runner.cluster.environments import CHOICES, Lock
 from runner.system import places
 
 # By profile, the locks of which one is installed, in the order in which a driver chooses: the first that it runs.
 LOCKS: Mapping[str, tuple[str, ...]] = {"cpu-smoke": ("cpu-smoke",), "gpu-vllm": CHOICES["gpu-vllm"]}
 ON_CPUS = "cpu-smoke"
+# The packages of a profile that a site which installs them itself has to have.
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "cpu-smoke": ("ray", "torch", "transformers", "verl"),
+    "gpu-vllm": ("ray", "torch", "transformers", "verl", "vllm"),
+}
 PREFIX = "/opt/shakedown/env"  # of role conda_env, where the inventory sets none
 
 
@@ -31,6 +36,16 @@ def place(profile: str) -> Path:
     for name in LOCKS[profile]:
         made_from.update(lock(name).read_bytes())
     return folder() / f"{profile}-{made_from.hexdigest()[:12]}"
+
+
+def locks(profile: str) -> dict[str, str]:
+    """The names of the locks of which `profile` is installed, by the SHA-256 of their texts."""
+    return {Lock(lock(name).read_text()).sha256: name for name in LOCKS[profile]}
+
+
+def is_of_setup(profile: str, python: str) -> bool:
+    """Whether `runner setup` makes the environment with the Python `python` for `profile`."""
+    return python == str(place(profile) / "bin" / "python") or python.endswith(f"-{profile}/bin/python")
 
 
 def folder() -> Path:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from runner import __version__
-from runner.cluster import addresses, facts, mpi, nccl
+from runner.cluster import addresses, facts, mpi, nccl, profiles
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import setup_command
-from runner.errors import InfrastructureError
+from runner.errors import InfrastructureError, UsageError
 from runner.failures import Problem, node_lines
 from runner.launch import blame, talk
 from runner.launch.agents import Agents
@@ -22,11 +23,12 @@ from runner.launch.slurm import allocations, commands
 from runner.launch.slurm.allocations import Allocations
 from runner.launch.transport import Transport
 from runner.node import check
-from runner.node.protocol import SILENCE_S, Checked, CheckRequest
+from runner.node.protocol import SILENCE_S, Checked, CheckRequest, ProfileCheck
 from runner.plan.build import engine_of
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV
 from runner.results.rundir import RunDir
+from runner.system.files import write_text_atomic
 from runner.system.nodeset import fold
 from runner.system.wording import are, counted
 from runner.workloads.registry import TESTS, usual
@@ -56,6 +58,8 @@ class NodeAccess:
     `cluster` is None without Slurm. `own` is a run whose agents may be about to release the nodes. `nccl_root` is the
     folder of the built NCCL that ranks use, None for torch's own. `weights` is the folder on the nodes that ranks load,
     None for random weights and for those of the hub. `nccl_tests` are the programs that ranks run (`rank_programs`).
+    `profile` is that of the ranks' Python, "" for the nodes' own. `shared` is a folder that this machine and all nodes
+    must see, None if there is none.
     """
 
     backend: str
@@ -68,6 +72,8 @@ class NodeAccess:
     nccl_root: str | None = None
     weights: str | None = None
     nccl_tests: Sequence[str] = ()
+    profile: str = ""
+    shared: str | None = None
 
     def ask(self, nodes: Sequence[Node]) -> Answers:
         """Check all `nodes` at once for what would stop a cell. Raises InfrastructureError if Slurm does not answer."""
@@ -77,7 +83,9 @@ class NodeAccess:
         return ask_agents(nodes, self._checks(nodes[0]), self.ssh_config, self.own)
 
     def _checks(self, first: Node) -> CheckRequest:
-        return checks(first, self.device, self.engine, self.tests, self.nccl_root, self.weights, self.nccl_tests)
+        request = checks(first, self.device, self.engine, self.tests, self.nccl_root, self.weights, self.nccl_tests)
+        proof = shared_proof(Path(self.shared)) if self.shared and BACKENDS[self.backend].remote else {}
+        return replace(request, profile=profile_check(first, self.profile), shared=proof)
 
     def transport(self, run: RunDir, first: Node, expected: Mapping[str, str | None]) -> Transport:
         """The transport to the run's nodes. Under Slurm, `expected` is the environment that must be found there."""
@@ -165,6 +173,37 @@ def checks(
         open_mpi=any(one.mpi and not one.step for one in engines),
         slurm_mpi=any(one.step for one in engines),
     )
+
+
+def profile_check(node: Node, profile: str) -> ProfileCheck | None:
+    """What `node` is checked for where ranks run in `profile`; None for its own Python."""
+    if not profile:
+        return None
+    python = node.of_profile(profile).python
+    packages = profiles.PACKAGES.get(profile, ())
+    if profile not in profiles.LOCKS or not profiles.is_of_setup(profile, python):
+        remedy = f"install {', '.join(packages) or 'it'} there, or name another Python with runner_pythons"
+        return ProfileCheck(profile, python, remedy, packages=packages)
+    command = setup_command(node, "conda_env")
+    implied = profile == profiles.ON_CPUS and not BACKENDS[node.backend].remote
+    if profile not in (node.profiles or ()) and not (node.profiles is None and implied):
+        command += f" --set conda_env_further=[{profile}]"
+    return ProfileCheck(profile, python, f"run `{command}`", profiles.locks(profile), packages)
+
+
+def shared_proof(folder: Path) -> dict[str, str]:
+    """A file in `folder` by which nodes prove that they see the folder, and its content, which is nowhere else.
+
+    Raises UsageError where it cannot be written.
+    """
+    file = folder / ".shakedown-shared"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_text_atomic(file, f"{uuid.uuid4().hex}\n")
+        return {str(file): file.read_text()}
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}, which all nodes are to see: {error.strerror}") from None
 
 
 def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Problems:

@@ -126,7 +126,12 @@ def _left(
         device = plan.cells[0].device
         made = (plan.backend, device, plan.engine, tests, ssh_config, slurm)
         access = dependencies.access(
-            *made, own=run.run_id, nccl_root=plan.nccl_root, nccl_tests=rank_programs(plan.cells)
+            *made,
+            own=run.run_id,
+            nccl_root=plan.nccl_root,
+            nccl_tests=rank_programs(plan.cells),
+            profile=plan.cells[0].profile,
+            shared=plan.shared,
         )
         answers = access.ask(plan.nodes) if slurm is None else preflight.Answers({}, {})
         before = drift.measured(run, plan, status)

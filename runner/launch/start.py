@@ -93,7 +93,12 @@ def _choose(prepared: Prepared, ssh_config: str | None, display: Display, depend
     cluster = carry.cluster(request.slurm, prepared.inventory, ssh_config)
     tests = request.test_names
     made = (request.backend, request.device, request.engine, tests, ssh_config, cluster)
-    more = {"weights": prepared.weights_on_nodes, "nccl_tests": rank_programs(prepared.plan.cells)}
+    more: dict[str, Any] = {
+        "weights": prepared.weights_on_nodes,
+        "nccl_tests": rank_programs(prepared.plan.cells),
+        "profile": request.profile,
+        "shared": request.shared,
+    }
     access = dependencies.access(*made, nccl_root=request.nccl_root, **more)
     if not request.named:  # Slurm chooses
         return Chosen(access, nodes, request.hardware, request.nccl, request.nccl_root)

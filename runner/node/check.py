@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runner import __version__
 from runner.cluster import addresses, facts, mpi, nccl, slurm_names
+from runner.node import profiles
 from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
 from runner.workloads import weights
@@ -56,7 +57,10 @@ def check(request: CheckRequest) -> Checked:
         problems.append(("environment_missing", reason))
     if request.weights and (reason := weights.fault(Path(request.weights))):
         problems.append(("weights_unusable", f"--weights {request.weights}: they {reason}"))
+    problems += [("not_shared", reason) for reason in map(_unseen, request.shared.items()) if reason]
     observed = facts.collect(nccl.environment(request.nccl_root) if request.nccl_root else {})
+    if request.profile:
+        problems += profiles.problems(request.profile, observed.get("driver") or "")
     if request.gpus:  # None where the inventory leaves the number open
         answering = len(observed["gpus"])
         if answering < request.gpus:
@@ -71,6 +75,20 @@ def check(request: CheckRequest) -> Checked:
         addresses=addresses.resolve(request.names),
         open_mpi=mpi.version() if request.open_mpi else None,
     )
+
+
+def _unseen(file: tuple[str, str]) -> str | None:
+    """Why this node does not see what the controller wrote into a file, None if it does."""
+    path, content = file
+    try:
+        same = Path(path).read_text() == content
+    except OSError as error:
+        there = f"does not see the controller's {Path(path).parent} ({error.strerror})"
+    else:
+        if same:
+            return None
+        there = f"has another {Path(path).parent} than the controller"
+    return f"{there}: name a folder that all nodes see at the same path (--work, runner_shared)"
 
 
 def _lock_holder(scratch: Path) -> str | None:

@@ -102,6 +102,21 @@ def _known(kind: Any, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class ProfileCheck:
+    """The profile in whose Python, at the path `python`, ranks are to run (`cluster.profiles`).
+
+    `locks` are those of which it may be, their names by the SHA-256 of their texts; none for a site's own Python, which
+    must have `packages`. `remedy` is what to do where it is not as expected.
+    """
+
+    name: str
+    python: str
+    remedy: str
+    locks: Mapping[str, str] = field(default_factory=dict)
+    packages: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class CheckRequest:
     """Check this node for anything that would stop a cell. Answered by `Checked`.
 
@@ -109,7 +124,8 @@ class CheckRequest:
     `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node. `nccl_root` is
     the folder with the built NCCL that ranks are to use (None: torch's own), `weights` one of weights to be loaded.
     `names` are to be resolved. `nccl_tests` are programs of nccl-tests that ranks execute, by their paths; `open_mpi`:
-    Open MPI's launcher starts them, `slurm_mpi`: Slurm does.
+    Open MPI's launcher starts them, `slurm_mpi`: Slurm does. `shared` are files by path, and what the controller wrote
+    into each.
     """
 
     version: str  # of the controller
@@ -124,15 +140,23 @@ class CheckRequest:
     nccl_tests: Sequence[str] = ()
     open_mpi: bool = False
     slurm_mpi: bool = False
+    profile: ProfileCheck | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        return {**vars(self), "profile": vars(self.profile) if self.profile else None}
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is sent."""
-        return {"kind": Kind.CHECK, **vars(self)}
+        return {"kind": Kind.CHECK, **self.fields()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckRequest:
         """The request in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
+        profile = value.get("profile")
+        made = {"profile": ProfileCheck(**_known(ProfileCheck, profile)) if profile else None}
+        return cls(**_known(cls, value) | made)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +260,7 @@ class StepRequest(_OfCell):
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that an sbatch file contains."""
-        check = vars(self.check) if self.check else {}
+        check = self.check.fields() if self.check else {}
         return {"kind": Kind.CELL, "slurm": True, **vars(self), "check": check}
 
     @classmethod

@@ -75,6 +75,7 @@ def build(request: Request, nodes: tuple[Node, ...]) -> Plan:
         nccl=request.nccl,
         nccl_root=request.nccl_root,
         tuned=request.tuned,
+        shared=request.shared,
     )
 
 

@@ -122,6 +122,7 @@ class Plan:
     nccl: str | None = None  # "torch" or "built"; None: as each node has it
     nccl_root: str | None = None  # the folder of the built one, None: torch's own
     tuned: Mapping[str, Any] | None = None  # settings that `runner tune` found: `plan.tuned.apply`
+    shared: str | None = None  # a folder that this machine and all nodes must see
     schema: int = SCHEMA
     version: str = __version__
 

@@ -62,6 +62,7 @@ class Request:
     deepspeed_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # alternatives, by name
     rates: tuple[Rate, ...] = ()  # what was measured of this model on these GPUs
     profile: str = ""  # in whose Python the ranks of every cell run; "" in the nodes' own
+    shared: str | None = None  # a folder that this machine and all nodes must see, None if they need none
     tuned: Mapping[str, Any] | None = None  # what `plan.tuned.apply` used of a result of tuning, and what it did not
     chain: tuple[Link, ...] = ()
 

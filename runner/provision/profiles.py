@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.cluster import facts
+from runner.cluster import environments, facts
 from runner.cluster.backends import BACKENDS
 from runner.cluster.environments import (
     PROFILES,
     STAMP,
     Lock,
-    drift,
     fitting,
     installed,
     oldest_driver,
-    stamp,
 )
 from runner.cluster.profiles import LOCKS, ON_CPUS, lock, place
 from runner.errors import InfrastructureError, unknown
@@ -63,10 +61,10 @@ def make(profile: str, on_progress: OnProgress = lambda done, total, text: None)
     """
     folder, name = place(profile), _chosen(profile)
     python = folder / "bin" / "python"
-    if fault(profile) is None:
+    if not fault(profile):
         return Made(python, name, False)
     with _locked(folder, on_progress):
-        if fault(profile) is None:
+        if not fault(profile):
             return Made(python, name, False)
         _require_space(folder, name)
         try:
@@ -118,17 +116,9 @@ def _settled(profile: str, display: Display, repair: bool) -> tuple[str, bool]:
     return "", made.changed
 
 
-def fault(profile: str) -> str | None:
-    """Why `profile` is not usable on this machine as it is, in a few words; None if it is."""
-    folder = place(profile)
-    found = stamp(str(folder))
-    if not found:
-        return "is incomplete" if folder.exists() else "is not installed"
-    changed = drift(found["packages"], installed(str(folder)))
-    if changed:
-        name, pinned, there = changed[0]
-        return f"has {name} {there}, not {pinned}"
-    return None if (folder / "bin" / "python").exists() else "has lost its Python"
+def fault(profile: str) -> str:
+    """Why `profile` is not usable on this machine as it is, in a few words; "" if it is."""
+    return environments.fault(str(place(profile)))
 
 
 def _chosen(profile: str) -> str:

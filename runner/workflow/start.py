@@ -114,7 +114,7 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         return replace(request, chain=maker.links(kept, work / request.run_id))
 
     request = launch_prepare.requested(options.run, selected, {}, {}, run.run_id if run else new_id())
-    request = located(replace(request, profile=name))
+    request = located(replace(request, profile=name, shared=str(work)))
     asked_of_run = launch_prepare.Prepared(
         options=options.run,
         inventory=selected.inventory,

@@ -21,6 +21,7 @@ from runner.node.protocol import (
     Message,
     Outcome,
     Placed,
+    ProfileCheck,
     RankEnd,
     RankStack,
     Started,
@@ -32,8 +33,9 @@ from runner.node.protocol import (
 )
 
 CHECK = CheckRequest(
-    "1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8, names=["gpu-2"], nccl_tests=["/n/x_perf"], open_mpi=True
-)
+    "1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8, names=["gpu-2"], nccl_tests=["/n/x_perf"], open_mpi=True,
+    profile=ProfileCheck("rl", "/rl/bin/python", "run `it`", {"ab": "cpu-smoke"}, ["verl"]), shared={"/w/f": "x"},
+)  # fmt: skip
 OF_CELL = {"run_id": "r", "cell": "c", "attempt": 2, "marker": "r/c"}
 NODE = CellRequest(
     **OF_CELL, host="n1", scratch="/scratch", cell_dir="/scratch/r/c", job={"a": 1}, argv=["python"], env={"A": "b"}
