@@ -57,9 +57,7 @@ class Peer:
 
     def close(self) -> None:
         """End the connection."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        _close(self._connection, None)  # its thread closes the lines, which it may be reading
 
     def _receive(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -69,6 +67,7 @@ class Peer:
                 if not hmac.compare_digest(_proof(self._key, text), str(line.get("seal"))):
                     break
                 self._inbox.put((self, json.loads(text)))
+        _close(self._connection, self._lines)
         self._inbox.put((self, None))
 
 
@@ -93,9 +92,9 @@ class Meeting:
                 threading.Thread(target=self._take_in, args=(connection,), daemon=True).start()
 
     def _take_in(self, connection: socket.socket) -> None:
+        connection.settimeout(PATIENCE_S)
+        lines = connection.makefile("rb")
         try:
-            connection.settimeout(PATIENCE_S)
-            lines = connection.makefile("rb")
             first = _read(lines)
             node, theirs, own = int(first["node"]), str(first["nonce"]), secrets.token_hex(16)
             _write(connection, {"nonce": own, "proof": _proof(self._secret, "host", theirs, own)})
@@ -103,7 +102,7 @@ class Meeting:
                 raise ValueError("another secret")
             Peer(connection, lines, _key(self._secret, theirs, own), node, self._inbox)
         except (OSError, ValueError, KeyError, TypeError):  # a stranger
-            connection.close()
+            _close(connection, lines)
 
 
 def meet(address: str, port: int, secret: str, node: int, inbox: Inbox, deadline: float) -> Peer:
@@ -118,20 +117,20 @@ def meet(address: str, port: int, secret: str, node: int, inbox: Inbox, deadline
         except OSError as error:
             said = error.strerror or str(error)
         else:
+            lines = connection.makefile("rb")
             try:
-                return _introduced(connection, secret.encode(), node, inbox)
+                return _introduced(connection, lines, secret.encode(), node, inbox)
             except (OSError, ValueError, KeyError, TypeError) as error:  # not yet, or not the one
                 said = f"it answers with {error}" if str(error) else said
-                connection.close()
+                _close(connection, lines)
             except Refused:
-                connection.close()
+                _close(connection, lines)
                 raise
         time.sleep(_RETRY_S)
     raise Unreachable(said)
 
 
-def _introduced(connection: socket.socket, secret: bytes, node: int, inbox: Inbox) -> Peer:
-    lines = connection.makefile("rb")
+def _introduced(connection: socket.socket, lines: BinaryIO, secret: bytes, node: int, inbox: Inbox) -> Peer:
     own = secrets.token_hex(16)
     _write(connection, {"node": node, "nonce": own})
     answer = _read(lines)
@@ -156,6 +155,14 @@ def listener(port: int, families: Callable[[], bool] = socket.has_dualstack_ipv6
         found.close()
         raise
     return found
+
+
+def _close(connection: socket.socket, lines: BinaryIO | None) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    if lines is not None:
+        lines.close()
 
 
 def _key(secret: bytes, guest: str, host: str) -> bytes:
