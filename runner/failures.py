@@ -113,13 +113,13 @@ KINDS: Mapping[str, Kind] = {
         "The model hub does not answer",
         CONFIGURATION,
         False,
-        "give --weights a folder that the nodes have, or let them reach the hub (HF_ENDPOINT, a proxy)",
+        "give a folder instead (--weights: one that the nodes have), or let the hub be reached (HF_ENDPOINT, a proxy)",
     ),
     "weights_unusable": Kind(
         "The weights cannot be used",
         USER,
         False,
-        "correct the name or the files of --weights; for gated ones accept the licence and set HF_TOKEN",
+        "correct the name or the files of --weights or --model; for gated ones accept the licence and set HF_TOKEN",
     ),
     "checkpoint_unusable": Kind(
         "A checkpoint makes no usable model",

@@ -34,6 +34,7 @@ from runner.workflow import prepare, publish, verl
 from runner.workflow.asked import Options, engine, profile, settings, translated
 from runner.workflow.links import Maker, checkpoint_folder, model_folder
 from runner.workflow.prepare import Files
+from runner.workflow.progress import shown
 from runner.workflow.record import Stages
 from runner.workflow.stages import (
     RL_DATA,
@@ -105,7 +106,11 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
             maker.overrides(stage)  # refuses what cannot work, before anything is fetched
     lines = translated(options, selected, verl.PROFILES[name])
     asked = _asked(options, selected, name, work)
-    found = prepare.preview(asked) if display is None else prepare.prepare(asked, _shown(display))
+    if display is None:
+        found = prepare.preview(asked)
+    else:
+        with shown(display) as progress:
+            found = prepare.prepare(asked, progress)
     maker = replace(maker, found=found if found.question else replace(found, question=_UNREAD))
     decided = steps(stages, maker.inputs(), former)
 
@@ -180,10 +185,6 @@ def _as_before(selected: Selected, before: Plan) -> Selected:
             "have: give the inventory that it was started with (-i)"
         )
     return replace(selected, nodes=nodes, counts=(count,), slurm=before.slurm)
-
-
-def _shown(display: Display) -> prepare.Progress:
-    return lambda what, done, total: display.at(done, total, what)
 
 
 # --- what a former run has left ---------------------------------------------------------------------------
@@ -315,7 +316,8 @@ def _published(made: Planned, ended: RunResult, display: Display) -> RunResult:
     merge = next(stage for stage in stages_of(made.options.workflow) if model in stage.leaves)
     folder = model_folder(made.work / ended.run.run_id, merge, made.inputs[merge.name])
     with ended.run.alive(), Stages(ended.run).running(step.stage.name, made.inputs[step.stage.name]) as left:
-        found = publish.publish(Path(folder), made.options.publish, _shown(display))
+        with shown(display) as progress:
+            found = publish.publish(Path(folder), made.options.publish, progress)
         left |= {"where": found.where, "bytes": found.bytes, "digest": found.digest}
     display.note(f"published: {found.where}")
     return replace(ended, summary=conclude.judge(ended.run))  # where it is now is in the report as well
