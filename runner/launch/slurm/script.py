@@ -131,7 +131,8 @@ def render(job: BatchJob, settings: Settings) -> str:
         "# By hand: `sbatch THIS_FILE`, with no SBATCH_* variable set, since those win over the lines below.",
         *([needs] if needs else []),
         *(_directive(name, value) for name, value in _unbroken(options)),
-        *(f"#SBATCH {option}" for option in settings.extra),
+        # What the user's jobs are to wait for, the first job of the chain has waited for.
+        *(f"#SBATCH {option}" for option in settings.extra if not (job.after and option.startswith("--dep"))),
         "",
         "# Rank, node list and master address come from Slurm inside each task, not from this shell. A cell that",
         "# fails ends the job: the next one needs what it leaves."

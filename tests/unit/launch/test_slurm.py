@@ -235,6 +235,14 @@ def test_the_whole_file(name, job, settings):
     golden(f"slurm/{name}.sh", render(job, settings))
 
 
+def test_a_dependency_of_the_users_is_that_of_a_chains_first_job_and_does_not_replace_a_later_ones():
+    extra = Settings(extra=("--dependency=afterany:12", "--comment=x"))
+    first, later = (options(render(cell(after=after), extra)) for after in (None, "4711"))
+    assert [line for line in first if "depend" in line] == ["--dependency=afterany:12"]
+    assert [line for line in later if "depend" in line] == ["--dependency=afterok:4711"]
+    assert "--comment=x" in first and "--comment=x" in later
+
+
 @pytest.mark.parametrize("job", [cell(), cell(*SWEEP)])
 def test_the_batch_shell_expands_nothing_but_exit_statuses(job):
     body = without_requests(render(job, Settings()))
