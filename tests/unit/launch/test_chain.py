@@ -301,11 +301,12 @@ def test_a_stage_that_its_time_limit_ended_goes_on_when_the_run_is_resumed_and_t
 
 
 @pytest.mark.parametrize(("continues", "attempts"), [(True, 3), (False, 1)])
+@pytest.mark.parametrize("kind", ["time_limit", "timed_out"])
 def test_a_stage_with_checkpoints_goes_on_after_a_time_limit_as_often_as_retries_are_allowed(
-    cluster, tmp_path, monkeypatch, continues, attempts
+    cluster, tmp_path, monkeypatch, kind, continues, attempts
 ):
     monkeypatch.setitem(TESTS, "torch", replace(TESTS["torch"], continues=continues))
-    limits = {(job, None): failed("time_limit") for job in ("7", "10")}
+    limits = {(job, None): failed(kind) for job in ("7", "10")}
     carrier, carried = over_slurm(cluster, tmp_path, limits, retries=2)
     carried.execute({})
     status = carrier.run.read_status()
