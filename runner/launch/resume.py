@@ -99,9 +99,9 @@ def resume(
             plan = replace(plan, spares=drift.spares(plan, left.inventory))
         carry.require_launcher(plan)
         with dependencies.hold(dependencies.state, carry.endpoints(plan), plan.run_id), carry.failures_recorded(run):
-            data = dependencies.data(plan, left.pending, display)
             run.write_plan(plan.to_dict())
             run.write_status(left.status)
+            data = dependencies.data(plan, left.pending, display)
             expected = {} if options.accept_drift else drift.common(left.before)
             transport = left.access.transport(run, plan.nodes[0], expected)
             policy = Policy(options.retries, options.replace_bad_nodes, options.accept_drift)

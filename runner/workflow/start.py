@@ -51,7 +51,6 @@ from runner.workflow.stages import (
 
 Read = Callable[[str | None], Inventory]
 
-SAVES = 2  # checkpoints of a stage that are kept while the next one is written
 _NEWEST = "latest_checkpointed_iteration.txt"  # verl's
 _UNREAD = "a question of the data"  # in a dry run, where they are not here
 _NOT_YET = prepare.Prepared(Path(), {SFT_DATA: Files(Path()), RL_DATA: Files(Path())}, {}, "", 0)
@@ -154,7 +153,7 @@ def _asked(options: Options, selected: Selected, name: str, work: Path) -> prepa
         publish=options.publish,
         seen=(Path("/"),) if local else (work,),
         seed=options.run.seed,
-        saves=SAVES,
+        saves=verl.KEEP,
     )
 
 

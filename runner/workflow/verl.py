@@ -61,6 +61,7 @@ PROFILES: Mapping[str, Profile] = {
 }
 
 
+KEEP = 2  # checkpoints of a stage: the newest, and the one before should that be damaged
 MICRO = 4  # sequences that a GPU computes at a time, where nothing else is asked for
 
 
@@ -90,6 +91,7 @@ class Training:
     steps: int | None = None
     epochs: int = 1
     save_every: int = 50
+    keep: int = KEEP
     prompt_tokens: int = 512
     response_tokens: int = 512
     learning_rate: float | None = None
@@ -204,7 +206,8 @@ def _divides(number: int, by: int, what: str, parts: str) -> None:
         raise UsageError(f"{what} {number} does not divide into {parts}: nearest that does: {near}")
 
 
-def _trainer(asked: Training) -> dict[str, Any]:
+def _trainer(asked: Training, *kept: str) -> dict[str, Any]:
+    """`kept` are the names of the settings that say how many checkpoints are kept."""
     length = (
         {"total_epochs": asked.epochs}
         if asked.steps is None
@@ -222,6 +225,7 @@ def _trainer(asked: Training) -> dict[str, Any]:
             "default_local_dir": asked.folder,
             "resume_mode": "auto",  # the last checkpoint in that folder, which is the run's own
             "save_freq": asked.save_every,
+            **dict.fromkeys(kept, asked.keep),
             "test_freq": -1,
             **length,
         }.items()
@@ -271,7 +275,7 @@ def _sft(asked: Training) -> dict[str, Any]:
         "model.enable_gradient_checkpointing": asked.recompute,
         **_engine("engine", asked),
         "optim.lr": 1e-5 if asked.learning_rate is None else asked.learning_rate,
-        **_trainer(asked),
+        **_trainer(asked, "max_ckpt_to_keep"),
     }
 
 
@@ -321,7 +325,11 @@ def _rl(asked: Training, program: Program) -> dict[str, Any]:
         made |= {"reward.custom_reward_function.path": asked.reward}
     if asked.timeout_s is not None:
         made |= {"actor_rollout_ref.nccl_timeout": asked.timeout_s}
-    return {**made, **_trainer(asked), "trainer.val_before_train": False}
+    return {
+        **made,
+        **_trainer(asked, "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep"),
+        "trainer.val_before_train": False,
+    }
 
 
 def _reference(asked: Training) -> dict[str, Any]:
