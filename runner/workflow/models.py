@@ -71,8 +71,12 @@ def preview(model: str | None, cache: Path, work: Path) -> Model:
         return Model(tiny.NAME, tiny.place(cache / "models"), {})
     if is_local(model):
         return find(model, cache)
-    repo = hub_id(model)
-    return Model(_plain(repo), work / _plain(repo), {}, (f"model {repo}: fetched from the hub when it is not here",))
+    source = hub_id(model)
+    try:
+        return _checked(_cached(source))
+    except RunnerError:
+        name = _plain(source.partition("@")[0])
+        return Model(name, work / name, {}, (f"model {source}: not here yet, fetched from the hub when it starts",))
 
 
 def is_local(model: str) -> bool:
@@ -127,19 +131,10 @@ def _fetched(source: str, on_progress: Bytes | None) -> Model:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    if constants.HF_HUB_OFFLINE:
+        return _cached(source)
     api = HfApi()
     repo, _, revision = source.partition("@")
-    if constants.HF_HUB_OFFLINE:
-        try:
-            kept = [f"*{end}" for end in (*_KEPT, ".safetensors")]
-            folder = Path(
-                api.snapshot_download(
-                    repo, revision=revision or None, local_files_only=True, allow_patterns=kept, ignore_patterns="*/*"
-                )
-            )
-        except Exception as error:
-            raise _error(repo, error) from error
-        return Model(_plain(repo), folder, {"hub": repo, "commit": folder.name})
     try:
         info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=20)
     except Exception as error:
@@ -161,6 +156,23 @@ def _fetched(source: str, on_progress: Bytes | None) -> Model:
         raise _error(repo, error) from error
     about = {"hub": repo, "commit": folder.name, "license": licence}
     return Model(_plain(repo), folder, about, (f"model {repo} at {folder.name[:12]}, licence: {licence}",))
+
+
+def _cached(source: str) -> Model:
+    """A model of the hub that was fetched before; the hub is not asked. Raises InfrastructureError where it was not."""
+    from huggingface_hub import HfApi
+
+    repo, _, revision = source.partition("@")
+    kept = [f"*{end}" for end in (*_KEPT, ".safetensors")]
+    try:
+        folder = Path(
+            HfApi().snapshot_download(
+                repo, revision=revision or None, local_files_only=True, allow_patterns=kept, ignore_patterns="*/*"
+            )
+        )
+    except Exception as error:
+        raise _error(repo, error) from error
+    return Model(_plain(repo), folder, {"hub": repo, "commit": folder.name})
 
 
 def _is_wanted(name: str, info: Any) -> bool:

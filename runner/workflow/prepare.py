@@ -195,6 +195,7 @@ def _collected(reasons: list[RunnerError]) -> Iterator[None]:
 
 
 def _raise(reasons: list[RunnerError]) -> None:
+    reasons = list({str(reason): reason for reason in reasons}.values())  # one source may be data of two stages
     if not reasons:
         return
     if len(reasons) == 1:

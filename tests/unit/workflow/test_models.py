@@ -133,6 +133,15 @@ def test_offline_what_is_in_the_cache_is_taken_and_nothing_asked(server, tmp_pat
     assert server.requests == []
 
 
+def test_a_dry_run_names_what_was_fetched_and_asks_nothing(server, tmp_path):
+    before = models.preview(REPO, tmp_path / "cache", tmp_path / "work")
+    assert before.folder.parent == tmp_path / "work"
+    found = models.find(REPO, tmp_path / "cache")
+    server.requests.clear()
+    after = models.preview(REPO, tmp_path / "cache", tmp_path / "work")
+    assert (after.folder, after.notes, server.requests) == (found.folder, (), [])
+
+
 def test_a_disk_that_is_too_small_is_one_line_before_anything_is_fetched(server, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**10))
