@@ -100,7 +100,7 @@ _WHAT = (
         multiple=True,
         metavar="KEY=VALUE",
         help="verl.KEY=VALUE, or verl.sft.… and verl.rl.… for one trainer; slurm.KEY=VALUE; STAGE.timeout_s=SECONDS; "
-        "ppo.join_s=SECONDS.",
+        "ppo.join_s=SECONDS; targets.NAME=VALUE.",
     ),
     click.option(
         "--publish",

@@ -70,7 +70,7 @@ def summarise(
         "targets": targets,
         "findings": faults,
         "observations": findings.observations(suspects),
-        "stages": _stages(status, cells),
+        "stages": _stages(plan, status, cells),
         "replaced": list(status.get("replaced", ())),
         "attempts": {
             cell: entry["attempt"] for cell, entry in status.get("cells", {}).items() if entry.get("attempt", 1) > 1
@@ -116,11 +116,14 @@ def _overall(
     return "not_judged", "no target was measured in this run"
 
 
-def _stages(status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _stages(
+    plan: Mapping[str, Any], status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """The stages of a workflow in order, those on nodes and those on the controller; empty for another run.
 
-    `left` says what a stage leaves, by name.
+    `left` says what a stage leaves, by name; a path inside the run's directory begins there.
     """
+    inside = f"{plan['run_dir']}/" if plan.get("run_dir") else ""
     controller = status.get("stages", {})
     if not controller:
         return []
@@ -141,7 +144,9 @@ def _stages(status: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> li
         {
             "stage": cell["id"],
             **{key: cell[key] for key in ("state", "num_nodes", "took_s", "queued_s")},
-            "left": {"folder": left} if (left := cell["details"].get("left")) and cell["state"] == "complete" else {},
+            "left": {"folder": left.removeprefix(inside)}
+            if (left := cell["details"].get("left")) and cell["state"] == "complete"
+            else {},
             "message": errors.get(cell["id"], {}).get("message", ""),
         }
         for cell in cells

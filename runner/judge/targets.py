@@ -46,9 +46,9 @@ def judge_targets(
         groups: dict[tuple[str | None, int], list[tuple[Mapping[str, Any], float]]] = defaultdict(list)
         for cell in cells:
             fits = cell["test"] == target["test"] and target.get("num_nodes") in (None, cell["num_nodes"])
-            value = _value(target, cell, by_cell) if fits and cell["state"] == "complete" else None
-            if value is not None:
-                groups[cell["model"], cell["num_nodes"]].append((cell, value))
+            if fits and cell["state"] == "complete":
+                for value in _values(target, cell, by_cell):
+                    groups[cell["model"], cell["num_nodes"]].append((cell, value))
         if not groups:
             rows.append(_target_row(target, Judgement("not_judged", _not_measured(target))))
         for (model, num_nodes), found in groups.items():
@@ -132,7 +132,16 @@ def _not_measured(target: Mapping[str, Any]) -> str:
     return f"not measured in this run: no {target['metric']}{size}{where}"
 
 
-def _value(target: Mapping[str, Any], cell: Mapping[str, Any], by_cell: Mapping[str, Sequence[Record]]) -> float | None:
-    """What the cell has for the target's metric; None for a test that only another version has."""
-    test = TESTS.get(cell["test"])
-    return test.load_metrics().target_value(target, cell, by_cell.get(cell["id"], [])) if test else None
+def _values(
+    target: Mapping[str, Any], cell: Mapping[str, Any], by_cell: Mapping[str, Sequence[Record]]
+) -> Sequence[float]:
+    """What the cell has for the target's metric, one value or as many as repeat within it; none for a test that only
+    another version has.
+    """
+    test, records = TESTS.get(cell["test"]), by_cell.get(cell["id"], [])
+    if test is None:
+        return ()
+    if samples := test.load_samples():
+        return samples(target, cell, records)
+    value = test.load_metrics().target_value(target, cell, records)
+    return () if value is None else (value,)

@@ -132,6 +132,7 @@ def prepare(options: Options, read: Callable[[str | None], Inventory], make_id: 
         requested(options, found, model, deepspeed, make_id()),
         tests=loaded,
         deepspeed_files=config.deepspeed_files(overrides.get("deepspeed", {})),
+        targets=config.load_targets(values=overrides.get(config.TARGETS)),
         nccl=wanted,
         nccl_root=nodes[0].nccl_root if wanted == nccl.BUILT else None,
     )

@@ -224,14 +224,22 @@ def deepspeed_files(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def load_targets() -> list[dict[str, Any]]:
-    """The targets of configs/targets/default.yaml, as dicts with the keys that the file gives.
+TARGETS = "targets"  # the section of `--set` for values of targets, by their name
 
-    Raises UsageError for an unknown key or an invalid value.
+
+def load_targets(name: str = "default", values: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The targets of configs/targets/<name>.yaml, as dicts with the keys that the file gives; `values` are those of
+    `--set targets.NAME=VALUE`, in place of the file's.
+
+    Raises UsageError for an unknown key, target, or an invalid value.
     """
-    path = CONFIGS / "targets" / "default.yaml"
-    targets = check(Targets, read_yaml(path), str(path)).targets
-    return [target.model_dump(exclude_unset=True) for target in targets]
+    path = CONFIGS / "targets" / f"{name}.yaml"
+    given, known = dict(values or {}), read_yaml(path)
+    for target in known.get("targets", ()) if given else ():
+        target["value"] = given.pop(target["name"], target["value"])
+    if given:
+        raise unknown("target", next(iter(given)), [one["name"] for one in known["targets"]], f"--set {TARGETS}")
+    return [target.model_dump(exclude_unset=True) for target in check(Targets, known, str(path)).targets]
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -243,7 +251,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     import yaml
 
     parsed: dict[str, dict[str, Any]] = {}
-    sections = [*offered(), "deepspeed", "slurm"]
+    sections = [*offered(), "deepspeed", "slurm", TARGETS]
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, dot, name = key.partition(".")

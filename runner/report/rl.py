@@ -176,7 +176,7 @@ def _phases(cells: Sequence[Row]) -> Iterator[Table]:
 
 def _answers(cells: Sequence[Row]) -> Iterator[Table]:
     rows = [
-        {"model of": cell["id"], "question": answer["question"], "answer": answer["answer"]}
+        {"model of": cell["id"], "question": answer["question"], "answer": answer["answer"].strip() or "(no text)"}
         for cell in cells
         if (answer := cell["details"].get("answer"))
     ]
@@ -262,6 +262,15 @@ def _bands(group: Sequence[Step]) -> Iterator[tuple[float, int, str]]:
             yield total, colour, f"{where}: {each}"
 
 
+def _steps(numbers: Sequence[float]) -> chart.Axis:
+    """An axis of step numbers, with whole ones at its ticks."""
+    axis = chart.linear("step", numbers, pad=0.02)
+    ticks = [(tick, f"{tick:,.0f}") for tick, _ in axis.ticks if tick == round(tick)]
+    if len(set(numbers)) == 1:
+        return chart.Axis("step", numbers[0] - 1, numbers[0] + 1, [(numbers[0], f"{numbers[0]:.0f}")])
+    return chart.Axis("step", axis.low, axis.high, ticks)
+
+
 # A chart of curves: title, (curve, colour, name) of each, caption. A chart of one curve needs no names.
 _CHARTS: Sequence[tuple[str, Sequence[tuple[str, int, str]], str]] = (
     (
@@ -302,11 +311,7 @@ def _curves(cell: Row, found: Sequence[Step]) -> Iterator[Figure]:
         if not lines:
             continue
         numbers = [point.x for line in lines for point in line.points]
-        x = (
-            chart.linear("step", numbers, pad=0.02)
-            if len(set(numbers)) > 1
-            else chart.Axis("step", numbers[0] - 1, numbers[0] + 1, [(numbers[0], f"{numbers[0]:.0f}")])
-        )
+        x = _steps(numbers)
         y = chart.linear("", [point.y for line in lines for point in line.points], from_zero=title.startswith("Length"))
         svg = chart.lines(lines, x, y, f"{title} against step, {cell['id']}", name_ends=False)
         yield Figure(title, svg, f"{cell['id']}: {about}", [(line.colour, line.name) for line in lines])

@@ -69,11 +69,14 @@ def engine(options: Options) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of `--set`: verl's by the program that they are for, Slurm's, and the limits of stages in s."""
+    """The settings of `--set`: verl's by the program that they are for, Slurm's, the limits of stages in s, and values
+    of targets by name.
+    """
 
     verl: Mapping[Program, Mapping[str, Any]] = field(default_factory=dict)
     slurm: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    targets: Mapping[str, Any] = field(default_factory=dict)
 
 
 def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Settings:
@@ -86,6 +89,7 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
     verl: dict[Program, dict[str, Any]] = {program: {} for program in programs}
     seconds: dict[str, dict[str, float]] = {}
     slurm: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         section, dot, name = key.partition(".")
@@ -96,11 +100,13 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
                 verl[program][setting] = verl_settings.value_of(value)
         elif section == _SLURM:
             slurm |= config.parse_settings([text])[_SLURM]
+        elif section == config.TARGETS:
+            targets |= config.parse_settings([text])[section]
         elif section in stages:
             seconds.setdefault(section, {})[name] = _seconds(text, stages[section], name, value)
         else:
-            raise unknown("section", section, [_VERL, _SLURM, *stages], f"--set {text}")
-    return Settings(verl, slurm, seconds)
+            raise unknown("section", section, [_VERL, _SLURM, config.TARGETS, *stages], f"--set {text}")
+    return Settings(verl, slurm, seconds, targets)
 
 
 def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str) -> list[tuple[Program, str]]:

@@ -21,7 +21,7 @@ from runner.launch import start as launch_start
 from runner.launch.carry import Dependencies, RunResult, new_id
 from runner.launch.prepare import Selected
 from runner.launch.supply import Data
-from runner.plan import build
+from runner.plan import build, config
 from runner.plan.plan import Cell, Plan
 from runner.plan.request import Request
 from runner.report import conclude
@@ -118,7 +118,8 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         return replace(request, chain=maker.links(kept, work / request.run_id))
 
     request = launch_prepare.requested(options.run, selected, {}, {}, run.run_id if run else new_id())
-    request = located(replace(request, profile=name, shared=str(work)))
+    targets = config.load_targets("workflow", given.targets)
+    request = located(replace(request, profile=name, shared=str(work), targets=targets))
     asked_of_run = launch_prepare.Prepared(
         options=options.run,
         inventory=selected.inventory,

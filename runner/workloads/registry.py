@@ -74,6 +74,15 @@ class DetailsModule(Protocol):
         """`details` of the cell's entry in summary.json, as JSON; `plan` and `cell` are plan.json and its entry."""
 
 
+class Samples(Protocol):
+    """A function that gives the values of a target that repeat within a cell. Pure."""
+
+    def __call__(
+        self, target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]
+    ) -> Sequence[float]:
+        """Values in the unit of the target's metric, as many as were measured; `cell` is one of summary.json."""
+
+
 class TrainingMetricsModule(MetricsModule, Protocol):
     """The metrics of a test that trains."""
 
@@ -136,7 +145,8 @@ class Test:
     `findings`, empty for a test whose records show no faults, is one with the interface FindingsModule.
     `packages` must be installed on every node. `defaults` are, by device, the values of settings that are null, and
     `gpu_only`, by setting, the values that cannot work without a GPU. `details` is a module with the interface
-    DetailsModule, for a test whose tables show more than metrics.
+    DetailsModule, for a test whose tables show more than metrics. `samples` is MODULE:FUNCTION with the interface
+    Samples, for a test within whose cells repeats what targets are compared with.
 
     Ranks of a test with a `model` get its architecture. One that `trains` it takes its DeepSpeed file and weights, a
     batch and prepared data as well, and its rate is compared over node counts; its `refusals` are a module with the
@@ -171,6 +181,7 @@ class Test:
     workflow: bool = False
     refusals: str = ""
     details: str = ""
+    samples: str = ""
     variants: str = ""
     mpi: bool = False
     engine: str = ""
@@ -215,6 +226,10 @@ class Test:
     def load_details(self) -> DetailsModule | None:
         """What makes the `details` of the test's cells; None for a test whose cells have none."""
         return cast(DetailsModule, import_module(self.details)) if self.details else None
+
+    def load_samples(self) -> Samples | None:
+        """What gives the values of a target within a cell; None for a test whose cells give one each."""
+        return cast(Samples, _named(self.samples)) if self.samples else None
 
     def load_training_metrics(self) -> TrainingMetricsModule:
         """The metrics module of a test that `trains`."""
@@ -287,6 +302,7 @@ TESTS: Mapping[str, Test] = {
         metrics="runner.workloads.rl.metrics",
         report="runner.report.rl",
         findings="runner.workloads.rl.findings",
+        samples="runner.workloads.rl.metrics:samples",
         details="runner.workloads.rl.details",
         packages=(),
         on_request=True,
@@ -314,6 +330,7 @@ TESTS: Mapping[str, Test] = {
         metrics="runner.workloads.rl.metrics",
         report="runner.report.rl",
         findings="runner.workloads.rl.findings",
+        samples="runner.workloads.rl.metrics:samples",
         details="runner.workloads.rl.details",
         packages=(),
         on_request=True,

@@ -154,6 +154,31 @@ def _shares(measured: Sequence[Step]) -> dict[str, float]:
     }
 
 
+def samples(target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> list[float]:
+    """The values of the target's metric in each measured step, or in each that an end of a curve is the mean of; the
+    cell's own value of what no step has by itself.
+    """
+    metric, found = target["metric"], trained(steps(records))
+    timed = [(step, step.seconds) for step in found if step.measured and step.seconds]
+    phase = next((phase for phase in (*PHASES, IDLE) if metric.startswith(f"{phase}_")), None)
+    if metric in ("step_time_s_p50", "step_time_s_mean"):
+        return [seconds for _, seconds in timed]
+    if metric in ("tokens_per_s", "tokens_per_s_per_gpu"):
+        per = cell["metrics"]["tokens_per_s"] / cell["metrics"][metric] if metric in cell["metrics"] else 1.0
+        return [step.tokens / seconds / per for step, seconds in timed if step.tokens]
+    if phase and metric == f"{phase}_share_pct":
+        return [100 * step.phases_s.get(phase, 0.0) / seconds for step, seconds in timed if step.phases_s]
+    if phase and metric == f"{phase}_tokens_per_s":
+        return [step.rates[phase] for step, _ in timed if phase in step.rates]
+    for curve in ENDS:
+        values = [step.curves[curve] for step in found if curve in step.curves]
+        if values and metric in (f"{curve}_first", f"{curve}_last"):
+            count = max(1, round(END * len(values)))
+            return values[:count] if metric.endswith("_first") else values[-count:]
+    value = target_value(target, cell, records)
+    return [] if value is None else [value]
+
+
 def target_value(target: Mapping[str, Any], cell: Mapping[str, Any], records: Sequence[Record]) -> float | None:
     """What a cell of summary.json has for the target's metric, in its unit; None where it was not measured."""
     value: float | None = cell["metrics"].get(target["metric"])

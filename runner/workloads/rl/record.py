@@ -150,9 +150,9 @@ def _result(step: Step, seconds: float | None) -> str:
     """What a step gave, in words."""
     parts = []
     if "reward_mean" in step.curves:
-        parts.append(f"reward {step.curves['reward_mean']:.3f}")
+        parts.append(f"reward {step.curves['reward_mean']:.3g}")
     if "loss" in step.curves:
-        parts.append(f"loss {step.curves['loss']:.3f}")
+        parts.append(f"loss {step.curves['loss']:.3g}")
     if seconds is not None:
         parts.append(f"{seconds:.3g} s")
     own = {phase: phase_s for phase, phase_s in step.phases_s.items() if phase != IDLE}

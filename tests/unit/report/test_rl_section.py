@@ -6,10 +6,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import report_fixture
 from report_fixture import Fixture
 
+from runner.errors import UsageError
 from runner.judge import analysis
+from runner.plan import config
 from runner.report import chart, rl, sections
 
 
@@ -179,3 +182,53 @@ def test_parts_of_a_column_are_never_higher_than_the_axis():
     heights = [float(found) for found in re.findall(r'<rect [^>]*height="([\d.]+)"', svg)]
     assert len(heights) == 2 and sum(heights) <= chart.HEIGHT - chart.TOP - chart.BOTTOM + 0.2
     assert "56 ↑" in svg
+
+
+# --- targets -------------------------------------------------------------------------------------------------
+
+
+def judged(fixture: Fixture, **changes: Any) -> dict[str, Any]:
+    fixture.plan["targets"] = [{**target, **changes} for target in config.load_targets("workflow")]
+    (target,) = summary_of(fixture)["targets"]
+    return target
+
+
+def test_a_target_of_a_workflow_is_judged_by_its_steps():
+    target = judged(report_fixture.rl())
+    assert (target["name"], target["verdict"], target["repeats"]) == ("idle", "pass", 28)
+    assert 2 < target["measured"] < 6
+    strict = judged(report_fixture.rl(), value=1.0)
+    assert strict["verdict"] == "fail" and "required: at most 1 %" in strict["reason"]
+    short = judged(report_fixture.rl(steps=3, attempts=(1,)))
+    assert short["verdict"] == "inconclusive"
+
+
+def test_a_target_is_not_judged_on_cpus():
+    fixture = report_fixture.rl()
+    for cell in fixture.plan["cells"]:
+        cell["device"] = "cpu"
+    assert judged(fixture)["verdict"] == "not_judged"
+
+
+def test_a_target_is_changed_by_name():
+    assert [one["value"] for one in config.load_targets("workflow", {"idle": 12})] == [12.0]
+    with pytest.raises(UsageError, match="idle"):
+        config.load_targets("workflow", {"idel": 12})
+    with pytest.raises(UsageError, match=r"workflow\.yaml"):
+        config.load_targets("workflow", {"idle": "much"})
+
+
+def test_a_path_inside_the_run_begins_there_and_an_answer_without_text_is_named():
+    fixture = report_fixture.rl()
+    fixture.plan["run_dir"] = "/scratch"
+    for index, record in enumerate(fixture.records):
+        if record.metric == "answer_s":
+            fixture.records[index] = replace(record, context={**record.context, "answer": " \n"})
+    summary = summary_of(fixture)
+    assert rl.stages(summary).rows[2]["left"] == "models/sft.9a1c"
+    assert {row["answer"] for row in sections.tables(summary).popitem()[1][2].rows} == {"(no text)"}
+
+
+def test_steps_are_whole_numbers_on_the_axis():
+    svg = charts_of(report_fixture.rl(steps=3, attempts=(1,)))["Reward"][0].svg
+    assert re.findall(r">([\d.]+)</text>", svg)[-3:] == ["1", "2", "3"]

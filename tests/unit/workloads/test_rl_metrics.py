@@ -157,3 +157,25 @@ def test_a_rollout_that_waits_for_few_answers_is_an_observation():
 def test_answers_may_differ_where_rollout_is_little_of_a_step():
     lines = [rl_line(1), rl_line(2, gen=0.5, **{"response_length/max": 450.0})]
     assert found(lines) == [] and PHASES_S["gen"] == 4.0
+
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [
+        ("idle_share_pct", [100 * 0.45 / 9, 100 * 4.5 / 13.05]),
+        ("rollout_tokens_per_s", [2000.0, 2000.0]),
+        ("tokens_per_s", [12000 / 9, 12000 / 13.05]),
+        ("tokens_per_s_per_gpu", [12000 / 9 / 8, 12000 / 13.05 / 8]),
+        ("step_time_s_p50", [9.0, 13.05]),
+        ("reward_mean_last", [0.75]),
+        ("response_clipped_pct", [12.5]),
+        ("merge_s", []),
+    ],
+)
+def test_what_repeats_within_a_cell_are_its_measured_steps(metric, values):
+    records = records_of([rl_line(1, idle_s=99), rl_line(2), rl_line(3, idle_s=4.5, reward=0.75)])
+    cell = {**CELL, "metrics": metrics.summarise({}, CELL, records)[0]}
+    assert metrics.samples({"metric": metric}, cell, records) == [pytest.approx(value) for value in values]

@@ -137,18 +137,18 @@ def test_the_user_is_told_of_nan_at_once_and_once_of_each_metric(tmp_path: Path,
 
 def test_progress_says_step_phase_reward_and_where_the_time_went(tmp_path: Path, checkpoint: Path) -> None:
     attempt = Attempt(tmp_path / "cell", checkpoint).train(rl_line(1))
-    assert attempt.progress() == ["step 2 of 8; step 1: reward 0.250, 9 s, rollout 44 %"]
+    assert attempt.progress() == ["step 2 of 8; step 1: reward 0.25, 9 s, rollout 44 %"]
     attempt.follower._phase = lambda: "update_actor"
     attempt.follower.look()
     attempt.follower.look()
-    assert attempt.progress()[1:] == ["step 2 of 8, update actor; step 1: reward 0.250, 9 s, rollout 44 %"]
+    assert attempt.progress()[1:] == ["step 2 of 8, update actor; step 1: reward 0.25, 9 s, rollout 44 %"]
     events = [event for event in attempt.written() if event["event"] == "progress"]
     assert {(event["done"], event["total"], event["phase"]) for event in events} == {(1, 8, "training")}
 
 
 def test_the_number_of_steps_may_be_unknown(tmp_path: Path, checkpoint: Path) -> None:
     attempt = Attempt(tmp_path / "cell", checkpoint, total=None).train(sft_line(1), sft_line(2))
-    assert attempt.progress()[-1] == "step 3; step 2: loss 1.500, 1 s"
+    assert attempt.progress()[-1] == "step 3; step 2: loss 1.5, 1 s"
     last = Attempt(tmp_path / "2", checkpoint.with_name("other"), total=2).train(sft_line(1), sft_line(2))
     assert last.progress()[-1].startswith("2 steps done")
 
