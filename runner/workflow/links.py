@@ -30,12 +30,16 @@ TEST: Mapping[Program, str] = {
 }
 _DATA: Mapping[Program, str] = {Program.SFT: SFT_DATA, Program.PPO: RL_DATA, Program.GRPO: RL_DATA}
 
-# Settings that say where something is and who is told of it, not what is made.
+# Settings that say where something is, who is told of it and what is kept on the way, not what is made.
 _NO_INPUTS = {
     *(key for key, option in verl.OWN.items() if option in ("--results", "--resume RUN", "--model", "--data")),
     "trainer.experiment_name",
     "trainer.project_name",
     "trainer.logger",
+    "trainer.save_freq",
+    "trainer.max_ckpt_to_keep",
+    "trainer.max_actor_ckpt_to_keep",
+    "trainer.max_critic_ckpt_to_keep",
     "reward.custom_reward_function.path",
 }
 

@@ -97,6 +97,15 @@ def test_a_folder_is_of_what_is_made_in_it(found, machine):
     assert first["sft"] == other["sft"] and first["ppo"] != other["ppo"]
 
 
+@pytest.mark.parametrize("key", ["trainer.save_freq", "trainer.max_actor_ckpt_to_keep"])
+def test_what_is_kept_on_the_way_is_no_input(found, machine, key):
+    before, after = (
+        start.planned(options(settings=given), lambda source: machine) for given in ((), (f"verl.{key}=7",))
+    )
+    assert before.inputs == after.inputs
+    assert f"{key}=7" in after.run.plan.cells[2].params["words"]
+
+
 def test_without_a_target_nothing_is_published(found, machine):
     assert "publish" not in [step.stage.name for step in start.planned(options(), lambda source: machine).steps]
     made = start.planned(options(publish="dir:/p"), lambda source: machine)
