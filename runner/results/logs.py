@@ -21,12 +21,16 @@ PAUSE_S = 0.5  # between two reads of a growing log
 
 # What differs between the same line of two ranks. Clock times and memory addresses carry no information; a decimal
 # number is a measurement and is kept, so that two lines with different ones are not folded.
+# How Ray begins what a worker prints, which its driver's output has as well; only of other nodes with an address.
+_WORKER = r"\((?P<name>\w+) pid=\d+(?:, ip=[^\s)]+)?\)"
 _TOKENS = re.compile(
-    r"(?P<passing>\d{1,2}:\d\d:\d\d(?:[.,]\d+)?|\b0x[0-9a-f]+)"
+    rf"(?P<worker>{_WORKER})"
+    r"|(?P<passing>\d{1,2}:\d\d:\d\d(?:[.,]\d+)?|\b0x[0-9a-f]+)"
     r"|(?P<address>\d+(?:\.\d+){3})|(?P<kept>\d+\.\d+)|(?P<number>\d+)"
 )
 _LINE = re.compile(r"(?P<cell>\S+) (?P<host>\S+) (?P<file>\S+): (?P<text>.*)", re.DOTALL)
 _SPEAKER = re.compile(r"(?:\S+: )+")
+_RAY_SPEAKER = re.compile(_WORKER)
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _SET_WIDTH = 24
 _BLOCK = 1 << 20
@@ -107,8 +111,8 @@ class _Same:
 class Folding:
     """Folds equal lines of several nodes and ranks as they arrive; a group is complete WINDOW_S after its first line.
 
-    Lines are equal if they differ only in whole numbers, IP addresses, memory addresses and clock times.
-    The first two are shown as sets; of the others, the first one is shown.
+    Lines are equal if they differ only in whole numbers, IP addresses, memory addresses, clock times, and in which of
+    Ray's workers of one name they come from. The first two are shown as sets, workers by their number, else the first.
     """
 
     def __init__(self) -> None:
@@ -135,7 +139,8 @@ class Folding:
             return
         key = (line.cell, _skeleton(line.file), _skeleton(line.text))
         # A launcher forwards the nodes' output, each line prefixed with the node's name.
-        speaker = _SPEAKER.match(line.text) if line.host == LAUNCHER else None
+        # So does Ray, to the rank that its job is.
+        speaker = _SPEAKER.match(line.text) if line.host == LAUNCHER else _RAY_SPEAKER.match(line.text)
         source = (line.host, line.file, speaker[0] if speaker else "")
         same = self._same.setdefault(key, _Same())
         turn = max(same.counts[source], same.gone)
@@ -160,7 +165,10 @@ class Folding:
 
 
 def _skeleton(text: str) -> str:
-    return _TOKENS.sub(lambda match: match[0] if match.lastgroup == "kept" else f"\0{match.lastgroup}", text)
+    def kind(match: re.Match[str]) -> str:
+        return match[0] if match.lastgroup == "kept" else f"\0{match.lastgroup}{match['name'] or ''}"
+
+    return _TOKENS.sub(kind, text)
 
 
 def _merged(texts: Sequence[str]) -> str:
@@ -181,6 +189,8 @@ def _set(values: Sequence[str], kind: str) -> str:
     distinct = set(values)
     if len(distinct) == 1 or kind == "passing":
         return values[0]
+    if kind == "worker":
+        return f"{values[0].partition(' ')[0]} ×{len(distinct)})"
     text = fold(sorted(distinct))
     if len(text) > _SET_WIDTH and kind == "number":
         return f"[{min(distinct, key=int)}…{max(distinct, key=int)}]"

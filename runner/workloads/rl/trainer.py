@@ -28,12 +28,13 @@ def environment(events: Events) -> dict[str, str]:
 
     Of Weights & Biases nothing leaves the node unless WANDB_MODE says so; its key is not among these.
     """
-    folder = events.folder
+    folder, mode = events.folder, os.environ.get("WANDB_MODE") or "offline"
     return {
         "VERL_FILE_LOGGER_PATH": str(folder.verl_metrics(events.rank)),
         "TENSORBOARD_DIR": str(folder.tensorboard),
         "WANDB_DIR": str(folder.path),
-        "WANDB_MODE": os.environ.get("WANDB_MODE") or "offline",
+        "WANDB_MODE": mode,
+        **({"WANDB_SILENT": "true"} if mode == "offline" else {}),  # what it would say, the run says at its end
         "HF_HUB_OFFLINE": "1",  # everything is there before a stage starts
         "HYDRA_FULL_ERROR": "1",  # else Hydra ends the process, and says nothing of where
     }

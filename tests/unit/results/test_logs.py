@@ -36,6 +36,24 @@ def test_folding_loses_no_line_and_keeps_the_order_of_first_lines(texts):
     assert not any("x" in text for g in groups if len(set(g.texts)) > 1 for text in g.texts)
 
 
+def test_what_rays_workers_say_is_folded_by_their_name_whichever_node_they_are_on():
+    """All of it is in the output of the one rank that is Ray's job."""
+    said = [
+        "(WorkerDict pid=101) loading shard 0", "(WorkerDict pid=102) loading shard 1",
+        "\x1b[36m(WorkerDict pid=77, ip=10.0.0.2)\x1b[0m loading shard 2", "(TaskRunner pid=9) loading shard 3",
+        "(WorkerDict pid=101) loading shard 0", "plain", "(WorkerDict pid=101) step 1.5", "(WorkerDict pid=102) step 1.6",
+    ]  # fmt: skip
+    lines = [Line(1e9, printable(text), "ppo", "node001", "rank0.stdout") for text in said]
+    assert [str(group).partition("rank0.stdout: ")[2] for group in fold_lines(lines)] == [
+        "(WorkerDict ×3) loading shard [0-2]",
+        "(TaskRunner pid=9) loading shard 3",
+        "(WorkerDict pid=101) loading shard 0",
+        "plain",
+        "(WorkerDict pid=101) step 1.5",
+        "(WorkerDict pid=102) step 1.6",
+    ]
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=30)), st.integers(1, 5))
 def test_any_bytes_are_read_from_the_end_in_whole_lines(texts, count):
     data = "".join(f"{text}\n" for text in texts).encode()
