@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,10 +206,13 @@ def _existing(path: Path) -> Path:
 
 
 def _arrived(blobs: Path) -> int:
-    try:
-        return sum(entry.stat().st_size for entry in os.scandir(blobs))
-    except OSError:  # the folder is not there yet, or a file in it was just renamed
-        return 0
+    """The bytes in a folder of downloads."""
+    total = 0
+    with suppress(OSError), os.scandir(blobs) as entries:  # it is not there yet
+        for entry in entries:
+            with suppress(OSError):  # it has just got its final name
+                total += entry.stat().st_size
+    return total
 
 
 @contextmanager
@@ -221,8 +224,10 @@ def _watched(blobs: Path, total: int, on_progress: Bytes | None) -> Iterator[Non
     ended = threading.Event()
 
     def watch() -> None:
+        most = 0  # a file that is being renamed is not seen
         while not ended.wait(_INTERVAL_S):
-            on_progress(min(_arrived(blobs), total), total)
+            most = max(most, min(_arrived(blobs), total))
+            on_progress(most, total)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

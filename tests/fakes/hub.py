@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -22,7 +23,7 @@ LARGE = 100_000  # bytes from which on a file goes through the LFS API
 
 @dataclass
 class Repository:
-    """A model's repository: its files, and what its page says."""
+    """A repository: its files, and what its page says."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     gated: bool | str = False
@@ -43,7 +44,7 @@ def git_id(data: bytes) -> str:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Repositories by name. `requests` has "METHOD path" of each request, `damage` changes what an upload leaves, and
+    """Repositories by name, data sets with `datasets/` before it. `requests` has "METHOD path" of each request, `damage` changes what an upload leaves, and
     with `store_refuses` the store of large files takes none.
     """
 
@@ -127,14 +128,14 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         self.reply({"transfer": "basic", "objects": objects})
 
     def api(self, path: str, data: bytes) -> None:
-        own = path.removeprefix("/api/models")
-        name = "/".join(own.strip("/").split("/")[:2])
+        own = path.removeprefix("/api").removeprefix("/models").strip("/")
+        name = "/".join(own.split("/")[: 3 if own.startswith("datasets/") else 2])
         repository = self.server.repositories.get(name)
         if repository is None or (repository.private and not self.authorized):
             self.refuse(404 if self.authorized else 401, "RepoNotFound")
             return
-        rest = own.strip("/").removeprefix(name)
-        if path.startswith("/api/models/"):
+        rest = own.removeprefix(name)
+        if path.startswith("/api/"):
             if rest.startswith("/preupload/"):
                 files = json.loads(data)["files"]
                 self.reply({"files": [
@@ -144,14 +145,14 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             elif rest.startswith("/commit/"):
                 self.commit(repository, name, data)
             elif rest.startswith("/tree/"):
-                self.reply([self.entry(one, repository) for one in repository.files])
+                self.reply(self.tree(repository, "/".join(rest.split("/")[3:])))
             elif rest.startswith("/paths-info/"):
                 asked = self.form(data)
                 self.reply([self.entry(one, repository) for one in asked if one in repository.files])
             else:
                 siblings = [{"rfilename": one, "size": len(content)} for one, content in repository.files.items()]
                 self.reply({
-                    "id": name, "sha": repository.sha, "siblings": siblings, "gated": repository.gated,
+                    "id": name.removeprefix("datasets/"), "sha": repository.sha, "siblings": siblings, "gated": repository.gated,
                     "private": repository.private, "tags": [], "cardData": repository.card,
                 })  # fmt: skip
         else:
@@ -182,6 +183,19 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             found["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
         return found
 
+    def tree(self, repository: Repository, folder: str) -> list[dict[str, Any]]:
+        """What is in a folder; with everything below it if that is asked for."""
+        start = f"{folder}/" if folder else ""
+        inside = [one for one in repository.files if one.startswith(start)]
+        parents = [str(parent) for one in inside for parent in PurePosixPath(one).parents]
+        folders = [one for one in dict.fromkeys(parents) if one.startswith(start) and one not in (".", folder)]
+        if "recursive=true" not in self.path.lower():
+            inside, folders = (
+                [one for one in each if "/" not in one.removeprefix(start)] for each in (inside, folders)
+            )
+        directories = [{"type": "directory", "path": one, "size": 0, "oid": "e" * 40} for one in folders]
+        return directories + [self.entry(one, repository) for one in inside]
+
     def commit(self, repository: Repository, name: str, data: bytes) -> None:
         if not self.authorized:
             self.refuse(403, "Forbidden")
@@ -205,7 +219,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 def serving() -> Iterator[Hub]:
     """A hub on a port of this machine while the block runs."""
     with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         try:
             yield server
