@@ -34,13 +34,8 @@ def verl():
         verl_environment.python()
     except (LookupError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no environment with verl: {error}")
-
-    def ask(code: str, plugin: bool = True) -> object:
-        outcome = verl_environment.run(code, plugin)
-        assert outcome.returncode == 0, outcome.stderr[-3000:]
-        return json.loads(outcome.stdout.splitlines()[-1])
-
-    return ask
+    with verl_environment.Session() as session:
+        yield session.ask
 
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -114,7 +109,10 @@ import torch
 began = distributed.initialize_global_process_group()
 total = torch.ones(2)
 torch.distributed.all_reduce(total)
-print(json.dumps([list(began), total.tolist()]))""")
+print(json.dumps([list(began), total.tolist()]))
+torch.distributed.destroy_process_group()
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]""")
     assert found == [[0, 0, 1], [1.0, 1.0]]
 
 
@@ -178,7 +176,7 @@ print(json.dumps([sorted(calls), dir(Server)]))""")
 
 
 def test_without_its_environment_the_plugin_is_not_there(verl):
-    assert verl(
+    outcome = verl_environment.run(
         """
 import json, sys, torch.distributed
 before = torch.distributed.init_process_group
@@ -187,7 +185,8 @@ from verl.workers.rollout import base
 same = torch.distributed.init_process_group is before
 print(json.dumps(["runner.workloads.rl.cpu" in sys.modules, same, ("hf", "async") in base._ROLLOUT_REGISTRY]))""",
         plugin=False,
-    ) == [False, True, False]
+    )
+    assert json.loads(outcome.stdout.splitlines()[-1]) == [False, True, False]
 
 
 def test_another_verl_is_refused_in_words(verl):
@@ -238,7 +237,7 @@ def test_what_trainers_are_told_is_a_configuration_that_verl_itself_accepts(verl
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.config.model import HFModelConfig
-HFModelConfig.__post_init__ = lambda self: None  # it opens the model, which is not here
+opens, HFModelConfig.__post_init__ = HFModelConfig.__post_init__, lambda self: None  # the model is not here
 out = {{}}
 with initialize_config_dir(str(place), version_base=None):
     for name, (_, _, module, *words) in json.loads({json.dumps(json.dumps(told))}).items():
@@ -252,6 +251,7 @@ with initialize_config_dir(str(place), version_base=None):
         keys = [word.lstrip("+").partition("=")[0] for word in words]
         out[name] = {{key: OmegaConf.to_container(tree)[key] if "." not in key else OmegaConf.select(tree, key)
                      for key in keys if key not in ("engine", "optim", "model_engine")}}
+HFModelConfig.__post_init__ = opens
 print(json.dumps(out, default=OmegaConf.to_container))""")
     assert set(read) == set(told)
     assert read["ppo-gpu.txt"]["actor_rollout_ref.rollout.tensor_model_parallel_size"] == 2
@@ -259,28 +259,17 @@ print(json.dumps(out, default=OmegaConf.to_container))""")
 
 
 @pytest.fixture(scope="module")
-def hydra():
-    """A function that gives what Hydra reads in a word, and the key that it is for."""
-    try:
-        python = verl_environment.python()
-    except (LookupError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no environment with verl: {error}")
-    code = """
-import json, sys
+def hydra(verl):
+    """A function that gives the key and the value that Hydra reads in a word."""
+
+    def read(word: str) -> object:
+        return verl(f"""
+import json
 from hydra.core.override_parser.overrides_parser import OverridesParser
-parser = OverridesParser.create()
-for line in sys.stdin:
-    (read,) = parser.parse_overrides([json.loads(line)])
-    print(json.dumps([read.key_or_group, read.value()]), flush=True)"""
-    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+(read,) = OverridesParser.create().parse_overrides([json.loads({json.dumps(word)!r})])
+print(json.dumps([read.key_or_group, read.value()]))""")
 
-        def read(word: str) -> object:
-            process.stdin.write(json.dumps(word) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield read
-        process.stdin.close()
+    return read
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
