@@ -175,13 +175,16 @@ def _phases(cells: Sequence[Row]) -> Iterator[Table]:
 
 
 def _answers(cells: Sequence[Row]) -> Iterator[Table]:
+    found = [(cell["id"], answer) for cell in cells if (answer := cell["details"].get("answer"))]
     rows = [
-        {"model of": cell["id"], "question": answer["question"], "answer": answer["answer"].strip() or "(no text)"}
-        for cell in cells
-        if (answer := cell["details"].get("answer"))
+        {"model of": name, "question": one["question"], "answer": one["answer"].strip() or "(no text)"}
+        for name, one in found
     ]
-    if rows:
-        remark = "What each merged model answered, without sampling."
+    if questions := {row["question"] for row in rows}:
+        remark = "What each merged model answered, without sampling"
+        if len(questions) == 1:  # a phone has no room for it in every row
+            remark += f", to: {questions.pop()}"
+            rows = [{key: value for key, value in row.items() if key != "question"} for row in rows]
         yield Table(rows, {}, words=("question", "answer"), remark=remark)
 
 

@@ -97,13 +97,16 @@ def test_phases_have_their_share_and_their_rate():
     assert rows["rollout"]["tokens/s"] and not rows["idle"]["tokens/s"]
 
 
-def test_answers_are_shown_beside_their_question():
-    tables = sections.tables(summary_of(report_fixture.rl())).popitem()[1]
-    assert [(row["model of"], row["question"]) for row in tables[2].rows] == [
-        ("merge-sft", report_fixture.QUESTION),
-        ("merge-ppo", report_fixture.QUESTION),
-    ]
-    assert "72" in tables[2].rows[1]["answer"]
+def test_answers_are_shown_with_their_question_in_every_row_only_where_questions_differ():
+    fixture = report_fixture.rl()
+    table = sections.tables(summary_of(fixture)).popitem()[1][2]
+    assert [row["model of"] for row in table.rows] == ["merge-sft", "merge-ppo"] and "question" not in table.rows[0]
+    assert table.remark.endswith(f"to: {report_fixture.QUESTION}") and "72" in table.rows[1]["answer"]
+    for index, record in enumerate(fixture.records):
+        if record.metric == "answer_s" and record.cell == "merge-sft":
+            fixture.records[index] = replace(record, context={**record.context, "question": "2 + 2?"})
+    table = sections.tables(summary_of(fixture)).popitem()[1][2]
+    assert [row["question"] for row in table.rows] == ["2 + 2?", report_fixture.QUESTION]
 
 
 def test_what_was_not_sent_to_weights_and_biases_says_how_it_is():

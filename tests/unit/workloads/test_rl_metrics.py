@@ -179,3 +179,8 @@ def test_what_repeats_within_a_cell_are_its_measured_steps(metric, values):
     records = records_of([rl_line(1, idle_s=99), rl_line(2), rl_line(3, idle_s=4.5, reward=0.75)])
     cell = {**CELL, "metrics": metrics.summarise({}, CELL, records)[0]}
     assert metrics.samples({"metric": metric}, cell, records) == [pytest.approx(value) for value in values]
+
+
+def test_a_usual_step_is_the_median_one():
+    m = summary([rl_line(1), rl_line(2), rl_line(3), rl_line(4, idle_s=90)])
+    assert m["step_time_s_p50"] == pytest.approx(9.0) and m["step_time_s_mean"] == pytest.approx((9 + 9 + 98.55) / 3)
