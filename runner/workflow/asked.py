@@ -59,6 +59,22 @@ class Options:
     document_name: str = ""
 
 
+def refuse_unused(options: Options) -> None:
+    """Raise UsageError for options that say nothing in this workflow, or each other's opposite."""
+    if options.steps is not None and options.epochs is not None:
+        raise UsageError("--steps and --epochs exclude each other: give one of them")
+    of_rl = {
+        "--rl-data": options.rl_data is not None,
+        "--reward": options.reward is not None,
+        "--rollout-tp": options.rollout_tensor != 1,
+    }
+    programs = {stage.program for stage in stages_of(options.workflow)}
+    if (given := [option for option, value in of_rl.items() if value]) and not programs & {*_PARTS["rl"]}:
+        raise UsageError(
+            f"{', '.join(given)}: for PPO and GRPO, and workflow {options.workflow} has neither: leave out"
+        )
+
+
 def engine(options: Options) -> str:
     """verl's engine of training: the one that has the parallelism that is asked for."""
     return MEGATRON if options.tensor_parallel * options.pipeline_parallel > 1 else FSDP
