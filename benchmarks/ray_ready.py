@@ -137,7 +137,7 @@ def ours(nodes: Sequence[Host], folder: Path) -> float:
     for index, node in enumerate(nodes):
         cell = CellDir(folder / node.name)
         cell.create()
-        cell.job.write_text(json.dumps({"device": "cpu", "params": {}}))
+        cell.job.write_text(json.dumps({"device": "cpu", "params": {"join_s": LIMIT_S}}))
         ranks = Ranks(nodes, 1, nodes[0].address, 29000 + os.getpid() % 900, str(cell.path), "", None, marker)
         argv = ray.launch(ranks).argv[index]
         assert argv

@@ -145,7 +145,7 @@ class Supervisor:
     def __init__(self, asked: Asked, folder: CellDir) -> None:
         self.asked, self.folder = asked, folder
         self.job = json.loads(folder.job.read_text())
-        self.join_s = float((self.job.get("params") or {}).get("join_s") or ray.JOIN_S)
+        self.join_s = float(self.job["params"]["join_s"])
         self.began = time.monotonic()
         self.deadline = self.began + self.join_s
         self.marker = os.environ.get(process.MARKER, str(asked.cell_dir))
@@ -156,6 +156,8 @@ class Supervisor:
         self.names = {index: name for index, name in enumerate(asked.others, 1)}
         self.said = deque[str](maxlen=200)  # the last lines of `ray start`
         self.child: subprocess.Popen[bytes] | None = None
+        self.command: Sequence[str] = ()  # by which it was started
+        self.joined = False  # it stays: it is not to be started once more
         self.gcs = ""  # where the others join, once somebody answers there
 
     def __enter__(self) -> Supervisor:
@@ -311,7 +313,6 @@ class Supervisor:
             raise GaveUp("never_joined", f"has not reached Ray's head at {where} {within}: {error}") from None
         address = _own_address(self.asked.address, self.asked.head)
         host.send({"address": address})
-        joined = False
         while True:
             message = self._turn(POLL_S)
             if "end" in message:
@@ -319,8 +320,8 @@ class Supervisor:
             if "gcs" in message:
                 store = _store_bytes(self.job)
                 self._start(ray.worker(sys.executable, address, self.ports, self.grant, message["gcs"], store))
-            joined = joined or "joined" in message
-            if not joined and time.monotonic() > self.deadline:
+            self.joined = self.joined or "joined" in message
+            if not self.joined and time.monotonic() > self.deadline:
                 if self.child is None:
                     raise GaveUp("lost_peers", f"Ray's head at {where} has not answered {within}")
                 raise GaveUp("never_joined", f"has not joined Ray {within}{self._last_words()}")
@@ -330,9 +331,7 @@ class Supervisor:
     def _turn(self, seconds: float) -> Mapping[str, Any]:
         """Wait so long, or for a message, which is returned. Raises GaveUp where Ray or the other side has gone."""
         if self.child is not None and self.child.poll() is not None:
-            self._reader.join(1)
-            kind, said = ray.why_ended(list(self.said))
-            raise GaveUp(kind, f"Ray has ended with status {self.child.returncode}: {said}")
+            self._ended(self.child.returncode)
         try:
             peer, message = self.inbox.get(timeout=seconds)
         except queue.Empty:
@@ -348,8 +347,21 @@ class Supervisor:
                     peer.send({"gcs": self.gcs})
         return message
 
+    def _ended(self, status: int) -> None:
+        """Ray has ended by itself. Start it once more where that may help; else raise GaveUp."""
+        self._reader.join(1)
+        said = list(self.said)
+        if self.asked.node and not self.joined and ray.was_slow(said) and time.monotonic() < self.deadline:
+            self._end_ray()
+            self._start(self.command)
+            return
+        kind, why = ray.why_ended(said)
+        raise GaveUp(kind, f"Ray has ended with status {status}: {why}")
+
     def _start(self, argv: Sequence[str]) -> None:
         """Start Ray; its output goes to a file of its own."""
+        self.command = argv
+        self.said.clear()
         token = self.place / "token"
         token.touch(mode=0o600)
         token.write_text(self.token)

@@ -34,6 +34,10 @@ def main() -> int:
     asked, _ = parser.parse_known_args()
     wrong = json.loads(os.environ.get("RAY_STAND_IN", "{}")).get(asked.node_ip_address, {})
     print(f"Local node IP: {asked.node_ip_address}", flush=True)
+    if wrong.get("slow") and not Path("slow").exists():
+        Path("slow").touch()
+        print("Exception: The current node timed out during startup. This could happen because some", flush=True)
+        return 1
     if "says" in wrong:
         print(wrong["says"], flush=True)
         return 1

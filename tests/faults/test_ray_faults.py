@@ -106,14 +106,14 @@ def test_a_node_that_never_joins_is_named_with_the_deadline(bed, tmp_path):
     address = inside(head, "hostname -I").split()[0]
     inside(late, f"ip route add unreachable {address}/32")
     try:
-        run = workflow(bed, bed.share / tmp_path.name, "--set", f"{STAGE}.join_s=20")
+        run = workflow(bed, bed.share / tmp_path.name, "--set", f"{STAGE}.join_s=60")
         code, output = run.end()
     finally:
         inside(late, f"ip route del unreachable {address}/32")
     error = error_of(run.run, STAGE)
     assert code == EXIT_INFRASTRUCTURE, output
     assert (error["kind"], error["host"]) == ("never_joined", bed.nodes[1]["name"]), error
-    assert re.search(r"has not reached Ray's head at \S+ within 20 s: ", error["message"])
+    assert re.search(r"has not reached Ray's head at \S+ within 60 s: ", error["message"])
     assert_gone(bed, run)
 
 

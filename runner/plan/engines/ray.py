@@ -47,7 +47,6 @@ CLEARED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMES
 
 # The token of a cell's Ray, in the environment of its supervisors alone: another one for each attempt.
 TOKEN = "SHAKEDOWN_RAY_TOKEN"
-JOIN_S = 120.0  # the time in which all nodes have to join
 
 # Ray makes sockets below its folder, in `session_<date>_<time>_<pid>/sockets`; a socket's path has 107 bytes at most.
 _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -199,6 +198,7 @@ def environment(ports: Ports, token_file: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": token_file,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",  # who waits for it is less patient
         "RAY_DEDUP_LOGS": "0",  # `(repeated 7x)` would hide on which node a line was written
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
@@ -289,7 +289,7 @@ def why_ended(lines: Sequence[str]) -> tuple[str, str]:
 
     A head whose GCS port is another's connects to that one, and complains about its session.
     """
-    told = [line.strip() for line in lines if line.strip()]
+    told = [_STAMP.sub("", line).strip() for line in lines if line.strip()]
     for kind, words in (("port_taken", _PORT), ("ray_refused", _TOKEN)):
         if found := next((line for line in reversed(told) if words.search(line)), None):
             return kind, found[:_SAID]
@@ -307,7 +307,16 @@ def failed_at(lines: Sequence[str]) -> str | None:
 
 _TASK = re.compile(r"(?:\S*\.)?RayTaskError.*\(pid=\d+, ip=([0-9a-fA-F.:]+)[,)]")
 _SAID = 300  # characters
-_SUBPROCESS = re.compile(r"subprocess.*exit|exit code", re.IGNORECASE)
+_STAMP = re.compile(r"^[\d-]+ [\d:,]+\s+[A-Z]+ \S+ -- ")
+_SUBPROCESS = re.compile(r"^\s*\S+ \[exit code=")
+_SLOW = re.compile(r"current node timed out during startup")
+
+
+def was_slow(lines: Sequence[str]) -> bool:
+    """Whether a `ray start` has ended since its own processes did not start within the half minute that it gives them:
+    on a busy machine, the next one may.
+    """
+    return any(_SLOW.search(line) for line in lines)
 
 
 @dataclass(frozen=True)

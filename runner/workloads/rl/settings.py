@@ -29,7 +29,7 @@ class RlTest(RlSftTest):
     """As for fine-tuning, with the algorithm, and the seconds in which all nodes have to join Ray."""
 
     program: Literal["ppo", "grpo"]
-    join_s: PositiveFloat = 120.0
+    join_s: PositiveFloat = 300.0
 
 
 class RlMergeTest(_Stage):
