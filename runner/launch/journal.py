@@ -121,6 +121,11 @@ class Journal:
         self._records = [record for record in self._records if record.cell != cell.id]
         return entry["attempt"] + 1
 
+    def replan(self, cell: Cell) -> None:
+        """Have a cell whose attempt has not begun as it was planned, whatever an earlier controller said of it."""
+        entry = self.entry(cell)
+        self.cells[cell.id] = cell_status(entry["attempt"], entry["attempts"])
+
     def live(self, cell: Cell, nodes: Callable[[], Mapping[str, Any]]) -> None:
         """Keep status.json's view of the cell's nodes fresh, once in STATUS_S at most; only then are they looked at."""
         if time.monotonic() - self._written >= STATUS_S:

@@ -312,6 +312,7 @@ class Run:
         """Prepare the next attempt: keep the files of the last one elsewhere, and use another port."""
         entry = self.journal.entry(cell)
         if entry["started"] is None:
+            self.journal.replan(cell)
             return
         self.run.set_aside(cell.id, entry["attempt"])
         # The old rendezvous may still hold its port.

@@ -176,12 +176,12 @@ def details(cell: Mapping[str, Any], aliases: Mapping[str, str], now: datetime |
 
 
 def _waits_for(cell: Mapping[str, Any], after: str | None, status: Mapping[str, Any]) -> list[str]:
-    """What a planned cell of a chain waits for, or why it has not run: the cell that it comes after."""
-    if cell["state"] != "planned" or after is None or status["cells"][after]["state"] == "complete":
+    """What a cell of a chain waits for, or why it has not run: the cell that it comes after."""
+    if after is None or status["cells"][after]["state"] == "complete" or cell["state"] in ("complete", *LIVE_STATES):
         return []
-    if status["state"] in FINAL_STATES:
-        return [f"not run: {after} is not complete"]
-    return [f"waits for {after}"]
+    if status["state"] not in FINAL_STATES:  # whatever became of it when the run was carried out before
+        return [f"waits for {after}"]
+    return [f"not run: {after} is not complete"] if cell["state"] == "planned" else []
 
 
 def _state_text(cell: Mapping[str, Any]) -> str:

@@ -320,10 +320,31 @@ def test_a_stop_cancels_the_whole_chain(cluster, tmp_path):
     status = carrier.run.read_status()
     assert [job for job in carrier.queue.jobs if job != "7"] == [] and status["allocation"] == {}
     assert set(states(status).values()) == {"cancelled"}
-    carrier, carried = over_slurm(cluster, tmp_path, {})
+    carrier, carried = over_slurm(cluster, tmp_path, {}, kind=Saying)
     carried.execute({})
     assert dependencies(carrier) == [None, "10", "11"]
+    assert carrier.said[0] == [("merge-sft", "planned", ["waits for sft"]), ("ppo", "planned", ["waits for merge-sft"])]
     assert set(states(carrier.run.read_status()).values()) == {"complete"}
+
+
+class Saying(Watching):
+    """Remembers what `runs show` said of the cells behind each one that ran, in a run that was stopped before."""
+
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
+        self.said = list[list[tuple[str, str, list[str]]]]()
+
+    def converse(self, planned, cell, watch, data, context):
+        found = super().converse(planned, cell, watch, data, context)
+        status = json.loads(self.run.status.read_text())
+        text = reported.describe(planned.to_dict(), status, datetime.now(UTC), 100)
+        rows = [line.strip() for line in text.splitlines()]
+        behind = [each.id for each in context.behind]
+        self.said.append([
+            (row.split()[0], row.split()[1], [rows[number + 1]])
+            for number, row in enumerate(rows) if row.split()[:1] and row.split()[0] in behind
+        ])  # fmt: skip
+        return found
 
 
 def test_a_job_that_cannot_be_submitted_yet_is_when_its_turn_comes(cluster, tmp_path):
