@@ -113,7 +113,7 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
             raise UsageError(f"--set {text}: write it as verl.KEY=VALUE, such as --set verl.data.train_batch_size=64")
         if section == _VERL:
             for program, setting in _of_verl(name, programs, workflow, engine):
-                verl[program][setting] = verl_settings.value_of(value)
+                verl[program] |= trainer(program, engine).leaves({setting: verl_settings.value_of(value)})
         elif section == _SLURM:
             slurm |= config.parse_settings([text])[_SLURM]
         elif section == config.TARGETS:

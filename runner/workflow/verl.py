@@ -126,11 +126,12 @@ def overrides(program: Program, asked: Training) -> dict[str, Any]:
     of another type, or not the user's to make.
     """
     asked = settled(program, asked)
-    for key in asked.settings:
+    used = trainer(program, asked.split.strategy)
+    given = used.leaves(asked.settings)
+    for key in given:
         if key in OWN:
             raise UsageError(f"verl.{key} is set by Shakedown: use {OWN[key]}")
-    used = trainer(program, asked.split.strategy)
-    used.overrides(asked.settings)
+    used.overrides(given)
     made = _sft(asked) if program is Program.SFT else _rl(asked, program)
     device = rl.SETTINGS[program] if asked.profile.device == "cpu" else {}
     told = {**used.selected, **made, **device, **asked.settings}

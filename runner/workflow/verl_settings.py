@@ -71,7 +71,7 @@ class Trainer:
         for a value of another type.
         """
         words = list(self.select)
-        for key, value in settings.items():
+        for key, value in self.leaves(settings, where).items():
             if key in self.chosen:
                 raise UsageError(f"{where}{key}: the training engine decides it (here {self.engine}); leave it out")
             place = self.place(key, where)
@@ -79,6 +79,20 @@ class Trainer:
                 raise UsageError(f"{where}{key}: {wrong}, got {literal(value, key)}")
             words.append(f"{'' if place.present else '+'}{key}={literal(value, key)}")
         return words
+
+    def leaves(self, settings: Mapping[str, Any], where: str = "--set verl.") -> dict[str, Any]:
+        """`settings` with those in a dictionary by themselves: `a={b: 1}` is `a.b=1`, for Hydra appends no dictionary.
+
+        Raises UsageError for an unknown setting; `where` as for `overrides`.
+        """
+        found: dict[str, Any] = {}
+        for key, value in settings.items():
+            several = isinstance(value, Mapping) and value and key not in self.chosen
+            if several and not mismatch(self.place(key, where), value):
+                found |= self.leaves({f"{key}.{name}": one for name, one in value.items()}, where)
+            else:
+                found[key] = value
+        return found
 
     @property
     def selected(self) -> dict[str, str]:
@@ -215,7 +229,11 @@ def mismatch(place: Place, value: Any) -> str:
     inner, optional = _inner(place.declared)
     if value is None:
         allowed = optional or place.default in (None, MANDATORY) or not place.declared or inner == "Any"
-        return "" if allowed and not isinstance(place.default, bool) else f"{_words(_expected(place))} is needed"
+        return (
+            ""
+            if allowed and not isinstance(place.default, (bool, Mapping))
+            else f"{_words(_expected(place))} is needed"
+        )
     if inner.startswith("Literal["):
         choices = json.loads("[" + inner[8:-1].replace("'", '"') + "]")
         return "" if value in choices else f"one of {', '.join(map(str, choices))} is needed"

@@ -229,6 +229,18 @@ print(json.dumps({{key: OmegaConf.select(tree, key) for key in {list(rl.SETTINGS
     assert read == rl.SETTINGS[name]
 
 
+def test_hydra_takes_what_a_user_gives_as_a_dictionary(verl):
+    model, optim = "actor_rollout_ref.model.override_config", "actor_rollout_ref.actor.optim"
+    words = verl_settings.trainer("ppo").overrides({model: {"rope": {"type": "yarn"}}, optim: {"lr": 0.5}})
+    assert verl(f"""{COMPOSE}
+with initialize_config_dir(str(place), version_base=None):
+    tree = compose("ppo_trainer", overrides={words!r})
+print(json.dumps([OmegaConf.select(tree, "{model}.rope.type"), OmegaConf.select(tree, "{optim}.lr")]))""") == [
+        "yarn",
+        0.5,
+    ]
+
+
 def test_what_trainers_are_told_is_a_configuration_that_verl_itself_accepts(verl):
     goldens = {path.name: path.read_text().splitlines() for path in (ROOT / "tests/golden/workflow").glob("*-*.txt")}
     told = {name: lines for name, lines in goldens.items() if lines[1] == "-m"}

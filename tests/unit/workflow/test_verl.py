@@ -141,6 +141,19 @@ def test_what_a_cpu_needs_is_told_on_cpus_alone(program):
 # --- settings --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("section", [{"trainer": {"nnodes": 4}}, {"actor_rollout_ref": {"model": {"path": "/mine"}}}])
+def test_what_shakedown_decides_is_no_setting_inside_a_dictionary_either(section):
+    with pytest.raises(UsageError, match=r"verl\.[\w.]+ is set by Shakedown: use "):
+        overrides(Program.PPO, replace(ON_GPUS, settings=section))
+
+
+def test_a_users_setting_inside_a_dictionary_replaces_ours():
+    given = {"actor_rollout_ref.model.override_config": {"attn_implementation": "sdpa"}}
+    told = words(Program.PPO, overrides(Program.PPO, replace(ON_CPUS, settings=given)))
+    key = "actor_rollout_ref.model.override_config.attn_implementation"
+    assert [word for word in told if key in word] == [f"+{key}=sdpa"]
+
+
 def test_a_users_setting_comes_last():
     told = overrides(Program.SFT, replace(ON_GPUS, settings={"optim.lr": 1e-4, "trainer.logger": ["console", "wandb"]}))
     assert told["optim.lr"] == 1e-4 and told["trainer.logger"] == ("console", "file", "wandb")

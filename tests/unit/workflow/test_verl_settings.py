@@ -62,7 +62,7 @@ def test_a_setting_of_the_configuration_is_written_as_it_is(ppo):
 def test_what_the_configuration_lacks_but_verl_takes_gets_a_plus(ppo, key):
     value = {"param_dtype": "bf16"} if key.endswith("mixed_precision") else "x"
     (word,) = ppo.overrides({key: value})
-    assert word.startswith(f"+{key}=")
+    assert word.startswith((f"+{key}=", f"+{key}.param_dtype="))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,37 @@ def test_what_a_cpu_needs_is_known_to_verl(name):
 def test_what_has_no_default_is_asked_for(ppo):
     assert ppo.missing({}, f"{ACTOR}.") == [f"{ACTOR}.rollout.name"]
     assert ppo.missing({f"{ACTOR}.rollout.name": "vllm"}, f"{ACTOR}.") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (f"{ACTOR}.actor.optim", {"lr": 1e-5}, [f"{ACTOR}.actor.optim.lr=1e-05"]),
+        (f"{ACTOR}.model.override_config", {"a": {"b": 1}, "c": "x"}, ["+{}.a.b=1", "+{}.c=x"]),
+        (f"{ACTOR}.model.override_config", {}, ["{}={{}}"]),
+        (
+            f"{ACTOR}.model.override_config.rope",
+            {"type": "yarn", "l": [1, {"d": 2}]},
+            ["+{}.type=yarn", "+{}.l=[1,{{d:2}}]"],
+        ),
+        ("trainer", {"nnodes": 4, "logger": ["console"]}, ["trainer.nnodes=4", "trainer.logger=[console]"]),
+    ],
+)
+def test_a_dictionary_is_the_settings_in_it(ppo, key, value, words):
+    assert ppo.overrides({key: value}) == [word.format(key) for word in words]
+
+
+def test_a_setting_in_a_dictionary_is_checked_as_one_that_is_written_out(ppo):
+    assert "did you mean 'lr'" in refused(ppo, f"{ACTOR}.actor.optim", {"lrx": 1e-5}, f"{ACTOR}.actor.optim.lrx")
+    assert "a number is needed" in refused(ppo, f"{ACTOR}.actor.optim", {"lr": "fast"}, f"{ACTOR}.actor.optim.lr")
+    assert "a dictionary is needed, got null" in refusal(ppo, f"{ACTOR}.actor.optim", None)
+
+
+def refused(trainer, key, value, at):
+    with pytest.raises(UsageError) as error:
+        trainer.overrides({key: value})
+    assert str(error.value).startswith(f"--set verl.{at}: ")
+    return str(error.value)
 
 
 # --- values ---
