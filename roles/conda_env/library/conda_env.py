@@ -2,7 +2,8 @@
 """Module of the role conda_env for a node: builds one Python environment, atomically.
 
 PREFIX is a link to PREFIX-HASH, which is built beside it; then the link is switched, so that running processes keep
-their environment. A stamp in PREFIX-HASH, written last, marks it as complete and lists its content.
+their environment. A stamp in PREFIX-HASH, written last, marks it as complete and lists its content. With the setting `beside`, the name of a
+profile, it is one beside the main environment, and no fact is of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.conda_env_index import check_index, check_url
-from ansible.module_utils.conda_env_platform import platform_parts
+from ansible.module_utils.conda_env_platform import platform_parts, wheel_folder
 from ansible.module_utils.environments import (
     CHOICES,
     STAMP,
@@ -121,7 +122,7 @@ def validate(phase):
     if want.get("step") == "choose":
         # Without a driver, or with one that is too old, the lock with the lowest requirement is refused later, with the
         # reason.
-        locks = CHOICES[want["profile"]]
+        locks = CHOICES.get(want["profile"], (want["profile"],))
         phase.facts["profile"] = fitting(driver(phase)[0], locks) or locks[-1]
         return
     lock = Lock(want["lock_text"])
@@ -293,11 +294,6 @@ def install(phase):
 def profile(lock):
     """The name of the profile of the lock file at the path `lock`: its file name without suffix."""
     return os.path.splitext(os.path.basename(lock))[0]
-
-
-def wheel_folder(want):
-    """The node's folder of wheels, beside the environment."""
-    return os.path.join(os.path.dirname(want["prefix"]), "wheels")
 
 
 def switch(prefix, place):
@@ -496,7 +492,8 @@ def verify(phase):
     if not present:
         found = "an incomplete one" if os.path.exists(prefix) else "none"
         raise Stop("environment", f"a complete one at {prefix}", found, SETUP)
-    phase.own(FACT, 0o644, remedy=SETUP)
+    if not want.get("beside"):
+        phase.own(FACT, 0o644, remedy=SETUP)
     expected = {**present["packages"], **{n: v for n, v in lock.pins.items() if n not in lock.conditional}}
     modules = [n for n in want["imports"] if canonical(MODULE_OF.get(n, n)) in expected]
     outcome = phase.run([os.path.join(prefix, "bin/python"), "-c", PROBE, *modules], NO_ANSWER_S)

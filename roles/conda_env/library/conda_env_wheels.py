@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.conda_env_platform import platform_parts
+from ansible.module_utils.conda_env_platform import platform_parts, wheel_folder
 from ansible.module_utils.environments import Lock, canonical
 from ansible.module_utils.phase import Stop, main, read, write
 
@@ -345,7 +345,7 @@ def pip(phase, words, what, index=""):
 def send(phase, folders):
     """Copy `folders` to the node's folder of wheels with rsync, which transfers only differences. Raises Stop."""
     target = phase.want["target"]
-    there = os.path.join(os.path.dirname(phase.want["prefix"]), "wheels")
+    there = wheel_folder(phase.want)
     argv = ["rsync", "--recursive", "--times", "--omit-dir-times", "--delete", "--chmod=D755,F644"]
     argv += ["--itemize-changes"]
     if target["local"]:

@@ -1,7 +1,8 @@
-"""Platform tags of wheels. Used on the controller and on the nodes."""
+"""Wheels: their platform tags and their folder on a node. Used on the controller and on the nodes."""
 
 from __future__ import annotations
 
+import os
 import re
 
 from ansible.module_utils.phase import Stop
@@ -16,3 +17,9 @@ def platform_parts(tag):
     if not match:
         raise Stop("conda_env_platform", "such as manylinux_2_28_x86_64", tag, "name the oldest glibc of all nodes")
     return int(match[1]), match[2]
+
+
+def wheel_folder(want):
+    """The node's folder of wheels, beside the environment; each further one has its own, which its install cleans."""
+    name = f"wheels-{want['beside']}" if want.get("beside") else "wheels"
+    return os.path.join(os.path.dirname(want["prefix"]), name)
