@@ -49,6 +49,9 @@ KINDS: Mapping[str, Kind] = {
         False,
         "install the environment on this node as on the others",
     ),
+    "module_missing": Kind(
+        "An environment module is missing", CONFIGURATION, False, "see `module avail` there, and runner_modules"
+    ),
     "not_shared": Kind(
         "A folder is not shared",
         CONFIGURATION,

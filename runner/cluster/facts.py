@@ -76,6 +76,7 @@ def comparable(facts: Mapping[str, Any]) -> dict[str, str]:
     flat["gpus"] = "; ".join(f"{count} × {name}" for name, count in sorted(gpus.items())) or None
     for name in ("driver", "cuda", "nccl", "python"):
         flat[name] = facts.get(name)
+    flat["modules"] = ", ".join(facts.get("modules") or [])
     flat |= {f"packages.{name}": value for name, value in sorted((facts.get("packages") or {}).items())}
     for nic in sorted(facts.get("nics") or [], key=lambda nic: str(nic.get("name"))):
         carries = nic.get("carries_traffic")

@@ -41,6 +41,7 @@ _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*\$?")
 _PATH = re.compile(r"[A-Za-z0-9._/+@~-]+")
 _KEY_FILE = re.compile(r"[^\"\x00-\x1f{}]+")
 _SCRATCH = re.compile(r"(?!.*/\.\.?(/|$))/[A-Za-z0-9._/+@-]*[A-Za-z0-9._+@-]")
+_MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNORECASE)
 _HOST_KEY = re.compile(r"(?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+(?: .*)?")
@@ -57,7 +58,8 @@ class Node:
     lines of an ssh_config by which Ansible reaches it (port and user among them). `known_hosts_files` is a path a line:
     files that the inventory names instead of the user's own, in which its key may be under `host_key_alias` as well.
     `pythons` has the path of each profile's Python there (`cluster.profiles`), of which `setup` installs `profiles`
-    (None: the inventory leaves it open); agents run in `python`. `shared` is a folder that this machine and all nodes
+    (None: the inventory leaves it open); agents run in `python`. `modules` are the environment modules that
+    are loaded where ranks start. `shared` is a folder that this machine and all nodes
     see at the same path, None where the inventory names none.
     """
 
@@ -87,7 +89,11 @@ class Node:
     become: str | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
     profiles: Sequence[str] | None = None
+    modules: Sequence[str] = ()
     shared: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(self.modules))  # a list where it comes from JSON; nodes are compared
 
     @property
     def endpoint(self) -> str:
@@ -140,6 +146,7 @@ class _Variables(BaseModel):
     runner_python: str | None = None
     runner_pythons: dict[str, str] = Field(default_factory=dict)
     runner_profiles: list[str] | None = None
+    runner_modules: list[str] = Field(default_factory=list)
     runner_gpus_per_node: PositiveInt | Literal["auto"] = "auto"
     runner_device: Literal["auto", "cuda", "cpu"] = "auto"
     runner_hardware: str = "cpu"
@@ -362,6 +369,11 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
     for profile in values.runner_profiles or ():
         if profile not in profiles.LOCKS:
             raise unknown("profile", profile, profiles.LOCKS, f"{where}: runner_profiles")
+    for name in values.runner_modules:
+        if not _MODULE.fullmatch(name):
+            raise UsageError(
+                f"{where}: runner_modules has {name!r}: give names as `module load` takes them, name/version"
+            )
     for key in values.runner_env:
         if not _ENV.fullmatch(key):
             raise UsageError(f"{where}: runner_env has {key!r}, which is not a valid name of an environment variable")
@@ -398,6 +410,7 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
         become=way.become,
         pythons=pythons,
         profiles=values.runner_profiles,
+        modules=tuple(values.runner_modules),
     )
 
 

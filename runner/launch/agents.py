@@ -39,6 +39,7 @@ def cell_fields(plan: Plan, cell: Cell) -> dict[str, Any]:
         "attempt": cell.attempt,
         "marker": process.cell_marker(plan.run_id, cell.id),
         "profile": cell.profile,
+        "modules": list(plan.nodes[0].modules),
     }
 
 

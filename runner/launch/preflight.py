@@ -172,6 +172,7 @@ def checks(
         nccl_tests=nccl_tests,
         open_mpi=any(one.mpi and not one.step for one in engines),
         slurm_mpi=any(one.step for one in engines),
+        modules=tuple(first.modules),
     )
 
 
@@ -211,10 +212,10 @@ def readiness(nodes: Sequence[Node], engine: str, ssh_config: str | None) -> Pro
     alike: dict[tuple[Any, ...], list[Node]] = {}
     for node in nodes:
         root = node.nccl_root if node.nccl == nccl.BUILT else None
-        key = (node.scratch, node.min_free_disk_gib, node.gpus, node.device, root)
+        key = (node.scratch, node.min_free_disk_gib, node.gpus, node.device, root, tuple(node.modules))
         alike.setdefault(key, []).append(node)
     problems: dict[str, Sequence[Problem]] = {}
-    for (*_, root), group in alike.items():
+    for (*_, root, _), group in alike.items():
         request = checks(group[0], group[0].device, engine, usual(), nccl_root=root)
         problems.update(ask_agents(group, request, ssh_config).problems)
     return problems

@@ -36,6 +36,7 @@ RESOURCES = (
     ("hardware", "runner_hardware"),
     ("scratch", "runner_scratch"),
     ("shared", "runner_shared"),
+    ("modules", "runner_modules"),
     ("min_free_disk_gib", "runner_min_free_disk_gib"),
     ("nccl", "runner_nccl"),
     ("nccl_root", "nccl_build_root"),

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from runner.cluster import facts
+from runner.cluster import facts, modules
 from runner.errors import InfrastructureError
 from runner.node import engine, gate, kernel, leftovers, ranks
 from runner.node.leash import Leash
@@ -110,6 +110,8 @@ class NodeCell:
         if self.request.job:
             write_json_atomic(self.folder.job, self.request.job)
         observed = facts.collect(dict(self.request.env))
+        if self.request.modules:
+            observed["modules"] = list(modules.load(tuple(self.request.modules)).names)
         write_json_atomic(self.folder.facts, observed)
         gate.require_environment(self.request, observed)
 
@@ -191,7 +193,7 @@ class NodeCell:
             if failure.errno == errno.ENOSPC:
                 return Fault("disk_full", f"disk full: {self.folder.path}")
             return Fault("unknown", f"{failure.strerror}: {failure.filename or self.folder.path}")
-        return Fault("environment_missing", str(failure))  # the engine's program was not found
+        return Fault(getattr(failure, "kind", None) or "environment_missing", str(failure))  # its program was not found
 
     def _told(self) -> Fault | None:
         """Why the engine gave up, if it says so; None where the agent has ended it."""

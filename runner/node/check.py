@@ -10,10 +10,12 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from runner import __version__
-from runner.cluster import addresses, facts, mpi, nccl, slurm_names
+from runner.cluster import addresses, facts, modules, mpi, nccl, slurm_names
+from runner.errors import InfrastructureError
 from runner.node import profiles
 from runner.node.protocol import Checked, CheckRequest
 from runner.system.wording import counted
@@ -59,8 +61,15 @@ def check(request: CheckRequest) -> Checked:
         problems.append(("weights_unusable", f"--weights {request.weights}: they {reason}"))
     problems += [("not_shared", reason) for reason in map(_unseen, request.shared.items()) if reason]
     observed = facts.collect(nccl.environment(request.nccl_root) if request.nccl_root else {})
+    environment: Mapping[str, str] = os.environ
+    if request.modules:
+        try:
+            loaded = modules.load(tuple(request.modules))
+            environment, observed["modules"] = loaded.environment, list(loaded.names)
+        except InfrastructureError as error:
+            problems.append((error.kind or "unknown", str(error)))
     if request.profile:
-        problems += profiles.problems(request.profile, observed.get("driver") or "")
+        problems += profiles.problems(request.profile, observed.get("driver") or "", environment)
     if request.gpus:  # None where the inventory leaves the number open
         answering = len(observed["gpus"])
         if answering < request.gpus:

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from runner.cluster import modules
 from runner.node.protocol import CellRequest
 from runner.system import process
 from runner.system.places import PACKAGE
@@ -17,9 +18,10 @@ PLAIN = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "PATH", "TMPDIR", "SSH_AUT
 
 
 def of_engine(request: CellRequest) -> dict[str, str]:
-    """The environment of the engine's process, which ranks inherit."""
+    """The environment of the engine's process, which ranks inherit. Raises what `modules.load` raises."""
     # A launcher passes its folder and part of its environment on to remote shells, so it gets a plain one of each.
-    kept = {name: value for name, value in os.environ.items() if not request.isolated or name in PLAIN}
+    own = modules.load(tuple(request.modules)).environment if request.modules else os.environ
+    kept = {name: value for name, value in own.items() if not request.isolated or name in PLAIN}
     env = {**kept, **request.env, process.MARKER: request.marker, **request.secrets}
     programs = Path(sys.executable).parent
     if request.profile and request.scratch and request.argv:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from runner.cluster import environments
@@ -13,10 +14,10 @@ from runner.system import process
 _PROBE_S = 60.0  # a Python on a cold or distant disk
 
 
-def problems(profile: ProfileCheck, driver: str) -> list[tuple[str, str]]:
+def problems(profile: ProfileCheck, driver: str, environment: Mapping[str, str] = os.environ) -> list[tuple[str, str]]:
     """Why ranks cannot run in `profile` on this node, as (kind, one line).
 
-    `driver` is the version of NVIDIA's driver, "" for none.
+    `driver` is the version of NVIDIA's driver, "" for none; in `environment` its Python is started.
     """
     names = list(profile.locks.values())
     if names and not environments.fitting(driver, names):
@@ -33,7 +34,7 @@ def problems(profile: ProfileCheck, driver: str) -> list[tuple[str, str]]:
             text = f"profile {profile.name} has the lock {name}, for a driver >= {oldest}, found {driver or 'none'}"
             return [("driver_too_old", f"{text}: {profile.remedy}")]
     try:
-        missing = _lacks(profile)
+        missing = _lacks(profile, environment)
     except (InfrastructureError, ValueError) as error:
         text = f"profile {profile.name}: {profile.python} gives no answer ({error}): {profile.remedy}"
         return [("environment_missing", text)]
@@ -49,12 +50,12 @@ print("lacks", *(name for name in sys.argv[1:] if importlib.util.find_spec(name)
 """
 
 
-def _lacks(profile: ProfileCheck) -> list[str]:
+def _lacks(profile: ProfileCheck, environment: Mapping[str, str]) -> list[str]:
     """The packages that its Python does not find, which takes no import of them.
 
     Raises InfrastructureError where it does not start, ValueError where it ends badly.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env = {name: value for name, value in environment.items() if not name.startswith("PYTHON")}
     outcome = process.run([profile.python, "-c", _PROBE, *profile.packages], timeout_s=_PROBE_S, env=env)
     word, *missing = outcome.stdout.split() or [""]
     if outcome.rc != 0 or word != "lacks":

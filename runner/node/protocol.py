@@ -125,7 +125,7 @@ class CheckRequest:
     the folder with the built NCCL that ranks are to use (None: torch's own), `weights` one of weights to be loaded.
     `names` are to be resolved. `nccl_tests` are programs of nccl-tests that ranks execute, by their paths; `open_mpi`:
     Open MPI's launcher starts them, `slurm_mpi`: Slurm does. `shared` are files by path, and what the controller wrote
-    into each.
+    into each, `modules` the environment modules that are to be loaded.
     """
 
     version: str  # of the controller
@@ -142,6 +142,7 @@ class CheckRequest:
     slurm_mpi: bool = False
     profile: ProfileCheck | None = None
     shared: Mapping[str, str] = field(default_factory=dict)
+    modules: Sequence[str] = ()
 
     def fields(self) -> dict[str, Any]:
         """Its fields as JSON has them."""
@@ -163,7 +164,8 @@ class CheckRequest:
 class _OfCell:
     """The part of a cell's request that is the same over every backend. Every process of the cell carries `marker`.
 
-    `profile` is that of the Python that runs the ranks (`cluster.profiles`), "" where it is the agent's.
+    `profile` is that of the Python that runs the ranks (`cluster.profiles`), "" where it is the agent's; `modules` are
+    the environment modules that are loaded for them.
     """
 
     run_id: str
@@ -173,6 +175,7 @@ class _OfCell:
     telemetry_interval_s: float = SAMPLE_S
     grace_s: float = GRACE_S
     profile: str = ""
+    modules: Sequence[str] = ()
 
 
 # Omitted from a request that has no such thing.

@@ -70,6 +70,7 @@ def placed(
         telemetry_interval_s=step.telemetry_interval_s,
         grace_s=step.grace_s,
         profile=step.profile,
+        modules=step.modules,
         host=names[index],
         scratch=step.scratch,
         cell_dir=cell_dir,

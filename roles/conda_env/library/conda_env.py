@@ -2,8 +2,8 @@
 """Module of the role conda_env for a node: builds one Python environment, atomically.
 
 PREFIX is a link to PREFIX-HASH, which is built beside it; then the link is switched, so that running processes keep
-their environment. A stamp in PREFIX-HASH, written last, marks it as complete and lists its content. With the setting `beside`, the name of a
-profile, it is one beside the main environment, and no fact is of it.
+their environment. A stamp in PREFIX-HASH, written last, marks it as complete and lists its content. With the setting
+`beside`, the name of a profile, it is one beside the main environment, and no fact is of it.
 """
 
 from __future__ import annotations

@@ -132,6 +132,8 @@ class Allocations:
         UsageError for a wrong request, InfrastructureError where only nodes that are down prevent it.
         """
         settings = self.settings(plan)
+        if wanted := tuple(plan.nodes[0].modules):
+            self.cluster.require_modules(wanted)
         partitions, nodes = self._look()
         largest = max(cells, key=lambda cell: cell.num_nodes)
         first = [largest, *(cell for cell in cells if cell is not largest)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from runner.cluster import reasons, slurm_names
+from runner.cluster import modules, reasons, slurm_names
 from runner.cluster import slurm as slurm_settings
 from runner.cluster.inventory import Node
 from runner.errors import InfrastructureError, UsageError
@@ -249,6 +249,18 @@ class SlurmClient:
                 return self._patiently(partial(self._run, ["test", "-w", probe])).rc == 0
         except OSError:  # not writable: whoever writes results there says so
             return False
+
+    def require_modules(self, names: Sequence[str]) -> None:
+        """Raise UsageError for modules that cannot be loaded where Slurm's commands run: a site has one set of them.
+
+        A job finds out again, on its own nodes.
+        """
+        outcome = self._run(modules.argv(names))
+        try:
+            modules.read(names, outcome)
+        except InfrastructureError as error:
+            where = self._login.alias if self._login else "this machine"
+            raise UsageError(f"{where} {error}; see `module avail` there, and runner_modules", error.kind) from None
 
     def look(self) -> tuple[list[Partition], list[SlurmNode]]:
         """The cluster's partitions and nodes. Raises SlurmUnreachable if Slurm does not answer."""

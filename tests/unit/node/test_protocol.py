@@ -34,9 +34,9 @@ from runner.node.protocol import (
 
 CHECK = CheckRequest(
     "1.0", "/scratch", 10.0, ["torch"], ["rsync"], 8, names=["gpu-2"], nccl_tests=["/n/x_perf"], open_mpi=True,
-    profile=ProfileCheck("rl", "/rl/bin/python", "run `it`", {"ab": "cpu-smoke"}, ["verl"]), shared={"/w/f": "x"},
+    profile=ProfileCheck("rl", "/rl/bin/python", "run `it`", {"ab": "cpu-smoke"}, ["verl"]), shared={"/w/f": "x"}, modules=["cuda"],
 )  # fmt: skip
-OF_CELL = {"run_id": "r", "cell": "c", "attempt": 2, "marker": "r/c"}
+OF_CELL = {"modules": ["cuda/12.4"], "run_id": "r", "cell": "c", "attempt": 2, "marker": "r/c"}
 NODE = CellRequest(
     **OF_CELL, host="n1", scratch="/scratch", cell_dir="/scratch/r/c", job={"a": 1}, argv=["python"], env={"A": "b"}
 )
