@@ -156,6 +156,21 @@ for path in glob.glob({str(folder)!r} + "/global_step_{STEPS}/model_*.pt"):
     assert not (place / "models" / "of-nan").exists()
 
 
+def test_the_epochs_of_the_data_tell_how_many_steps_there_will_be(place, told, python):
+    rows, replaced = (
+        224,
+        {"trainer.total_epochs": 3, "trainer.total_training_steps": None},
+    )  # of 256, without validation
+    kept = [word for word in told["words"] if word.partition("=")[0] not in replaced]
+    cases = [[*kept, "trainer.total_epochs=3"], kept, [*kept, "trainer.total_epochs=3", "+data.train_max_samples=40"]]
+    code = f"""
+import json
+from runner.workloads.rl import trainer
+print(json.dumps([trainer.expected(words) for words in {cases!r}]))"""
+    outcome = verl_environment.run(code, plugin=False)
+    assert json.loads(outcome.stdout.splitlines()[-1]) == [rows // 16 * 3, None, 40 // 16 * 3], outcome.stderr[-2000:]
+
+
 def test_what_verl_writes_of_a_step_is_what_is_read(trained, place):
     lines = (place / "sft" / "verl.rank0.jsonl").read_text().splitlines()
     steps = [verl_metrics.step_of(line) for line in lines]

@@ -48,8 +48,9 @@ def run(module: str, job: RankJob, events: Events, change: Callable[[Any], None]
     """
     words, folder, checkpoint = job.params["words"], events.folder, Path(job.params["checkpoint"])
     # Each rank has a file of its own: verl chooses which one writes, and the others find nothing.
-    recorder = Recorder(events, checkpoint, total := total_of(words))
-    if total is not None and newest_step(checkpoint) >= total:
+    asked = total_of(words)
+    recorder = Recorder(events, checkpoint, asked or expected(words))
+    if asked is not None and newest_step(checkpoint) >= asked:
         recorder.begin()
         return
     os.environ.update(environment(events))
@@ -67,3 +68,22 @@ def total_of(words: Sequence[str]) -> int | None:
     """The number of steps that `words` ask for, None where it depends on the data."""
     found = [int(match[1]) for word in words if (match := _LENGTH.fullmatch(word))]
     return found[-1] if found else None
+
+
+def expected(words: Sequence[str]) -> int | None:
+    """The number of steps that the epochs of the data have, by their Parquet; None where that cannot be told.
+
+    Prompts that are too long are among them: verl may leave these out, and do less.
+    """
+    try:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from pyarrow import parquet
+
+        told = {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(list(words))}
+        files = told["data.train_files"]
+        rows = sum(parquet.read_metadata(file).num_rows for file in ([files] if isinstance(files, str) else files))
+        most = told.get("data.train_max_samples", -1)
+        rows = rows if most < 0 else min(rows, most)
+        return int(rows // told["data.train_batch_size"] * told["trainer.total_epochs"]) or None
+    except (ImportError, OSError, LookupError, ValueError, TypeError, ZeroDivisionError):
+        return None

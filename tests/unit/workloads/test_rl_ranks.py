@@ -75,6 +75,11 @@ def test_the_length_of_a_training_is_what_it_is_told(words, total):
     assert trainer.total_of(words) == total
 
 
+@pytest.mark.parametrize("words", [[], ["data.train_files=/gone.parquet"], ["data.train_files=[]", "a=={"]])
+def test_a_length_that_cannot_be_told_is_left_open(words):
+    assert trainer.expected(words) is None
+
+
 class Verl:
     """Stands in for a trainer's module: `main` notes what it was started with, and trains no step."""
 
