@@ -172,7 +172,7 @@ def test_files_of_different_shapes_make_one_set(tmp_path):
         (["train-00000-of-00001.jsonl", "validation-00000-of-00001.jsonl"], 1, 1),
         (["a.jsonl", "b.jsonl", "val_1.jsonl"], 2, 1),
         (["test.jsonl"], 1, 0),  # it is what there is
-        (["testimonials.jsonl", "evaluated.jsonl", "developers.jsonl"], 3, 0),
+        (["train.jsonl", "testimonials.jsonl", "evaluated.jsonl", "developers.jsonl"], 4, 0),
     ],
 )
 def test_the_files_of_a_folder_are_for_training_or_validation_by_their_names(tmp_path, names, train, val):
