@@ -80,7 +80,8 @@ def _add_utilisation(
     """Mean utilisation of the cell's GPUs while its measured steps ran, and the least used GPU by name.
 
     The window of each host runs from its first to its last measured step, by `started_s` on its clock: loading and
-    warm-up are not training. Without a window nothing is added.
+    warm-up are not training. A host whose ranks tell no steps, since one rank tells those of all, has the others'
+    window. Without a window nothing is added.
     """
     windows: dict[str, tuple[float, float]] = {}
     for record in records:
@@ -90,8 +91,10 @@ def _add_utilisation(
             start = float(context["started_s"])
             windows[record.host] = min(begin, start), max(end, start + record.value)
     samples: dict[tuple[str, int], list[float]] = defaultdict(list)
+    first = min((begin for begin, _ in windows.values()), default=math.inf)
+    last = max((end for _, end in windows.values()), default=0.0)
     for host, rows in telemetry.items():
-        begin, end = windows.get(host, (math.inf, 0.0))
+        begin, end = windows.get(host, (first, last))
         for row in rows:
             if begin <= (row.get("time_s") or 0.0) <= end:
                 for name, value in row.items():

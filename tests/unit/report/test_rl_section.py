@@ -235,3 +235,24 @@ def test_a_path_inside_the_run_begins_there_and_an_answer_without_text_is_named(
 def test_steps_are_whole_numbers_on_the_axis():
     svg = charts_of(report_fixture.rl(steps=3, attempts=(1,)))["Reward"][0].svg
     assert re.findall(r">([\d.]+)</text>", svg)[-3:] == ["1", "2", "3"]
+
+
+# --- utilisation ---------------------------------------------------------------------------------------------
+
+
+def test_gpus_of_nodes_whose_ranks_tell_no_steps_count_as_well():
+    fixture = report_fixture.rl(steps=3, attempts=(1,))
+    hosts = next(cell["hosts"] for cell in fixture.plan["cells"] if cell["id"] == "ppo")
+    at = 1000.0
+    for index, record in enumerate(fixture.records):
+        if record.cell == "ppo" and record.metric == "step_time_s":
+            fixture.records[index] = replace(record, context={**record.context, "started_s": at})
+            at += record.value
+    busy = {hosts[0]: 90, hosts[1]: 30}
+    moments = [(10.0, 0), (1400.0, None), (5000.0, 0)]  # before, in a measured step, after
+    fixture.telemetry["ppo"] = {
+        host: [{"time_s": moment, "gpu0_util_pct": util if idle is None else idle} for moment, idle in moments]
+        for host, util in busy.items()
+    }
+    (cell,) = [cell for cell in summary_of(fixture)["cells"] if cell["id"] == "ppo"]
+    assert (cell["metrics"]["gpu_util_pct_mean"], cell["slowest_gpu"]["host"]) == (60.0, hosts[1])
