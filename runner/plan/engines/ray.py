@@ -309,12 +309,12 @@ _TASK = re.compile(r"(?:\S*\.)?RayTaskError.*\(pid=\d+, ip=([0-9a-fA-F.:]+)[,)]"
 _SAID = 300  # characters
 _STAMP = re.compile(r"^[\d-]+ [\d:,]+\s+[A-Z]+ \S+ -- ")
 _SUBPROCESS = re.compile(r"^\s*\S+ \[exit code=")
-_SLOW = re.compile(r"current node timed out during startup")
+_SLOW = re.compile(r"current node timed out during startup|No node info found for head node")
 
 
 def was_slow(lines: Sequence[str]) -> bool:
-    """Whether a `ray start` has ended since its own processes did not start within the half minute that it gives them:
-    on a busy machine, the next one may.
+    """Whether a `ray start` has ended since its own processes, or those of the head that it joins, did not start within
+    the half minute that it gives them: on a busy machine, the next one may.
     """
     return any(_SLOW.search(line) for line in lines)
 

@@ -234,3 +234,15 @@ def test_a_task_has_failed_where_the_last_one_ran_that_was_called():
     assert ray.failed_at(TASKS[:2]) == "10.0.0.1"
     assert ray.failed_at(["ray.exceptions.RayTaskError(ValueError): ray::f() (pid=9, ip=fd00::2)"]) == "fd00::2"
     assert ray.failed_at(["(WorkerDict pid=9, ip=10.0.0.2) a line", "ValueError: x"]) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "slow"),
+    [
+        ("Exception: The current node timed out during startup. This could happen because", True),
+        ("Exception: No node info found for head node in GCS. Did the head node or gcs start successfully?", True),
+        ("ConnectionError: Ray is trying to start at 10.0.0.1:6379, but is already running there", False),
+    ],
+)
+def test_a_node_of_ray_that_was_only_slow_is_told_from_one_that_cannot_start(line, slow):
+    assert ray.was_slow(["Traceback (most recent call last):", line]) is slow
