@@ -369,10 +369,10 @@ def _node(source: str, name: str, alias: str, variables: Mapping[str, Any], sett
     for profile in values.runner_profiles or ():
         if profile not in profiles.LOCKS:
             raise unknown("profile", profile, profiles.LOCKS, f"{where}: runner_profiles")
-    for name in values.runner_modules:
-        if not _MODULE.fullmatch(name):
+    for module in values.runner_modules:
+        if not _MODULE.fullmatch(module):
             raise UsageError(
-                f"{where}: runner_modules has {name!r}: give names as `module load` takes them, name/version"
+                f"{where}: runner_modules has {module!r}: give names as `module load` takes them, name/version"
             )
     for key in values.runner_env:
         if not _ENV.fullmatch(key):

@@ -95,7 +95,8 @@ def test_a_check_names_what_is_missing_and_notes_what_was_loaded(tmp_path):
 
 
 def test_every_node_is_asked_for_the_modules_of_the_inventory():
-    (node,) = inventory.parse("inv", listing({"a": {"runner_modules": ["cuda/12.4"]}})).nodes
+    node, other = inventory.parse("inv", listing({"a": {"runner_modules": ["cuda/12.4"]}, "b": {}})).nodes
+    assert (node.name, node.modules, other.modules) == ("a", ("cuda/12.4",), ())
     assert preflight.checks(node, "cpu", "torchrun", ("sft",)).modules == ("cuda/12.4",)
 
 
