@@ -686,6 +686,26 @@ def test_it_is_built_beside_switched_at_once_verified_and_left_alone_afterwards(
     assert problem(carry_out(node.PHASES, "verify", other), "lock of the environment")
 
 
+def test_a_further_profile_is_an_environment_beside_the_main_one_which_it_leaves_alone(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    main = whole(world)
+    assert carry_out(node.PHASES, "install", main).ok
+    beside = {**world, "beside": "rl", "prefix": f"{world['prefix']}-rl", "lock_text": "# cuda: none\nalpha==1.0\n"}
+    further = whole(beside)
+    assert carry_out(node.PHASES, "install", further).changed
+    # No fact is of it, so none is missed.
+    verified = carry_out(node.PHASES, "verify", further)
+    assert verified.ok and verified.facts["imported"] == ["alpha"], verified.msg
+    for want in (main, further):
+        assert not send(want).changed and not carry_out(node.PHASES, "install", want).changed
+    assert environments_of(tmp_path) == ["env", "env-rl"]
+
+
+def environments_of(tmp_path):
+    """The names of the links to environments."""
+    return sorted(path.name for path in (tmp_path / "opt").iterdir() if path.is_symlink())
+
+
 def test_what_runs_while_the_link_is_switched_keeps_its_environment(world, tmp_path):
     assert carry_out(node.PHASES, "install", whole(world)).ok
     python, first = f"{world['prefix']}/bin/python", os.path.realpath(world["prefix"])
