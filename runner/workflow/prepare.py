@@ -18,7 +18,7 @@ from pathlib import Path
 from runner.errors import InfrastructureError, RunnerError, UsageError, disk_kind, os_error_text
 from runner.system import manifest
 from runner.system.manifest import Manifest
-from runner.system.wording import counted, size_text
+from runner.system.wording import are, counted, size_text
 from runner.workflow import models, publish
 from runner.workflow.models import Model
 from runner.workflow.progress import Progress, told
@@ -34,6 +34,7 @@ CHECKPOINT_BYTES, MODEL_BYTES = 16, 2
 # Checkpoints that a program writes each time: PPO those of actor and critic.
 CHECKPOINTS: Mapping[Program, int] = {Program.SFT: 1, Program.PPO: 2, Program.GRPO: 1}
 REWARD = "compute_score"
+MARGIN = 64  # tokens for what a chat template adds to a sample
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")  # verl names them in its call
 
 
@@ -47,7 +48,8 @@ class Asked:
 
     `work` is a folder that all nodes see, in which what they need is placed; what lies in one of the folders `seen`,
     which all nodes see as this machine does, stays where it is: `(Path("/"),)` where ranks run on this machine. `cache`
-    is for what can be made again. `saves` is how many checkpoints a stage keeps.
+    is for what can be made again. `saves` is how many checkpoints a stage keeps, `max_tokens` how long a sample of
+    fine-tuning may be (None: verl cuts longer ones).
     """
 
     workflow: str
@@ -64,6 +66,7 @@ class Asked:
     seed: int = 0
     samples: int = 512
     saves: int = 1
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ def prepare(asked: Asked, on_progress: Progress | None = None) -> Prepared:
         reward = _reward(asked)
     with _collected(reasons):
         _target(asked)
+    if model is not None and SFT_DATA in sets and asked.max_tokens is not None:
+        with _collected(reasons):
+            _require_short(model, sets[SFT_DATA], asked.max_tokens)
     if model is not None and checksum is not None:
         with _collected(reasons):
             _require_space(asked, _parameters(model), [(model.folder, checksum), *_contents(sets)])
@@ -297,6 +303,40 @@ def _bound(tree: ast.Module) -> set[str]:
 def _target(asked: Asked) -> None:
     if asked.publish is not None:
         publish.check(asked.publish)
+
+
+def _require_short(model: Model, samples: DataSet, most: int) -> None:
+    """Raise UsageError where verl would stop at a sample that is too long for certain: by its contents alone.
+
+    A model without tokenizer.json is not asked: reading its tokenizer takes transformers.
+    """
+    import pyarrow.parquet
+
+    if not (model.folder / "tokenizer.json").exists():
+        return
+    long: list[tuple[int, list[str]]] = []  # a token has at least one byte
+    for number, chat in enumerate(pyarrow.parquet.read_table(samples.train, columns=["messages"])["messages"], 1):
+        texts = [str(message["content"]) for message in chat.as_py()]
+        if sum(len(text.encode()) for text in texts) > most:
+            long.append((number, texts))
+    if not long:
+        return
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    counts = {
+        n: sum(len(one.ids) for one in tokenizer.encode_batch(texts, add_special_tokens=False)) for n, texts in long
+    }
+    over = {number: count for number, count in counts.items() if count > most}
+    if over:
+        number, count = next(iter(over.items()))
+        rows, longest = int(samples.manifest.about["train_rows"]), max(over.values())
+        raise UsageError(
+            f"data {samples.manifest.about['source']}: {counted(len(over), 'sample')} of {rows:,} {are(len(over))} too "
+            f"long for fine-tuning, where verl stops (sample {number} has {count:,} tokens, at most {most:,}): "
+            f"--set verl.sft.data.max_length={longest + MARGIN}, or --set verl.sft.data.truncation=right to cut them"
+        )
 
 
 # ---- disk ----

@@ -31,7 +31,7 @@ from runner.results.status import cell_status
 from runner.system import manifest
 from runner.system.places import cache_dir
 from runner.workflow import prepare, publish, verl
-from runner.workflow.asked import Options, engine, profile, refuse_unused, settings, translated
+from runner.workflow.asked import TRAINERS, Options, engine, profile, refuse_unused, settings, translated
 from runner.workflow.links import Maker, checkpoint_folder, model_folder
 from runner.workflow.prepare import Files
 from runner.workflow.progress import shown
@@ -101,11 +101,10 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         selected = _observed(options, selected, work)
     name = profile(options, selected.device)
     maker = Maker(options, given, selected, name, _NOT_YET)
-    for stage in stages:
-        if stage.program in (Program.SFT, Program.PPO, Program.GRPO):
-            maker.overrides(stage)  # refuses what cannot work, before anything is fetched
+    # Refuses what cannot work, before anything is fetched.
+    told = {stage.program: maker.overrides(stage) for stage in stages if stage.program in TRAINERS}
     lines = translated(options, selected, verl.PROFILES[name])
-    asked = _asked(options, selected, name, work)
+    asked = replace(_asked(options, selected, name, work), max_tokens=_longest(told.get(Program.SFT, {})))
     if display is None:
         found = prepare.preview(asked)
     else:
@@ -157,6 +156,11 @@ def _asked(options: Options, selected: Selected, name: str, work: Path) -> prepa
         seed=options.run.seed,
         saves=verl.KEEP,
     )
+
+
+def _longest(told: Mapping[str, Any]) -> int | None:
+    """The tokens of a sample at which the trainer would stop, by what it is told; None: it cuts, or is not there."""
+    return told["data.max_length"] if told.get("data.truncation") == "error" else None
 
 
 def _observed(options: Options, selected: Selected, work: Path) -> Selected:

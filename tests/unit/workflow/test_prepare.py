@@ -318,6 +318,31 @@ def test_a_reward_file_is_for_ppo_alone(asked, tmp_path):
         prepare.prepare(asked(data=source))
 
 
+# ---- samples that are too long ----
+
+
+def test_a_sample_at_which_fine_tuning_would_stop_is_one_line(asked, tmp_path):
+    rows = [{"instruction": "Say A.", "output": "A"}, {"instruction": "Count.", "output": "7 " * 60},
+            {"instruction": "Count on.", "output": "7 " * 90}]  # fmt: skip
+    source = lines(tmp_path, *rows)
+    prepare.prepare(asked("sft", data=source))  # verl cuts
+    prepare.prepare(asked("sft", data=source, max_tokens=400))
+    with pytest.raises(UsageError) as caught:
+        prepare.prepare(asked("sft", data=source, max_tokens=100))
+    assert "\n" not in str(caught.value)
+    assert f"data {source}: 2 samples of 3 are too long for fine-tuning, where verl stops (sample 2 has " in str(
+        caught.value
+    )
+    assert "at most 100): --set verl.sft.data.max_length=" in str(caught.value)
+
+
+def test_what_is_long_in_bytes_and_short_in_tokens_is_taken(asked, tmp_path):
+    row = {"instruction": "Tom has 3 apples.", "output": "How many apples are left?" * 4}
+    prepare.prepare(asked("sft", data=lines(tmp_path, row), max_tokens=60))
+    with pytest.raises(UsageError, match="1 sample of 1 is too long"):
+        prepare.prepare(asked("sft", data=lines(tmp_path, row), max_tokens=20))
+
+
 # ---- disk ----
 
 
