@@ -41,7 +41,7 @@ class Workflow(Bench):
 
     def until_submitted(self) -> None:
         """Until Ray has all nodes and the job."""
-        until(lambda: " submitted" in self.said() or self.process.poll() is not None, 200)
+        until(lambda: " submitted" in self.said() or self.process.poll() is not None, 400)
         assert self.process.poll() is None, self.end()[1]
         assert " submitted" in self.said(), self.said()
 
@@ -130,12 +130,11 @@ def test_a_controller_that_is_stopped_or_killed_leaves_no_ray(bed, tmp_path, num
 def test_a_job_that_is_cancelled_leaves_no_ray(environment, slurm3, tmp_path):
     run = workflow(slurm3, slurm3.share / tmp_path.name, *SLURM)
     run.until_submitted()
-    (job,) = {share[0] for share in run.run.read_status()["allocation"].values() if share[0]}
-    slurm(slurm3, "scancel", job)
+    slurm(slurm3, "scancel", run.run.read_status()["cells"][STAGE]["job"]["id"])
     code, output = run.end()
-    error = error_of(run.run, STAGE)
-    assert code == EXIT_INFRASTRUCTURE, output
-    assert error["kind"] == "job_cancelled", error
+    assert code == EXIT_INTERRUPTED, output  # as by Ctrl-C
+    error = run.run.read_status()["cells"][STAGE]["error"]
+    assert (error["kind"], error["host"]) == ("job_cancelled", None), error
     assert_nothing_left(slurm3, run.run)
     for node in slurm3.nodes:
         assert ray.folder(run.marker) not in inside(node["container"], "ls -d /tmp/*")
