@@ -69,6 +69,10 @@ class GaveUp(Exception):
         self.fault = Fault(kind, message, host)
 
 
+class TooSlow(Exception):
+    """Ray has given its own processes up before they had started."""
+
+
 class Stopped(Exception):
     """The signal that ends this process."""
 
@@ -156,8 +160,7 @@ class Supervisor:
         self.names = {index: name for index, name in enumerate(asked.others, 1)}
         self.said = deque[str](maxlen=200)  # the last lines of `ray start`
         self.child: subprocess.Popen[bytes] | None = None
-        self.command: Sequence[str] = ()  # by which it was started
-        self.joined = False  # it stays: it is not to be started once more
+        self.joined = False  # this node, and as the first node sees it, all: nothing is started once more
         self.gcs = ""  # where the others join, once somebody answers there
 
     def __enter__(self) -> Supervisor:
@@ -192,24 +195,37 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             if self.asked.others:
                 stack.callback(Meeting(self.asked.port, self.token, self.inbox).close)
-            store = _store_bytes(self.job)
-            self._start(ray.head(sys.executable, address, self.ports, self.grant, self.marker, store))
-            self._until(lambda: _accepts(address, self.ports["gcs"]))
-            self.gcs = ray.endpoint(address, self.ports["gcs"])
-            for index in self.addresses:  # while the API still starts
-                self.peers[index].send({"gcs": self.gcs})
             api = Api(address, self.ports["dashboard"], self.token)
-            version = str(self._until(lambda: api.ask("GET", "/api/version"))["ray_version"])
-            head = ray.Head(address, self.ports["gcs"], self.ports["dashboard"], version)
-            write_json_atomic(self.folder.ray_head, head.to_json())
-            self._say(f"Ray {version} answers at {ray.endpoint(address, head.dashboard)}")
-            self._until_all_joined(api, address)
+            while not self.joined:
+                try:
+                    self._come_up(api, address)
+                except TooSlow:
+                    self._tell_gcs("")
+                    self._end_ray()
             self._say(f"{counted(1 + len(self.names), 'node')} joined, {counted(self.asked.gpus, 'GPU')} each")
             code = self._carry_out(api)
             self._say(f"the job has ended with status {code}")
             for peer in self.peers.values():
                 peer.send({"end": code})
             return code
+
+    def _come_up(self, api: Api, address: str) -> None:
+        """Start the head, and wait until all nodes have joined."""
+        self._start(ray.head(sys.executable, address, self.ports, self.grant, self.marker, _store_bytes(self.job)))
+        self._until(lambda: _accepts(address, self.ports["gcs"]))
+        self._tell_gcs(ray.endpoint(address, self.ports["gcs"]))  # while the API still starts
+        version = str(self._until(lambda: api.ask("GET", "/api/version"))["ray_version"])
+        head = ray.Head(address, self.ports["gcs"], self.ports["dashboard"], version)
+        write_json_atomic(self.folder.ray_head, head.to_json())
+        self._say(f"Ray {version} answers at {ray.endpoint(address, head.dashboard)}")
+        self._until_all_joined(api, address)
+        self.joined = True
+
+    def _tell_gcs(self, endpoint: str) -> None:
+        """Tell the others where to join; empty: nowhere yet."""
+        self.gcs = endpoint
+        for index in self.addresses:
+            self.peers[index].send({"gcs": endpoint})
 
     def _until(self, answers: Callable[[], Any]) -> Any:
         """Wait until the head answers; returns what."""
@@ -313,13 +329,20 @@ class Supervisor:
             raise GaveUp("never_joined", f"has not reached Ray's head at {where} {within}: {error}") from None
         address = _own_address(self.asked.address, self.asked.head)
         host.send({"address": address})
+        joins = ""
         while True:
-            message = self._turn(POLL_S)
+            try:
+                message = self._turn(POLL_S)
+            except TooSlow:
+                message = {"gcs": joins}
             if "end" in message:
                 return 0
             if "gcs" in message:
-                store = _store_bytes(self.job)
-                self._start(ray.worker(sys.executable, address, self.ports, self.grant, message["gcs"], store))
+                self._end_ray()
+                self.joined, joins = False, str(message["gcs"])
+                if joins:
+                    store = _store_bytes(self.job)
+                    self._start(ray.worker(sys.executable, address, self.ports, self.grant, joins, store))
             self.joined = self.joined or "joined" in message
             if not self.joined and time.monotonic() > self.deadline:
                 if self.child is None:
@@ -348,19 +371,16 @@ class Supervisor:
         return message
 
     def _ended(self, status: int) -> None:
-        """Ray has ended by itself. Start it once more where that may help; else raise GaveUp."""
+        """Ray has ended by itself: raise TooSlow where it may help to start it once more, else GaveUp."""
         self._reader.join(1)
         said = list(self.said)
-        if self.asked.node and not self.joined and ray.was_slow(said) and time.monotonic() < self.deadline:
-            self._end_ray()
-            self._start(self.command)
-            return
+        if not self.joined and ray.was_slow(said) and time.monotonic() < self.deadline:
+            raise TooSlow
         kind, why = ray.why_ended(said)
         raise GaveUp(kind, f"Ray has ended with status {status}: {why}")
 
     def _start(self, argv: Sequence[str]) -> None:
         """Start Ray; its output goes to a file of its own."""
-        self.command = argv
         self.said.clear()
         token = self.place / "token"
         token.touch(mode=0o600)
@@ -398,6 +418,7 @@ class Supervisor:
             process.signal_all(left, signal.SIGKILL)
             process.reap()
             time.sleep(0.02)
+        self.child = None
 
     def _keep_logs(self) -> None:
         """Copy the ends of the logs of Ray's processes into the cell's folder."""

@@ -34,10 +34,6 @@ def main() -> int:
     asked, _ = parser.parse_known_args()
     wrong = json.loads(os.environ.get("RAY_STAND_IN", "{}")).get(asked.node_ip_address, {})
     print(f"Local node IP: {asked.node_ip_address}", flush=True)
-    if wrong.get("slow") and not Path("slow").exists():
-        Path("slow").touch()
-        print("Exception: The current node timed out during startup. This could happen because some", flush=True)
-        return 1
     if "says" in wrong:
         print(wrong["says"], flush=True)
         return 1
@@ -48,13 +44,19 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: (raylet.kill(), sys.exit(1)))
     if wrong.get("deaf"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    slow = wrong.get("slow") and not Path("slow").exists()  # the first time
     if asked.head:
-        Head(asked, token_file.read_text(), gpus, wrong).serve()
-    elif not wrong.get("never"):
+        Head(asked, token_file.read_text(), None if slow else gpus, wrong).serve()
+    elif not wrong.get("never") and not slow:
         host, _, port = asked.address.rpartition(":")
         join = {"node_ip": asked.node_ip_address, "GPU": gpus, "token": token_file.read_text()}
         gcs = socket.create_connection((host, int(port)))
         gcs.sendall(json.dumps(join).encode() + b"\n")
+    if slow:
+        Path("slow").touch()
+        time.sleep(1)
+        print("Exception: The current node timed out during startup. This could happen because some", flush=True)
+        return 1
     raylet.wait()
     print("Some Ray subprocesses exited unexpectedly:\n  raylet [exit code=-9]", flush=True)
     return 1
@@ -63,13 +65,14 @@ def main() -> int:
 class Head:
     """The API of a head."""
 
-    def __init__(self, asked: argparse.Namespace, token: str, gpus: int, wrong: dict) -> None:
+    def __init__(self, asked: argparse.Namespace, token: str, gpus: int | None, wrong: dict) -> None:
         self.asked, self.token, self.wrong = asked, token, wrong
-        self.nodes = {asked.node_ip_address: gpus}
+        self.nodes = {} if gpus is None else {asked.node_ip_address: gpus}
         self.jobs: dict[str, subprocess.Popen[bytes]] = {}
         self.entrypoints: dict[str, str] = {}
         self.logs = Path(asked.temp_dir, "session_1", "logs")
-        self.logs.mkdir(parents=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        Path(asked.temp_dir, "session_latest").unlink(missing_ok=True)
         Path(asked.temp_dir, "session_latest").symlink_to("session_1")
         (self.logs / "gcs_server.out").write_text("the GCS's own log\n")
 
