@@ -25,12 +25,18 @@ def remove(marker: str, grace_s: float) -> None:
             os.close(held)
 
 
-def remove_unused(held: int, folder: Path) -> bool:
-    """Remove the folder that is open as `held`, unless another process has locked it; returns whether none has."""
-    if not locked(held, fcntl.LOCK_EX):
+def remove_unused(held: int, folder: Path) -> None:
+    """Remove the folder that is open as `held`, unless another process has locked it."""
+    if locked(held, fcntl.LOCK_EX) and is_at(held, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_at(held: int, path: Path) -> bool:
+    """Whether what is open as `held` is still at `path`, and not removed or replaced by another's."""
+    try:
+        return os.path.samestat(os.fstat(held), path.stat())
+    except OSError:
         return False
-    shutil.rmtree(folder, ignore_errors=True)
-    return True
 
 
 def locked(descriptor: int, kind: int) -> bool:

@@ -20,6 +20,7 @@ import http.client
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import stat
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import RunnerError
-from runner.node.leftovers import locked, remove_unused
+from runner.node.leftovers import is_at, locked, remove_unused
 from runner.node.meeting import Inbox, Meeting, Peer, Refused, Unreachable, listener, meet
 from runner.node.output import end_of
 from runner.node.protocol import Fault
@@ -495,15 +496,17 @@ def _folder(path: Path) -> Iterator[Path]:
     while True:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise GaveUp("not_permitted", f"{path} is not a folder of this user alone: remove it")
-        held = os.open(path, os.O_RDONLY)
-        if remove_unused(held, path):  # nobody has it
-            os.close(held)
-            path.mkdir(mode=0o700, exist_ok=True)
+        try:
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                raise GaveUp("not_permitted", f"{path} is not a folder of this user alone: remove it")
             held = os.open(path, os.O_RDONLY)
-        if locked(held, fcntl.LOCK_SH) and os.path.samestat(os.fstat(held), path.stat()):
+        except FileNotFoundError:  # the last one who had it has removed it
+            continue
+        if locked(held, fcntl.LOCK_EX) and is_at(held, path):  # nobody has it: what is in it was left
+            for each in path.iterdir():
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+        if locked(held, fcntl.LOCK_SH) and is_at(held, path):
             break
         os.close(held)
     try:
