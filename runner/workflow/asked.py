@@ -247,6 +247,7 @@ def training(
         model=model,
         train=str(files.train),
         val=str(files.val) if files.val else None,
+        rows=files.rows,
         folder=folder,
         split=divided(options, selected, own),
         experiment=experiment,

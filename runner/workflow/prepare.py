@@ -71,10 +71,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Files:
-    """A data set in one of verl's schemas: files of Parquet; `val` None: it has no part for validation."""
+    """A data set in one of verl's schemas: files of Parquet; `val` None: it has no part for validation.
+
+    `rows` are those to train on, None: not known yet.
+    """
 
     train: Path
     val: Path | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ def prepare(asked: Asked, on_progress: Progress | None = None) -> Prepared:
     files = {}
     for artefact, one in sets.items():
         place = _placed(one.path, _place(one.path, artefact, one.manifest, asked), one.manifest, asked)
-        files[artefact] = Files(place / one.train.name, place / one.val.name if one.val else None)
+        rows = one.manifest.about.get("train_rows")
+        files[artefact] = Files(place / one.train.name, place / one.val.name if one.val else None, rows)
     digests = {artefact: one.manifest.digest for artefact, one in sets.items()}
     return Prepared(
         model=folder,
@@ -245,15 +250,17 @@ def _previewed(asked: Asked, artefact: str) -> tuple[Files, str, str]:
     source = data.open_source(_source(asked, artefact), asked.samples, asked.seed, contact=False)
     found = data.cached(source, schema, cache, rewarded)
     if found is None:
-        question, names = data.check(source, schema, rewarded)
+        question, files = data.check(source, schema, rewarded)
+        names, rows = set(files), files[data.TRAIN_FILE]
         folder, digest = cache / data.key(source, schema, rewarded), ""
         known = None
     else:
-        question, names = str(found.manifest.about["question"]), tuple(file.path for file in found.manifest.files)
+        question = str(found.manifest.about["question"])
+        names, rows = {file.path for file in found.manifest.files}, found.manifest.about.get("train_rows")
         folder, digest, known = found.path, found.manifest.digest, found.manifest
     place = _place(folder, artefact, known, asked)
     val = place / data.VAL_FILE if data.VAL_FILE in names else None
-    return Files(place / data.TRAIN_FILE, val), digest, question
+    return Files(place / data.TRAIN_FILE, val, rows), digest, question
 
 
 def _reward(asked: Asked) -> str | None:

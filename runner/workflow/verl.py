@@ -72,7 +72,8 @@ class Training:
     `model`, `train`, `val` and `folder` (of checkpoints) are paths that every node sees; lengths are in tokens, batches
     in sequences: `batch` of a step, `mini_batch` of an update (None: the whole step), `micro_batch` of a GPU (None: the
     largest up to MICRO that divides). `steps` None: `epochs` of the data. `group` is how many answers GRPO compares.
-    `reward` is the path of a file with `compute_score`, None: the one that verl has for the data.
+    `reward` is the path of a file with `compute_score`, None: the one that verl has for the data. `rows` are those to
+    train on, None: not known yet.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Training:
     learning_rate: float | None = None
     group: int = 5
     reward: str | None = None
+    rows: int | None = None
     loggers: tuple[str, ...] = ALWAYS
     timeout_s: int | None = None
     trust_remote_code: bool = False
@@ -176,9 +178,11 @@ def require_strategy(asked: Training) -> None:
 def settled(program: Program, asked: Training) -> Training:
     """A copy with the batches that were left open.
 
-    Raises UsageError where the profile has no strategy for the split, or batches do not divide, with those that do.
+    Raises UsageError where the profile has no strategy for the split, the data do not fill one batch, or batches do not
+    divide, with those that do.
     """
     require_strategy(asked)
+    _require_rows(asked)
     ranks = counted(asked.split.data, "data-parallel rank")
     if program is Program.SFT:
         _divides(asked.batch, asked.split.data, "batch", ranks)
@@ -190,6 +194,15 @@ def settled(program: Program, asked: Training) -> Training:
     what = f"mini_batch × {answers} answers" if answers > 1 else "mini_batch"
     _divides(mini * answers, asked.split.data, what, ranks)
     return _with_micro(replace(asked, mini_batch=mini), mini * answers // asked.split.data, f"{what} of a rank")
+
+
+def _require_rows(asked: Training) -> None:
+    """Refuse a batch that the data do not fill: verl would have no step to do, and ends with a division by zero."""
+    if asked.rows is None or asked.batch <= asked.rows:
+        return
+    most = asked.rows - asked.rows % asked.split.data
+    less = f"give --set verl.data.train_batch_size={most} at most, or more data" if most else "give more data"
+    raise UsageError(f"batch {asked.batch} is more than the {counted(asked.rows, 'row')} to train on: {less}")
 
 
 def _with_micro(asked: Training, each: int, what: str) -> Training:

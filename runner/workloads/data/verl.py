@@ -201,19 +201,20 @@ def cached(source: Source, schema: Schema, cache: Path, rewarded: bool = False) 
     return DataSet(folder, found) if found else None
 
 
-def check(source: Source, schema: Schema, rewarded: bool = False) -> tuple[str, tuple[str, ...]]:
-    """The question and the names of the files that `prepare` would make of a source, whose rows are checked.
+def check(source: Source, schema: Schema, rewarded: bool = False) -> tuple[str, dict[str, int | None]]:
+    """The question, and by name the rows of the files that `prepare` would make of a source, which are checked.
 
-    Of the hub's, which is not contacted, the question is "". Raises UsageError as `prepare`.
+    Of the hub's, which is not contacted, the question is "" and rows are None. Raises UsageError as `prepare`.
     """
     if not source.here:
-        return "", (TRAIN_FILE, *((VAL_FILE,) if source.name in _CONFIGURATIONS else ()))
-    question, names = "", []
+        return "", dict.fromkeys((TRAIN_FILE, *((VAL_FILE,) if source.name in _CONFIGURATIONS else ())))
+    question = ""
+    rows: dict[str, int | None] = {}
     for name, parts in source.parts().items():
         made = _convert(parts, schema, source, name, rewarded, None)
         question = question or _question(made[0])
-        names.append(f"{name}.parquet")
-    return question, tuple(names)
+        rows[f"{name}.parquet"] = len(made)
+    return question, rows
 
 
 def prepare(

@@ -85,6 +85,17 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do(changes
         overrides(Program.PPO, replace(ON_GPUS, **changes))
 
 
+@pytest.mark.parametrize("program", [Program.SFT, Program.PPO, Program.GRPO])
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [(255, "give --set verl.data.train_batch_size=240 at most, or more data"), (15, "give more data")],
+)
+def test_a_batch_that_the_data_do_not_fill_is_refused(program, rows, what):
+    with pytest.raises(UsageError, match=f"batch 256 is more than the {rows} rows to train on: {what}"):
+        overrides(program, replace(ON_GPUS, rows=rows))
+    assert overrides(program, replace(ON_GPUS, rows=256)) == overrides(program, ON_GPUS)
+
+
 @pytest.mark.parametrize(("nodes", "micro"), [(1, 4), (8, 4), (16, 2), (32, 1)])
 @pytest.mark.parametrize("program", [Program.SFT, Program.PPO])
 def test_a_micro_batch_that_was_left_open_is_one_that_divides(program, nodes, micro):
