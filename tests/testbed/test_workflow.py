@@ -22,6 +22,7 @@ class Workflow(Bench):
     program = (RUNNER, "workflow", "sft-ppo")
 
 
+@pytest.mark.timeout(1500)  # the profile may have to be made first
 def test_the_whole_chain_runs_as_jobs_and_is_kept_when_it_is_asked_for_again(slurm3, tmp_path, record_property):
     results, published = slurm3.share / "workflow", tmp_path / "published"
     asked = ("--backend", "slurm", "--nodes", "2", "--publish", f"dir:{published}")
