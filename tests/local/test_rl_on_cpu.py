@@ -61,7 +61,7 @@ def told(place) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(place, told, python) -> ranks.Ended:
-    ended = ranks.start(place / "sft", ranks.job("rl-sft", 2, told), env=ENV, python=python)
+    ended = ranks.start(place / "sft", ranks.job("rl-sft", 2, told), env=ENV, python=python, timeout_s=600)
     assert ended.outcome.rc == 0, ended.outcome.stderr[-3000:]
     return ended
 
@@ -69,7 +69,7 @@ def trained(place, told, python) -> ranks.Ended:
 def merge(place: Path, told: dict, python: Path, name: str, **changes: str) -> ranks.Ended:
     params = {"program": "sft", "checkpoint": told["checkpoint"], "backend": "fsdp", "question": QUESTION}
     params |= {"target": str(place / "models" / name), **changes}
-    return ranks.start(place / name, ranks.job("rl-merge", 1, params), env=ENV, python=python)
+    return ranks.start(place / name, ranks.job("rl-merge", 1, params), env=ENV, python=python, timeout_s=600)
 
 
 def test_it_learns_and_says_how_far_it_is(trained):
@@ -107,7 +107,7 @@ def test_the_merged_model_answers_as_it_was_taught(trained, place, told, python)
 
 def test_an_attempt_after_the_last_step_does_nothing(trained, place, told, python):
     before = sorted(path.name for path in Path(told["checkpoint"]).iterdir())
-    ended = ranks.start(place / "again", ranks.job("rl-sft", 2, told), env=ENV, python=python)
+    ended = ranks.start(place / "again", ranks.job("rl-sft", 2, told), env=ENV, python=python, timeout_s=600)
     assert ended.outcome.rc == 0, ended.outcome.stderr[-3000:]
     assert sorted(path.name for path in Path(told["checkpoint"]).iterdir()) == before
     assert ended.values("loss") == trained.values("loss"), "what was recorded is recorded again"
@@ -120,7 +120,7 @@ def test_an_attempt_that_was_interrupted_goes_on_from_its_last_checkpoint(traine
     (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
     given = [word.replace(told["checkpoint"], str(folder)) for word in told["words"]]
     params = {"words": given, "checkpoint": str(folder)}
-    ended = ranks.start(place / "continued", ranks.job("rl-sft", 2, params), env=ENV, python=python)
+    ended = ranks.start(place / "continued", ranks.job("rl-sft", 2, params), env=ENV, python=python, timeout_s=600)
     assert ended.outcome.rc == 0, ended.outcome.stderr[-3000:]
     assert [context["step"] for context in ended.contexts("loss")] == list(range(1, STEPS + 1))
     fresh = [c["step"] for c in ended.contexts("loss") if not c.get("earlier")]
