@@ -12,6 +12,7 @@ from runner.cluster.inventory import Node
 from runner.failures import KINDS, Problem
 from runner.launch import blame, drift
 from runner.launch.current import CurrentPlan, Progress, Turn
+from runner.launch.delivery import Delivery
 from runner.launch.journal import Journal, Streams
 from runner.launch.preflight import NodeAccess, Problems
 from runner.launch.signals import Stop
@@ -32,7 +33,7 @@ from runner.results.status import each_error, joined, queued_s
 from runner.results.timings import PLAN_KEYS, Clock, Timings, kind
 from runner.system.clock import at, now
 from runner.system.wording import are, counted, span_text
-from runner.workloads.registry import TESTS, trains
+from runner.workloads.registry import TESTS
 
 RETRY_S = 5.0
 
@@ -66,18 +67,14 @@ class Run:
         self.current = CurrentPlan(plan, run)
         self.journal = Journal(run, display, backend.scheduled)
         self.ledger = self.journal.ledger
-        sent: Callable[[Node], list[Problem]] = lambda node: list(self._send([node]).values())  # noqa: E731
-        self.roster = Roster(self.current, self.journal, transport, access, sent)
         self.stop = Stop(display)
-        self.source = data
-        self.data = transport.data_on_nodes(plan, data.folder) if data else None
+        self.data = Delivery(data, self.current, self.journal, transport, lambda: self.stop.asked)
+        self.roster = Roster(self.current, self.journal, transport, access, self.data.onto)
         self.progress = {cell.id: Progress() for cell in plan.cells}
         self.timings = Timings(run.path.parent)
         # Where a scheduler starts cells, only a new cell shows whether nodes have changed since.
         compares = policy.accept_drift and backend.scheduled
         self.comparison = drift.Comparison(run, plan, self.journal.status) if compares else None
-        # The nodes that the data was sent to, and those where that has failed, by name.
-        self.has_data, self.has_not = set[str](), set[str]()
         self.not_gathered: set[str] = set()
 
     def execute(self, bad: Problems) -> dict[str, Any]:
@@ -159,86 +156,6 @@ class Run:
         free = [each for each in self._left() if each.id != cell.id and not self.ledger.has(each.id)]
         together = self.transport.together(self.current.plan, [cell, *free])
         return [each for each in (cell, *free) if each in together]
-
-    # --- data ---------------------------------------------------------------------------------------
-
-    def _needed(self) -> list[Node]:
-        """The nodes that may still need the data; one that was replaced may not even answer."""
-        left = [cell for cell in self.current.cells if not self.journal.complete(cell)]
-        hosts = {host for cell in left for host in cell.hosts}
-        anywhere = not all(cell.hosts for cell in left)
-        without = self.has_data | self.roster.bad
-        return [node for node in self.current.plan.nodes
-                if node.name not in without and (anywhere or node.name in hosts)]  # fmt: skip
-
-    def _stopped(self) -> bool:
-        return self.stop.asked
-
-    def _send(self, nodes: Sequence[Node], stopped: Callable[[], bool] | None = None) -> dict[str, Problem]:
-        """Copy the data to `nodes`, until `stopped` (None: until the user stops); returns failures by node."""
-        if self.source is None or not nodes:
-            return {}
-        stopped = stopped or self._stopped
-        self.source.complete(stopped)
-        failures = self.transport.send(self.current.plan, nodes, self.source.folder, stopped)
-        self.has_data |= {node.name for node in nodes} - failures.keys()
-        self.has_not |= failures.keys()
-        return failures
-
-    def _send_data(
-        self, cell: Cell, on_begin: Callable[[], object], stopped: Callable[[], bool]
-    ) -> dict[str, Any] | None:
-        """Copy the data to all nodes that may need it, before the first cell; where that fails, again before a cell on
-        these nodes. Returns the error of an attempt at `cell` that cannot begin without.
-        """
-        if self.source is None or self.ledger.share(cell.id):  # its job was submitted after the data was sent
-            return None
-        here = set(cell.hosts)
-        nodes = [node for node in self._needed() if not here or node.name in here or node.name not in self.has_not]
-        if nodes:
-            on_begin()
-        failures = self._send(nodes, stopped)
-        if stopped():
-            return None
-        if not self.current.plan.named and len(failures) < len(nodes):
-            for host, problem in failures.items():  # the scheduler can choose others
-                alias = self.current.alias(host)
-                self.journal.note(f"{alias} is not used, the data cannot be sent to it: {problem.message}")
-                self.current.plan = self.transport.exclude(self.current.plan, host)
-            return None
-        needed = any(trains(each.test) for each in (cell, *self._sharing(cell)))
-        failed = []
-        for host, problem in failures.items():
-            what = f"the data cannot be sent to it: {problem.message}"
-            if needed and (not here or host in here):
-                failed.append(blame.error(problem.kind, what, host))
-            else:
-                self.journal.note(f"{self.current.alias(host)}: {what}; it is tried again before a cell that needs it")
-        return joined(failed) if failed else None
-
-    def _supply(self, cell: Cell, send: Callable[[Callable[[], bool]], dict[str, Any] | None]) -> Supply | None:
-        """Begin to prepare and `send` the data while the ranks of `cell` import; None where that is no gain: it is
-        ready, the cell does not train, or a scheduler will start it.
-        """
-        source = self.source
-        if source is None or source.ready or not trains(cell.test) or self.backend.scheduled:
-            return None
-
-        def work(stopped: Callable[[], bool]) -> dict[str, Any] | None:
-            source.complete(stopped)
-            return None if stopped() else send(stopped)
-
-        return Supply(work, self._stopped)
-
-    def _supplied(self, cell: Cell, supply: Supply) -> dict[str, Any] | None:
-        """The error of an attempt at `cell` whose data cannot be sent. Raises what its preparation has raised: the run
-        ends as if the cell had not begun.
-        """
-        try:
-            return supply.result()
-        except Exception:  # not a second Ctrl-C
-            self.journal.cell_state(cell, "cancelled")
-            raise
 
     # --- a cell until it is settled -----------------------------------------------------------------
 
@@ -535,19 +452,22 @@ class Run:
         live: Callable[[], None] = lambda: self.journal.live(cell, watch.nodes)  # noqa: E731
 
         def send(stopped: Callable[[], bool]) -> dict[str, Any] | None:
-            return self._send_data(cell, lambda: shown(0.0, "sending data"), stopped)
+            if self.ledger.share(cell.id):  # its job was submitted after the data was sent
+                return None
+            begun: Callable[[], object] = lambda: shown(0.0, "sending data")  # noqa: E731
+            return self.data.send(cell, self._sharing(cell), self.roster.bad, begun, stopped)
 
-        supply = self._supply(cell, send)
+        supply = self.data.supply(cell, send)
         watch = CellRun(cell, self.stop, on_progress, streams.line, live, on_failure, supply, on_notice)
         watch.stall_s = TESTS[cell.test].silent_s
         try:
-            fault = send(self._stopped) if supply is None else None
+            fault = send(lambda: self.stop.asked) if supply is None else None
             if fault is None and not self.stop.asked:
                 if supply is None:
                     clock.enter("starting")
                     shown(0.0, "starting")
                 context = self._context(cell, through, clock)
-                fault = self.transport.converse(self.current.plan, cell, watch, self.data, context)
+                fault = self.transport.converse(self.current.plan, cell, watch, self.data.on_nodes, context)
             if supply is not None:
                 fault = self._supplied(cell, supply) or fault
         finally:
@@ -558,6 +478,16 @@ class Run:
             self._leave_jobs()  # before its next step begins
         self._end_attempt(watch, fault, ran_s, clock)
         return any(session.answered for session in watch.sessions)
+
+    def _supplied(self, cell: Cell, supply: Supply) -> dict[str, Any] | None:
+        """The error of an attempt at `cell` whose data cannot be sent. Raises what its preparation has raised: the run
+        ends as if the cell had not begun.
+        """
+        try:
+            return supply.result()
+        except Exception:  # not a second Ctrl-C
+            self.journal.cell_state(cell, "cancelled")
+            raise
 
     def _end_attempt(
         self, watch: CellRun, fault: dict[str, Any] | None, ran_s: Callable[[], float], clock: Clock

@@ -1037,7 +1037,7 @@ def test_nodes_that_the_data_cannot_be_sent_to_are_left_to_others_by_slurm(clust
     carrier = Deaf(run, None, through_slurm(built, run)[0].cluster, {}, {})
     carried = bench.Run(built, run, carrier, Display(quiet=True), Data(str(tmp_path)), bench.Policy(), NodeAccess())
     with carried.journal.opened():
-        assert carried._send_data(built.cells[0], lambda *_: None, lambda: False) is None
+        assert carried.data.send(built.cells[0], [], set(), lambda: None, lambda: False) is None
     assert carried.current.plan.slurm["exclude"] == ["node002"]
 
 
