@@ -47,7 +47,9 @@ def test_the_whole_chain_runs_as_jobs_and_is_kept_when_it_is_asked_for_again(slu
     assert {record.context.get("step") for record in of_ppo if record.metric == "step_time_s"} == {1, 2}
 
     for node in slurm3.nodes:
-        left = inside(node["container"], "pgrep -fa 'raylet|gcs_server|runner.node' ; ls -d /tmp/shakedown-ray-*; true")
+        # Written so that the shell which asks is not found itself.
+        script = "pgrep -fa '[r]aylet|[g]cs_server|runner[.]node'; ls -d /tmp/shakedown-ray-*; true"
+        left = inside(node["container"], script)
         assert not left.strip(), left
     assert not inside(slurm3.nodes[0]["container"], "squeue --noheader").strip()
 
