@@ -59,7 +59,6 @@ SOLO = "127.0.0.2"
 LOGS_BYTES = 20 << 20  # of Ray's own logs that are kept
 LAST = 300  # characters of an error
 LOG_BYTES = 256 << 10  # of each file, from its end
-STORE_BYTES = 200 << 20  # of Ray's object store where the ranks are CPUs: nodes may share one machine's memory
 
 
 class GaveUp(Exception):
@@ -195,7 +194,7 @@ class Supervisor:
         address = _own_address(self.asked.address, *self.asked.others.values())
         with contextlib.ExitStack() as stack:
             if self.asked.others:
-                stack.callback(Meeting(self.asked.port, self.token, self.inbox).close)
+                stack.callback(self._met().close)
             api = Api(address, self.ports["dashboard"], self.token)
             while not self.joined:
                 try:
@@ -210,9 +209,16 @@ class Supervisor:
                 peer.send({"end": code})
             return code
 
+    def _met(self) -> Meeting:
+        try:
+            return Meeting(self.asked.port, self.token, self.inbox)
+        except OSError as error:
+            raise GaveUp("port_taken", f"port {self.asked.port}, on which the nodes meet: {error.strerror}") from error
+
     def _come_up(self, api: Api, address: str) -> None:
         """Start the head, and wait until all nodes have joined."""
-        self._start(ray.head(sys.executable, address, self.ports, self.grant, self.marker, _store_bytes(self.job)))
+        store = ray.store_bytes(self.job["device"])
+        self._start(ray.head(sys.executable, address, self.ports, self.grant, self.marker, store))
         self._until(lambda: _accepts(address, self.ports["gcs"]))
         self._tell_gcs(ray.endpoint(address, self.ports["gcs"]))  # while the API still starts
         version = str(self._until(lambda: api.ask("GET", "/api/version"))["ray_version"])
@@ -342,7 +348,7 @@ class Supervisor:
                 self._end_ray()
                 self.joined, joins = False, str(message["gcs"])
                 if joins:
-                    store = _store_bytes(self.job)
+                    store = ray.store_bytes(self.job["device"])
                     self._start(ray.worker(sys.executable, address, self.ports, self.grant, joins, store))
             self.joined = self.joined or "joined" in message
             if not self.joined and time.monotonic() > self.deadline:
@@ -384,8 +390,10 @@ class Supervisor:
         """Start Ray; its output goes to a file of its own."""
         self.said.clear()
         token = self.place / "token"
-        token.touch(mode=0o600)
-        token.write_text(self.token)
+        fresh = token.with_name(f".token.{os.getpid()}")
+        fresh.touch(mode=0o600)
+        fresh.write_text(self.token)
+        fresh.replace(token)  # the Ray of another supervisor on this machine may be reading it
         kept = {name: value for name, value in os.environ.items() if name not in ray.CLEARED}
         env = {**kept, **self.job.get("env", {}), **ray.environment(self.ports, str(token))}
         env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
@@ -555,10 +563,6 @@ def _gpus() -> int | None:
         return len(os.listdir("/proc/driver/nvidia/gpus"))
     except OSError:
         return None
-
-
-def _store_bytes(job: Mapping[str, Any]) -> int | None:
-    return None if job.get("device") == "cuda" else STORE_BYTES
 
 
 def _own_address(named: str, *others: str) -> str:

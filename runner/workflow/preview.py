@@ -95,7 +95,7 @@ def _work(plan: Plan, cell: Cell, step: Step) -> Work:
         commands += _ray(plan, cell, python)
     commands.append((_ranks(cell, on_ray), _program(cell, step.stage.program, python)))
     placed = bool(cell.hosts) and not BACKENDS[plan.backend].scheduled
-    job = f"{cell_marker(plan.run_id, cell.id)}/{cell.attempt}" if placed else None
+    job = cell_marker(plan.run_id, cell.id) if placed else None
     return Work(hosts, tuple(commands), on_ray, job)
 
 
@@ -141,19 +141,18 @@ def _names(cell: Cell) -> tuple[str, ...]:
 def _ray(plan: Plan, cell: Cell, python: str) -> list[tuple[str, tuple[str, ...]]]:
     """What supervisors start: Ray on each node."""
     marker = cell_marker(plan.run_id, cell.id)
-    ports = ray.in_order(f"{marker}/{cell.attempt}", EPHEMERAL)[0]
+    ports, store = ray.in_order(marker, EPHEMERAL)[0], ray.store_bytes(cell.device)
     placed = bool(cell.hosts) and not BACKENDS[plan.backend].scheduled
     nodes = [(plan.node(host).alias, plan.node(host).address) for host in cell.hosts] if placed else [
         (name, name) for name in _names(cell)
     ]  # fmt: skip
     grant = ray.Grant(0, cell.gpus_per_node)
     (first, head), *others = nodes
-    started = [(first, ray.head(python, head, ports, grant, marker))]
+    started = [(first, ray.head(python, head, ports, grant, marker, store))]
     at = ray.endpoint(head, ports["gcs"])
-    started += [(name, ray.worker(python, address, ports, grant, at)) for name, address in others]
-    return [
-        (name, tuple(word.replace("--num-cpus=0", f"--num-cpus={_CORES}") for word in words)) for name, words in started
-    ]
+    started += [(name, ray.worker(python, address, ports, grant, at, store)) for name, address in others]
+    unknown, shown = f"--num-cpus={ray.slots(grant)}", f"--num-cpus={_CORES}"
+    return [(name, tuple(shown if word == unknown else word for word in words)) for name, words in started]
 
 
 def _program(cell: Cell, program: Program, python: str) -> tuple[str, ...]:

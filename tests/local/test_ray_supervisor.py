@@ -253,6 +253,18 @@ def test_ports_that_another_has_are_left_to_it(made):
         assert head["gcs"] not in taken
 
 
+def test_a_port_to_meet_on_that_another_has_taken_is_named(made):
+    cell = made()
+    with socket.create_server(("", cell.port)):
+        cell.start(0)
+        assert cell.wait() == [1]
+    assert cell.fault(0) == {
+        "kind": "port_taken",
+        "message": f"port {cell.port}, on which the nodes meet: Address already in use",
+        "host": None,
+    }
+
+
 def test_a_folder_of_somebody_else_is_refused(made):
     cell = made(nodes=1)
     folder = Path(ray.folder(cell.marker))

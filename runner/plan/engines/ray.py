@@ -185,6 +185,14 @@ def slots(grant: Grant) -> int:
 # --- environment and commands -----------------------------------------------------------------------------
 
 
+def store_bytes(device: str) -> int | None:
+    """The size of Ray's object store on nodes whose ranks are of `device`; None: Ray's own choice, a share of memory.
+
+    Where ranks are CPUs, several nodes may be one machine.
+    """
+    return None if device == "cuda" else 200 << 20
+
+
 def folder(marker: str) -> str:
     """Ray's folder of sessions for the cell with this marker, the same on all its nodes: short, and not the user's."""
     name = f"/tmp/shakedown-ray-{zlib.crc32(marker.encode()):08x}"

@@ -13,8 +13,10 @@ from golden_files import check as golden
 from runner.cluster import profiles
 from runner.errors import UsageError
 from runner.launch.prepare import Options as RunOptions
+from runner.plan.engines import ray
 from runner.results.rundir import RunDir
 from runner.system import manifest
+from runner.system.process import cell_marker
 from runner.workflow import prepare, preview, publish, start
 from runner.workflow.asked import Options
 from runner.workflow.prepare import Files
@@ -158,6 +160,9 @@ def test_a_dry_run_shows_what_ranks_get(found, on_cpus, name, backend, changes):
     for cell in made.run.plan.cells:
         assert all(shlex.quote(word) in shown for word in cell.params.get("words", ()))
     assert "ray start" in shown and "main_ppo" in shown
+    assert "--num-cpus=CORES" in shown and f"--object-store-memory={200 << 20}" in shown, "what a supervisor starts"
+    ports = ray.in_order(cell_marker(made.run.plan.run_id, "ppo"), preview.EPHEMERAL)[0]
+    assert backend == "slurm" or f"--port={ports['gcs']} " in shown, "those that it tries first"
     assert ("#SBATCH" in shown) == (backend == "slurm")
     assert json.loads(json.dumps(preview.as_dict(made)))["stages"][1]["commands"]
 
