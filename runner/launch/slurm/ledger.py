@@ -174,5 +174,8 @@ def jobs_left(status: Mapping[str, Any]) -> list[str]:
     cells = status["cells"]
     noted = {cell["job"]["id"] for cell in cells.values() if cell.get("job") and cell["started"] and unseen(cell)}
     shares = {cell: JobShare.from_json(values) for cell, values in status.get("allocation", {}).items()}
-    waiting = {share.job_id for cell, share in shares.items() if share.job_id and unseen(cells[cell])}
+    # A stage that is not asked for any more has no cell: nobody will follow its job.
+    waiting = {
+        share.job_id for cell, share in shares.items() if share.job_id and (cell not in cells or unseen(cells[cell]))
+    }
     return sorted(noted | waiting, key=lambda job_id: [int(number) for number in job_id.split("_")])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.launch.slurm.ledger import Certainty, JobShare, Ledger
+from runner.launch.slurm.ledger import Certainty, JobShare, Ledger, jobs_left
 from runner.results.status import cell_status
 
 IDS = st.none() | st.from_regex(r"[0-9]{1,6}(_[0-9]{1,3})?", fullmatch=True)
@@ -64,6 +64,11 @@ def test_a_job_whose_cell_has_another_plan_or_none_is_of_no_use_any_more():
     shared = {"a": ["7", 0, "all"], "b": ["7", 1, "all"], "c": ["8_0", None, "j"], "d": ["8_1", None, "j"]}
     found = Ledger.from_status(status(shared, a=changed, b={}, c=changed, d={}))
     assert found.outdated == set(), "others go on in it"
+
+
+def test_the_job_of_a_stage_that_is_not_asked_for_any_more_is_one_that_nobody_follows():
+    left = status({"ppo": ["8", None, "j"]}, sft={"state": "complete", "ended": "2026-01-02T03:04:05Z"})
+    assert jobs_left(left) == ["8"]
 
 
 @pytest.mark.parametrize(
