@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -93,15 +93,39 @@ def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Iter
     return schema.model_fields
 
 
+def _twice(node: Any, visited: set[int]) -> Iterator[Any]:
+    """The keys below a node of YAML that its mapping has had before."""
+    if id(node) in visited or not isinstance(getattr(node, "value", None), list):
+        return
+    visited.add(id(node))
+    seen = set()
+    for one in node.value:
+        key, below = one if isinstance(one, tuple) else (None, one)
+        if key is not None:
+            if (key.tag, str(key.value)) in seen:
+                yield key
+            seen.add((key.tag, str(key.value)))
+        yield from _twice(below, visited)
+
+
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises UsageError where it cannot be read or is not valid YAML."""
+    """The content of a YAML file.
+
+    Raises UsageError where it cannot be read, is not valid YAML, or has a key twice: the first would be lost.
+    """
     import yaml
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        for key in _twice(node, set()):
+            raise yaml.constructor.ConstructorError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+        return loader.construct_document(node) if node is not None else None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, RecursionError) as error:  # a date that there is not; lists in lists without an end
+        raise UsageError(f"{path}: not valid YAML: {error}") from None

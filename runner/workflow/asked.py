@@ -21,6 +21,7 @@ PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a de
 
 _VERL, _SLURM = "verl", "slurm"
 _TIME, _JOIN = "timeout_s", "join_s"  # of a stage, and of one whose nodes are to join Ray
+_ON_CONTROLLER = (Program.PREPARE, Program.PUBLISH)  # without a time limit
 _PARTS: Mapping[str, tuple[Program, ...]] = {"sft": (Program.SFT,), "rl": (Program.PPO, Program.GRPO)}
 
 
@@ -100,7 +101,7 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
 
     Raises UsageError for a section, key or value that there is not, with the nearest name.
     """
-    stages = {stage.name: stage for stage in stages_of(workflow)}
+    stages = {stage.name: stage for stage in stages_of(workflow) if stage.program not in _ON_CONTROLLER}
     programs = [stage.program for stage in stages.values() if stage.program in TRAINERS]
     verl: dict[Program, dict[str, Any]] = {program: {} for program in programs}
     seconds: dict[str, dict[str, float]] = {}
@@ -113,7 +114,10 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
             raise UsageError(f"--set {text}: write it as verl.KEY=VALUE, such as --set verl.data.train_batch_size=64")
         if section == _VERL:
             for program, setting in _of_verl(name, programs, workflow, engine):
-                verl[program] |= trainer(program, engine).leaves({setting: verl_settings.value_of(value)})
+                used = trainer(program, engine)
+                leaves = used.leaves({setting: verl_settings.value_of(value)})
+                _check(used, leaves)
+                verl[program] |= leaves
         elif section == _SLURM:
             slurm |= config.parse_settings([text])[_SLURM]
         elif section == config.TARGETS:
@@ -146,6 +150,18 @@ def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str)
     if not found:
         raise errors[-1]
     return found
+
+
+def _check(used: verl_settings.Trainer, leaves: Mapping[str, Any]) -> None:
+    """Refuse values of another type, counts below 1, and a strategy that verl's chosen engine is not."""
+    used.check(leaves)
+    for key, value in leaves.items():
+        if key in _COUNTS and not (value is None and key in _OPEN) and not (type(value) is int and value > 0):
+            shown = verl_settings.literal(value, key)
+            raise UsageError(f"--set verl.{key}: a whole number of at least 1 is needed, got {shown}")
+        if key in _STRATEGIES and value not in _STRATEGIES_OF[used.engine]:
+            known = " or ".join(_STRATEGIES_OF[used.engine])
+            raise UsageError(f"--set verl.{key}={value}: --tp and --pp decide the training engine; here {known} works")
 
 
 def _seconds(text: str, stage: Stage, name: str, value: str) -> float:
@@ -184,6 +200,11 @@ _FIELDS: Mapping[Program, Mapping[str, str]] = {
     Program.GRPO: {**_RL, f"{_ROLLOUT}.n": "group"},
 }
 _ROLLOUT_TP, _ROLLOUT_PP = f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.pipeline_model_parallel_size"
+_COUNTS = {*_RL, *_FIELDS[Program.SFT], f"{_ROLLOUT}.n", _ROLLOUT_TP, _ROLLOUT_PP}
+_OPEN = {"trainer.total_training_steps"}  # null: as many as the epochs have
+
+_STRATEGIES = {"engine.strategy", f"{_ACTOR}.strategy", "actor_rollout_ref.ref.strategy", "critic.strategy"}
+_STRATEGIES_OF = {"fsdp": (FSDP, "fsdp"), "megatron": (MEGATRON,)}
 
 
 def profile(options: Options, device: str) -> str:

@@ -93,9 +93,14 @@ def _judged(model: Path, on_progress: Progress | None) -> Manifest:
 
 
 def _check_folder(path: str) -> None:
-    folder = Path(path).expanduser()
+    if not path.isprintable():
+        raise UsageError(f"--publish dir:{path!r}: that is no path of one line; name another")
+    folder = Path(path).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--publish dir:{path}: that is a file; name a folder")
+    above = next(one for one in (folder, *folder.parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"--publish dir:{path}: nothing can be written below {above}; name another folder")
     if folder.is_dir() and manifest.read(folder) is None and any(folder.iterdir()):
         raise UsageError(f"--publish dir:{path}: the folder is not empty and holds no published model; name another")
 

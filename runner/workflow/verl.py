@@ -37,6 +37,7 @@ OWN: Mapping[str, str] = {
     "data.train_files": "--data",
     "data.val_files": "--data",
     "algorithm.adv_estimator": "`runner workflow ppo` or `grpo`",
+    "actor_rollout_ref.rollout.name": "--profile",
 }
 
 

@@ -11,6 +11,7 @@ configuration but in the class behind it, or in a dictionary that is open: `Trai
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,13 +73,20 @@ class Trainer:
         """
         words = list(self.select)
         for key, value in self.leaves(settings, where).items():
+            self.check({key: value}, where)
+            words.append(f"{'' if self.place(key, where).present else '+'}{key}={literal(value, key)}")
+        return words
+
+    def check(self, leaves: Mapping[str, Any], where: str = "--set verl.") -> None:
+        """Raise UsageError for an unknown setting in `leaves`, one that the engine decides, a wrong type, and what
+        Hydra cannot be told.
+        """
+        for key, value in leaves.items():
             if key in self.chosen:
                 raise UsageError(f"{where}{key}: the training engine decides it (here {self.engine}); leave it out")
-            place = self.place(key, where)
-            if wrong := mismatch(place, value):
-                raise UsageError(f"{where}{key}: {wrong}, got {literal(value, key)}")
-            words.append(f"{'' if place.present else '+'}{key}={literal(value, key)}")
-        return words
+            shown = literal(value, key)
+            if wrong := mismatch(self.place(key, where), value):
+                raise UsageError(f"{where}{key}: {wrong}, got {shown}")
 
     def leaves(self, settings: Mapping[str, Any], where: str = "--set verl.") -> dict[str, Any]:
         """`settings` with those in a dictionary by themselves: `a={b: 1}` is `a.b=1`, for Hydra appends no dictionary.
@@ -285,7 +293,7 @@ def value_of(text: str) -> Any:
     if stripped[:1] in ("[", "{"):
         try:
             return _numbers(yaml.safe_load(stripped))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):  # an alias of what it is in; a date that there is not
             raise UsageError(f"{text!r} is neither a list nor a dictionary: see its brackets and quotes") from None
     if len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\"":
         return stripped[1:-1]
@@ -309,6 +317,8 @@ def literal(value: Any, key: str = "") -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
+        if not math.isfinite(value):
+            raise UsageError(f"{key} = {value}: give a finite number")
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(literal(item, key) for item in value) + "]"

@@ -74,12 +74,50 @@ def test_slurm_and_the_time_limit_of_a_stage_are_settings_too():
         ("sft-ppo", "sft.timeout_s=0", "give the timeout_s of stage sft in seconds"),
         ("sft-ppo", "sft.join_s=5", "unknown setting 'join_s'"),
         ("ppo", "sft.timeout_s=5", "unknown section 'sft'"),
+        ("sft-ppo", "prepare.timeout_s=5", "unknown section 'prepare'"),
+        ("sft-ppo", "publish.timeout_s=5", "unknown section 'publish'"),
+        ("sft-ppo", "verl.actor_rollout_ref.actor.optim.lr=1e400", "give a finite number"),
+        ("sft-ppo", "verl.trainer.logger=[&a [*a]]", "neither a list nor a dictionary"),
+        ("sft-ppo", "verl.trainer.logger=[2020-99-99]", "neither a list nor a dictionary"),
+        ("sft-ppo", "verl.engine.strategy=megatron", "here fsdp2 or fsdp works"),
+        ("sft-ppo", "verl.critic.strategy=x", "--tp and --pp decide the training engine"),
     ],
 )
 def test_a_setting_that_there_is_not_is_refused_by_name(workflow, text, said):
     with pytest.raises(UsageError) as refused:
         settings([text], workflow)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+# Those that decide others are computed with before verl is told of them.
+@pytest.mark.parametrize("value", ["abc", "", "1.5", "0", "-1", "true", "[1,2]", "{a: 1}"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.train_batch_size",
+        "data.max_response_length",
+        "trainer.total_training_steps",
+        "trainer.total_epochs",
+        f"{RL}.actor.ppo_mini_batch_size",
+        f"{RL}.actor.ppo_micro_batch_size_per_gpu",
+        f"{RL}.rollout.n",
+        f"{RL}.rollout.tensor_model_parallel_size",
+        f"{RL}.rollout.pipeline_model_parallel_size",
+    ],
+)
+def test_a_count_is_a_whole_number_of_at_least_one(key, value):
+    with pytest.raises(UsageError, match=f"--set verl.{key}.*(number|is needed|unknown setting)"):
+        settings([f"verl.{key}={value}"], "sft-ppo")
+
+
+def test_a_count_in_a_dictionary_is_one_too():
+    with pytest.raises(UsageError, match=r"--set verl\.data\.train_batch_size"):
+        settings(["verl.data={train_batch_size: x}"], "sft-ppo")
+
+
+def test_steps_may_be_left_to_the_epochs():
+    found = settings(["verl.trainer.total_training_steps=null"], "sft")
+    assert found.verl == {Program.SFT: {"trainer.total_training_steps": None}}
 
 
 def test_what_shakedown_sets_is_refused_with_the_option_that_does(cluster):
