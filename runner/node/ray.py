@@ -15,28 +15,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import fcntl
 import http.client
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.errors import RunnerError
-from runner.node.leftovers import is_at, locked, remove_unused
-from runner.node.meeting import Inbox, Meeting, Peer, Refused, Unreachable, listener, meet
+from runner.node import place
+from runner.node.meeting import Inbox, Meeting, Peer, Refused, Unreachable, meet
 from runner.node.output import end_of
 from runner.node.protocol import Fault
 from runner.plan.engines import ray
@@ -54,8 +51,6 @@ ANSWER_S = 5.0  # for one answer of Ray's API
 SILENT_S = 60.0  # without an answer of Ray's API: it has ended
 SETTLE_S = 3.0  # a job fails with a node that it has lost, which tells so itself a moment later
 END_S = 3.0  # between TERM and KILL of Ray
-# The address of a node that is alone: Ray replaces 127.0.0.1 by one of the network.
-SOLO = "127.0.0.2"
 LOGS_BYTES = 20 << 20  # of Ray's own logs that are kept
 LAST = 300  # characters of an error
 LOG_BYTES = 256 << 10  # of each file, from its end
@@ -168,9 +163,9 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             if not self.token:
                 raise GaveUp("ray_refused", f"{ray.TOKEN} is not set: nobody may use a Ray without a token")
-            self.place = stack.enter_context(_folder(Path(ray.folder(self.marker))))
+            self.place = stack.enter_context(place.folder(Path(ray.folder(self.marker))))
             key = os.environ.get("SLURM_JOB_ID") or self.marker
-            self.ports = ray.claim(key, _ephemeral(), lambda ports: _hold(ports, stack))
+            self.ports = ray.claim(key, place.ephemeral(), lambda ports: place.hold(ports, stack))
             stack.callback(self._keep_logs)
             stack.callback(self._end_ray)
             self._left = stack.pop_all()
@@ -183,7 +178,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Carry out this node's part; returns the exit status of the job. Raises GaveUp."""
-        self.grant = _grant(self.job, self.asked.gpus)
+        self.grant = place.grant(self.job, self.asked.gpus)
         if self.grant.gpus < self.asked.gpus:
             raise GaveUp("gpus_missing", f"has {counted(self.grant.gpus, 'GPU')} to use, {self.asked.gpus} asked for")
         return self._follow() if self.asked.node else self._lead()
@@ -191,7 +186,7 @@ class Supervisor:
     # --- the first node -----------------------------------------------------------------------------
 
     def _lead(self) -> int:
-        address = _own_address(self.asked.address, *self.asked.others.values())
+        address = place.own_address(self.asked.address, *self.asked.others.values())
         with contextlib.ExitStack() as stack:
             if self.asked.others:
                 stack.callback(self._met().close)
@@ -334,7 +329,7 @@ class Supervisor:
             raise GaveUp("ray_refused", f"has another token than Ray's head at {where}") from None
         except Unreachable as error:
             raise GaveUp("never_joined", f"has not reached Ray's head at {where} {within}: {error}") from None
-        address = _own_address(self.asked.address, self.asked.head)
+        address = place.own_address(self.asked.address, self.asked.head)
         host.send({"address": address})
         joins = ""
         while True:
@@ -493,99 +488,6 @@ class Growing:
             sys.stdout.buffer.flush()
 
 
-# --- this node ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    """Ray's folder, for this user alone; removed by the last supervisor that has it, of which a machine that plays
-    several nodes has several. What a killed one has left is removed first. Raises GaveUp where it is another's.
-    """
-    while True:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        try:
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                raise GaveUp("not_permitted", f"{path} is not a folder of this user alone: remove it")
-            held = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # the last one who had it has removed it
-            continue
-        if locked(held, fcntl.LOCK_EX) and is_at(held, path):  # nobody has it: what is in it was left
-            for each in path.iterdir():
-                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
-        if locked(held, fcntl.LOCK_SH) and is_at(held, path):
-            break
-        os.close(held)
-    try:
-        yield path
-    finally:
-        remove_unused(held, path)
-        os.close(held)
-
-
-def _ephemeral() -> range:
-    """The ports that this node's kernel gives to outgoing connections."""
-    try:
-        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-    except (OSError, ValueError):
-        return range(32768, 61000)
-    return range(int(first), int(last) + 1)
-
-
-def _hold(ports: ray.Ports, stack: contextlib.ExitStack) -> bool:
-    """Listen on the first port of a block until `stack` is left; False if that or any other of the block is taken."""
-    with contextlib.ExitStack() as taken:
-        try:
-            claimed = taken.enter_context(listener(ports["claim"]))
-            for port in ports.all[1:]:
-                listener(port).close()
-        except OSError:
-            return False
-        stack.enter_context(claimed)
-        taken.pop_all()
-    return True
-
-
-def _grant(job: Mapping[str, Any], gpus: int) -> ray.Grant:
-    """What Ray may use here. Ranks that are CPUs count as its GPUs, since trainers count those."""
-    cpus = len(os.sched_getaffinity(0))
-    if job.get("device") != "cuda":
-        return ray.Grant(ray.granted(os.environ, cpus, gpus).cpus, gpus)
-    granted, visible, there = ray.granted(os.environ, cpus, gpus), os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus()
-    seen = len([each for each in visible.split(",") if each]) if visible is not None else gpus
-    return ray.Grant(granted.cpus, min(gpus, granted.gpus, seen, gpus if there is None else there))
-
-
-def _gpus() -> int | None:
-    """How many GPUs the driver has here; None where it does not say."""
-    try:
-        return len(os.listdir("/proc/driver/nvidia/gpus"))
-    except OSError:
-        return None
-
-
-def _own_address(named: str, *others: str) -> str:
-    """The address of this node in Ray: the one that the inventory has, unless this node does not have it, or it is one
-    that leads others to themselves; then the one from which it reaches the first of `others`.
-    """
-    with contextlib.suppress(OSError):
-        found = str(socket.getaddrinfo(named, None, type=socket.SOCK_STREAM)[0][4][0])
-        literal = found == named and found not in _LOOPBACK
-        if (literal or not found.startswith(("127.", "::1"))) and _is_own(found):
-            return found
-    for other in others:
-        with contextlib.suppress(OSError):
-            family, kind, _, _, target = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.connect(target)  # sends nothing
-                return str(probe.getsockname()[0])
-    return SOLO
-
-
-_LOOPBACK = ("127.0.0.1", "::1")
-
-
 def _accepts(address: str, port: int) -> bool:
     """Whether somebody listens there."""
     try:
@@ -593,15 +495,6 @@ def _accepts(address: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_own(address: str) -> bool:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

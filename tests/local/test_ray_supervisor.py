@@ -181,11 +181,12 @@ SAID = [
 @pytest.mark.parametrize(("kind", "said"), SAID)
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_ray_that_does_not_start_is_told_by_its_last_words(made, index, kind, said):
-    cell = made(wrong={f"127.0.0.{2 + index}": {"says": said}})
+    cell = made(wrong={f"127.0.0.{2 + index}": {"says": said}}, params={"join_s": 15})
     cell.start()
     assert cell.wait() == [1, 1]
     assert cell.fault(index) == {"kind": kind, "message": f"Ray has ended with status 1: {said}", "host": None}
-    assert cell.fault(1 - index)["kind"] == "lost_peers"
+    # The head may have gone before the other has met it.
+    assert cell.fault(1 - index)["kind"] in ("lost_peers", "never_joined")
 
 
 @pytest.mark.parametrize("index", [0, 1])
