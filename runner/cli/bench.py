@@ -189,8 +189,12 @@ def _resume(
     from runner.launch import resume
     from runner.report.progress import Display
     from runner.results.rundir import RunDir
+    from runner.workflow.record import Stages
 
-    asked = resume.Options(RunDir.find(results, name), inventory=source, accept_drift=accept_drift, **options)
+    run = RunDir.find(results, name)
+    if (found := Stages(run).asked()) is not None:  # whose stages are made again where what they are made from changed
+        raise errors.UsageError(f"{run.run_id} is a run of a workflow: runner workflow {found[0]} --resume {name}")
+    asked = resume.Options(run, inventory=source, accept_drift=accept_drift, **options)
     display = Display()
     if dry_run:
         with resume.prepared(asked, read_inventory, display) as left:

@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line(typed, arguments, said):
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and said in err
 
 
-def test_a_run_that_is_no_workflow_is_not_gone_on_with(typed, tmp_path):
+def test_a_run_is_gone_on_with_by_what_started_it(typed, tmp_path, capsys):
     folder = tmp_path / "results" / "r1"
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps({"run_id": "r1", "cells": []}))
@@ -94,6 +94,8 @@ def test_a_run_that_is_no_workflow_is_not_gone_on_with(typed, tmp_path):
     )
     code, _, err = typed("sft", "--resume", "r1")
     assert code == 2 and "r1 is a run of ppo: runner workflow ppo --resume r1" in err
+    assert main.run(main.cli, ["bench", "--resume", "r1"]) == 2
+    assert "r1 is a run of a workflow: runner workflow ppo --resume r1" in capsys.readouterr().err
     code, _, err = typed("ppo", "--resume", "r1", "--nodes", "2")
     assert code == 2 and "omit --nodes" in err
 
