@@ -44,6 +44,7 @@ from runner.provision.testbed.layout import (
     build_step,
     container_argv,
     generated,
+    hosts_file,
     image_tag,
     inventory,
     known_hosts,
@@ -263,11 +264,9 @@ def _start(home: Path, state: dict, options: Options, machine: Machine, image: s
         _write(_record(home, options.name), json.dumps(state, indent=1))
     _wait(state)
     _check_python(state["nodes"][0], machine.python, image)
-    import yaml
-
     content = inventory(nodes, host_keys, folder, machine.python, own, options.share)
     _write(folder / ".ssh" / "known_hosts", known_hosts(nodes, host_keys))
-    _write(folder / "hosts.yml", generated(options.name) + yaml.safe_dump(content, sort_keys=False, width=1000))
+    _write(folder / "hosts.yml", hosts_file(options.name, content))
     _hand_over(folder)
     return {**state, "already": False}
 

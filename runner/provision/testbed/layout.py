@@ -265,6 +265,17 @@ def generated(testbed: str) -> str:
     return f"# Written by `runner testbed up --name {testbed}`, removed by `runner testbed down --name {testbed}`.\n"
 
 
+def hosts_file(testbed: str, content: Mapping[str, Any]) -> str:
+    """The generated inventory as YAML, lists indented as ansible-lint wants them."""
+    import yaml  # not for every command
+
+    class Indented(yaml.SafeDumper):
+        def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+            super().increase_indent(flow, False)
+
+    return generated(testbed) + yaml.dump(content, Dumper=Indented, sort_keys=False, width=1000)
+
+
 def known_hosts(nodes: Sequence[Node], host_keys: Mapping[str, str]) -> str:
     """The known_hosts lines of the nodes' pinned keys, by the address that Ansible connects to."""
     return "".join(f"[{node.address}]:{SSH_PORT} {host_keys[node.name]}\n" for node in nodes)

@@ -10,7 +10,6 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,16 +92,13 @@ def test_without_limits_none_are_set_and_podmans_own_runtime_is_taken():
 
 
 def test_the_generated_inventory():
-    text = layout.generated("testbed") + yaml.safe_dump(
-        generated(Path("/home/a b/testbed"), 2), sort_keys=False, width=1000
-    )
-    golden("testbed/hosts.yml", text)
+    golden("testbed/hosts.yml", layout.hosts_file("testbed", generated(Path("/home/a b/testbed"), 2)))
 
 
 def test_the_product_reads_its_own_inventory_beside_the_keys(tmp_path):
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh/id_ed25519").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
-    (tmp_path / "hosts.yml").write_text(layout.generated("x") + yaml.safe_dump(generated(tmp_path), sort_keys=False))
+    (tmp_path / "hosts.yml").write_text(layout.hosts_file("x", generated(tmp_path)))
     nodes = inventory.read(str(tmp_path), tmp_path / "cache").nodes
     assert [(n.name, n.alias) for n in nodes] == [(n.name, n.alias) for n in layout.lay_out(8, SUBNET)]
     assert {(n.port, n.user, n.device, n.gpus, n.backend) for n in nodes} == {(44222, "root", "cpu", 1, "ssh")}
