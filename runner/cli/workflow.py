@@ -271,4 +271,6 @@ def _renewed(before: Options, name: str, given: dict[str, Any], typed: set[str],
     merged = replace(before.run, results=Path(run.path).parent, command=now.run.command, **of_run)
     known = {each.name for each in fields(now)} - {"settings", "stages", "run"}
     changed = {key: getattr(now, key) for key in typed & known}
+    if len(length := {"steps", "epochs"} & typed) == 1:  # in place of what was asked for in the other unit
+        changed |= {key: None for key in {"steps", "epochs"} - length}
     return replace(before, run=merged, stages=now.stages, settings=(*before.settings, *now.settings), **changed)

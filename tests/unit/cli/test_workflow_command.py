@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 
 from conftest import ROOT
-from runner.cli import main
+from runner.cli import main, workflow
+from runner.launch.prepare import Options as RunOptions
+from runner.workflow.asked import Options
 from runner.workflow.stages import WORKFLOWS
 
 
@@ -159,3 +163,14 @@ def test_a_document_that_does_not_fit_is_refused(typed, tmp_path, line, argument
     file.write_text(DOCUMENT.replace("tensor_parallel_size: 1", line, 1))
     code, _, err = typed("from-verl-yaml", str(file), *HGX, *arguments)
     assert code == (2 if said else 0) and said in err and len(err.splitlines()) == bool(said)
+
+
+@pytest.mark.parametrize(("typed_now", "length"), [("epochs", (None, 2)), ("steps", (2, None)), ("seed", (10, None))])
+def test_a_run_that_goes_on_may_be_told_its_length_in_the_other_unit(typed_now, length):
+    """What was asked for at first does not exclude it: one of the two is typed."""
+    command = main.cli.get_command(None, "workflow").get_command(None, "ppo")
+    before = Options("ppo", RunOptions(results=Path("r"), command="c"), steps=10)
+    with command.make_context("ppo", [f"--{typed_now}", "2"]) as context:
+        given = {key: one for key, one in context.params.items() if key not in ("resume", "dry_run", "as_json")}
+        after = workflow._renewed(before, "ppo", given, {typed_now}, SimpleNamespace(path="r/run"))
+    assert (after.steps, after.epochs) == length
