@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,16 +29,25 @@ def alone(folder: Path, locks: Path | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` if the block succeeds, and removed otherwise. Raises OSError."""
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    temporary = _temporary(folder)
     try:
         yield temporary
         if folder.exists():  # incomplete, as the caller has seen
-            folder.rename(Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent)) / "unfit")
+            folder.rename(_temporary(folder) / "unfit")
         temporary.rename(folder)
     finally:
         _sweep(folder)
 
 
+def _temporary(folder: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+
+
+def _prefix(folder: Path) -> str:
+    """How the names of temporary folders begin: a user's own beside them has no such name."""
+    return f".{folder.name}.shakedown-"
+
+
 def _sweep(folder: Path) -> None:
-    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+    for leftover in folder.parent.glob(f"{glob.escape(_prefix(folder))}*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -19,6 +19,7 @@ from typing import Any
 from runner.errors import InfrastructureError, RunnerError, UsageError, disk_kind, os_error_text, unknown
 from runner.system import manifest, process
 from runner.system.manifest import File, Manifest
+from runner.system.places import cache_dir
 from runner.system.wording import counted
 from runner.workflow.progress import Progress, told
 from runner.workloads.data import hub
@@ -135,7 +136,7 @@ def _to_folder(model: Path, content: Manifest, path: str, on_progress: Progress 
 
 def _locks() -> Path:
     """A folder of locks of this user's own: none is left beside what is published."""
-    return Path(tempfile.gettempdir(), f"shakedown-{os.getuid()}", "locks")
+    return cache_dir() / "locks"
 
 
 # ---- rsync ----

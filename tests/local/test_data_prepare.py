@@ -98,7 +98,7 @@ def test_a_killed_prepare_leaves_nothing_that_is_taken_as_whole(tmp_path):
     arguments = ("--samples", "20000", "--seq-len", "256", "--cache-dir", str(tmp_path), "--json")
     process = start(*arguments)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.tmp-*")):
+    while not list(tmp_path.glob(".*.shakedown-*")):
         assert process.poll() is None and time.monotonic() < deadline, "nothing was started to be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_a_killed_prepare_leaves_nothing_that_is_taken_as_whole(tmp_path):
     assert json.loads(planned)["cached"] is False
     again = prepare(seq_len=256, samples=20000, cache_dir=tmp_path)
     assert np.load(again.path / "n_tokens.npy").sum() == again.manifest["n_tokens"]
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert not list(tmp_path.glob(".*.shakedown-*"))
 
 
 def test_a_full_disk_is_one_line_exit_3_and_leaves_no_half_folder(tmp_path):

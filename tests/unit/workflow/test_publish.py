@@ -11,7 +11,7 @@ import pytest
 
 from fakes import hub
 from runner.errors import InfrastructureError, UsageError
-from runner.system import manifest
+from runner.system import manifest, places
 from runner.workflow import publish as module
 from runner.workflow.publish import check, publish
 
@@ -200,6 +200,32 @@ def test_a_published_model_that_was_damaged_since_is_named(model, tmp_path):
     (tmp_path / "out" / "config.json").write_text("[]")
     with pytest.raises(UsageError, match=r"what is there is damaged: config.json has another content"):
         publish(model, f"dir:{tmp_path}/out")
+
+
+def test_a_folder_of_the_user_with_a_name_like_ours_is_left_alone(model, tmp_path):
+    mine = tmp_path / "out.tmp-2025"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    publish(model, f"dir:{tmp_path}/out")
+    assert contents(mine) == {"thesis.tex": b"years of work"}
+
+
+def test_nothing_of_an_interrupted_copy_is_left_whatever_the_folder_is_called(model, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(module.manifest, "copy", killed)
+    with pytest.raises(Killed):
+        publish(model, f"dir:{tmp_path}/to/[best] model*")
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_the_lock_is_in_a_folder_that_nobody_else_can_have_made(model, tmp_path):
+    publish(model, f"dir:{tmp_path}/out")
+    assert module._locks().is_relative_to(places.cache_dir())
 
 
 # --- rsync -----------------------------------------------------------------------------------------------------

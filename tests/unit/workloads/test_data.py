@@ -376,7 +376,7 @@ def test_a_damaged_folder_is_made_again(tmp_path, damage):
 
 def test_what_a_killed_prepare_left_is_neither_used_nor_kept(tmp_path):
     key = prepare(seq_len=64, samples=50, cache_dir=tmp_path / "other").path.name
-    leftover = tmp_path / f"{key}.tmp-abc"
+    leftover = tmp_path / f".{key}.shakedown-abc"
     leftover.mkdir()
     (leftover / "input_ids.npy").write_bytes(b"half")
     assert prepare(seq_len=64, samples=50, cache_dir=tmp_path).path == tmp_path / key
