@@ -7,6 +7,7 @@ carry a seal that only the two sides can make. The standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import json
 import queue
@@ -86,10 +87,15 @@ class Meeting:
         self._listening.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while self._listening.fileno() >= 0:
+            try:
                 connection, _ = self._listening.accept()
-                threading.Thread(target=self._take_in, args=(connection,), daemon=True).start()
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.EBADF):  # closed
+                    return
+                time.sleep(_RETRY_S)  # this one has gone, or no more files may be open
+                continue
+            threading.Thread(target=self._take_in, args=(connection,), daemon=True).start()
 
     def _take_in(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE_S)

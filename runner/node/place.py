@@ -79,8 +79,8 @@ def grant(job: Mapping[str, Any], gpus: int) -> ray.Grant:
     cpus = len(os.sched_getaffinity(0))
     if job.get("device") != "cuda":
         return ray.Grant(ray.granted(os.environ, cpus, gpus).cpus, gpus)
-    granted, visible, there = ray.granted(os.environ, cpus, gpus), os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus()
-    seen = len([each for each in visible.split(",") if each]) if visible is not None else gpus
+    granted, devices, there = ray.granted(os.environ, cpus, gpus), os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus()
+    seen = gpus if devices is None else ray.visible(devices)
     return ray.Grant(granted.cpus, min(gpus, granted.gpus, seen, gpus if there is None else there))
 
 

@@ -400,10 +400,11 @@ class Supervisor:
         self._reader.start()
 
     def _read(self, output: Any) -> None:
-        with open(self.folder.ray_output, "ab", buffering=0) as file:
-            for line in output:
+        # Of a full disk its rank complains; here it must not end the reading, or Ray waits for a reader.
+        for line in output:
+            with contextlib.suppress(OSError), open(self.folder.ray_output, "ab", buffering=0) as file:
                 file.write(line)
-                self.said.append(printable(line.decode(errors="replace").rstrip()))
+            self.said.append(printable(line.decode(errors="replace").rstrip()))
 
     def _last_words(self) -> str:
         return f": {self.said[-1]}" if self.said else ""

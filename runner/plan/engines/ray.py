@@ -15,6 +15,7 @@ import shlex
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
@@ -172,6 +173,14 @@ def granted(environment: Mapping[str, str], cpus: int, gpus: int) -> Grant:
     own_cpus = number("SLURM_CPUS_ON_NODE")
     own_gpus = number("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
     return Grant(cpus if own_cpus is None else own_cpus, gpus if own_gpus is None else own_gpus)
+
+
+def visible(devices: str) -> int:
+    """How many devices CUDA_VISIBLE_DEVICES shows: those before the first that is none. Slurm says `NoDevFiles`."""
+    return len(list(takewhile(lambda word: _DEVICE.fullmatch(word.strip()), devices.split(","))))
+
+
+_DEVICE = re.compile(r"\d+|(GPU|MIG)-.+")
 
 
 def slots(grant: Grant) -> int:

@@ -141,3 +141,19 @@ def test_a_line_that_was_changed_on_its_way_ends_the_connection(port, host, monk
 def test_a_port_that_another_has_is_an_error(port):
     with socket.create_server(("127.0.0.1", port)), pytest.raises(OSError):
         Meeting(port, SECRET, queue.Queue())
+
+
+def test_a_connection_that_is_gone_before_it_is_taken_in_keeps_nobody_out(port, host, monkeypatch):
+    accept, failed = socket.socket.accept, []
+
+    def flaky(self):
+        found = accept(self)
+        if not failed:
+            failed.append(found[0].close())
+            raise ConnectionAbortedError(103, "Software caused connection abort")
+        return found
+
+    monkeypatch.setattr(meeting.socket.socket, "accept", flaky)
+    guest(port)  # wakes the thread that had called the real one before
+    guest(port, node=2)
+    assert failed and {host.get(timeout=10)[0].node for _ in range(2)} == {1, 2}

@@ -103,6 +103,23 @@ def test_ray_gets_what_slurm_has_granted_and_not_what_the_machine_has(variables,
     assert ray.granted(variables, 192, 8) == grant
 
 
+@pytest.mark.parametrize(
+    ("devices", "count"),
+    [
+        ("0,1,5", 3),
+        ("", 0),
+        ("GPU-8f2c,MIG-1a", 2),
+        ("NoDevFiles", 0),
+        ("-1", 0),
+        ("0,-1,1", 1),
+        ("void", 0),
+        ("none", 0),
+    ],
+)
+def test_the_devices_that_cuda_shows_end_with_the_first_that_is_none(devices, count):
+    assert ray.visible(devices) == count
+
+
 # --- commands --------------------------------------------------------------------------------------------
 
 
