@@ -166,7 +166,8 @@ def _result(step: Step, seconds: float | None) -> str:
 
 
 class Follower:
-    """Follows verl's file in a thread of its own while a trainer runs: a context manager.
+    """Follows verl's file in a thread of its own while a trainer runs: a context manager. Once the trainer has ended,
+    it raises what kept it from recording a step.
 
     `phase` returns what the trainer does at the moment, empty: not known.
     """
@@ -175,6 +176,7 @@ class Follower:
         self._path, self._recorder, self._phase = path, recorder, phase
         self._reader, self._read = Reader(), 0
         self._over = threading.Event()
+        self._failed: Exception | None = None  # records would be incomplete, and nobody would know
         self._thread = threading.Thread(target=self._follow, name="verl-metrics", daemon=True)
 
     def __enter__(self) -> Follower:
@@ -182,15 +184,20 @@ class Follower:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        if self._failed is not None and kind is None:
+            raise self._failed
 
     def _follow(self) -> None:
         last = False
-        while not last:
-            last = self._over.wait(LOOK_S)
-            self.look()
+        try:
+            while not last:
+                last = self._over.wait(LOOK_S)
+                self.look()
+        except Exception as error:
+            self._failed = error
 
     def look(self) -> None:
         """Record what was added since the last look."""

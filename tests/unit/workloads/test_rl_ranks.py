@@ -13,6 +13,7 @@ from runner.errors import RunnerError
 from runner.workloads.job import Events, RankJob
 from runner.workloads.registry import TESTS
 from runner.workloads.rl import merge, trainer
+from runner.workloads.rl.record import Follower
 
 
 def job(tmp_path, **params) -> RankJob:
@@ -149,3 +150,20 @@ def test_a_rank_loads_nothing_heavy_before_it_runs(name):
         )
         == []
     )
+
+
+# --- what is recorded while it trains ---
+
+
+def test_a_training_whose_steps_cannot_be_recorded_does_not_end_well(tmp_path):
+    class Full:
+        def begin(self):
+            pass
+
+        def take(self, steps):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), Follower(tmp_path / "verl.jsonl", Full()):
+        pass
+    with pytest.raises(ZeroDivisionError), Follower(tmp_path / "verl.jsonl", Full()):
+        1 / 0  # noqa: B018
