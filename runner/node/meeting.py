@@ -41,7 +41,7 @@ class Peer:
     """The other side of a connection, after both have proved the secret. `node` is its place in rank order."""
 
     def __init__(self, connection: socket.socket, lines: BinaryIO, key: bytes, node: int, inbox: Inbox) -> None:
-        self.node, self.address, self.own_address = node, connection.getpeername()[0], connection.getsockname()[0]
+        self.node = node
         self._connection, self._lines, self._key, self._inbox = connection, lines, key, inbox
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -76,8 +76,8 @@ def refuse_unused(options: Options) -> None:
         )
 
 
-def engine(options: Options) -> str:
-    """verl's engine of training: the one that has the parallelism that is asked for."""
+def strategy(options: Options) -> str:
+    """verl's strategy of training (`parallelism`): the one that has the parallelism that is asked for."""
     return MEGATRON if options.tensor_parallel * options.pipeline_parallel > 1 else FSDP
 
 
@@ -96,8 +96,8 @@ class Settings:
     targets: Mapping[str, Any] = field(default_factory=dict)
 
 
-def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Settings:
-    """The settings in `texts`; `verl.KEY` is for each trainer of the workflow that has it, in its training engine.
+def settings(texts: Iterable[str], workflow: str, strategy: str = FSDP) -> Settings:
+    """The settings in `texts`; `verl.KEY` is for each trainer of the workflow that has it, with `strategy`.
 
     Raises UsageError for a section, key or value that there is not, with the nearest name.
     """
@@ -113,8 +113,8 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
         if not (equals and dot and name):
             raise UsageError(f"--set {text}: write it as verl.KEY=VALUE, such as --set verl.data.train_batch_size=64")
         if section == _VERL:
-            for program, setting in _of_verl(name, programs, workflow, engine):
-                used = trainer(program, engine)
+            for program, setting in _of_verl(name, programs, workflow, strategy):
+                used = trainer(program, strategy)
                 leaves = used.leaves({setting: verl_settings.value_of(value)})
                 _check(used, leaves)
                 verl[program] |= leaves
@@ -129,7 +129,7 @@ def settings(texts: Iterable[str], workflow: str, engine: str = FSDP) -> Setting
     return Settings(verl, slurm, seconds, targets)
 
 
-def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str) -> list[tuple[Program, str]]:
+def _of_verl(name: str, programs: Sequence[Program], workflow: str, strategy: str) -> list[tuple[Program, str]]:
     """The programs that a setting of verl is for, each with the setting's name. `sft.` and `rl.` name one of them."""
     part, dot, rest = name.partition(".")
     if dot and part in _PARTS:
@@ -138,12 +138,12 @@ def _of_verl(name: str, programs: Sequence[Program], workflow: str, engine: str)
             others = " and ".join(program.value for program in programs)
             raise UsageError(f"--set verl.{name}: workflow {workflow} has no such trainer, only {others}")
         for program in named:
-            trainer(program, engine).place(rest, f"--set verl.{part}.")
+            trainer(program, strategy).place(rest, f"--set verl.{part}.")
         return [(program, rest) for program in named]
     found, errors = [], []
     for program in programs:
         try:
-            trainer(program, engine).place(name, "--set verl.")
+            trainer(program, strategy).place(name, "--set verl.")
             found.append((program, name))
         except UsageError as error:
             errors.append(error)

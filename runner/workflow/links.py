@@ -16,8 +16,7 @@ from runner.launch.prepare import Selected
 from runner.plan.request import Link
 from runner.system.schema import check
 from runner.workflow import verl
-from runner.workflow.asked import Options, Settings, training
-from runner.workflow.parallelism import MEGATRON
+from runner.workflow.asked import Options, Settings, strategy, training
 from runner.workflow.prepare import Prepared
 from runner.workflow.stages import MODEL, RL_DATA, SFT_DATA, Program, Stage, digest, inputs, stages_of
 from runner.workloads.registry import TESTS
@@ -86,8 +85,7 @@ class Maker:
 
     @property
     def _backend(self) -> str:
-        parts = self.options.tensor_parallel * self.options.pipeline_parallel
-        return MEGATRON if parts > 1 else "fsdp"
+        return verl.engine(strategy(self.options))
 
     def links(self, stages: Sequence[Stage], folder: PurePath) -> tuple[Link, ...]:
         """The links of those of `stages` that run on nodes; `folder` is the run's, which all nodes see."""

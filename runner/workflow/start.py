@@ -31,7 +31,7 @@ from runner.results.status import cell_status
 from runner.system import manifest
 from runner.system.places import cache_dir
 from runner.workflow import prepare, publish, verl
-from runner.workflow.asked import TRAINERS, Options, engine, profile, refuse_unused, settings, translated
+from runner.workflow.asked import TRAINERS, Options, profile, refuse_unused, settings, strategy, translated
 from runner.workflow.links import Maker, checkpoint_folder, model_folder
 from runner.workflow.prepare import Files
 from runner.workflow.progress import shown
@@ -86,7 +86,7 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
     elif Program.PUBLISH in options.stages:
         raise UsageError("--stages publish: say where to with --publish dir:PATH, hf:OWNER/NAME or rsync:HOST:PATH")
     refuse_unused(options)
-    given = settings(options.settings, options.workflow, engine(options))
+    given = settings(options.settings, options.workflow, strategy(options))
     selected = launch_prepare.selected(options.run, read, {"slurm": given.slurm} if given.slurm else {})
     before = Plan.from_dict(run.read_plan()) if run else None
     if before is not None:

@@ -151,18 +151,6 @@ def words(program: Program, told: Overrides) -> list[str]:
     return used.overrides({key: value for key, value in told.items() if key not in used.selected})
 
 
-def command(program: Program, python: str, asked: Training) -> list[str]:
-    """The command that starts a trainer: fine-tuning as one rank of many, PPO and GRPO once, on Ray's head."""
-    module = trainer(program, asked.split.strategy).module
-    return [python, "-m", module, *words(program, overrides(program, asked))]
-
-
-def merge(python: str, checkpoint: str, target: str, strategy: str) -> list[str]:
-    """The command that makes a Hugging Face folder of a checkpoint's `global_step_N` (PPO: its `actor`)."""
-    folders = ["--local_dir", checkpoint, "--target_dir", target]
-    return [python, "-m", "verl.model_merger", "merge", "--backend", engine(strategy), *folders]
-
-
 def require_strategy(asked: Training) -> None:
     """Refuse a split that the profile has no strategy for; it is never made into something else."""
     if asked.split.strategy in asked.profile.strategies:

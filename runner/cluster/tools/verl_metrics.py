@@ -68,11 +68,6 @@ class Step:
     spreads: Mapping[str, float] = field(default_factory=dict)
     trained: bool = True
 
-    @property
-    def idle_share(self) -> float:
-        """The share of the step in none of its phases, 0…1."""
-        return self.phases_s[IDLE] / self.seconds if self.seconds else 0.0
-
 
 def step_of(line: str) -> Step | None:
     """The step in one line of the file; None for a line of another kind, or one that is torn."""

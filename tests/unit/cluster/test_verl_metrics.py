@@ -34,7 +34,7 @@ def test_a_step_is_its_phases_and_what_is_left():
     step = step_of(line())
     assert list(step.phases_s) == [*(phase for phase in PHASES if phase != "checkpoint"), IDLE]
     assert step.phases_s["rollout"] == 4.0 and step.phases_s["weight_sync"] == 0.5
-    assert step.phases_s[IDLE] == 1.5 and step.idle_share == 0.15
+    assert step.phases_s[IDLE] == 1.5
     assert sum(step.phases_s.values()) == step.seconds == 10.0, "what is after the step is not in it"
     assert step.tokens_per_s == {"rollout": 2000.0, "update_actor": 8000.0, "log_prob": 24000.0}
     assert step.tokens == 12000 and step.after_s == 3.0 and step.trained
@@ -74,7 +74,6 @@ def test_fine_tuning_has_tokens_and_a_loss_and_verl_times_nothing_of_it():
     step = step_of(json.dumps({"step": 7, "data": data}))
     assert (step.number, step.seconds, step.tokens, step.trained) == (7, None, 4096, True)
     assert step.curves == {"loss": 1.5} and step.not_numbers == ("train/grad_norm",) and step.phases_s == {}
-    assert step.idle_share == 0.0
     diverged = step_of(json.dumps({"step": 8, "data": {"train/loss": None}}))
     assert diverged.trained and diverged.not_numbers == ("train/loss",)
 

@@ -12,7 +12,7 @@ from golden_files import check
 from runner.errors import UsageError
 from runner.workflow.parallelism import FSDP, MEGATRON, Split, split
 from runner.workflow.stages import Program
-from runner.workflow.verl import PROFILES, Profile, Training, command, merge, overrides, words
+from runner.workflow.verl import PROFILES, Profile, Training, overrides, trainer, words
 from runner.workloads import rl
 
 GPU, CPU = PROFILES["gpu-vllm"], PROFILES["cpu-smoke"]
@@ -34,8 +34,9 @@ ON_MEGATRON = replace(ON_GPUS, split=split(2, 8, tensor=4, pipeline=2, rollout_t
 @pytest.mark.parametrize(("name", "asked"), [("gpu", ON_GPUS), ("cpu", ON_CPUS), ("megatron", ON_MEGATRON)])
 def test_what_a_trainer_is_told(program, name, asked):
     asked = replace(asked, group=4)
-    text = "\n".join(command(program, "/opt/shakedown/env/bin/python", asked)) + "\n"
-    check(f"workflow/{program}-{name}.txt", text)
+    module = trainer(program, asked.split.strategy).module
+    told = ["/opt/shakedown/env/bin/python", "-m", module, *words(program, overrides(program, asked))]
+    check(f"workflow/{program}-{name}.txt", "\n".join(told) + "\n")
 
 
 def test_only_ppo_has_a_critic_and_only_grpo_has_groups():
@@ -45,11 +46,6 @@ def test_only_ppo_has_a_critic_and_only_grpo_has_groups():
     assert (ppo["actor_rollout_ref.rollout.n"], grpo["actor_rollout_ref.rollout.n"]) == (1, 5)
     assert ppo["algorithm.use_kl_in_reward"], "else verl would load no reference"
     assert grpo["actor_rollout_ref.actor.use_kl_loss"], "else verl would load no reference"
-
-
-def test_a_merge_names_what_wrote_the_checkpoint():
-    assert merge("/p", "/c/global_step_2/actor", "/m", FSDP)[2:6] == ["verl.model_merger", "merge", "--backend", "fsdp"]
-    assert merge("/p", "/c", "/m", MEGATRON)[5] == "megatron"
 
 
 # --- refused ---------------------------------------------------------------------------------------------
