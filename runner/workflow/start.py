@@ -14,7 +14,7 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory
 from runner.cluster.ssh import rendered
 from runner.errors import UsageError
-from runner.launch import blame, carry, tuned
+from runner.launch import blame, carry, drift, tuned
 from runner.launch import prepare as launch_prepare
 from runner.launch import resume as launch_resume
 from runner.launch import start as launch_start
@@ -111,6 +111,8 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         with shown(display) as progress:
             found = prepare.prepare(asked, progress)
     maker = replace(maker, found=found if found.question else replace(found, question=_UNREAD))
+    if all(found.checksums.values()):  # in a dry run one may be open
+        _require_made_of(maker.inputs(), stages, stages_of(options.workflow), former)
     decided = steps(stages, maker.inputs(), former)
 
     def located(request: Request) -> Request:
@@ -219,6 +221,29 @@ def _newest(folder: Path) -> str | None:
         return f"global_step_{int((folder / _NEWEST).read_text())}"
     except (OSError, ValueError):
         return None
+
+
+def _require_made_of(
+    now: Mapping[str, Mapping[str, str]], stages: Sequence[Stage], every: Sequence[Stage], former: Mapping[str, Former]
+) -> None:
+    """Raise UsageError where one of `stages` would take from another, which does not run, what that has not made: it
+    was made from other inputs than `now`.
+    """
+    changed = {
+        stage.name: drift.changed_inputs(now[stage.name], former[stage.name].inputs)
+        for stage in every
+        if stage not in stages and stage.program is not Program.PREPARE and stage.name in former
+    }
+    again = [name for name, inputs in changed.items() if inputs]
+    for stage in stages:
+        for need in stage.needs:
+            source = next(each.name for each in every if need in each.leaves)
+            if source in again:
+                raise UsageError(
+                    f"stage {stage.name} needs {need}, which the run has of other inputs (stage {source}, changed "
+                    f"since: {', '.join(changed[source])}): run {', '.join(again[: again.index(source) + 1])} again as "
+                    "well, or leave out what changes them"
+                )
 
 
 def _stands(former: Mapping[str, Former], stage: Stage) -> bool:

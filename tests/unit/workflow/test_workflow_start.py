@@ -264,6 +264,24 @@ def test_a_stage_alone_takes_what_the_run_has_and_no_other_runs(run, machine):
     assert plan.cells[2].after == "merge-sft"
 
 
+def test_a_stage_alone_is_refused_where_what_it_needs_would_be_another_than_the_run_has(run, machine):
+    """Its folder would be one that is not there: found on the nodes, after the job has waited."""
+    changed = {"settings": ("verl.sft.optim.lr=0.5",)}
+    with pytest.raises(UsageError) as caught:
+        left(run, machine, stages=("ppo", "merge-ppo"), **changed)
+    assert str(caught.value) == (
+        "stage ppo needs sft-model, which the run has of other inputs (stage merge-sft, changed since: "
+        "sft-checkpoint): run sft, merge-sft again as well, or leave out what changes them"
+    )
+    becomes, made = left(run, machine, stages=("sft", "merge-sft", "ppo"), **changed)
+    assert becomes["ppo"] == "run"
+    becomes, made = left(run, machine, stages=("ppo", "merge-ppo"))
+    assert (
+        f"actor_rollout_ref.model.path={made.run.plan.cells[1].params['target']}"
+        in made.run.plan.cells[2].params["words"]
+    )
+
+
 def test_stages_that_a_run_did_not_have_are_added(found, machine, tmp_path):
     made = start.planned(options(tmp_path, stages=("sft",)), lambda source: machine)
     folder = RunDir.create(tmp_path, made.run.plan.to_dict())
