@@ -80,7 +80,7 @@ class NodeAccess:
         if self.cluster is not None:
             found = allocations.problems(self.cluster, nodes)
             return Answers({name: [problem] for name, problem in found.items()}, {})
-        return ask_agents(nodes, self._checks(nodes[0]), self.ssh_config, self.own)
+        return ask_agents(nodes, self._checks(nodes[0]), self.ssh_config, self.own, self.profile)
 
     def _checks(self, first: Node) -> CheckRequest:
         request = checks(first, self.device, self.engine, self.tests, self.nccl_root, self.weights, self.nccl_tests)
@@ -94,16 +94,21 @@ class NodeAccess:
         return Allocations(run, self.ssh_config, self.cluster, self._checks(first), expected)
 
 
-def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | None, own: str = "") -> Answers:
+def ask_agents(
+    nodes: Sequence[Node], request: CheckRequest, ssh_config: str | None, own: str = "", profile: str = ""
+) -> Answers:
     """Ask the agents of all nodes, at once, what would stop a cell, and for each node's environment.
 
     The addresses that each has for the others are compared. Nodes that are still in use by the run `own` are asked
-    again for up to OWN_S.
+    again for up to OWN_S. Nodes with the Python of `profile` elsewhere than others are asked for it there, after these.
     """
     backend = nodes[0].backend
     by_name = {n.name: n for n in nodes}
     if len(nodes) > 1:
         request = replace(request, names=addresses.names(nodes))
+    alike: dict[str, list[Node]] = {}
+    for node in nodes:
+        alike.setdefault(node.of_profile(profile).python if profile else "", []).append(node)
     deadline = time.monotonic() + OWN_S
     while True:
         asked = time.time()
@@ -111,8 +116,12 @@ def ask_agents(nodes: Sequence[Node], request: CheckRequest, ssh_config: str | N
             answers = {nodes[0].name: check.check(request)}
             failures: dict[str, Problem] = {}
         else:
-            found, failures = talk.ask(nodes, backend, ssh_config, request)
-            answers = {name: answer for name, answer in found.items() if isinstance(answer, Checked)}
+            answers, failures = {}, {}
+            for group in alike.values():
+                own_request = replace(request, profile=profile_check(group[0], profile))
+                found, failed = talk.ask(group, backend, ssh_config, own_request)
+                answers |= {name: answer for name, answer in found.items() if isinstance(answer, Checked)}
+                failures |= failed
         received = time.time()
         leaving = own and any(f"in use by run {own}" in p for answer in answers.values() for p in answer.problems)
         if not leaving or time.monotonic() > deadline:

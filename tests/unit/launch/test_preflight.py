@@ -84,6 +84,17 @@ def test_nodes_that_use_another_nccl_are_asked_for_theirs(cluster, answering):
     ]  # fmt: skip
 
 
+def test_each_node_is_asked_for_the_profile_where_it_has_it(cluster, answering):
+    elsewhere = {node.name: f"/{'sw' if node.name == NAMES[2] else 'opt'}/rl/bin/python" for node in cluster.nodes[:3]}
+    nodes = [replace(node, pythons={"gpu-vllm": elsewhere[node.name]}) for node in cluster.nodes[:3]]
+    access = preflight.NodeAccess("ssh", "cuda", "torchrun", ("torch",), None, profile="gpu-vllm")
+    access.ask(nodes)
+    assert [(names, request.profile.python) for names, request in answering[1]] == [
+        (NAMES[:2], "/opt/rl/bin/python"), (NAMES[2:3], "/sw/rl/bin/python"),
+    ]  # fmt: skip
+    assert all({*NAMES[:3]} <= {*request.names} for _, request in answering[1]), "addresses are compared over all"
+
+
 # --- what an MPI test needs ---
 
 
