@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_every_setting_and_finding_of_a_test_with_a_page_of_its_own_is_explained
     sources = "".join(path.read_text() for path in (findings, findings.with_name("condition.py")) if path.exists())
     found = {word for word in re.findall(r'"(\w+)"', sources) if word in KINDS}
     assert sorted(first_column(title)) == sorted(found - alike)
+
+
+def test_the_picture_of_the_house_has_every_door_in_its_order():
+    doors = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    picture = (ROOT / "docs" / "images" / "house.svg").read_text()
+    assert re.findall(r"\w+", " ".join(re.findall(r'class="name"[^>]*>([^<]*)<', picture))) == doors
 
 
 def test_every_door_is_described():
