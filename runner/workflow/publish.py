@@ -119,11 +119,12 @@ def _to_folder(model: Path, content: Manifest, path: str, on_progress: Progress 
         return content.about
 
     try:
-        made, _ = manifest.made(folder, build, _locks(), told(on_progress, "reading the copy"))
+        # Before it would be made again, without what the user has put beside it.
         if there is not None and (fault := next(manifest.faults(folder, content), None)):
             raise UsageError(
                 f"--publish dir:{path}: what is there is damaged: {fault}; remove it or name another folder"
             )
+        made, _ = manifest.made(folder, build, _locks(), told(on_progress, "reading the copy"))
     except OSError as error:
         raise InfrastructureError(f"--publish dir:{path}: {os_error_text(error)}", disk_kind(error)) from error
     if made.digest != content.digest:

@@ -195,11 +195,16 @@ def test_a_copy_that_does_not_read_back_the_same_is_not_called_published(model, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_published_model_that_was_damaged_since_is_named(model, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"), [("[]", "config.json has another content"), ("", "config.json has 0 bytes, not 2")]
+)
+def test_a_published_model_that_was_damaged_since_is_named_and_left_as_it_is(model, tmp_path, text, said):
     publish(model, f"dir:{tmp_path}/out")
-    (tmp_path / "out" / "config.json").write_text("[]")
-    with pytest.raises(UsageError, match=r"what is there is damaged: config.json has another content"):
+    (tmp_path / "out" / "config.json").write_text(text)
+    (tmp_path / "out" / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match=f"what is there is damaged: {said}"):
         publish(model, f"dir:{tmp_path}/out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
 def test_a_folder_of_the_user_with_a_name_like_ours_is_left_alone(model, tmp_path):
