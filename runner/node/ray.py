@@ -163,7 +163,7 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             if not self.token:
                 raise GaveUp("ray_refused", f"{ray.TOKEN} is not set: nobody may use a Ray without a token")
-            self.place = stack.enter_context(place.folder(Path(ray.folder(self.marker))))
+            self.sessions = stack.enter_context(place.folder(Path(ray.folder(self.marker))))
             key = os.environ.get("SLURM_JOB_ID") or self.marker
             self.ports = ray.claim(key, place.ephemeral(), lambda ports: place.hold(ports, stack))
             stack.callback(self._keep_logs)
@@ -279,7 +279,7 @@ class Supervisor:
         job = body["submission_id"]
         self._submit(api, body)
         self._say(f"job {job} submitted")
-        log = Growing(self.place / "session_latest" / "logs" / f"job-driver-{job}.log")
+        log = Growing(self.sessions / "session_latest" / "logs" / f"job-driver-{job}.log")
         answered = time.monotonic()
         while True:
             self._turn(JOB_POLL_S)
@@ -384,7 +384,7 @@ class Supervisor:
     def _start(self, argv: Sequence[str]) -> None:
         """Start Ray; its output goes to a file of its own."""
         self.said.clear()
-        token = self.place / "token"
+        token = self.sessions / "token"
         fresh = token.with_name(f".token.{os.getpid()}")
         fresh.touch(mode=0o600)
         fresh.write_text(self.token)
@@ -428,7 +428,7 @@ class Supervisor:
     def _keep_logs(self) -> None:
         """Copy the ends of the logs of Ray's processes into the cell's folder."""
         left = LOGS_BYTES
-        logs = self.place / "session_latest" / "logs"
+        logs = self.sessions / "session_latest" / "logs"
         for path in sorted(logs.rglob("*")):
             with contextlib.suppress(OSError):
                 if not path.is_file() or path.is_symlink() or not path.stat().st_size or left <= 0:
