@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from runner.cluster.backends import BACKENDS
@@ -117,21 +118,24 @@ def _launch(plan: Plan, cell: Cell) -> list[tuple[str, tuple[str, ...]]]:
     nodes = [
         replace(plan.nodes[0].of_profile(cell.profile), name=name, alias=name, address=name) for name in _names(cell)
     ]
-    ranks = Ranks(
-        nodes=nodes,
-        gpus_per_node=cell.gpus_per_node,
-        master_address=_FIRST,
-        master_port=cell.master_port,
-        cell_dir=cell.cell_dir,
-        launcher_dir="",
-        ssh_config=None,
-        marker=cell_marker(plan.run_id, cell.id),
-    )
-    return [
-        (node.name, tuple(argv))
-        for node, argv in zip(nodes, ENGINES[cell.engine].launch(ranks).argv, strict=True)
-        if argv
-    ]
+    shared = allocations.settings_of(plan).sees_files
+
+    def argv(index: int) -> tuple[str, ...]:
+        """As on this node, which has a folder of its own in one that all share."""
+        folder = str(Path(cell.cell_dir, nodes[index].name, cell.id)) if shared else cell.cell_dir
+        ranks = Ranks(
+            nodes=nodes,
+            gpus_per_node=cell.gpus_per_node,
+            master_address=_FIRST,
+            master_port=cell.master_port,
+            cell_dir=folder,
+            launcher_dir=folder,
+            ssh_config=None,
+            marker=cell_marker(plan.run_id, cell.id),
+        )
+        return tuple(ENGINES[cell.engine].launch(ranks).argv[index] or ())
+
+    return [(node.name, words) for index, node in enumerate(nodes) if (words := argv(index))]
 
 
 def _names(cell: Cell) -> tuple[str, ...]:
