@@ -138,10 +138,20 @@ _OF_RUN = ("hosts", "skip_bad_nodes", "backend", "seed", "retries", "replace_bad
 _KEPT = ("num_nodes", "hosts", "skip_bad_nodes", "backend", "work", "one_allocation")  # with --resume
 
 
+def _refuse_empty(ctx: click.Context, given: dict[str, Any]) -> None:
+    """Raise UsageError for an option without a value, as of a variable that is not set: it is not as if left out."""
+    for param in ctx.command.params:
+        value = given.get(str(param.name))
+        if isinstance(value, str) and not value.strip(" ,"):
+            name = max(param.opts, key=len)
+            raise errors.UsageError(f"{name} is empty: give it a value, or leave it out")
+
+
 def _command(name: str, workflow_name: str, options: Sequence[Any], text: str) -> click.Command:
     """A command that carries out a workflow."""
 
     def run(ctx: click.Context, **given: Any) -> None:
+        _refuse_empty(ctx, given)
         ctx.exit(_run(ctx, workflow_name, **given))
 
     made: Callable[..., None] = click.pass_context(run)

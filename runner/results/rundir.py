@@ -166,6 +166,8 @@ class RunDir:
 
         Raises UsageError if there is no such run, or more than one.
         """
+        if name == "":  # of a variable that is not set, most likely: not the newest, which may be stopped or changed
+            raise UsageError("the name of a run is empty: give it, or latest for the newest")
         selected = name or "latest"
         if not name and not (results / "latest" / "plan.json").is_file():  # that run was deleted
             selected = next((run.run_id for run in reversed(cls.all(results))), selected)

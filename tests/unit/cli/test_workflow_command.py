@@ -86,6 +86,21 @@ def test_a_mistake_is_one_line(typed, arguments, said):
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and said in err
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--model", "--data", "--rl-data", "--reward", "--profile", "--work", "--project", "--publish", "--resume"],
+)
+def test_an_empty_option_is_not_as_if_left_out(typed, option):
+    code, out, err = typed("sft-ppo", *LOCAL, "--dry-run", option, "")
+    assert (code, out) == (2, "") and err.startswith(f"runner: {option} is empty: ")
+
+
+@pytest.mark.parametrize("stages", ["", " ", ",", " , "])
+def test_no_stage_is_not_every_stage(typed, stages):
+    code, _, err = typed("sft-ppo", *LOCAL, "--dry-run", "--stages", stages)
+    assert code == 2 and "--stages is empty: give it a value, or leave it out" in err
+
+
 def test_a_run_is_gone_on_with_by_what_started_it(typed, tmp_path, capsys):
     folder = tmp_path / "results" / "r1"
     folder.mkdir(parents=True)

@@ -55,6 +55,8 @@ def test_runs_are_found_by_name_beginning_path_and_latest(tmp_path):
     assert RunDir.find(tmp_path, "20260102").path == first.path
     assert RunDir.find(tmp_path, str(first.path)).path == first.path
     assert [r.run_id for r in RunDir.all(tmp_path)] == [PLAN["run_id"], "20260203-000000-ef01"]
+    with pytest.raises(UsageError, match="the name of a run is empty"):
+        RunDir.find(tmp_path, "")
     with pytest.raises(UsageError, match="not unique"):
         RunDir.find(tmp_path, "2026")
     with pytest.raises(UsageError, match="no run 'x'"):
