@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from runner.errors import UsageError, unknown
@@ -330,9 +331,15 @@ def with_document(options: Options, values: Any, where: str) -> Options:
     )
 
 
-def translated(options: Options, selected: Selected, used: Profile) -> tuple[str, ...]:
-    """What became of each line of the user's document."""
+def translated(
+    options: Options, selected: Selected, used: Profile, own: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, ...]:
+    """What became of each line of the user's document, and which of it the user's settings `own` have changed."""
     if options.document is None:
         return ()
-    lines = translate(options.document, options.document_name, _start(options, selected, used)).lines
-    return tuple(map(str, lines))
+    lines = []
+    for line in translate(options.document, options.document_name, _start(options, selected, used)).lines:
+        told = {word.partition("=")[0] for word in line.overrides}
+        changed = [f"{key}={verl_settings.literal(own[key], key)}" for key in own if key in told]
+        lines.append(f"{line}; but by --set {', '.join(changed)}" if changed else str(line))
+    return tuple(lines)

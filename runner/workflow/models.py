@@ -75,8 +75,13 @@ def preview(model: str | None, cache: Path, work: Path) -> Model:
     try:
         return _checked(_cached(source))
     except RunnerError:
+        from huggingface_hub import get_token
+
         name = _plain(source.partition("@")[0])
-        return Model(name, work / name, {}, (f"model {source}: not here yet, fetched from the hub when it starts",))
+        note = f"model {source}: not here yet, fetched from the hub when it starts"
+        if get_token() is None:
+            note += "; HF_TOKEN is not set, which a model that takes a licence needs"
+        return Model(name, work / name, {}, (note,))
 
 
 def is_local(model: str) -> bool:

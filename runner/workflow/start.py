@@ -103,7 +103,7 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
     maker = Maker(options, given, selected, name, _NOT_YET)
     # Refuses what cannot work, before anything is fetched.
     told = {stage.program: maker.overrides(stage) for stage in stages if stage.program in TRAINERS}
-    lines = translated(options, selected, verl.PROFILES[name])
+    lines = translated(options, selected, verl.PROFILES[name], given.verl.get(Program.PPO, {}))
     asked = replace(_asked(options, selected, name, work), max_tokens=_longest(told.get(Program.SFT, {})))
     if display is None:
         found = prepare.preview(asked)
@@ -364,13 +364,19 @@ def to_json(options: Options) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> Options:
-    """The options in a run's status.json; what this version does not know is passed over."""
+    """The options in a run's status.json; what this version does not know is passed over.
+
+    Raises UsageError for what is none.
+    """
 
     def known(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
         names = {each.name for each in fields(kind)}
         return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key in names}
 
-    run = launch_prepare.Options(
-        **{**known(launch_prepare.Options, values["run"]), "results": Path(values["run"]["results"])}
-    )
-    return Options(**{**known(Options, values), "run": run})
+    try:
+        run = launch_prepare.Options(
+            **{**known(launch_prepare.Options, values["run"]), "results": Path(values["run"]["results"])}
+        )
+        return Options(**{**known(Options, values), "run": run})
+    except (KeyError, TypeError, AttributeError):
+        raise UsageError("status.json does not have what the workflow was asked for: start another run") from None

@@ -38,6 +38,8 @@ OWN: Mapping[str, str] = {
     "data.val_files": "--data",
     "algorithm.adv_estimator": "`runner workflow ppo` or `grpo`",
     "actor_rollout_ref.rollout.name": "--profile",
+    "reward.custom_reward_function.path": "--reward",
+    "custom_reward_function.path": "--reward",
 }
 
 

@@ -12,7 +12,10 @@ import pytest
 from conftest import ROOT
 from runner.cli import main, workflow
 from runner.launch.prepare import Options as RunOptions
+from runner.results.rundir import RunDir
+from runner.workflow import start
 from runner.workflow.asked import Options
+from runner.workflow.record import Stages
 from runner.workflow.stages import WORKFLOWS
 
 
@@ -119,6 +122,16 @@ def test_a_run_is_gone_on_with_by_what_started_it(typed, tmp_path, capsys):
     assert code == 2 and "omit --nodes" in err
 
 
+def test_epochs_take_the_place_of_the_steps_that_a_run_was_asked_for(typed, tmp_path):
+    planned = json.loads(typed("sft", *LOCAL, "--dry-run", "--json")[1])["plan"]
+    run = RunDir.create(tmp_path / "results", planned)
+    asked = RunOptions(results=tmp_path / "results", command="runner workflow", inventory="inventory/local")
+    Stages(run).ask("sft", start.to_json(Options("sft", asked, steps=3)))
+    code, out, err = typed("sft", "--resume", run.run_id, "--epochs", "2", "--dry-run")
+    assert (code, err) == (0, "") and "trainer.total_epochs=2" in out and "trainer.total_training_steps" not in out
+    assert "trainer.total_training_steps=3" in typed("sft", "--resume", run.run_id, "--dry-run")[1]
+
+
 def test_stages_and_profiles_are_completed():
     options = {
         option.name: option for option in main.cli.get_command(None, "workflow").get_command(None, "sft-ppo").params
@@ -162,6 +175,8 @@ def test_a_document_is_translated_line_by_line_and_its_words_are_those_that_rank
         assert word in translated and f"{word} \\" in plan
     code, out, _ = typed("from-verl-yaml", str(file), *HGX, "--set", "verl.data.train_batch_size=256")
     assert code == 0 and "data.train_batch_size=256 \\" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("training.batch_size: ")]
+    assert line.endswith("; but by --set data.train_batch_size=256"), "what a line became is not told of another's"
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,9 @@ def test_what_shakedown_sets_is_refused_with_the_option_that_does(cluster):
     for key, option in ("data.train_files", "--data"), ("trainer.nnodes", "--nodes"):
         with pytest.raises(UsageError, match=f"verl.{key} is set by Shakedown: use {option}"):
             told(Program.SFT, cluster, [f"verl.{key}=1"])
+    for key, option in (f"{RL}.rollout.name", "--profile"), ("reward.custom_reward_function.path", "--reward"):
+        with pytest.raises(UsageError, match=f"verl.{key} is set by Shakedown: use {option}"):
+            told(Program.PPO, cluster, [f"verl.{key}=/x"])
 
 
 # --- what depends on each other --------------------------------------------------------------------------

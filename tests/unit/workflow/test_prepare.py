@@ -248,11 +248,14 @@ def test_a_chat_template_may_be_a_file_of_its_own(asked, own_model, extra):
     [("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct"), ("Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
      ("some/model@main", "some/model@main")],
 )  # fmt: skip
-def test_a_model_of_the_hub_is_named_as_people_say(asked, tmp_path, name, repo):
+def test_a_model_of_the_hub_is_named_as_people_say(asked, tmp_path, monkeypatch, name, repo):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert models.hub_id(name) == repo
     seen = preview(asked(model=name))
     assert (seen.model.parent, seen.checksums["model"]) == (tmp_path / "work" / "inputs", "")
     assert seen.notes == (f"model {repo}: not here yet, fetched from the hub when it starts",)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "HF_TOKEN is not set" in preview(asked(model=name)).notes[0]
 
 
 def test_data_of_the_hub_are_not_asked_for_in_a_dry_run(asked):

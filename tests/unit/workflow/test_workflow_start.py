@@ -307,6 +307,9 @@ def test_status_says_what_was_asked_for_and_it_is_read_back(run):
     Stages(run).ask("sft-ppo", start.to_json(asked))
     name, values = Stages(run).asked()
     assert name == "sft-ppo" and start.from_json({**values, "later": 1}) == asked
+    for damaged in ({}, {"run": None}, {**values, "run": {}}):
+        with pytest.raises(UsageError, match=r"status\.json does not have what the workflow was asked for"):
+            start.from_json(damaged)
 
 
 def test_a_stage_that_fails_says_why_and_one_that_is_stopped_is_cancelled(run):
