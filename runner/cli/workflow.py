@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PROFILES = ("cpu-smoke", "gpu-vllm")
 TARGETS = ("dir:", "hf:", "rsync:")
 TRACKERS = ("wandb", "tensorboard")
+_OF_A_FILE = "ppo"  # the workflow of from-verl-yaml
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -57,7 +58,7 @@ def list_workflows(as_json: bool) -> None:
 def _stage_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """The names of stages that complete the last one of a list."""
     begun, _, last = incomplete.rpartition(",")
-    stages = stages_of(str(ctx.info_name))
+    stages = stages_of(ctx.info_name if ctx.info_name in WORKFLOWS else _OF_A_FILE)
     names = dict.fromkeys(name for stage in stages for name in (stage.name, stage.program.value))
     return [f"{begun},{name}" if begun else name for name in names if name.startswith(last)]
 
@@ -168,7 +169,7 @@ _FILE = click.argument("document", metavar="FILE", type=click.Path(path_type=Pat
 workflow.add_command(
     _command(
         "from-verl-yaml",
-        "ppo",
+        _OF_A_FILE,
         (_FILE, *_WHERE, *_WHAT, *_HOW),
         "PPO as a file with the sections parallelism, distributed, model, training and inference asks for it.",
     )
@@ -190,7 +191,9 @@ def _run(
 
     if resume is not None:
         if document is not None:
-            raise errors.UsageError(f"what {document} asked for is kept with the run: runner workflow ppo --resume RUN")
+            raise errors.UsageError(
+                f"what {document} asked for is kept with the run: runner workflow {_OF_A_FILE} --resume RUN"
+            )
         return _resume(ctx, name, resume, dry_run, as_json, given)
     options = _options(name, given)
     if document is not None:

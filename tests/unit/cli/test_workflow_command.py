@@ -137,12 +137,13 @@ def test_stages_and_profiles_are_completed():
         option.name: option for option in main.cli.get_command(None, "workflow").get_command(None, "sft-ppo").params
     }
 
-    def completed(name, begun):
-        context = click.Context(click.Command("sft-ppo"), info_name="sft-ppo")
+    def completed(name, begun, command="sft-ppo"):
+        context = click.Context(click.Command(command), info_name=command)
         return [each.value for each in options[name].shell_complete(context, begun)]
 
     assert completed("stages", "m") == ["merge-sft", "merge", "merge-ppo"]
     assert completed("stages", "sft,p") == ["sft,prepare", "sft,ppo", "sft,publish"]
+    assert completed("stages", "m", "from-verl-yaml") == ["merge-ppo", "merge"]
     assert completed("profile", "gpu") == ["gpu-vllm"]
     assert completed("publish", "") == ["dir:", "hf:", "rsync:"]
 
