@@ -58,7 +58,7 @@ def list_workflows(as_json: bool) -> None:
 def _stage_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """The names of stages that complete the last one of a list."""
     begun, _, last = incomplete.rpartition(",")
-    stages = stages_of(ctx.info_name if ctx.info_name in WORKFLOWS else _OF_A_FILE)
+    stages = stages_of(name if (name := str(ctx.info_name)) in WORKFLOWS else _OF_A_FILE)
     names = dict.fromkeys(name for stage in stages for name in (stage.name, stage.program.value))
     return [f"{begun},{name}" if begun else name for name in names if name.startswith(last)]
 

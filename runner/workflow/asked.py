@@ -276,8 +276,9 @@ def training(
         reward=reward,
     )
     fields = {name: own[key] for key, name in _FIELDS[program].items() if key in own}
-    if "epochs" in fields and "steps" not in fields:
-        fields["steps"] = None
+    if "epochs" in fields and fields.setdefault("steps") is not None:
+        both = "verl.trainer.total_epochs and verl.trainer.total_training_steps"
+        raise UsageError(f"--set {both} exclude each other: give one of them")
     rest = {key: value for key, value in own.items() if key not in {*_FIELDS[program], _ROLLOUT_TP, _ROLLOUT_PP}}
     return replace(asked, **fields, settings=rest)
 

@@ -99,6 +99,8 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
         stages = tuple(stage for stage in stages if stage.program is not Program.PUBLISH)
     if display is not None:
         selected = _observed(options, selected, work)
+    elif (selected.slurm or {}).get("shared") is not None:  # else what only the nodes can tell
+        _require_seen(options, work, selected.slurm)
     name = profile(options, selected.device)
     maker = Maker(options, given, selected, name, _NOT_YET)
     # Refuses what cannot work, before anything is fetched.
@@ -171,13 +173,17 @@ def _observed(options: Options, selected: Selected, work: Path) -> Selected:
         return selected
     with rendered(selected.inventory) if BACKENDS[selected.nodes[0].backend].remote else nullcontext() as ssh_config:
         slurm = carry.observed(selected.slurm, selected.inventory, ssh_config, options.run.results)
-    in_results = work == options.run.results.absolute()
-    if in_results and not slurm_settings.Settings(**(slurm or {})).sees_files:
+    _require_seen(options, work, slurm)
+    return replace(selected, slurm=slurm)
+
+
+def _require_seen(options: Options, work: Path, slurm: Mapping[str, Any] | None) -> None:
+    """Raise UsageError where Slurm's nodes do not see the work folder, as far as its settings tell."""
+    if work == options.run.results.absolute() and not slurm_settings.Settings(**(slurm or {})).sees_files:
         raise UsageError(
             f"the nodes do not see {work}, where checkpoints and models are: give a folder that they and this "
             "machine see with --work DIR, or runner_shared in the inventory"
         )
-    return replace(selected, slurm=slurm)
 
 
 def _as_before(selected: Selected, before: Plan) -> Selected:

@@ -46,6 +46,7 @@ def test_the_list_has_every_workflow_with_what_its_stages_need_and_leave(typed):
 # --- a workflow ------------------------------------------------------------------------------------------
 
 LOCAL = ("-i", "inventory/local")
+SLURM = ("-i", "inventory/slurm-example", "--nodes", "2", "--model", "a/b", "--data", "gsm8k")
 HGX = ("-i", "inventory/fukushimadc-02", "--nodes", "2", "--data", "gsm8k", "--dry-run")
 
 
@@ -81,6 +82,7 @@ def test_a_dry_run_of_each_workflow_on_this_machine_needs_nothing_else(typed, tm
         (("sft-ppo", *LOCAL, "--reward", "/nope.py"), "reward /nope.py: cannot be read"),
         (("sft-ppo", *LOCAL, "--one-allocation"), "--one-allocation goes with --backend slurm"),
         (("sft-ppo", *LOCAL, "--resume", "nothing"), "no run 'nothing'"),
+        (("sft", *SLURM, "--set", "slurm.shared=false"), "where checkpoints and models are: give a folder that they"),
         (("from-verl-yaml", "/nope.yaml", *LOCAL), "/nope.yaml"),
     ],
 )

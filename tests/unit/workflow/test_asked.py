@@ -146,6 +146,8 @@ def test_steps_are_not_cut_by_epochs(cluster):
         assert found["trainer.total_training_steps"] == 20 and found["trainer.total_epochs"] > 20
     found = told(Program.SFT, cluster, ["verl.trainer.total_epochs=3"], device="cpu", gpus=1)
     assert found["trainer.total_epochs"] == 3 and "trainer.total_training_steps" not in found
+    with pytest.raises(UsageError, match="exclude each other"):
+        told(Program.SFT, cluster, ["verl.trainer.total_epochs=3", "verl.trainer.total_training_steps=20"])
 
 
 def test_on_cpus_a_workflow_is_small(cluster):
