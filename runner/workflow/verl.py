@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import gcd
 from typing import Any
 
 from runner.errors import UsageError
@@ -45,6 +46,7 @@ OWN: Mapping[str, str] = {
 
 ALWAYS = ("console", "file")  # where verl writes metrics in any case: records are made of its file
 _LOGGER = "trainer.logger"
+_BATCH, _ACTOR = "data.train_batch_size", "actor_rollout_ref.actor"
 
 
 @dataclass(frozen=True)
@@ -174,17 +176,21 @@ def settled(program: Program, asked: Training) -> Training:
     """
     require_strategy(asked)
     _require_rows(asked)
-    ranks = counted(asked.split.data, "data-parallel rank")
+    ranks = asked.split.data
+    into_ranks = counted(ranks, "data-parallel rank")
     if program is Program.SFT:
-        _divides(asked.batch, asked.split.data, "batch", ranks)
-        return _with_micro(asked, asked.batch // asked.split.data, "batch of a rank")
+        _divides(asked.batch, ranks, "batch", into_ranks, _BATCH)
+        return _with_micro(asked, asked.batch // ranks, "batch of a rank", "data.micro_batch_size_per_gpu")
     mini, answers = asked.mini_batch or asked.batch, asked.group if program is Program.GRPO else 1
     if mini > asked.batch:
         raise UsageError(f"mini_batch {mini} is larger than the batch {asked.batch} of a step")
-    _divides(asked.batch, mini, "batch", f"mini batches of {mini}")
-    what = f"mini_batch × {answers} answers" if answers > 1 else "mini_batch"
-    _divides(mini * answers, asked.split.data, what, ranks)
-    return _with_micro(replace(asked, mini_batch=mini), mini * answers // asked.split.data, f"{what} of a rank")
+    _divides(asked.batch, mini, "batch", f"mini batches of {mini}", _BATCH)
+    of_answers = f", with {answers} answers each," if answers > 1 else ""
+    what, key = ("batch", _BATCH) if asked.mini_batch is None else ("mini_batch", f"{_ACTOR}.ppo_mini_batch_size")
+    _divides(mini, ranks // gcd(ranks, answers), what, into_ranks, key, of_answers)
+    each = f"{what} × {answers} answers" if answers > 1 else what
+    micro = f"{_ACTOR}.ppo_micro_batch_size_per_gpu"
+    return _with_micro(replace(asked, mini_batch=mini), mini * answers // ranks, f"{each} of a rank", micro)
 
 
 def _require_rows(asked: Training) -> None:
@@ -196,19 +202,25 @@ def _require_rows(asked: Training) -> None:
     raise UsageError(f"batch {asked.batch} is more than the {counted(asked.rows, 'row')} to train on: {less}")
 
 
-def _with_micro(asked: Training, each: int, what: str) -> Training:
-    """A copy with a micro batch that divides the `each` sequences of a rank."""
+def _with_micro(asked: Training, each: int, what: str, key: str) -> Training:
+    """A copy with a micro batch that divides the `each` sequences of a rank; `key` is verl's setting of it."""
     if asked.micro_batch is None:
         return replace(asked, micro_batch=next(size for size in range(MICRO, 0, -1) if each % size == 0))
-    _divides(each, asked.micro_batch, what, f"micro batches of {asked.micro_batch}")
+    if each % asked.micro_batch:
+        most = next(size for size in range(min(each, asked.micro_batch), 0, -1) if each % size == 0)
+        raise UsageError(
+            f"{what} {each} does not divide into micro batches of {asked.micro_batch}: "
+            f"the largest below that does: {most} (verl.{key})"
+        )
     return asked
 
 
-def _divides(number: int, by: int, what: str, parts: str) -> None:
-    if number % by or number < by:
+def _divides(number: int, by: int, what: str, parts: str, key: str, more: str = "") -> None:
+    """Refuse a `number` that `by` does not divide, with the nearest; `key` is verl's setting of the number."""
+    if number % by:
         below, above = number // by * by, -(-number // by) * by
         near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if one)
-        raise UsageError(f"{what} {number} does not divide into {parts}: nearest that does: {near}")
+        raise UsageError(f"{what} {number}{more} does not divide into {parts}: nearest that does: {near} (verl.{key})")
 
 
 def _trainer(asked: Training, *kept: str) -> dict[str, Any]:

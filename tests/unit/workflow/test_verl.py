@@ -72,8 +72,9 @@ def test_tensor_parallelism_in_training_is_refused_by_a_profile_without_megatron
         ({"mini_batch": 512}, "mini_batch 512 is larger than the batch 256 of a step"),
         ({"mini_batch": 96}, "batch 256 does not divide into mini batches of 96: nearest that does: 192 or 288"),
         ({"batch": 24, "mini_batch": 24}, "mini_batch 24 does not divide into 16 data-parallel ranks: .*: 16 or 32"),
-        ({"micro_batch": 3}, "mini_batch of a rank 4 does not divide into micro batches of 3: .*: 3 or 6"),
-        ({"micro_batch": 8}, "mini_batch of a rank 4 does not divide into micro batches of 8: nearest that does: 8"),
+        ({"micro_batch": 3}, "mini_batch of a rank 4 does not divide into micro batches of 3: .*that does: 2 "),
+        ({"micro_batch": 8}, "mini_batch of a rank 4 does not divide into micro batches of 8: .*that does: 4 "),
+        ({"batch": 24, "mini_batch": None}, r"batch 24 does not .*: 16 or 32 \(verl\.data\.train_batch_size\)"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do(changes, line):
@@ -99,6 +100,15 @@ def test_a_micro_batch_that_was_left_open_is_one_that_divides(program, nodes, mi
     told = overrides(program, asked)
     key = "data.micro_batch_size_per_gpu" if program is Program.SFT else "critic.ppo_micro_batch_size_per_gpu"
     assert told[key] == micro
+
+
+def test_what_is_named_as_near_works_for_groups_too():
+    asked = replace(ON_GPUS, nodes=3, split=split(3, 8), batch=256, mini_batch=None, micro_batch=None, group=5)
+    near = r"batch 256, with 5 answers each, does not divide into 24 data-parallel ranks: nearest that does: 240 or 264"
+    with pytest.raises(UsageError, match=near):
+        overrides(Program.GRPO, asked)
+    for batch in (240, 264):
+        overrides(Program.GRPO, replace(asked, batch=batch))
 
 
 def test_answers_of_a_group_count_in_the_batch():
