@@ -11,7 +11,7 @@ from functools import partial
 from math import gcd
 from typing import Any
 
-from runner.errors import UsageError
+from runner.errors import UsageError, unknown
 from runner.system.wording import counted
 from runner.workflow import verl_settings
 from runner.workflow.parallelism import FSDP, MEGATRON, Split
@@ -45,6 +45,7 @@ OWN: Mapping[str, str] = {
 
 
 ALWAYS = ("console", "file")  # where verl writes metrics in any case: records are made of its file
+LOGGERS = (*ALWAYS, "wandb", "tensorboard", "mlflow", "swanlab", "trackio", "clearml", "vemlp_wandb", "rl_insight")
 _LOGGER = "trainer.logger"
 _BATCH, _ACTOR = "data.train_batch_size", "actor_rollout_ref.actor"
 
@@ -142,8 +143,16 @@ def overrides(program: Program, asked: Training) -> dict[str, Any]:
     made = _sft(asked) if program is Program.SFT else _rl(asked, program)
     device = rl.SETTINGS[program] if asked.profile.device == "cpu" else {}
     told = {**used.selected, **made, **device, **asked.settings}
-    loggers = told[_LOGGER]
-    return {**told, _LOGGER: tuple(dict.fromkeys((*ALWAYS, *([loggers] if isinstance(loggers, str) else loggers))))}
+    return {**told, _LOGGER: tuple(dict.fromkeys((*ALWAYS, *_loggers(told[_LOGGER]))))}
+
+
+def _loggers(value: Any) -> list[str]:
+    """The names of loggers in a setting's value: one, or a list of them."""
+    names = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [str(value)]
+    for name in names:
+        if name not in LOGGERS:
+            raise unknown("logger of verl", str(name), LOGGERS, f"--set verl.{_LOGGER}")
+    return names
 
 
 def words(program: Program, told: Overrides) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 
 import pytest
@@ -19,7 +20,7 @@ from runner.cluster.tools.verl_metrics import CURVES, PHASES, step_of
 from runner.errors import UsageError
 from runner.workflow import verl_settings
 from runner.workflow.stages import Program
-from runner.workflow.verl import TRAINERS
+from runner.workflow.verl import LOGGERS, TRAINERS
 from runner.workloads import rl
 from runner.workloads.data import verl as data
 from runner.workloads.rl import tiny
@@ -68,6 +69,12 @@ print(json.dumps([phase, list(timing), len(folder.offline_runs), folder.tensorbo
     assert step.seconds == 1.0 and step.not_numbers == ("critic/rewards/mean",)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_the_loggers_that_are_taken_are_verls(verl):
+    (folder,) = verl_environment.python().parents[1].glob("lib/python3*/site-packages/verl")
+    (listed,) = re.findall(r"supported_backend = \[(.*?)\]", (folder / "utils/tracking.py").read_text(), re.DOTALL)
+    assert set(LOGGERS) == set(re.findall(r"\w+", listed))
 
 
 def test_what_is_measured_is_what_verls_trainer_times_and_computes(verl):

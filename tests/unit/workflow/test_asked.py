@@ -202,6 +202,12 @@ def test_metrics_go_to_the_console_and_a_file_and_elsewhere_on_request(cluster):
     assert found["trainer.logger"] == ("console", "file", "wandb", "tensorboard")
 
 
+@pytest.mark.parametrize("value", ["wandbb", "0", "1.5", "null", "true", "[a,{b: [c]}]", "{a: 1}", "[console,foo]"])
+def test_what_is_no_logger_of_verl_is_refused(cluster, value):
+    with pytest.raises(UsageError, match=r"--set verl\.trainer\.logger"):
+        told(Program.SFT, cluster, [f"verl.trainer.logger={value}"])
+
+
 def test_the_project_is_the_workflow_unless_it_is_named(cluster):
     assert told(Program.SFT, cluster)["trainer.project_name"] == "sft-ppo"
     assert told(Program.SFT, cluster, project="thesis")["trainer.project_name"] == "thesis"
