@@ -519,7 +519,7 @@ def verify(phase):
     if built_for and lock.cuda and built_for != lock.cuda:
         phase.problem("CUDA of the PyTorch build", lock.cuda, built_for, SETUP)
     if built_for:
-        check_driver(phase, built_for)
+        check_driver(phase, built_for, profile(want["lock"]))
     phase.facts.update(prefix=prefix, python=answer["python"], packages=len(found), imported=modules)
     phase.done.append(f"{counted(len(expected), 'package')} as pinned, imported: {', '.join(modules) or 'nothing'}")
 
