@@ -686,6 +686,15 @@ def test_it_is_built_beside_switched_at_once_verified_and_left_alone_afterwards(
     assert problem(carry_out(node.PHASES, "verify", other), "lock of the environment")
 
 
+def test_the_build_of_torch_that_is_installed_is_compared_with_the_lock_and_the_driver(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    wheel(tmp_path / "index", "torch", "2.0", "class version:\n    cuda = None\n")
+    want = whole({**world, "lock_text": f"{LOCK}torch==2.0\n"})
+    assert carry_out(node.PHASES, "install", want).ok
+    verified = carry_out(node.PHASES, "verify", want)
+    assert verified.ok and "torch" in verified.facts["imported"], verified.msg
+
+
 def test_a_further_profile_is_an_environment_beside_the_main_one_which_it_leaves_alone(world, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     main = whole(world)
