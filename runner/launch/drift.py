@@ -13,7 +13,7 @@ from runner.cluster.inventory import Inventory, Node
 from runner.errors import UsageError
 from runner.launch import blame
 from runner.plan.build import place
-from runner.plan.plan import Cell, Plan, fingerprint
+from runner.plan.plan import Cell, Plan, changed_inputs, fingerprint
 from runner.results.rundir import PULSES_S, RunDir
 from runner.system.nodeset import fold
 
@@ -159,11 +159,6 @@ def reopen(plan: Plan, status: dict[str, Any], changed: Mapping[str, Mapping[str
         entry.update(state="incomplete", error=error)
         opened.append(cell.id)
     return opened
-
-
-def changed_inputs(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
-    """The names of the inputs that have another digest than before, or are only on one side."""
-    return [name for name in {**now, **before} if now.get(name) != before.get(name)]
 
 
 def spares(plan: Plan, inventory: Inventory) -> tuple[Node, ...]:

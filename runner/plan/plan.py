@@ -178,6 +178,11 @@ class Plan:
         return self._by_name[name]
 
 
+def changed_inputs(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """The names of the inputs that have another digest than before, or are only on one side."""
+    return [name for name in {**now, **before} if now.get(name) != before.get(name)]
+
+
 def fingerprint(plan: Plan, cell: Cell) -> str:
     """16 hexadecimal digits of a SHA-256 over all that defines what this cell measures, not where or when it runs."""
     measured = {

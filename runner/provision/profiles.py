@@ -5,15 +5,13 @@ The role conda_env installs them on nodes that have files of their own.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import select
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,7 @@ from runner.cluster.environments import (
 )
 from runner.cluster.profiles import LOCKS, ON_CPUS, lock, place
 from runner.errors import InfrastructureError, unknown
-from runner.system import process
+from runner.system import folders, process
 from runner.system.files import write_json_atomic
 from runner.system.wording import counted
 
@@ -63,7 +61,8 @@ def make(profile: str, on_progress: OnProgress = lambda done, total, text: None)
     python = folder / "bin" / "python"
     if not fault(profile):
         return Made(python, name, False)
-    with _locked(folder, on_progress):
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with folders.alone(folder, on_wait=lambda: on_progress(0, 1, "waiting for another command that makes it")):
         if not fault(profile):
             return Made(python, name, False)
         _require_space(folder, name)
@@ -132,18 +131,6 @@ def _chosen(profile: str) -> str:
         f"{driver or 'none'}: install a newer driver, or take the profile {ON_CPUS}",
         "driver_too_old",
     )
-
-
-@contextmanager
-def _locked(folder: Path, on_progress: OnProgress) -> Iterator[None]:
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_progress(0, 1, "waiting for another command that makes it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _require_space(folder: Path, name: str) -> None:

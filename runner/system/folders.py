@@ -7,21 +7,26 @@ import fcntl
 import glob
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def alone(folder: Path, locks: Path | None = None) -> Iterator[None]:
+def alone(folder: Path, locks: Path | None = None, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Let one process at a time make `folder`; the kernel releases the lock of a killed one. Raises OSError.
 
     The file of the lock is in `locks`, by default beside `folder`: file systems between nodes may have no locks.
+    `on_wait` is called once if another process has it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     locks = locks or folder.parent
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / f"{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
         _sweep(folder)  # what a killed process left: this one holds the lock
         yield
 

@@ -39,6 +39,7 @@ def text(made: Planned) -> str:
 
 def as_dict(made: Planned) -> dict[str, Any]:
     """The dry run as JSON: what becomes of each stage, the commands of each, and the plan."""
+    work = works(made)
     return {
         "workflow": made.options.workflow,
         "profile": made.profile,
@@ -50,8 +51,7 @@ def as_dict(made: Planned) -> dict[str, Any]:
                 "reason": step.reason,
                 "inputs": dict(made.inputs[step.stage.name]),
                 "commands": [
-                    {"on": who, "command": list(words)}
-                    for who, words in works(made).get(step.stage.name, Work()).commands
+                    {"on": who, "command": list(words)} for who, words in work.get(step.stage.name, Work()).commands
                 ],
             }
             for step in made.steps

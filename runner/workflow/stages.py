@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from runner.errors import UsageError, unknown
+from runner.plan.plan import changed_inputs
 
 
 class Where(StrEnum):
@@ -213,8 +214,7 @@ def steps(
 def _step(stage: Stage, now: Mapping[str, str], former: Former | None, anew: set[str]) -> Step:
     if former is None:
         return Step(stage, Action.RUN, "it has not run")
-    changed = [name for name in {**now, **former.inputs} if now.get(name) != former.inputs.get(name)]
-    if changed:
+    if changed := changed_inputs(now, former.inputs):
         return Step(stage, Action.RUN, f"changed since: {', '.join(changed)}")
     if renewed := [need for need in stage.needs if need in anew]:
         return Step(stage, Action.RUN, f"made anew: {', '.join(renewed)}")

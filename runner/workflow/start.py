@@ -14,7 +14,7 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory
 from runner.cluster.ssh import rendered
 from runner.errors import UsageError
-from runner.launch import blame, carry, drift, tuned
+from runner.launch import blame, carry, tuned
 from runner.launch import prepare as launch_prepare
 from runner.launch import resume as launch_resume
 from runner.launch import start as launch_start
@@ -22,7 +22,7 @@ from runner.launch.carry import Dependencies, RunResult, new_id
 from runner.launch.prepare import Selected
 from runner.launch.supply import Data
 from runner.plan import build, config
-from runner.plan.plan import Cell, Plan
+from runner.plan.plan import Cell, Plan, changed_inputs
 from runner.plan.request import Request
 from runner.report import conclude
 from runner.report.progress import Display
@@ -236,7 +236,7 @@ def _require_made_of(
     was made from other inputs than `now`.
     """
     changed = {
-        stage.name: drift.changed_inputs(now[stage.name], former[stage.name].inputs)
+        stage.name: changed_inputs(now[stage.name], former[stage.name].inputs)
         for stage in every
         if stage not in stages and stage.program is not Program.PREPARE and stage.name in former
     }
