@@ -28,7 +28,8 @@ _STATUS: Mapping[str, Status] = {
     "runner_on_unreachable": "unreachable",
     "runner_on_skipped": "skipped",
 }
-_GRACE_S = 10.0
+_KILL_S = 5  # after TERM, Ansible is killed
+_GRACE_S = 10.0  # after Ctrl-C, it and what was started with it
 _PRIVATE = "shakedown-play-"  # and the process id of the controller that made it
 # A role's task file is its phase.
 _PHASE = re.compile(r"/roles/(?P<role>[a-z_]+)/tasks/(?P<phase>[a-z_]+)\.yml")
@@ -132,8 +133,10 @@ def play(
 
         def on_status(status: Mapping[str, Any], runner_config: Any) -> None:
             if status["status"] == "starting" and (setpriv := shutil.which("setpriv")):
-                # Ansible is terminated with a controller that is killed.
-                runner_config.command = [setpriv, "--pdeathsig", "TERM", *runner_config.command]
+                # Ansible is terminated with a controller that is killed, and killed where it does not end: its cleanup
+                # may wait for ever for the lock of a queue that a worker held when it was ended.
+                until_then = [setpriv, "--pdeathsig", "TERM", "timeout", "--foreground", f"--kill-after={_KILL_S}", "0"]
+                runner_config.command = [*until_then, *runner_config.command]
             elif status["status"] == "running":
                 Path(runner_config.artifact_dir, "command").unlink(missing_ok=True)
 

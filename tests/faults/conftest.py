@@ -126,7 +126,8 @@ def mend(bed: Testbed) -> None:
     def idle() -> bool:
         states = dict(line.split() for line in slurm(bed, "sinfo", "-N", "-h", "-o", "%N %T").splitlines())
         for name, state in states.items():
-            if state not in ("idle", "allocated", "mixed", "completing"):
+            # "idle*" is one that was resumed and not asked yet: to resume it again would begin anew.
+            if state not in ("idle", "idle*", "allocated", "mixed", "completing"):
                 # Down first: that ends the jobs which a daemon, when it was away, was not told to end.
                 slurm(bed, "scontrol", "update", f"nodename={name}", "state=down", "reason=mended")
                 slurm(bed, "scontrol", "update", f"nodename={name}", "state=resume")

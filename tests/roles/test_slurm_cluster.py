@@ -655,6 +655,24 @@ def test_a_hung_node_waits_until_slurmctld_has_read_its_new_slurm_conf(node_of, 
     assert answer.changed and asked[-1] == "update nodename=node001 state=resume"
 
 
+def after_two_questions(node_of, tmp_path, first):
+    """verify's answer where sinfo says `first` twice, and then that the node is idle."""
+    node_of(**healthy(sinfo=(f"node001|{first}|none", 0)))
+    script = Path(os.environ["PATH"].split(":")[0]) / "sinfo"
+    later = f"cat <<'END' | if mkdir {tmp_path}/1 || mkdir {tmp_path}/2; then cat; else sed 's/|.*|/|idle|/'; fi 2>/dev/null"
+    script.write_text(script.read_text().replace("cat <<'END'", later))
+    return verify(settle_s=10)
+
+
+@pytest.mark.parametrize("first", ["idle*", "unknown", "mixed*"])
+def test_a_node_that_was_resumed_is_given_the_time_to_answer(node_of, tmp_path, first):
+    assert after_two_questions(node_of, tmp_path, first).ok
+
+
+def test_a_node_that_is_down_is_told_at_once(node_of, tmp_path):
+    assert "found down, not answering" in after_two_questions(node_of, tmp_path, "down*").msg
+
+
 def test_the_age_of_the_controllers_credential_is_no_skew(node_of, monkeypatch):
     """A slurmd that is started anew may take longer than clocks may differ."""
     node_of(**healthy(unmunge=("ENCODE_TIME: x (1795245406)\nDECODE_TIME: y (1795245506)", 0)))

@@ -523,12 +523,13 @@ def settled(phase, want, is_so):
         time.sleep(0.5)
 
 
+def registered(state):
+    """Whether slurmctld knows a node in this `state`, and has an answer of it."""
+    return not state.startswith("unk") and "*" not in state
+
+
 def wait_until_registered(phase, want):
     """Wait until slurmd is registered with slurmctld; records a problem after the time limit."""
-
-    def registered(state):
-        return not state.startswith("unk") and "*" not in state
-
     found, reason = settled(phase, want, registered)
     if found and registered(found[0]):
         return
@@ -678,8 +679,9 @@ def cluster_answers(phase, want):
 
 def node_is_up(phase, want):
     """Record a problem where the node accepts no jobs in Slurm; else run a job if asked for. facts: state."""
-    # After a restart, slurmctld needs a few seconds until it knows the state of its nodes.
-    found, reason = settled(phase, want, lambda state: not state.startswith("unk"))
+    # After a restart, slurmctld needs a few seconds until it knows the state of its nodes; and a node that was resumed
+    # does "not answer" until it has been asked.
+    found, reason = settled(phase, want, lambda state: state.startswith("down") or registered(state))
     shown, reserved = judge(*found) if found else (reason, False)
     phase.facts["state"] = slurm_states.read(found[0])[0] if found else "unknown"
     if reserved:
