@@ -63,6 +63,9 @@ KINDS: Mapping[str, Kind] = {
     "wrong_address": Kind(
         "A node has a wrong address of another", CONFIGURATION, False, "correct its /etc/hosts or DNS"
     ),
+    "copy_differs": Kind(
+        "A node's copy differs from what was sent", NODE, True, "see its disk, and whether files were changed meanwhile"
+    ),
     "clock": Kind("A clock is wrong", CONFIGURATION, False, "let chrony or NTP set the node's clock"),
     "disk_full": Kind("A disk is full", NODE, True, "free some disk"),
     "port_taken": Kind("A port is taken", NOBODY, True, "see what uses it there; another try takes the next port"),

@@ -20,13 +20,19 @@ FILE_ERROR = 11  # rsync's status for an error of file input or output, such as 
 
 
 def _rsync(
-    node: Node, ssh_config: str, source: str, target: str, timeout_s: float, brief: bool = False
+    node: Node,
+    ssh_config: str,
+    source: str,
+    target: str,
+    timeout_s: float,
+    brief: bool = False,
+    more: Sequence[str] = (),
 ) -> process.Outcome:
     # -s: paths are passed to the remote side unchanged, not through its shell. Only at level INFO does ssh say why a
     # connection ended that it had: it was closed, or nothing came for as long as its configuration allows.
     shell = f"ssh -F {ssh_config} -o LogLevel=INFO" + (f" -o ConnectTimeout={BRIEF_S}" if brief else "")
     as_user = [f"--rsync-path={shlex.join([*node.sudo, 'rsync'])}"] if node.sudo else []
-    options = ["-a", "-s", "--partial", "--mkpath", f"--timeout={2 * SILENCE_S:.0f}", *as_user]
+    options = ["-a", "-s", "--partial", "--mkpath", f"--timeout={2 * SILENCE_S:.0f}", *as_user, *more]
     return process.run(["rsync", *options, "-e", shell, source, target], timeout_s=timeout_s)
 
 
@@ -37,13 +43,16 @@ def send(
     target: str,
     timeout_s: float = 1800.0,
     stopped: Callable[[], bool] = lambda: False,
+    more: Sequence[str] = (),
 ) -> dict[str, Problem]:
     """Copy the folder `source` to `target` on every node, at most `timeout_s` each; returns failures by node.
 
-    Ends early once `stopped` returns True.
+    Ends early once `stopped` returns True. `more` are further options of rsync.
     """
     return _each(
-        nodes, lambda node: _rsync(node, ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s), stopped
+        nodes,
+        lambda node: _rsync(node, ssh_config, f"{source}/", f"{node.name}:{target}/", timeout_s, more=more),
+        stopped,
     )
 
 

@@ -334,11 +334,17 @@ class _Conversation:
 
 
 def ask(
-    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Request, timeout_s: float = 30.0
+    nodes: Sequence[Node],
+    backend: str,
+    ssh_config: str | None,
+    request: Request,
+    timeout_s: float = 30.0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Message], dict[str, Problem]]:
     """Send one short request to the agents of all `nodes`, at once.
 
-    Returns the answers by node name, and the problem of each node that has not answered within `timeout_s`.
+    Returns the answers by node name, and the problem of each node that has not answered within `timeout_s`, or before
+    `stopped` returned True.
     Raises InfrastructureError if a command cannot be started.
     """
     command = COMMANDS[backend]
@@ -350,7 +356,7 @@ def ask(
     converse(
         list(sessions.values()),
         lambda session, message: answers.__setitem__(session.name, message),
-        lambda session: Word.STOP if time.monotonic() > deadline else None,
+        lambda session: Word.STOP if time.monotonic() > deadline or stopped() else None,
         patience_s=2.0,
     )
     failures = {}

@@ -21,6 +21,7 @@ from runner.node.protocol import (
     CheckRequest,
     Cleaned,
     StepRequest,
+    StoreRequest,
     SweepRequest,
     Swept,
     UnknownRequest,
@@ -50,6 +51,10 @@ def main() -> int:
     elif isinstance(request, SweepRequest):
         leftovers.remove(request.marker, request.grace_s)
         send_message(Swept())
+    elif isinstance(request, StoreRequest):
+        from runner.node import code
+
+        send_message(code.store(request))
     else:
         send_message(Cleaned(clean(Path(request.scratch), request.run_id)))
     return 0

@@ -85,6 +85,7 @@ class Kind(StrEnum):
     CELL = "cell"
     SWEEP = "sweep"
     CLEAN = "clean"
+    STORE = "store"
 
 
 class UnknownRequest(Exception):
@@ -307,7 +308,29 @@ class CleanRequest:
         return cls(**_known(cls, value))
 
 
-Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest
+@dataclass(frozen=True)
+class StoreRequest:
+    """Have the folder of the user whose digest this is whole in the folder `root`. Answered by `Stored`.
+
+    `arrived`: it was just sent (`node.code.incoming`). `work` is the path of a working copy to be made, "" for none.
+    """
+
+    root: str
+    digest: str
+    arrived: bool = False
+    work: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
+        return {"kind": Kind.STORE, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StoreRequest:
+        """The request in a JSON object; raises TypeError if a required key is missing."""
+        return cls(**_known(cls, value))
+
+
+Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest | StoreRequest
 
 
 def read_request(value: Mapping[str, Any]) -> Request:
@@ -321,6 +344,8 @@ def read_request(value: Mapping[str, Any]) -> Request:
         return SweepRequest.from_json(value)
     if kind == Kind.CLEAN:
         return CleanRequest.from_json(value)
+    if kind == Kind.STORE:
+        return StoreRequest.from_json(value)
     raise UnknownRequest(f"unknown request {kind!r}")
 
 
@@ -493,8 +518,21 @@ class Cleaned(Message):
     removed: bool = False
 
 
+@dataclass(frozen=True)
+class Stored(Message):
+    """Whether the node has the folder whole; `found` is the digest of what is there, "" for nothing. `problem` is why
+    that could not be seen or made, of a kind of failure, both "" otherwise.
+    """
+
+    MESSAGE: ClassVar[str] = "store"
+    whole: bool = False
+    found: str = ""
+    problem: str = ""
+    kind: str = ""
+
+
 _MESSAGES: Mapping[str, type[Message]] = {
-    each.MESSAGE: each for each in (Placed, Started, Line, Alive, Outcome, Checked, Swept, Cleaned)
+    each.MESSAGE: each for each in (Placed, Started, Line, Alive, Outcome, Checked, Swept, Cleaned, Stored)
 }
 
 

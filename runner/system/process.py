@@ -164,8 +164,11 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     check: bool = False,
+    errors: str = "replace",
 ) -> Outcome:
     """Run `argv` until it ends and return its Outcome. `input` is written to its stdin, `env` replaces the environment.
+
+    `errors`: what becomes of output that is no UTF-8, as `bytes.decode` has it.
 
     Raises InfrastructureError when the program is missing, when `timeout_s` passes, or, with `check`,
     when the exit status is not 0. On any exception (Ctrl-C), its whole process group is terminated.
@@ -188,8 +191,8 @@ def run(
         argv=tuple(argv),
         rc=child.returncode,
         elapsed_s=time.monotonic() - started,
-        stdout=stdout.decode(errors="replace"),
-        stderr=stderr.decode(errors="replace"),
+        stdout=stdout.decode(errors=errors),
+        stderr=stderr.decode(errors=errors),
     )
     if check and outcome.rc != 0:
         raise InfrastructureError(f"{argv[0]} failed with status {outcome.rc}: {outcome.last_line}")
