@@ -72,7 +72,8 @@ def send(
     """
     answers, problems = _ask(part, nodes, ssh_config, False, stopped)
     for _ in range(_TRIES):
-        lacking = [node for node in nodes if node.name in answers and not answers[node.name].whole]
+        lacking = [node for node in nodes if node.name in answers and not answers[node.name].whole
+                   and node.name not in problems]  # fmt: skip
         if not lacking or stopped():
             break
         have = f", {counted(len(nodes) - len(lacking), 'node')} of {len(nodes)} have it" * (len(lacking) < len(nodes))
@@ -82,8 +83,10 @@ def send(
             root = str(part.folder.root)
             failed = copy.send(lacking, ssh_config, root, target, part.sent_s, stopped, options)
         problems |= failed
-        again, silent = _ask(part, [node for node in lacking if node.name not in failed], ssh_config, True, stopped)
-        problems |= silent
+        # A full disk is not left full of what is of no use.
+        reached = [node for node in lacking if node.name not in failed or failed[node.name].kind == "disk_full"]
+        again, silent = _ask(part, reached, ssh_config, True, stopped)
+        problems = silent | problems
         answers = {name: answer for name, answer in answers.items() if answer.whole} | again
     for name, answer in answers.items():
         if not answer.whole and name not in problems:
@@ -141,7 +144,8 @@ def _options(part: Part) -> Iterator[list[str]]:
     """rsync's options for exactly the files of a part, whatever their names are."""
     with tempfile.TemporaryDirectory(prefix="shakedown-sync-") as folder:
         names = Path(folder, "files")
-        names.write_bytes(b"".join(os.fsencode(entry.path) + b"\0" for entry in part.tree.entries))
+        # Whatever is first in a name (rsync takes `;` and `#` for a comment), it is not first in the line.
+        names.write_bytes(b"".join(b"./" + os.fsencode(entry.path) + b"\0" for entry in part.tree.entries))
         # What owns a file here means nothing there; a folder that cannot be written could not be filled.
         yield ["--from0", f"--files-from={names}", "--no-owner", "--no-group", "--chmod=Du=rwx"]
 

@@ -28,6 +28,7 @@ KEPT = 8  # folders of a kind that are kept however long they were not used
 UNUSED_S = 7 * 24 * 3600.0  # one that was used since is kept as well: a job may wait for it in a queue
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_INCOMING = ".incoming"
 _BLOCK = 1 << 22
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 # What nobody is to write into; an owner that is not root is kept from it.
@@ -138,7 +139,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def incoming(folder: Path) -> Path:
     """Where what is sent for the stored `folder` arrives."""
-    return folder.with_name(f"{folder.name}.incoming")
+    return folder.with_name(folder.name + _INCOMING)
 
 
 def _used(folder: Path) -> Path:
@@ -162,6 +163,8 @@ def _clean(new: Path) -> None:
     with suppress(OSError):
         dated = {}
         for each in new.parent.iterdir():
+            if each.name.endswith(_INCOMING) and time.time() - each.stat().st_mtime > UNUSED_S:
+                _remove(each)  # nobody has gone on with it
             if _DIGEST.fullmatch(each.name) and each != new and _used(each).exists():
                 dated[each] = _used(each).stat().st_mtime
         for old in sorted(dated, key=lambda each: -dated[each])[KEPT - 1 :]:

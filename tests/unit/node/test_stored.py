@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,9 @@ def test_folders_that_were_not_used_for_long_go_but_none_that_is_used(source, tm
     old = [fake(root, number, code.UNUSED_S + 1000.0 * number) for number in range(10, 20)]
     send(source, root, digest)
     (root / "notes").mkdir()  # nobody's of ours
+    for name, age_s in (("a", code.UNUSED_S + 10), ("b", 10)):  # transfers that were interrupted
+        (root / f"{name * 64}.incoming").mkdir()
+        os.utime(root / f"{name * 64}.incoming", (time.time() - age_s,) * 2)
     with open(code._used(old[-1])) as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         ask(root, digest, arrived=True)
@@ -189,6 +193,7 @@ def test_folders_that_were_not_used_for_long_go_but_none_that_is_used(source, tm
     left = [folder for folder in old if folder.exists()]
     assert left == [*old[: code.KEPT - 1 - len(recent)], old[-1]] and all(folder.exists() for folder in recent)
     assert (root / digest).exists() and (root / "notes").exists()
+    assert [path.name[0] for path in root.glob("*.incoming")] == ["b"]
     ask(root, digest)
     assert not old[-1].exists()
 
