@@ -13,7 +13,7 @@ from typing import Any
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.failures import Problem
-from runner.launch import copy
+from runner.launch import copy, stores
 from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse
 from runner.launch.watch import CellContext, CellRun
@@ -109,6 +109,19 @@ class Agents:
         if not self._remote(plan):
             return {}
         return copy.send(nodes, str(self.ssh_config), data, self.data_on_nodes(plan, data), stopped=stopped)
+
+    def store(
+        self,
+        plan: Plan,
+        nodes: Sequence[Node],
+        part: stores.Part,
+        note: Callable[[str], object],
+        stopped: Callable[[], bool],
+    ) -> dict[str, Problem]:
+        """See that each node has a folder of the user whole; returns failures by node."""
+        if not self._remote(plan):
+            return {}
+        return stores.send(part, nodes, str(self.ssh_config), note, stopped)
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:
         """The path on the nodes of the data that is in the folder `data` here."""

@@ -15,7 +15,6 @@ from runner.launch.supply import Data, Supply
 from runner.launch.transport import Transport
 from runner.plan.plan import Cell
 from runner.results.status import joined
-from runner.workloads.registry import trains
 
 
 class Delivery:
@@ -31,7 +30,7 @@ class Delivery:
     ) -> None:
         self.source, self.current, self.journal, self.transport = source, current, journal, transport
         self.stopped = stopped
-        self.on_nodes = transport.data_on_nodes(current.plan, source.folder) if source else None
+        self.on_nodes = source.on_nodes(transport, current.plan) if source else None
         # The nodes that the data was sent to, and those where that has failed, by name.
         self.has_data, self.has_not = set[str](), set[str]()
 
@@ -64,13 +63,13 @@ class Delivery:
         if not self.current.plan.named and len(failures) < len(nodes):
             for host, problem in failures.items():  # the scheduler can choose others
                 alias = self.current.alias(host)
-                self.journal.note(f"{alias} is not used, the data cannot be sent to it: {problem.message}")
+                self.journal.note(f"{alias} is not used, {self.source.what} cannot be sent to it: {problem.message}")
                 self.current.plan = self.transport.exclude(self.current.plan, host)
             return None
-        needed = any(trains(each.test) for each in (cell, *sharing))
+        needed = any(self.source.needed(each.test) for each in (cell, *sharing))
         failed = []
         for host, problem in failures.items():
-            what = f"the data cannot be sent to it: {problem.message}"
+            what = f"{self.source.what} cannot be sent to it: {problem.message}"
             if needed and (not here or host in here):
                 failed.append(blame.error(problem.kind, what, host))
             else:
@@ -83,7 +82,7 @@ class Delivery:
         """
         source = self.source
         scheduled = BACKENDS[self.current.plan.backend].scheduled
-        if source is None or source.ready or not trains(cell.test) or scheduled:
+        if source is None or source.ready or not source.needed(cell.test) or scheduled:
             return None
 
         def work(stopped: Callable[[], bool]) -> dict[str, Any] | None:
@@ -106,7 +105,7 @@ class Delivery:
         if self.source is None or not nodes:
             return {}
         self.source.complete(stopped)
-        failures = self.transport.send(self.current.plan, nodes, self.source.folder, stopped)
+        failures = self.source.send(self.transport, self.current.plan, nodes, stopped)
         self.has_data |= {node.name for node in nodes} - failures.keys()
         self.has_not |= failures.keys()
         return failures

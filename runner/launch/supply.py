@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from runner.cluster.inventory import Node
+from runner.failures import Problem
 from runner.node.protocol import POLL_S
+from runner.plan.plan import Plan
+from runner.workloads.registry import trains
+
+if TYPE_CHECKING:  # which imports this module
+    from runner.launch.transport import Transport
 
 
 class Data:
     """The folder of the cells' data on this machine. `later(stopped)` prepares it, until `stopped` returns True; None:
-    it is ready.
+    it is ready. `what` it is to the user.
     """
+
+    what = "the data"
 
     def __init__(self, folder: str, later: Callable[[Callable[[], bool]], None] | None = None) -> None:
         self.folder, self._later = folder, later
@@ -22,6 +31,20 @@ class Data:
     def ready(self) -> bool:
         """Whether the folder is complete."""
         return self._later is None
+
+    def needed(self, test: str) -> bool:
+        """Whether a cell of `test` cannot begin without it."""
+        return trains(test)
+
+    def on_nodes(self, transport: Transport, plan: Plan) -> str | None:
+        """The path on nodes that cells are told; None: they are told none."""
+        return transport.data_on_nodes(plan, self.folder)
+
+    def send(
+        self, transport: Transport, plan: Plan, nodes: Sequence[Node], stopped: Callable[[], bool]
+    ) -> dict[str, Problem]:
+        """Send it to `nodes`, until `stopped`; returns failures by node. Raises what `Transport.send` raises."""
+        return transport.send(plan, nodes, self.folder, stopped)
 
     def complete(self, stopped: Callable[[], bool]) -> None:
         """Prepare what is not ready. Raises UsageError and InfrastructureError as `data.prepare.prepare`."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from runner.cluster.inventory import Node
 from runner.failures import Problem
 from runner.launch.slurm.ledger import Ledger
+from runner.launch.stores import Part
 from runner.launch.watch import CellContext, CellRun
 from runner.plan.plan import Cell, Plan
 
@@ -34,6 +35,19 @@ class Transport(Protocol):
         """Copy prepared data to `nodes`, until `stopped` returns True; returns failures by node.
 
         Raises InfrastructureError where what fails is no node.
+        """
+
+    def store(
+        self,
+        plan: Plan,
+        nodes: Sequence[Node],
+        part: Part,
+        note: Callable[[str], object],
+        stopped: Callable[[], bool],
+    ) -> dict[str, Problem]:
+        """See that `nodes` have a folder of the user whole, until `stopped` returns True; returns failures by node.
+
+        `note` is told what is sent. Raises InfrastructureError where what fails is no node.
         """
 
     def together(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:

@@ -11,18 +11,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from runner.node.protocol import Stored, StoreRequest
 from runner.system import tree
 from runner.system.files import write_json_atomic
-from runner.system.folders import alone, replacing
+from runner.system.folders import alone, replacing, use_of
 
 KEPT = 8  # folders of a kind that are kept however long they were not used
 UNUSED_S = 7 * 24 * 3600.0  # one that was used since is kept as well: a job may wait for it in a queue
@@ -51,7 +50,7 @@ def store(request: StoreRequest) -> Stored:
                 if there is None or there.digest != request.digest:
                     return Stored(whole=False, found=there.digest if there else "")
             _remove(incoming(folder))
-            _used(folder).touch()
+            use_of(folder).touch()
             if request.work:
                 work(folder, there, Path(request.work))
         _clean(folder)
@@ -128,22 +127,9 @@ def _copy(folder: Path, there: tree.Tree, target: Path) -> None:
         place.chmod(0o755 if entry.executable else 0o644)
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """While the block runs, the stored `folder` is in use on this node: it is not removed. Raises OSError."""
-    with open(_used(folder), "a") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        os.utime(file.fileno())
-        yield
-
-
 def incoming(folder: Path) -> Path:
     """Where what is sent for the stored `folder` arrives."""
     return folder.with_name(folder.name + _INCOMING)
-
-
-def _used(folder: Path) -> Path:
-    return _beside(folder, ".used")
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -165,15 +151,15 @@ def _clean(new: Path) -> None:
         for each in new.parent.iterdir():
             if each.name.endswith(_INCOMING) and time.time() - each.stat().st_mtime > UNUSED_S:
                 _remove(each)  # nobody has gone on with it
-            if _DIGEST.fullmatch(each.name) and each != new and _used(each).exists():
-                dated[each] = _used(each).stat().st_mtime
+            if _DIGEST.fullmatch(each.name) and each != new and use_of(each).exists():
+                dated[each] = use_of(each).stat().st_mtime
         for old in sorted(dated, key=lambda each: -dated[each])[KEPT - 1 :]:
             if time.time() - dated[old] > UNUSED_S:
                 _drop(old)
 
 
 def _drop(folder: Path) -> None:
-    with open(_used(folder), "a") as file:
+    with open(use_of(folder), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # in use
@@ -182,8 +168,8 @@ def _drop(folder: Path) -> None:
         _remove(gone)
         folder.rename(gone)  # at once: whoever comes next finds all of it or nothing
         _remove(gone)
-        for suffix in (".used", ".sums"):
-            _beside(folder, suffix).unlink(missing_ok=True)
+        use_of(folder).unlink(missing_ok=True)
+        _beside(folder, ".sums").unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:

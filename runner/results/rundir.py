@@ -51,6 +51,7 @@ class RunDir:
         self.summary = path / "summary.json"
         self.report_html = path / "report.html"
         self.report_md = path / "report.md"
+        self.sync = path / "sync.json"  # the user's folders that were sent
         self.telemetry = path / "telemetry" / "telemetry.parquet"
         self._alive = path / ".alive"
 

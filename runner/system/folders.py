@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,6 +43,20 @@ def replacing(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         _sweep(folder)
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """While the block runs, nobody on this machine who heeds `use_of` removes `folder`. Raises OSError."""
+    with open(use_of(folder), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os.utime(file.fileno())
+        yield
+
+
+def use_of(folder: Path) -> Path:
+    """The file beside `folder` that whoever uses it has locked, LOCK_SH, and that is as old as its last use."""
+    return folder.with_name(f".{folder.name}.used")
 
 
 def _temporary(folder: Path) -> Path:

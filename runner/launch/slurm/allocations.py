@@ -14,7 +14,7 @@ from runner.cluster import slurm_names
 from runner.cluster.inventory import Node, by_word
 from runner.errors import InfrastructureError, UsageError, unknown
 from runner.failures import Problem
-from runner.launch import agents, blame, copy
+from runner.launch import agents, blame, copy, stores
 from runner.launch.slurm import answers, commands, job_log
 from runner.launch.slurm import follow as following
 from runner.launch.slurm.capacity import Partition, SlurmNode, memory, node_kind, refused
@@ -163,6 +163,23 @@ class Allocations:
         outcome = process.run(["rsync", "-a", "-s", f"{data}/", f"{target}/"], timeout_s=1800)
         if outcome.rc:
             raise InfrastructureError(f"the data cannot be copied to {target}: {outcome.last_line}")
+        return {}
+
+    def store(
+        self,
+        plan: Plan,
+        nodes: Sequence[Node],
+        part: stores.Part,
+        note: Callable[[str], object],
+        stopped: Callable[[], bool],
+    ) -> dict[str, Problem]:
+        """See that each node has a folder of the user whole, or one that every node sees; returns failures by node.
+
+        Raises InfrastructureError if that folder cannot be written.
+        """
+        if not self.shared:
+            return stores.send(part, nodes, str(self.ssh_config), note, stopped)
+        stores.send_here(part, note)
         return {}
 
     def data_on_nodes(self, plan: Plan, data: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from runner.node import code
 from runner.node.protocol import StoreRequest
-from runner.system import tree
+from runner.system import folders, tree
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def fake(root: Path, number: int, age_s: float) -> Path:
     """A stored folder that was used `age_s` ago."""
     folder = root / f"{number:064x}"
     folder.mkdir(parents=True)
-    used = code._used(folder)
+    used = folders.use_of(folder)
     used.touch()
     moment = used.stat().st_mtime - age_s
     os.utime(used, (moment, moment))
@@ -186,7 +186,7 @@ def test_folders_that_were_not_used_for_long_go_but_none_that_is_used(source, tm
     for name, age_s in (("a", code.UNUSED_S + 10), ("b", 10)):  # transfers that were interrupted
         (root / f"{name * 64}.incoming").mkdir()
         os.utime(root / f"{name * 64}.incoming", (time.time() - age_s,) * 2)
-    with open(code._used(old[-1])) as lock:
+    with open(folders.use_of(old[-1])) as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         ask(root, digest, arrived=True)
         assert old[-1].exists(), "it is used"
@@ -200,13 +200,13 @@ def test_folders_that_were_not_used_for_long_go_but_none_that_is_used(source, tm
 
 def test_many_that_were_used_lately_stay(tmp_path, source):
     root, digest = tmp_path / "code", tree.measure(source).digest
-    folders = [fake(root, number, 3600.0) for number in range(20)]
+    made = [fake(root, number, 3600.0) for number in range(20)]
     send(source, root, digest)
     ask(root, digest, arrived=True)
-    assert all(folder.exists() for folder in folders)
+    assert all(folder.exists() for folder in made)
 
 
 def test_a_lock_of_use_dates_it(stored):
-    os.utime(code._used(stored), (0, 0))
-    with code.held(stored):
-        assert code._used(stored).stat().st_mtime > 10**9
+    os.utime(folders.use_of(stored), (0, 0))
+    with folders.in_use(stored):
+        assert folders.use_of(stored).stat().st_mtime > 10**9
