@@ -18,6 +18,7 @@ from runner.launch.talk import ask
 from runner.node import code
 from runner.node.protocol import Stored, StoreRequest
 from runner.system import process
+from runner.system.places import state_dir
 from runner.system.tree import Tree
 from runner.system.wording import counted, size_text
 
@@ -98,7 +99,8 @@ def send(
 
 def send_here(part: Part, note: Callable[[str], object]) -> None:
     """See that a folder which all nodes see has `part` whole. Raises InfrastructureError."""
-    answer = code.store(part.request(False))
+    locks = state_dir() / "stores"  # what machines share may have no locks
+    answer = code.store(part.request(False), locks)
     for _ in range(_TRIES):
         if answer.whole or answer.problem:
             break
@@ -109,7 +111,7 @@ def send_here(part: Part, note: Callable[[str], object]) -> None:
             outcome = process.run(command, timeout_s=part.sent_s)
         if outcome.rc:
             raise InfrastructureError(f"the {part.name} cannot be copied to {part.root}: {outcome.last_line}")
-        answer = code.store(part.request(True))
+        answer = code.store(part.request(True), locks)
     if answer.problem:
         raise InfrastructureError(f"the {part.name} cannot be kept in {part.root}: {answer.problem}", answer.kind)
     if not answer.whole:

@@ -22,7 +22,7 @@ from runner.plan.request import Request
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system.files import disk_errors, write_text_atomic
-from runner.system.tree import Tree
+from runner.system.tree import Progress, Tree
 from runner.system.wording import counted
 
 CODE, DATA = "code", "data"  # the names of the inputs of a cell
@@ -158,12 +158,17 @@ class _Folders(Data):
 
 
 def planned(
-    words: Sequence[str], remote: bool, cwd: Path, sync: str | None = None, sync_data: str | None = None
+    words: Sequence[str],
+    remote: bool,
+    cwd: Path,
+    sync: str | None = None,
+    sync_data: str | None = None,
+    on_progress: Progress | None = None,
 ) -> Sync:
     """What is sent for the program `words`, which the user starts in the folder `cwd`; no node is contacted.
 
-    `remote`: nodes are other machines; `sync` and `sync_data` are what these options name. Raises UsageError for a
-    folder that cannot be sent, and for a script that is not among what is.
+    `remote`: nodes are other machines; `sync` and `sync_data` are what these options name; `on_progress` is of reading
+    what is sent. Raises UsageError for a folder that cannot be sent, and for a script that is not among what is.
     """
     data = code.data_of(cwd / sync_data) if sync_data is not None else None
     if not remote:
@@ -172,13 +177,13 @@ def planned(
         return Sync(cwd, {}, data.root if data else None)
     folder = code.of_option(cwd / sync, cwd) if sync is not None else code.of_script(words, cwd)
     _refuse_left_out(words, cwd, folder)
-    return Sync(cwd, _read({CODE: folder, **({DATA: data} if data else {})}))
+    return Sync(cwd, _read({CODE: folder, **({DATA: data} if data else {})}, on_progress))
 
 
-def _read(folders: Mapping[str, code.Folder]) -> dict[str, tuple[code.Folder, Tree]]:
+def _read(folders: Mapping[str, code.Folder], on_progress: Progress | None) -> dict[str, tuple[code.Folder, Tree]]:
     for folder in folders.values():
         refuse_empty(folder)
-    return {name: (folder, folder.tree()) for name, folder in folders.items()}
+    return {name: (folder, folder.tree(on_progress)) for name, folder in folders.items()}
 
 
 def _refuse_left_out(words: Sequence[str], cwd: Path, folder: code.Folder) -> None:
@@ -189,7 +194,7 @@ def _refuse_left_out(words: Sequence[str], cwd: Path, folder: code.Folder) -> No
     if not path.is_relative_to(folder.root):
         path = script.resolve()
     if not path.is_relative_to(folder.root):
-        if script.is_absolute() and Path(words[0]).is_absolute() and not words[0].endswith(".py"):
+        if Path(words[0]).is_absolute() and not words[0].endswith(".py"):
             return  # a program that nodes have at the same path
         raise UsageError(f"{words[0]} is not in {folder.root}, which is sent: name the folder that has it with --sync")
     inside = path.relative_to(folder.root)
@@ -208,7 +213,7 @@ def _work(where: Request | Plan, node: Node) -> str:
 # --- resumed -----------------------------------------------------------------------------------------------
 
 
-def resumed(run: RunDir, cwd: Path, accept: bool = False) -> Sync:
+def resumed(run: RunDir, cwd: Path, accept: bool = False, on_progress: Progress | None = None) -> Sync:
     """What was sent for a run, as it is here now; a run without a record has sent nothing.
 
     Raises UsageError where it has changed since, with what: it is only sent then if that is accepted.
@@ -219,7 +224,7 @@ def resumed(run: RunDir, cwd: Path, accept: bool = False) -> Sync:
             raise UsageError(f"{run.run_id} has sent {root}, which is not there now: restore it, or start another run")
         folders[name] = code.data_of(root) if name == DATA else code.listed(root, within, option)
         before[name] = tree
-    made = Sync(cwd, _read(folders))
+    made = Sync(cwd, _read(folders, on_progress))
     if (changed := _changed(made, before)) and not accept:
         raise UsageError(
             f"since {run.run_id} was started, {changed}: restore it, or add --accept-drift, which sends what is "

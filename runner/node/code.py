@@ -34,14 +34,14 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _FILE, _PROGRAM = 0o444, 0o555
 
 
-def store(request: StoreRequest) -> Stored:
+def store(request: StoreRequest, locks: Path | None = None) -> Stored:
     """Whether this node has the folder whole, after what has arrived was put in its place; and the working copy of it,
-    if one is asked for. What cannot be done is said in the answer.
+    if one is asked for. What cannot be done is said in the answer. `locks` as in `folders.alone`.
     """
     folder = Path(request.root, request.digest)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with alone(folder):
+        with alone(folder, locks):
             there = tree.measure(folder, None, _beside(folder, ".sums")) if folder.is_dir() else None
             if there is None or there.digest != request.digest:
                 if not request.arrived:
@@ -52,7 +52,7 @@ def store(request: StoreRequest) -> Stored:
             _remove(incoming(folder))
             use_of(folder).touch()
             if request.work:
-                work(folder, there, Path(request.work))
+                work(folder, there, Path(request.work), locks)
         _clean(folder)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -81,14 +81,14 @@ def _arrived(folder: Path) -> tree.Tree | None:
     return found
 
 
-def work(folder: Path, there: tree.Tree, target: Path) -> None:
+def work(folder: Path, there: tree.Tree, target: Path, locks: Path | None = None) -> None:
     """Make `target` the working copy of the code in `folder`, whose tree is `there`.
 
     One that is there is kept with all that was written into it; of other code, its files are replaced. Raises OSError.
     """
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = _beside(target, ".code")
-    with alone(target):
+    with alone(target, locks):
         if not target.is_dir():
             with replacing(target) as temporary:
                 _copy(folder, there, temporary)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from runner.cluster.inventory import Node
 from runner.launch import code, stores
+from runner.launch.agents import Agents
 from runner.system import tree
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
@@ -61,6 +63,12 @@ def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         daemon.terminate()
 
 
+@pytest.fixture(autouse=True)
+def own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("own")))
+
+
 @pytest.fixture
 def nodes(cluster) -> list[Node]:
     return [
@@ -90,7 +98,8 @@ def part(source: Path, root: Path, work: Path | str = "") -> stores.Part:
 def test_code_is_sent_once_and_each_run_has_its_copy(source, nodes, ssh_config, tmp_path):
     said: list[str] = []
     first = part(source, tmp_path / "scratch" / "code", tmp_path / "scratch" / "work" / "run-1")
-    assert stores.send(first, nodes[:1], ssh_config, said.append) == {}
+    plan, agents = SimpleNamespace(backend="ssh"), Agents(None, ssh_config)
+    assert agents.store(plan, nodes[:1], first, said.append, lambda: False) == {}
     stored, work = Path(first.on_nodes), Path(first.work)
     assert tree.measure(stored) == tree.measure(work) == first.tree
     assert not (stored / "huge.pt").exists() and (work / "-lib" / "run me.sh").stat().st_mode & 0o111

@@ -10,9 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 from plans import request
+from runs import NodeAccess
+from runs import Nodes as Ranks
+from runs import planned as planned_run
 
 from runner.errors import UsageError
 from runner.failures import Problem
+from runner.launch import run as bench
 from runner.launch import sync
 from runner.plan import build
 from runner.report.progress import Display
@@ -201,3 +205,36 @@ def test_a_renewed_plan_has_todays_inputs_and_place_of_data(source, tmp_path, cl
         f"{cluster.nodes[0].scratch}/data-sets/{made.inputs['data']}"
     }
     assert sync.Sync(source, {}).renewed(plan) == plan
+
+
+class Cluster(Ranks):
+    """A stand-in for nodes that run anything, of which some cannot keep what they are sent."""
+
+    def __init__(self, run: RunDir, problems: dict[str, Problem]) -> None:
+        super().__init__(run)
+        self.problems, self.stored = problems, list[str]()
+
+    def store(self, plan, nodes, part, note, stopped):
+        self.stored += [node.name for node in nodes]
+        return {node.name: self.problems[node.name] for node in nodes if node.name in self.problems}
+
+
+@pytest.mark.parametrize(("kind", "replaced"), [("copy_differs", False), ("copy_differs", True), ("disk_full", True)])
+def test_a_program_does_not_begin_where_its_code_is_another(source, tmp_path, cluster, kind, replaced):
+    """No test but a program needs it: the cells here train nothing."""
+    built = planned_run(cluster, tmp_path, spares=2)
+    run = RunDir.create(tmp_path, built.to_dict())
+    data = sync.planned(["run"], True, source).supply(built, Display(quiet=True))
+    bad = built.nodes[1].name
+    nodes = Cluster(run, {bad: Problem(kind, "its copy is another")})
+    carried = bench.Run(built, run, nodes, Display(quiet=True), data, bench.Policy(0, replaced), NodeAccess())
+    carried.stop.wait = lambda seconds: None
+    carried.execute({})
+    entry = run.read_status()["cells"]["torch-2n-r1"]
+    if replaced:
+        assert entry["state"] == "complete" and bad not in nodes.tried[-1][1]
+        assert set(nodes.tried[-1][1]) <= set(nodes.stored), "a spare is sent it first"
+        return
+    assert (entry["state"], entry["error"]["kind"], entry["error"]["host"]) == ("incomplete", kind, bad)
+    assert entry["error"]["message"] == "the code cannot be sent to it: its copy is another"
+    assert not nodes.tried
