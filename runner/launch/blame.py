@@ -246,10 +246,14 @@ class _Death:
 
 
 def _death(name: str | None, status: int | None, stderr: Sequence[str], oom_kills: int = 0) -> _Death:
-    """How the process ended that wrote `stderr`; of several that wrote it, the one that proves most."""
+    """How the process ended that wrote `stderr`; of several that wrote it, the one that proves most.
+
+    Of those that prove as much, the first that failed: what others say after it may be its consequence, and the last
+    line of one that did not fail says nothing.
+    """
     found = unstarted(stderr) if name is None else None
     told = lastwords.endings(stderr)
-    ending = min(told, key=lambda one: _rank_of(_kind(status, one, oom_kills)), default=None)
+    ending = min(told, key=lambda one: (_rank_of(_kind(status, one, oom_kills)), one.form), default=None)
     kind = found.kind if found else _kind(status, ending, oom_kills)
     return _Death(name, status, kind, ending, lastwords.evidence(stderr, ending), unstarted=found)
 
