@@ -33,16 +33,27 @@ from runner.system.wording import counted
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Inventory, Node
+    from runner.launch.links import Survey
 
 
-def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bool, check: bool, source: str) -> int:
+def conclude(
+    board: Board,
+    state: str,
+    error: str,
+    elapsed_s: float,
+    as_json: bool,
+    check: bool,
+    source: str,
+    links: Survey | None = None,
+) -> int:
     """Print the results of a play and return its exit code.
 
-    `state` is the play's, `error` Ansible's own or "", `source` the inventory. Raises InfrastructureError where Ansible
-    failed and no node did.
+    `state` is the play's, `error` Ansible's own or "", `source` the inventory, `links` how nodes are connected where
+    that was asked. Raises InfrastructureError where Ansible failed and no node did.
     """
     if as_json:
-        click.echo(json.dumps(summary(board, state, elapsed_s, error), indent=1))
+        more = {"links": links.to_json()} if links else {}
+        click.echo(json.dumps(summary(board, state, elapsed_s, error) | more, indent=1))
         return exit_code(board, state)
     if check:
         for nodes, setting, before, after in diffs(board):
@@ -55,6 +66,8 @@ def conclude(board: Board, state: str, error: str, elapsed_s: float, as_json: bo
         click.echo(line.replace(f"-i {shlex.quote(whole_path(source))}", f"-i {shlex.quote(source)}"))
     if board.roles():
         click.echo(f"\n{table(board)}\n")
+    if links and (described := links.described()):
+        click.echo(f"{described}\n")
     code = exit_code(board, state)
     good = len(board.nodes) - len(board.bad())
     change = {event.host for event in board.events if event.status == "changed"} if check else set()
@@ -224,13 +237,15 @@ def _play(
                 told = [problem] if problem and not check else []
                 for host in here[name]:
                     board.add(host, "profiles", told, changed=changed or bool(problem and check))
+            links = None
             if playbook_file == VERIFY and tags is None and state != "cancelled":
                 _add_readiness(board, nodes, ssh_config)
+                links = _add_links(board, nodes, ssh_config)
     elapsed_s = time.monotonic() - started
     if folder is not None:
         write_json_atomic(folder / "summary.json", summary(board, state, elapsed_s, error))
         display.note(f"events: {folder / 'ansible' / 'events.jsonl'}")
-    return conclude(board, state, error, elapsed_s, as_json, check, inventory.source)
+    return conclude(board, state, error, elapsed_s, as_json, check, inventory.source, links)
 
 
 def _of_profiles(of_setup: bool, tags: str | None) -> bool:
@@ -269,6 +284,23 @@ def _add_readiness(board: Board, nodes: Sequence[Node], ssh_config: str | None) 
         ]
         busy = [problem.message for problem in problems.get(node.name, ()) if problem.kind == "in_use"]
         board.add(node.name, "bench", texts, busy)
+
+
+def _add_links(board: Board, nodes: Sequence[Node], ssh_config: str | None) -> Survey | None:
+    """Add to `board` how the nodes that can be reached are connected and powered; returns what they have answered."""
+    from runner.launch.links import survey
+
+    asked = [node for node in nodes if node.name not in board.unreachable()]
+    if not asked:
+        return None
+    found = survey(asked, ssh_config)
+    problems = found.problems()
+    for node in (node for node in asked if node.name in found.linked):
+        told = problems.get(node.name, [])
+        alone = len(nodes) == 1  # what slows one machine down is its user's choice; others would wait for it
+        hints = [f"{p['what']}: {p['found']} ({p['remedy']})" for p in told] if alone else []
+        board.add(node.name, "links", [] if alone else told, hints)
+    return found
 
 
 def whole_path(source: str) -> str:

@@ -174,10 +174,13 @@ def _nics(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     ours = {name for name in states if of_node & {a.address for a in addresses.get(name, [])}}
     carriers = carrying(environment, states, _interfaces_of_hca, ours | _default_route())
     for name, state in states.items():
-        device = Path("/sys/class/net", name, "device", "driver")
+        settings = Path("/sys/class/net", name)
+        device = settings / "device" / "driver"
         yield {
             "name": name,
             "speed_mbit_per_s": state.speed or None,
+            "duplex": {psutil.NIC_DUPLEX_FULL: "full", psutil.NIC_DUPLEX_HALF: "half"}.get(state.duplex),
+            "wireless": (settings / "wireless").exists() or (settings / "phy80211").exists(),
             "mtu": state.mtu,
             "driver": device.resolve().name if device.exists() else None,
             "address": [a.address for a in addresses.get(name, []) if a.family == socket.AF_INET],

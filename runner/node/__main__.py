@@ -20,6 +20,7 @@ from runner.node.protocol import (
     CellRequest,
     CheckRequest,
     Cleaned,
+    LinksRequest,
     StepRequest,
     StoreRequest,
     SweepRequest,
@@ -55,6 +56,10 @@ def main() -> int:
         from runner.node import code
 
         send_message(code.store(request))
+    elif isinstance(request, LinksRequest):
+        from runner.node import links
+
+        links.probe(request, early)
     else:
         send_message(Cleaned(clean(Path(request.scratch), request.run_id)))
     return 0

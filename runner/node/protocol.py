@@ -86,6 +86,7 @@ class Kind(StrEnum):
     SWEEP = "sweep"
     CLEAN = "clean"
     STORE = "store"
+    LINKS = "links"
 
 
 class UnknownRequest(Exception):
@@ -330,7 +331,29 @@ class StoreRequest:
         return cls(**_known(cls, value))
 
 
-Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest | StoreRequest
+@dataclass(frozen=True)
+class LinksRequest:
+    """Say how this node is connected and powered, listen on the TCP `ports` until any word but "go", and at the word
+    "go" try those of `peers`, which are addresses by name. Answered by `Linked`, and then by `Reached`.
+
+    `env` are the variables of the inventory, which may say what interface messages take.
+    """
+
+    ports: Sequence[int] = ()
+    peers: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
+        return {"kind": Kind.LINKS, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LinksRequest:
+        """The request in a JSON object."""
+        return cls(**_known(cls, value))
+
+
+Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest | StoreRequest | LinksRequest
 
 
 def read_request(value: Mapping[str, Any]) -> Request:
@@ -346,6 +369,8 @@ def read_request(value: Mapping[str, Any]) -> Request:
         return CleanRequest.from_json(value)
     if kind == Kind.STORE:
         return StoreRequest.from_json(value)
+    if kind == Kind.LINKS:
+        return LinksRequest.from_json(value)
     raise UnknownRequest(f"unknown request {kind!r}")
 
 
@@ -531,8 +556,33 @@ class Stored(Message):
     kind: str = ""
 
 
+@dataclass(frozen=True)
+class Linked(Message):
+    """How the node is connected: the `nics` that messages of ranks take (as in facts.json), the driver's version (None
+    without one), what slows its CPUs down (`power`, a setting and its value by path), the ports that another process
+    has (`taken`), and the firewall that is installed there: its program, and the chain of what comes in ("" unknown).
+    """
+
+    MESSAGE: ClassVar[str] = "linked"
+    nics: Sequence[Mapping[str, Any]] = ()
+    driver: str | None = None
+    power: Mapping[str, str] = field(default_factory=dict)
+    taken: Sequence[int] = ()
+    firewall: str = ""
+    chain: str = ""
+
+
+@dataclass(frozen=True)
+class Reached(Message):
+    """What became of the connections to each peer by its name: by port why there was none; nothing where all were."""
+
+    MESSAGE: ClassVar[str] = "reached"
+    failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
 _MESSAGES: Mapping[str, type[Message]] = {
-    each.MESSAGE: each for each in (Placed, Started, Line, Alive, Outcome, Checked, Swept, Cleaned, Stored)
+    each.MESSAGE: each
+    for each in (Placed, Started, Line, Alive, Outcome, Checked, Swept, Cleaned, Stored, Linked, Reached)
 }
 
 

@@ -45,12 +45,20 @@ class Board:
         return {role: reason for role, reason in reasons.items() if self.state(host, role) == "skipped"}
 
     def add(
-        self, host: str, role: str, problems: Sequence[str], warnings: Sequence[str] = (), changed: bool = False
+        self,
+        host: str,
+        role: str,
+        problems: Sequence[str | Mapping[str, str]],
+        warnings: Sequence[str] = (),
+        changed: bool = False,
     ) -> None:
-        """Add what was found on a node beside the play, as the events of a `role` of its own."""
+        """Add what was found on a node beside the play, as the events of a `role` of its own.
+
+        A problem is one line, or has the keys of a role's: what, expected, found, remedy.
+        """
         from runner.provision.playbook import Event
 
-        told = tuple({"what": problem} for problem in problems)
+        told = tuple({"what": problem} if isinstance(problem, str) else problem for problem in problems)
         status: Status = "failed" if problems else "changed" if changed else "ok"
         self.events.append(Event("", host, "", role, "verify", "", status, 0.0, "", told, tuple(warnings)))
 

@@ -167,6 +167,26 @@ def test_a_stopped_sshd_turns_one_node_red_whether_ansible_is_still_connected_or
         inside(nodes, "node002", "systemctl", "start", "ssh")
 
 
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="requires iptables, to block a direction")
+def test_a_direction_that_is_blocked_is_named_from_source_to_target(nodes, home, provisioned):
+    source, target = (inside(nodes, name, "hostname", "-I").split()[0] for name in ("node001", "node002"))
+    found = process.run(["podman", "inspect", "-f", "{{.State.Pid}}", nodes.container("node002")], timeout_s=30)
+    rule = ["INPUT", "-s", source, "-p", "tcp", "--dport", "29500", "-j", "DROP"]
+    within = ["nsenter", "--target", found.stdout.strip(), "--net", "--", "iptables"]
+    process.run([*within, "-A", *rule], timeout_s=30, check=True)
+    try:
+        code, printed, _ = runner(nodes, home, "check", "--json")
+    finally:
+        process.run([*within, "-D", *rule], timeout_s=30, check=True)
+    told = json.loads(printed)
+    (failure,) = told["failures"]
+    assert code == 1 and (failure["nodes"], failure["role"]) == ("node002", "links")
+    assert failure["what"] == f"node001 → node002 ({target}): TCP no answer on 29500"
+    assert failure["remedy"].startswith("see `") and "; fix it with " in failure["remedy"]
+    assert told["links"]["matrix"]["node001"] == {"node002": {"29500": "no answer"}, "node003": {}}
+    assert told["links"]["matrix"]["node002"] == {"node001": {}, "node003": {}}
+
+
 def test_a_hung_node_is_named_and_the_others_go_on(nodes, home, provisioned):
     process.run(["podman", "pause", nodes.container("node003")], timeout_s=30, check=True)
     try:
