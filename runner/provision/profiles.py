@@ -5,18 +5,14 @@ The role conda_env installs them on nodes that have files of their own.
 
 from __future__ import annotations
 
-import os
-import re
-import select
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.cluster import environments, facts
+from runner.cluster import environments, facts, pip
 from runner.cluster.backends import BACKENDS
 from runner.cluster.environments import (
     PROFILES,
@@ -26,21 +22,17 @@ from runner.cluster.environments import (
     installed,
     oldest_driver,
 )
+from runner.cluster.pip import OnProgress
 from runner.cluster.profiles import LOCKS, ON_CPUS, lock, place
 from runner.errors import InfrastructureError, unknown
 from runner.system import folders, process
 from runner.system.files import write_json_atomic
-from runner.system.wording import counted
 
 if TYPE_CHECKING:
     from runner.cluster.inventory import Node
     from runner.report.progress import Display
 
 _NEEDED_GIB = {True: 20.0, False: 4.0}  # with and without CUDA's libraries; half of it while pip unpacks
-_TIMEOUT_S = 3600.0
-
-# Called with the steps done, all steps, and what is done now.
-OnProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -147,9 +139,7 @@ def _build(folder: Path, name: str, on_progress: OnProgress) -> None:
     pins = Lock(lock(name).read_text())
     shutil.rmtree(folder, ignore_errors=True)  # what was interrupted, or has changed
     on_progress(0, 2 * len(pins.lines), "creating the environment")
-    # What is imported here must not be what pip finds there.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    env = pip.settings()
     process.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], timeout_s=300, env=env, check=True)
     # Only builds of another index have a local version, such as torch's for CPUs; a mirror may have them as well.
     built = [line for package, line in pins.lines.items() if "+" in pins.pins[package]]
@@ -173,42 +163,11 @@ def _build(folder: Path, name: str, on_progress: OnProgress) -> None:
 def _pip(
     folder: Path, lines: Sequence[str], total: int, env: Mapping[str, str], on_progress: OnProgress, *words: str
 ) -> str:
-    """Install the requirements `lines` in the environment `folder`, a part of `total`; returns the reason of a failure.
-
-    First pip fetches each package, then it unpacks them all.
-    """
+    """Install the requirements `lines`, a part of `total`, in the environment `folder`; returns why that failed."""
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(f"{line}\n" for line in lines))
-    before = len(installed(str(folder)))
-    argv = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
-    argv += ["--progress-bar", "off", "--no-deps", *words]
-    child = process.spawn([*argv, "--requirement", str(requirements)], env=env, stderr_to_stdout=True, bound=True)
-    assert child.stdout and child.stdin
-    child.stdin.close()
-    text, deadline = "", time.monotonic() + _TIMEOUT_S
-    try:
-        while True:
-            if time.monotonic() > deadline:
-                raise InfrastructureError(f"pip gave no result within {_TIMEOUT_S:g} s")
-            if select.select([child.stdout], [], [], 1.0)[0]:
-                if not (block := os.read(child.stdout.fileno(), 65536)):
-                    break
-                text += block.decode(errors="replace")
-            if "\nInstalling collected packages" in text:
-                unpacked = max(0, len(installed(str(folder))) - before)
-                fetched, step = len(lines), f"{unpacked} of {counted(len(lines), 'package')} unpacked"
-            else:
-                fetched, unpacked = len(re.findall(r"^(?:Collecting|Processing) ", text, re.MULTILINE)), 0
-                step = f"{fetched} of {counted(len(lines), 'package')} fetched"
-            on_progress(min(2 * before + fetched + unpacked, 2 * total), 2 * total, step)
-    except BaseException:
-        process.stop_group(child)
-        raise
-    finally:
-        child.stdout.close()
-    if child.wait() == 0:
-        requirements.unlink()
-        return ""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.partition(" ")[2] for line in said if line.startswith("ERROR: ")]
-    return next(iter([*errors, *reversed(said)]), f"status {child.returncode}")
+    arguments = ["--no-deps", *words, "--requirement", str(requirements)]
+    if reason := pip.install(folder, arguments, env, on_progress, total):
+        return reason
+    requirements.unlink()
+    return ""
