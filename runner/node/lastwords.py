@@ -231,7 +231,7 @@ _REFUSALS = re.compile(
     r"|Out of memory: Kill|oom-kill:|\bNVRM: |nvidia-nvswitch\d+: SXid"
 )
 _LOGGED = re.compile(
-    r"^\[[EF][\d ][^\]]*\] ?|^[EF]\d{4} [^\]]*\] ?|^(?:\[[^\]]*\] ?|[\d:,. -]+)*\[?(?:ERROR|CRITICAL|FATAL)\b\]?:? ?"
+    r"^\[[EF][\d ][^\]]*\] ?|^[EF]\d{4} [^\]]*\] ?|^(?:\[[^\]]*\]|[\d:,. -])*\[?(?:ERROR|CRITICAL|FATAL)\b\]?:? ?"
     r"|^.*\bNCCL WARN |^Error: "
 )
 _NCCL_WARNS = re.compile(r"\bNCCL WARN ")

@@ -191,6 +191,20 @@ def test_the_end_of_a_large_file_is_enough(tmp_path):
     assert output.last_lines(tmp_path / "none") == []
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("unit", [*" \t-=.,:;^#|/_~0aE[]({'\"", "[0] ", "- ", "0:", "a.", "E ", "--- "])
+def test_a_line_of_one_thing_over_and_over_takes_no_time(unit):
+    """As the carets below a call in a traceback: an expression that may divide it in many ways would try them all."""
+    line = 400 * unit
+    for lines in (
+        [line],
+        [line + "!"],
+        ["Error: x", line + "^"],
+        ["Traceback (most recent call last):", line + "x", "A: b"],
+    ):
+        assert isinstance(keep(lines), list)
+
+
 def test_what_nccl_warned_of_on_stdout_explains_a_ranks_exception(tmp_path):
     out, err = tmp_path / "rank0.stdout", tmp_path / "rank0.stderr"
     out.write_text(
