@@ -6,7 +6,7 @@ The nodes are addresses of loopback, so that all of them share this machine's co
 machine, and are no measure of a cluster's start. Both ways give `ray start` the same options and the same token.
 
 - bare: the head, then, once its API answers, all workers; both are asked for every 0.1 s, as a patient person's script
-  would.
+  would, and a worker that gives up (Ray waits for the head's GCS a few seconds only) is started again.
 - ours: `runner.node.ray` on each node, until that of the head has counted all nodes and their GPUs. It claims ports,
   meets the others, proves the token, and starts each worker as soon as the head's GCS answers.
 
@@ -85,11 +85,12 @@ def bare(nodes: Sequence[Host], folder: Path) -> float:
     blocks = ray.in_order(marker, range(32768, 61000))
     kept = {name: value for name, value in os.environ.items() if name not in ray.CLEARED} | {process.MARKER: marker}
     children: list[subprocess.Popen[bytes]] = []
+    workers: list[tuple[list[str], ray.Ports]] = []
 
-    def start(argv: list[str], ports: ray.Ports) -> None:
-        with open(folder / f"ray{len(children)}.log", "wb") as log:
+    def start(argv: list[str], ports: ray.Ports) -> subprocess.Popen[bytes]:
+        with open(folder / f"ray{ports.first}.log", "ab") as log:
             env = kept | ray.environment(ports, str(token))
-            children.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
+            return subprocess.Popen(argv, env=env, stdout=log, stderr=log)
 
     def ask(path: str) -> dict | None:
         connection = http.client.HTTPConnection(nodes[0].address, blocks[0]["dashboard"], timeout=5)
@@ -103,6 +104,9 @@ def bare(nodes: Sequence[Host], folder: Path) -> float:
             connection.close()
 
     def alive() -> bool:
+        for index, child in enumerate(children):
+            if index and child.poll() is not None:
+                children[index] = start(*workers[index - 1])
         answer = ask("/api/v0/nodes?limit=10000&detail=false")
         try:
             return len(ray.joined(answer or {}).gpus) == len(nodes)
@@ -112,11 +116,13 @@ def bare(nodes: Sequence[Host], folder: Path) -> float:
     began = time.monotonic()
     try:
         grant = ray.Grant(1, 1)
-        start(ray.head(nodes[0].python, nodes[0].address, blocks[0], grant, marker, STORE_BYTES), blocks[0])
+        head = ray.head(nodes[0].python, nodes[0].address, blocks[0], grant, marker, STORE_BYTES)
+        children.append(start(head, blocks[0]))
         until(lambda: ask("/api/version") is not None, began)
         gcs = ray.endpoint(nodes[0].address, blocks[0]["gcs"])
         for node, ports in zip(nodes[1:], blocks[1:], strict=False):
-            start(ray.worker(node.python, node.address, ports, grant, gcs, STORE_BYTES), ports)
+            workers.append((ray.worker(node.python, node.address, ports, grant, gcs, STORE_BYTES), ports))
+            children.append(start(*workers[-1]))
         until(alive, began)
         return time.monotonic() - began
     finally:
