@@ -16,6 +16,8 @@ from runner.system import process
 from runner.system.wording import counted
 
 TIMEOUT_S = 3600.0
+UNREACHED = "no package index answers"
+_UNREACHED = re.compile(r"Retrying \(Retry\(|Failed to establish a new connection")
 _SETTINGS = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_ROOT_USER_ACTION": "ignore"}
 
 # Called with the steps done, all steps (0: not known), and what is done now; what it raises ends the work.
@@ -28,7 +30,11 @@ def settings(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def install(
-    folder: Path, arguments: Sequence[str], env: Mapping[str, str], on_progress: OnProgress, total: int = 0
+    folder: Path,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    on_progress: OnProgress,
+    total: int = 0,
 ) -> str:
     """Run `pip install` with `arguments` in the environment `folder`; returns the reason of a failure, "" for none.
 
@@ -87,4 +93,5 @@ def reason(status: int, text: str) -> str:
         return ""
     said = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.partition(" ")[2] for line in said if line.startswith("ERROR: ")]
-    return next(iter([*errors, *reversed(said)]), f"status {status}")
+    last = next(iter([*errors, *reversed(said)]), f"status {status}")
+    return f"{last} ({UNREACHED})" if _UNREACHED.search(text) else last

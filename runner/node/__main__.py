@@ -20,6 +20,7 @@ from runner.node.protocol import (
     CellRequest,
     CheckRequest,
     Cleaned,
+    EnvironmentRequest,
     LinksRequest,
     StepRequest,
     StoreRequest,
@@ -60,6 +61,10 @@ def main() -> int:
         from runner.node import links
 
         links.probe(request, early)
+    elif isinstance(request, EnvironmentRequest):
+        from runner.node import venv
+
+        return venv.answer(request, early)
     else:
         send_message(Cleaned(clean(Path(request.scratch), request.run_id)))
     return 0

@@ -87,6 +87,7 @@ class Kind(StrEnum):
     CLEAN = "clean"
     STORE = "store"
     LINKS = "links"
+    ENVIRONMENT = "environment"
 
 
 class UnknownRequest(Exception):
@@ -353,7 +354,43 @@ class LinksRequest:
         return cls(**_known(cls, value))
 
 
-Request = CheckRequest | CellRequest | StepRequest | SweepRequest | CleanRequest | StoreRequest | LinksRequest
+@dataclass(frozen=True)
+class EnvironmentRequest:
+    """Have the Python environment of a user's lock whole in the folder `root`, called by its `digest`. Answered by
+    `Making` while it is made, and `Environment`.
+
+    `files` are the installer's, their texts by name: of the tool `pip`, requirements.txt and constraints.txt, of
+    `conda`, environment.yml. `python` is the oldest version that it may have ("" for any), `env` the variables of the
+    inventory, which may say where packages are found.
+    """
+
+    root: str
+    digest: str
+    tool: str
+    files: Mapping[str, str]
+    python: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
+        return {"kind": Kind.ENVIRONMENT, **vars(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EnvironmentRequest:
+        """The request in a JSON object; raises TypeError if a required key is missing."""
+        return cls(**_known(cls, value))
+
+
+Request = (
+    CheckRequest
+    | CellRequest
+    | StepRequest
+    | SweepRequest
+    | CleanRequest
+    | StoreRequest
+    | LinksRequest
+    | EnvironmentRequest
+)
 
 
 def read_request(value: Mapping[str, Any]) -> Request:
@@ -371,6 +408,8 @@ def read_request(value: Mapping[str, Any]) -> Request:
         return StoreRequest.from_json(value)
     if kind == Kind.LINKS:
         return LinksRequest.from_json(value)
+    if kind == Kind.ENVIRONMENT:
+        return EnvironmentRequest.from_json(value)
     raise UnknownRequest(f"unknown request {kind!r}")
 
 
@@ -580,9 +619,36 @@ class Reached(Message):
     failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Making(Message):
+    """What is being done of a request that takes long: `done` of `total` steps (0: not known), and which, as text."""
+
+    MESSAGE: ClassVar[str] = "making"
+    done: int = 0
+    total: int = 0
+    step: str = ""
+
+
+@dataclass(frozen=True)
+class Environment(Message):
+    """The Python of an environment that is whole, its version, and whether it was made now; or why there is none, as a
+    `problem` of a `kind` of failure, both "" otherwise.
+    """
+
+    MESSAGE: ClassVar[str] = "environment"
+    python: str = ""
+    version: str = ""
+    made: bool = False
+    problem: str = ""
+    kind: str = ""
+
+
 _MESSAGES: Mapping[str, type[Message]] = {
     each.MESSAGE: each
-    for each in (Placed, Started, Line, Alive, Outcome, Checked, Swept, Cleaned, Stored, Linked, Reached)
+    for each in (
+        *(Placed, Started, Line, Alive, Outcome),
+        *(Checked, Swept, Cleaned, Stored, Linked, Reached, Making, Environment),
+    )
 }
 
 

@@ -17,13 +17,19 @@ from runner.node.protocol import (
     CheckRequest,
     Cleaned,
     CleanRequest,
+    Environment,
+    EnvironmentRequest,
     Line,
+    Linked,
+    LinksRequest,
+    Making,
     Message,
     Outcome,
     Placed,
     ProfileCheck,
     RankEnd,
     RankStack,
+    Reached,
     Started,
     StepRequest,
     Stopped,
@@ -54,7 +60,14 @@ def through_json(value):
     return json.loads(json.dumps(value))
 
 
-@pytest.mark.parametrize("request_", [CHECK, NODE, HEAD, STEP, SweepRequest("r/c"), CleanRequest("/scratch", "r")])
+LINKS = LinksRequest([29500], {"n2": "10.0.0.2"}, {"A": "b"})
+ENVIRONMENT = EnvironmentRequest("/scratch/env", "ab", "pip", {"requirements.txt": "a==1"}, "3.9", {"A": "b"})
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [CHECK, NODE, HEAD, STEP, SweepRequest("r/c"), CleanRequest("/scratch", "r"), LINKS, ENVIRONMENT],
+)
 def test_an_agent_reads_the_request_that_was_sent(request_):
     assert protocol.read_request(through_json(request_.to_json())) == request_
 
@@ -92,6 +105,8 @@ OUTCOME = Outcome(
     [
         Placed("7", ["a", "b"], "a"), Started(17), Line("rank0.stdout", "\"é\u2028\""), protocol.Alive(), OUTCOME,
         Checked(["p"], ["disk_full"], 3.0, {"gpus": []}, {"gpu-2": ["10.0.0.2"]}), Swept(), Cleaned(True),
+        Linked([{"name": "eth0"}], "570", {"/f": "powersave"}, [29500], "nft", "inet filter input"),
+        Reached({"n2": {"29500": "refused"}}), Making(1, 2, "x"), Environment("/p", "3.11.2", True, "no", "disk_full"),
     ],
 )  # fmt: skip
 def test_a_controller_reads_the_message_that_was_sent(message):
