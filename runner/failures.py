@@ -168,6 +168,18 @@ KINDS: Mapping[str, Kind] = {
         False,
         "see whether another Ray answers at the address that it names, and that nothing sets SHAKEDOWN_RAY_TOKEN",
     ),
+    "accelerate_refused": Kind(
+        "Accelerate refuses its configuration",
+        CONFIGURATION,
+        False,
+        "see accelerate.yaml in the cell's folder, and the keys that this version of Accelerate knows",
+    ),
+    "wrong_world_size": Kind(
+        "Another number of ranks started than planned",
+        CONFIGURATION,
+        False,
+        "let --engine start them; `accelerate launch --cpu` starts one process, whatever --num_processes says",
+    ),
     "rollout_out_of_memory": Kind(
         "The rollout has not enough GPU memory",
         USER,

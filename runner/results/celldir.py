@@ -55,6 +55,11 @@ class CellDir:
         return self.path / "fault.json"
 
     @property
+    def accelerate_config(self) -> Path:
+        """The configuration of this node's `accelerate launch` (plan.engines.accelerate)."""
+        return self.path / "accelerate.yaml"
+
+    @property
     def ray_head(self) -> Path:
         """Where the head of the cell's Ray is, once it answers (plan.engines.ray.Head)."""
         return self.path / "head.json"

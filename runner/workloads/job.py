@@ -132,6 +132,11 @@ def rank_from_env() -> int:
     for theirs in _OF_MPI:
         if "RANK" not in os.environ and all(os.environ.get(name, "").isdigit() for name in theirs):
             os.environ.update({name: os.environ[their] for name, their in zip(names, theirs, strict=True)})
+    if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        sys.exit(
+            "accelerate launch started this process alone, as it does with --cpu whatever --num_processes says: "
+            "set ACCELERATE_USE_CPU=true and distributed_type MULTI_GPU instead, as --engine accelerate does"
+        )
     try:
         return int(os.environ["RANK"])
     except (KeyError, ValueError):

@@ -131,6 +131,12 @@ PROGRAMS = (
     Spelling("cuda_out_of_memory", "NCCL", r"failed to cuda \w*alloc", r"failed to allocate \d+ bytes of device"),
     Spelling("cuda_out_of_memory", "cuBLAS, cuDNN", r"CU(?:BLAS|DNN|SOLVER|SPARSE|FFT)_STATUS_(?:ALLOC_FAILED)"),
     Spelling("checkpoint_unusable", "workloads.rl", r"\bcheckpoint unusable: "),
+    Spelling(
+        "wrong_world_size",
+        "workloads.job",
+        r"accelerate launch started this process alone",
+        r"\bworld size is \d+, planned: \d+",
+    ),
     # The hub and the weights, before the words of connections.
     Spelling(
         "weights_unusable",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from runner.plan.engines import deepspeed, mpirun, ray, srun, torchrun
+from runner.plan.engines import accelerate, deepspeed, mpirun, ray, srun, torchrun
 from runner.plan.engines.ranks import Host, Launch, Ranks
 
 
@@ -46,6 +46,7 @@ ENGINES: Mapping[str, Engine] = {
         instead="use --engine torchrun, which runs every test, DeepSpeed's too",
         packages=("deepspeed",),
     ),
+    "accelerate": Engine(accelerate.launch, packages=("accelerate",)),
     "mpirun": Engine(
         mpirun.launch,
         headed=True,

@@ -111,6 +111,13 @@ SAID: dict[str, list[str]] = {
         "rank 0: checkpoint unusable: its model lacks 2 weights: model.embed_tokens.weight (/m/.sft.1.partial)",
         "rank 0: checkpoint unusable: its model computes NaN or infinity (/m/.sft.1.partial)",
     ],
+    "wrong_world_size": [
+        "accelerate launch started this process alone, as it does with --cpu whatever --num_processes says: set X=true",
+        "accelerate launch started this process alone",
+        "rank 0: world size is 1, planned: 2",
+        "world size is 16, planned: 32",
+        "world size is 8, planned: 1",
+    ],
     "weights_unusable": [
         'ValueError: The checkpoint you are trying to load has model type `qwen9` but Transformers does not recognize this architecture.',
         'ValueError: The repository a/b contains custom code which must be executed to correctly load the model.',
