@@ -341,7 +341,7 @@ def replaced(asked: Mapping[str, Any], place: Place) -> list[str]:
 
 
 def text(config: Mapping[str, Any], comments: Iterable[str] = ()) -> str:
-    """The YAML of a configuration, in its order, below the comments. JSON's values are YAML's: nodes need no package."""
+    """The YAML of a configuration, in its order, below the comments. JSON's values are YAML's, without a package."""
     lines = [f"# {line}" for line in comments]
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -355,7 +355,8 @@ def _value(value: object) -> str:
     if isinstance(value, float) and math.isfinite(value):
         digits, e, power = repr(value).partition("e")
         return digits + (".0" if e and "." not in digits else "") + e + power  # YAML 1.1 reads 1e-05 as a word
-    return json.dumps(value, ensure_ascii=False)
+    written = json.dumps(value, ensure_ascii=False)
+    return "".join(each if each.isprintable() or ord(each) > 0xFFFF else f"\\u{ord(each):04x}" for each in written)
 
 
 def batch_text(asked: Mapping[str, Any], processes: int, per_device: int | None = None) -> str:
