@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -236,10 +237,20 @@ def load_targets(name: str = "default", values: Mapping[str, Any] | None = None)
     path = CONFIGS / "targets" / f"{name}.yaml"
     given, known = dict(values or {}), read_yaml(path)
     for target in known.get("targets", ()) if given else ():
-        target["value"] = given.pop(target["name"], target["value"])
+        if (name := target["name"]) in given:
+            target["value"] = _value_of_target(name, target["metric"], given.pop(name))
     if given:
         raise unknown("target", next(iter(given)), [one["name"] for one in known["targets"]], f"--set {TARGETS}")
     return [target.model_dump(exclude_unset=True) for target in check(Targets, known, str(path)).targets]
+
+
+def _value_of_target(name: str, metric: str, value: Any) -> float:
+    """The value that a user gives for a target. No metric that has one is below 0, and a share ends at 100 %."""
+    most = 100.0 if metric.endswith("_pct") else float("inf")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= most and isfinite(value)):
+        bounds = "from 0 to 100" if isfinite(most) else "of at least 0"
+        raise UsageError(f"--set {TARGETS}.{name}={value}: give a number {bounds}, the limit of {metric}")
+    return value
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -277,6 +277,16 @@ class RunDir:
             raise UsageError(f"run {self.run_id}: {path} is missing or damaged")
         return value
 
+    def _require_cells(self, cells: Any) -> None:
+        """Raise UsageError where the status lacks a cell of the plan: nothing says what became of it."""
+        whole = isinstance(cells, dict) and all(isinstance(cell, dict) and "state" in cell for cell in cells.values())
+        planned = [cell["id"] for cell in self.read_plan()["cells"]] if self.plan.exists() else []
+        if not whole or (lacking := [name for name in planned if name not in cells]):
+            what = f"has no {', '.join(lacking)}" if whole else "has no cells"
+            raise UsageError(
+                f"run {self.run_id}: {self.status} is damaged: it {what}: restore it from a copy, or start another run"
+            )
+
     def read_plan(self) -> dict[str, Any]:
         """The JSON object of plan.json. Raises UsageError if it is missing or damaged."""
         return self._read(self.plan, "run_id", "cells", "nodes")
@@ -298,6 +308,7 @@ class RunDir:
         missing or damaged.
         """
         status = self._read(self.status, "state", "cells")
+        self._require_cells(status["cells"])
         if status["state"] not in FINAL_STATES and self.controller() in (None, os.getpid()):
             status["state"] = "incomplete"
             for cell in status["cells"].values():

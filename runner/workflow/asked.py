@@ -22,6 +22,7 @@ PROFILE: Mapping[str, str] = {"cpu": "cpu-smoke", "cuda": "gpu-vllm"}  # of a de
 
 _VERL, _SLURM = "verl", "slurm"
 _TIME, _JOIN = "timeout_s", "join_s"  # of a stage, and of one whose nodes are to join Ray
+_LEAST_S, _MOST_S = 1, 365 * 86400  # below the one nothing has started; beyond the other neither Slurm nor a clock goes
 _ON_CONTROLLER = (Program.PREPARE, Program.PUBLISH)  # without a time limit
 _PARTS: Mapping[str, tuple[Program, ...]] = {"sft": (Program.SFT,), "rl": (Program.PPO, Program.GRPO)}
 
@@ -173,8 +174,10 @@ def _seconds(text: str, stage: Stage, name: str, value: str) -> float:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"--set {text}: give the {name} of stage {stage.name} in seconds")
+    if not _LEAST_S <= seconds <= _MOST_S:
+        raise UsageError(
+            f"--set {text}: give the {name} of stage {stage.name} in seconds, from {_LEAST_S} to {_MOST_S} (a year)"
+        )
     return seconds
 
 

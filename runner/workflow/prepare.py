@@ -35,6 +35,11 @@ CHECKPOINT_BYTES, MODEL_BYTES = 16, 2
 CHECKPOINTS: Mapping[Program, int] = {Program.SFT: 1, Program.PPO: 2, Program.GRPO: 1}
 REWARD = "compute_score"
 MARGIN = 64  # tokens for what a chat template adds to a sample
+# Expressions that make nothing that can be called; a name or a call may make anything.
+_VALUES = (
+    ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp,
+    ast.GeneratorExp, ast.Compare, ast.UnaryOp,
+)  # fmt: skip
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")  # verl names them in its call
 
 
@@ -278,12 +283,15 @@ def _reward(asked: Asked) -> str | None:
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
         said = error.msg if isinstance(error, SyntaxError) else str(error)
         raise UsageError(f"reward {file}: {line}not Python: {said}") from error
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    if REWARD in functions:
-        _require_arguments(file, functions[REWARD].args)
-    elif REWARD not in _bound(tree):
+    bound = _bound(tree.body)
+    if (what := bound.get(REWARD)) is None or isinstance(what, ast.ClassDef):
+        functions = [name for name, one in bound.items() if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
         near = f"; it has {', '.join(functions)}" if functions else ""
         raise UsageError(f"reward {file} has no function {REWARD}{near}")
+    if isinstance(what, _VALUES):
+        raise UsageError(f"reward {file}: line {what.lineno}: {REWARD} is no function: define it with def")
+    if isinstance(what, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        _require_arguments(file, what.args)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -296,15 +304,32 @@ def _require_arguments(file: Path, arguments: ast.arguments) -> None:
         )
 
 
-def _bound(tree: ast.Module) -> set[str]:
-    """The names that a module's statements import or assign."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
+def _bound(body: Iterable[ast.AST]) -> dict[str, ast.AST]:
+    """What a module's own statements bind names to, the last of them: a definition, a value, or the statement where that
+    does not tell. Of branches, what may be a function counts.
+    """
+    names: dict[str, ast.AST] = {}
+    for node in body:
+        found: dict[str, ast.AST] = {}
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).partition(".")[0]: node for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            found |= {one.id: node.value if one in node.targets else node for one in _stored(node)}
+        elif isinstance(node, ast.AnnAssign):  # without a value it binds nothing
+            found |= {one.id: node.value for one in _stored(node) if node.value is not None}
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.For | ast.While | ast.ExceptHandler):
+            inner = _bound(ast.iter_child_nodes(node))
+            found |= {name: what for name, what in inner.items() if name not in names or not isinstance(what, _VALUES)}
+        else:
+            found |= {one.id: node for one in _stored(node)}
+        names |= found
     return names
+
+
+def _stored(node: ast.AST) -> list[ast.Name]:
+    return [one for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)]
 
 
 def _target(asked: Asked) -> None:

@@ -91,16 +91,13 @@ def _work(plan: Plan, cell: Cell, step: Step) -> Work:
     hosts = tuple(aliases[host] for host in cell.hosts)
     python = plan.nodes[0].of_profile(cell.profile).python
     commands = _launch(plan, cell)
-    on_ray = cell.engine in _ON_RAY
+    on_ray = ENGINES[cell.engine].on_ray
     if on_ray:
         commands += _ray(plan, cell, python)
     commands.append((_ranks(cell, on_ray), _program(cell, step.stage.program, python)))
     placed = bool(cell.hosts) and not BACKENDS[plan.backend].scheduled
     job = cell_marker(plan.run_id, cell.id) if placed else None
     return Work(hosts, tuple(commands), on_ray, job)
-
-
-_ON_RAY = tuple(name for name, engine in ENGINES.items() if engine.launch is getattr(ray, "launch", None))
 
 
 def _ranks(cell: Cell, on_ray: bool) -> str:

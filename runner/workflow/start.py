@@ -92,6 +92,9 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
     if before is not None:
         selected = _as_before(selected, before)
     work = work_of(options, selected)
+    _require_folder("--results", options.run.results)
+    if options.work:
+        _require_folder("--work", work)
     former = _former(options, run, before, work / run.run_id) if run and before else {}
     left = {name for stage in stages_of(options.workflow) if _stands(former, stage) for name in stage.leaves}
     stages = chosen(options.workflow, options.stages, left)
@@ -114,7 +117,8 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
             found = prepare.prepare(asked, progress)
     maker = replace(maker, found=found if found.question else replace(found, question=_UNREAD))
     if all(found.checksums.values()):  # in a dry run one may be open
-        _require_made_of(maker.inputs(), stages, stages_of(options.workflow), former)
+        needing = [stage for stage in stages if stage.program is not Program.PUBLISH or not _asks_as(options, run)]
+        _require_made_of(maker.inputs(), needing, stages_of(options.workflow), former)
     decided = steps(stages, maker.inputs(), former)
 
     def located(request: Request) -> Request:
@@ -141,6 +145,13 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
 def work_of(options: Options, selected: Selected) -> Path:
     """The folder that all nodes see, in which each run has its own for checkpoints and models."""
     return Path(options.work or selected.nodes[0].shared or options.run.results).absolute()
+
+
+def _require_folder(option: str, folder: Path) -> None:
+    """Raise UsageError where a folder cannot be made at this place, since a file is there or above it."""
+    there = next((one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is a file: give a folder")
 
 
 def _asked(options: Options, selected: Selected, name: str, work: Path) -> prepare.Asked:
@@ -209,8 +220,7 @@ def _former(options: Options, run: RunDir, before: Plan, folder: Path) -> dict[s
     found = {}
     for stage in stages_of(options.workflow):
         if (cell := next((cell for cell in before.cells if cell.id == stage.name), None)) is not None:
-            entry = status["cells"][cell.id]
-            made_from = entry.get("inputs") or cell.inputs
+            entry, made_from = status["cells"][cell.id], _made_from(status, cell)
             if stage.program is Program.MERGE:
                 there = manifest.complete(Path(model_folder(folder, stage, made_from))) is not None
                 found[stage.name] = Former(entry["state"], made_from, there)
@@ -220,6 +230,11 @@ def _former(options: Options, run: RunDir, before: Plan, folder: Path) -> dict[s
         elif (noted := Stages(run).entries().get(stage.name)) is not None:
             found[stage.name] = Former(noted["state"], noted["inputs"], True)
     return {name: one for name, one in found.items() if one.state != "planned"}
+
+
+def _made_from(status: Mapping[str, Any], cell: Cell) -> Mapping[str, str]:
+    """What a stage was made from, or is: a stage that is planned anew keeps what it was made from until it runs."""
+    return status["cells"][cell.id].get("inputs") or cell.inputs
 
 
 def _newest(folder: Path) -> str | None:
@@ -250,6 +265,17 @@ def _require_made_of(
                     f"since: {', '.join(changed[source])}): run {', '.join(again[: again.index(source) + 1])} again as "
                     "well, or leave out what changes them"
                 )
+
+
+def _asks_as(options: Options, run: RunDir | None) -> bool:
+    """Whether a run was asked for the same model: what its stages are made from may still be another by now, since the
+    product or a lock is another. Publishing it does not make it again.
+    """
+    found = Stages(run).asked() if run else None
+    if found is None:
+        return False
+    before = from_json(found[1])
+    return options == replace(before, run=options.run, stages=options.stages, publish=options.publish)
 
 
 def _stands(former: Mapping[str, Former], stage: Stage) -> bool:
@@ -350,7 +376,9 @@ def _published(made: Planned, ended: RunResult, display: Display) -> RunResult:
         return ended
     (model,) = step.stage.needs
     merge = next(stage for stage in stages_of(made.options.workflow) if model in stage.leaves)
-    folder = model_folder(made.work / ended.run.run_id, merge, made.inputs[merge.name])
+    plan = Plan.from_dict(ended.run.read_plan())
+    made_from = _made_from(ended.run.read_status(), next(cell for cell in plan.cells if cell.id == merge.name))
+    folder = model_folder(made.work / ended.run.run_id, merge, made_from)
     with ended.run.alive(), Stages(ended.run).running(step.stage.name, made.inputs[step.stage.name]) as left:
         with shown(display) as progress:
             found = publish.publish(Path(folder), made.options.publish, progress)

@@ -23,8 +23,6 @@ from runner.errors import InfrastructureError, UsageError
 from runner.plan.engines.ranks import PORTS, Host, Launch, Ranks
 from runner.system.wording import counted
 
-# Ray's workers listen here unless they are told otherwise, and a GCS that listens here does not start.
-RAYS_OWN = range(10002, 20000)
 BLOCK = 512  # ports of one Ray node: as many workers as a large node has CPUs, and those of its actors
 Service = Literal[
     "claim",

@@ -22,7 +22,8 @@ class Engine:
     Python path on all of them; `needs` is what to do where its program is missing, `instead` where it cannot work.
     `packages` must be installed on every node. `mpi`: what it starts are MPI programs; by Slurm's own plugin if `step`,
     else by Open MPI's launcher, whose version must be the same wherever it runs. `asked`: only tests that cannot do
-    without it have it (`workloads.registry.Test.engine`). `secrets` are environment variables with a secret of its own
+    without it have it (`workloads.registry.Test.engine`). `on_ray`: its only rank is a job of a Ray that it starts on all
+    nodes. `secrets` are environment variables with a secret of its own
     for each attempt, the same on all nodes of a cell.
     """
 
@@ -34,6 +35,7 @@ class Engine:
     mpi: bool = False
     step: bool = False
     asked: bool = False
+    on_ray: bool = False
     secrets: tuple[str, ...] = ()
 
 
@@ -55,7 +57,7 @@ ENGINES: Mapping[str, Engine] = {
         mpi=True,
     ),
     "srun": Engine(srun.launch, mpi=True, step=True),
-    "ray": Engine(ray.launch, asked=True, secrets=(ray.TOKEN,)),
+    "ray": Engine(ray.launch, asked=True, on_ray=True, secrets=(ray.TOKEN,)),
 }
 
 

@@ -143,3 +143,15 @@ def model(**changes):
 
 def test_numbers_with_an_exponent_are_numbers():
     assert config.parse_settings(["deepspeed.optimizer.params.lr=1e-4"]) == {"deepspeed": {"optimizer.params.lr": 1e-4}}
+
+
+@pytest.mark.parametrize("value", [-1, 101, "much", True, None, [], float("nan"), float("inf")])
+def test_a_wrong_value_of_a_target_is_told_as_the_options(value):
+    with pytest.raises(UsageError) as caught:
+        config.load_targets("workflow", {"idle": value})
+    assert str(caught.value).startswith(f"--set targets.idle={value}: give a number from 0 to 100")
+
+
+def test_a_target_takes_any_number_that_its_metric_can_have():
+    for value in (0, 12.5, 100):
+        assert config.load_targets("workflow", {"idle": value})[0]["value"] == value

@@ -138,3 +138,11 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(tmp_path, file, damage):
 def test_records_that_are_none_are_passed_over():
     good = records.Record("r", "c", "sft", None, 1, 1, 1, "loss", 1.0).to_json()
     assert len(records.load(f'{{"schema": 1}}\n{good}\n{{"schema": 1, "torn')) == 1
+
+
+@pytest.mark.parametrize("cells", [{}, [], None, {"other": {"state": "complete"}}, {"a": 3}])
+def test_a_status_without_the_cells_of_the_plan_is_one_line(tmp_path, cells):
+    run = RunDir.create(tmp_path, PLAN)
+    run.write_status({**json.loads(run.status.read_text()), "cells": cells})
+    with pytest.raises(UsageError, match=r"status.json is damaged: it has no [^\n]*: restore it from a copy, or start"):
+        run.read_status()

@@ -277,6 +277,9 @@ def test_data_of_the_hub_are_not_asked_for_in_a_dry_run(asked):
         "import functools\nscore = print\ncompute_score = functools.partial(score)",
         "try:\n    from a import compute_score\nexcept ImportError:\n    compute_score = None",
         "raise SystemExit('it is never run here')\n" + GOOD_REWARD,
+        "compute_score = None\nif True:\n    " + GOOD_REWARD.replace("\n", "\n    "),
+        "compute_score = lambda data_source, solution_str, ground_truth, extra_info: 1.0",
+        "compute_score: object = print",
     ],
 )
 def test_a_file_with_compute_score_is_taken_and_not_run(asked, tmp_path, text):
@@ -297,6 +300,12 @@ def test_a_file_with_compute_score_is_taken_and_not_run(asked, tmp_path, text):
         ("def score(a): ...\ndef other(): ...", "has no function compute_score; it has score, other"),
         ("", "has no function compute_score"),
         ("class A:\n    def compute_score(self): ...", "has no function compute_score"),
+        ("compute_score = 3", "line 1: compute_score is no function: define it with def"),
+        ("compute_score: int = 3", "line 1: compute_score is no function"),
+        (GOOD_REWARD + "compute_score = 'later'", "line 3: compute_score is no function"),
+        ("compute_score: object", "has no function compute_score"),
+        ("def other():\n    compute_score = print", "has no function compute_score; it has other"),
+        ("compute_score = lambda text: 1.0", "compute_score does not take data_source"),
         (
             "def compute_score(data_source, text): ...",
             "compute_score does not take solution_str, ground_truth, extra_info: ",

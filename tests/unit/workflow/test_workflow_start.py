@@ -13,7 +13,9 @@ from golden_files import check as golden
 from runner.cluster import profiles
 from runner.errors import UsageError
 from runner.launch.prepare import Options as RunOptions
+from runner.launch.carry import RunResult
 from runner.plan.engines import ray
+from runner.report.progress import Display
 from runner.results.rundir import RunDir
 from runner.system import manifest
 from runner.system.process import cell_marker
@@ -31,6 +33,7 @@ FOUND = prepare.Prepared(
     question="What is 2 + 3?",
     parameters=100_000,
 )
+DONE = publish.Published("/models", 1, "d")
 NAMES = ["sft", "merge-sft", "ppo", "merge-ppo"]
 
 
@@ -280,6 +283,31 @@ def test_a_stage_alone_is_refused_where_what_it_needs_would_be_another_than_the_
         f"actor_rollout_ref.model.path={made.run.plan.cells[1].params['target']}"
         in made.run.plan.cells[2].params["words"]
     )
+
+
+def test_a_finished_run_is_published_after_the_environment_has_changed(run, machine, found, monkeypatch):
+    """A newer lock makes nothing of what the run has wrong."""
+    asked = options(run.path.parent, stages=("sft", "merge", "ppo"))
+    Stages(run).ask("sft-ppo", start.to_json(asked))
+    found["found"] = replace(FOUND, checksums={**FOUND.checksums, "environment": "another"})
+    published = replace(asked, stages=("publish",), publish="dir:/models")
+    made = start.planned(published, lambda source: machine, run=run)
+    assert [(step.stage.name, step.action) for step in made.steps][1:] == [("publish", Action.RUN)]
+    took = []
+    monkeypatch.setattr(publish, "publish", lambda folder, target, progress: took.append(folder) or DONE)
+    start._published(made, RunResult(run, {"cells": [{"state": "complete"}]}), Display())
+    assert [manifest.complete(folder) is not None for folder in took] == [True]
+    with pytest.raises(UsageError, match="which the run has of other inputs"):
+        start.planned(replace(published, steps=7), lambda source: machine, run=run)
+
+
+@pytest.mark.parametrize("option", ["results", "work"])
+def test_a_folder_of_a_run_that_is_a_file_is_refused_before_anything_is_planned(found, machine, tmp_path, option):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        places = {"results": tmp_path, option: str(path)}
+        with pytest.raises(UsageError, match=rf"--{option} {path}: {tmp_path}/file is a file: give a folder"):
+            start.planned(options(**places), lambda source: machine)
 
 
 def test_stages_that_a_run_did_not_have_are_added(found, machine, tmp_path):
