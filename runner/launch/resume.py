@@ -99,8 +99,6 @@ def resume(
             plan = replace(plan, spares=drift.spares(plan, left.inventory))
         carry.require_launcher(plan)
         with dependencies.hold(dependencies.state, carry.endpoints(plan), plan.run_id), carry.failures_recorded(run):
-            # Where this is cut off, the status has every cell of the plan, be it that of before.
-            run.write_status({**left.status, "cells": {**run.read_status()["cells"], **left.status["cells"]}})
             run.write_plan(plan.to_dict())
             run.write_status(left.status)
             data = dependencies.data(plan, left.pending, display)

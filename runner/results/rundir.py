@@ -278,13 +278,11 @@ class RunDir:
         return value
 
     def _require_cells(self, cells: Any) -> None:
-        """Raise UsageError where the status lacks a cell of the plan: nothing says what became of it."""
-        whole = isinstance(cells, dict) and all(isinstance(cell, dict) and "state" in cell for cell in cells.values())
-        planned = [cell["id"] for cell in self.read_plan()["cells"]] if self.plan.exists() else []
-        if not whole or (lacking := [name for name in planned if name not in cells]):
-            what = f"has no {', '.join(lacking)}" if whole else "has no cells"
+        """Raise UsageError for a status without cells, or with what is none: nothing says what became of them."""
+        if not isinstance(cells, dict) or not cells or not all(isinstance(one, dict) for one in cells.values()):
             raise UsageError(
-                f"run {self.run_id}: {self.status} is damaged: it {what}: restore it from a copy, or start another run"
+                f"run {self.run_id}: {self.status} is damaged, its cells are gone: restore it from a copy, or start "
+                "another run"
             )
 
     def read_plan(self) -> dict[str, Any]:

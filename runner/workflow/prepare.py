@@ -10,7 +10,7 @@ import ast
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,8 +305,8 @@ def _require_arguments(file: Path, arguments: ast.arguments) -> None:
 
 
 def _bound(body: Iterable[ast.AST]) -> dict[str, ast.AST]:
-    """What a module's own statements bind names to, the last of them: a definition, a value, or the statement where that
-    does not tell. Of branches, what may be a function counts.
+    """What a module's own statements bind names to, the last of them: a definition, a value, or the statement where
+    that does not tell. Of branches, what may be a function counts.
     """
     names: dict[str, ast.AST] = {}
     for node in body:

@@ -22,9 +22,9 @@ class Engine:
     Python path on all of them; `needs` is what to do where its program is missing, `instead` where it cannot work.
     `packages` must be installed on every node. `mpi`: what it starts are MPI programs; by Slurm's own plugin if `step`,
     else by Open MPI's launcher, whose version must be the same wherever it runs. `asked`: only tests that cannot do
-    without it have it (`workloads.registry.Test.engine`). `on_ray`: its only rank is a job of a Ray that it starts on all
-    nodes. `secrets` are environment variables with a secret of its own
-    for each attempt, the same on all nodes of a cell.
+    without it have it (`workloads.registry.Test.engine`). `on_ray`: its only rank is a job of a Ray that it starts
+    on all nodes. `secrets` are environment variables with a secret of its own for each attempt, the same on all nodes
+    of a cell.
     """
 
     launch: Callable[[Ranks], Launch]

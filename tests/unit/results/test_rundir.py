@@ -140,9 +140,11 @@ def test_records_that_are_none_are_passed_over():
     assert len(records.load(f'{{"schema": 1}}\n{good}\n{{"schema": 1, "torn')) == 1
 
 
-@pytest.mark.parametrize("cells", [{}, [], None, {"other": {"state": "complete"}}, {"a": 3}])
-def test_a_status_without_the_cells_of_the_plan_is_one_line(tmp_path, cells):
+@pytest.mark.parametrize("cells", [{}, [], None, {"a": 3}])
+def test_a_status_without_cells_is_one_line(tmp_path, cells):
     run = RunDir.create(tmp_path, PLAN)
     run.write_status({**json.loads(run.status.read_text()), "cells": cells})
-    with pytest.raises(UsageError, match=r"status.json is damaged: it has no [^\n]*: restore it from a copy, or start"):
+    with pytest.raises(
+        UsageError, match=r"status.json is damaged, its cells are gone: restore it from a copy, or start"
+    ):
         run.read_status()

@@ -12,8 +12,8 @@ import pytest
 from golden_files import check as golden
 from runner.cluster import profiles
 from runner.errors import UsageError
-from runner.launch.prepare import Options as RunOptions
 from runner.launch.carry import RunResult
+from runner.launch.prepare import Options as RunOptions
 from runner.plan.engines import ray
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
