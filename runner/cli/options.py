@@ -59,7 +59,7 @@ def results_option(command: Callable[..., Any]) -> Callable[..., Any]:
 # The same words in every command that has them.
 hosts_option = click.option("--hosts", metavar="SET", help="Choose among these nodes: names, aliases, node[003-006].")
 engine_option = click.option(
-    "--engine", default="torchrun", show_default=True, help="torchrun, deepspeed or accelerate."
+    "--engine", default="torchrun", show_default=True, help="torchrun, deepspeed, accelerate or none."
 )
 backend_option = click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
 seed_option = click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")

@@ -101,6 +101,20 @@ def spawn(
         raise InfrastructureError(f"cannot start {argv[0]!r}: {error.strerror}") from error
 
 
+def beside(argv: Sequence[str], *, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start `argv` in a new session with this process's own streams, but without input. `env` replaces the whole
+    environment. Raises OSError.
+    """
+    return subprocess.Popen(list(argv), env=dict(env), stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the process group of `child`, unless it has ended."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+
 def _bind(parent: int) -> Callable[[], None]:
     """What a child does before its program starts, so that the kernel kills it when `parent` ends (prctl(2))."""
     import ctypes
@@ -241,9 +255,7 @@ def terminate(child: subprocess.Popen[bytes]) -> None:
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
     """Send KILL to the process group of `child`, unless it has ended; the caller waits for `child`."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    signal_group(child, signal.SIGKILL)
 
 
 def marked(marker: str) -> list[int]:

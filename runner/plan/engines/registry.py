@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from runner.plan.engines import accelerate, deepspeed, mpirun, ray, srun, torchrun
+from runner.plan.engines import accelerate, deepspeed, direct, mpirun, ray, srun, torchrun
 from runner.plan.engines.ranks import Host, Launch, Ranks
 
 
@@ -49,6 +49,7 @@ ENGINES: Mapping[str, Engine] = {
         packages=("deepspeed",),
     ),
     "accelerate": Engine(accelerate.launch, packages=("accelerate",)),
+    "none": Engine(direct.launch),
     "mpirun": Engine(
         mpirun.launch,
         headed=True,
