@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path, PurePath
@@ -210,7 +212,12 @@ def shared_proof(folder: Path) -> dict[str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_text_atomic(file, f"{uuid.uuid4().hex}\n")
+            own = uuid.uuid4().hex
+            made = folder / f"{file.name}.{own}"
+            write_text_atomic(made, f"{own}\n")
+            with suppress(FileExistsError):  # of two first starts one's is for both: the other may ask nodes for it now
+                os.link(made, file)
+            made.unlink()
         return {str(file): file.read_text()}
     except OSError as error:
         raise UsageError(f"cannot write to {folder}, which all nodes are to see: {error.strerror}") from None

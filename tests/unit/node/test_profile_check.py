@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,19 @@ def test_a_node_proves_that_it_sees_the_controllers_folder(tmp_path):
         answer = check.check(request(tmp_path, proof))
         (line,) = [text for kind, text in zip(answer.kinds, answer.problems, strict=True) if kind == "not_shared"]
         assert said in line and str(tmp_path / "work") in line and "runner_shared" in line
+
+
+def test_of_two_first_starts_in_one_folder_none_takes_the_others_proof_away(tmp_path, monkeypatch):
+    work, others, real = tmp_path / "work", [], uuid.uuid4
+
+    def another_start_meanwhile():
+        monkeypatch.setattr(uuid, "uuid4", real)
+        others.append(preflight.shared_proof(work))
+        return real()
+
+    monkeypatch.setattr(uuid, "uuid4", another_start_meanwhile)
+    assert [preflight.shared_proof(work)] == others
+    assert len(list(work.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
