@@ -144,6 +144,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "rank_hung": Kind("A rank hung", NODE, True, "look at the node, and at where the rank is stuck"),
     "rank_crashed": Kind("A rank crashed", NOBODY, False, "read its last lines"),
+    "script_failed": Kind("The program failed", USER, False, "read its last lines"),
     "lost_peers": Kind("Ranks lost each other", NOBODY, True, "look at the network between these nodes"),
     "timed_out": Kind(
         "A cell ran out of time", NOBODY, False, "raise the test's timeout_s, or see what was slow", continues=True

@@ -194,6 +194,8 @@ def _resume(
     run = RunDir.find(results, name)
     if (found := Stages(run).asked()) is not None:  # whose stages are made again where what they are made from changed
         raise errors.UsageError(f"{run.run_id} is a run of a workflow: runner workflow {found[0]} --resume {name}")
+    if run.command != "bench":
+        raise errors.UsageError(f"{run.run_id} is no run of runner bench: runner {run.command} --resume {name}")
     asked = resume.Options(run, inventory=source, accept_drift=accept_drift, **options)
     display = Display()
     if dry_run:

@@ -29,6 +29,7 @@ _COMMANDS = {
         "inventory",
         "Show the nodes as the product sees them; init: write an inventory.",
     ),
+    "launch": ("launch", "launch", "Start your own program on nodes, and watch it."),
     "report": ("report", "report", "Judge a run again and rewrite its report; default: the newest run."),
     "runs": ("runs", "runs", "Look at runs and stop them: list, show, tail, stop."),
     "setup": ("setup", "setup", "Bring nodes to the desired state: site.yml, with progress and a table."),

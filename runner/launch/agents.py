@@ -48,8 +48,10 @@ def secrets(cells: Iterable[Cell]) -> dict[str, str]:
 
     They are sent beside a plan and never part of it.
     """
+    cells = list(cells)
     own = {name for cell in cells for name in ENGINES[cell.engine].secrets}
-    return {key: os.environ[key] for key in (*SECRETS, *_OF_USER) if key in os.environ} | {
+    passed = [name for cell in cells for name in cell.params.get("env_pass", ())]
+    return {key: os.environ[key] for key in (*SECRETS, *_OF_USER, *passed) if key in os.environ} | {
         name: token_hex(32) for name in sorted(own)
     }
 

@@ -19,7 +19,7 @@ from runner.launch.spellings import COMPLAINT, kind_of, waited
 from runner.launch.talk import AgentSession
 from runner.launch.unstarted import Unstarted, unstarted
 from runner.node import lastwords
-from runner.node.protocol import LAST_WORDS, Outcome, Stopped, Word
+from runner.node.protocol import LAST_WORDS, Outcome, RankEnd, Stopped, Word
 from runner.results.celldir import LAUNCHER, rank_name
 from runner.results.status import joined
 
@@ -51,6 +51,22 @@ def clock_problem(offset_s: float) -> Problem | None:
         return None
     side = "ahead of" if offset_s > 0 else "behind"
     return Problem("clock", f"its clock is {abs(offset_s):,.0f} s {side} the controller's")
+
+
+def exit_code(outcomes: Mapping[str, Outcome]) -> int | None:
+    """The exit code of a user's program: that of the rank that failed first, 0 where all of them have succeeded; None
+    where none has ended.
+    """
+    ranks = [rank for outcome in outcomes.values() for rank in outcome.ranks.values()]
+    failed = [rank for rank in ranks if rank.code]
+    if failed:
+        return min(failed, key=_when).code
+    return 0 if ranks and all(rank.code == 0 for rank in ranks) else None
+
+
+def _when(rank: RankEnd) -> tuple[bool, float]:
+    """By what ranks whose programs failed are in order: what a launcher ended after another failed is no first one."""
+    return rank.code == 128 + signal.SIGTERM, rank.ended_s
 
 
 # Why an agent under Slurm ended its ranks without a controller, and the kind of that failure.
@@ -95,7 +111,8 @@ def _by_its_name(name: str | None, hosts: Mapping[str, str]) -> str | None:
 
 def _alike(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The one error of several hosts that fail alike for good; None if they do not."""
-    texts = {(one["kind"], one["kind"] in _UNPROVED and re.sub(r"\d+", "", one["message"])) for one in suspects}
+    own = (*_UNPROVED, "script_failed")
+    texts = {(one["kind"], one["kind"] in own and re.sub(r"\d+", "", one["message"])) for one in suspects}
     if len(suspects) == 1 or len(texts) > 1 or may_retry(suspects[0]):
         return None
     names = ", ".join(one["host"] for one in suspects)
@@ -205,6 +222,7 @@ class _Death:
     evidence: Sequence[str]
     kernel: str = ""  # what the kernel said of a GPU that failed
     unstarted: Unstarted | None = None  # why a launcher of MPI started no rank
+    program: bool = False  # whether what failed is a user's program
 
     @property
     def complains(self) -> bool:
@@ -242,7 +260,8 @@ class _Death:
     def error(self, host: str) -> dict[str, Any]:
         """The error of a cell that this caused on `host`."""
         kernel = f"; the kernel: {self.kernel}" if self.kernel else ""
-        return error(self.kind, f"{self.name or 'the engine'} {self.how}{kernel}", host, self.evidence)
+        kind = "script_failed" if self.program and self.kind in _UNPROVED else self.kind
+        return error(kind, f"{self.name or 'the engine'} {self.how}{kernel}", host, self.evidence)
 
 
 def _death(name: str | None, status: int | None, stderr: Sequence[str], oom_kills: int = 0) -> _Death:
@@ -309,6 +328,9 @@ def _first_to_die(outcome: Outcome, seen: int | None, told: Mapping[str, int]) -
     if not dead:
         status = _status(outcome)
         return _death(None, seen if status is None else status, outcome.engine_stderr, outcome.oom_kills)
+    if failed := {name: rank for name, rank in dead.items() if rank.code}:
+        name, rank = min(failed.items(), key=lambda one: _when(one[1]))
+        return replace(_death(name, _signalled(rank.code or 0), rank.stderr, outcome.oom_kills), program=True)
     own = _table(outcome)
     table = {name: status for name, status in told.items() if name in outcome.ranks} or own
     root = next(iter(told or own), None)

@@ -511,6 +511,7 @@ class Run:
             state, error = "incomplete", joined(list({(one["host"], one["kind"]): one for one in found}.values()))
         self.journal.collect(self.current.plan, cell)
         self.journal.entry(cell)["nodes"] = watch.nodes()
+        self.journal.entry(cell)["exit_code"] = blame.exit_code(watch.outcomes)
         if state == "complete":
             clock.enter(None)
             if watch.supply is None:  # else its start is no measure for others

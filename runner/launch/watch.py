@@ -95,7 +95,8 @@ class CellRun:
 
     def begin(self, more_s: float = 0.0) -> None:
         """Start the cell's time limit, `more_s` longer than planned; of a held one there is none yet."""
-        limit_s = math.inf if self.held else self.cell.params["timeout_s"] + more_s
+        limit_s = self.cell.params["timeout_s"]
+        limit_s = math.inf if self.held or limit_s is None else limit_s + more_s
         self.deadline = time.monotonic() + limit_s
 
     @property

@@ -468,11 +468,17 @@ class Alive(Message):
 
 @dataclass(frozen=True)
 class RankEnd:
-    """What a rank's file of events shows; `stderr` holds its last lines if the rank did not end."""
+    """What a rank's file of events shows; `stderr` holds its last lines if the rank did not end.
+
+    `code` is the exit code of the program that it started (128 + n after signal n), None for a rank without one or
+    whose program has not ended; `ended_s` is when that ended, in seconds since the epoch.
+    """
 
     started: bool = False
     ended: bool = False
     stderr: Sequence[str] = ()
+    code: int | None = None
+    ended_s: float = 0.0
 
 
 @dataclass(frozen=True)

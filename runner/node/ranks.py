@@ -19,11 +19,16 @@ def ends(folder: CellDir) -> dict[str, RankEnd]:
     """By rank: whether it started and ended, and if not, the last lines of its stderr."""
     found = {}
     for path in folder.all_events():
-        with path.open(errors="replace") as lines:
-            events = [line.partition('"event": "')[2].partition('"')[0] for line in lines]
+        lines = path.read_text(errors="replace").splitlines()
+        events = {line.partition('"event": "')[2].partition('"')[0]: line for line in lines}
         ended = "end" in events
+        program = json.loads(events["exit"]) if "exit" in events else {}
         found[path.stem] = RankEnd(
-            "start" in events, ended, [] if ended else last_lines(stderr_of(path), stdout_of(path))
+            "start" in events,
+            ended,
+            [] if ended else last_lines(stderr_of(path), stdout_of(path)),
+            program.get("code"),
+            program.get("time_s", 0.0),
         )
     return found
 

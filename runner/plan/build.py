@@ -267,5 +267,6 @@ def place(cell: Cell, nodes: Sequence[Node], where: Request | Plan, ssh_config: 
         ssh_config=ssh_config,
         marker=cell_marker(where.run_id, cell.id),
         env=_nccl_env(where),
+        launcher=cell.params.get("python", ""),
     )
     return replace(cell, hosts=hosts, cell_dir=ranks.cell_dir, launch=ENGINES[cell.engine].launch(ranks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -253,16 +253,16 @@ def _value_of_target(name: str, metric: str, value: Any) -> float:
     return value
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+def parse_settings(settings: Iterable[str], tests: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Settings of `--set` by section: `sft.steps=20` gives {"sft": {"steps": 20}}. Values are read as YAML.
 
     `nccl=built`, a setting of the whole run, is in the section RUN. Raises UsageError for a setting without section,
-    key or value, and for an unknown section.
+    key or value, and for an unknown section. `tests` are those that may have settings, None: all that are offered.
     """
     import yaml
 
     parsed: dict[str, dict[str, Any]] = {}
-    sections = [*offered(), "deepspeed", "slurm", TARGETS]
+    sections = [*(offered() if tests is None else tests), "deepspeed", "slurm", TARGETS]
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, dot, name = key.partition(".")

@@ -291,11 +291,14 @@ class RunDir:
 
     @property
     def command(self) -> str:
-        """The command of `runner` that resumes this run: `bench`, or the one of its workflow."""
+        """The command of `runner` that resumes this run: `bench`, `launch`, or the one of its workflow."""
         try:
-            found = json.loads(self.status.read_text()).get("workflow")
+            status = json.loads(self.status.read_text())
         except (OSError, ValueError):  # it was not written yet
-            found = None
+            status = {}
+        found = status.get("workflow")
+        if "launch" in status:
+            return "launch"
         return f"workflow {found['name']}" if found else "bench"
 
     def read_status(self) -> dict[str, Any]:

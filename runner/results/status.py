@@ -18,7 +18,8 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
     `plan_hash` identifies the plan with which a complete cell was measured, `job` is Slurm's description of its job,
     `nodes` the live state of each node, and `phases` the seconds of each phase of a complete cell. `queued_s` are the
     seconds that its jobs waited in a queue until `queued_since`, when the last wait began that has not ended. `used` is
-    what its ranks chose, by setting, and `inputs` what a cell of a chain is made from, by name, as digests.
+    what its ranks chose, by setting, and `inputs` what a cell of a chain is made from, by name, as digests. `exit_code`
+    is that of a user's program, None where none has ended.
     """
     return {
         "state": "planned",
@@ -35,6 +36,7 @@ def cell_status(attempt: int, attempts: Sequence[Mapping[str, Any]] = ()) -> dic
         "phases": {},
         "used": {},
         "inputs": {},
+        "exit_code": None,
         "queued_s": 0.0,
         "queued_since": None,
     }

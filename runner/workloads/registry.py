@@ -151,7 +151,7 @@ class Test:
     Ranks of a test with a `model` get its architecture. One that `trains` it takes its DeepSpeed file and weights, a
     batch and prepared data as well, and its rate is compared over node counts; its `refusals` are a module with the
     interface RefusalsModule. A test `on_request` runs only where it is named, as one that looks for a fault. One of a
-    `workflow` is a stage of it: `runner workflow` makes its settings, and nobody asks for it by name.
+    `workflow` is a stage of it: its settings are made for it, and nobody asks for it by name.
 
     `variants` is MODULE:FUNCTION with the interface Variants; without one, each node count and repeat is one cell. The
     ranks of a test with `mpi` are MPI programs: the backend's own launcher starts them, whatever engine others have.
@@ -340,6 +340,15 @@ TESTS: Mapping[str, Test] = {
         engine="ray",
         runs="once",
         environment={"cpu": rl.ENVIRONMENT},
+    ),
+    "script": Test(
+        summary="a program of the user's",
+        settings="runner.workloads.script.settings:ScriptTest",
+        rank="runner.workloads.script.rank",
+        metrics="runner.workloads.script.metrics",
+        report="runner.report.script",
+        on_request=True,
+        workflow=True,
     ),
 }
 

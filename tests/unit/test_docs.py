@@ -171,6 +171,7 @@ def test_every_option_that_is_named_exists(document):
 
     for line in re.findall(r"^\s*runner (\w+ .*)$|`runner (\w+ [^`]*)`", document.read_text(), re.MULTILINE):
         words = re.sub(r"\s#.*|\s{3,}.*", "", "".join(line)).split()
+        words = words[: words.index("--")] if "--" in words else words  # what follows is another program's
         command = cli
         while words and hasattr(command, "get_command"):
             found = command.get_command(Context(command), words[0].strip(","))

@@ -47,7 +47,8 @@ class Ranks:
     of the OpenSSH configuration that reaches the nodes (None: the node is this machine), and `marker` the value of the
     environment variable that marks the cell's processes. `env` are variables that must be set before a rank's process
     starts: an agent sets them for what it starts itself, and the job file comes too late for them. `mpi_plugin` is what
-    srun calls the way by which the ranks of an MPI program meet.
+    srun calls the way by which the ranks of an MPI program meet. `launcher` is the Python of the ranks' launcher where
+    it is not that of the ranks: a user's program has torch's launcher and its store from one installation.
     """
 
     nodes: Sequence[Host]
@@ -60,6 +61,12 @@ class Ranks:
     marker: str
     env: Mapping[str, str] = field(default_factory=dict)
     mpi_plugin: str = "pmix"
+    launcher: str = ""
+
+    def program(self, node: Host) -> tuple[str, ...]:
+        """What torch's launchers on `node` execute as each rank, from their option that says of what kind it is."""
+        module = ("-m", "runner.workloads", self.cell_dir)
+        return ("--no-python", node.python, *module) if self.launcher else module
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ def launch(ranks: Ranks) -> Launch:
     return Launch(
         argv=tuple(
             (
-                node.python,
+                ranks.launcher or node.python,
                 "-m",
                 "torch.distributed.run",
                 f"--nnodes={len(ranks.nodes)}",
@@ -22,9 +22,7 @@ def launch(ranks: Ranks) -> Launch:
                 f"--master-addr={ranks.master_address}",
                 f"--master-port={ranks.master_port}",
                 f"--log-dir={PurePath(ranks.cell_dir, TORCHRUN_LOGS)}",  # else it litters /tmp
-                "-m",
-                "runner.workloads",
-                ranks.cell_dir,
+                *ranks.program(node),
             )
             for index, node in enumerate(ranks.nodes)
         ),

@@ -209,7 +209,7 @@ from runner.cli.main import cli, main
 @click.option("--nodes", type=int)
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("script", nargs=-1, type=click.UNPROCESSED)
-def launch(nodes, as_json, script):
+def perform(nodes, as_json, script):
     raise errors.InfrastructureError(f"no node for {' '.join(script)}")
 
 @cli.command()
@@ -225,16 +225,16 @@ main()
 @pytest.mark.parametrize(
     ("kind", "arguments", "as_json"),
     [
-        ("any", "launch -- train.py --json", False),
-        ("any", "launch --json -- train.py", True),
-        ("any", "launch --nodes 2 --json -- train.py --json", True),
-        ("any", "launch --nods 2 -- train.py --json", False),  # a mistake in the options
-        ("any", "launch --nods 2 --json -- train.py", True),
-        ("any", "launch --nodes two -- train.py --json", False),
-        ("any", "launch --nodes two --json -- train.py", True),
-        ("plain", "launch train.py --json", False),
-        ("plain", "launch --json train.py", True),
-        ("plain", "launch --nods=2 --json train.py --json", True),
+        ("any", "perform -- train.py --json", False),
+        ("any", "perform --json -- train.py", True),
+        ("any", "perform --nodes 2 --json -- train.py --json", True),
+        ("any", "perform --nods 2 -- train.py --json", False),  # a mistake in the options
+        ("any", "perform --nods 2 --json -- train.py", True),
+        ("any", "perform --nodes two -- train.py --json", False),
+        ("any", "perform --nodes two --json -- train.py", True),
+        ("plain", "perform train.py --json", False),
+        ("plain", "perform --json train.py", True),
+        ("plain", "perform --nods=2 --json train.py --json", True),
         ("any", "speechless -- train.py --json", False),
         ("any", "speechless --json", False),
         ("any", "lunch --json", True),  # no command at all

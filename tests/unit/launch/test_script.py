@@ -1,0 +1,153 @@
+"""`runner launch`: what is refused, what is planned, and with which code it ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.errors import UsageError
+from runner.launch import blame, prepare, script
+from runner.launch.talk import AgentSession
+from runner.node.protocol import Outcome
+from runner.plan import build
+from runner.plan.plan import job
+from runner.results.rundir import RunDir
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "dir").mkdir()
+    return tmp_path
+
+
+def options(folder: Path, *words: str, nodes: int = 1, engine: str = "torchrun", **more) -> script.Options:
+    run = prepare.Options(folder / "results", "runner launch", node_counts=(nodes,), engine=engine)
+    return script.Options(run, words, folder, **more)
+
+
+def planned(folder, source, *words, **more):
+    return script.planned(options(folder, *words, **more), lambda _: source)
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "says"),
+    [
+        ([], {}, "nothing to start: give the program after --"),
+        ([" "], {}, "nothing to start"),
+        (["gone.py"], {}, "gone.py: there is no such file in"),
+        (["dir/"], {}, "dir/ is a folder"),
+        (["./plain"], {}, r"./plain is not executable: chmod \+x"),
+        (["train.py"], {"engine": "torchrum"}, "unknown engine 'torchrum'; did you mean 'torchrun'"),
+        (["train.py"], {"env": ("A",)}, "--env A: write it as KEY=VALUE"),
+        (["train.py"], {"env": ("A B=1",)}, "--env A B=1: write it"),
+        (["train.py"], {"env_pass": ("NOT_SET_HERE",)}, "NOT_SET_HERE: it is not set here"),
+        (["train.py"], {"env_pass": ("K=secret",)}, "^--env-pass K: give the name of a variable, without its value$"),
+        (["train.py"], {"env_pass": ("HOME",), "env": ("HOME=/",)}, "HOME is given by --env and by --env-pass"),
+        (["train.py"], {"settings": ("slurm.partition=a",)}, "--set slurm: runner launch has the settings"),
+        (["train.py"], {"settings": ("script.timeout=1",)}, "timeout"),
+    ],
+)
+def test_what_cannot_be_started_is_one_line(folder, machine, words, more, says):
+    with pytest.raises(UsageError, match=says) as error:
+        planned(folder, machine, *words, **more)
+    assert "\n" not in str(error.value)
+
+
+def test_a_launch_is_a_run_of_one_cell_whose_program_is_in_its_settings(folder, machine):
+    made = planned(folder, machine, "train.py", "a b", "$(x)", env=("K=v=w",), resume_arg="--last")
+    (cell,) = made.run.plan.cells
+    assert (cell.id, cell.test, cell.params["timeout_s"]) == ("script", "script", None)
+    assert cell.params["argv"] == ("train.py", "a b", "$(x)") and cell.params["folder"] == str(folder)
+    assert cell.params["env"] == {"K": "v=w"}
+    assert "$(x)" not in str(cell.launch), "words of the user are in no command"
+
+
+def test_nodes_run_a_copy_of_the_code_in_a_folder_of_the_run(folder, cluster):
+    made = planned(folder, cluster, "train.py", nodes=2)
+    (cell,) = made.run.plan.cells
+    assert cell.params["folder"] == f"{cluster.nodes[0].scratch}/work/{made.run.plan.run_id}"
+    assert set(cell.inputs) == {"code"} and len(cell.hosts) == 2
+
+
+def test_a_secret_is_in_no_plan(folder, machine, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hush-hush")
+    made = planned(folder, machine, "train.py", env_pass=("MY_TOKEN",))
+    (cell,) = made.run.plan.cells
+    assert "hush-hush" not in str(made.run.plan.to_dict())
+    assert "hush-hush" not in str(job(made.run.plan, cell, machine.nodes[0], None))
+    from runner.launch.agents import secrets
+
+    assert secrets([cell])["MY_TOKEN"] == "hush-hush"
+
+
+def test_the_launcher_of_a_users_python_starts_ranks_in_the_nodes_own(folder, cluster):
+    made = planned(folder, cluster, "train.py", nodes=2)
+    (cell,) = made.run.plan.cells
+    nodes = [made.run.plan.node(name) for name in cell.hosts]
+    own = replace(cell, params={**cell.params, "python": "/envs/mine/bin/python"})
+    for before, after in zip(cell.launch.argv, build.place(own, nodes, made.run.plan, "c").launch.argv, strict=True):
+        assert after[0] == "/envs/mine/bin/python" and after[-5:-3] == ("--no-python", before[0])
+        assert after[-3:] == before[-3:]
+
+
+# --- how it ends --------------------------------------------------------------------------------------------
+
+
+def outcome(**codes: tuple[int, float]) -> Outcome:
+    ranks = {
+        name: {"started": True, "ended": code == 0, "stderr": ["ValueError: x"] if code == 7 else [], "code": code}
+        | {"ended_s": ended_s}
+        for name, (code, ended_s) in codes.items()
+    }
+    return Outcome.from_json({"rc": int(any(code for code, _ in codes.values())), "ranks": ranks})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "code"),
+    [
+        ([{"rank0": (0, 9.0)}, {"rank1": (0, 9.5)}], 0),
+        ([{"rank0": (1, 9.2)}, {"rank1": (7, 9.1)}], 7),
+        ([{"rank0": (143, 9.0), "rank1": (137, 9.1)}], 137),
+        ([{"rank0": (143, 9.0)}], 143),
+        ([{"rank0": (0, 9.0)}, {}], 0),
+        ([{}], None),
+    ],
+)
+def test_the_code_is_that_of_the_rank_that_failed_first(nodes, code):
+    assert blame.exit_code({str(index): outcome(**each) for index, each in enumerate(nodes)}) == code
+
+
+def test_a_program_that_fails_is_the_users_fault_and_the_first_rank_says_why():
+    found = outcome(rank0=(1, 9.5), rank1=(7, 9.0))
+    sessions = [AgentSession("a", (), {}, rc=0), AgentSession("b", (), {}, rc=0)]
+    error = blame.blame(sessions, {"a": found, "b": outcome(rank2=(0, 9.0))})
+    assert (error["kind"], error["host"]) == ("script_failed", "a")
+    assert error["message"] == "rank1 died with status 7: ValueError: x"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "otherwise", "ends", "says"),
+    [
+        ("complete", 0, 1, 0, "the program ended with code 0"),
+        ("failed", 7, 3, 7, "the program ended with code 7"),
+        ("failed", 139, 3, 139, r"code 139 \(signal 11\)"),
+        ("cancelled", 143, 130, 130, "stopped by the user"),
+        ("failed", None, 3, 3, "exit code 3 is runner's: the program has not ended by itself"),
+        ("incomplete", 0, 3, 3, "exit code 3 is runner's: the program's own code is 0"),
+    ],
+)
+def test_runner_launch_ends_as_the_program_and_says_so(folder, machine, state, code, otherwise, ends, says):
+    made = planned(folder, machine, "train.py")
+    run = RunDir.create(folder / "results", made.run.plan.to_dict())
+    status = run.read_status()
+    status["cells"]["script"].update(state=state, exit_code=code)
+    run.write_status({**status, "state": state})
+    found, text = script.exit_code(run, otherwise)
+    assert found == ends
+    import re
+
+    assert re.search(says, text)
