@@ -136,11 +136,11 @@ def _launch(
 
 
 def _described(made: Any) -> str:
-    """The plan as text, with what is sent."""
+    """The plan as text, with the program and what is sent."""
     from runner.plan import describe
     from runner.system.nodeset import fold
 
-    return "\n".join([describe.describe(made.run.plan, fold), *made.sync.lines])
+    return "\n".join([describe.describe(made.run.plan, fold), "", *made.lines])
 
 
 def _resume(ctx: click.Context, given: dict[str, Any]) -> int:

@@ -17,16 +17,22 @@ from runner.launch import prepare, resume, start, sync, tuned
 from runner.launch.carry import Dependencies, RunResult, new_id
 from runner.launch.supply import Data
 from runner.plan import build, config
-from runner.plan.engines.registry import offered
+from runner.plan.engines.registry import ENGINES, offered
 from runner.plan.plan import Cell, Plan
 from runner.plan.request import Link, Request
 from runner.report.progress import Display
 from runner.results.rundir import RunDir
+from runner.system import process
 from runner.system.schema import check
 from runner.workloads.registry import TESTS
 
 NAME = "script"  # of the test, and of its cell
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Of other values a world is never whole, or what a rank has started is not found when it is to end.
+_OF_RANKS = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    process.MARKER,
+}
 
 Read = Callable[[str | None], Inventory]
 
@@ -57,6 +63,18 @@ class Planned:
     run: prepare.Prepared
     sync: sync.Sync
 
+    @property
+    def lines(self) -> list[str]:
+        """What ranks start, and what is sent for it, for the user."""
+        (cell,) = self.run.plan.cells
+        given = cell.params
+        variables = [f"{name}={shlex.quote(value)}" for name, value in given["env"].items()]
+        lines = [f"each rank runs  {' '.join([*variables, shlex.join(given['argv'])])}", f"  in {given['folder']}"]
+        if given["env_pass"]:
+            lines.append(f"  with {', '.join(given['env_pass'])} of this environment, whose values are written nowhere")
+        # What is no text is shown as such: a terminal takes none of it.
+        return [line.encode(errors="backslashreplace").decode() for line in (*lines, *self.sync.lines)]
+
 
 def planned(options: Options, read: Read) -> Planned:
     """Check and plan a launch; no node is contacted. Raises UsageError for what cannot be planned."""
@@ -66,6 +84,12 @@ def planned(options: Options, read: Read) -> Planned:
     if other := [section for section in settings if section != NAME]:
         raise UsageError(f"--set {other[0]}: runner launch has the settings script.KEY=VALUE")
     env = _environment(options.env, options.env_pass)
+    if options.env_pass and ENGINES[options.run.engine].headed:  # nothing of an agent's environment goes that way
+        raise UsageError(
+            f"--env-pass does not reach ranks of engine {options.run.engine}, whose launcher connects to nodes itself: "
+            "use --engine torchrun, or give the nodes their own file with it"
+        )
+    _words(options.resume_arg)
     selected = prepare.selected(options.run, read, {})
     backend = BACKENDS[selected.nodes[0].backend]
     if backend.scheduled:
@@ -115,11 +139,26 @@ def _environment(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if not _VARIABLE.fullmatch(name):
             raise UsageError(f"--env-pass {name.partition('=')[0]}: give the name of a variable, without its value")
-        if name not in os.environ:
-            raise UsageError(f"--env-pass {name}: it is not set here: export it first")
         if name in found:
             raise UsageError(f"{name} is given by --env and by --env-pass: give it once")
+    _refuse_unset(names)
+    if own := [name for name in (*found, *names) if name in _OF_RANKS]:
+        raise UsageError(f"{own[0]} is how a rank knows its place: leave it out of --env and --env-pass")
     return found
+
+
+def _refuse_unset(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in os.environ:
+            raise UsageError(f"--env-pass {name}: it is not set here: export it first")
+
+
+def _words(resume_arg: str) -> tuple[str, ...]:
+    """The words of `--resume-arg`, read as a shell reads them. Raises UsageError where that cannot be done."""
+    try:
+        return tuple(shlex.split(resume_arg))
+    except ValueError as error:
+        raise UsageError(f"--resume-arg {resume_arg}: {str(error).lower()}: quote it as for a shell") from None
 
 
 def _refuse_program(words: Sequence[str], cwd: Path, remote: bool) -> None:
@@ -177,6 +216,9 @@ def again(
         raise UsageError(
             f"{asked.run.run_id} is no run of runner launch: runner {asked.run.command} --resume {asked.run.run_id}"
         )
+    _words(resume_arg or "")
+    for cell in asked.run.read_plan()["cells"]:
+        _refuse_unset(cell["params"]["env_pass"])
     sent = sync.resumed(asked.run, Path(found["cwd"]), asked.accept_drift)
 
     def replanned(plan: Plan, status: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:

@@ -24,9 +24,9 @@ from runner.results.rundir import RunDir
 from runner.system.files import disk_errors, write_text_atomic
 from runner.system.tree import Progress, Tree
 from runner.system.wording import counted
+from runner.workloads.job import DATA_VARIABLE
 
 CODE, DATA = "code", "data"  # the names of the inputs of a cell
-VARIABLE = "SHAKEDOWN_DATA"  # where the script finds the folder of --sync-data
 _SHOWN = 5  # names of files in a message
 
 
@@ -40,7 +40,7 @@ class Places:
     @property
     def env(self) -> dict[str, str]:
         """The variables by which the script finds them."""
-        return {VARIABLE: self.data} if self.data else {}
+        return {DATA_VARIABLE: self.data} if self.data else {}
 
 
 @dataclass(frozen=True)

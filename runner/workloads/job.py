@@ -13,6 +13,7 @@ from typing import Any
 
 from runner.results.celldir import CellDir
 
+DATA_VARIABLE = "SHAKEDOWN_DATA"  # where a user's program finds the data that were sent for it
 WAIT_S = 0.05  # between two looks whether the data are there
 AGENT_S = 120.0  # without a sample in the agent's telemetry: it has ended
 

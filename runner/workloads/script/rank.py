@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from runner.errors import UsageError, os_error_text
-from runner.system import process
-from runner.workloads.job import Events, RankJob
+from runner.system import folders, process
+from runner.workloads.job import DATA_VARIABLE, Events, RankJob
 
 _PYTHONS = ("python", "python3")
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,7 +30,8 @@ def run(job: RankJob, events: Events) -> None:
     python = str(job.params["python"] or sys.executable)
     env = environment(os.environ, job.params["env"], python)
     began = time.monotonic()
-    code = _supervised(command(job.params["argv"], python, env), job.params["folder"], env)
+    with _held(env.get(DATA_VARIABLE)):
+        code = _supervised(command(job.params["argv"], python, env), job.params["folder"], env)
     seconds = time.monotonic() - began
     number = -code if code < 0 else None
     code = 128 + number if number else code
@@ -38,6 +39,16 @@ def run(job: RankJob, events: Events) -> None:
     if code:
         sys.exit(code)
     events.value("script_s", seconds)
+
+
+@contextmanager
+def _held(data: str | None) -> Iterator[None]:
+    """While the block runs, data that were sent to this node stay; a folder that is used in place is the user's."""
+    with ExitStack() as stack:
+        if data and folders.use_of(Path(data)).exists():
+            with suppress(OSError):  # a file system without locks
+                stack.enter_context(folders.in_use(Path(data)))
+        yield
 
 
 def command(words: Sequence[str], python: str, env: Mapping[str, str]) -> list[str]:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from golden_files import check as golden
 from runner.errors import UsageError
-from runner.launch import blame, prepare, script
+from runner.launch import blame, prepare, resume, script
 from runner.launch.talk import AgentSession
 from runner.node.protocol import Outcome
-from runner.plan import build
-from runner.plan.plan import job
+from runner.plan import build, describe
+from runner.plan.engines.registry import ENGINES, offered
+from runner.plan.plan import Plan, job
+from runner.report.progress import Display
 from runner.results.rundir import RunDir
+from runner.system import nodeset
+from runner.system.files import write_json_atomic
+from runner.workloads.script.rank import command
 
 
 @pytest.fixture
@@ -47,6 +58,13 @@ def planned(folder, source, *words, **more):
         (["train.py"], {"env_pass": ("NOT_SET_HERE",)}, "NOT_SET_HERE: it is not set here"),
         (["train.py"], {"env_pass": ("K=secret",)}, "^--env-pass K: give the name of a variable, without its value$"),
         (["train.py"], {"env_pass": ("HOME",), "env": ("HOME=/",)}, "HOME is given by --env and by --env-pass"),
+        (
+            ["train.py"],
+            {"env": ("RANK=3",)},
+            "^RANK is how a rank knows its place: leave it out of --env and --env-pass$",
+        ),
+        (["train.py"], {"env": ("SHAKEDOWN_CELL=x",)}, "SHAKEDOWN_CELL is how a rank knows its place"),
+        (["train.py"], {"resume_arg": "it's"}, "--resume-arg it's: no closing quotation: quote it as for a shell"),
         (["train.py"], {"settings": ("slurm.partition=a",)}, "--set slurm: runner launch has the settings"),
         (["train.py"], {"settings": ("script.timeout=1",)}, "timeout"),
     ],
@@ -55,6 +73,54 @@ def test_what_cannot_be_started_is_one_line(folder, machine, words, more, says):
     with pytest.raises(UsageError, match=says) as error:
         planned(folder, machine, *words, **more)
     assert "\n" not in str(error.value)
+
+
+WORDS = st.lists(st.one_of(st.text(), st.binary().map(os.fsdecode)).filter(lambda word: "\0" not in word))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(words=WORDS)
+def test_the_users_words_reach_ranks_as_they_were_typed(tmp_path_factory, machine, words):
+    here = tmp_path_factory.mktemp("words")
+    (here / "train.py").touch()
+    made = planned(here, machine, "train.py", *words)
+    write_json_atomic(here / "plan.json", made.run.plan.to_dict())
+    saved = Plan.from_dict(json.loads((here / "plan.json").read_text()))
+    write_json_atomic(here / "job.json", json.loads(json.dumps(job(saved, saved.cells[0], machine.nodes[0], None))))
+    found = json.loads((here / "job.json").read_text())["params"]["argv"]
+    assert command(found, "/bin/python", {}) == ["/bin/python", "train.py", *words]
+    text = describe.describe(made.run.plan, nodeset.fold) + "\n".join(made.lines)
+    text.encode()  # what a terminal takes
+    assert shlex.join(words).encode(errors="backslashreplace").decode() in text
+
+
+@pytest.mark.parametrize("backend", ["local", "ssh"])
+@pytest.mark.parametrize("engine", offered())
+def test_every_engine_on_every_backend(cluster, machine, monkeypatch, tmp_path, engine, backend):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MY_TOKEN", "hush-hush")
+    monkeypatch.setattr(script, "new_id", lambda: "20260102-030405-abcd")
+    here = tmp_path / "code"
+    here.mkdir()
+    (here / "train.py").write_text("print(1)\n")
+    source = machine if backend == "local" else cluster
+    nodes = 1 if backend == "local" else 2
+    passed = () if ENGINES[engine].headed else ("MY_TOKEN",)
+    asked = options(here, "train.py", "--name", "a b", nodes=nodes, engine=engine, env=("K=v $w",), env_pass=passed)
+    made = script.planned(replace(asked, run=replace(asked.run, results=Path("/srv/results"))), lambda _: source)
+    text = "\n".join([describe.describe(made.run.plan, nodeset.fold), "", *made.lines, ""])
+    assert "hush-hush" not in text
+    golden(f"launch/{engine}-{backend}.txt", text.replace(str(tmp_path), "/home/me"))
+
+
+def test_a_run_whose_secret_is_not_set_any_more_is_not_gone_on_with(folder, machine, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hush-hush")
+    made = planned(folder, machine, "train.py", env_pass=("MY_TOKEN",))
+    run = RunDir.create(folder / "results", made.run.plan.to_dict())
+    run.write_status(run.read_status() | {"launch": {"cwd": str(folder)}})
+    monkeypatch.delenv("MY_TOKEN")
+    with pytest.raises(UsageError, match="--env-pass MY_TOKEN: it is not set here"):
+        script.again(resume.Options(run), None, lambda _: machine, Display(quiet=True))
 
 
 def test_a_launch_is_a_run_of_one_cell_whose_program_is_in_its_settings(folder, machine):

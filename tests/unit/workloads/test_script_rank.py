@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from runner.node import ranks
 from runner.results.celldir import CellDir
+from runner.system import folders
+from runner.workloads.job import DATA_VARIABLE
 from runner.workloads.script import rank
 
 PYTHON = "/opt/mine/bin/python"
@@ -111,3 +113,23 @@ def test_a_program_that_cannot_be_started_has_no_code(tmp_path):
     child.communicate(timeout=60)
     assert child.returncode == 1
     assert ended(tmp_path).code is None
+
+
+def test_data_that_were_sent_are_held_while_the_program_runs_and_a_users_own_folder_is_left_alone(tmp_path):
+    sent, own = tmp_path / "sent", tmp_path / "own"
+    for folder in (sent, own):
+        folder.mkdir()
+    folders.use_of(sent).touch()
+    (tmp_path / "a.py").write_text(
+        "import fcntl, sys\n"
+        "try:\n"
+        "    fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError:\n"
+        "    sys.exit(9)\n"
+    )
+    child = started(tmp_path, "a.py", str(folders.use_of(sent)), env={DATA_VARIABLE: str(sent)})
+    child.communicate(timeout=60)
+    assert child.returncode == 9
+    child = started(tmp_path, "a.py", str(tmp_path / "x"), env={DATA_VARIABLE: str(own)})
+    child.communicate(timeout=60)
+    assert child.returncode == 0 and not folders.use_of(own).exists()
