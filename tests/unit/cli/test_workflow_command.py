@@ -110,11 +110,11 @@ def test_a_run_is_gone_on_with_by_what_started_it(typed, tmp_path, capsys):
     folder = tmp_path / "results" / "r1"
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps({"run_id": "r1", "cells": []}))
-    (folder / "status.json").write_text(json.dumps({"state": "failed", "cells": {}}))
+    (folder / "status.json").write_text(json.dumps({"state": "failed", "cells": {"a": {}}}))
     code, _, err = typed("sft", "--resume", "r1")
     assert code == 2 and "r1 is no run of a workflow: resume it with runner bench --resume r1" in err
     (folder / "status.json").write_text(
-        json.dumps({"state": "failed", "cells": {}, "workflow": {"name": "ppo", "asked": {}}})
+        json.dumps({"state": "failed", "cells": {"a": {}}, "workflow": {"name": "ppo", "asked": {}}})
     )
     code, _, err = typed("sft", "--resume", "r1")
     assert code == 2 and "r1 is a run of ppo: runner workflow ppo --resume r1" in err

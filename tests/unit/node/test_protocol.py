@@ -117,7 +117,7 @@ def test_outcome_json_has_the_keys_that_runs_before_have():
     keys = "schema host attempt rc stopped error kind oom_kills stacks started_s ended_s ranks engine_stderr kernel"
     assert list(OUTCOME.to_file()) == [*keys.split(), "accused"]
     assert through_json(OUTCOME.to_file())["ranks"]["rank0"] == {
-        "started": True, "ended": False, "stderr": ["last words"],
+        "started": True, "ended": False, "stderr": ["last words"], "code": None, "ended_s": 0.0,
     }  # fmt: skip
 
 
