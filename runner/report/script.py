@@ -11,6 +11,7 @@ from runner.report.tables import Table, cell_number, state, took, without_empty
 TITLE, ANCHOR = "Your program", "program"
 
 GLOSSARY: Mapping[str, str] = {}
+COLUMNS = {"cell": "cell", "on": "on", "ranks": "ranks", "program, s": "program, s", "took": "took"}
 
 
 def tables(cells: Sequence[Row]) -> list[Table]:
@@ -26,7 +27,7 @@ def tables(cells: Sequence[Row]) -> list[Table]:
         }
         for cell in cells
     ]
-    return [Table(without_empty(rows), {})]
+    return [Table(without_empty(rows), COLUMNS)]
 
 
 def tiles(run: Measured) -> list[Tile]:
