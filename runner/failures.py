@@ -185,9 +185,9 @@ KINDS: Mapping[str, Kind] = {
         "The rollout has not enough GPU memory",
         USER,
         False,
-        "--set verl.actor_rollout_ref.rollout.gpu_memory_utilization=…: higher where no memory is left for the KV "
-        "cache, lower where less is free than it asks for; else a smaller rollout.max_model_len, or a larger "
-        "rollout.tensor_model_parallel_size",
+        "--set verl.rl.actor_rollout_ref.rollout.gpu_memory_utilization=0.7 where no memory is left for the KV cache, "
+        "--set verl.rl.actor_rollout_ref.rollout.gpu_memory_utilization=0.3 where less is free than it asks for "
+        "(without it: 0.5); else a smaller rollout.max_model_len, or a larger rollout.tensor_model_parallel_size",
     ),
     "gpus_missing": Kind(
         "A node has fewer GPUs than asked for",

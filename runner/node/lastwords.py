@@ -45,8 +45,9 @@ class Form(IntEnum):
 class Ending:
     """What ended a process: `said` in one line, `text` its whole message.
 
-    `also` explains it, the nearest first: the exceptions that directly caused it, the abort that it led to, and the
-    log lines that explain it. `last` is the index of its last line, `writer` who wrote it, where several did.
+    `also` explains it, the nearest first: the exceptions that directly caused it, the abort that it led to, the log
+    lines that explain it, and what was told before it where it refers to that. `last` is the index of its last line,
+    `writer` who wrote it, where several did.
     """
 
     form: Form
@@ -240,6 +241,8 @@ _EXPLAINED = (
     (re.compile("nccl", re.IGNORECASE), _NCCL_WARNS),
     (re.compile("DataLoader worker"), re.compile(r"\bworker\b")),
 )
+# vLLM's, of an engine in another process, which has told its exception before.
+_ABOVE = re.compile(r"\bSee root cause above\b")
 _OWN = re.compile(r"^rank \d+: ")  # of a rank that ends itself: runner.workloads
 
 
@@ -442,6 +445,9 @@ def _chosen(blocks: Sequence[_Block]) -> Ending | None:
     for mentioned, explains in _EXPLAINED:
         if mentioned.search(best.text):
             also += [b.text for b in blocks if b.form == Form.LOGGED and explains.search(b.text) and b is not best]
+    if _ABOVE.search(best.text):
+        told = (Form.RAISED, Form.BARE, Form.LOGGED, Form.ASIDE)
+        also += [b.text for b in reversed(blocks) if b.last < best.first and b.form in told]
     return Ending(best.form, _in_one_line(best.text), best.text, tuple(also), best.last)
 
 

@@ -390,7 +390,8 @@ class Supervisor:
         fresh.write_text(self.token)
         fresh.replace(token)  # the Ray of another supervisor on this machine may be reading it
         kept = {name: value for name, value in os.environ.items() if name not in ray.CLEARED}
-        env = {**kept, **self.job.get("env", {}), **ray.environment(self.ports, str(token))}
+        # The agent has put the job's into ours, a PYTHONPATH of the user behind the one that has this package.
+        env = {**self.job.get("env", {}), **kept, **ray.environment(self.ports, str(token))}
         env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
         child = process.spawn(argv, env=env, cwd=str(self.folder.path), stderr_to_stdout=True, bound=True)
         assert child.stdin and child.stdout

@@ -241,3 +241,16 @@ def test_real_output_is_understood(name):
     lines = (CAPTURED / name).read_text(errors="replace").splitlines()
     assert CAPTURES[name] in "\n".join(ending.text for ending in endings(lines))
     assert {e.said for e in endings(keep(lines))} == {e.said for e in endings(lines)}
+
+
+def test_an_exception_that_refers_to_what_was_told_before_it_is_explained_by_that():
+    lines = [
+        "(EngineCore_DP0 pid=7) ValueError: No available memory for the cache blocks.",
+        "Traceback (most recent call last):",
+        '  File "a.py", line 1, in <module>',
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+    ]
+    (ending,) = endings(lines)
+    assert ending.said.startswith("RuntimeError: Engine core") and "No available memory" in ending.also[0]
+    lines[-1] = "RuntimeError: something else"
+    assert endings(lines)[0].also == ()
