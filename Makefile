@@ -42,9 +42,10 @@ test:
 	time $(MAKE) --no-print-directory lint
 	time $(MAKE) --no-print-directory -j2 --output-sync=target half other-half
 
-HALF := tests/roles tests/unit $(addprefix tests/local/test_,collectives.py data_prepare.py gsm8k_hub.py node.py publish_ssh.py \
-		ray_on_loopback.py ray_supervisor.py real_modules.py rl_on_cpu.py sft.py sft_attention.py sft_layers.py sft_matmul.py \
-		sft_recompute.py sft_speed_on_cpu.py sft_versions.py tune_on_cpu.py verl_contract.py) \
+HALF := tests/roles tests/unit tests/faults/test_workflow_faults.py $(addprefix tests/local/test_,accelerate_on_cpu.py collectives.py \
+		data_prepare.py gsm8k_hub.py launch_here.py node.py publish_ssh.py ray_on_loopback.py ray_supervisor.py real_modules.py \
+		rl_on_cpu.py sft.py sft_attention.py sft_layers.py sft_matmul.py sft_recompute.py sft_speed_on_cpu.py sft_versions.py \
+		sync_ssh.py tune_on_cpu.py verl_contract.py) \
 	$(addprefix tests/testbed/test_,joints.py newer_slurm.py)
 
 half:

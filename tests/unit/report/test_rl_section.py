@@ -217,7 +217,7 @@ def test_a_target_is_changed_by_name():
     assert [one["value"] for one in config.load_targets("workflow", {"idle": 12})] == [12.0]
     with pytest.raises(UsageError, match="idle"):
         config.load_targets("workflow", {"idel": 12})
-    with pytest.raises(UsageError, match="--set targets.idle=much"):
+    with pytest.raises(UsageError, match=r"--set targets\.idle=much"):
         config.load_targets("workflow", {"idle": "much"})
 
 
