@@ -94,6 +94,7 @@ def show(name: str | None, results: Path, watch: bool, as_json: bool) -> None:
 def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | None, hosts: str | None) -> None:
     """The last output of the nodes, equal lines folded. Times are UTC."""
     from runner.results.rundir import RunDir
+    from runner.results.status import FINAL_STATES
 
     run = RunDir.find(results, name)
     plan = run.read_plan()
@@ -120,7 +121,7 @@ def tail(name: str | None, results: Path, count: int, follow: bool, cell: str | 
             click.echo(line)
     if follow:
         with _looking(run):
-            for line in logs.follow(run, position, parse):
+            for line in logs.follow(run.log, position, parse, lambda: run.read_status()["state"] in FINAL_STATES):
                 click.echo(line)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from runner.plan.engines.registry import ENGINES, offered
 from runner.plan.plan import Cell, Plan
 from runner.plan.request import Link, Request
 from runner.report.progress import Display
+from runner.results import logs
 from runner.results.rundir import RunDir
 from runner.system import process
 from runner.system.schema import check
 from runner.workloads.registry import TESTS
 
 NAME = "script"  # of the test, and of its cell
+_LATE_S = 5.0  # the time that the last lines of a run have to be shown
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Of other values a world is never whole, or what a rank has started is not found when it is to end.
 _OF_RANKS = {
@@ -184,16 +188,52 @@ def _refuse_program(words: Sequence[str], cwd: Path, remote: bool) -> None:
 
 
 def launch(made: Planned, display: Display, dependencies: Dependencies | None = None) -> RunResult:
-    """Carry out a launch. Raises what `launch.start.start` raises."""
-    return start.start(made.run, display, _recorded(made.sync, dependencies))
+    """Carry out a launch; what the program writes is shown as it comes. Raises what `launch.start.start` raises."""
+    with _Output(display) as output:
+        return start.start(made.run, display, _recorded(made.sync, output, dependencies))
 
 
-def _recorded(sent: sync.Sync, dependencies: Dependencies | None) -> Dependencies:
-    """Dependencies that send the user's folders, and record in the run's directory that it is a launch."""
+class _Output:
+    """Shows on `display` what ranks write, equal lines folded as in `runner runs tail`, until the run has ended."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join(_LATE_S)
+
+    def begin(self, run: RunDir) -> None:
+        """Show what is written from now on."""
+        position = run.log.stat().st_size if run.log.exists() else 0
+        self._thread = threading.Thread(target=self._show, args=(run, position), daemon=True)
+        self._thread.start()
+
+    def _show(self, run: RunDir, position: int) -> None:
+        def parse(raw: bytes) -> logs.Line | None:
+            line = logs.parse_line(raw, (NAME,))
+            return line if line.cell and line.file.startswith("rank") else None
+
+        with suppress(OSError):  # what is not shown is in the log
+            for text in logs.follow(run.log, position, parse, self._over.is_set):
+                self._display.note(text)
+
+
+def _recorded(sent: sync.Sync, output: _Output, dependencies: Dependencies | None) -> Dependencies:
+    """Dependencies that send the user's folders, record in the run's directory that it is a launch, and begin to show
+    its output.
+    """
 
     def data(plan: Plan, cells: Sequence[Cell], display: Display) -> Data | None:
         run = RunDir(Path(plan.run_dir))
         run.write_status(run.read_status() | {"launch": {"cwd": str(sent.cwd)}})
+        output.begin(run)
         return sent.supply(plan, display)
 
     return replace(dependencies or Dependencies(), data=data)
@@ -239,7 +279,8 @@ def again(
         renewed = sent.renewed(plan)
         return replace(renewed, cells=tuple(now(cell) for cell in renewed.cells)), dict(status)
 
-    return resume.resume(replace(asked, replanned=replanned), read, display, _recorded(sent, dependencies))
+    with _Output(display) as output:
+        return resume.resume(replace(asked, replanned=replanned), read, display, _recorded(sent, output, dependencies))
 
 
 def exit_code(run: RunDir, otherwise: int) -> tuple[int, str]:

@@ -9,12 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import BinaryIO
 
 from runner.results.celldir import LAUNCHER
-
-if TYPE_CHECKING:
-    from runner.results.rundir import RunDir
 
 WINDOW_S = 2.0  # equal lines of several nodes within this time are folded into one
 PAUSE_S = 0.5  # between two reads of a growing log
@@ -256,19 +254,17 @@ def _backwards(file: BinaryIO, end: int) -> tuple[int, Iterator[bytes]]:
     return end, lines()
 
 
-def follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) -> Iterator[str]:
-    """Folded lines of the log from byte offset `position` on, until the run has ended; blocks while it waits.
+def follow(log: Path, position: int, parse: Callable[[bytes], Line | None], over: Callable[[], bool]) -> Iterator[str]:
+    """Folded lines of `log` from byte offset `position` on, until its run is `over`; blocks while it waits.
 
     `parse` returns None for a line to skip.
     """
-    from runner.results.status import FINAL_STATES
-
     folding, rest, last_output = Folding(), b"", time.monotonic()
     while True:
-        ended = run.read_status()["state"] in FINAL_STATES  # before reading, so that all output until then is read
+        ended = over()  # before reading, so that all output until then is read
         block = b""
-        if run.log.exists():
-            with open(run.log, "rb") as file:
+        if log.exists():
+            with open(log, "rb") as file:
                 file.seek(position)
                 block = file.read(_BLOCK)
         position += len(block)
@@ -278,10 +274,10 @@ def follow(run: RunDir, position: int, parse: Callable[[bytes], Line | None]) ->
                 yield from map(str, folding.add(line))
         if block:
             last_output = time.monotonic()
-        over = ended and not block
-        if over or time.monotonic() - last_output > WINDOW_S:
+        read = ended and not block
+        if read or time.monotonic() - last_output > WINDOW_S:
             yield from map(str, folding.rest())
-        if over:
+        if read:
             return
         if len(block) < _BLOCK:
             time.sleep(PAUSE_S)

@@ -217,3 +217,19 @@ def test_runner_launch_ends_as_the_program_and_says_so(folder, machine, state, c
     import re
 
     assert re.search(says, text)
+
+
+def test_what_ranks_write_is_shown_as_it_comes_and_to_the_last_line(tmp_path):
+    lines: list[str] = []
+    display = Display(quiet=True)
+    display.note = lines.append
+    run = RunDir(tmp_path)
+    run.log.write_text("2026-11-28T07:00:00Z script node001 rank0.stdout: of an attempt before\n")
+    with script._Output(display) as output:
+        output.begin(run)
+        with open(run.log, "a") as log:
+            for rank in (0, 1):
+                log.write(f"2026-11-28T07:58:11Z script node001 rank{rank}.stdout: step 7\n")
+            log.write("2026-11-28T07:58:11Z script node001 engine.stderr: what a launcher says\n")
+            log.write("2026-11-28T07:58:12Z script: complete after 3 s\n")
+    assert lines == ["07:58:11 script node001 rank[0-1].stdout: step 7"]
