@@ -101,12 +101,14 @@ def test_two_nodes_of_one_rank_each_meet_and_each_has_its_own_file(tmp_path):
 
 
 SCRIPT = """
+import os
 import sys
 import torch
 from accelerate import Accelerator
 accelerator = Accelerator()
 total = accelerator.reduce(torch.tensor([accelerator.process_index + 1.0]), "sum").item()
-print(f"{accelerator.process_index} of {accelerator.num_processes} on {accelerator.device.type}: {total}, {sys.argv[1:]}", flush=True)
+line = f"{accelerator.process_index} of {accelerator.num_processes} on {accelerator.device.type}: {total}, {sys.argv[1:]}\\n"
+os.write(1, line.encode())  # whole: both ranks have one pipe
 accelerator.end_training()
 """
 

@@ -106,7 +106,7 @@ def test_a_rank_that_ends_well_leaves_facts_job_telemetry_and_an_outcome_written
     agent = Agent(tmp_path, python("print(os.environ['GREETING'], os.environ['SHAKEDOWN_CELL']); time.sleep(0.5)"))
     outcome = agent.close()
     assert outcome["rc"] == 0 and outcome["error"] is None
-    assert outcome["ranks"]["rank0"] == {"started": True, "ended": True, "stderr": []}
+    assert outcome["ranks"]["rank0"] == {"started": True, "ended": True, "stderr": [], "code": None, "ended_s": 0.0}
     files = {p.name: p for p in agent.folder.iterdir()}
     assert {"facts.json", "job.json", "telemetry.jsonl", "outcome.json", "engine.stdout"} <= set(files)
     assert files["engine.stdout"].read_text() == f"it's $(here) {agent.marker}\n"
