@@ -334,7 +334,7 @@ class Fleet:
         self.ended: Moment | None = None
 
     def _request(self, host: str, step_s: float) -> dict[str, Any]:
-        from runner.node.protocol import CellRequest
+        from runner.node.requests import CellRequest
 
         return CellRequest(
             run_id=RUN_ID,

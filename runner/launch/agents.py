@@ -18,7 +18,8 @@ from runner.launch.slurm.ledger import Ledger
 from runner.launch.talk import AGENT, COMMANDS, AgentSession, ask, converse
 from runner.launch.watch import CellContext, CellRun
 from runner.node import leftovers
-from runner.node.protocol import GRACE_S, PATIENCE_S, CellRequest, CleanRequest, SweepRequest
+from runner.node.protocol import GRACE_S, PATIENCE_S
+from runner.node.requests import CellRequest, CleanRequest, SweepRequest
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.celldir import LAUNCHER

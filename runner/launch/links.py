@@ -16,7 +16,8 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Node
 from runner.launch import talk
 from runner.node import links
-from runner.node.protocol import SILENCE_S, Linked, LinksRequest, Message, Reached, Word
+from runner.node.protocol import SILENCE_S, Linked, Message, Reached, Word
+from runner.node.requests import LinksRequest
 from runner.plan.engines.ranks import PORTS
 from runner.system.nodeset import fold
 from runner.system.wording import counted

@@ -25,7 +25,8 @@ from runner.launch.slurm import allocations, commands
 from runner.launch.slurm.allocations import Allocations
 from runner.launch.transport import Transport
 from runner.node import check
-from runner.node.protocol import SILENCE_S, Checked, CheckRequest, ProfileCheck
+from runner.node.protocol import SILENCE_S, Checked
+from runner.node.requests import CheckRequest, ProfileCheck
 from runner.plan.build import engine_of
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import CELL_ENV

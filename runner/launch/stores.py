@@ -16,7 +16,8 @@ from runner.launch import copy
 from runner.launch.code import Folder
 from runner.launch.talk import ask
 from runner.node import code
-from runner.node.protocol import Stored, StoreRequest
+from runner.node.protocol import Stored
+from runner.node.requests import StoreRequest
 from runner.system import process
 from runner.system.places import state_dir
 from runner.system.tree import Tree

@@ -22,7 +22,8 @@ from typing import IO, Any
 from runner.cluster.inventory import Node
 from runner.cluster.reasons import GIVEN_UP, explain, reason_kind
 from runner.failures import Problem
-from runner.node.protocol import HEARTBEAT_S, LAST_WORDS, POLL_S, Alive, Message, Request, Word, read_message
+from runner.node.protocol import HEARTBEAT_S, LAST_WORDS, POLL_S, Alive, Message, Word, read_message
+from runner.node.requests import Request
 from runner.system import process
 
 AGENT = ("-P", "-u", "-m", "runner.node")

@@ -23,7 +23,8 @@ from runner.errors import InfrastructureError, UsageError
 from runner.failures import Problem
 from runner.launch import talk
 from runner.node import venv
-from runner.node.protocol import Environment, EnvironmentRequest, Making, Message
+from runner.node.protocol import Environment, Making, Message
+from runner.node.requests import EnvironmentRequest
 from runner.system import process
 from runner.system.folders import alone
 from runner.system.nodeset import fold
@@ -40,7 +41,7 @@ OnProgress = Callable[[float, str], object]
 
 @dataclass(frozen=True)
 class Lock:
-    """What an environment is made from: the `tool` that makes it and its `files` (`node.protocol.EnvironmentRequest`).
+    """What an environment is made from: the `tool` that makes it and its `files` (`node.requests.EnvironmentRequest`).
 
     `source` is what the user has named, `python` the oldest version that it requires, "" for any.
     """

@@ -16,16 +16,15 @@ from runner.node import leftovers
 from runner.node.agent import NodeCell
 from runner.node.check import check, clean
 from runner.node.output import send_message
-from runner.node.protocol import (
+from runner.node.protocol import Cleaned, Swept
+from runner.node.requests import (
     CellRequest,
     CheckRequest,
-    Cleaned,
     EnvironmentRequest,
     LinksRequest,
     StepRequest,
     StoreRequest,
     SweepRequest,
-    Swept,
     UnknownRequest,
     read_request,
 )

@@ -28,7 +28,8 @@ from runner.errors import InfrastructureError
 from runner.node import engine, gate, kernel, leftovers, ranks
 from runner.node.leash import Leash
 from runner.node.output import Tail, copy, last_lines, send_message
-from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, CellRequest, Fault, Outcome, RankStack, Started
+from runner.node.protocol import ALIVE_S, POLL_S, SLURM_WORDS, Alive, Fault, Outcome, RankStack, Started
+from runner.node.requests import CellRequest
 from runner.results.celldir import CellDir
 from runner.system import process
 from runner.system.files import write_json_atomic

@@ -17,7 +17,8 @@ from runner import __version__
 from runner.cluster import addresses, facts, modules, mpi, nccl, slurm_names
 from runner.errors import InfrastructureError
 from runner.node import profiles
-from runner.node.protocol import Checked, CheckRequest
+from runner.node.protocol import Checked
+from runner.node.requests import CheckRequest
 from runner.system.wording import counted
 from runner.workloads import weights
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from runner.node.protocol import Stored, StoreRequest
+from runner.node.protocol import Stored
+from runner.node.requests import StoreRequest
 from runner.system import tree
 from runner.system.files import write_json_atomic
 from runner.system.folders import alone, replacing, use_of

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
 from runner.node import environment, output, ranks
-from runner.node.protocol import CellRequest, Word
+from runner.node.protocol import Word
+from runner.node.requests import CellRequest
 from runner.results.celldir import CellDir
 from runner.system import process
 

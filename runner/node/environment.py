@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from runner.cluster import modules
-from runner.node.protocol import CellRequest
+from runner.node.requests import CellRequest
 from runner.system import process
 from runner.system.places import PACKAGE
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.cluster import facts
 from runner.node.check import check
-from runner.node.protocol import CellRequest
+from runner.node.requests import CellRequest
 from runner.results.celldir import CellDir
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-from runner.node.protocol import STACKS_S, CellRequest, Stopped, Word
+from runner.node.protocol import STACKS_S, Stopped, Word
+from runner.node.requests import CellRequest
 
 
 class Leash:

@@ -17,7 +17,8 @@ from runner.cluster import facts
 from runner.errors import InfrastructureError
 from runner.node.leash import Leash
 from runner.node.output import send_message
-from runner.node.protocol import POLL_S, SILENCE_S, Linked, LinksRequest, Reached
+from runner.node.protocol import POLL_S, SILENCE_S, Linked, Reached
+from runner.node.requests import LinksRequest
 from runner.system import process
 
 CONNECT_S = 2.0  # a second try follows: one lost SYN is sent again after 1 s

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.cluster import environments
 from runner.errors import InfrastructureError
-from runner.node.protocol import ProfileCheck
+from runner.node.requests import ProfileCheck
 from runner.system import process
 
 _PROBE_S = 60.0  # a Python on a cold or distant disk

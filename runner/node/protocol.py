@@ -1,9 +1,9 @@
-"""What a controller and the agents on its nodes send each other: the only module that knows its encoding.
+"""What a controller and the agents on its nodes send each other: words and messages, and how both are encoded.
 
-A controller sends an agent one request, then words, one per line; the agent sends messages, one JSON object per line.
-Under Slurm the request is part of the sbatch file, words are signals, and messages go to a file. Readers ignore unknown
-keys, and every key that an earlier version may not have written has a default: a job may have waited in Slurm's queue
-while the controller was updated.
+A controller sends an agent one request (`node.requests`), then words, one per line; the agent sends messages, one JSON
+object per line. Under Slurm the request is part of the sbatch file, words are signals, and messages go to a file. No
+other modules than these two know the encoding. Readers ignore unknown keys, and every key that an earlier version may
+not have written has a default: a job may have waited in Slurm's queue while the controller was updated.
 
 Imported on both sides, and on the path to the first step: the standard library only.
 """
@@ -75,342 +75,18 @@ def slurm_signal(word: Word | Stopped) -> str:
     return next(number.name.removeprefix("SIG") for number, meant in SLURM_WORDS.items() if meant == word)
 
 
-# --- requests -----------------------------------------------------------------------------------------
-
-
-class Kind(StrEnum):
-    """The kinds of requests."""
-
-    CHECK = "check"
-    CELL = "cell"
-    SWEEP = "sweep"
-    CLEAN = "clean"
-    STORE = "store"
-    LINKS = "links"
-    ENVIRONMENT = "environment"
-
-
-class UnknownRequest(Exception):
-    """A request of a kind that this version does not know."""
+# --- encoding ------------------------------------------------------------------------------------------
 
 
 @cache
-def _names(kind: Any) -> tuple[str, ...]:
+def field_names(kind: Any) -> tuple[str, ...]:
+    """The names of the fields of the dataclass `kind`."""
     return tuple(each.name for each in fields(kind))
 
 
-def _known(kind: Any, value: Mapping[str, Any]) -> dict[str, Any]:
+def known(kind: Any, value: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `value` that are fields of the dataclass `kind`."""
-    return {name: value[name] for name in _names(kind) if name in value}
-
-
-@dataclass(frozen=True)
-class ProfileCheck:
-    """The profile in whose Python, at the path `python`, ranks are to run (`cluster.profiles`).
-
-    `locks` are those of which it may be, their names by the SHA-256 of their texts; none for a site's own Python, which
-    must have `packages`. `remedy` is what to do where it is not as expected.
-    """
-
-    name: str
-    python: str
-    remedy: str
-    locks: Mapping[str, str] = field(default_factory=dict)
-    packages: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class CheckRequest:
-    """Check this node for anything that would stop a cell. Answered by `Checked`.
-
-    `packages` are distributions that must be installed in the agent's environment, `programs` must be on its PATH;
-    `gpus` is how many must answer (None: the inventory does not say). `scratch` is a folder on the node. `nccl_root` is
-    the folder with the built NCCL that ranks are to use (None: torch's own), `weights` one of weights to be loaded.
-    `names` are to be resolved. `nccl_tests` are programs of nccl-tests that ranks execute, by their paths; `open_mpi`:
-    Open MPI's launcher starts them, `slurm_mpi`: Slurm does. `shared` are files by path, and what the controller wrote
-    into each, `modules` the environment modules that are to be loaded.
-    """
-
-    version: str  # of the controller
-    scratch: str
-    min_free_disk_gib: float
-    packages: Sequence[str] = ()
-    programs: Sequence[str] = ()
-    gpus: int | None = None
-    nccl_root: str | None = None
-    weights: str | None = None
-    names: Sequence[str] = ()
-    nccl_tests: Sequence[str] = ()
-    open_mpi: bool = False
-    slurm_mpi: bool = False
-    profile: ProfileCheck | None = None
-    shared: Mapping[str, str] = field(default_factory=dict)
-    modules: Sequence[str] = ()
-
-    def fields(self) -> dict[str, Any]:
-        """Its fields as JSON has them."""
-        return {**vars(self), "profile": vars(self.profile) if self.profile else None}
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
-        return {"kind": Kind.CHECK, **self.fields()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CheckRequest:
-        """The request in a JSON object; raises TypeError if a required key is missing."""
-        profile = value.get("profile")
-        made = {"profile": ProfileCheck(**_known(ProfileCheck, profile)) if profile else None}
-        return cls(**_known(cls, value) | made)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _OfCell:
-    """The part of a cell's request that is the same over every backend. Every process of the cell carries `marker`.
-
-    `profile` is that of the Python that runs the ranks (`cluster.profiles`), "" where it is the agent's; `modules` are
-    the environment modules that are loaded for them.
-    """
-
-    run_id: str
-    cell: str
-    attempt: int = 1
-    marker: str
-    telemetry_interval_s: float = SAMPLE_S
-    grace_s: float = GRACE_S
-    profile: str = ""
-    modules: Sequence[str] = ()
-
-
-# Omitted from a request that has no such thing.
-_OF_LAUNCHERS = ("isolated", "hold")
-_OF_NODES = ("job", "secrets", "rendezvous_port")
-_OF_STEPS = ("timeout_s", "check", "environment", "link")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellRequest(_OfCell):
-    """Run one node's part of a cell in `cell_dir`, or a launcher on the controller (`scratch` None). Answered by
-    `Started`, `Line` and `Alive` while it runs, and `Outcome`.
-
-    Without `argv`, a launcher elsewhere starts this node's ranks: the agent only watches and ends them. `job` is what
-    ranks read; `env` and `secrets` are added to the agent's own environment, or replace most of it if `isolated`.
-    `hold`: start only at the word "go". `rendezvous_port` must be free on this node.
-
-    The last four are only set under Slurm (`StepRequest`), where no controller is connected to stdin. `link` is a path
-    that is to lead to `cell_dir` from when ranks may start.
-    """
-
-    heartbeat_timeout_s: float = SILENCE_S
-    host: str
-    scratch: str | None
-    cell_dir: str
-    job: Mapping[str, Any] | None = None
-    argv: Sequence[str] | None = None
-    env: Mapping[str, str]
-    secrets: Mapping[str, str] = field(default_factory=dict)
-    rendezvous_port: int | None = None
-    isolated: bool = False
-    hold: bool = False
-    timeout_s: float | None = None
-    check: CheckRequest | None = None
-    environment: Mapping[str, str | None] | None = None
-    link: str | None = None
-
-    @property
-    def under_slurm(self) -> bool:
-        """Whether Slurm started the agent, so that no controller is connected to its stdin."""
-        return self.timeout_s is not None
-
-    def to_json(self) -> dict[str, Any]:
-        """As a controller sends it to a node over stdin, or to its own launcher."""
-        left_out = (*_OF_STEPS, *(_OF_NODES if self.scratch is None else _OF_LAUNCHERS))
-        values = {name: getattr(self, name) for name in (*_names(_OfCell), *_names(CellRequest))}
-        return {"kind": Kind.CELL, **{name: value for name, value in values.items() if name not in left_out}}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CellRequest:
-        """The request in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRequest(_OfCell):
-    """A cell as a step of a Slurm job: all nodes get the same request, and each derives its own `CellRequest` from it
-    (`slurm_step.placed`).
-
-    `hosts` are Slurm names in rank order (none: Slurm's order); `names`, `addresses` and `node_env` have the
-    inventory's names, addresses and variables of hosts by Slurm name, where they differ from the name itself and from
-    `env`. `shared_root` is the folder of all hosts' artefacts where nodes share it (else `cell_dir` is on each node).
-    `timeout_s` limits the cell. `check` is what no preflight has checked, `environment` the expected environment (a
-    value of None: any). `nccl_if_built`: ranks use the NCCL that was built on their node, where there is one. `python`
-    is the Python of the ranks on every node, None: the agent's own.
-    """
-
-    engine: str
-    gpus_per_node: int
-    master_port: int
-    timeout_s: float
-    scratch: str
-    cell_dir: str = ""
-    shared_root: str | None = None
-    hosts: Sequence[str] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
-    addresses: Mapping[str, str] = field(default_factory=dict)
-    env: Mapping[str, str]
-    node_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    job: Mapping[str, Any]
-    check: CheckRequest | None = None
-    environment: Mapping[str, str | None] | None = None
-    nccl_if_built: bool = False
-    python: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that an sbatch file contains."""
-        check = self.check.fields() if self.check else {}
-        return {"kind": Kind.CELL, "slurm": True, **vars(self), "check": check}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> StepRequest:
-        """The request in the JSON object of an sbatch file; raises TypeError if a required key is missing."""
-        check = value.get("check")
-        return cls(**_known(cls, value) | {"check": CheckRequest.from_json(check) if check else None})
-
-
-@dataclass(frozen=True)
-class SweepRequest:
-    """End every process that carries `marker`. Answered by `Swept`."""
-
-    marker: str
-    grace_s: float = GRACE_S
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
-        return {"kind": Kind.SWEEP, **vars(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> SweepRequest:
-        """The request in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
-
-
-@dataclass(frozen=True)
-class CleanRequest:
-    """Remove what a run left on this node. Answered by `Cleaned`."""
-
-    scratch: str
-    run_id: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
-        return {"kind": Kind.CLEAN, **vars(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CleanRequest:
-        """The request in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
-
-
-@dataclass(frozen=True)
-class StoreRequest:
-    """Have the folder of the user whose digest this is whole in the folder `root`. Answered by `Stored`.
-
-    `arrived`: it was just sent (`node.code.incoming`). `work` is the path of a working copy to be made, "" for none.
-    """
-
-    root: str
-    digest: str
-    arrived: bool = False
-    work: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
-        return {"kind": Kind.STORE, **vars(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> StoreRequest:
-        """The request in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
-
-
-@dataclass(frozen=True)
-class LinksRequest:
-    """Say how this node is connected and powered, listen on the TCP `ports` until any word but "go", and at the word
-    "go" try those of `peers`, which are addresses by name. Answered by `Linked`, and then by `Reached`.
-
-    `env` are the variables of the inventory, which may say what interface messages take.
-    """
-
-    ports: Sequence[int] = ()
-    peers: Mapping[str, str] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
-        return {"kind": Kind.LINKS, **vars(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LinksRequest:
-        """The request in a JSON object."""
-        return cls(**_known(cls, value))
-
-
-@dataclass(frozen=True)
-class EnvironmentRequest:
-    """Have the Python environment of a user's lock whole in the folder `root`, called by its `digest`. Answered by
-    `Making` while it is made, and `Environment`.
-
-    `files` are the installer's, their texts by name: of the tool `pip`, requirements.txt and constraints.txt, of
-    `conda`, environment.yml. `python` is the oldest version that it may have ("" for any), `env` the variables of the
-    inventory, which may say where packages are found.
-    """
-
-    root: str
-    digest: str
-    tool: str
-    files: Mapping[str, str]
-    python: str = ""
-    env: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
-        return {"kind": Kind.ENVIRONMENT, **vars(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> EnvironmentRequest:
-        """The request in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
-
-
-Request = (
-    CheckRequest
-    | CellRequest
-    | StepRequest
-    | SweepRequest
-    | CleanRequest
-    | StoreRequest
-    | LinksRequest
-    | EnvironmentRequest
-)
-
-
-def read_request(value: Mapping[str, Any]) -> Request:
-    """The request in a JSON object. Raises UnknownRequest, with the kind in its message."""
-    kind = value.get("kind")
-    if kind == Kind.CHECK:
-        return CheckRequest.from_json(value)
-    if kind == Kind.CELL:
-        return StepRequest.from_json(value) if value.get("slurm") else CellRequest.from_json(value)
-    if kind == Kind.SWEEP:
-        return SweepRequest.from_json(value)
-    if kind == Kind.CLEAN:
-        return CleanRequest.from_json(value)
-    if kind == Kind.STORE:
-        return StoreRequest.from_json(value)
-    if kind == Kind.LINKS:
-        return LinksRequest.from_json(value)
-    if kind == Kind.ENVIRONMENT:
-        return EnvironmentRequest.from_json(value)
-    raise UnknownRequest(f"unknown request {kind!r}")
+    return {name: value[name] for name in field_names(kind) if name in value}
 
 
 # --- messages -----------------------------------------------------------------------------------------
@@ -429,7 +105,7 @@ class Message:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Message:
         """The message in a JSON object; missing keys have their defaults."""
-        return cls(**_known(cls, value))
+        return cls(**known(cls, value))
 
 
 @dataclass(frozen=True)
@@ -505,7 +181,7 @@ class Fault:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fault:
         """The fault in a JSON object; raises TypeError if a required key is missing."""
-        return cls(**_known(cls, value))
+        return cls(**known(cls, value))
 
 
 @dataclass(frozen=True)
@@ -551,10 +227,9 @@ class Outcome(Message):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Outcome:
         """The outcome in a message or in outcome.json. Raises AttributeError or TypeError for any other value."""
-        known = _known(cls, value)
-        ranks = {name: RankEnd(**_known(RankEnd, rank)) for name, rank in (value.get("ranks") or {}).items()}
-        stacks = {name: RankStack(**_known(RankStack, rank)) for name, rank in (value.get("stacks") or {}).items()}
-        return cls(**known | {"ranks": ranks, "stacks": stacks})
+        ranks = {name: RankEnd(**known(RankEnd, rank)) for name, rank in (value.get("ranks") or {}).items()}
+        stacks = {name: RankStack(**known(RankStack, rank)) for name, rank in (value.get("stacks") or {}).items()}
+        return cls(**known(cls, value) | {"ranks": ranks, "stacks": stacks})
 
 
 @dataclass(frozen=True)

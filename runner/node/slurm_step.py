@@ -11,7 +11,8 @@ from pathlib import Path
 from runner.cluster import mpi, nccl
 from runner.node.agent import NodeCell
 from runner.node.output import send_message
-from runner.node.protocol import CellRequest, Placed, StepRequest
+from runner.node.protocol import Placed
+from runner.node.requests import CellRequest, StepRequest
 from runner.plan.engines.ranks import Ranks
 from runner.plan.engines.registry import ENGINES
 from runner.results.celldir import CellDir

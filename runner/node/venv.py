@@ -24,7 +24,8 @@ from runner.cluster.environments import STAMP
 from runner.errors import InfrastructureError
 from runner.node.leash import Leash
 from runner.node.output import send_message
-from runner.node.protocol import ALIVE_S, SILENCE_S, Alive, Environment, EnvironmentRequest, Making
+from runner.node.protocol import ALIVE_S, SILENCE_S, Alive, Environment, Making
+from runner.node.requests import EnvironmentRequest
 from runner.system import process
 from runner.system.files import write_json_atomic
 from runner.system.folders import alone

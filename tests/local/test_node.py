@@ -19,7 +19,7 @@ from runner.cluster import facts
 from runner.node import slurm_step
 from runner.node.check import check
 from runner.node.leash import JobLeash
-from runner.node.protocol import CheckRequest, StepRequest
+from runner.node.requests import CheckRequest, StepRequest
 from runner.plan.engines import ray
 from runner.system import process
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from runner.cluster.backends import BACKENDS
-from runner.node import protocol
+from runner.node import protocol, requests
 from runner.plan.engines.registry import ENGINES
 from runner.workloads.registry import TESTS
 
@@ -87,7 +87,7 @@ def test_one_module_knows_the_names_of_the_files_in_a_cells_folder():
 
 WORDS = {*protocol.Word, *protocol.Stopped}
 MESSAGES = set(protocol._MESSAGES)
-REQUESTS = (protocol.CheckRequest, protocol.CellRequest, protocol.StepRequest)
+REQUESTS = (requests.CheckRequest, requests.CellRequest, requests.StepRequest)
 ANSWERS = (protocol.Outcome, protocol.Placed, protocol.Line, protocol.Checked)
 KEYS = {"kind", "message", *(field.name for each in (*REQUESTS, *ANSWERS) for field in fields(each))}
 OWNERS = re.compile(r"(request|message|outcome|answer|step|own)s?")

@@ -23,7 +23,8 @@ from runner.launch.slurm.script import STARTUP_S, BatchJob, Step, cells_of, rend
 from runner.launch.talk import AgentSession
 from runner.launch.watch import CellContext, CellRun
 from runner.node import slurm_step
-from runner.node.protocol import CheckRequest, StepRequest, Stopped
+from runner.node.protocol import Stopped
+from runner.node.requests import CheckRequest, StepRequest
 from runner.plan.engines.registry import ENGINES
 from runner.plan.plan import Cell, Plan, job, rank_environment
 from runner.results.rundir import RunDir

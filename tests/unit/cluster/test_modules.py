@@ -17,7 +17,7 @@ from runner.errors import InfrastructureError, UsageError
 from runner.launch import preflight
 from runner.launch.slurm import commands
 from runner.node import check, environment
-from runner.node.protocol import CellRequest, CheckRequest
+from runner.node.requests import CellRequest, CheckRequest
 from runner.system import process
 
 STAND_IN = r"""

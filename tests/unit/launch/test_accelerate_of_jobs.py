@@ -10,7 +10,7 @@ from runner.launch import preflight
 from runner.launch.slurm import allocations
 from runner.launch.slurm.script import render
 from runner.node import slurm_step
-from runner.node.protocol import StepRequest
+from runner.node.requests import StepRequest
 from runner.plan import build, config
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]"}

@@ -15,7 +15,7 @@ from plans import request
 from golden_files import check as golden
 from runner.launch.slurm import allocations
 from runner.node import slurm_step
-from runner.node.protocol import StepRequest
+from runner.node.requests import StepRequest
 from runner.plan import build, config, describe
 from runner.system import nodeset
 

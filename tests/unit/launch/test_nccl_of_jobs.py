@@ -11,7 +11,7 @@ from runner.cluster import nccl
 from runner.launch import preflight
 from runner.launch.slurm import allocations
 from runner.node import slurm_step
-from runner.node.protocol import StepRequest
+from runner.node.requests import StepRequest
 from runner.plan import build
 
 HERE = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURMD_NODENAME": "a2"}

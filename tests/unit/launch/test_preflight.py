@@ -21,7 +21,8 @@ from runner.launch import agents, carry, preflight, talk
 from runner.launch.signals import Stop
 from runner.launch.watch import CellRun
 from runner.node import check
-from runner.node.protocol import Checked, CheckRequest
+from runner.node.protocol import Checked
+from runner.node.requests import CheckRequest
 from runner.plan import build, config
 from runner.provision.board import Board, exit_code, failures, table, warnings
 from runner.provision.playbook import Event

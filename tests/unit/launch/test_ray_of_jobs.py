@@ -13,7 +13,7 @@ from runner.launch import agents
 from runner.launch.slurm import allocations
 from runner.launch.slurm.script import render
 from runner.node import slurm_step
-from runner.node.protocol import StepRequest
+from runner.node.requests import StepRequest
 from runner.plan import build
 from runner.plan.engines import ray
 from runner.plan.engines.registry import offered

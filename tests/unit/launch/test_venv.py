@@ -22,7 +22,7 @@ from runner.errors import UsageError
 from runner.launch import talk
 from runner.launch import venv as env_from
 from runner.node import venv
-from runner.node.protocol import EnvironmentRequest
+from runner.node.requests import EnvironmentRequest
 
 
 def wheel(folder: Path, name: str, version: str, requires: str = "", script: bool = False) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.node import environment
-from runner.node.protocol import CellRequest
+from runner.node.requests import CellRequest
 from runner.system import process
 
 

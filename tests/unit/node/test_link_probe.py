@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from runner.node import links
-from runner.node.protocol import Linked, LinksRequest, Reached, Word, read_message
+from runner.node.protocol import Linked, Reached, Word, read_message
+from runner.node.requests import LinksRequest
 
 
 @pytest.fixture

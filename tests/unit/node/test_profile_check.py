@@ -16,7 +16,7 @@ from runner.cluster import profiles as known
 from runner.errors import UsageError
 from runner.launch import preflight
 from runner.node import check, profiles
-from runner.node.protocol import CheckRequest, ProfileCheck
+from runner.node.requests import CheckRequest, ProfileCheck
 
 CPU, CUDA12, CUDA13 = "a" * 64, "b" * 64, "c" * 64
 

@@ -10,32 +10,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.node import protocol
+from runner.node import protocol, requests
 from runner.node.protocol import (
-    CellRequest,
     Checked,
-    CheckRequest,
     Cleaned,
-    CleanRequest,
     Environment,
-    EnvironmentRequest,
     Line,
     Linked,
-    LinksRequest,
     Making,
     Message,
     Outcome,
     Placed,
-    ProfileCheck,
     RankEnd,
     RankStack,
     Reached,
     Started,
-    StepRequest,
     Stopped,
-    SweepRequest,
     Swept,
     Word,
+)
+from runner.node.requests import (
+    CellRequest,
+    CheckRequest,
+    CleanRequest,
+    EnvironmentRequest,
+    LinksRequest,
+    ProfileCheck,
+    StepRequest,
+    SweepRequest,
 )
 
 CHECK = CheckRequest(
@@ -69,7 +71,7 @@ ENVIRONMENT = EnvironmentRequest("/scratch/env", "ab", "pip", {"requirements.txt
     [CHECK, NODE, HEAD, STEP, SweepRequest("r/c"), CleanRequest("/scratch", "r"), LINKS, ENVIRONMENT],
 )
 def test_an_agent_reads_the_request_that_was_sent(request_):
-    assert protocol.read_request(through_json(request_.to_json())) == request_
+    assert requests.read_request(through_json(request_.to_json())) == request_
 
 
 def test_a_request_holds_nothing_that_its_receiver_has_no_use_for():
@@ -82,15 +84,15 @@ def test_a_job_of_another_version_that_waited_in_slurms_queue_is_read():
     earlier = through_json(STEP.to_json())
     for key in ("attempt", "check", "environment", "names", "addresses", "node_env", "hosts"):
         earlier.pop(key, None)
-    read = protocol.read_request({**earlier, "of_a_later_version": 1})
+    read = requests.read_request({**earlier, "of_a_later_version": 1})
     assert isinstance(read, StepRequest)
     assert (read.attempt, read.check, read.names, read.hosts) == (1, None, {}, ())
 
 
 @pytest.mark.parametrize("value", [{}, {"kind": "dance"}])
 def test_an_unknown_request_is_named(value):
-    with pytest.raises(protocol.UnknownRequest, match=f"unknown request {value.get('kind')!r}"):
-        protocol.read_request(value)
+    with pytest.raises(requests.UnknownRequest, match=f"unknown request {value.get('kind')!r}"):
+        requests.read_request(value)
 
 
 OUTCOME = Outcome(

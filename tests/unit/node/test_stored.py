@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.node import code
-from runner.node.protocol import StoreRequest
+from runner.node.requests import StoreRequest
 from runner.system import folders, tree
 
 

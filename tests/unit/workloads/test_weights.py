@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from runner.errors import UsageError
 from runner.launch import prepare
 from runner.node import check
-from runner.node.protocol import CheckRequest
+from runner.node.requests import CheckRequest
 from runner.plan import config
 from runner.workloads import architecture, weights
 
