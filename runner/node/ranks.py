@@ -10,6 +10,7 @@ from pathlib import Path
 from runner.node.output import last_lines
 from runner.node.protocol import STACKS_ANSWER_S, RankEnd, RankStack
 from runner.results.celldir import CellDir, stderr_of, stdout_of
+from runner.results.records import parse_jsonl
 from runner.system import process
 
 FRAMES = 10
@@ -19,10 +20,10 @@ def ends(folder: CellDir) -> dict[str, RankEnd]:
     """By rank: whether it started and ended, and if not, the last lines of its stderr."""
     found = {}
     for path in folder.all_events():
-        lines = path.read_text(errors="replace").splitlines()
-        events = {line.partition('"event": "')[2].partition('"')[0]: line for line in lines}
+        with path.open(errors="replace") as lines:
+            events = {line.partition('"event": "')[2].partition('"')[0]: line for line in lines}
         ended = "end" in events
-        program = json.loads(events["exit"]) if "exit" in events else {}
+        program = next(parse_jsonl(events.get("exit", "")), {})
         found[path.stem] = RankEnd(
             "start" in events,
             ended,

@@ -133,3 +133,9 @@ def test_data_that_were_sent_are_held_while_the_program_runs_and_a_users_own_fol
     child = started(tmp_path, "a.py", str(tmp_path / "x"), env={DATA_VARIABLE: str(own)})
     child.communicate(timeout=60)
     assert child.returncode == 0 and not folders.use_of(own).exists()
+
+
+def test_a_line_that_was_not_written_whole_tells_no_code(tmp_path):
+    cell = CellDir(tmp_path)
+    cell.events(0).write_text('{"event": "start", "rank": 0}\n{"event": "exit", "rank": 0, "co')
+    assert ranks.ends(cell)["rank0"].code is None
