@@ -4,58 +4,39 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import loopback_sshd
 from runner.errors import InfrastructureError, UsageError
 from runner.system import manifest
 from runner.workflow.publish import publish
 
-SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 pytestmark = [
     pytest.mark.local,
-    pytest.mark.skipif(SSHD is None or shutil.which("rsync") is None, reason="sshd or rsync is not installed"),
+    pytest.mark.skipif(
+        loopback_sshd.SSHD is None or shutil.which("rsync") is None, reason="sshd or rsync is not installed"
+    ),
 ]
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a host that `ssh` reaches on a port of this machine; the user's own configuration is not used."""
-    for key in ("host", "client"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nPidFile none\nStrictModes no\nUsePAM no\n"
-        f"AuthorizedKeysFile {tmp_path}/client.pub\nPasswordAuthentication no\n"
-    )
-    key = " ".join((tmp_path / "host.pub").read_text().split()[:2])
-    (tmp_path / "known_hosts").write_text(f"store {key}\n")
-    (tmp_path / "ssh_config").write_text(
-        f"Host store\nHostName 127.0.0.1\nPort {port}\nHostKeyAlias store\nIdentityFile {tmp_path}/client\n"
-        f"Host *\nUserKnownHostsFile {tmp_path}/known_hosts\nGlobalKnownHostsFile /dev/null\nIdentitiesOnly yes\n"
-    )
-    program = tmp_path / "bin" / "ssh"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {tmp_path}/ssh_config "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
-    assert SSHD
-    with subprocess.Popen([SSHD, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.DEVNULL) as daemon:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
+    with loopback_sshd.running(tmp_path) as sshd:
+        (tmp_path / "known_hosts").write_text(f"store {sshd.host_key}\n")
+        (tmp_path / "ssh_config").write_text(
+            f"Host store\nHostName 127.0.0.1\nPort {sshd.port}\nHostKeyAlias store\nIdentityFile {sshd.client}\n"
+            f"Host *\nUserKnownHostsFile {tmp_path}/known_hosts\nGlobalKnownHostsFile /dev/null\nIdentitiesOnly yes\n"
+        )
+        program = tmp_path / "bin" / "ssh"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {tmp_path}/ssh_config "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
         yield "store"
-        daemon.terminate()
 
 
 @pytest.fixture

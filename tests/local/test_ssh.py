@@ -8,35 +8,23 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import stand_ins
 import yaml
 
+from loopback_sshd import SSHD, Sshd, running
+
 RUNNER = Path(sys.executable).with_name("runner")
-SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 pytestmark = [pytest.mark.local, pytest.mark.skipif(SSHD is None, reason="sshd is not installed")]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@dataclass
-class Server:
-    folder: Path
-    port: int
-    host_key: str
-
+class Server(Sshd):
     def inventory(self, folder: Path, **changes: object) -> Path:
         """An inventory of this server; `changes` are host variables, `others` more hosts."""
         others = changes.pop("others", {})
@@ -62,24 +50,9 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("sshd")
-    for key in ("host", "client", "stranger"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
-    shutil.copy(folder / "client.pub", folder / "authorized_keys")
-    port = free_port()
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\n"
-        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nStrictModes no\nUsePAM no\n"
-    )
-    Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
-    assert SSHD
-    with subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL) as daemon:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield Server(folder, port, " ".join((folder / "host.pub").read_text().split()[:2]))
-        daemon.terminate()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "stranger"], check=True)
+    with running(folder) as sshd:
+        yield Server(sshd.folder, sshd.port, sshd.host_key)
 
 
 def bench(inventory: Path, *arguments: str, results: Path) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,15 +18,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import loopback_sshd
 from runner.cluster.inventory import Node
 from runner.launch import code, stores
 from runner.launch.agents import Agents
 from runner.system import tree
 
-SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 pytestmark = [
     pytest.mark.local,
-    pytest.mark.skipif(SSHD is None or shutil.which("rsync") is None, reason="sshd or rsync is not installed"),
+    pytest.mark.skipif(
+        loopback_sshd.SSHD is None or shutil.which("rsync") is None, reason="sshd or rsync is not installed"
+    ),
 ]
 
 
@@ -35,32 +36,14 @@ pytestmark = [
 def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Reaches this machine as gpu-a, and nothing as gpu-dead."""
     folder = tmp_path_factory.mktemp("sshd")
-    for key in ("host", "client"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nStrictModes no\nUsePAM no\n"
-        f"AuthorizedKeysFile {folder}/client.pub\nPasswordAuthentication no\n"
-    )
-    key = " ".join((folder / "host.pub").read_text().split()[:2])
-    (folder / "known_hosts").write_text(f"node {key}\n")
-    (folder / "ssh_config").write_text(
-        f"Host gpu-a\nPort {port}\nHost gpu-dead\nPort 1\n"
-        f"Host *\nHostName 127.0.0.1\nHostKeyAlias node\nIdentityFile {folder}/client\nIdentitiesOnly yes\n"
-        f"UserKnownHostsFile {folder}/known_hosts\nGlobalKnownHostsFile /dev/null\nBatchMode yes\n"
-    )
-    Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
-    assert SSHD
-    with subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL) as daemon:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
+    with loopback_sshd.running(folder) as sshd:
+        (folder / "known_hosts").write_text(f"node {sshd.host_key}\n")
+        (folder / "ssh_config").write_text(
+            f"Host gpu-a\nPort {sshd.port}\nHost gpu-dead\nPort 1\n"
+            f"Host *\nHostName 127.0.0.1\nHostKeyAlias node\nIdentityFile {sshd.client}\nIdentitiesOnly yes\n"
+            f"UserKnownHostsFile {folder}/known_hosts\nGlobalKnownHostsFile /dev/null\nBatchMode yes\n"
+        )
         yield str(folder / "ssh_config")
-        daemon.terminate()
 
 
 @pytest.fixture(autouse=True)
