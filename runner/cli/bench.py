@@ -22,10 +22,16 @@ from runner.cli.options import (
     engine_option,
     hosts_option,
     inventory_option,
+    json_option,
+    nodes_option,
     read_inventory,
+    replace_bad_nodes_option,
     results_option,
+    retries_option,
     run_names,
     seed_option,
+    skip_bad_nodes_option,
+    typed_options,
 )
 from runner.system.places import CONFIGS
 from runner.workloads.registry import TESTS, offered, usual
@@ -50,10 +56,10 @@ MODELS = _names("models")
 @click.command()
 @inventory_option
 @results_option
-@click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all.")
+@nodes_option
 @click.option("--sweep", metavar="1,2,4,8", help="Run on each of these node counts: the scaling curve.")
 @hosts_option
-@click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones.")
+@skip_bad_nodes_option
 @click.option(
     "--model",
     default="tiny",
@@ -76,15 +82,8 @@ MODELS = _names("models")
 @click.option(
     "--scaling", default="weak", show_default=True, help="weak: same work per GPU; strong: same global batch."
 )
-@click.option(
-    "--retries",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 100),
-    metavar="K",
-    help="Run a cell again, K times at most, after a failure of the infrastructure.",
-)
-@click.option("--replace-bad-nodes", is_flag=True, help="Replace nodes that fail by spare nodes, and continue.")
+@retries_option("Run a cell again")
+@replace_bad_nodes_option
 @click.option("--resume", metavar="RUN", help="Finish a run: complete cells are kept.", shell_complete=run_names)
 @click.option("--accept-drift", is_flag=True, help="Resume in a changed environment; old cells run again.")
 @click.option("--one-allocation", is_flag=True, help="Slurm: one job for all cells instead of one each.")
@@ -100,7 +99,7 @@ MODELS = _names("models")
 )
 @click.option("--tune", is_flag=True, help="First find the fastest settings, as runner tune, if none are known.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; connect to no node, start no run.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
+@json_option
 @click.pass_context
 def bench(ctx: click.Context, **options: Any) -> None:
     """Benchmark nodes: collectives and DeepSpeed fine-tuning, with a report."""
@@ -109,8 +108,7 @@ def bench(ctx: click.Context, **options: Any) -> None:
         if drift:
             raise errors.UsageError("--accept-drift is only valid with --resume RUN")
         ctx.exit(_start(**options))
-    given = [p for p in ctx.command.params if ctx.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE]
-    if other := [max(p.opts, key=len) for p in given if p.name not in WITH_RESUME]:
+    if other := [max(p.opts, key=len) for p in typed_options(ctx) if p.name not in WITH_RESUME]:
         raise errors.UsageError(f"--resume uses the options that {name} was planned with: omit {', '.join(other)}")
     ctx.exit(_resume(name, drift, **{key: options[key] for key in WITH_RESUME if key in options}))
 

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from runner import errors
-from runner.cli.options import POSITIVE, Commands, inventory_option, read_inventory
+from runner.cli.options import POSITIVE, Commands, inventory_option, json_option, read_inventory
 from runner.cluster.backends import BACKENDS, LOCAL, SLURM, SSH
 from runner.system.wording import counted
 
@@ -155,7 +155,7 @@ def _gpus(text: str) -> int | str:
 @click.option("--account", help="Of Slurm; default: Slurm's own.")
 @click.option("--login", metavar="HOST", help="Where Slurm's commands run, over ssh; default: on this machine.")
 @click.option("--force", is_flag=True, help="Replace DIR/hosts.yml.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
+@json_option
 @click.pass_context
 def init(ctx: click.Context, folder: Path, force: bool, as_json: bool, **values: Any) -> None:
     """Write DIR/hosts.yml, a commented inventory to start from.

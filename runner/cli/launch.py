@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from runner import errors
 from runner.cli.bench import typed_command
@@ -17,9 +16,16 @@ from runner.cli.options import (
     engine_option,
     hosts_option,
     inventory_option,
+    json_option,
+    nodes_option,
     read_inventory,
+    refuse_empty,
+    replace_bad_nodes_option,
     results_option,
+    retries_option,
     run_names,
+    skip_bad_nodes_option,
+    typed_options,
 )
 from runner.system.places import INVENTORIES
 
@@ -48,10 +54,10 @@ class _Launch(click.Command):
 )
 @inventory_option
 @results_option
-@click.option("--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all.")
+@nodes_option
 @hosts_option
 @click.option("--auto", is_flag=True, help="This machine, with all its GPUs.")
-@click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones.")
+@skip_bad_nodes_option
 @engine_option
 @backend_option
 @click.option("--sync", metavar="DIR", help="The code that nodes get; default: the script's Git work tree or folder.")
@@ -59,30 +65,20 @@ class _Launch(click.Command):
 @click.option("--env", multiple=True, metavar="KEY=VALUE", help="Set for the program; kept in the run's files.")
 @click.option("--env-pass", multiple=True, metavar="NAME", help="Passed on from here, such as a token; kept nowhere.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="script.timeout_s=SECONDS.")
-@click.option(
-    "--retries",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 100),
-    metavar="K",
-    help="Start it again, K times at most, after a failure of the infrastructure.",
-)
-@click.option("--replace-bad-nodes", is_flag=True, help="Replace nodes that fail by spare nodes, and continue.")
+@retries_option("Start it again")
+@replace_bad_nodes_option
 @click.option("--resume", metavar="RUN", help="Start the program of this run again.", shell_complete=run_names)
 @click.option("--resume-arg", metavar="WORDS", help="Words that the program gets behind its own when it is resumed.")
 @click.option("--accept-drift", is_flag=True, help="With --resume: take code that has changed since.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its commands; connect to no node, start nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
+@json_option
 @click.pass_context
 def launch(ctx: click.Context, **given: Any) -> None:
     """Start your own program on nodes: what follows -- is its command line.
 
     A file of Python, the word python, or any program. The exit code is the program's own.
     """
-    for param in ctx.command.params:
-        value = given.get(str(param.name))
-        if isinstance(value, str) and not value.strip() and param.name != "source":
-            raise errors.UsageError(f"{max(param.opts, key=len)} is empty: give it a value, or leave it out")
+    refuse_empty(ctx, {name: value for name, value in given.items() if name != "source"})
     ctx.exit(_resume(ctx, given) if given["resume"] is not None else _launch(ctx, **given))
 
 
@@ -149,10 +145,9 @@ def _resume(ctx: click.Context, given: dict[str, Any]) -> int:
     from runner.report.progress import Display
     from runner.results.rundir import RunDir
 
-    typed = [p for p in ctx.command.params if ctx.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE]
     if ctx.meta.get(_WORDS):
         raise errors.UsageError("--resume starts the program of the run: omit what follows --")
-    if other := [max(p.opts, key=len) for p in typed if p.name not in _AT_RESUME]:
+    if other := [max(p.opts, key=len) for p in typed_options(ctx) if p.name not in _AT_RESUME]:
         raise errors.UsageError(f"--resume runs what the run has planned: omit {', '.join(other)}")
     asked = resume.Options(
         RunDir.find(given["results"], given["resume"]),

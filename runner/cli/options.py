@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from runner import errors
 from runner.system.places import cache_dir
@@ -62,7 +63,42 @@ engine_option = click.option(
     "--engine", default="torchrun", show_default=True, help="torchrun, deepspeed, accelerate or none."
 )
 backend_option = click.option("--backend", help="local, ssh or slurm; default: what the inventory says.")
+nodes_option = click.option(
+    "--nodes", "num_nodes", type=click.IntRange(min=1), metavar="N", help="Run on N nodes; default: all."
+)
+skip_bad_nodes_option = click.option(
+    "--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones."
+)
+replace_bad_nodes_option = click.option(
+    "--replace-bad-nodes", is_flag=True, help="Replace nodes that fail by spare nodes, and continue."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
 seed_option = click.option("--seed", default=0, show_default=True, type=int, help="Of data order and initial weights.")
+
+
+def retries_option(again: str) -> Callable[..., Any]:
+    """The option `--retries`; `again` is what a retry does, such as "Run a cell again"."""
+    return click.option(
+        "--retries", default=0, show_default=True, type=click.IntRange(0, 100), metavar="K",
+        help=f"{again}, K times at most, after a failure of the infrastructure.",
+    )  # fmt: skip
+
+
+def typed_options(ctx: click.Context) -> list[click.Parameter]:
+    """The options that are on the command line, not from a default or a variable."""
+    return [p for p in ctx.command.params if ctx.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE]
+
+
+def refuse_empty(ctx: click.Context, given: Mapping[str, Any], blank: str | None = None) -> None:
+    """Raise UsageError for an option without a value, as of a variable that is not set: it is not as if left out.
+
+    `blank` are the characters that are no value (None: white space).
+    """
+    for param in ctx.command.params:
+        value = given.get(str(param.name))
+        if isinstance(value, str) and not value.strip(blank):
+            name = max(param.opts, key=len)
+            raise errors.UsageError(f"{name} is empty: give it a value, or leave it out")
 
 
 def run_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

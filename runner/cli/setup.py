@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runner import errors
-from runner.cli.options import inventory_option, read_inventory, results_option
+from runner.cli.options import inventory_option, json_option, read_inventory, results_option
 from runner.cluster.backends import BACKENDS
 from runner.cluster.reasons import setup_command
 from runner.cluster.ssh import rendered
@@ -96,7 +96,7 @@ def _change(setting: str, before: str, after: str) -> str:
 
 def _common(command: Any) -> Any:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else."),
+        json_option,
         click.option("--tags", metavar="TAG,…", help="Only these roles or phases, e.g. roce_qos or verify."),
         click.option("--hosts", metavar="SET", help="Only these nodes: names, aliases, node[003-006]."),
         inventory_option,

@@ -15,6 +15,7 @@ from runner.cli.options import (
     engine_option,
     hosts_option,
     inventory_option,
+    json_option,
     read_inventory,
     results_option,
     seed_option,
@@ -64,7 +65,7 @@ TRIES = ("compile", "hpz", "fp8", "quantised", "deepcompile")
     help="Begin no probe that is likely to end later.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be tried; connect to no node.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else.")
+@json_option
 @click.pass_context
 def tune(
     ctx: click.Context,

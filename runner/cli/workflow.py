@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from runner import errors
 from runner.cli.bench import complete, typed_command
@@ -19,10 +18,17 @@ from runner.cli.options import (
     backend_option,
     hosts_option,
     inventory_option,
+    json_option,
+    nodes_option,
     read_inventory,
+    refuse_empty,
+    replace_bad_nodes_option,
     results_option,
+    retries_option,
     run_names,
     seed_option,
+    skip_bad_nodes_option,
+    typed_options,
 )
 from runner.workflow.stages import WORKFLOWS, stages_of
 
@@ -67,9 +73,9 @@ def _stage_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 _WHERE = (
     inventory_option,
     results_option,
-    click.option("--nodes", "num_nodes", type=_POSITIVE, metavar="N", help="Run on N nodes; default: all."),
+    nodes_option,
     hosts_option,
-    click.option("--skip-bad-nodes", is_flag=True, help="Use the first N good nodes and list the skipped ones."),
+    skip_bad_nodes_option,
     backend_option,
     click.option("--work", metavar="DIR", help="A folder that all nodes see; default: that of the runs."),
 )
@@ -121,38 +127,22 @@ _WHAT = (
     ),
 )
 _HOW = (
-    click.option(
-        "--retries",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0, 100),
-        metavar="K",
-        help="Run a stage again, K times at most, after a failure of the infrastructure.",
-    ),
-    click.option("--replace-bad-nodes", is_flag=True, help="Replace nodes that fail by spare nodes, and continue."),
+    retries_option("Run a stage again"),
+    replace_bad_nodes_option,
     click.option("--resume", metavar="RUN", help="Go on with a run: what stands is kept.", shell_complete=run_names),
     click.option("--one-allocation", is_flag=True, help="Slurm: one job for all stages instead of one each."),
     click.option("--dry-run", is_flag=True, help="Print stages, commands and jobs; connect to no node, start no run."),
-    click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout, nothing else."),
+    json_option,
 )
 _OF_RUN = ("hosts", "skip_bad_nodes", "backend", "seed", "retries", "replace_bad_nodes", "one_allocation")
 _KEPT = ("num_nodes", "hosts", "skip_bad_nodes", "backend", "work", "one_allocation")  # with --resume
-
-
-def _refuse_empty(ctx: click.Context, given: dict[str, Any]) -> None:
-    """Raise UsageError for an option without a value, as of a variable that is not set: it is not as if left out."""
-    for param in ctx.command.params:
-        value = given.get(str(param.name))
-        if isinstance(value, str) and not value.strip(" ,"):
-            name = max(param.opts, key=len)
-            raise errors.UsageError(f"{name} is empty: give it a value, or leave it out")
 
 
 def _command(name: str, workflow_name: str, options: Sequence[Any], text: str) -> click.Command:
     """A command that carries out a workflow."""
 
     def run(ctx: click.Context, **given: Any) -> None:
-        _refuse_empty(ctx, given)
+        refuse_empty(ctx, given, " ,")
         ctx.exit(_run(ctx, workflow_name, **given))
 
     made: Callable[..., None] = click.pass_context(run)
@@ -229,7 +219,7 @@ def _resume(
         raise errors.UsageError(f"{run.run_id} is no run of a workflow: resume it with runner bench --resume {named}")
     if found[0] != name:
         raise errors.UsageError(f"{run.run_id} is a run of {found[0]}: runner workflow {found[0]} --resume {named}")
-    typed = [p for p in ctx.command.params if ctx.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE]
+    typed = typed_options(ctx)
     if other := [max(p.opts, key=len) for p in typed if p.name in _KEPT]:
         raise errors.UsageError(f"--resume runs where {run.run_id} was planned to run: omit {', '.join(other)}")
     options = _renewed(start.from_json(found[1]), name, given, {str(p.name) for p in typed}, run)

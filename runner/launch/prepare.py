@@ -14,7 +14,7 @@ from runner.cluster.inventory import Inventory, Node, select
 from runner.errors import UsageError, unknown
 from runner.launch import tuned
 from runner.launch.carry import new_id
-from runner.plan import config
+from runner.plan import build, config
 from runner.plan import tuned as tuning
 from runner.plan.engines.registry import offered
 from runner.plan.plan import Plan
@@ -203,6 +203,30 @@ def requested(
         named=found.slurm is None or options.hosts is not None,
         one_allocation=options.one_allocation,
         job_array=options.job_array,
+    )
+
+
+def of_chain(
+    options: Options,
+    found: Selected,
+    request: Request,
+    located: Callable[[Request], Request],
+    notes: tuple[str, ...] = (),
+) -> Prepared:
+    """The run of a chain of cells, of which nothing was tuned. `request` is one that `located` has been through.
+
+    Raises UsageError for what cannot be planned.
+    """
+    return Prepared(
+        options=options,
+        inventory=found.inventory,
+        nodes=found.nodes,
+        request=request,
+        plan=build.build(request, found.nodes),
+        untuned=request,
+        tuned=tuned.Asked(options.results, "", use=False),
+        notes=notes,
+        located=located,
     )
 
 

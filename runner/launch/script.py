@@ -15,10 +15,10 @@ from typing import Any
 from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory
 from runner.errors import UsageError, unknown
-from runner.launch import prepare, resume, start, sync, tuned
+from runner.launch import prepare, resume, start, sync
 from runner.launch.carry import Dependencies, RunResult, new_id
 from runner.launch.supply import Data
-from runner.plan import build, config
+from runner.plan import config
 from runner.plan.engines.registry import ENGINES, offered
 from runner.plan.plan import Cell, Plan
 from runner.plan.request import Link, Request
@@ -119,16 +119,7 @@ def planned(options: Options, read: Read) -> Planned:
 
     request = prepare.requested(options.run, selected, {"name": ""}, {}, new_id())
     request = located(replace(request, targets=()))
-    run = prepare.Prepared(
-        options=options.run,
-        inventory=selected.inventory,
-        nodes=selected.nodes,
-        request=request,
-        plan=build.build(request, selected.nodes),
-        untuned=request,
-        tuned=tuned.Asked(options.run.results, "", use=False),
-        located=located,
-    )
+    run = prepare.of_chain(options.run, selected, request, located)
     return Planned(run, sent)
 
 

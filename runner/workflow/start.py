@@ -14,14 +14,14 @@ from runner.cluster.backends import BACKENDS
 from runner.cluster.inventory import Inventory
 from runner.cluster.ssh import rendered
 from runner.errors import UsageError
-from runner.launch import blame, carry, tuned
+from runner.launch import blame, carry
 from runner.launch import prepare as launch_prepare
 from runner.launch import resume as launch_resume
 from runner.launch import start as launch_start
 from runner.launch.carry import Dependencies, RunResult, new_id
 from runner.launch.prepare import Selected
 from runner.launch.supply import Data
-from runner.plan import build, config
+from runner.plan import config
 from runner.plan.plan import Cell, Plan, changed_inputs
 from runner.plan.request import Request
 from runner.report import conclude
@@ -128,17 +128,7 @@ def planned(options: Options, read: Read, display: Display | None = None, run: R
     request = launch_prepare.requested(options.run, selected, {}, {}, run.run_id if run else new_id())
     targets = config.load_targets("workflow", given.targets)
     request = located(replace(request, profile=name, shared=str(work), targets=targets))
-    asked_of_run = launch_prepare.Prepared(
-        options=options.run,
-        inventory=selected.inventory,
-        nodes=selected.nodes,
-        request=request,
-        plan=build.build(request, selected.nodes),
-        untuned=request,
-        tuned=tuned.Asked(options.run.results, "", use=False),
-        notes=found.notes,
-        located=located,
-    )
+    asked_of_run = launch_prepare.of_chain(options.run, selected, request, located, found.notes)
     return Planned(options, work, stages, decided, name, found, maker.inputs(), asked_of_run, lines)
 
 
