@@ -46,6 +46,11 @@ class Interrupted(RunnerError):
     exit_code = EXIT_INTERRUPTED
 
 
+def disk_full(error: OSError) -> bool:
+    """Whether `error` says that a disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def disk_kind(error: OSError) -> str | None:
     """The kind of failure "controller_disk_full" if `error` says that a disk is full, else None."""
     return "controller_disk_full" if error.errno == errno.ENOSPC else None

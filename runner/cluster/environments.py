@@ -132,7 +132,7 @@ def oldest_driver(cuda: str) -> str:
 
 def fitting(found: str, locks: Sequence[str]) -> str:
     """The first of `locks`, names of the role's own, whose PyTorch build works with the driver `found`; "" for none."""
-    return next((lock for lock in locks if _numbers(found) >= _numbers(oldest_driver(PROFILES[lock]))), "")
+    return next((lock for lock in locks if numbers(found) >= numbers(oldest_driver(PROFILES[lock]))), "")
 
 
 def installed(environment: str) -> dict[str, str]:
@@ -180,7 +180,8 @@ def fault(prefix: str, locks: Mapping[str, str] | None = None) -> str:
     return "" if os.path.exists(os.path.join(prefix, "bin", "python")) else "has lost its Python"
 
 
-def _numbers(version: str) -> list[int]:
+def numbers(version: str) -> list[int]:
+    """The numbers of a version, by which versions are in order; none of "" and of None."""
     return [int(part) for part in re.findall(r"\d+", version or "")]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.cluster.backends import BACKENDS
+from runner.cluster.environments import numbers
 from runner.cluster.inventory import Node
 from runner.launch import talk
 from runner.node import links
@@ -177,9 +178,7 @@ class Survey:
         return f"`{shows}` on {node.alias}", f"`{fixes}` there{each}"
 
     def _of_links(self) -> Iterable[tuple[str, dict[str, str]]]:
-        of_name: dict[
-            str, list[int]
-        ] = {}  # the interfaces of a name are alike: a fabric's and that of management differ
+        of_name: dict[str, list[int]] = {}  # interfaces of one name are alike: a fabric's and that of management differ
         fastest: dict[str, int] = {}
         for name, linked in self.linked.items():
             for nic in linked.nics:
@@ -198,7 +197,7 @@ class Survey:
         versions = Counter(driver for driver in found.values() if driver)
         if len(versions) < 2:
             return
-        usual = max(versions, key=lambda version: (versions[version], _numbers(version)))
+        usual = max(versions, key=lambda version: (versions[version], numbers(version)))
         package = f"nvidia-driver-{usual.partition('.')[0]}"
         remedy = (
             "see `nvidia-smi --query-gpu=driver_version --format=csv,noheader` there; fix it with the package manager "
@@ -231,16 +230,11 @@ def survey(nodes: Sequence[Node], ssh_config: str | None) -> Survey:
     """
     if not BACKENDS[nodes[0].backend].remote:
         return Survey(nodes, {node.name: links.observe(node.env) for node in nodes})
-    command = talk.COMMANDS[nodes[0].backend]
-    addresses = {node.name: node.address for node in nodes}
-    sessions = [
-        talk.AgentSession(
-            node.name,
-            command(node, talk.AGENT, ssh_config),
-            LinksRequest(TRIED, {n: a for n, a in addresses.items() if n != node.name}, node.env).to_json(),
-        )
-        for node in nodes
-    ]
+
+    def request(node: Node) -> LinksRequest:
+        return LinksRequest(TRIED, {each.name: each.address for each in nodes if each is not node}, node.env)
+
+    sessions = talk.sessions(nodes, nodes[0].backend, ssh_config, request)
     linked: dict[str, Linked] = {}
     failed: dict[str, Mapping[str, Mapping[str, str]]] = {}
     began = time.monotonic()
@@ -314,7 +308,3 @@ def _of_nic(nic: Mapping[str, Any], usual: int) -> Iterable[dict[str, str]]:
             "found": f"{speed / 1000:g} Gbit/s",
             "remedy": fixes,
         }
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]

@@ -14,7 +14,7 @@ import selectors
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any
@@ -348,21 +348,30 @@ def ask(
     `stopped` returned True.
     Raises InfrastructureError if a command cannot be started.
     """
-    command = COMMANDS[backend]
-    sessions = {
-        node.name: AgentSession(node.name, command(node, AGENT, ssh_config), request.to_json()) for node in nodes
-    }
+    begun = sessions(nodes, backend, ssh_config, lambda node: request)
     answers: dict[str, Message] = {}
     deadline = time.monotonic() + timeout_s
     converse(
-        list(sessions.values()),
+        begun,
         lambda session, message: answers.__setitem__(session.name, message),
         lambda session: Word.STOP if time.monotonic() > deadline or stopped() else None,
         patience_s=2.0,
     )
-    failures = {}
-    for node in nodes:
-        if node.name not in answers:
-            rc, stderr = sessions[node.name].rc, sessions[node.name].stderr
-            failures[node.name] = Problem(reason_kind(rc, stderr), explain(node, rc, stderr))
-    return answers, failures
+    return answers, unanswered(nodes, begun, answers)
+
+
+def sessions(
+    nodes: Sequence[Node], backend: str, ssh_config: str | None, request: Callable[[Node], Request]
+) -> list[AgentSession]:
+    """A session with the agent of each node, in their order, which is asked what `request` makes for it."""
+    command = COMMANDS[backend]
+    return [AgentSession(node.name, command(node, AGENT, ssh_config), request(node).to_json()) for node in nodes]
+
+
+def unanswered(nodes: Sequence[Node], ended: Sequence[AgentSession], answers: Collection[str]) -> dict[str, Problem]:
+    """The problem of each node whose name is not in `answers`; `ended` are the sessions of `nodes`, in their order."""
+    return {
+        node.name: Problem(reason_kind(end.rc, end.stderr), explain(node, end.rc, end.stderr))
+        for node, end in zip(nodes, ended, strict=True)
+        if node.name not in answers
+    }

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from runner.cluster import pip, profiles
 from runner.cluster.inventory import Node
-from runner.cluster.reasons import explain, reason_kind
 from runner.errors import InfrastructureError, UsageError
 from runner.failures import Problem
 from runner.launch import talk
@@ -66,15 +65,11 @@ class Lock:
 
         Raises InfrastructureError if a command cannot be started.
         """
-        command = talk.COMMANDS[nodes[0].backend]
-        sessions = [
-            talk.AgentSession(
-                node.name,
-                command(node, talk.AGENT, ssh_config),
-                EnvironmentRequest(_root(node), self.digest, self.tool, self.files, self.python, node.env).to_json(),
-            )
-            for node in nodes
-        ]
+
+        def request(node: Node) -> EnvironmentRequest:
+            return EnvironmentRequest(_root(node), self.digest, self.tool, self.files, self.python, node.env)
+
+        sessions = talk.sessions(nodes, nodes[0].backend, ssh_config, request)
         aliases = {node.name: node.alias for node in nodes}
         answers: dict[str, Environment] = {}
         shares = dict.fromkeys(aliases, 0.0)
@@ -91,14 +86,12 @@ class Lock:
             on_progress(sum(shares.values()) / len(shares), f"{aliases[session.name]}: {step}")
 
         talk.converse(sessions, note)
-        ends = {session.name: session for session in sessions}
-        problems = {}
-        for node in nodes:
-            end, answer = ends[node.name], answers.get(node.name)
-            if answer is None:
-                problems[node.name] = Problem(reason_kind(end.rc, end.stderr), explain(node, end.rc, end.stderr))
-            elif answer.problem:
-                problems[node.name] = Problem(answer.kind, f"{self.source}: {answer.problem}")
+        refused = {
+            name: Problem(answer.kind, f"{self.source}: {answer.problem}")
+            for name, answer in answers.items()
+            if answer.problem
+        }
+        problems = talk.unanswered(nodes, sessions, answers) | refused
         return problems | _other_versions(nodes, answers, self.source)
 
 

@@ -8,7 +8,6 @@ in use. Only the standard library: nodes have no more.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import re
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from runner.errors import disk_full
 from runner.node.protocol import Stored
 from runner.node.requests import StoreRequest
 from runner.system import tree
@@ -56,7 +56,7 @@ def store(request: StoreRequest, locks: Path | None = None) -> Stored:
                 work(folder, there, Path(request.work), locks)
         _clean(folder)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = disk_full(error)
         text = f"no space is left for {folder}" if full else f"{error.filename or folder}: {error.strerror}"
         return Stored(problem=text, kind="disk_full" if full else "not_permitted")
     return Stored(whole=True, found=request.digest)

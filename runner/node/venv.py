@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
-import re
 import secrets
 import select
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from runner.cluster import environments, pip
 from runner.cluster.environments import STAMP
-from runner.errors import InfrastructureError
+from runner.errors import InfrastructureError, disk_full
 from runner.node.leash import Leash
 from runner.node.output import send_message
 from runner.node.protocol import ALIVE_S, SILENCE_S, Alive, Environment, Making
@@ -94,7 +93,7 @@ def make(request: EnvironmentRequest, on_progress: pip.OnProgress = lambda done,
     """
     folder = place(request.root, request.digest)
     found = ".".join(map(str, sys.version_info[:2]))
-    if request.tool == PIP and request.python and _numbers(found) < _numbers(request.python):
+    if request.tool == PIP and request.python and environments.numbers(found) < environments.numbers(request.python):
         told = f"its Python is {found}, the lock requires {request.python} or newer"
         return Environment(problem=told, kind="version_mismatch")
     made = False
@@ -108,9 +107,8 @@ def make(request: EnvironmentRequest, on_progress: pip.OnProgress = lambda done,
         full = "no space left" in str(error).lower() or "disk quota" in str(error).lower()
         return Environment(problem=str(error), kind="disk_full" if full else error.kind or "environment_missing")
     except OSError as error:
-        full = error.strerror is not None and "space" in error.strerror.lower()
         text = f"{error.filename or folder}: {error.strerror or error}"
-        return Environment(problem=text, kind="disk_full" if full else "not_permitted")
+        return Environment(problem=text, kind="disk_full" if disk_full(error) else "not_permitted")
     version = str(environments.stamp(str(folder)).get("python", found))
     return Environment(str(folder / "bin" / "python"), version, made)
 
@@ -224,7 +222,3 @@ def _conda(aside: Path, files: Mapping[str, str], env: Mapping[str, str], on_pro
         file.unlink(missing_ok=True)
     if reason := pip.reason(status, text):
         raise InfrastructureError(f"{Path(program).name}: {reason}")
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]

@@ -237,8 +237,8 @@ def load_targets(name: str = "default", values: Mapping[str, Any] | None = None)
     path = CONFIGS / "targets" / f"{name}.yaml"
     given, known = dict(values or {}), read_yaml(path)
     for target in known.get("targets", ()) if given else ():
-        if (name := target["name"]) in given:
-            target["value"] = _value_of_target(name, target["metric"], given.pop(name))
+        if target["name"] in given:
+            target["value"] = _value_of_target(target["name"], target["metric"], given.pop(target["name"]))
     if given:
         raise unknown("target", next(iter(given)), [one["name"] for one in known["targets"]], f"--set {TARGETS}")
     return [target.model_dump(exclude_unset=True) for target in check(Targets, known, str(path)).targets]
