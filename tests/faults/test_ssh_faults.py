@@ -208,7 +208,8 @@ def run_into(fault: Fault, inventory: Path, pair: Sequence[dict], folder: Path) 
 def mend(fault: Fault, container: str) -> None:
     """Until the node answers again and the agent that was cut off with it has noticed and left."""
     fault.undo(container)
-    assert until(lambda: answers(container), 30), f"{container} does not answer any more"
+    # One that was killed boots beside the runs of two others.
+    assert until(lambda: answers(container), 120), f"{container} does not answer any more"
     free = f"test ! -e {SCRATCH}/lock || flock --nonblock {SCRATCH}/lock true; echo $?"
     assert until(lambda: inside(container, free).strip() == "0", 60), f"{container} is in use still"
 
