@@ -201,6 +201,7 @@ def table(pairs: Sequence[Pair]) -> list[str]:
 
 def main() -> int:
     """Measure and print; returns 1 if ours took more than 2 s longer than bare in the median of any number of nodes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every Ray is ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--pairs", type=int, default=3)
